@@ -1,0 +1,286 @@
+"""``Tread`` through a real ``Trainer``."""
+
+import pytest
+import torch
+from composer import ComposerModel, Evaluator, Trainer
+from composer.algorithms import GradientClipping
+from composer.loggers import InMemoryLogger
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.data import DataLoader
+
+from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_dit, tiny_model, weights
+from tread_composer.algorithms.tread import Route, Tread
+from tread_composer.errors import ResumeError
+
+ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
+
+
+def run(algorithms=(), **keywords):
+    trainer, recorder = fit(algorithms, **keywords)
+    return recorder.losses, weights(trainer), recorder.batches
+
+
+def test_rate_zero_equals_the_run_without_it_bit_for_bit():
+    dense, zero = run(), run([Tread(1, -2, 0.0)])
+    assert dense[0] == zero[0] and len(dense[0]) == 6
+    assert_equal_weights(dense[1], zero[1])
+    assert run([Tread(**ROUTE)])[0] != dense[0]
+
+
+def test_dense_and_routed_runs_see_the_same_samples_labels_noise_and_times():
+    dense, routed = run()[2], run([Tread(**ROUTE)])[2]
+    assert dense == routed
+    assert len(dense) == 6 and set(dense[0]) == {'sample_ids', 'labels', 'noise', 'time_quantiles', 'label_dropped'}
+    assert dense[0]['noise'] != dense[1]['noise']
+
+
+def test_the_global_generator_is_left_alone():
+    states = []
+    for algorithms in ([], [Tread(**ROUTE)]):
+        fit(algorithms, data=lambda: loader(shuffle=False))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_routes_are_fresh_in_every_batch_and_other_for_every_sample():
+    model, seen = tiny_model(), []
+    trainer = make_trainer(model, [Tread(**ROUTE)], data=lambda: loader(shuffle=False))
+    original = model.denoiser.blocks[1].register_forward_pre_hook
+
+    def note(_, args):
+        seen.append(args[0].detach().clone())
+
+    original(note)
+    routing = model.denoiser.blocks.routing
+    ids = []
+    model.denoiser.register_forward_pre_hook(lambda *_: ids.append(routing.kept[0].clone()) if routing.kept else None)
+    trainer.fit()
+    assert len(ids) == 6 and all(x.shape[1] == 8 for x in seen)
+    rows = torch.cat(ids).tolist()
+    assert len({tuple(row) for row in rows}) == len(rows) == 48
+
+
+def test_what_is_logged_and_what_each_block_sees():
+    logger, model = InMemoryLogger(), tiny_model()
+    trainer = make_trainer(model, [Tread(**ROUTE)], loggers=[logger], max_duration='2ba')
+    log = Lengths(list(model.denoiser.blocks))
+    trainer.fit()
+    assert log.seen == [16, 8, 8, 8, 8, 16] * 2
+    assert [value for _, value in logger.data['tread/kept_tokens']] == [8, 8]
+    assert [value for _, value in logger.data['tread/selection_rate']] == [0.5, 0.5]
+
+
+def test_several_routes():
+    logger, model = InMemoryLogger(), tiny_model()
+    routes = [Route(0, 1, 0.25), {'start': 3, 'end': 4, 'selection_rate': 0.75}]
+    trainer = make_trainer(model, [Tread(routes=routes)], loggers=[logger], max_duration='1ba')
+    log = Lengths(list(model.denoiser.blocks))
+    trainer.fit()
+    assert log.seen == [12, 12, 16, 4, 4, 16]
+    assert logger.data['tread/route_0/kept_tokens'][0][1] == 12
+    assert logger.data['tread/route_1/selection_rate'][0][1] == 0.75
+
+
+@pytest.mark.parametrize(
+    ('window', 'routed'),
+    [
+        ({'end_time': '0.5dur'}, [1, 1, 1, 0, 0, 0]),
+        ({'start_time': '2ba'}, [0, 0, 1, 1, 1, 1]),
+        ({'start_time': '1ba', 'end_time': '1ep'}, [0, 1, 1, 0, 0, 0]),
+    ],
+)
+def test_routing_is_on_within_its_time_window_only(window, routed):
+    logger, model = InMemoryLogger(), tiny_model()
+    trainer = make_trainer(model, [Tread(**ROUTE, **window)], loggers=[logger])
+    log = Lengths([model.denoiser.blocks[2]])
+    trainer.fit()
+    assert log.seen == [8 if on else 16 for on in routed]
+    assert [value for _, value in logger.data['tread/kept_tokens']] == log.seen
+    assert [value for _, value in logger.data['tread/selection_rate']] == [0.5 * on for on in routed]
+
+
+def test_evaluation_and_sampling_are_those_of_the_plain_model_bit_for_bit():
+    trainer, _ = fit([Tread(**ROUTE)])
+    routed, plain = trainer.state.model, tiny_model()
+    assert list(routed.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(routed.state_dict())
+    arguments = ([0, 3, 10], [1, 2, 3])
+    assert torch.equal(routed.sample(*arguments, num_steps=3), plain.sample(*arguments, num_steps=3))
+    results = []
+    for model in (routed, plain):
+        other = make_trainer(model, eval_dataloader=Evaluator(label='eval', dataloader=loader(shuffle=False)))
+        other.eval()
+        results.append({name: m.compute().item() for name, m in other.state.eval_metrics['eval'].items()})
+    assert results[0]['loss'] == results[1]['loss'] > 0
+
+
+def test_evaluation_within_training_changes_nothing():
+    with_evaluation = run([Tread(**ROUTE)], eval_dataloader=loader(shuffle=False), eval_interval='2ba')
+    assert with_evaluation[0] == run([Tread(**ROUTE)])[0]
+
+
+def test_losses_do_not_depend_on_the_microbatch_size():
+    losses = [
+        [float.fromhex(loss) for loss in run([Tread(**ROUTE)], device_train_microbatch_size=size)[0]] for size in (8, 4, 2)
+    ]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize('kind', [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
+def test_losses_do_not_depend_on_activation_checkpointing(kind):
+    model = tiny_model()
+    for index, block in enumerate(model.denoiser.blocks):
+        model.denoiser.blocks[index] = checkpoint_wrapper(block, checkpoint_impl=kind)
+    losses, _, _ = run([Tread(**ROUTE)], model=model)
+    assert losses == run([Tread(**ROUTE)])[0]
+
+
+def test_any_order_beside_gradient_clipping():
+    both = [Tread(**ROUTE), GradientClipping('norm', 0.1)]
+    assert run(both)[0] == run(both[::-1])[0] != run(both[:1])[0]
+
+
+def test_attaching_twice_is_harmless():
+    model = tiny_model()
+    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
+    log = Lengths(list(model.denoiser.blocks))
+    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
+    assert log.seen == [16, 8, 8, 8, 8, 16]
+
+
+def test_after_training_with_it_the_model_trains_densely_without_it():
+    model = tiny_model()
+    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
+    log = Lengths(list(model.denoiser.blocks))
+    fit([], model=model, max_duration='1ba')
+    assert log.seen == [16] * 6
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [{}, ROUTE, {'routes': [Route(0, 1, 0.25), Route(3, 4)], 'end_time': '0.9dur'}, {'token_arguments': ('rope',)}],
+)
+def test_repr_rebuilds_it(settings):
+    first = Tread(**settings)
+    again = eval(repr(first), {'Tread': Tread, 'Route': Route})
+    assert repr(again) == repr(first) and again.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'selection_rate': 1.5}, 'selection_rate: 1.5'),
+        ({'routes': []}, 'routes is empty'),
+        ({'routes': [Route()], 'start': 3}, 'not both'),
+        ({'end_time': '92%'}, "end_time: '92%' is not a time"),
+        ({'start_time': '10sec'}, 'wall-clock'),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Tread(**settings)
+
+
+def test_a_route_that_does_not_fit_is_refused_by_the_trainer():
+    with pytest.raises(ValueError, match=r'denoiser\.blocks: the route from block 2 to block 9 does not fit 6 blocks'):
+        make_trainer(algorithms=[Tread(2, 9)])
+
+
+def saved(tmp_path, algorithms):
+    fit(algorithms, save_folder=str(tmp_path), save_interval='3ba', max_duration='3ba')
+    return str(tmp_path / 'latest-rank0.pt')
+
+
+def test_a_checkpoint_of_another_route_is_refused_with_the_difference(tmp_path):
+    path = saved(tmp_path, [Tread(**ROUTE)])
+    with pytest.raises(ResumeError, match=r'routes\.0\.end: saved -2, now -3'):
+        make_trainer(algorithms=[Tread(1, -3, 0.5)], load_path=path)
+    with pytest.raises(ResumeError, match=r"end_time: saved None, now '0.9dur'"):
+        make_trainer(algorithms=[Tread(**ROUTE, end_time='0.9dur')], load_path=path)
+    make_trainer(algorithms=[Tread(**ROUTE)], load_path=path)
+    make_trainer(algorithms=[Tread(1, -3, 0.5)], load_path=path, load_weights_only=True)
+
+
+def test_a_dense_checkpoint_is_not_resumed_with_a_route(tmp_path):
+    path = saved(tmp_path, [])
+    with pytest.raises(ResumeError, match='was trained without Tread up to 3'):
+        make_trainer(algorithms=[Tread(**ROUTE)], load_path=path)
+
+
+@pytest.mark.parametrize('at', [2, 3, 4])  # 3 is the last batch of the first epoch
+def test_resume_equals_the_uninterrupted_run(tmp_path, at):
+    losses, final, batches = run([Tread(**ROUTE)], data=lambda: loader(shuffle=False))
+    arguments = {'data': lambda: loader(shuffle=False)}
+    run([Tread(**ROUTE)], save_folder=str(tmp_path), save_interval=f'{at}ba', max_duration=f'{at}ba', **arguments)
+    resumed = run([Tread(**ROUTE)], load_path=str(tmp_path / 'latest-rank0.pt'), **arguments)
+    assert resumed[0] == losses[at:] and resumed[2] == batches[at:]
+    assert_equal_weights(resumed[1], final)
+
+
+class Foreign(ComposerModel):
+    """Somebody else's model: batches are tuples, nothing is declared."""
+
+    def __init__(self, style: str = 'loop'):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(6)]
+        self.layers = nn.Sequential(*layers) if style == 'sequential' else nn.ModuleList(layers)
+        self.head, self.style = nn.Linear(16, 1), style
+
+    def forward(self, batch):
+        x, _ = batch
+        if self.style == 'sequential':
+            x = self.layers(x)
+        elif self.style == 'index':
+            for index in range(6):
+                x = self.layers[index](x)
+        else:
+            for layer in self.layers:
+                x = layer(x)
+        return self.head(x)[..., 0]
+
+    def loss(self, outputs, batch):
+        return (outputs - batch[1]).square().mean()
+
+
+def foreign(style: str, microbatch: int = 8, **settings):
+    generator = torch.Generator().manual_seed(3)
+    data = [(torch.randn(12, 16, generator=generator), torch.randn(12, generator=generator)) for _ in range(16)]
+    model = Foreign(style)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(data, batch_size=8),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        algorithms=[Tread(**ROUTE, **settings)],
+        max_duration='2ba',
+        device_train_microbatch_size=microbatch,
+        device='cpu',
+        seed=1,
+        progress_bar=False,
+    )
+    log = Lengths([model.layers[index] for index in range(6)])
+    trainer.fit()
+    return log.seen, trainer.state.total_loss_dict['loss/train/total']
+
+
+@pytest.mark.parametrize('style', ['loop', 'sequential'])
+@pytest.mark.parametrize('num_tokens', [None, 12])
+def test_a_foreign_model_with_tuple_batches(style, num_tokens):
+    seen, loss = foreign(style, num_tokens=num_tokens)
+    assert seen == [12, 6, 6, 6, 6, 12] * 2
+    seen, other = foreign(style, microbatch=2, num_tokens=num_tokens)
+    assert seen == [12, 6, 6, 6, 6, 12] * 8
+    assert other == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_model_that_indexes_its_blocks_is_an_error_not_a_dense_run():
+    with pytest.raises(RuntimeError, match='never iterated over the routed block list'):
+        foreign('index')
+
+
+def test_state_dict_keys_are_those_of_the_plain_model():
+    model = tiny_model()
+    make_trainer(model, [Tread(**ROUTE)])
+    assert list(model.state_dict()) == [f'denoiser.{key}' for key in tiny_dit().state_dict()]

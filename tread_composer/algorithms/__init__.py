@@ -1,0 +1,1 @@
+"""Our Composer algorithms, one folder each."""

@@ -1,0 +1,184 @@
+"""``EMA``: a float32 average of the weights that survives resume and another number of ranks.
+
+Composer's own EMA names its tensors after the wrapped model. When the wrapping changes between save and load (2 ranks
+to 1, say) it silently trains on from the averaged weights; under FSDP2 it saves one rank's shard as if it were the
+whole. This one keeps plain names and saves full tensors.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, TimeUnit
+from composer.loggers import Logger
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tread_composer.algorithms.schedule import parse_time
+from tread_composer.errors import ResumeError
+
+__all__ = ['EMA']
+
+_WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.')
+
+
+class EMA(Algorithm):
+    """Average the trainable weights: ``average = decay * average + (1 - decay) * weights`` after each batch.
+
+    The average starts as a copy of the weights on ``Event.FIT_START`` (after a checkpoint was loaded), is updated on
+    ``Event.BATCH_END``, and stands in for the weights from ``Event.EVAL_START`` to ``Event.EVAL_END``. A checkpoint
+    holds the raw weights under ``state/model`` and the average in this algorithm's state, as full float32 tensors
+    under the plain parameter names. Buffers and parameters that need no gradient are not averaged.
+
+    Args:
+        decay: Share of the old average that stays at an update; DiT, SiT and TREAD use 0.9999 (half-life of 6931
+            batches), which needs runs much longer than 10,000 batches.
+        update_interval: Batches between two updates, as a time string such as ``'1ba'``; ``decay`` is per update.
+
+    Raises:
+        ValueError: ``decay`` is not in [0, 1), or the interval is not a number of batches.
+    """
+
+    def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f'decay: {decay!r} is not in [0, 1); DiT and TREAD use 0.9999')
+        interval = parse_time(update_interval, 'update_interval')
+        if interval is None or interval.unit != TimeUnit.BATCH or interval.value < 1:
+            raise ValueError(f"update_interval: {update_interval!r} is not a number of batches such as '1ba'")
+        self.decay, self.update_interval = float(decay), update_interval
+        self._every = int(interval.value)
+        self._average: dict[str, Tensor] | None = None
+        self._loaded: dict[str, Tensor] | None = None
+        self._weights: dict[str, Tensor] | None = None  # the raw weights, while the average stands in for them
+
+    def __repr__(self) -> str:
+        """The call that makes an equal ``EMA``."""
+        return f'EMA(decay={self.decay!r}, update_interval={self.update_interval!r})'
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether ``apply`` has something to do at this event."""
+        return event in (Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Start, update, swap in or swap out, according to ``event``."""
+        if event == Event.BATCH_END:
+            if int(state.timestamp.batch) % self._every == 0:
+                self._update(state)
+        elif event == Event.FIT_START:
+            self._start(state)
+        elif event == Event.EVAL_START:
+            self._swap_in(state)
+        else:
+            self._swap_out(state)
+
+    @contextlib.contextmanager
+    def averaged(self, state: State) -> Iterator[None]:
+        """The model holds the averaged weights inside of this context, and its own again behind it."""
+        swapped_already = self._weights is not None
+        if not swapped_already:
+            self._swap_in(state)
+        try:
+            yield
+        finally:
+            if not swapped_already:
+                self._swap_out(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and average, full tensors on the CPU. To be called on all ranks: shards are gathered.
+
+        Raises:
+            RuntimeError: The average stands in for the weights at this moment: what is being saved as the model
+                would not be the model.
+        """
+        if self._weights is not None:
+            raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
+        average = None if self._average is None else {name: _full(tensor) for name, tensor in self._average.items()}
+        return {**super().state_dict(), 'settings': self._settings(), 'average': average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved average; it is laid out like the parameters when training or evaluation starts.
+
+        Raises:
+            ResumeError: It was saved with other settings, or by another algorithm of this name.
+        """
+        if 'average' not in state:
+            raise ResumeError(
+                "EMA: the checkpoint's average is of Composer's own EMA, which this one cannot read. "
+                'Resume with composer_ema, or start a new run from the weights alone (load_weights_only: true).'
+            )
+        if state['settings'] != self._settings():
+            remedy = 'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).'
+            raise ResumeError.from_differences('EMA: the checkpoint', state['settings'], self._settings(), remedy)
+        self._loaded = state['average']
+        self._average = None
+
+    def _settings(self) -> dict[str, Any]:
+        return {'decay': self.decay, 'update_interval': self.update_interval}
+
+    def _start(self, state: State) -> None:
+        if self._average is not None:
+            return
+        parameters = _trainable(state.model)
+        if self._loaded is None:
+            self._average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            return
+        missing, unknown = parameters.keys() - self._loaded.keys(), self._loaded.keys() - parameters.keys()
+        if missing or unknown:
+            raise ResumeError(
+                f'EMA: the checkpoint averages other parameters than the model has. Not in the checkpoint: '
+                f'{sorted(missing)[:5]}; not in the model: {sorted(unknown)[:5]}'
+            )
+        self._average = {name: _laid_out_like(p, self._loaded[name]) for name, p in parameters.items()}
+        self._loaded = None
+
+    @torch.no_grad()
+    def _update(self, state: State) -> None:
+        average = self._started(state)
+        parameters = [parameter.detach().float() for parameter in _trainable(state.model).values()]
+        torch._foreach_lerp_(list(average.values()), parameters, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def _swap_in(self, state: State) -> None:
+        average, parameters = self._started(state), _trainable(state.model)
+        self._weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(average[name])
+
+    @torch.no_grad()
+    def _swap_out(self, state: State) -> None:
+        if self._weights is None:
+            raise RuntimeError('EMA: evaluation ended without having begun; were the events fired out of order?')
+        for name, parameter in _trainable(state.model).items():
+            parameter.copy_(self._weights[name])
+        self._weights = None
+
+    def _started(self, state: State) -> dict[str, Tensor]:
+        self._start(state)
+        assert self._average is not None
+        return self._average
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters under the names that they have in the unwrapped model."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    named = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, '')
+        if parameter.requires_grad:
+            named[name] = parameter
+    return named
+
+
+def _full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    value = value.to(device=parameter.device, dtype=torch.float32)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value.clone()

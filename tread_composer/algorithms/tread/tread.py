@@ -1,0 +1,273 @@
+"""``Tread``: draws a fresh route for every batch and hands it to the model's block list."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from tread_composer.algorithms.schedule import parse_time, reached
+from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
+from tread_composer.errors import ResumeError
+from tread_composer.randomness import KeyedRandom
+from tread_composer.routing import Route, Routing, apply_tread, find_blocks, keep_lowest
+
+__all__ = ['Tread']
+
+
+class Tread(Algorithm):
+    """Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).
+
+    Runs on ``Event.INIT``: routes the model's block list (see ``tread_composer.routing.apply_tread``); parameters and
+    state-dict keys do not change, evaluation is dense. On ``Event.BATCH_START`` it draws the kept tokens of the whole
+    device batch, another set for each sample, keyed by (seed, batch, sample): they are the same after a resume, an
+    out-of-memory retry or with another microbatch size, and the global generators are left alone. In a batch that is
+    a ``dict`` the ids travel as one more entry, removed before the model sees it; beside any other batch they are
+    kept here and cut in the order of the microbatches. A sample is known by its entry ``sample_ids`` if the batch has
+    one, else by its place in the global batch.
+
+    Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
+    ``tread/route_<k>/...`` for each.
+
+    Args:
+        start: First block on the route; negative counts from the end.
+        end: Last block on the route, inclusive. The authors' placement is 2 to -4 for every depth.
+        selection_rate: Share of the tokens that skip the blocks, in [0, 1).
+        routes: Several disjoint routes in order of depth, instead of the three above.
+        start_time: Composer time string from which on tokens are routed; from the beginning if None.
+        end_time: Composer time string from which on routing is off, for example ``'0.92dur'`` (the paper's stage
+            (F)); never if None.
+        blocks: Path of the block list within the Composer model; found if there is only one candidate.
+        tokens: Name of the block's argument with the tokens ``[B, N, ...]``; the first one if None.
+        tokens_out: Position of the tokens in a block's tuple output.
+        token_arguments: Further block arguments ``[B, N, ...]`` that belong to their tokens.
+        num_tokens: N, where the module around the block list has no attribute ``num_tokens``. Learnt in the first
+            forward pass if None, which ``torch.compile(fullgraph=True)`` cannot trace.
+        float32_after: Run the block behind each route in float32, as the authors' code does.
+
+    Raises:
+        ValueError: A setting is wrong in itself; on ``Event.INIT``, one that does not fit the model.
+
+    Example:
+        ``Trainer(model=model, algorithms=[Tread()], ...)``
+    """
+
+    def __init__(
+        self,
+        start: int = 2,
+        end: int = -4,
+        selection_rate: float = 0.5,
+        *,
+        routes: Sequence[Route | Mapping[str, Any]] | None = None,
+        start_time: str | None = None,
+        end_time: str | None = None,
+        blocks: str | None = None,
+        tokens: str | None = None,
+        tokens_out: int | None = None,
+        token_arguments: Sequence[str] = (),
+        num_tokens: int | None = None,
+        float32_after: bool = False,
+    ) -> None:
+        single = Route(start, end, selection_rate)
+        if routes is not None and single != Route():
+            raise ValueError(f'Tread: give either routes or start, end and selection_rate, not both ({routes}, {single})')
+        if routes is not None and not routes:
+            raise ValueError('Tread: routes is empty; leave Tread away to train densely')
+        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
+        self.start_time, self.end_time = start_time, end_time
+        self.blocks, self.tokens, self.tokens_out = blocks, tokens, tokens_out
+        self.token_arguments, self.num_tokens, self.float32_after = tuple(token_arguments), num_tokens, float32_after
+        self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
+        self._routing: Routing | None = None
+        self._resumed = False
+        self._known_tokens = num_tokens
+        self._random: tuple[int, int] = (0, 0)  # seed and batch
+        self._active = False
+        self._rows: list[int] = []
+        self._beside: Tensor | None = None
+        self._offset = 0
+
+    def __repr__(self) -> str:
+        """The call that makes an equal ``Tread``."""
+        text = ', '.join(f'{name}={value!r}' for name, value in self._arguments().items())
+        return f'Tread({text})'
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether ``apply`` has something to do at this event."""
+        return event in _STEPS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do what is due at ``event``."""
+        _STEPS[event](self, state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings. There is nothing else to save: routes are keyed, not drawn from a stream."""
+        return {**super().state_dict(), 'settings': self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the checkpoint's settings with ours.
+
+        Raises:
+            ResumeError: They differ.
+        """
+        saved = state.get('settings')
+        self._resumed = True
+        if saved != self._settings():
+            raise ResumeError.from_differences(
+                'Tread: the checkpoint',
+                saved,
+                self._settings(),
+                'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).',
+            )
+
+    def _init(self, state: State, logger: Logger) -> None:
+        model = state.model
+        self._routing = apply_tread(
+            model,
+            self.routes,
+            blocks=self.blocks,
+            tokens=self.tokens,
+            tokens_out=self.tokens_out,
+            token_arguments=self.token_arguments,
+            float32_after=self.float32_after,
+        )
+        self._routing.disarm()
+        if self.num_tokens is None:
+            path, _ = find_blocks(model, self.blocks)
+            self._known_tokens = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
+
+    def _after_load(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) > 0 and not self._resumed:
+            raise ResumeError(
+                f'Tread: the checkpoint was trained without Tread up to {state.timestamp.batch}, and this run has '
+                f'{self!r}. Take Tread out, or start a new run from the weights alone (load_weights_only: true).'
+            )
+
+    def _batch_start(self, state: State, logger: Logger) -> None:
+        begun = self._start is None or reached(self._start, state)
+        self._active = begun and not (self._end is not None and reached(self._end, state))
+        self._beside = None
+        if not self._active:
+            return
+        batch_size = _first_tensor(state.batch).shape[0]
+        if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:
+            self._rows = state.batch[SAMPLE_IDS].tolist()
+        else:
+            first = dist.get_global_rank() * batch_size
+            self._rows = list(range(first, first + batch_size))
+        self._random = (state.rank_zero_seed, int(state.timestamp.batch))
+        if self._known_tokens is not None:
+            ids = [self._draw(self._rows, k, batch_size, self._known_tokens) for k in range(len(self.routes))]
+            if type(state.batch) is dict:
+                state.batch[KEPT_TOKENS] = torch.cat(ids, dim=1)
+            else:
+                self._beside = torch.cat(ids, dim=1)
+
+    def _before_train_batch(self, state: State, logger: Logger) -> None:
+        self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
+
+    def _before_forward(self, state: State, logger: Logger) -> None:
+        routing = self._attached()
+        if not self._active:
+            return
+        ids = None
+        if type(state.batch) is dict and KEPT_TOKENS in state.batch:
+            ids = state.batch[KEPT_TOKENS]
+            # A new dict: the device batch itself must keep its ids for a second try.
+            state.batch = {key: value for key, value in state.batch.items() if key != KEPT_TOKENS}
+        batch_size = _first_tensor(state.batch).shape[0]
+        here = slice(self._offset, self._offset + batch_size)
+        self._offset += batch_size
+        if self._beside is not None:
+            ids = self._beside[here]
+        if ids is not None:
+            lengths = [route.num_kept(self._known_tokens) for route in self.routes]
+            ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
+        # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
+        routing.arm(ids, num_tokens=self._known_tokens, sampler=functools.partial(self._draw, self._rows[here]))
+
+    def _after_forward(self, state: State, logger: Logger) -> None:
+        if self._active and not self._attached().used:
+            raise RuntimeError(
+                'Tread: the training forward never iterated over the routed block list, so nothing was routed. '
+                'Tread needs a model that says `for block in self.blocks` (or enumerate, zip) or calls an '
+                'nn.Sequential; one that indexes its blocks must be changed, or another list named with blocks=...'
+            )
+
+    def _after_backward(self, state: State, logger: Logger) -> None:
+        # Not earlier: activation checkpointing around the whole list runs it again during backward.
+        self._attached().disarm()
+
+    def _batch_end(self, state: State, logger: Logger) -> None:
+        for k, route in enumerate(self.routes):
+            prefix = 'tread' if len(self.routes) == 1 else f'tread/route_{k}'
+            metrics = {f'{prefix}/selection_rate': route.selection_rate if self._active else 0.0}
+            if self._known_tokens is not None:
+                metrics[f'{prefix}/kept_tokens'] = (
+                    route.num_kept(self._known_tokens) if self._active else self._known_tokens
+                )
+            logger.log_metrics(metrics)
+
+    def _draw(self, rows: Sequence[int], route: int, batch_size: int, num_tokens: int) -> Tensor:
+        """Kept ids ``[batch_size, K]`` on the CPU. ``argsort`` of uniform scores: every subset is equally likely."""
+        if len(rows) != batch_size:
+            raise ValueError(f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}')
+        if self._known_tokens is None:
+            self._known_tokens = num_tokens
+        scores_BN = KeyedRandom(*self._random, rows).uniform(f'tread/{route}', num_tokens)
+        return keep_lowest(scores_BN, self.routes[route].num_kept(num_tokens))
+
+    def _attached(self) -> Routing:
+        if self._routing is None:
+            raise RuntimeError('Tread: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
+        return self._routing
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {'routes': list(self.routes)}
+        for name in ('start_time', 'end_time', 'blocks', 'tokens', 'tokens_out', 'token_arguments', 'num_tokens'):
+            arguments[name] = getattr(self, name)
+        return {**arguments, 'float32_after': self.float32_after}
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides how the model is trained, as plain types: a checkpoint that loads without pickled classes."""
+        return {
+            'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},
+            'start_time': self.start_time,
+            'end_time': self.end_time,
+            'float32_after': self.float32_after,
+        }
+
+
+_STEPS = {
+    Event.INIT: Tread._init,
+    Event.AFTER_LOAD: Tread._after_load,
+    Event.BATCH_START: Tread._batch_start,
+    Event.BEFORE_TRAIN_BATCH: Tread._before_train_batch,
+    Event.BEFORE_FORWARD: Tread._before_forward,
+    Event.AFTER_FORWARD: Tread._after_forward,
+    Event.AFTER_BACKWARD: Tread._after_backward,
+    Event.BATCH_END: Tread._batch_end,
+}
+
+
+def _first_tensor(batch: Any) -> Tensor:
+    """Any tensor of the batch: its first dimension counts the samples."""
+    for leaf in _leaves(batch):
+        return leaf
+    raise ValueError(f'Tread: no tensor in a batch of type {type(batch).__name__}')
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)

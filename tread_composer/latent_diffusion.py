@@ -1,0 +1,220 @@
+"""``LatentDiffusion``: denoiser, objective, autoencoder and sampler joined into a ``ComposerModel``.
+
+It has no mathematics of its own. Shapes: B samples, C channels, H x W latent pixels.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from tread_composer.autoencoders import sample_moments
+from tread_composer.batch import (
+    LABEL_DROPPED,
+    LABELS,
+    NOISE,
+    POSTERIOR_NOISE,
+    RAW_LATENTS,
+    TIME_QUANTILES,
+)
+from tread_composer.protocols import Autoencoder, Objective
+from tread_composer.randomness import KeyedRandom
+from tread_composer.samplers import SAMPLERS, classifier_free
+
+__all__ = ['LatentDiffusion']
+
+_TIME_QUARTERS = 4
+
+
+class LatentDiffusion(ComposerModel):
+    """A latent diffusion model that Composer can train.
+
+    Its batches are dicts (see ``tread_composer.batch``). Noise, times and label dropout must be in them: the callback
+    ``KeyedDraws`` puts them there. ``latents = (raw_latents - latent_shift) * latent_scale``.
+
+    Args:
+        denoiser: The network, ``(x_BCHW, t_B, labels_B) -> prediction``.
+        objective: What it learns (``tread_composer.objectives``).
+        latent_shape: C, H and W of a latent.
+        num_classes: Number of classes; 0 for an unconditional model. The null label is ``num_classes``.
+        label_dropout: Share of training labels replaced by the null label.
+        latent_scale: One number, or one for each channel.
+        latent_shift: Likewise.
+        autoencoder: Turns raw latents into pixels; needed by ``decode`` only.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        objective: Objective,
+        *,
+        latent_shape: Sequence[int],
+        num_classes: int,
+        label_dropout: float = 0.1,
+        latent_scale: float | Sequence[float] = 1.0,
+        latent_shift: float | Sequence[float] = 0.0,
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f'label_dropout: {label_dropout!r} is not in [0, 1)')
+        self.denoiser = denoiser
+        self.objective = objective
+        self.latent_shape = tuple(latent_shape)
+        self.num_classes, self.null_label = num_classes, num_classes
+        self.label_dropout = label_dropout if num_classes else 0.0
+        # Not persistent: a checkpoint of the network alone keeps the keys of the network.
+        self.register_buffer('latent_scale', self._per_channel(latent_scale, 'latent_scale'), persistent=False)
+        self.register_buffer('latent_shift', self._per_channel(latent_shift, 'latent_shift'), persistent=False)
+        self._autoencoder = (autoencoder,)  # in a tuple: its weights are no parameters of this model
+        metrics = {'loss': MeanLoss()}
+        for quarter in range(_TIME_QUARTERS):
+            bounds = quarter / _TIME_QUARTERS, (quarter + 1) / _TIME_QUARTERS
+            metrics[f'loss_time_quarter_{quarter + 1}'] = MeanLoss(*bounds)
+        self._metrics = metrics
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms.
+
+        Raises:
+            ValueError: The batch lacks the draws that the objective needs.
+        """
+        missing = [key for key in (NOISE, TIME_QUANTILES, LABEL_DROPPED) if key not in batch]
+        if missing:
+            raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
+        labels_B = torch.where(batch[LABEL_DROPPED], self.null_label, batch[LABELS])
+        latents_BCHW = self.latents(batch)
+        return self.objective(self.denoiser, latents_BCHW, labels_B, batch[NOISE], batch[TIME_QUANTILES])  # type: ignore[arg-type]
+
+    def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The mean loss; a dict with ``total`` if the objective names further terms, so that Composer logs them."""
+        terms = {name: value.mean() for name, value in outputs.items()}
+        total = terms.pop('loss')
+        return {'total': total, **terms} if terms else total
+
+    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any | None = None) -> dict[str, Tensor]:
+        """Like ``forward``; in evaluation mode a routed model runs densely."""
+        return self.forward(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times."""
+        return {} if is_train else self._metrics  # type: ignore[return-value]
+
+    def update_metric(self, batch: Mapping[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
+        """Add one batch."""
+        metric.update(outputs['loss'], batch[TIME_QUANTILES])
+
+    def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Latents as the denoiser sees them, float32 ``[B, C, H, W]``; samples the posterior of stored moments."""
+        raw = batch[RAW_LATENTS].float()
+        if POSTERIOR_NOISE in batch:
+            raw = sample_moments(raw, batch[POSTERIOR_NOISE])
+        return (raw - self.latent_shift) * self.latent_scale
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        sampler: str = 'heun',
+        num_steps: int = 25,
+        guidance_scale: float = 1.0,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Draw latents, dense, in evaluation mode. Each depends on its own label and seed alone.
+
+        Args:
+            labels: One class each; ``null_label`` samples without a class.
+            seeds: One non-negative seed each.
+            sampler: Name of a sampler (``tread_composer.samplers.SAMPLERS``).
+            num_steps: Its steps.
+            guidance_scale: Classifier-free guidance on all channels; 1 is none.
+            batch_size: Samples in one network call.
+
+        Returns:
+            Latents, float32 ``[len(labels), C, H, W]`` on the model's device.
+
+        Raises:
+            ValueError: Unknown sampler, a label out of range, or lengths that differ.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f'sampler: {sampler!r} is none of {sorted(SAMPLERS)}')
+        if len(labels) != len(seeds):
+            raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
+        wrong = [label for label in labels if not 0 <= label <= self.null_label]
+        if wrong:
+            raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
+        if guidance_scale != 1 and not self.num_classes:
+            raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
+        device, results = self.latent_scale.device, []
+        with _evaluating(self):
+            denoiser = classifier_free(self.denoiser, guidance_scale, self.null_label)
+            times = self.objective.sampling_times(num_steps).to(device)
+            for first in range(0, len(labels), batch_size):
+                chunk = slice(first, first + batch_size)
+                noise = KeyedRandom(0, 0, seeds[chunk]).normal('sampling', *self.latent_shape).to(device)
+                drift = self.objective.drift(denoiser, torch.tensor(labels[chunk], device=device))
+                results.append(SAMPLERS[sampler](drift, self.objective.prior(noise), times).float())
+        return torch.cat(results)
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Pixels ``[B, 1 or 3, H', W']`` in about [-1, 1].
+
+        Raises:
+            ValueError: The model was made without an autoencoder.
+        """
+        (autoencoder,) = self._autoencoder
+        if autoencoder is None:
+            raise ValueError('this LatentDiffusion has no autoencoder, so it cannot decode; give it one')
+        return autoencoder.decode(latents_BCHW / self.latent_scale + self.latent_shift)
+
+    def _per_channel(self, value: float | Sequence[float], name: str) -> Tensor:
+        tensor = torch.as_tensor(value, dtype=torch.float32)
+        if tensor.dim() == 1 and len(tensor) == self.latent_shape[0]:
+            return tensor.view(-1, 1, 1)
+        if tensor.dim() != 0:
+            raise ValueError(f'{name}: give one number or {self.latent_shape[0]}, one for each channel; got {value}')
+        return tensor
+
+
+class MeanLoss(Metric):
+    """Mean of per-sample losses whose time quantile lies in ``[low, high)``; nan where there is none."""
+
+    full_state_update = False
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.add_state('total', torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
+        self.add_state('count', torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
+
+    def update(self, losses_B: Tensor, quantiles_B: Tensor) -> None:
+        """Add the losses of one batch."""
+        inside = (quantiles_B >= self.low) & (quantiles_B < self.high)
+        self.total += losses_B.double()[inside].sum()
+        self.count += inside.sum()
+
+    def compute(self) -> Tensor:
+        """The mean, float32."""
+        return (self.total / self.count).float()
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
