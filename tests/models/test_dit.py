@@ -1,0 +1,383 @@
+"""DiT against the published parameter tables, the FLOP model and a second, slow implementation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tread_composer.models import PRESETS, DiT, DiTBlock, preset, without_sigma
+from tread_composer.models.layers import sincos_positions
+
+SMALL = {'latent_size': 8, 'in_channels': 3, 'patch_size': 2, 'hidden_size': 24, 'depth': 2, 'num_heads': 3}
+
+
+def on_meta(name: str, latent_size: int = 32, learn_sigma: bool = True) -> DiT:
+    with torch.device('meta'):
+        return DiT(latent_size=latent_size, in_channels=4, num_classes=1000, learn_sigma=learn_sigma, **preset(name))
+
+
+def random_dit(num_classes: int = 5, learn_sigma: bool = False, **changes: object) -> DiT:
+    """A small DiT with no zero weight left: a fresh one predicts 0 whatever its blocks do."""
+    model = DiT(**{**SMALL, **changes}, num_classes=num_classes, learn_sigma=learn_sigma)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name != 'pos_embed':
+            parameter.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch_size, 3, 8, 8, generator=generator)
+    return x, torch.linspace(-1.5, 0.9, batch_size), torch.arange(batch_size)
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ('name', 'with_sigma', 'without'),
+    [
+        ('DiT-S/2', 32_963_360, 32_957_200),
+        ('DiT-B/2', 130_512_416, 130_500_112),
+        ('DiT-L/2', 458_102_816, 458_086_416),
+        ('DiT-XL/2', 675_129_632, 675_111_184),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, with_sigma: int, without: int) -> None:
+    assert sum(p.numel() for p in on_meta(name).parameters()) == with_sigma
+    assert sum(p.numel() for p in on_meta(name, learn_sigma=False).parameters()) == without
+
+
+def test_keys_and_shapes_of_xl2_are_those_of_the_published_checkpoint() -> None:
+    expected = {
+        'pos_embed': (1, 256, 1152),
+        'x_embedder.proj.weight': (1152, 4, 2, 2),
+        'x_embedder.proj.bias': (1152,),
+        't_embedder.mlp.0.weight': (1152, 256),
+        't_embedder.mlp.0.bias': (1152,),
+        't_embedder.mlp.2.weight': (1152, 1152),
+        't_embedder.mlp.2.bias': (1152,),
+        'y_embedder.embedding_table.weight': (1001, 1152),
+        'final_layer.linear.weight': (32, 1152),
+        'final_layer.linear.bias': (32,),
+        'final_layer.adaLN_modulation.1.weight': (2304, 1152),
+        'final_layer.adaLN_modulation.1.bias': (2304,),
+    }
+    for i in range(28):
+        for name, rows, columns in (
+            ('attn.qkv', 3456, 1152),
+            ('attn.proj', 1152, 1152),
+            ('mlp.fc1', 4608, 1152),
+            ('mlp.fc2', 1152, 4608),
+            ('adaLN_modulation.1', 6912, 1152),
+        ):
+            expected[f'blocks.{i}.{name}.weight'] = (rows, columns)
+            expected[f'blocks.{i}.{name}.bias'] = (rows,)
+    assert {key: tuple(value.shape) for key, value in on_meta('DiT-XL/2').state_dict().items()} == expected
+
+
+def test_positions_are_saved_and_never_trained() -> None:
+    model = on_meta('DiT-XL/2', latent_size=64)
+    assert model.state_dict()['pos_embed'].shape == (1, 1024, 1152)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ['pos_embed']
+
+
+def test_presets() -> None:
+    assert len(PRESETS) == 12
+    assert preset('DiT-L/8') == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
+    assert on_meta('DiT-B/4').num_tokens == 64
+    preset('DiT-B/4')['depth'] = 1
+    assert preset('DiT-B/4')['depth'] == 12
+    with pytest.raises(ValueError, match='DiT-XL/2'):
+        preset('DiT-XXL/2')
+
+
+# ---- cost
+
+
+@pytest.mark.parametrize(
+    ('name', 'latent_size', 'gmacs'),
+    [
+        ('DiT-S/2', 32, 6.06),
+        ('DiT-B/2', 32, 23.01),
+        ('DiT-L/2', 32, 80.70),
+        ('DiT-XL/2', 32, 118.62),
+        ('DiT-S/2', 64, 31.44),
+        ('DiT-XL/2', 64, 524.54),
+    ],
+)
+def test_forward_cost_is_that_of_the_flop_model(name: str, latent_size: int, gmacs: float) -> None:
+    model = on_meta(name, latent_size)
+    x = torch.empty(1, 4, latent_size, latent_size, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        model(x, torch.empty(1, device='meta'), torch.empty(1, dtype=torch.long, device='meta'))
+    counted = counter.get_total_flops() / 2e9
+    n, d, depth = model.num_tokens, model.hidden_size, model.depth
+    formula = depth * (12 * n * d**2 + 2 * n**2 * d + 6 * d**2) + 2 * d**2 + 256 * d + d**2 + (16 + 32) * n * d
+    assert counted == pytest.approx(formula / 1e9, rel=1e-12)
+    assert counted == pytest.approx(gmacs, rel=5e-4, abs=0.005)  # the table has two decimals
+
+
+# ---- the second implementation
+
+
+def slow_dit(weights: dict[str, Tensor], x: Tensor, t: float, label: int | None, *, p: int, heads: int) -> Tensor:
+    """One sample ``[C, H, W]`` through a DiT, written from the paper with loops; everything in float64."""
+    side = x.shape[1] // p
+    width = weights['x_embedder.proj.bias'].shape[0]
+
+    def linear(name: str, v: Tensor) -> Tensor:
+        return torch.einsum('oi,...i->...o', weights[f'{name}.weight'], v) + weights[f'{name}.bias']
+
+    def silu(v: Tensor) -> Tensor:
+        return v / (1 + torch.exp(-v))
+
+    def norm(v: Tensor) -> Tensor:
+        centred = v - v.mean(-1, keepdim=True)
+        return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
+
+    def gelu(v: Tensor) -> Tensor:
+        return v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+    tokens = []
+    for row in range(side):
+        for column in range(side):
+            patch = x[:, row * p : (row + 1) * p, column * p : (column + 1) * p]
+            token = torch.einsum('dcij,cij->d', weights['x_embedder.proj.weight'], patch)
+            tokens.append(token + weights['x_embedder.proj.bias'] + slow_position(width, row, column))
+    h = torch.stack(tokens)
+
+    frequencies = [10000 ** (-k / 128) for k in range(128)]
+    sinusoid = [math.cos(t * f) for f in frequencies] + [math.sin(t * f) for f in frequencies]
+    c = linear('t_embedder.mlp.2', silu(linear('t_embedder.mlp.0', torch.tensor(sinusoid, dtype=torch.float64))))
+    if label is not None:
+        c = c + weights['y_embedder.embedding_table.weight'][label]
+
+    block = 0
+    while f'blocks.{block}.attn.qkv.weight' in weights:
+        name = f'blocks.{block}'
+        m = linear(f'{name}.adaLN_modulation.1', silu(c)).reshape(6, width)
+        qkv = linear(f'{name}.attn.qkv', norm(h) * (1 + m[1]) + m[0])
+        size = width // heads
+        attended = []
+        for head in range(heads):
+            q, k, v = (qkv[:, part * width + head * size : part * width + (head + 1) * size] for part in range(3))
+            scores = torch.exp(torch.einsum('nd,md->nm', q, k) / math.sqrt(size))
+            attended.append(torch.einsum('nm,md->nd', scores / scores.sum(1, keepdim=True), v))
+        h = h + m[2] * linear(f'{name}.attn.proj', torch.cat(attended, dim=1))
+        inner = gelu(linear(f'{name}.mlp.fc1', norm(h) * (1 + m[4]) + m[3]))
+        h = h + m[5] * linear(f'{name}.mlp.fc2', inner)
+        block += 1
+
+    shift, scale = linear('final_layer.adaLN_modulation.1', silu(c)).reshape(2, width)
+    patches = linear('final_layer.linear', norm(h) * (1 + scale) + shift)
+    channels = patches.shape[1] // p**2
+    out = torch.zeros(channels, side * p, side * p, dtype=torch.float64)
+    for n in range(side**2):
+        for i in range(p):
+            for j in range(p):
+                for channel in range(channels):
+                    value = patches[n, (i * p + j) * channels + channel]
+                    out[channel, n // side * p + i, n % side * p + j] = value
+    return out
+
+
+def slow_position(width: int, row: int, column: int) -> Tensor:
+    quarter = width // 4
+    parts = []
+    for coordinate in (column, row):
+        angles = [coordinate / 10000 ** (k / quarter) for k in range(quarter)]
+        parts += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    return torch.tensor(parts, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ('num_classes', 'learn_sigma', 'patch_size', 'num_heads'), [(5, True, 2, 3), (5, False, 4, 2), (0, False, 2, 6)]
+)
+def test_output_equals_a_slow_second_implementation(
+    num_classes: int, learn_sigma: bool, patch_size: int, num_heads: int
+) -> None:
+    model = random_dit(num_classes, learn_sigma, patch_size=patch_size, num_heads=num_heads).double()
+    weights = {key: value.detach() for key, value in model.state_dict().items()}
+    x, t, labels = inputs()
+    with torch.no_grad():
+        out = model(x, t, labels)
+    assert out.shape == (3, 6 if learn_sigma else 3, 8, 8)
+    for i in range(3):
+        label = int(labels[i]) if num_classes else None
+        slow = slow_dit(weights, x[i].double(), float(t[i]), label, p=patch_size, heads=num_heads)
+        assert slow.std() > 0.3
+        torch.testing.assert_close(out[i], slow, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_equal_a_loop() -> None:
+    positions = sincos_positions(width=24, grid_size=5)
+    slow = torch.stack([slow_position(24, row, column) for row in range(5) for column in range(5)])
+    assert positions.dtype == torch.float32
+    torch.testing.assert_close(positions, slow.float(), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match='divisible by 4'):
+        sincos_positions(width=6, grid_size=2)
+
+
+# ---- initial values
+
+
+def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity() -> None:
+    torch.manual_seed(0)
+    model = DiT(**SMALL, num_classes=5)
+    assert torch.equal(model(*inputs()), torch.zeros(3, 3, 8, 8))
+    tokens, condition = torch.randn(2, 16, 24), torch.randn(2, 24)
+    assert torch.equal(model.blocks[1](tokens, condition), tokens)
+
+
+def test_initial_weights_have_the_published_spread() -> None:
+    torch.manual_seed(0)
+    model = DiT(latent_size=8, in_channels=4, num_classes=500, hidden_size=128, depth=1, num_heads=2)
+    weights = model.state_dict()
+    for name in ('y_embedder.embedding_table.weight', 't_embedder.mlp.0.weight', 't_embedder.mlp.2.weight'):
+        assert weights[name].std() == pytest.approx(0.02, rel=0.03)
+    for name in ('blocks.0.attn.qkv.weight', 'blocks.0.mlp.fc2.weight', 'x_embedder.proj.weight'):
+        rows, columns = weights[name].flatten(1).shape
+        bound = math.sqrt(6 / (rows + columns))
+        assert weights[name].std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert weights[name].abs().max() <= bound
+    assert all(not value.any() for name, value in weights.items() if name.endswith('.bias'))
+
+
+# ---- behaviour
+
+
+def test_state_dict_round_trip() -> None:
+    model, other = random_dit(), DiT(**SMALL, num_classes=5)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other(*inputs()), model(*inputs()))
+
+
+def test_without_sigma_keeps_the_first_channels() -> None:
+    full = random_dit(learn_sigma=True)
+    half = DiT(**SMALL, num_classes=5, learn_sigma=False)
+    weights = full.state_dict()
+    half.load_state_dict(without_sigma(weights, in_channels=3, patch_size=2), strict=True)
+    torch.testing.assert_close(half(*inputs()), full(*inputs())[:, :3])
+    assert weights['final_layer.linear.bias'].shape == (24,)  # the dict that was passed in is left as it was
+
+
+def test_without_sigma_refuses_other_heads() -> None:
+    with pytest.raises(ValueError, match='12 rows; a head with variance has 24'):
+        without_sigma(random_dit(learn_sigma=False).state_dict(), in_channels=3, patch_size=2)
+    with pytest.raises(ValueError, match='final_layer'):
+        without_sigma({}, in_channels=3, patch_size=2)
+
+
+def test_labels_and_times_change_the_output() -> None:
+    model = random_dit()
+    x, t, labels = inputs()
+    out = model(x, t, labels)
+    assert not torch.allclose(model(x, t, labels + 1)[0], out[0], atol=1e-3)
+    assert not torch.allclose(model(x, t + 0.5, labels)[0], out[0], atol=1e-3)
+    assert model.null_label == 5
+    assert model(x, t, torch.full((3,), 5)).isfinite().all()
+
+
+@pytest.mark.parametrize('label', [6, -1])
+def test_a_label_outside_of_the_table_is_refused(label: int) -> None:
+    x, t, _ = inputs()
+    with pytest.raises(IndexError):
+        random_dit()(x, t, torch.full((3,), label))
+
+
+def test_unconditional_ignores_labels() -> None:
+    model = random_dit(num_classes=0)
+    x, t, labels = inputs()
+    assert not any(key.startswith('y_embedder') for key in model.state_dict())
+    assert torch.equal(model(x, t, labels), model(x, t, labels + 900))
+    assert torch.equal(model(x, t), model(x, t, labels))
+
+
+def test_missing_labels_and_other_shapes_are_refused() -> None:
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match='null label 5'):
+        random_dit()(x, t)
+    with pytest.raises(ValueError, match=r'\[B, 3, 8, 8\], got \[3, 3, 4, 8\]'):
+        random_dit()(x[:, :, :4], t, labels)
+    with pytest.raises(ValueError, match=r'\[B, 3, 8, 8\]'):
+        random_dit()(x[:, :2], t, labels)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'num_heads': 5}, 'num_heads=5'),
+        ({'latent_size': 9}, 'latent_size=9'),
+        ({'hidden_size': 30}, 'hidden_size=30 is not divisible by 4'),
+        ({'depth': 0}, 'depth=0'),
+        ({'patch_size': 0}, 'patch_size=0'),
+        ({'in_channels': 0}, 'in_channels=0'),
+        ({'mlp_ratio': 0.0}, 'mlp_ratio=0.0'),
+        ({'num_classes': -1}, 'num_classes=-1'),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiT(**{**SMALL, 'num_classes': 5, **changes})  # type: ignore[arg-type]
+
+
+def test_attributes() -> None:
+    model = random_dit()
+    assert (model.num_tokens, model.in_channels, model.latent_size, model.num_classes) == (16, 3, 8, 5)
+    assert (model.patch_size, model.depth, model.hidden_size) == (2, 2, 24)
+
+
+def test_composer_is_told_to_wrap_the_blocks_and_nothing_else() -> None:
+    model = random_dit()
+    blocks = [module for module in model.modules() if isinstance(module, DiTBlock)]
+    assert [module for module in model.modules() if model.fsdp_wrap_fn(module)] == blocks
+    assert [module for module in model.modules() if model.activation_checkpointing_fn(module)] == blocks
+    assert len(blocks) == 2
+
+
+def test_blocks_take_sequences_of_any_length() -> None:
+    block = random_dit().blocks[0]
+    assert block(torch.randn(2, 7, 24), torch.randn(2, 24)).shape == (2, 7, 24)
+
+
+# ---- precision
+
+
+def test_bfloat16_autocast_runs_forward_and_backward() -> None:
+    model = random_dit()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = model(*inputs())
+        loss = out.float().square().mean()
+    loss.backward()
+    torch.testing.assert_close(out.float(), model(*inputs()), rtol=0.1, atol=0.3)
+    assert out.dtype == torch.bfloat16
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert missing == []
+
+
+def test_bfloat16_weights_run_on_float32_inputs() -> None:
+    out = random_dit().bfloat16()(*inputs())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), random_dit()(*inputs()), rtol=0.1, atol=0.3)
+
+
+def test_times_that_bfloat16_would_merge_stay_apart() -> None:
+    times = torch.tensor([0.9, 0.899])
+    assert times[0].bfloat16() == times[1].bfloat16()
+    x, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+    for model, autocast in ((random_dit().bfloat16(), False), (random_dit(), True)):
+        seen: list[Tensor] = []
+        model.t_embedder.mlp[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            model(x, times, labels)
+        assert not torch.equal(*seen[0])
+
+
+def test_fullgraph_export_has_no_data_dependent_branch() -> None:
+    # A look at a label's value would make the step wait for the device; a traced graph shows that there is none.
+    program = torch.export.export(random_dit(), inputs())
+    torch.testing.assert_close(program.module()(*inputs()), random_dit()(*inputs()))

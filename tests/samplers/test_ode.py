@@ -1,0 +1,158 @@
+"""Sampling, on data whose differential equation can be solved by hand: pixels that are all N(mean, std^2)."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tread_composer.objectives import EDM, FlowMatching
+from tread_composer.protocols import Objective
+from tread_composer.samplers import SAMPLERS, euler, heun
+
+MEAN, STD = 0.4, 0.7
+
+
+class GaussianVelocity(nn.Module):
+    """The perfect flow-matching denoiser for Gaussian data: ``E[noise - x | x_t]``."""
+
+    num_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        assert x.dtype == t.dtype == torch.float32
+        x, t = x.double(), t.double().view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * STD**2 + t**2
+        return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
+
+
+class GaussianEDM(nn.Module):
+    """The perfect EDM network for Gaussian data, behind the preconditioning with ``sigma_data`` 0.5."""
+
+    num_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        assert x.dtype == c_noise.dtype == torch.float32
+        sigma = torch.exp(4 * c_noise.double()).view(-1, 1, 1, 1)
+        root = torch.sqrt(sigma**2 + 0.25)
+        noisy = x.double() * root
+        denoised = (MEAN * sigma**2 + STD**2 * noisy) / (sigma**2 + STD**2)
+        return (denoised - 0.25 / root**2 * noisy) / (sigma * 0.5 / root)
+
+
+CASES = {'flow_matching': (FlowMatching(), GaussianVelocity), 'edm': (EDM(), GaussianEDM)}
+LABELS = torch.zeros(3, dtype=torch.long)
+
+
+def solution(name: str, start: Tensor) -> Tensor:
+    """Where the exact equation ends: x keeps its place within the Gaussian, whose mean and spread move."""
+    if name == 'flow_matching':
+        return MEAN + STD * start
+    return MEAN + (start - MEAN) * STD / math.sqrt(STD**2 + 80.0**2)
+
+
+def noise() -> Tensor:
+    return torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(2))
+
+
+def error(name: str, sampler: str, num_steps: int) -> float:
+    objective, network = CASES[name]
+    start = objective.prior(noise())
+    end = SAMPLERS[sampler](objective.drift(network(), LABELS), start, objective.sampling_times(num_steps))
+    assert end.dtype == torch.float64
+    return float((end - solution(name, start)).abs().max())
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(('sampler', 'order'), [('euler', 1), ('heun', 2)])
+def test_convergence_to_the_exact_solution_has_the_sampler_s_order(name: str, sampler: str, order: int) -> None:
+    errors = [error(name, sampler, num_steps) for num_steps in (20, 40, 80)]
+    orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert errors[-1] < {1: 0.05, 2: 0.002}[order]
+    assert orders == pytest.approx([order, order], abs=0.35)
+
+
+def test_samples_of_gaussian_data_have_its_mean_and_spread() -> None:
+    for objective, network in CASES.values():
+        start = objective.prior(torch.randn(3, 8, 64, 64, generator=torch.Generator().manual_seed(4)))
+        samples = heun(objective.drift(network(), LABELS), start, objective.sampling_times(40))
+        assert samples.mean() == pytest.approx(MEAN, abs=0.01)
+        assert samples.std() == pytest.approx(STD, abs=0.01)
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(('sampler', 'calls'), [('euler', 40), ('heun', 79)])
+def test_forty_steps_make_the_published_number_of_calls(name: str, sampler: str, calls: int) -> None:
+    objective, network = CASES[name]
+    denoiser = network()
+    SAMPLERS[sampler](objective.drift(denoiser, LABELS), objective.prior(noise()), objective.sampling_times(40))
+    assert denoiser.calls == calls
+
+
+def test_heun_is_second_order_where_the_last_time_is_not_zero() -> None:
+    times = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    out = heun(lambda x, time: x * time, torch.ones(1, 1, 1, 1), times)
+    # slope 1 at time 1, ahead 0.5, slope 0.25 there: 1 - 0.5 * (1 + 0.25) / 2
+    assert out.item() == 0.6875
+
+
+@pytest.mark.parametrize('sampler', [euler, heun])
+def test_one_step_to_zero_is_an_euler_step(sampler: object) -> None:
+    times = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    assert SAMPLERS[sampler.__name__] is sampler  # type: ignore[attr-defined]
+    assert sampler(lambda x, time: 3 * x * time, torch.ones(1), times).item() == -11.0  # type: ignore[operator]
+
+
+def test_edm_times_are_karras_sigmas_then_zero() -> None:
+    times = EDM().sampling_times(18)
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    torch.testing.assert_close(times, torch.tensor([*expected, 0.0], dtype=torch.float64), rtol=1e-10, atol=0)
+    assert times.dtype == torch.float64
+    torch.testing.assert_close(EDM().sampling_times(1), torch.tensor([80.0, 0.0], dtype=torch.float64))
+
+
+def test_flow_matching_times_are_equidistant_from_noise_to_data() -> None:
+    times = FlowMatching().sampling_times(4)
+    assert times.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert times.dtype == torch.float64
+
+
+@pytest.mark.parametrize('objective', [FlowMatching(), EDM()])
+def test_sampling_without_steps_is_refused(objective: Objective) -> None:
+    with pytest.raises(ValueError, match='num_steps=0'):
+        objective.sampling_times(0)
+
+
+def test_priors() -> None:
+    assert torch.equal(FlowMatching().prior(noise()), noise().double())
+    assert torch.equal(EDM(sigma_max=10.0).prior(noise()), 10 * noise().double())
+    assert FlowMatching().prior(noise()).dtype == EDM().prior(noise()).dtype == torch.float64
+
+
+def test_labels_reach_the_denoiser_in_sampling() -> None:
+    class LabelEcho(nn.Module):
+        num_tokens = 1
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return labels.view(-1, 1, 1, 1).expand_as(x).bfloat16()
+
+    drift = FlowMatching().drift(LabelEcho(), torch.tensor([1, 2, 3]))
+    velocity = drift(noise().double(), torch.tensor(0.5, dtype=torch.float64))
+    assert velocity.dtype == torch.float64
+    assert velocity[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sampling_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    error('edm', 'heun', 3)
+    assert torch.equal(torch.get_rng_state(), before)

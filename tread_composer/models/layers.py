@@ -1,0 +1,120 @@
+"""The small parts of a DiT, with the parameter names of the published checkpoints.
+
+Shapes: B samples, C channels, H x W latent pixels, N tokens, D width, T width of the timestep's sinusoid.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['Attention', 'LabelEmbedder', 'Mlp', 'PatchEmbed', 'TimestepEmbedder', 'modulate', 'sincos_positions']
+
+_MAX_PERIOD = 10000.0
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift`` with one shift and scale per sample: ``[B, N, D]`` (DiT, section 3.2, adaLN)."""
+    return x_BND * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+
+
+def sincos_positions(width: int, grid_size: int) -> Tensor:
+    """Fixed 2D sin-cos positions of a square grid in raster order: float32 ``[grid_size**2, width]``.
+
+    The first half of the width encodes the column, the second half the row; within a half, sines before cosines. The
+    official code calls the first half "h", but its grid holds the w coordinate there: checkpoints depend on it.
+    Computed in float64, as the official code does, and rounded once.
+
+    Raises:
+        ValueError: ``width`` cannot be split into sines and cosines of two coordinates.
+    """
+    if width % 4:
+        raise ValueError(f'width {width} is not divisible by 4, which sines and cosines of two coordinates need')
+    quarter = width // 4
+    omega = _MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+class PatchEmbed(nn.Module):
+    """Latents ``[B, C, H, W]`` to one token per patch ``[B, N, D]``, in raster order."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """See the class."""
+        # Without autocast a convolution refuses an input of another dtype than its weights (a model in bfloat16).
+        x_BDhw = self.proj(x_BCHW.to(self.proj.weight.dtype))
+        return x_BDhw.flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times ``[B]`` to vectors ``[B, D]``: a sinusoid of 256 numbers (cosines first), then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, sinusoid_size: int = 256) -> None:
+        super().__init__()
+        self.sinusoid_size = sinusoid_size
+        self.mlp = nn.Sequential(
+            nn.Linear(sinusoid_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """See the class."""
+        # bfloat16 has 8 bits: it would merge neighbouring times before the network could tell them apart.
+        half = self.sinusoid_size // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+        angles = t_B.float().unsqueeze(1) * torch.exp(-math.log(_MAX_PERIOD) * exponents)
+        sinusoid_BT = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(sinusoid_BT.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids ``[B]`` to vectors ``[B, D]``; the table's last row, ``num_classes``, is the null label's.
+
+    An id outside of ``0 .. num_classes`` is refused by the table look-up itself, which needs no wait for the device:
+    IndexError on the CPU, a device-side assertion on a GPU.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        """See the class."""
+        return self.embedding_table(labels_B)
+
+
+class Attention(nn.Module):
+    """Self-attention ``[B, N, D] -> [B, N, D]``; the rows of ``qkv`` are q, then k, then v, each split into heads."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """See the class."""
+        q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D / heads]
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them: ``[B, N, D] -> [B, N, D]``."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """See the class."""
+        return self.fc2(nn.functional.gelu(self.fc1(x_BND), approximate='tanh'))

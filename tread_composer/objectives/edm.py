@@ -1,0 +1,103 @@
+"""EDM (Karras et al. 2022, arXiv 2206.00364): a preconditioned denoiser, and the sigma schedule to sample it with.
+
+The time of its sampling equation is the noise level sigma itself: 0 is data, ``sigma_max`` is noise.
+
+Shapes: B samples, C channels, H x W latent pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tread_composer.objectives.prediction import predict, squared_error
+from tread_composer.protocols import Denoiser, Drift
+
+__all__ = ['EDM']
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Learn to denoise ``x + sigma noise`` (Table 1 of the paper, column "Ours").
+
+    Args:
+        P_mean: Mean of ``ln(sigma)`` in training.
+        P_std: Standard deviation of ``ln(sigma)`` in training.
+        sigma_data: The data's standard deviation as the preconditioning assumes it. TREAD and MaskDiT keep 0.5 for
+            SD-VAE latents, whose standard deviation is about 0.82 after the usual scaling.
+        sigma_min: Lowest noise level of sampling before 0.
+        sigma_max: Highest noise level of sampling.
+        rho: Bends the sampling schedule; higher puts more steps at low noise.
+
+    Raises:
+        ValueError: A setting is not positive, or ``sigma_min`` is not below ``sigma_max``.
+    """
+
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name in ('P_std', 'sigma_data', 'sigma_min', 'rho'):
+            if not getattr(self, name) > 0:
+                raise ValueError(f'EDM: {name}={getattr(self, name)} must be positive')
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f'EDM: sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}')
+
+    def __call__(
+        self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
+    ) -> dict[str, Tensor]:
+        """Weighted squared error of the denoised latents per sample, ``{'loss': [B]}`` in float32.
+
+        See ``protocols.Objective``. The weight makes the effective weight on the network's own output 1 (appendix B.6).
+        """
+        x = latents_BCHW.float()
+        sigma_B = torch.exp(self.P_mean + self.P_std * torch.special.ndtri(quantiles_B.float()))
+        noisy = x + sigma_B.view(-1, 1, 1, 1) * noise_BCHW.float()
+        weight_B = (sigma_B**2 + self.sigma_data**2) / (sigma_B * self.sigma_data) ** 2
+        return {'loss': weight_B * squared_error(self.denoise(denoiser, noisy, sigma_B, labels_B), x)}
+
+    def denoise(self, denoiser: Denoiser, x_BCHW: Tensor, sigma_B: Tensor, labels_B: Tensor) -> Tensor:
+        """The denoised latents ``D(x; sigma)``, in the dtype of ``x`` (eq. 7; coefficients of Table 1).
+
+        Args:
+            denoiser: The network F; it runs on float32 and is told ``ln(sigma) / 4``.
+            x_BCHW: Noisy latents.
+            sigma_B: Their noise levels, in the dtype of ``x``.
+            labels_B: Class ids.
+        """
+        variance_B = sigma_B**2 + self.sigma_data**2
+        c_skip = (self.sigma_data**2 / variance_B).view(-1, 1, 1, 1)
+        c_out = (sigma_B * self.sigma_data / variance_B.sqrt()).view(-1, 1, 1, 1)
+        c_in = variance_B.rsqrt().view(-1, 1, 1, 1)
+        c_noise_B = sigma_B.log() / 4
+        return c_skip * x_BCHW + c_out * predict(denoiser, c_in * x_BCHW, c_noise_B, labels_B).to(x_BCHW.dtype)
+
+    def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
+        """``dx/dsigma = (x - D(x; sigma)) / sigma`` in float64 (eq. 3 with eq. 4)."""
+
+        def slope(x_BCHW: Tensor, time: Tensor) -> Tensor:
+            sigma = time.to(x_BCHW.device)
+            return (x_BCHW - self.denoise(denoiser, x_BCHW, sigma.expand(x_BCHW.shape[0]), labels_B)) / sigma
+
+        return slope
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        """``num_steps`` noise levels from ``sigma_max`` to ``sigma_min``, then 0, float64 (eq. 5).
+
+        Raises:
+            ValueError: ``num_steps`` is below 1.
+        """
+        if num_steps < 1:
+            raise ValueError(f'num_steps={num_steps}: sampling takes at least 1 step')
+        ramp = torch.linspace(0.0, 1.0, num_steps, dtype=torch.float64)  # one step: sigma_max, then 0
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return torch.cat([(high + ramp * (low - high)) ** self.rho, ramp.new_zeros(1)])
+
+    def prior(self, noise_BCHW: Tensor) -> Tensor:
+        """At ``sigma_max`` the data is negligible: ``sigma_max * noise``, float64."""
+        return noise_BCHW.double() * self.sigma_max

@@ -1,0 +1,34 @@
+"""The one place where objectives call a denoiser: float32 on both sides of it, and a refused channel mismatch.
+
+Shapes: B samples, C channels, H x W latent pixels.
+"""
+
+from torch import Tensor
+
+from tread_composer.protocols import Denoiser
+
+__all__ = ['predict', 'squared_error']
+
+
+def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
+    """``denoiser(x, t, labels)`` with ``x``, ``t`` and the result in float32.
+
+    What happens inside is the denoiser's (autocast, bfloat16 weights); a loss or an integration step computed in
+    bfloat16 would lose what it measures.
+
+    Raises:
+        ValueError: The prediction's shape is not that of ``x``.
+    """
+    out = denoiser(x_BCHW.float(), t_B.float(), labels_B)
+    if out.shape != x_BCHW.shape:
+        raise ValueError(
+            f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; this objective wants one output '
+            'channel for each channel of the latents: set `learn_sigma: false` in the model (weights that have the '
+            'variance channels: tread_composer.models.without_sigma)'
+        )
+    return out.float()
+
+
+def squared_error(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+    """Mean squared difference of each sample: ``[B]``."""
+    return (a_BCHW - b_BCHW).square().flatten(1).mean(dim=1)
