@@ -1,0 +1,164 @@
+"""Text to tree: inheritance, overrides, interpolation, and who wrote what."""
+
+import pytest
+
+from tread_composer.config import load_config
+from tread_composer.config.document import dump_yaml, read_document
+from tread_composer.config.errors import ConfigError
+
+
+def test_child_is_laid_over_its_bases(base, write):
+    write('middle.yaml', 'extends: base.yaml\noptimizer: {lr: 0.5}\nseed: 3\n')
+    leaf = write('leaf.yaml', 'extends: middle.yaml\nseed: 4\nalgorithms: {tread: null}\n')
+    config = load_config(leaf)
+    assert (config.seed, config.optimizer.name, config.optimizer.kwargs) == (4, 'adamw', {'lr': 0.5})
+    assert config.algorithms == {}
+    assert list(config.callbacks) == ['speed_monitor']
+
+
+def test_base_is_found_beside_the_file(base, write, tmp_path):
+    (tmp_path / 'inner').mkdir()
+    assert load_config(write('inner/child.yaml', 'extends: ../base.yaml\nseed: 5\n')).seed == 5
+
+
+def test_another_name_starts_afresh(base, write):
+    child = write('child.yaml', 'extends: base.yaml\noptimizer: {name: sgd, lr: 0.1}\nobjective: {name: edm}\n')
+    config = load_config(child, ['optimizer={name: adam, lr: 2e-3}'])
+    assert config.optimizer.kwargs == {'lr': 2e-3}
+    assert config.objective.sigma_data == 0.5
+
+
+def test_circle_and_missing_base_are_refused(base, write, message):
+    write('a.yaml', 'extends: b.yaml\n')
+    b = write('b.yaml', 'extends: a.yaml\n')
+    assert 'goes round in circles' in message(path=b)
+    assert message(path=write('c.yaml', 'extends: none.yaml\n')).startswith(
+        'c.yaml: extends: none.yaml: there is no such'
+    )
+    assert 'there is no such file' in message(path='none.yaml')
+
+
+def test_null_with_nothing_to_remove_is_refused(write, message):
+    child = write('child.yaml', 'extends: base.yaml\ncallbacks: {lr_monitor: }\n')
+    assert 'child.yaml: callbacks.lr_monitor: null removes an inherited entry' in message(path=child)
+
+
+def test_messages_name_the_file_of_the_value(base, write, message):
+    base.write_text(base.read_text() + 'sed: 1\nlabel_dropout: high\n')
+    child = write('child.yaml', 'extends: base.yaml\nmodel: {depht: 3}\n')
+    lines = message('optimizer.lrr=1', path=child).splitlines()
+    starts = [line.split(': ')[:2] for line in lines if not line.startswith('Known')]
+    assert starts == [
+        ['base.yaml', 'label_dropout'],
+        ['child.yaml', 'model.depht'],
+        ['command line', 'optimizer.lrr'],
+        ['base.yaml', 'sed'],
+    ]
+
+
+@pytest.mark.parametrize(
+    ('override', 'expected'),
+    [
+        ('optimizer.lr=1e-4', 1e-4),
+        ('optimizer.lr=1.0e-4', 1e-4),
+        ('optimizer.lr=.5', 0.5),
+        ('optimizer.lr=1', 1.0),
+    ],
+)
+def test_numbers(base, override, expected):
+    lr = load_config(base, [override]).optimizer.kwargs['lr']
+    assert lr == expected
+    assert type(lr) is float
+
+
+def test_override_forms(base):
+    overrides = [
+        'save_folder=runs/${run_name}',
+        'optimizer.betas=[0.8, 0.9]',
+        'callbacks.lr_monitor={}',
+        'algorithms.tread=null',
+        'latent_scale=[1, 2.5]',
+        'latent_scale.1=3',
+    ]
+    config = load_config(base, overrides)
+    assert config.save_folder == 'runs/small'
+    assert config.optimizer.kwargs['betas'] == [0.8, 0.9]
+    assert set(config.callbacks) == {'speed_monitor', 'lr_monitor'}
+    assert config.algorithms == {}
+    assert config.latent_scale == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ('override', 'part'),
+    [
+        ('seed', 'is not of the form key=value'),
+        ('--seed=3', 'is not of the form key=value'),
+        ('seed=', 'has no value; write seed=null'),
+        ('seed.deep=3', "seed is 17, which holds no 'deep'"),
+        ('optimizer.betas.7=3', "is a list of 2; '7' is not a position"),
+        ('data={local', 'the value is not YAML'),
+        ('extends=other.yaml', 'can only be written in a file'),
+    ],
+)
+def test_wrong_overrides(base, override, part, message):
+    base.write_text(base.read_text() + 'seed: 17\n')
+    text = message('optimizer.betas=[0.1, 0.2]', override)
+    assert text.startswith(f'command line: {override}: ')
+    assert part in text
+
+
+@pytest.mark.parametrize(
+    ('text', 'part'),
+    [
+        ('seed: 1\nseed: 2\n', "line 2, column 1: the key 'seed' is written twice"),
+        ('model: {depth: 1, depth: 2}\n', "the key 'depth' is written twice"),
+        ('1: 2\n', 'the key 1 is not text'),
+        ('a: [1\n', 'line 2, column 1'),
+        ('- 1\n', 'holds a list'),
+        ('a: &a {b: *a}\n', 'contains itself'),
+        ('a: {b: ${c}}\n', 'in quotes'),
+    ],
+)
+def test_broken_files(text, part, write, message):
+    text = message(path=write('broken.yaml', text))
+    assert text.startswith('broken.yaml: ')
+    assert part in text
+    assert 'Traceback' not in text
+
+
+def test_interpolation(base, write, message, monkeypatch):
+    monkeypatch.setenv('TREAD_TEST_SEED', '7')
+    monkeypatch.delenv('TREAD_TEST_NONE', raising=False)
+    overrides = ['seed=${oc.decode:${oc.env:TREAD_TEST_SEED}}', 'run_name=${oc.env:TREAD_TEST_NONE,dflt}']
+    config = load_config(base, overrides)
+    assert (config.seed, config.run_name) == (7, 'dflt')
+    assert "'7' is not a whole number; write it without quotes" in message('seed=${oc.env:TREAD_TEST_SEED}')
+    assert "command line: run_name: '${sed}'" in message('run_name=${sed}')
+    assert "'TREAD_TEST_NONE' not found; set it" in message('run_name=${oc.env:TREAD_TEST_NONE}')
+    assert 'is not an interpolation' in message('run_name=${')
+    assert 'command line: run_name' in message('run_name=???')
+
+
+def test_dump_reads_back_awkward_text(write):
+    tree = {
+        'a': '1e-4',
+        'b': 'yes',
+        'c': '12',
+        'd': 'null',
+        'e': '1:30',
+        'f': 'x${y}',
+        'g': 1e-5,
+        'h': '',
+        'i': '1_000',
+    }
+    assert read_document(write('dump.yaml', dump_yaml(tree))).data == tree
+
+
+def test_yaml_1_1_surprises_stay_text(write):
+    document = read_document(write('plain.yaml', 'a: on\nb: 1:30\nc: 010\nd: 2024-01-01\n'))
+    assert document.data == {'a': 'on', 'b': '1:30', 'c': '010', 'd': '2024-01-01'}
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match='cannot be read'):
+        read_document(tmp_path)

@@ -1,0 +1,178 @@
+"""What the typed tree refuses, and in which words."""
+
+import inspect
+
+import composer
+import pytest
+import torch
+
+from tread_composer.config import check_files, check_machine, json_schema, load_config
+from tread_composer.config.errors import ConfigError
+from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
+
+
+@pytest.mark.parametrize(
+    ('override', 'meant'),
+    [
+        ('sed=1', 'seed'),
+        ('max_durations=1ep', 'max_duration'),
+        ('model.dept=1', 'depth'),
+        ('data.locals=x', 'local'),
+        ('objective.time_distribution.meen=1', 'mean'),
+        ('algorithms.tread.selction_rate=0.5', 'selection_rate'),
+        ('algorithms.tread={routes: [{strat: 2}]}', 'start'),
+        ('callbacks.speed_monitor.window_sice=1', 'window_size'),
+        ('callbacks.speedmonitor={}', 'speed_monitor'),
+        ('loggers.wandb={}', 'wandb_logger'),
+        ('optimizer.weight_decoy=1', 'weight_decay'),
+        ('optimizer.name=adamW', 'adamw'),
+        ('parallelism_config={fsdp: {shardingstrategy: X}}', 'sharding_strategy'),
+    ],
+)
+def test_misspelt(override, meant, message):
+    text = message(override)
+    assert text.startswith('command line: ')
+    assert f"Did you mean '{meant}'?\nKnown here: " in text
+    assert meant in text.split('Known here: ')[1].split(', ')
+
+
+def test_message_form(message):
+    expected = (
+        "command line: algorithms.tread.selction_rate: unknown setting. Did you mean 'selection_rate'?\n"
+        'Known here: start, end, selection_rate, '
+    )
+    assert message('algorithms.tread.selction_rate=0.5').startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ('override', 'part'),
+    [
+        ('seed="17"', "seed: '17' is not a whole number; write it without quotes"),
+        ('seed=1.0', 'seed: 1.0 is not a whole number'),
+        ('seed=true', 'seed: true is not a whole number'),
+        ('seed=-1', 'seed: -1 is not greater than or equal to 0'),
+        ('compile=yes', "compile: 'yes' is not true or false; write true or false"),
+        ('run_name=12', 'run_name: 12 is not text; write it in quotes'),
+        ('label_dropout=1.5', 'label_dropout: 1.5 is not less than or equal to 1'),
+        ('label_dropout=.nan', 'is not a finite number'),
+        ('latent_scale=[1, x]', "latent_scale.1: 'x' is not a number"),
+        ('latent_scale=-1', 'latent_scale: -1.0 must be positive'),
+        ('model=dit', "model: 'dit' is not a mapping"),
+        ('model.preset=DiT-XXL/2', "model.preset: 'DiT-XXL/2' is not one of 'DiT-S/2', "),
+        ('model.preset=DiT-B/2', 'model.depth: 8: the preset'),
+        ('model.depth=null', 'model.depth: is missing'),
+        ('model.hidden_size=30', 'model.hidden_size: 30 does not divide among 4 heads'),
+        ('model.learn_sigma=true', 'model.learn_sigma: true adds output channels'),
+        ('objective={name: ddpm}', "objective.name: 'ddpm' is unknown."),
+        ('objective={sigma_data: 0.5}', "objective.sigma_data: belongs to 'edm', not to 'flow_matching'"),
+        ('objective={name: edm, sigma_min: 9, sigma_max: 3}', 'objective: sigma_min=9.0 must be below sigma_max=3.0'),
+        ('data={name: latents, local: x, cache_limit: 3gb}', 'data.cache_limit: needs data.remote'),
+        ('optimizer=null', 'optimizer: is missing: without it Composer would silently train with SGD at 0.1'),
+        ('optimizer=adamw', "optimizer: 'adamw' is not a mapping with a name and arguments"),
+        ('max_duration=null', 'max_duration: is missing'),
+        (
+            'max_duration=10',
+            "max_duration: a bare number has no unit (Composer would read epochs); write '10ep' or '10ba'",
+        ),
+        ('max_duration=1dur', 'max_duration: '),
+        ('save_interval=1', "write '1ep' or '1ba'"),
+        ('eval_interval=200', "write '200ep' or '200ba'"),
+        ('eval_interval=200batches', "units 'iter', 'ep', 'ba', 'sp', 'tok', 'dur', 'sec'"),
+        ('eval_interval=1.5ba', "'1.5ba' is not a time"),
+        ('precision=bf16', "precision: 'bf16' is not one of 'fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'"),
+        ('optimizers=1', "optimizers: is made from 'optimizer'"),
+        ('algorithm_passes=1', 'algorithm_passes: takes functions, which YAML cannot write'),
+        ('autoresume=true', 'autoresume: true needs save_folder'),
+        ('device_train_microbatch_size=0.5', 'device_train_microbatch_size: 0.5 is not a whole number'),
+        ('device_train_microbatch_size=0', 'take one of 1, 2, 4, 8'),
+        (
+            'device_train_microbatch_size=3',
+            '3 does not divide the 8 samples of one rank (8 / 1); take one of 1, 2, 4, 8',
+        ),
+    ],
+)
+def test_refused(override, part, message):
+    assert part in message(override)
+
+
+def test_auto_microbatch_needs_a_gpu(base, message):
+    if torch.cuda.is_available():
+        assert load_config(base, ['device_train_microbatch_size=auto']).device_train_microbatch_size == 'auto'
+    else:
+        assert 'this machine has no GPU' in message('device_train_microbatch_size=auto')
+
+
+def test_all_problems_are_told_in_a_stable_order(message):
+    overrides = ['seed=x', 'optimizer.lr=y', 'algorithms.tread.start=z']
+    lines = message(*overrides).splitlines()
+    assert [line.split(': ')[1] for line in lines] == ['algorithms.tread.start', 'optimizer.lr', 'seed']
+    assert message(*reversed(overrides)).splitlines() == lines
+
+
+def test_batches_divide_among_the_ranks(base, message, monkeypatch):
+    text = message(world_size=3)
+    assert 'global_train_batch_size: 8 does not divide among 3 ranks; take a multiple, such as 9' in text
+    assert 'global_eval_batch_size: 8 does not divide' in text
+    assert load_config(base, world_size=4).global_train_batch_size == 8
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert 'among 3 ranks' in message(world_size=None)
+
+
+def test_defaults(base):
+    config = load_config(base)
+    assert (config.seed, config.autoresume, config.save_overwrite, config.compile) == (17, False, False, False)
+    assert config.eval_interval == '1ep'
+    assert config.scheduler.name == 'constant'
+    assert load_config(base, ['save_folder=runs/x']).autoresume is True
+    assert load_config(base, ['save_folder=runs/x', 'autoresume=false']).autoresume is False
+
+
+def test_every_keyword_of_the_trainer_is_a_setting_or_has_a_reason(base):
+    keywords = set(inspect.signature(composer.Trainer).parameters)
+    assert keywords == (set(TrainerSettings.model_fields) | set(BUILT_BY_US)) & keywords
+    assert not set(TrainerSettings.model_fields) & set(BUILT_BY_US)
+    arguments = load_config(base).trainer_arguments()
+    assert set(arguments) <= keywords
+    assert arguments['max_duration'] == '10ba'
+    assert arguments['run_name'] == 'small'
+
+
+def test_check_files(base, tmp_path):
+    folder = tmp_path / 'latents'
+    config = load_config(base, [f'data={{name: latents, local: {folder}}}'])
+    with pytest.raises(ConfigError) as caught:
+        check_files(config, 'base.yaml')
+    lines = str(caught.value).splitlines()
+    assert [f'{folder}/{split}' in line for split, line in zip(('train', 'val'), lines, strict=True)] == [True, True]
+    assert lines[0].startswith(f'base.yaml: data.local: {str(folder)!r}: ') and 'does not exist' in lines[0]
+    assert 'data.eval_split=null' in lines[1]
+    for split in ('train', 'val'):
+        (folder / split).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r'holds no index\.json'):
+        check_files(config)
+    for split in ('train', 'val'):
+        (folder / split / 'index.json').write_text('{}')
+    check_files(config)
+    check_files(load_config(base))
+
+
+def test_check_machine(base):
+    with pytest.raises(ConfigError, match="precision: 'amp_bf16' needs a GPU"):
+        check_machine(load_config(base, ['precision=amp_bf16', 'device=cpu']))
+    check_machine(load_config(base, ['precision=fp32', 'device=cpu']))
+    on_gpu = load_config(base, ['precision=amp_bf16', 'device=gpu'])
+    if torch.cuda.is_available():
+        check_machine(on_gpu)
+    else:
+        with pytest.raises(ConfigError, match='no CUDA device'):
+            check_machine(on_gpu)
+
+
+def test_json_schema_knows_components_and_keywords():
+    schema = json_schema()
+    tread = schema['properties']['algorithms']['properties']['tread']['anyOf'][0]
+    assert set(tread['properties']) >= {'start', 'end', 'selection_rate', 'routes'}
+    assert tread['additionalProperties'] is False
+    assert {'extends', 'max_duration', 'model'} <= set(schema['properties'])
+    names = [one['properties']['name']['const'] for one in schema['properties']['optimizer']['oneOf']]
+    assert 'adamw' in names

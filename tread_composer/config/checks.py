@@ -1,0 +1,188 @@
+"""Rules that join several settings, and those that need the machine or the disk."""
+
+import os
+import re
+from typing import Any
+
+import torch
+
+from tread_composer.config.components import component_schema
+from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.tree import Config, LatentsData
+from tread_composer.objectives import EDM
+from tread_composer.routing import Route, check_routes
+
+__all__ = ['check_files', 'check_machine', 'joint_problems']
+
+_BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
+
+
+def joint_problems(config: Config, world_size: int) -> list[Problem]:
+    """What is wrong between settings that are each right; ``world_size`` is the number of ranks."""
+    return [
+        *_batches(config, world_size),
+        *_model(config),
+        *_routes(config),
+        *_saving(config),
+        *_averages(config),
+        *_rest(config),
+    ]
+
+
+def _batches(config: Config, world_size: int) -> list[Problem]:
+    problems = []
+    for name in ('global_train_batch_size', 'global_eval_batch_size'):
+        size = getattr(config, name)
+        if size % world_size:
+            nearest = max(1, round(size / world_size)) * world_size
+            text = f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
+            problems.append(Problem((name,), text))
+    per_rank = config.global_train_batch_size // world_size
+    micro = config.device_train_microbatch_size
+    if isinstance(micro, int) and not problems and (micro < 1 or per_rank % micro):
+        share = f'{config.global_train_batch_size} / {world_size}'
+        text = f'{micro} does not divide the {per_rank} samples of one rank ({share})'
+        remedy = f'take one of {", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)}'
+        problems.append(Problem(('device_train_microbatch_size',), f'{text}; {remedy}'))
+    if micro == 'auto' and not torch.cuda.is_available():
+        text = "'auto' tries sizes until the GPU runs out of memory, and this machine has no GPU; give a number"
+        problems.append(Problem(('device_train_microbatch_size',), text))
+    return problems
+
+
+def _model(config: Config) -> list[Problem]:
+    model = config.model
+    sizes = {name: getattr(model, name) for name in ('patch_size', 'hidden_size', 'depth', 'num_heads')}
+    if model.preset:
+        rule = f'the preset {model.preset!r} has decided that; remove it, or the preset and give all sizes'
+        return [Problem(('model', name), f'{value}: {rule}') for name, value in sizes.items() if value is not None]
+    problems = [
+        Problem(('model', name), "is missing; give it, or a published size, for example preset: 'DiT-B/2'")
+        for name, value in sizes.items()
+        if value is None
+    ]
+    if not problems and model.hidden_size % model.num_heads:  # type: ignore[operator]
+        text = f'{model.hidden_size} does not divide among {model.num_heads} heads; take a multiple'
+        problems.append(Problem(('model', 'hidden_size'), text))
+    return problems
+
+
+def _routes(config: Config) -> list[Problem]:
+    tread = config.algorithms.get('tread')
+    if tread is None or _model(config):
+        return []
+    depth = config.model.arguments()['depth']
+    kwargs = tread.kwargs
+    single = {name: kwargs[name] for name in ('start', 'end', 'selection_rate') if name in kwargs}
+    try:
+        check_routes([Route(**route) for route in kwargs.get('routes') or [single]], depth)
+    except ValueError as error:
+        return [Problem(('algorithms', 'tread'), f'{error}; change the route or model.depth')]
+    return []
+
+
+def _saving(config: Config) -> list[Problem]:
+    if config.autoresume and not (config.save_folder and config.save_latest_filename):
+        text = (
+            'true needs save_folder and save_latest_filename to find the checkpoint in; give both, or set it to false'
+        )
+        return [Problem(('autoresume',), text)]
+    return []
+
+
+def _averages(config: Config) -> list[Problem]:
+    """Callbacks that sample from averaged weights need an algorithm that averages."""
+    problems = []
+    for name, callback in config.callbacks.items():
+        field = component_schema('callback', name).model_fields.get('weights')
+        if (
+            field is not None
+            and callback.kwargs.get('weights', field.default) == 'ema'
+            and 'ema' not in config.algorithms
+        ):
+            text = "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
+            problems.append(Problem(('callbacks', name, 'weights'), text))
+    return problems
+
+
+def _rest(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if config.objective.name == 'edm':
+        try:
+            EDM(**config.objective.model_dump(exclude={'name'}))
+        except ValueError as error:
+            problems.append(Problem(('objective',), str(error).removeprefix('EDM: ')))
+    scales = config.latent_scale if isinstance(config.latent_scale, list) else [config.latent_scale]
+    if any(scale <= 0 for scale in scales):
+        problems.append(
+            Problem(('latent_scale',), f'{config.latent_scale} must be positive; latents are multiplied by it')
+        )
+    if config.compile and config.compile_config is not None:
+        text = 'compiles the whole model while compile: true compiles its blocks; keep one of the two'
+        problems.append(Problem(('compile_config',), text))
+    data = config.data
+    if isinstance(data, LatentsData) and data.cache_limit is not None:
+        here = ('data', 'cache_limit')
+        if data.remote is None:
+            problems.append(Problem(here, 'needs data.remote: without one, nothing can be fetched again'))
+        if isinstance(data.cache_limit, str) and not _BYTES.fullmatch(data.cache_limit.lower()):
+            text = f"{data.cache_limit!r} is not a number of bytes; write for example '200gb'"
+            problems.append(Problem(here, text))
+    if config.model.learn_sigma:
+        text = 'true adds output channels for a variance, which no objective here trains; set it to false'
+        problems.append(Problem(('model', 'learn_sigma'), text))
+    return problems
+
+
+def check_files(config: Config, source: str = '') -> None:
+    """Refuse a run whose data are not there. Loading does not do this, so that a plan needs no data.
+
+    Args:
+        config: A loaded configuration.
+        source: What to call it in the message, for example the YAML file's name.
+
+    Raises:
+        ConfigError: The folder of latents is missing or holds no index.
+    """
+    data = config.data
+    problems: list[Problem] = []
+    if isinstance(data, LatentsData) and data.remote is None:
+        for key in ('train_split', 'eval_split'):
+            split = getattr(data, key)
+            if split is None or os.path.isfile(os.path.join(data.local, split, 'index.json')):
+                continue
+            folder = os.path.join(data.local, split)
+            found = 'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
+            remedy = 'training reads latents that were made beforehand (streaming_data/README.md), or give data.remote'
+            without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
+            problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))
+    _raise(problems, source)
+
+
+def check_machine(config: Config, source: str = '') -> None:
+    """Refuse a run that this machine cannot do. Loading does not do this, so that a laptop can plan for a cluster.
+
+    Args:
+        config: A loaded configuration.
+        source: What to call it in the message.
+
+    Raises:
+        ConfigError: The device is not there, or cannot compute in the precision asked for.
+    """
+    has_gpu = torch.cuda.is_available()
+    problems: list[Problem] = []
+    if config.device == 'gpu' and not has_gpu:
+        problems.append(
+            Problem(('device',), "'gpu': torch finds no CUDA device here; take device=cpu or another machine")
+        )
+    on_cpu = config.device == 'cpu' or (config.device is None and not has_gpu)
+    precision: Any = getattr(config.precision, 'value', config.precision)
+    if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
+        text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
+        problems.append(Problem(('precision',), text))
+    _raise(problems, source)
+
+
+def _raise(problems: list[Problem], source: str) -> None:
+    if problems:
+        raise ConfigError.from_problems(problems, lambda path: source)

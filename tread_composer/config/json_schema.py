@@ -1,0 +1,47 @@
+"""A JSON schema of the YAML files, for the completion and the hints of editors."""
+
+from typing import Any
+
+from tread_composer.config.components import component_names, component_schema
+from tread_composer.config.tree import Config
+
+__all__ = ['json_schema']
+
+_TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema. It is a help, not the rule: ``load_config`` checks more, and interpolations (text) are not in it."""
+    schema = Config.model_json_schema()
+    schema['title'] = 'tread_composer run'
+    properties = schema['properties']
+    # A file that extends another one may leave anything away.
+    schema.pop('required', None)
+    properties['extends'] = {'type': 'string', 'description': 'Base file, relative to this one'}
+    shared = schema['$defs']
+    for table, kind in _TABLES.items():
+        entries = {
+            name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in component_names(kind)
+        }
+        properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': False}
+    for kind in ('optimizer', 'scheduler'):
+        properties[kind] = {'oneOf': [_named(kind, name, shared) for name in component_names(kind)]}
+    return schema
+
+
+def _arguments(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    try:
+        schema = component_schema(kind, name).model_json_schema()
+    except ImportError:  # a package that this one component needs
+        return {'type': 'object'}
+    # References count from the root of the whole schema.
+    shared.update(schema.pop('$defs', {}))
+    schema.pop('description', None)
+    return schema
+
+
+def _named(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    schema = _arguments(kind, name, shared)
+    schema['properties'] = {'name': {'const': name}, **schema.get('properties', {})}
+    schema['required'] = ['name', *schema.get('required', [])]
+    return schema

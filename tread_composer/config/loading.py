@@ -1,0 +1,101 @@
+"""``load_config``: files and overrides in, a checked ``Config`` out."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from tread_composer.config.checks import joint_problems
+from tread_composer.config.components import Component, check_component
+from tread_composer.config.document import Document, read_document
+from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.schema import check
+from tread_composer.config.tree import Config
+
+__all__ = ['load_config']
+
+_TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
+_SINGLE = ('optimizer', 'scheduler')
+_REMEDIES = {
+    'optimizer': 'without it Composer would silently train with SGD at 0.1; write for example '
+    'optimizer: {name: adamw, lr: 1.0e-4}',
+    'run_name': 'write a name for the run; its folder and its record are found by it',
+    'max_duration': "write for example max_duration: '100ep' or '400000ba'",
+}
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> Config:
+    """Read a run's YAML, refuse all that is wrong in it at once, and write nothing.
+
+    Args:
+        path: The YAML file.
+        overrides: ``dotted.key=value`` each, the value in YAML; ``algorithms.tread=null`` removes an entry.
+        world_size: Number of ranks that batches must divide among; environment variable ``WORLD_SIZE``, or 1, if None.
+
+    Returns:
+        The typed tree, defaults filled in.
+
+    Raises:
+        ConfigError: Anything is wrong; one line for each problem.
+    """
+    document = read_document(path, overrides)
+    config, problems = _validated(document)
+    if config is not None and not problems:
+        problems = joint_problems(config, _ranks(world_size))
+    if problems or config is None:
+        raise ConfigError.from_problems(problems, document.source_of)
+    return config
+
+
+def _ranks(world_size: int | None) -> int:
+    if world_size is None:
+        text = os.environ.get('WORLD_SIZE', '1')
+        if not text.isdigit() or int(text) < 1:
+            problem = Problem((), f'WORLD_SIZE is {text!r}; it must be the number of ranks', source='environment')
+            raise ConfigError.from_problems([problem])
+        return int(text)
+    if world_size < 1:
+        raise ValueError(f'world_size: {world_size} must be at least 1')
+    return world_size
+
+
+def _validated(document: Document) -> tuple[Config | None, list[Problem]]:
+    tree: dict[str, Any] = dict(document.data)
+    problems: list[Problem] = []
+    for table, kind in _TABLES.items():
+        if isinstance(tree.get(table), dict):
+            tree[table], found = _table(kind, table, tree[table])
+            problems += found
+    for kind in _SINGLE:
+        if isinstance(tree.get(kind), dict):
+            kwargs = {key: value for key, value in tree[kind].items() if key != 'name'}
+            if 'name' not in tree[kind]:
+                problems.append(Problem((kind, 'name'), f'is missing; say which {kind}'))
+                tree[kind] = Component(kind, '')
+            else:
+                tree[kind], found = check_component(kind, tree[kind]['name'], kwargs, (kind,), (kind, 'name'))
+                problems += found
+        elif tree.get(kind) is None:
+            tree.pop(kind, None)
+        else:
+            problems.append(Problem((kind,), f'{tree[kind]!r} is not a mapping with a name and arguments'))
+            tree[kind] = Component(kind, '')
+    if tree.get('autoresume') is None:
+        tree['autoresume'] = tree.get('save_folder') is not None
+    config, found = check(Config, tree)
+    for problem in found:
+        remedy = _REMEDIES.get(str(problem.path[0])) if len(problem.path) == 1 else None
+        missing = problem.path and tree.get(str(problem.path[0])) is None
+        problems.append(Problem(problem.path, f'is missing: {remedy}') if remedy and missing else problem)
+    return config, problems  # type: ignore[return-value]
+
+
+def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Component], list[Problem]]:
+    components: dict[str, Component] = {}
+    problems: list[Problem] = []
+    for name, kwargs in entries.items():
+        component, found = check_component(kind, name, kwargs, (table, name), (table, name))
+        components[name] = component
+        problems += found
+    return components, problems

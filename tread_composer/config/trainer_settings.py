@@ -1,0 +1,95 @@
+"""The Trainer's keywords that a YAML file may set, read from ``composer.Trainer`` itself."""
+
+import dataclasses
+import inspect
+import os
+from typing import Annotated, Any, Literal
+
+from composer import Trainer
+from composer.core import Time, TimeUnit
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from pydantic import AfterValidator, create_model
+from pydantic_core import PydanticCustomError
+
+from tread_composer.config.schema import Strict, TimeString, signature_fields, yaml_type
+
+__all__ = ['BUILT_BY_US', 'TrainerSettings', 'trainer_keywords']
+
+BUILT_BY_US = {
+    'model': '',  # a section of our own
+    'algorithms': '',
+    'callbacks': '',
+    'loggers': '',
+    'run_name': '',
+    'seed': '',
+    'train_dataloader': "is made from 'data' and 'global_train_batch_size'",
+    'eval_dataloader': "is made from 'data' and 'global_eval_batch_size'",
+    'train_dataloader_label': "is always 'train'",
+    'optimizers': "is made from 'optimizer'",
+    'schedulers': "is made from 'scheduler'",
+    'algorithm_passes': 'takes functions, which YAML cannot write; use the Trainer in Python',
+    'load_object_store': 'takes an object; write a URI (s3://bucket/...) in load_path',
+    'profiler': 'takes an object; use the Trainer in Python',
+    'accumulate_train_batch_on_tokens': 'is for text: our batches have no token counts',
+}
+"""Keywords of the Trainer that are no plain YAML settings, and what is to be done instead."""
+
+
+def _fsdp_settings() -> type[Strict]:
+    """Composer takes any name here without a word; which names mean something depends on ``FSDP_VERSION``."""
+    kind = FSDP2Config if os.environ.get('FSDP_VERSION', '1') == '2' else FSDPConfig
+    fields: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        objects = entry.name in ('ignored_modules', 'load_planner', 'save_planner', 'process_group', 'device_mesh')
+        if not entry.name.startswith('_') and not objects:
+            annotation = str | dict[str, Any] if entry.name == 'mixed_precision' else yaml_type(entry.type, entry.name)
+            fields[entry.name] = (annotation, entry.default)
+    return create_model(kind.__name__, __base__=Strict, **fields)
+
+
+class ParallelismSettings(Strict):
+    """``parallelism_config``: sharding. Tensor parallelism needs a plan made of objects, so it is left to Python."""
+
+    fsdp: _fsdp_settings() | None = None  # type: ignore[valid-type]
+
+
+def _training_length(text: str) -> str:
+    if Time.from_timestring(text).unit == TimeUnit.DURATION or Time.from_timestring(text).value == 0:
+        raise PydanticCustomError(
+            'time', "{value} is no length of a run; write for example '100ep'", {'value': repr(text)}
+        )
+    return text
+
+
+# Tighter than the Trainer's own annotations, or with a default of ours.
+_TIGHTER: dict[str, Any] = {
+    'max_duration': (Annotated[TimeString, AfterValidator(_training_length)], ...),
+    # Composer's default is the number 1, which is an epoch.
+    'eval_interval': (TimeString, '1ep'),
+    'save_interval': (TimeString, '1ep'),
+    'console_stream': (Literal['stdout', 'stderr'], 'stderr'),
+    'device': (Literal['cpu', 'gpu', 'mps', 'tpu', 'hpu', 'neuron'] | None, None),
+    # A number with a point would be a share of tokens: for text only.
+    'device_train_microbatch_size': (int | Literal['auto'] | None, None),
+    'parallelism_config': (ParallelismSettings | None, None),
+    # The loader turns it on wherever there is a save_folder.
+    'autoresume': (bool, False),
+}
+
+
+def _settings() -> type[Strict]:
+    fields, refused = signature_fields(Trainer, skip=tuple(BUILT_BY_US))
+    missing = set(_TIGHTER) - set(fields) - set(refused)
+    assert not missing, f'composer.Trainer has no keyword {missing}'
+    model = create_model('TrainerSettings', __base__=Strict, **{**fields, **_TIGHTER})
+    model.refused = {**refused, **{name: reason for name, reason in BUILT_BY_US.items() if reason}}
+    return model
+
+
+TrainerSettings: Any = _settings()
+"""Strict section with one field for each keyword of the Trainer that YAML can write, under Composer's names."""
+
+
+def trainer_keywords() -> list[str]:
+    """All keywords of ``composer.Trainer``."""
+    return [name for name in inspect.signature(Trainer.__init__).parameters if name != 'self']

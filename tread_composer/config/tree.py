@@ -1,0 +1,196 @@
+"""The typed tree of a run: what a YAML file may say, section by section.
+
+Sections that choose between kinds have a ``name``; the arguments of another kind are errors.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, InstanceOf, WithJsonSchema
+
+from tread_composer.config.components import Component
+from tread_composer.config.document import dump_yaml
+from tread_composer.config.schema import Strict, plain
+from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
+from tread_composer.models.presets import PRESETS
+
+__all__ = [
+    'Config',
+    'DiTModel',
+    'DigitsData',
+    'EDMObjective',
+    'FlowMatchingObjective',
+    'KLAutoencoder',
+    'LatentsData',
+    'LogitNormalTimes',
+    'PixelsAutoencoder',
+    'UniformTimes',
+]
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Above0 = Annotated[float, Field(gt=0)]
+OneOrPerChannel = float | Annotated[list[float], Field(min_length=1)]
+ComponentField = Annotated[InstanceOf[Component], WithJsonSchema({'type': 'object'})]
+
+
+class DigitsData(Strict):
+    """The scikit-learn digits, converted to MDS; made on the spot if the folder is not there."""
+
+    name: Literal['digits'] = 'digits'
+    local: str
+    num_workers: Count = 0
+    shuffle_seed: Count | None = None
+    """Seed of the order of the samples; the run's seed if null."""
+
+
+class LatentsData(Strict):
+    """Latents of images, written by ``streaming_data/``."""
+
+    name: Literal['latents'] = 'latents'
+    local: str
+    """Folder with one data set a split."""
+    train_split: Annotated[str, Field(min_length=1)] = 'train'
+    eval_split: Annotated[str, Field(min_length=1)] | None = 'val'
+    """null trains without evaluation."""
+    remote: str | None = None
+    kind: Literal['pixels', 'samples', 'moments'] | None = None
+    """This and the next three: what the data must say of themselves; null takes what they say."""
+    channels: Positive | None = None
+    latent_size: Positive | None = None
+    num_classes: Count | None = None
+    num_workers: Count = 8
+    shuffle_seed: Count | None = None
+    """Seed of the order of the samples; the run's seed if null."""
+    cache_limit: Positive | str | None = None
+    """Bytes kept on the local disk, as a number or such as ``200gb``; needs ``remote``."""
+    predownload: Positive | None = None
+    num_canonical_nodes: Positive = 1
+    """Paths through the shards that the order is made of; see ``data.latents.LatentDataset``."""
+    validate_hash: str | None = None
+    download_retry: Count = 2
+    download_timeout: Above0 = 60.0
+
+
+class PixelsAutoencoder(Strict):
+    """None: the data are pixels."""
+
+    name: Literal['pixels'] = 'pixels'
+
+
+class KLAutoencoder(Strict):
+    """A diffusers ``AutoencoderKL``."""
+
+    name: Literal['kl'] = 'kl'
+    path: str
+    """A folder, or a hub id such as ``stabilityai/sd-vae-ft-ema``."""
+    subfolder: str | None = None
+    revision: str | None = None
+
+
+class DiTModel(Strict):
+    """A diffusion transformer: a published size by ``preset``, or its sizes one by one."""
+
+    name: Literal['dit'] = 'dit'
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Above0 = 4.0
+    learn_sigma: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments of ``DiT`` but for those that the data decide (latent size, channels, classes)."""
+        names = ('patch_size', 'hidden_size', 'depth', 'num_heads')
+        sizes = PRESETS[self.preset] if self.preset else {name: getattr(self, name) for name in names}
+        return {**sizes, 'mlp_ratio': self.mlp_ratio, 'learn_sigma': self.learn_sigma}
+
+
+class UniformTimes(Strict):
+    """All training times alike."""
+
+    name: Literal['uniform'] = 'uniform'
+
+
+class LogitNormalTimes(Strict):
+    """More of the middle: ``logit(t) ~ N(mean, std^2)``."""
+
+    name: Literal['logit_normal'] = 'logit_normal'
+    mean: float = 0.0
+    std: Above0 = 1.0
+
+
+class FlowMatchingObjective(Strict):
+    """Velocity of the straight line between data and noise."""
+
+    name: Literal['flow_matching'] = 'flow_matching'
+    time_distribution: UniformTimes | LogitNormalTimes = Field(default=LogitNormalTimes(), discriminator='name')
+
+
+class EDMObjective(Strict):
+    """Preconditioned denoiser (Karras et al. 2022)."""
+
+    name: Literal['edm'] = 'edm'
+    P_mean: float = -1.2
+    P_std: Above0 = 1.2
+    sigma_data: Above0 = 0.5
+    sigma_min: Above0 = 0.002
+    sigma_max: Above0 = 80.0
+    rho: Above0 = 7.0
+
+
+class Config(TrainerSettings):
+    """A whole run. Keywords of the Trainer stand beside the sections, under Composer's names."""
+
+    run_name: Annotated[str, Field(min_length=1)]
+    seed: Count = 17
+    global_train_batch_size: Positive
+    global_eval_batch_size: Positive
+    data: DigitsData | LatentsData = Field(discriminator='name')
+    autoencoder: PixelsAutoencoder | KLAutoencoder = Field(discriminator='name')
+    model: DiTModel
+    objective: FlowMatchingObjective | EDMObjective = Field(discriminator='name')
+    latent_scale: OneOrPerChannel = 1.0
+    latent_shift: OneOrPerChannel = 0.0
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    compile: bool = False
+    optimizer: ComponentField
+    scheduler: ComponentField = Component('scheduler', 'constant')
+    algorithms: dict[str, ComponentField] = Field(default={})
+    callbacks: dict[str, ComponentField] = Field(default={})
+    loggers: dict[str, ComponentField] = Field(default={})
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The keywords for ``composer.Trainer``, defaults included, but for the objects that the builders make."""
+        names = [name for name in TrainerSettings.model_fields if name not in BUILT_BY_US]
+        values = {name: getattr(self, name) for name in ('run_name', 'seed', *names)}
+        return {name: plain(value) for name, value in values.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``."""
+        own = [name for name in type(self).model_fields if name not in TrainerSettings.model_fields]
+        tree: dict[str, Any] = {}
+        for name in (*own, *TrainerSettings.model_fields):
+            value = getattr(self, name)
+            if value is None and type(self).model_fields[name].default is None:
+                continue
+            tree[name] = _tree_of(value)
+        return tree
+
+    def to_yaml(self) -> str:
+        """``to_dict`` as YAML text."""
+        return dump_yaml(self.to_dict())
+
+
+def _tree_of(value: Any) -> Any:
+    if isinstance(value, Component):
+        return {'name': value.name, **value.to_plain()}
+    if isinstance(value, dict) and all(isinstance(item, Component) for item in value.values()):
+        return {name: item.to_plain() for name, item in value.items()}
+    if isinstance(value, Strict) and 'name' in type(value).model_fields:
+        fields = type(value).model_fields
+        kept = {name: getattr(value, name) for name in fields}
+        return {
+            name: _tree_of(item) for name, item in kept.items() if item is not None or fields[name].default is not None
+        }
+    return plain(value)
