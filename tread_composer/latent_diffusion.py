@@ -41,6 +41,7 @@ class LatentDiffusion(ComposerModel):
         objective: What it learns (``tread_composer.objectives``).
         latent_shape: C, H and W of a latent.
         num_classes: Number of classes; 0 for an unconditional model. The null label is ``num_classes``.
+        class_names: What to call them where people look; their numbers if empty.
         label_dropout: Share of training labels replaced by the null label.
         latent_scale: One number, or one for each channel.
         latent_shift: Likewise.
@@ -57,6 +58,7 @@ class LatentDiffusion(ComposerModel):
         *,
         latent_shape: Sequence[int],
         num_classes: int,
+        class_names: Sequence[str] = (),
         label_dropout: float = 0.1,
         latent_scale: float | Sequence[float] = 1.0,
         latent_shift: float | Sequence[float] = 0.0,
@@ -69,6 +71,7 @@ class LatentDiffusion(ComposerModel):
         self.objective = objective
         self.latent_shape = tuple(latent_shape)
         self.num_classes, self.null_label = num_classes, num_classes
+        self.class_names = tuple(class_names)
         self.label_dropout = label_dropout if num_classes else 0.0
         # Not persistent: a checkpoint of the network alone keeps the keys of the network.
         self.register_buffer('latent_scale', self._per_channel(latent_scale, 'latent_scale'), persistent=False)
@@ -157,7 +160,7 @@ class LatentDiffusion(ComposerModel):
         device, results = self.latent_scale.device, []
         with _evaluating(self):
             denoiser = classifier_free(self.denoiser, guidance_scale, self.null_label)
-            times = self.objective.sampling_times(num_steps).to(device)
+            times = self.objective.sampling_times(num_steps)  # on the CPU: the samplers look at their values
             for first in range(0, len(labels), batch_size):
                 chunk = slice(first, first + batch_size)
                 noise = KeyedRandom(0, 0, seeds[chunk]).normal('sampling', *self.latent_shape).to(device)
