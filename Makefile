@@ -7,7 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := $(VENV)/bin
 # Named after what is installed: another constraints.txt or pyproject.toml installs again.
 STAMP := $(VENV)/.installed
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Compiled at once: where Python may not write bytecode, every start would take 15 s instead of 6.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .PHONY: quickstart test lint lock install clean-runs
 .DEFAULT_GOAL := quickstart

@@ -5,7 +5,16 @@ slices every entry alike. The reader fills the first three; the others are drawn
 whole device batch at once, so that a result depends neither on the microbatch size nor on an out-of-memory retry.
 """
 
-__all__ = ['KEPT_TOKENS', 'LABELS', 'LABEL_DROPPED', 'NOISE', 'POSTERIOR_NOISE', 'RAW_LATENTS', 'SAMPLE_IDS', 'TIME_QUANTILES']
+__all__ = [
+    'KEPT_TOKENS',
+    'LABELS',
+    'LABEL_DROPPED',
+    'NOISE',
+    'POSTERIOR_NOISE',
+    'RAW_LATENTS',
+    'SAMPLE_IDS',
+    'TIME_QUANTILES',
+]
 
 RAW_LATENTS = 'raw_latents'  # [B, C, H, W] as stored (kind `moments`: [B, 2C, H, W], mean then log-variance)
 LABELS = 'labels'  # [B] int64, 0 .. num_classes - 1

@@ -20,7 +20,9 @@ class Denoiser(Protocol):
     num_tokens: int
     """Tokens that its blocks see for one image: lets ``Tread`` draw routes before the forward pass."""
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor: ...
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
+        """Predict; same shape as ``x_BCHW``, or twice its channels with ``learn_sigma``."""
+        ...
 
 
 class TimeDistribution(Protocol):
@@ -63,7 +65,9 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """Integrates a drift from noise to data."""
 
-    def __call__(self, drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor: ...
+    def __call__(self, drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor:
+        """Walk from ``times[0]`` to ``times[-1]``."""
+        ...
 
 
 class Autoencoder(Protocol):

@@ -20,7 +20,9 @@ class ByHand(Callback):
 
     def fit_start(self, state, logger):
         if self.average is None:
-            self.average = {n: p.detach().double().clone() for n, p in state.model.named_parameters() if p.requires_grad}
+            self.average = {
+                n: p.detach().double().clone() for n, p in state.model.named_parameters() if p.requires_grad
+            }
 
     def batch_end(self, state, logger):
         if int(state.timestamp.batch) % self.every == 0:
@@ -158,7 +160,12 @@ def test_no_checkpoint_while_the_average_stands_in():
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [((1.0,), 'decay: 1.0'), ((-0.1,), 'decay'), ((0.9, '1ep'), 'not a number of batches'), ((0.9, '0ba'), 'update_interval')],
+    [
+        ((1.0,), 'decay: 1.0'),
+        ((-0.1,), 'decay'),
+        ((0.9, '1ep'), 'not a number of batches'),
+        ((0.9, '0ba'), 'update_interval'),
+    ],
 )
 def test_wrong_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -122,7 +122,8 @@ def test_evaluation_within_training_changes_nothing():
 
 def test_losses_do_not_depend_on_the_microbatch_size():
     losses = [
-        [float.fromhex(loss) for loss in run([Tread(**ROUTE)], device_train_microbatch_size=size)[0]] for size in (8, 4, 2)
+        [float.fromhex(loss) for loss in run([Tread(**ROUTE)], device_train_microbatch_size=size)[0]]
+        for size in (8, 4, 2)
     ]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-5)

@@ -75,7 +75,9 @@ def test_only_kept_tokens_pass_through_the_routed_blocks():
     assert (change == 2.0).sum() == 16
 
 
-@pytest.mark.parametrize(('depth', 'lengths'), [(12, [16] * 2 + [8] * 7 + [16] * 3), (28, [16] * 2 + [8] * 23 + [16] * 3)])
+@pytest.mark.parametrize(
+    ('depth', 'lengths'), [(12, [16] * 2 + [8] * 7 + [16] * 3), (28, [16] * 2 + [8] * 23 + [16] * 3)]
+)
 def test_block_call_log(depth, lengths):
     model = tiny_dit(depth=depth)
     apply_tread(model, Route())
@@ -351,7 +353,7 @@ def test_tuple_outputs_need_a_name_and_then_work():
 
     unnamed = Two().train()
     apply_tread(unnamed, Route(1, 4, 0.5), tokens='image')
-    with pytest.raises(TypeError, match='tokens_out=0'):
+    with pytest.raises(TypeError, match=r'tokens_out=0'):
         unnamed(torch.zeros(2, 3, 4), torch.zeros(2, N, 4))
     named = Two().train()
     apply_tread(named, Route(1, 4, 0.5), tokens='image', tokens_out=1)
@@ -367,7 +369,7 @@ def test_finding_the_list():
     assert find_blocks(two, 'b.blocks') == ('b.blocks', two['b'].blocks)
     with pytest.raises(ValueError, match='found none'):
         find_blocks(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no module 'c.blocks'"):
+    with pytest.raises(ValueError, match=r"no module 'c\.blocks'"):
         find_blocks(two, 'c.blocks')
     with pytest.raises(ValueError, match='is a DiT'):
         find_blocks(two, 'a')
@@ -376,7 +378,7 @@ def test_finding_the_list():
 def test_mistakes_are_refused_in_words():
     with pytest.raises(ValueError, match=r'blocks: the route from block 2 to block 9 does not fit 6 blocks'):
         apply_tread(tiny_dit(), Route(2, 9))
-    with pytest.raises(ValueError, match="tokens: DiTBlock.forward has no argument 'hidden'"):
+    with pytest.raises(ValueError, match=r"tokens: DiTBlock\.forward has no argument 'hidden'"):
         apply_tread(tiny_dit(), Route(1, 4), tokens='hidden')
     model = tiny_dit().train()
     routing = apply_tread(model, Route(1, 4, 0.5))

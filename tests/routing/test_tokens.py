@@ -18,7 +18,7 @@ def test_kept_counts_are_those_of_the_paper(num_tokens, rate, kept):
 def test_kept_ids_are_ascending_and_distinct_and_differ_between_samples():
     kept_BK = sample_kept(64, 16, 0.5)
     assert (kept_BK.diff(dim=1) > 0).all()
-    assert 0 <= kept_BK.min() and kept_BK.max() < 16
+    assert kept_BK.min() >= 0 and kept_BK.max() < 16
     assert len({tuple(row) for row in kept_BK.tolist()}) > 32
 
 

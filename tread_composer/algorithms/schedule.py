@@ -20,9 +20,13 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
     try:
         time = value if isinstance(value, Time) else Time.from_timestring(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{setting}: {value!r} is not a time; write for example '0.92dur', '300000ba' or '60ep'") from None
+        raise ValueError(
+            f"{setting}: {value!r} is not a time; write for example '0.92dur', '300000ba' or '60ep'"
+        ) from None
     if time.unit in (TimeUnit.SECOND,):
-        raise ValueError(f'{setting}: {value!r} is wall-clock time, which a resumed run cannot repeat; use dur, ba or ep')
+        raise ValueError(
+            f'{setting}: {value!r} is wall-clock time, which a resumed run cannot repeat; use dur, ba or ep'
+        )
     return time
 
 

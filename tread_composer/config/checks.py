@@ -152,7 +152,9 @@ def check_files(config: Config, source: str = '') -> None:
             if split is None or os.path.isfile(os.path.join(data.local, split, 'index.json')):
                 continue
             folder = os.path.join(data.local, split)
-            found = 'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
+            found = (
+                'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
+            )
             remedy = 'training reads latents that were made beforehand (streaming_data/README.md), or give data.remote'
             without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
             problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))

@@ -136,7 +136,9 @@ class _Pass:
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _given(args, kwargs, self.routing.tokens)
         if not isinstance(x, Tensor) or x.dim() < 2:
-            raise TypeError(f"the block's argument {self.routing.tokens[0]!r} should hold tokens [B, N, ...], got {_kind(x)}")
+            raise TypeError(
+                f"the block's argument {self.routing.tokens[0]!r} should hold tokens [B, N, ...], got {_kind(x)}"
+            )
         self.full = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
         # the routing may be armed for another batch.

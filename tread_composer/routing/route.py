@@ -1,6 +1,7 @@
 """Where tokens leave and return, and how many of them: the settings of a route."""
 
 import dataclasses
+import itertools
 import numbers
 from collections.abc import Sequence
 
@@ -69,7 +70,7 @@ def check_routes(routes: Sequence[Route], depth: int) -> list[tuple[int, int]]:
     if not routes:
         raise ValueError('routes: there is none; give at least one Route')
     spans = [route.span(depth) for route in routes]
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         if start <= end:
             raise ValueError(
                 f'the routes {spans} overlap or are out of order in {depth} blocks: each must start after the one '

@@ -109,7 +109,9 @@ class EMA(Algorithm):
                 'Resume with composer_ema, or start a new run from the weights alone (load_weights_only: true).'
             )
         if state['settings'] != self._settings():
-            remedy = 'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).'
+            remedy = (
+                'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).'
+            )
             raise ResumeError.from_differences('EMA: the checkpoint', state['settings'], self._settings(), remedy)
         self._loaded = state['average']
         self._average = None

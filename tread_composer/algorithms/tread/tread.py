@@ -75,7 +75,9 @@ class Tread(Algorithm):
     ) -> None:
         single = Route(start, end, selection_rate)
         if routes is not None and single != Route():
-            raise ValueError(f'Tread: give either routes or start, end and selection_rate, not both ({routes}, {single})')
+            raise ValueError(
+                f'Tread: give either routes or start, end and selection_rate, not both ({routes}, {single})'
+            )
         if routes is not None and not routes:
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
         self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)

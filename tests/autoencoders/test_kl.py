@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tread_composer.autoencoders import KL, sample_moments
+
+diffusers = pytest.importorskip('diffusers')
+
+
+def make(folder: Path, seed: int = 0, **save: object) -> str:
+    torch.manual_seed(seed)
+    block = {'down_block_types': ('DownEncoderBlock2D',) * 2, 'up_block_types': ('UpDecoderBlock2D',) * 2}
+    network = diffusers.AutoencoderKL(**block, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3)
+    network.save_pretrained(folder, **save)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make(tmp_path_factory.mktemp('kl') / 'vae')
+
+
+def test_encode_gives_moments_and_decode_gives_pixels(folder: str):
+    kl = KL(folder)
+    pixels = torch.rand(2, 3, 8, 12) * 2 - 1
+    moments = kl.encode(pixels)
+    assert (moments.shape, moments.dtype) == ((2, 6, 4, 6), torch.float32)
+    reference = diffusers.AutoencoderKL.from_pretrained(folder).eval()
+    with torch.no_grad():
+        posterior = reference.encode(pixels).latent_dist
+        torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], dim=1), rtol=0, atol=1e-5)
+        latents = sample_moments(moments, torch.ones(2, 3, 4, 6))
+        torch.testing.assert_close(latents, posterior.mean + posterior.std)
+        # raw in, raw out: no scaling factor on the way
+        torch.testing.assert_close(kl.decode(latents), reference.decode(latents).sample, rtol=0, atol=1e-5)
+    assert kl.decode(latents).shape == (2, 3, 8, 12)
+    assert (kl.channels, kl.downsampling) == (3, 2)
+
+
+def test_network_is_frozen_and_float32_even_under_autocast(folder: str):
+    kl = KL(folder)
+    assert not kl.network.training
+    assert not any(parameter.requires_grad for parameter in kl.network.parameters())
+    pixels = torch.rand(1, 3, 8, 8, requires_grad=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        moments = kl.encode(pixels)
+        decoded = kl.decode(moments[:, :3])
+    assert moments.dtype == decoded.dtype == torch.float32
+    assert not moments.requires_grad
+    assert torch.equal(moments, kl.encode(pixels))
+    assert kl.encode(pixels.half()).dtype == torch.float32
+
+
+def test_half_precision_weights_are_widened(folder: str, tmp_path: Path):
+    diffusers.AutoencoderKL.from_pretrained(folder).half().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in KL(str(tmp_path)).network.parameters()} == {torch.float32}
+
+
+def test_weight_hash_tells_weights_apart(folder: str, tmp_path: Path):
+    assert KL(folder).weight_hash() == KL(make(tmp_path / 'same')).weight_hash()
+    assert KL(folder).weight_hash() != KL(make(tmp_path / 'other', seed=1)).weight_hash()
+    assert KL(folder).weight_hash().startswith('sha256:')
+
+
+def test_weights_are_loaded_on_first_use(tmp_path: Path):
+    kl = KL(str(tmp_path / 'later'))
+    make(tmp_path / 'later')
+    assert kl.channels == 3
+
+
+def test_a_subfolder_of_a_pipeline(tmp_path: Path):
+    make(tmp_path / 'pipeline' / 'vae')
+    assert KL(str(tmp_path / 'pipeline'), subfolder='vae').channels == 3
+
+
+@pytest.mark.parametrize('path', ['./no/such/folder', '/no/such', 'no_such_folder', '~/vae'])
+def test_a_mistyped_folder_is_refused_without_asking_the_network(path: str):
+    with pytest.raises(ValueError, match='no such folder'):
+        KL(path).network  # noqa: B018
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match='no AutoencoderKL'):
+        KL(str(tmp_path)).network  # noqa: B018
+
+
+def test_pickled_weights_are_refused(tmp_path: Path):
+    path = make(tmp_path / 'pickled', safe_serialization=False)
+    with pytest.raises(ValueError, match='safetensors'):
+        KL(path).network  # noqa: B018
+
+
+def test_wrong_sizes_are_refused(folder: str):
+    with pytest.raises(ValueError, match='8 x 9 pixels: both sides must be multiples of 2'):
+        KL(folder).encode(torch.zeros(1, 3, 8, 9))
+    with pytest.raises(ValueError, match=r'6 channels .* which decodes 3; moments must be sampled first'):
+        KL(folder).decode(torch.zeros(1, 6, 4, 4))
+
+
+def test_diffusers_is_imported_only_when_needed_and_its_absence_is_explained():
+    program = (
+        'import sys\n'
+        'from tread_composer.autoencoders import KL\n'
+        "kl = KL('a/b')\n"
+        "assert 'diffusers' not in sys.modules\n"
+        "sys.modules['diffusers'] = None\n"  # as if it were not installed
+        'try:\n'
+        '    kl.network\n'
+        'except ValueError as error:\n'
+        '    print(error)\n'
+    )
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    assert "pip install 'tread_composer[diffusers]'" in result.stdout

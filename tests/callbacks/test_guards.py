@@ -1,0 +1,95 @@
+"""EpochIsWhole, ProgressLines, environment, and whole files."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.callbacks.small import trainer
+from tread_composer.callbacks.environment import environment, write_environment
+from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
+from tread_composer.callbacks.files import write_atomically
+from tread_composer.callbacks.progress import ProgressLines
+
+
+class Streamed(IterableDataset):
+    """Promises 24 samples and delivers ``delivered``, as streaming does when a shard is missing."""
+
+    def __init__(self, delivered):
+        self.delivered = delivered
+
+    def __len__(self):
+        return 24
+
+    def __iter__(self):
+        for index in range(self.delivered):
+            yield torch.zeros(1, 8, 8), index % 10
+
+
+def test_an_epoch_that_ends_early_stops_the_run():
+    run = trainer('3ep', train_dataloader=DataLoader(Streamed(16), batch_size=4), callbacks=[EpochIsWhole()])
+    with pytest.raises(ValueError, match='epoch 0 ended after 4 of 6 batches'):
+        run.fit()
+
+
+def test_an_epoch_without_any_batch_stops_the_run():
+    run = trainer('3ep', train_dataloader=DataLoader(Streamed(0), batch_size=4), callbacks=[EpochIsWhole()])
+    with pytest.raises(ValueError, match='ended after 0 of 6'):
+        run.fit()
+
+
+@pytest.mark.parametrize('duration', ['2ep', '9ba'])
+def test_whole_epochs_and_an_end_in_mid_epoch_pass(duration):
+    run = trainer(duration, train_dataloader=DataLoader(Streamed(24), batch_size=4), callbacks=[EpochIsWhole()])
+    run.fit()
+    assert int(run.state.timestamp.batch) == (12 if duration == '2ep' else 9)
+
+
+def test_a_whole_epoch_passes_after_a_resume_in_its_middle(tmp_path):
+    trainer('4ba', callbacks=[EpochIsWhole()], save_folder=str(tmp_path), save_interval='4ba').fit()
+    run = trainer('2ep', callbacks=[EpochIsWhole()], load_path=str(tmp_path / 'latest-rank0.pt'))
+    run.fit()
+    assert int(run.state.timestamp.batch) == 12
+
+
+def test_progress_lines_say_batch_loss_rate_and_remaining_time():
+    out = io.StringIO()
+    trainer('2ep', loggers=[ProgressLines(seconds=0, stream=out)]).fit()
+    lines = out.getvalue().splitlines()
+    shape = r'batch \d+/12 \(\d+%\), loss \d+\.\d{4}, \d+\.\d\d batches/s, \d+:\d\d:\d\d left'
+    assert len(lines) == 14
+    assert all(re.fullmatch(shape, line) for line in lines[1:-1]), lines
+    assert lines[-2].startswith('batch 12/12 (100%)')
+    assert lines[-2].endswith('0:00:00 left')
+
+
+def test_progress_lines_are_few():
+    out = io.StringIO()
+    trainer('12ba', loggers=[ProgressLines(seconds=60, stream=out)]).fit()
+    assert [line.split(' ')[1] for line in out.getvalue().splitlines()[1:-1]] == ['1/12', '12/12']
+
+
+def test_environment_names_versions_and_hides_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_hidden')
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'x.yaml', 'api_token=abc', 'seed=3'])
+    written = write_environment(tmp_path / 'environment.json')
+    assert json.loads((tmp_path / 'environment.json').read_text()) == written == environment()
+    assert written['command'] == ['train.py', 'x.yaml', 'api_token=***', 'seed=3']
+    assert written['packages']['torch'] == torch.__version__
+    assert written['packages']['composer'] == '0.32.1'
+    assert written['world_size'] == 1
+    assert 'hf_hidden' not in json.dumps(written)
+
+
+def test_a_file_is_replaced_whole_and_leaves_nothing_else(tmp_path: Path):
+    write_atomically(tmp_path / 'new' / 'a.txt', b'one')
+    write_atomically(tmp_path / 'new' / 'a.txt', b'two')
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / 'new' / 'a.txt', 'not bytes')
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['a.txt']
+    assert (tmp_path / 'new' / 'a.txt').read_bytes() == b'two'

@@ -1,0 +1,186 @@
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from composer.core import Callback
+from mlflow import MlflowClient
+
+from tests.callbacks.small import store, trainer
+from tread_composer.callbacks.mlflow_run import MLflowRun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """One store for all: making the tables takes seconds. Each test has an experiment of its own."""
+    return tmp_path_factory.mktemp('runs')
+
+
+def runs_of(folder, experiment):
+    client = MlflowClient(store(folder))
+    ids = [client.get_experiment_by_name(experiment).experiment_id]
+    return client, client.search_runs(ids, order_by=['attributes.start_time ASC'])
+
+
+def values_of(client, run, name='loss/train/total'):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+class Config(Callback):
+    def __init__(self, tracking, flat):
+        self.tracking, self.flat = tracking, flat
+
+    def fit_start(self, state, logger):
+        self.tracking.log_config(self.flat, ''.join(f'{key}: {value}\n' for key, value in self.flat.items()))
+
+
+def train(folder, experiment, duration='6ba', flat=None, **settings):
+    tracking = MLflowRun(experiment, folder=str(folder))
+    run = trainer(duration, loggers=[tracking], callbacks=[Config(tracking, flat or {'lr': 0.1})], **settings)
+    run.fit()
+    run.close()
+    return tracking
+
+
+def test_a_run_is_kept_whole_and_nothing_lands_beside_it(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flat = {'lr': 0.1, 'data.streams[0]': 'a', **{f'many.{i}': i for i in range(150)}, 'long': 'x' * 9000}
+    tracking = train(folder, 'whole', flat=flat)
+    client, (run,) = runs_of(folder, 'whole')
+    assert run.info.status == 'FINISHED'
+    assert run.info.run_name == 'painting'
+    assert [step for step, _ in values_of(client, run)] == [0, 1, 2, 3, 4, 5]
+    assert {'lr', 'data.streams_0_', 'many.0', 'many.149', 'long'} <= set(run.data.params)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ['config.yaml']
+    assert run.info.artifact_uri.startswith((folder / 'mlflow_artifacts').resolve().as_uri())
+    assert os.listdir(tmp_path) == []
+    assert store(folder) in tracking.ui_command()
+
+
+def test_equal_values_in_succession_are_all_kept(folder):
+    class Constant(Callback):
+        def batch_end(self, state, logger):
+            logger.log_metrics({'constant': 1.0})
+
+    tracking = MLflowRun('equal', folder=str(folder))
+    run = trainer(loggers=[tracking], callbacks=[Constant()])
+    run.fit()
+    run.close()
+    client, (kept,) = runs_of(folder, 'equal')
+    assert len(values_of(client, kept, 'constant')) == 6
+
+
+def test_a_resumed_run_is_the_same_run_and_may_have_other_settings(folder, tmp_path):
+    train(folder, 'resumed', '3ba', save_folder=str(tmp_path), save_interval='3ba')
+    latest = str(tmp_path / 'latest-rank0.pt')
+    train(folder, 'resumed', '6ba', flat={'lr': 0.2, 'new': 1}, load_path=latest)
+    client, (run,) = runs_of(folder, 'resumed')
+    assert run.info.status == 'FINISHED'
+    assert [step for step, _ in values_of(client, run)] == [0, 1, 2, 3, 4, 5]
+    assert run.data.params['lr'] == '0.1'
+    assert run.data.tags['tread_composer.changed_settings'] == 'lr: 0.1 -> 0.2'
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {'config.yaml', 'config_resumed_1.yaml'}
+
+
+def test_training_from_the_start_does_not_write_into_an_earlier_run(folder):
+    train(folder, 'twice', '3ba')
+    train(folder, 'twice', '3ba', flat={'lr': 0.2})
+    client, (first, second) = runs_of(folder, 'twice')
+    assert [first.info.status, second.info.status] == ['FINISHED', 'FINISHED']
+    assert len(values_of(client, first)) == len(values_of(client, second)) == 3
+    assert [first.data.params['lr'], second.data.params['lr']] == ['0.1', '0.2']
+    assert first.data.tags['tread_composer.superseded_by'] == second.info.run_id
+
+
+def test_the_same_name_in_another_experiment_is_another_run(folder):
+    first = train(folder, 'here', '2ba')
+    second = train(folder, 'there', '2ba')
+    assert first.run_id != second.run_id
+    assert len(runs_of(folder, 'here')[1]) == len(runs_of(folder, 'there')[1]) == 1
+
+
+def test_the_environment_does_not_lead_elsewhere(folder, monkeypatch):
+    for name in ('DATABRICKS_TOKEN', 'MLFLOW_EXPERIMENT_ID', 'MLFLOW_RUN_ID', 'RUN_NAME'):
+        monkeypatch.setenv(name, '123')
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://127.0.0.1:9')
+    train(folder, 'firm', '2ba')
+    assert runs_of(folder, 'firm')[1][0].data.tags['run_name'] == 'painting'
+    assert os.environ['DATABRICKS_TOKEN'] == '123'
+
+
+def test_what_a_checkpoint_has_seen_is_in_the_store(folder, tmp_path):
+    written = []
+
+    class Look(Callback):
+        def batch_start(self, state, logger):
+            if int(state.timestamp.batch) == 3:
+                client, (run,) = runs_of(folder, 'durable')
+                written.extend(values_of(client, run))
+
+    run = trainer(
+        loggers=[MLflowRun('durable', folder=str(folder))],
+        callbacks=[Look()],
+        save_folder=str(tmp_path),
+        save_interval='3ba',
+    )
+    run.fit()
+    run.close()
+    assert [step for step, _ in written] == [0, 1, 2]
+
+
+def test_a_locked_store_delays_the_values_and_does_not_end_training(folder):
+    other = sqlite3.connect(folder / 'mlflow.db', isolation_level=None)
+
+    class Lock(Callback):
+        def fit_start(self, state, logger):
+            other.execute('BEGIN EXCLUSIVE')
+
+    run = trainer('2ba', loggers=[MLflowRun('locked', folder=str(folder))], callbacks=[Lock()])
+    run.fit()  # writes at its end, in vain
+    other.execute('ROLLBACK')
+    other.close()
+    run.close()
+    client, (kept,) = runs_of(folder, 'locked')
+    assert [step for step, _ in values_of(client, kept)] == [0, 1]
+
+
+def test_an_evaluation_alone_finishes_its_run_and_an_idle_one_has_failed(folder):
+    run = trainer('2ba', loggers=[MLflowRun('only', folder=str(folder))], run_name='evaluated')
+    run.eval(eval_dataloader=run.state.train_dataloader)
+    run.close()
+    run = trainer('2ba', loggers=[MLflowRun('only', folder=str(folder))], run_name='idle')
+    run.close()
+    tracking = MLflowRun('only', folder=str(folder))
+    run = trainer('2ba', loggers=[tracking], run_name='told')
+    tracking.finished()
+    run.close()
+    ends = {run.info.run_name: run.info.status for run in runs_of(folder, 'only')[1]}
+    assert ends == {'evaluated': 'FINISHED', 'idle': 'FAILED', 'told': 'FINISHED'}
+
+
+def test_only_a_run_that_reached_its_end_is_finished(folder):
+    ways = ['nothing', 'exception', 'exception at the end', 'SIGTERM', 'SIGKILL', 'swallowed']
+    script = [sys.executable, str(Path(__file__).with_name('train_and_die.py')), str(folder), *ways]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    codes = dict(re.findall('(.+)=(.+)', done.stdout))
+    assert codes == dict(zip(ways, ['0', '1', '1', '143', '-9', '0'], strict=True)), done.stderr
+
+    deadline = time.monotonic() + 60  # the watcher needs some seconds to import MLflow
+    while True:
+        ends = {run.info.run_name: run.info.status for run in runs_of(folder, 'deaths')[1]}
+        if 'RUNNING' not in ends.values() or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert ends == {way: 'FINISHED' if way == 'nothing' else 'FAILED' for way in ways}
+
+
+def test_a_plain_folder_as_tracking_uri_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=re.escape("set folder: './mlruns'")):
+        MLflowRun('x', tracking_uri='./mlruns')

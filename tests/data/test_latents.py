@@ -1,0 +1,165 @@
+import re
+import shutil
+import time
+import warnings
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from streaming.base.partition import get_partitions
+from torch.utils.data import DataLoader
+
+from tests.data.worlds import evaluated_ids, on_ranks, read_all, read_and_wait, read_epochs, start, trained_ids
+from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.data.latents import LatentDataset, eval_loader, train_loader
+
+SAMPLES = 200
+
+
+def test_samples_hold_what_was_written_and_where(split: Path):
+    dataset = LatentDataset(split, batch_size=8)
+    for index, sample in [(0, dataset[0]), (7, dataset[7]), (199, dataset[-1]), (31, dataset[30:32][1])]:
+        assert sample[SAMPLE_IDS] == index
+        assert sample[LABELS] == index % 3
+        assert sample[LABELS].dtype == sample[SAMPLE_IDS].dtype == torch.int64
+        assert torch.equal(sample[RAW_LATENTS], torch.full((1, 4, 6), index, dtype=torch.float16))
+    torch.set_warn_always(True)  # else torch warns of memory that must not be written to once in a process
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        dataset[3][RAW_LATENTS].add_(1)
+    torch.set_warn_always(False)
+
+
+def test_batches_carry_ids_of_their_rows(split: Path):
+    for batch in train_loader(split, batch_size=16):
+        assert torch.equal(batch[RAW_LATENTS][:, 0, 0, 0].long(), batch[SAMPLE_IDS])
+        assert torch.equal(batch[LABELS], batch[SAMPLE_IDS] % 3)
+
+
+def test_the_order_is_the_same_for_any_number_of_workers_and_new_each_epoch(split: Path):
+    orders = [read_epochs(split, 16, num_workers, epochs=2) for num_workers in (0, 1, 2)]
+    assert orders[0] == orders[1] == orders[2]
+    first, second = orders[0]
+    assert len(first) == SAMPLES // 16
+    assert first != second
+    ids = list(chain.from_iterable(first))
+    assert len(set(ids)) == len(ids)
+    assert read_epochs(split, 16, shuffle_seed=1)[0] != first
+    assert read_epochs(split, 16, shuffle=False)[0][0] == list(range(16))
+
+
+@pytest.mark.parametrize(('world_size', 'num_workers'), [(2, 0), (3, 2)])
+def test_global_batches_are_the_same_sets_on_any_number_of_ranks(
+    split: Path, tmp_path: Path, world_size: int, num_workers: int
+):
+    alone = read_epochs(split, 12, epochs=2)
+    ranks = on_ranks(world_size, read_epochs, tmp_path / 'out', split, 12, num_workers, 2)
+    together = [
+        [sorted(chain.from_iterable(parts)) for parts in zip(*epochs, strict=True)]
+        for epochs in zip(*ranks, strict=True)
+    ]
+    assert together == [[sorted(batch) for batch in epoch] for epoch in alone]
+
+
+@pytest.mark.parametrize('nodes', [2, 4])
+def test_global_batches_are_the_same_sets_on_any_number_of_nodes(split: Path, nodes: int):
+    # Several nodes cannot be had on one machine, so this asks the library's own partitioning with our default.
+    canonical = LatentDataset(split, batch_size=8).num_canonical_nodes
+    alone = get_partitions('relaxed', SAMPLES, canonical, 1, 1, 1, 8)[0, 0, 0]
+    split_up = get_partitions('relaxed', SAMPLES, canonical, nodes, 1, 1, 8 // nodes)[:, 0, 0].transpose(1, 0, 2)
+    assert sorted(alone.flatten()) == list(range(SAMPLES))  # none twice
+    assert [sorted(batch.flatten()) for batch in split_up] == [sorted(batch) for batch in alone]
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_evaluation_sees_every_sample_once(split: Path, tmp_path: Path, world_size: int):
+    ranks = on_ranks(world_size, evaluated_ids, tmp_path / 'out', split, 16)
+    assert sorted(chain.from_iterable(ranks)) == list(range(SAMPLES))
+
+
+def test_evaluation_reads_in_file_order_with_workers_too(split: Path):
+    for num_workers in (0, 2):
+        batches = [batch[SAMPLE_IDS].tolist() for batch in eval_loader(split, batch_size=64, num_workers=num_workers)]
+        assert [len(batch) for batch in batches] == [64, 64, 64, 8]
+        assert list(chain.from_iterable(batches)) == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('batch', [5, 12])
+def test_a_resumed_run_goes_on_with_the_next_sample(split: Path, tmp_path: Path, num_workers: int, batch: int):
+    whole = trained_ids(split, tmp_path / 'whole', num_workers, '15ba')  # 12 batches an epoch
+    checkpoint = str(tmp_path / 'whole' / f'ba{batch}.pt')
+    assert trained_ids(split, tmp_path / 'rest', num_workers, '15ba', checkpoint) == whole[batch:]
+
+
+def failure_of(loader: DataLoader) -> str:
+    # Not pytest.raises: it keeps the traceback, so that workers end in a garbage collection, which takes 5 s for each.
+    try:
+        for _ in loader:
+            pass
+    except RuntimeError as error:
+        return str(error)
+    return 'none: the epoch just ended'
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_shard_lost_after_the_start_is_an_error_not_a_short_epoch(split: Path, num_workers: int):
+    loader = train_loader(split, batch_size=8, num_workers=num_workers)
+    (split / 'shard.00004.mds').unlink()
+    said = re.compile(r'(?s)stopped in mid-epoch after \d+ samples.*shard.00004.mds.*Restore')
+    assert said.search(failure_of(loader))
+    if num_workers == 0:  # and so is the next epoch
+        assert said.search(failure_of(loader))
+
+
+def test_a_lost_shard_is_an_error_in_evaluation(split: Path):
+    loader = eval_loader(split, batch_size=8)
+    (split / 'shard.00004.mds').unlink()
+    with pytest.raises(FileNotFoundError, match=r'shard.00004.mds'):
+        list(loader)
+
+
+def test_a_shard_missing_in_the_remote_is_an_error(split: Path, tmp_path: Path):
+    (split / 'shard.00004.mds').unlink()
+    loader = train_loader(tmp_path / 'cache', batch_size=8, remote=str(split), download_retry=1)
+    with pytest.raises(RuntimeError, match=r'shard.00004.mds'):
+        list(loader)
+
+
+@pytest.mark.parametrize('algorithm', ['xxh64', 'sha1'])
+def test_a_hash_that_differs_or_is_absent_is_an_error(split: Path, tmp_path: Path, algorithm: str):
+    shard = split / 'shard.00004.mds'
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    loader = train_loader(tmp_path / 'cache', batch_size=8, remote=str(split), validate_hash=algorithm)
+    with pytest.raises(RuntimeError, match='stopped in mid-epoch'):
+        list(loader)
+
+
+def test_fetched_data_are_read_in_the_order_of_local_data(split: Path, tmp_path: Path):
+    fetched = read_epochs(tmp_path / 'cache', 16, remote=str(split), validate_hash='xxh64')
+    assert fetched == read_epochs(split, 16)
+
+
+def test_an_epoch_without_a_batch_is_refused(split: Path):
+    with pytest.raises(ValueError, match='200 samples are no full batch of 201'):
+        train_loader(split, batch_size=201)
+
+
+@pytest.mark.parametrize('with_remote', [False, True])
+def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_path: Path, with_remote: bool):
+    remote = str(split) if with_remote else None
+    local = tmp_path / 'cache' if with_remote else split
+    killed = start(read_and_wait, local, remote, tmp_path / 'ready')
+    until = time.monotonic() + 30
+    while not (tmp_path / 'ready').exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    assert (tmp_path / 'ready').exists()
+    next_one = start(read_all, local, remote, tmp_path / 'result')
+    next_one.join(60)
+    assert (tmp_path / 'result').read_text() == str(SAMPLES)
+    shutil.rmtree(tmp_path / 'cache', ignore_errors=True)

@@ -1,0 +1,154 @@
+"""What runs in other processes: several ranks, and processes that are killed.
+
+They come from a fork server that has imported the slow libraries once.
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, ComposerModel, Trainer
+from composer.utils import dist
+from torchmetrics import MeanMetric
+
+from tread_composer.batch import RAW_LATENTS, SAMPLE_IDS
+from tread_composer.data.digits import prepare_digits
+from tread_composer.data.latents import eval_loader, train_loader
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['torch', 'composer', 'streaming', 'sklearn.datasets', 'tests.data.worlds'])
+
+
+def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any) -> list[Any]:
+    """``function(*args)`` on that many ranks of one node, connected by gloo; the results by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, world_size, port, folder, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world_size
+    return [pickle.loads((folder / f'rank{rank}').read_bytes()) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable, args: tuple) -> None:
+    environment = {'RANK': rank, 'LOCAL_RANK': rank, 'NODE_RANK': 0, 'MASTER_PORT': port}
+    environment |= {'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ['MASTER_ADDR'] = '127.0.0.1'
+    torch.set_num_threads(1)
+    # A data loader's workers would otherwise come from a second fork server, which imports everything once more.
+    multiprocessing.set_start_method('fork', force=True)
+    dist.initialize_dist('cpu')
+    (folder / f'rank{rank}').write_bytes(pickle.dumps(function(*args)))
+    dist.barrier()
+
+
+def start(function: Callable, *args: Any) -> multiprocessing.Process:
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def read_epochs(
+    local: Path, global_batch_size: int, num_workers: int = 0, epochs: int = 1, **arguments: Any
+) -> list[list[list[int]]]:
+    """Ids by epoch, batch and row."""
+    loader = train_loader(
+        local, batch_size=global_batch_size // dist.get_world_size(), num_workers=num_workers, **arguments
+    )
+    return [[batch[SAMPLE_IDS].tolist() for batch in loader] for _ in range(epochs)]
+
+
+def read_and_wait(local: Path, remote: str | None, ready: Path) -> None:
+    """Reads a first batch and then hangs, to be killed."""
+    batches = iter(train_loader(local, batch_size=8, remote=remote))
+    next(batches)
+    ready.touch()
+    time.sleep(60)
+
+
+def read_all(local: Path, remote: str | None, result: Path) -> None:
+    result.write_text(str(sum(len(batch[SAMPLE_IDS]) for batch in train_loader(local, batch_size=8, remote=remote))))
+
+
+def prepare_many_times(parent: Path, times: int, started: Path) -> None:
+    """Prepares one folder after another, to be killed in the middle of one."""
+    for index in range(times):
+        prepare_digits(parent / str(index))
+        started.touch()
+
+
+class IdsModel(ComposerModel):
+    """The smallest model that Composer trains; remembers which samples its metric was updated with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.evaluated: list[int] = []
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        return self.layer(batch[RAW_LATENTS].float().mean((1, 2, 3)).unsqueeze(1))
+
+    def loss(self, outputs: torch.Tensor, batch: dict) -> torch.Tensor:
+        return outputs.square().mean()
+
+    def get_metrics(self, is_train: bool) -> dict:
+        return {} if is_train else {'mean': MeanMetric()}
+
+    def update_metric(self, batch: dict, outputs: torch.Tensor, metric: MeanMetric) -> None:
+        metric.update(outputs)
+        self.evaluated += batch[SAMPLE_IDS].tolist()
+
+
+class RecordIds(Callback):
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def batch_start(self, state: Any, logger: Any) -> None:
+        self.batches.append(state.batch[SAMPLE_IDS].tolist())
+
+
+def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[int]:
+    model = IdsModel()
+    loader = eval_loader(local, batch_size=batch_size, num_workers=num_workers)
+    trainer = Trainer(model=model, eval_dataloader=loader, device='cpu', progress_bar=False, run_name='ids')
+    trainer.eval()
+    trainer.close()
+    return model.evaluated
+
+
+def trained_ids(local: Path, folder: Path, num_workers: int, duration: str, load_path: str | None = None) -> list:
+    """Ids by batch; saves a checkpoint after each batch."""
+    model, record = IdsModel(), RecordIds()
+    trainer = Trainer(
+        model=model,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
+        train_dataloader=train_loader(local, batch_size=16, num_workers=num_workers),
+        max_duration=duration,
+        callbacks=[record],
+        device='cpu',
+        progress_bar=False,
+        run_name='ids',
+        save_folder=str(folder),
+        save_interval='1ba',
+        save_filename='ba{batch}.pt',
+        load_path=load_path,
+    )
+    trainer.fit()
+    trainer.close()
+    return record.batches

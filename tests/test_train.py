@@ -1,0 +1,191 @@
+"""The main door: ``composer train.py x.yaml``, as a user runs it, on one and two ranks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from tests.runs import (
+    COMPOSER,
+    ROOT,
+    assert_same_training,
+    checkpoint,
+    command,
+    environment,
+    history,
+    launch,
+    runs,
+    train,
+)  # fmt: skip
+
+TREAD_WIDE = 'algorithms.tread={start: 1, end: -2, selection_rate: 0.5}'
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """Uninterrupted runs of 14 batches, by number of ranks; an epoch ends after 11."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp(f'whole{ranks}')
+        train(folders[ranks], 'digits_tread.yaml', TREAD_WIDE, ranks=ranks)
+    return folders
+
+
+def test_a_run_leaves_what_it_should(whole):
+    folder = whole[1] / 'runs'
+    assert {path.name for path in folder.iterdir()} == {'digits_tread', 'mlflow.db', 'mlflow_artifacts'}
+    assert {path.name for path in whole[1].iterdir()} == {'data', 'runs'}
+    saved = yaml.safe_load((folder / 'digits_tread' / 'config.yaml').read_text())
+    assert saved['algorithms']['tread']['end'] == -2 and saved['model']['hidden_size'] == 16
+    environment = json.loads((folder / 'digits_tread' / 'environment.json').read_text())
+    assert 'torch' in json.dumps(environment)
+    (run,) = runs(whole[1])
+    assert run.info.status == 'FINISHED'
+    assert run.data.params['algorithms.tread.selection_rate'] == '0.5' and run.data.params['optimizer.lr'] == '0.001'
+    assert run.data.metrics['tread/kept_tokens'] == 8 and run.data.metrics['tread/selection_rate'] == 0.5
+    assert sorted(history(whole[1])) == list(range(14))
+
+
+@pytest.mark.parametrize('at', [5, 11])  # in mid-epoch; at the last batch of an epoch
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(whole, tmp_path, ranks, at):
+    overrides = (TREAD_WIDE, f'save_interval={at}ba')
+    train(tmp_path, 'digits_tread.yaml', *overrides, f'max_duration={at}ba', ranks=ranks)
+    done = train(tmp_path, 'digits_tread.yaml', *overrides, ranks=ranks)
+    assert 'mlflow ui' in done.stdout
+    assert history(tmp_path) == history(whole[ranks])
+    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[ranks], 'digits_tread'))
+
+
+def test_two_ranks_train_as_one(whole):
+    """Draws are keyed by sample, so the same global batches give the same losses to rounding."""
+    one, two = history(whole[1]), history(whole[2])
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_back(whole, tmp_path):
+    overrides = (TREAD_WIDE, 'save_interval=5ba')
+    for ranks, until in ((2, 5), (1, 10), (2, 14)):
+        train(tmp_path, 'digits_tread.yaml', *overrides, f'max_duration={until}ba', ranks=ranks)
+    assert list(history(tmp_path).values()) == pytest.approx(list(history(whole[1]).values()), rel=1e-4)
+    average = dict(checkpoint(tmp_path, 'digits_tread')['algorithms'])['EMA']['average']
+    expected = dict(checkpoint(whole[1], 'digits_tread')['algorithms'])['EMA']['average']
+    for name, value in expected.items():
+        assert average[name].numpy() == pytest.approx(value.numpy(), abs=2e-4), name
+
+
+def test_killed_without_warning_and_started_again(whole, tmp_path):
+    words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL_KILLED)
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    latest = tmp_path / 'runs' / 'digits_tread' / 'latest-rank0.pt'
+    deadline = time.monotonic() + 200
+    while not latest.exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while runs(tmp_path)[0].info.status != 'FAILED' and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert runs(tmp_path)[0].info.status == 'FAILED'
+    done = launch(tmp_path, words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert runs(tmp_path)[0].info.status == 'FINISHED'
+    assert history(tmp_path) == history(whole[1])
+    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[1], 'digits_tread'))
+
+
+SMALL_KILLED = (
+    'model={name: dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}', 'callbacks={}',
+    'eval_interval=100ba', 'save_interval=1ba', 'max_duration=14ba', TREAD_WIDE,
+)  # fmt: skip
+
+
+def test_the_same_command_again_trains_no_more_and_changes_nothing(whole):
+    before = checkpoint(whole[1], 'digits_tread')
+    done = train(whole[1], 'digits_tread.yaml', TREAD_WIDE)
+    assert 'was trained to 14ba before' in done.stdout
+    assert_same_training(checkpoint(whole[1], 'digits_tread'), before)
+    assert runs(whole[1])[0].info.status == 'FINISHED'
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'difference'),
+    [
+        (('algorithms.tread.end=-3',), 'algorithms.tread.end: saved -2, now -3'),
+        (('algorithms.tread=null',), 'algorithms.tread: saved {'),
+        (('optimizer.lr=2e-3',), 'optimizer.lr: saved 0.001, now 0.002'),
+    ],
+)
+def test_another_configuration_under_the_same_name_is_refused(whole, overrides, difference):
+    words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL_KILLED, *overrides)
+    done = launch(whole[1], words)
+    assert done.returncode == 2 and 'Traceback' not in done.stdout + done.stderr
+    assert difference in done.stderr and 'run_name=' in done.stderr
+
+
+def test_a_dense_run_does_not_continue_a_routed_checkpoint(whole, tmp_path):
+    path = whole[1] / 'runs' / 'digits_tread' / 'latest-rank0.pt'
+    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL_KILLED[:-1], f'load_path={path}', 'autoresume=false')
+    done = launch(tmp_path, words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert 'algorithms.tread: saved {' in done.stderr and 'load_weights_only=true' in done.stderr
+    assert 'Traceback' not in done.stdout + done.stderr
+
+
+WRONG = [
+    (['sed=3'], r"command line: sed: .*Did you mean 'seed'"),
+    (['model.dept=3'], r"model\.dept: .*Did you mean 'depth'"),
+    (['algorithms.tread.selction_rate=0.3'], r"algorithms\.tread\.selction_rate: .*Did you mean 'selection_rate'"),
+    (['optimizer.lr=fast'], r"optimizer\.lr: 'fast'"),
+    (['algorithms.tread.end=9'], r'algorithms\.tread: the route from block 2 to block 9 does not fit 8 blocks'),
+    (['data={name: latents, local: nowhere}'], r"data\.local: 'nowhere': 'nowhere/train' does not exist"),
+]
+
+
+@pytest.mark.parametrize(('overrides', 'message'), WRONG)
+def test_wrong_input_is_one_message_exit_code_2_and_nothing_written(tmp_path, overrides, message):
+    words = [*command(ROOT / 'yamls' / 'digits_tread.yaml', *overrides)][3:]
+    done = subprocess.run(
+        [str(COMPOSER).replace('composer', 'python'), *words],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert len(re.findall(message, done.stderr)) == 1, done.stderr
+    assert 'Traceback' not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (['global_train_batch_size=129'], 'global_train_batch_size: 129 does not divide among 2 ranks'),
+        (['model.dept=3'], "Did you mean 'depth'"),
+    ],
+)
+def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path, overrides, message):
+    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *overrides, ranks=2))
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert output.count(message) == 1 and 'Traceback' not in output, output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_yaml_file(tmp_path):
+    done = launch(tmp_path, command('nowhere.yaml'))
+    assert done.returncode == 2 and done.stderr.count('nowhere.yaml') >= 1 and 'Traceback' not in done.stderr

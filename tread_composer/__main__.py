@@ -1,0 +1,7 @@
+"""``python -m tread_composer``."""
+
+import sys
+
+from tread_composer.cli import main
+
+sys.exit(main())

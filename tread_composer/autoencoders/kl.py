@@ -1,0 +1,119 @@
+"""The variational autoencoders of latent diffusion (Rombach et al. 2022, arXiv 2112.10752), through diffusers.
+
+Raw latents are what the network gives: no scale, no shift. Those belong to the training run (`latent_scale`,
+`latent_shift`), in one place, and are never applied here.
+Legend: B images, C channels of the latent, H x W pixels, h x w latent pixels.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.errors import UserError
+
+__all__ = ['KL']
+
+
+class KL:
+    """A frozen ``AutoencoderKL`` in float32, loaded when it is first needed.
+
+    It is no ``nn.Module`` on purpose: as a part of the model it would enter checkpoints, sharding and the optimizer.
+    The network moves to the device of whatever it is given.
+
+    Args:
+        path: A folder written by ``save_pretrained``, or a hub id such as ``stabilityai/sd-vae-ft-ema``.
+        subfolder: Where in it the autoencoder lies, e.g. ``'vae'`` in a whole pipeline.
+        revision: Commit of a hub id; name one for results that can be repeated.
+
+    Raises:
+        UserError: On first use: diffusers is missing, or there is no autoencoder at ``path``.
+    """
+
+    def __init__(self, path: str, *, subfolder: str | None = None, revision: str | None = None) -> None:
+        self.path, self.subfolder, self.revision = str(path), subfolder, revision
+        self._network: Any = None
+
+    @property
+    def network(self) -> Any:
+        """The ``AutoencoderKL``: frozen, evaluation mode, float32."""
+        if self._network is None:
+            self._network = _load(self.path, self.subfolder, self.revision)
+        return self._network
+
+    @property
+    def channels(self) -> int:
+        """C: channels of a latent (its moments have twice as many)."""
+        return self.network.config.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent pixel along a side: 8 for the autoencoder of Stable Diffusion."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    def weight_hash(self) -> str:
+        """SHA-256 over names, shapes and float32 values: the same for any file format, different for other weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f'{name} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return f'sha256:{digest.hexdigest()}'
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to moments ``[B, 2C, h, w]``, float32: means, then log-variances in -30..20.
+
+        Raises:
+            UserError: Height or width is no multiple of the downsampling.
+        """
+        step = self.downsampling
+        if pixels_BCHW.shape[-2] % step or pixels_BCHW.shape[-1] % step:
+            raise UserError(
+                f'images of {pixels_BCHW.shape[-2]} x {pixels_BCHW.shape[-1]} pixels: both sides must be multiples '
+                f'of {step}, the downsampling of {self.path}; crop or resize them'
+            )
+        network = self.network.to(pixels_BCHW.device)
+        # Half precision overflows in the middle block of the public autoencoders, so a caller's autocast stays out.
+        with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
+            posterior = network.encode(pixels_BCHW.float()).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def decode(self, raw_latents_BCHW: Tensor) -> Tensor:
+        """Raw latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not clamped.
+
+        Raises:
+            UserError: The latents have other channels than the autoencoder, e.g. because they are moments.
+        """
+        if raw_latents_BCHW.shape[1] != self.channels:
+            raise UserError(
+                f'latents with {raw_latents_BCHW.shape[1]} channels for {self.path}, which decodes {self.channels}; '
+                f'moments must be sampled first, see sample_moments'
+            )
+        network = self.network.to(raw_latents_BCHW.device)
+        with torch.no_grad(), torch.autocast(raw_latents_BCHW.device.type, enabled=False):
+            return network.decode(raw_latents_BCHW.float()).sample
+
+
+def _load(path: str, subfolder: str | None, revision: str | None) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(
+            f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"
+        ) from error
+    # Hub ids are `owner/name`; anything else that is no folder is a mistyped path, not a reason to ask the network.
+    if not Path(path).is_dir() and (path.startswith(('.', '/', '~')) or path.count('/') != 1):
+        raise UserError(f'autoencoder {path!r}: no such folder, and not of the form owner/name of a hub id')
+    options = {'subfolder': subfolder, 'revision': revision}
+    try:
+        # safetensors only: the other format is a pickle, which can run code when it is loaded
+        network = AutoencoderKL.from_pretrained(
+            path, use_safetensors=True, torch_dtype=torch.float32, **{k: v for k, v in options.items() if v is not None}
+        )
+    except OSError as error:
+        raise UserError(
+            f'autoencoder {path!r}: no AutoencoderKL with safetensors weights could be loaded from there ({error}). '
+            f'Give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id that is reachable'
+        ) from error
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,321 @@
+"""Tracking with MLflow: one run per run name, in a sqlite file unless told otherwise, without a network.
+
+A thin layer over Composer's `MLFlowLogger`, whose defaults lose parameters, report a crash as FINISHED, follow
+environment variables to other stores and write beside the working directory.
+
+**What a run is bound to.** A run is found by its name within its experiment. It is continued only if a checkpoint was
+loaded (the timestamp is beyond batch 0); training that starts at batch 0 under a name that is taken opens a new run,
+and the earlier one is kept with the tag ``tread_composer.superseded_by``. So no history is written over another, and a
+job that died before its first checkpoint can be started again by the same command.
+
+**How the status comes about.** RUNNING from the start on. FINISHED when training reached ``Event.FIT_END`` (and the
+evaluation behind it ended), or an evaluation or prediction without training ended, or `MLflowRun.finished` was called.
+FAILED otherwise, whatever the reason: exception, SIGTERM, Ctrl-C. For ``kill -9`` see `run_watch`.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, MLFlowLogger
+from composer.utils import dist
+
+from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
+from tread_composer.errors import UserError
+
+__all__ = ['MLflowRun']
+
+log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 5.0
+_METRICS_A_REQUEST = 1000  # MLflow's limits
+_PARAMS_A_REQUEST = 100
+_PARAM_LENGTH = 500
+
+# Composer's logger lets each of these override what the YAML says; the first one even needs the Databricks SDK.
+_REDIRECTIONS = ('DATABRICKS_TOKEN', 'MLFLOW_EXPERIMENT_ID', 'MLFLOW_RUN_ID', 'RUN_NAME')
+
+
+class MLflowRun(MLFlowLogger):
+    """Logs a run to MLflow, from rank 0.
+
+    Metrics are collected and written every 5 s, before each checkpoint and at the end: a synchronous write of each
+    would cost 4 ms per call (sqlite), and what a checkpoint has seen is never missing after a resume.
+
+    Args:
+        experiment_name: The MLflow experiment; made if it does not exist.
+        folder: Where the store and the artifacts go: ``<folder>/mlflow.db``, ``<folder>/mlflow_artifacts``.
+            Default ``runs``. Not used with a server.
+        tracking_uri: Another store: ``http(s)://`` or a database. The variable ``MLFLOW_TRACKING_URI`` is not read, so
+            that the YAML is the whole run; write ``tracking_uri: ${oc.env:MLFLOW_TRACKING_URI}`` to follow it.
+        tags: Tags of the run.
+        log_system_metrics: Also log CPU, memory, GPU and network use, once in 30 s.
+
+    Raises:
+        UserError: the tracking URI is a plain folder, or the experiment was deleted.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        *,
+        folder: str | None = None,
+        tracking_uri: str | None = None,
+        tags: dict[str, str] | None = None,
+        log_system_metrics: bool = False,
+    ) -> None:
+        self.folder = Path(folder or 'runs').resolve()
+        uri = tracking_uri or f'sqlite:///{(self.folder / "mlflow.db").as_posix()}'
+        if '://' not in uri and uri != 'databricks':
+            raise UserError(
+                f'tracking_uri: {uri!r} is a folder, which MLflow 3 no longer accepts as a store. Leave tracking_uri '
+                f"out and set folder: {uri!r} (a sqlite file is made there), or give a server's address."
+            )
+        if dist.get_global_rank() == 0:
+            self._prepare_store(experiment_name, uri, local=tracking_uri is None)
+        with _without_environment(() if uri.startswith('databricks') else _REDIRECTIONS):
+            super().__init__(
+                experiment_name,
+                tags=dict(tags or {}),
+                tracking_uri=uri,
+                synchronous=True,
+                resume=True,
+                log_system_metrics=log_system_metrics,
+                logging_buffer_seconds=None,
+                log_duplicated_metric_every_n_steps=1,
+            )
+        self.tracking_uri = uri  # the base class sets it on rank 0 only
+        self._watch: RunWatch | None = None
+        self._client: Any = None
+        self._id: str | None = None
+        self._found: dict[str, str] | None = None  # the run of this name that was there before: its id and status
+        self._pending: list[tuple[str, float, int, int]] = []
+        self._last_flush = time.monotonic()
+        self._fitting = self._evaluating = self._done = False
+
+    def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        if local:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if os.environ.get('MLFLOW_TRACKING_URI') not in (None, uri):
+                log.warning('MLFLOW_TRACKING_URI is set but not used; set tracking_uri to use it. Logging to %s', uri)
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(experiment_name)
+        if experiment is None:
+            # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
+            by_client = not uri.startswith(('http:', 'https:', 'databricks'))
+            location = (self.folder / 'mlflow_artifacts').as_uri() if by_client else None
+            try:
+                client.create_experiment(experiment_name, artifact_location=location)
+            except MlflowException:
+                if client.get_experiment_by_name(experiment_name) is None:  # else another run was faster
+                    raise
+        elif experiment.lifecycle_stage == 'deleted':
+            raise UserError(
+                f'experiment_name: {experiment_name!r} was deleted in {uri}. Choose another name, or restore it with '
+                f'`mlflow experiments restore --experiment-id {experiment.experiment_id}`.'
+            )
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, known from ``Event.INIT`` on, on rank 0."""
+        return self._id
+
+    def ui_command(self) -> str:
+        """The command that shows the store in a browser; for a server, its address."""
+        if self.tracking_uri.startswith(('http:', 'https:', 'databricks')):
+            return self.tracking_uri
+        return f"mlflow ui --backend-store-uri '{self.tracking_uri}'"
+
+    def summary(self, state: State) -> list[tuple[str, str]]:
+        """How to look at the run."""
+        return [('curves and pictures', f'{self.ui_command()}   (then open http://127.0.0.1:5000)')]
+
+    # --- beginning ---
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Find the run of this name in the experiment, or make it."""
+        if dist.get_global_rank() == 0:
+            self._found = self._earlier_run(state.run_name)
+        self._begin(state, logger)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
+        found = [self._found]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None and int(state.timestamp.batch) == 0:
+            self._leave_found_run(state.run_name)
+            self._begin(state, logger)
+            if dist.get_global_rank() == 0:
+                self._client.set_tag(found[0]['id'], 'tread_composer.superseded_by', self._id)
+        super().after_load(state, logger)
+
+    def _begin(self, state: State, logger: Logger) -> None:
+        owner = uuid.uuid4().hex
+        self.tags[OWNER_TAG] = owner
+        with _without_environment(_REDIRECTIONS):
+            super().init(state, logger)
+        if dist.get_global_rank() == 0:
+            import mlflow
+
+            self._client = mlflow.MlflowClient(self.tracking_uri)
+            self._id = mlflow.active_run().info.run_id
+            self._watch = RunWatch(self.tracking_uri, self._id, owner)
+
+    def _earlier_run(self, run_name: str) -> dict[str, str] | None:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.tracking_uri)
+        experiment = client.get_experiment_by_name(self.experiment_name)
+        runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
+        return {'id': runs[0].info.run_id, 'status': runs[0].info.status} if runs else None
+
+    def _leave_found_run(self, run_name: str) -> None:
+        """Give the earlier run back as it was, under a tag by which it is not found again."""
+        if dist.get_global_rank() != 0:
+            return
+        import mlflow
+
+        assert self._found is not None
+        assert self._watch is not None
+        # A run that still counted as RUNNING had died together with its watcher.
+        status = 'FAILED' if self._found['status'] == 'RUNNING' else self._found['status']
+        self._client.set_tag(self._found['id'], 'run_name', f'{run_name} (superseded)')
+        mlflow.end_run(status)
+        self._watch.finished()
+        self._found = None
+
+    # --- what is logged ---
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Collect ``metrics``; every value is kept, equal successive ones too."""
+        if dist.get_global_rank() != 0:
+            return
+        now = int(time.time() * 1000)
+        self._pending += [(name, float(value), now, step or 0) for name, value in metrics.items()]
+        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
+            self.flush()
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Log what is new. MLflow refuses another value for a parameter, which would end a resumed run."""
+        if self._client is not None:
+            self._log_new_params(hyperparameters)
+
+    def log_config(self, flat: dict[str, Any], yaml_text: str) -> None:
+        """Log the resolved config: ``flat`` as parameters, ``yaml_text`` as the artifact ``config.yaml``.
+
+        Where the run is continued with other values, the parameters keep the first ones; the tag
+        ``tread_composer.changed_settings`` names the changes, and the artifact is ``config_resumed_<n>.yaml``.
+        """
+        if self._client is None:
+            return
+        changed = self._log_new_params(flat)
+        stored = [file.path for file in self._client.list_artifacts(self._id) if file.path.startswith('config')]
+        if not stored:
+            self._client.log_text(self._id, yaml_text, 'config.yaml')
+        elif changed:
+            self._client.log_text(self._id, yaml_text, f'config_resumed_{len(stored)}.yaml')
+            self._client.set_tag(self._id, 'tread_composer.changed_settings', '; '.join(changed)[:5000])
+
+    def _log_new_params(self, params: dict[str, Any]) -> list[str]:
+        """Log the parameters that the run does not have; returns ``name: old -> new`` for those that differ."""
+        from mlflow.entities import Param
+
+        there = self._client.get_run(self._id).data.params
+        named = {re.sub(r'[^\w\-./ :]', '_', name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
+        new = [Param(name, value) for name, value in named.items() if name not in there]
+        for start in range(0, len(new), _PARAMS_A_REQUEST):
+            self._client.log_batch(self._id, params=new[start : start + _PARAMS_A_REQUEST])
+        return [f'{name}: {there[name]} -> {value}' for name, value in named.items() if there.get(name, value) != value]
+
+    def log_file(self, path: str | Path, artifact_folder: str | None = None) -> None:
+        """Copy a file to the run's artifacts, under its own name; replaces one of that name."""
+        if self._client is not None:
+            self._client.log_artifact(self._id, str(path), artifact_folder)
+
+    def flush(self) -> None:
+        """Write the collected metrics. A store that cannot be written keeps them waiting and does not end training."""
+        self._last_flush = time.monotonic()
+        if self._client is None or not self._pending:
+            return
+        from mlflow.entities import Metric
+
+        try:
+            while self._pending:
+                metrics = [Metric(*entry) for entry in self._pending[:_METRICS_A_REQUEST]]
+                self._client.log_batch(self._id, metrics=metrics)
+                del self._pending[: len(metrics)]
+        except Exception as error:  # a server that is away, a locked or full disk: no reason to stop training
+            log.warning('MLflow could not be written, %d values wait for the next try: %s', len(self._pending), error)
+
+    # --- end ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own; but a checkpoint is being written, so what it has seen must be on disk."""
+        self.flush()
+        return {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Training has begun and not ended."""
+        self._fitting, self._done = True, False
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """An evaluation that does not come to its end is a failure, behind the training too."""
+        self._evaluating = True
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """The evaluation came to its end."""
+        self._evaluating = False
+        self.flush()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Training came to its end."""
+        self._fitting, self._done = False, True
+        self.flush()
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """A run that only evaluates is finished; one whose training failed before is not."""
+        self._evaluating, self._done = False, self._done or not self._fitting
+
+    def predict_end(self, state: State, logger: Logger) -> None:
+        """As for an evaluation."""
+        self._done = self._done or not self._fitting
+
+    def finished(self) -> None:
+        """Training did all that it should: the run will be FINISHED when the Trainer closes."""
+        self._fitting, self._evaluating, self._done = False, False, True
+
+    def post_close(self) -> None:
+        """Write what is left and set the status. Replaces the base class's, which sets FINISHED after a crash too."""
+        if self._client is None:
+            return
+        import mlflow
+
+        for pause in (1, 4, 0):
+            self.flush()
+            if self._pending:
+                time.sleep(pause)
+        if self._pending:
+            log.error('MLflow could not be written: %d values are lost', len(self._pending))
+        mlflow.end_run('FINISHED' if self._done and not self._evaluating else 'FAILED')
+        if self._watch is not None:
+            self._watch.finished()
+        self._client = None
+
+
+@contextlib.contextmanager
+def _without_environment(names: tuple[str, ...]) -> Iterator[None]:
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,109 @@
+"""Draws images from the model in training without leaving a trace in it: shared by the callbacks that need samples."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from composer.core import State
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tread_composer.errors import UserError
+
+__all__ = ['Sampling', 'bare_model']
+
+Weights = Literal['ema', 'raw']
+
+
+def bare_model(state: State) -> Any:
+    """The ComposerModel itself, out of the wrapper that data-parallel training puts around it."""
+    return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+
+
+class Sampling:
+    """How samples are made during training.
+
+    The model is in evaluation mode, so token routing is off. Every rank has to call `images` (a sharded model
+    gathers its weights on all ranks), and every rank gets the same images.
+
+    Args:
+        sampler: Name of a sampler.
+        num_steps: Its steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
+
+    Raises:
+        UserError: ``weights`` is neither, or ``num_steps`` is below 1.
+    """
+
+    def __init__(self, sampler: str, num_steps: int, guidance_scale: float, weights: Weights) -> None:
+        if weights not in get_args(Weights):
+            raise UserError(f"weights: {weights!r} is neither 'ema' nor 'raw'")
+        if num_steps < 1:
+            raise UserError(f'num_steps: {num_steps} must be at least 1')
+        self.sampler, self.num_steps, self.guidance_scale, self.weights = sampler, num_steps, guidance_scale, weights
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the protocol that belongs in every reported figure."""
+        names = ('sampler', 'num_steps', 'guidance_scale', 'weights')
+        return {name: getattr(self, name) for name in names}
+
+    def check(self, state: State, owner: str) -> None:
+        """Refuse at the start what would fail at the first picture.
+
+        Raises:
+            UserError: The model cannot sample, or there are no averaged weights to sample with.
+        """
+        if not hasattr(bare_model(state), 'sample'):
+            raise UserError(
+                f'callbacks.{owner}: the model is a {type(bare_model(state)).__name__}, which cannot draw samples '
+                '(it has no sample method). Use it with LatentDiffusion, or remove it.'
+            )
+        if self.weights == 'ema' and _average(state) is None:
+            raise UserError(
+                f"callbacks.{owner}.weights: 'ema' needs averaged weights, but no algorithm of this run keeps them. "
+                'Add `ema: {decay: 0.9999}` under algorithms, or set weights: raw.'
+            )
+
+    def images(self, state: State, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Pixels, float32 ``[N, C, H, W]`` on the CPU, about -1 to 1: one image for each label and seed."""
+        model = bare_model(state)
+        average = _average(state) if self.weights == 'ema' else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_undisturbed(model, state))
+            stack.enter_context(average.averaged(state) if average is not None else contextlib.nullcontext())
+            latents = model.sample(
+                list(labels),
+                list(seeds),
+                sampler=self.sampler,
+                num_steps=self.num_steps,
+                guidance_scale=self.guidance_scale,
+            )
+            return model.decode(latents).float().cpu()
+
+
+def _average(state: State) -> Any:
+    return next((algorithm for algorithm in state.algorithms if hasattr(algorithm, 'averaged')), None)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, state: State) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the global random streams as they were afterwards.
+
+    The mode is restored module by module: a part that its owner froze in evaluation mode stays there.
+    """
+    modes = {module: module.training for module in model.modules()}
+    streams = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if state.device.name == 'gpu' else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])

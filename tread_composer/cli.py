@@ -1,0 +1,108 @@
+"""The commands: ``python -m tread_composer train|plan|schema``. ``composer train.py x.yaml`` is ``train``.
+
+Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback); 1 a fault of ours (traceback).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from tread_composer.errors import UserError
+
+__all__ = ['main']
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    Args:
+        arguments: What stands behind the program's name; that of this process if None.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        return _refused(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='tread_composer', description='Train diffusion transformers with token routing.'
+    )
+    commands = parser.add_subparsers(required=True, metavar='command')
+
+    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        return command
+
+    for name, function, text in (
+        ('train', _train, 'train what a YAML file describes; several ranks: composer -n 2 train.py x.yaml'),
+        ('plan', _plan, 'print what a YAML file would do, and write nothing'),
+    ):
+        command = add(name, function, text)
+        command.add_argument('yaml', help='the file, for example yamls/digits_tread.yaml')
+        command.add_argument('overrides', nargs='*', metavar='key=value', help='for example optimizer.lr=2e-4')
+        if name == 'plan':
+            command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
+            command.add_argument('--ranks', type=int, help='plan for this many processes (default: as launched)')
+    add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tread_composer.train import train  # Composer's import takes seconds: not before the arguments are right
+
+    train(options.yaml, options.overrides)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from tread_composer.config import load_config
+    from tread_composer.plan import format_plan, make_plan
+    from tread_composer.train import data_state, world_size
+
+    ranks = world_size() if options.ranks is None else options.ranks
+    config = load_config(options.yaml, options.overrides, world_size=ranks)
+    state, problem = data_state(config)
+    plan = make_plan(config, ranks)
+    if options.json:
+        print(json.dumps({**plan, 'data': state, 'config': config.to_dict()}, indent=2))
+    else:
+        print(format_plan(config, plan, state))
+    if problem is not None:
+        raise problem
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from tread_composer.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _refused(error: UserError) -> int:
+    from composer.utils import dist
+
+    if dist.get_global_rank() == 0:
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+    else:
+        # The launcher stops all ranks as soon as one ends: rank 0 must have printed before.
+        _wait_for_rank_zero()
+    return 2
+
+
+def _wait_for_rank_zero() -> None:
+    import contextlib
+
+    from composer.utils import dist
+
+    with contextlib.suppress(Exception):  # rank 0 leaves, which ends this wait
+        dist.barrier()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Checks before training that a data set is whole and is the one that the run was written for.
+
+Needed because the reader of mosaicml-streaming never looks at sizes or hashes of local shards.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from streaming.base.hashing import get_hash
+
+from tread_composer.data.columns import columns
+from tread_composer.data.manifest import Manifest
+from tread_composer.errors import UserError
+
+__all__ = ['check_agreement', 'check_shards']
+
+_REMEDY = 'copy or prepare the data again'
+
+
+def check_shards(
+    folder: str | os.PathLike[str], manifest: Manifest, *, remote: bool = False, hashes: bool = False
+) -> None:
+    """Compare the shards with ``index.json`` and the index with the manifest. Reads no shard unless ``hashes``.
+
+    Args:
+        folder: Of one split.
+        manifest: Of that split.
+        remote: The shards are fetched from elsewhere: check the index only, ``folder`` may lack any of them.
+        hashes: Also read every shard and compare its hash: the only way to find flipped bytes.
+
+    Raises:
+        UserError: The first thing that is wrong; names the file, what was expected and what was found.
+    """
+    path = Path(folder) / 'index.json'
+    shards = _read_index(path)
+    wanted = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
+    for number, shard in enumerate(shards):
+        found = dict(zip(shard['column_names'], shard['column_encodings'], strict=False))
+        if found != wanted:
+            raise UserError(
+                f'{path}: columns of shard {number} are {found}, the manifest describes {wanted}; {_REMEDY}'
+            )
+        if not remote:
+            _check_files(Path(folder), shard, hashes)
+    total = sum(shard['samples'] for shard in shards)
+    if total != manifest.num_samples:
+        raise UserError(f'{path}: {total} samples, but the manifest has num_samples={manifest.num_samples}; {_REMEDY}')
+
+
+def check_agreement(
+    manifest: Manifest,
+    *,
+    channels: int | None = None,
+    kind: str | None = None,
+    latent_size: tuple[int, int] | None = None,
+    autoencoder: str | None = None,
+    autoencoder_hash: str | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Refuse data that contradict what a run expects. None means: the run does not say.
+
+    Args:
+        manifest: Of the data.
+        channels: Of the latent that the model sees.
+        kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
+        latent_size: Height and width of the latent.
+        autoencoder: As the manifest writes it; ``'pixels'`` for none.
+        autoencoder_hash: Of the weights that will decode.
+        num_classes: 0 for a run without labels.
+
+    Raises:
+        UserError: Lists every contradiction with both values and the remedy.
+    """
+    expected: dict[str, Any] = {
+        'kind': kind,
+        'autoencoder': autoencoder,
+        'autoencoder_hash': autoencoder_hash,
+        'channels': channels,
+        'latent_size': None if latent_size is None else tuple(latent_size),
+        'num_classes': num_classes,
+    }
+    found: dict[str, Any] = {
+        'kind': manifest.kind,
+        'autoencoder': manifest.autoencoder or 'pixels',
+        'autoencoder_hash': manifest.autoencoder_hash,
+        'channels': manifest.channels,
+        'latent_size': (manifest.latent_height, manifest.latent_width),
+        'num_classes': manifest.num_classes,
+    }
+    lines = [
+        f'  {key}: the run expects {value!r}, the data have {found[key]!r}; {_AGREEMENT_REMEDIES[key]}'
+        for key, value in expected.items()
+        if value is not None and value != found[key]
+    ]
+    if lines:
+        raise UserError('\n'.join([f'the data ({manifest.source}) do not fit this run:', *lines]))
+
+
+_AGREEMENT_REMEDIES = {
+    'kind': 'moments are sampled when they are read, samples and pixels are not: correct the setting',
+    'autoencoder': 'latents of one autoencoder mean nothing to another: name the one of the data, or encode again',
+    'autoencoder_hash': 'same name but other weights (a fine-tuned decoder?): use the weights of the data',
+    'channels': 'if the data have twice as many, they are moments (means and log-variances) described as samples',
+    'latent_size': 'set the model up for the size of the data, or encode at another resolution',
+    'num_classes': 'take the number from the data; 0 trains without labels',
+}
+
+
+def _read_index(path: Path) -> list[dict[str, Any]]:
+    try:
+        shards = json.loads(path.read_bytes())['shards']
+        for shard in shards:  # fails on what is used below and is not there
+            _ = [shard[key] for key in ('samples', 'column_names', 'column_encodings')]
+            _ = [shard['raw_data'][key] for key in ('basename', 'bytes', 'hashes')]
+        return shards
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such file, so this is no data set; give the folder of one split') from error
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: empty or broken ({error!r}); {_REMEDY}') from error
+
+
+def _check_files(folder: Path, shard: dict[str, Any], hashes: bool) -> None:
+    """Of the two forms that the index may know, raw and compressed, the first that is there must be right."""
+    forms = [form for form in (shard['raw_data'], shard.get('zip_data')) if form]
+    form = next((form for form in forms if (folder / form['basename']).is_file()), None)
+    if form is None:
+        raise UserError(f'{folder / forms[0]["basename"]}: this shard is missing; {_REMEDY}')
+    path = folder / form['basename']
+    if path.stat().st_size != form['bytes']:
+        raise UserError(f'{path}: {path.stat().st_size} bytes, the index says {form["bytes"]}; {_REMEDY}')
+    if hashes:
+        data = path.read_bytes()
+        for name, value in form['hashes'].items():
+            if get_hash(name, data) != value:
+                raise UserError(f'{path}: its {name} is not the one of the index, so bytes have changed; {_REMEDY}')

@@ -1,0 +1,118 @@
+"""A training run from start to end: what ``composer train.py`` does."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+
+from composer import Trainer
+from composer.utils import dist, get_device
+
+from tread_composer.builders import build_trainer, check_expectations, check_run_folder, planned_manifest
+from tread_composer.config import Config, check_files, check_machine, load_config
+from tread_composer.data.checks import check_shards
+from tread_composer.errors import UserError
+
+__all__ = ['data_state', 'train', 'world_size']
+
+
+def world_size() -> int:
+    """Number of ranks that this process was launched with."""
+    return int(os.environ.get('WORLD_SIZE', '1'))
+
+
+def train(path: str, overrides: Sequence[str] = ()) -> None:
+    """Load, check, train, report.
+
+    Rank 0 checks everything that needs no other rank before the process group exists. The others wait there, so a
+    refused configuration is reported once, and they are stopped by the launcher.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key=value`` texts.
+
+    Raises:
+        UserError: The input is at fault.
+    """
+    config, problem = None, None
+    try:
+        config = _checked_config(path, overrides)
+    except UserError as error:
+        if dist.get_global_rank() == 0:
+            raise
+        problem = error  # it is rank 0's to say; if rank 0 sees none, this node's files differ
+    with _stoppable():
+        dist.initialize_dist(get_device(config.device if config else None))
+    if problem is not None or config is None:
+        raise UserError(f'rank {dist.get_global_rank()}: {problem}')
+    trainer = build_trainer(config)
+    began = time.monotonic()
+    if trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
+        status = f'trained to batch {int(trainer.state.timestamp.batch)} in {time.monotonic() - began:.0f} s'
+    else:
+        status = f'was trained to {config.max_duration} before; a longer max_duration continues it'
+        for logger in trainer.logger.destinations:
+            if hasattr(logger, 'finished'):
+                logger.finished()
+    trainer.close()
+    if dist.get_global_rank() == 0:
+        print(report(trainer, config, status), flush=True)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the process at once: Composer's handler runs in Python, which waits for the rendezvous to return.
+
+    Without this the launcher would give the waiting ranks 30 s after rank 0 has refused a configuration.
+    """
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _checked_config(path: str, overrides: Sequence[str]) -> Config:
+    config = load_config(path, overrides, world_size=world_size())
+    check_machine(config, path)
+    check_files(config, path)
+    if dist.get_global_rank() == 0:
+        check_run_folder(config)
+    return config
+
+
+def data_state(config: Config) -> tuple[str, UserError | None]:
+    """One line on the training data, and what is wrong with them, if anything is."""
+    data = config.data
+    folder = os.path.join(data.local, 'train' if data.name == 'digits' else data.train_split)
+    if data.name == 'digits' and not os.path.exists(data.local):
+        return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
+    try:
+        check_files(config)
+        manifest = planned_manifest(config)
+        if manifest is None:
+            return f'{folder}: no manifest', UserError(f'data.local: {folder!r} holds no manifest.json')
+        check_shards(folder, manifest, remote=data.name == 'latents' and data.remote is not None)
+        check_expectations(config, manifest)
+    except UserError as error:
+        return f'{folder}: NOT READY, see the message below', error
+    return (
+        f'{folder}: {manifest.num_samples:,} samples of {manifest.kind} from {manifest.source}, shards complete',
+        None,
+    )
+
+
+def report(trainer: Trainer, config: Config, status: str) -> str:
+    """What a person wants to know when a run ends: where everything is, and the figures of callbacks that have some."""
+    rows = [('run', f'{config.run_name}: {status}')]
+    for part in (*trainer.state.callbacks, *trainer.logger.destinations):
+        summary = getattr(part, 'summary', None)
+        if summary is not None:
+            rows += summary(trainer.state)
+    if config.save_folder:
+        rows.append(('checkpoints, config.yaml', config.save_folder.replace('{run_name}', config.run_name)))
+    width = max(len(name) for name, _ in rows)
+    rule = '-' * 72
+    return '\n'.join([rule, *(f'{name:<{width}}  {text}' for name, text in dict.fromkeys(rows)), rule])
