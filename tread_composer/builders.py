@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from composer import Callback, Evaluator, Trainer
-from composer.utils import dist
+from composer.utils import dist, reproducibility
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -130,7 +130,8 @@ def check_expectations(config: Config, manifest: Manifest) -> None:
         UserError: Lists the contradictions.
     """
     data = config.data
-    autoencoder = 'pixels' if config.autoencoder.name == 'pixels' else config.autoencoder.path
+    encoder = config.autoencoder
+    autoencoder = 'pixels' if encoder.name == 'pixels' else encoder.id or encoder.path
     expected: dict[str, Any] = {'autoencoder': autoencoder}
     if data.name == 'latents':
         size = None if data.latent_size is None else (data.latent_size, data.latent_size)
@@ -160,7 +161,7 @@ def build_autoencoder(config: Config) -> Autoencoder:
     """The autoencoder of the configuration. Its weights are loaded when it is first used."""
     if config.autoencoder.name == 'pixels':
         return Pixels()
-    return KL(**config.autoencoder.model_dump(exclude={'name'}))
+    return KL(**config.autoencoder.model_dump(exclude={'name', 'id'}))
 
 
 def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> DiT:
@@ -231,12 +232,17 @@ def build_trainer(config: Config) -> Trainer:
     """
     check_run_folder(config)
     splits = prepare_data(config)
+    # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
+    reproducibility.seed_all(config.seed)
     model = build_model(config, splits['train'])
     train, evaluation = build_loaders(config, splits)
     arguments = config.trainer_arguments()
     # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
     bar = arguments.pop('progress_bar')
-    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(decisive_settings(config))]
+    contract = decisive_settings(config)
+    if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
+        contract['ranks'] = dist.get_world_size()
+    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
     callbacks += [_build_callback(config, name) for name in config.callbacks]
     loggers = [component.build() for component in config.loggers.values()]
     if bar and not sys.stderr.isatty():

@@ -176,3 +176,15 @@ def test_json_schema_knows_components_and_keywords():
     assert {'extends', 'max_duration', 'model'} <= set(schema['properties'])
     names = [one['properties']['name']['const'] for one in schema['properties']['optimizer']['oneOf']]
     assert 'adamw' in names
+
+
+def test_composers_average_is_refused_where_it_is_wrong(base):
+    with pytest.raises(ConfigError, match=r'algorithms\.composer_ema: .*take algorithms\.ema'):
+        load_config(base, ['algorithms={composer_ema: {half_life: 10ba}}', 'parallelism_config={fsdp: {}}'])
+    load_config(base, ['algorithms={composer_ema: {half_life: 10ba}}'])
+
+
+def test_the_digits_measure_needs_the_digits(base):
+    latents = 'data={name: latents, local: somewhere}'
+    with pytest.raises(ConfigError, match=r'callbacks\.digits_quality: measures the ten digits'):
+        load_config(base, [latents, 'callbacks={digits_quality: {weights: raw}}'])

@@ -91,8 +91,11 @@ def _saving(config: Config) -> list[Problem]:
 
 
 def _averages(config: Config) -> list[Problem]:
-    """Callbacks that sample from averaged weights need an algorithm that averages."""
+    """Sampling from averaged weights needs an algorithm that averages; Composer's own fails when sharded."""
     problems = []
+    if 'composer_ema' in config.algorithms and config.parallelism_config is not None:
+        text = "Composer's EMA fails under FSDP1 and corrupts training when resumed under FSDP2; take algorithms.ema"
+        problems.append(Problem(('algorithms', 'composer_ema'), text))
     for name, callback in config.callbacks.items():
         field = component_schema('callback', name).model_fields.get('weights')
         if (
@@ -107,6 +110,11 @@ def _averages(config: Config) -> list[Problem]:
 
 def _rest(config: Config) -> list[Problem]:
     problems: list[Problem] = []
+    if 'digits_quality' in config.callbacks and config.data.name != 'digits':
+        text = (
+            f'measures the ten digits, and the data are {config.data.name!r}; remove it (callbacks.digits_quality=null)'
+        )
+        problems.append(Problem(('callbacks', 'digits_quality'), text))
     if config.objective.name == 'edm':
         try:
             EDM(**config.objective.model_dump(exclude={'name'}))

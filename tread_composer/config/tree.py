@@ -83,6 +83,8 @@ class KLAutoencoder(Strict):
     name: Literal['kl'] = 'kl'
     path: str
     """A folder, or a hub id such as ``stabilityai/sd-vae-ft-ema``."""
+    id: str | None = None
+    """What the manifest of the data calls it; ``path`` if null."""
     subfolder: str | None = None
     revision: str | None = None
 

@@ -1,0 +1,76 @@
+"""Moments of a (tiny, random) AutoencoderKL: the example of streaming_data/README.md, then training on its output."""
+
+import os
+import re
+
+import pytest
+import torch
+
+from tests.runs import ROOT, SMALL, checkpoint, command, launch
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp('latents')
+    torch.manual_seed(0)
+    blocks = {'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2}
+    vae = AutoencoderKL(block_out_channels=[4, 4], norm_num_groups=2, latent_channels=3, sample_size=32, **blocks)
+    vae.save_pretrained(folder / 'path' / 'to' / 'autoencoder')
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'streaming_data' / 'README.md').read_text(), re.DOTALL)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        exec(code, {})
+    finally:
+        os.chdir(before)
+    return folder
+
+
+WORDS = (
+    *SMALL,
+    'data={name: latents, local: data/mine, num_workers: 0, kind: moments, channels: 3}',
+    'autoencoder={name: kl, path: path/to/autoencoder, id: my-vae}',
+    'global_train_batch_size=8',
+    'callbacks.sample_grid={interval: 100ba, samples_per_class: 2, num_steps: 2, sampler: euler}',
+)
+
+
+def run(folder, *overrides):
+    return launch(folder, command(ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *overrides))
+
+
+def test_moments_train_with_a_route_and_decode(folder):
+    done = run(folder, 'max_duration=6ba', 'device_train_microbatch_size=4')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / 'runs' / 'digits_tread' / 'samples' / 'ba000006.png').exists()
+    again = run(folder, 'max_duration=6ba', 'run_name=again', 'save_folder=runs/again')
+    assert again.returncode == 0, again.stdout + again.stderr
+    weights = [checkpoint(folder, name)['model'] for name in ('digits_tread', 'again')]
+    for name in weights[0]:  # another microbatch size: the same posterior samples, sums in another order
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('data.channels=4', 'channels: the run expects 4, the data have 3'),
+        ('data.kind=samples', "kind: the run expects 'samples', the data have 'moments'"),
+        ('autoencoder.id=other', "autoencoder: the run expects 'other', the data have 'my-vae'"),
+    ],
+)
+def test_data_that_contradict_the_configuration_are_refused(folder, override, message):
+    done = run(folder, override, 'run_name=wrong', 'save_folder=runs/wrong')
+    assert done.returncode == 2 and done.stderr.count(message) == 1, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr and not (folder / 'runs' / 'wrong').exists()
+
+
+def test_a_missing_shard_is_refused_before_the_first_step(folder):
+    shard = folder / 'data' / 'mine' / 'train' / 'shard.00000.mds'
+    hidden = shard.rename(shard.with_suffix('.hidden'))
+    try:
+        done = run(folder, 'run_name=lost', 'save_folder=runs/lost')
+    finally:
+        hidden.rename(shard)
+    assert done.returncode == 2 and 'shard.00000.mds' in done.stderr and not (folder / 'runs' / 'lost').exists()
