@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Compiled at once: where Python may not write bytecode, every start would take 15 s instead of 6.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: quickstart test lint lock install clean-runs
+.PHONY: quickstart test lint lock install
 .DEFAULT_GOAL := quickstart
 
 quickstart: install

@@ -19,7 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands behind the program's name; that of this process if None.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith('-') or '=' not in word]
+    if unknown or (rest and not hasattr(options, 'overrides')):
+        parser.error(f'unrecognized arguments: {" ".join(unknown or rest)}')
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.command(options)
     except UserError as error:

@@ -39,7 +39,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     shape = {name: facts[name] for name in ('channels', 'latent_size', 'num_classes')}
     with torch.device('meta'):
         denoiser = build_denoiser(config, **shape)
-    routes = planned_routes(config)
+    routes = config.routes()
     dense = count_macs(denoiser, facts)
     routed = count_macs(denoiser, facts, routes) if routes else dense
     per_rank = config.global_train_batch_size // world_size
@@ -63,15 +63,6 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'memory_gib': _memory(config, denoiser, facts, routes, micro),
         **facts,
     }
-
-
-def planned_routes(config: Config) -> list[Route]:
-    """The routes of ``algorithms.tread``; none where it is absent."""
-    tread = config.algorithms.get('tread')
-    if tread is None:
-        return []
-    single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
-    return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
 
 
 def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int) -> list[int]:

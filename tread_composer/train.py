@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 
 from composer import Trainer
@@ -46,6 +47,8 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
         dist.initialize_dist(get_device(config.device if config else None))
     if problem is not None or config is None:
         raise UserError(f'rank {dist.get_global_rank()}: {problem}')
+    # Of the last, smaller evaluation batch, which is as it should be.
+    warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     trainer = build_trainer(config)
     began = time.monotonic()
     if trainer.state.timestamp < trainer.state.max_duration:

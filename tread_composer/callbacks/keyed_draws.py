@@ -39,7 +39,7 @@ class KeyedDraws(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Draw for a training batch."""
-        random = KeyedRandom(state.rank_zero_seed, int(state.timestamp.batch), state.batch[SAMPLE_IDS].tolist())
+        random = KeyedRandom(state.rank_zero_seed, int(state.timestamp.batch), _sample_ids(state).tolist())
         entries = self._gaussian(random, state)
         entries[TIME_QUANTILES] = random.uniform('time')
         entries[LABEL_DROPPED] = random.uniform('label dropout') < _bare(state.model).label_dropout
@@ -47,7 +47,7 @@ class KeyedDraws(Callback):
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         """Draw for an evaluation batch."""
-        sample_ids = state.batch[SAMPLE_IDS]
+        sample_ids = _sample_ids(state)
         entries = self._gaussian(KeyedRandom(_EVAL_SEED, 0, sample_ids.tolist()), state)
         quantiles = (0.5 + sample_ids.double().cpu() * _GOLDEN).frac().float()
         entries[TIME_QUANTILES] = quantiles.clamp(2.0**-20, 1 - 2.0**-20)
@@ -60,6 +60,14 @@ class KeyedDraws(Callback):
         if state.batch[RAW_LATENTS].shape[1] != model.latent_shape[0]:
             entries[POSTERIOR_NOISE] = random.normal('posterior', *model.latent_shape)
         return entries
+
+
+def _sample_ids(state: State) -> Tensor:
+    if SAMPLE_IDS not in state.batch:
+        raise ValueError(
+            f'KeyedDraws: the batch has no {SAMPLE_IDS!r}: give each sample its position in the data set, int64 [B]'
+        )
+    return state.batch[SAMPLE_IDS]
 
 
 def _bare(model: nn.Module) -> Any:

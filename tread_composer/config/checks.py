@@ -10,7 +10,7 @@ from tread_composer.config.components import component_schema
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.tree import Config, LatentsData
 from tread_composer.objectives import EDM
-from tread_composer.routing import Route, check_routes
+from tread_composer.routing import check_routes
 
 __all__ = ['check_files', 'check_machine', 'joint_problems']
 
@@ -68,14 +68,12 @@ def _model(config: Config) -> list[Problem]:
 
 
 def _routes(config: Config) -> list[Problem]:
-    tread = config.algorithms.get('tread')
-    if tread is None or _model(config):
+    if _model(config):
         return []
-    depth = config.model.arguments()['depth']
-    kwargs = tread.kwargs
-    single = {name: kwargs[name] for name in ('start', 'end', 'selection_rate') if name in kwargs}
     try:
-        check_routes([Route(**route) for route in kwargs.get('routes') or [single]], depth)
+        routes = config.routes()
+        if routes:
+            check_routes(routes, config.model.arguments()['depth'])
     except ValueError as error:
         return [Problem(('algorithms', 'tread'), f'{error}; change the route or model.depth')]
     return []

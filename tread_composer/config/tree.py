@@ -12,6 +12,7 @@ from tread_composer.config.document import dump_yaml
 from tread_composer.config.schema import Strict, plain
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
 from tread_composer.models.presets import PRESETS
+from tread_composer.routing import Route
 
 __all__ = [
     'Config',
@@ -161,6 +162,18 @@ class Config(TrainerSettings):
     algorithms: dict[str, ComponentField] = Field(default={})
     callbacks: dict[str, ComponentField] = Field(default={})
     loggers: dict[str, ComponentField] = Field(default={})
+
+    def routes(self) -> list[Route]:
+        """The routes of ``algorithms.tread``; none where it is absent.
+
+        Raises:
+            ValueError: A value of a route is out of range.
+        """
+        tread = self.algorithms.get('tread')
+        if tread is None:
+            return []
+        single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
+        return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The keywords for ``composer.Trainer``, defaults included, but for the objects that the builders make."""

@@ -1,0 +1,130 @@
+"""``LatentDiffusion`` and the draws that it is fed with."""
+
+import itertools
+
+import pytest
+import torch
+from composer import Callback
+
+from tests.helpers import fit, loader, make_trainer, tiny_dit, tiny_model
+from tread_composer.algorithms.tread import Tread
+from tread_composer.autoencoders import Pixels
+from tread_composer.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.objectives import EDM, FlowMatching
+
+
+class Evaluated(Callback):
+    """What each evaluation batch held."""
+
+    def __init__(self):
+        self.batches = []
+
+    def eval_after_forward(self, state, logger):
+        keys = (SAMPLE_IDS, NOISE, TIME_QUANTILES, LABEL_DROPPED)
+        self.batches.append({key: state.batch[key].tolist() for key in keys})
+
+
+def evaluate(batch_size=8, **keywords):
+    seen = Evaluated()
+    trainer = make_trainer(
+        callbacks=[seen], eval_dataloader=loader(batch_size=batch_size, shuffle=False), **keywords
+    )  # fmt: skip
+    trainer.eval()
+    rows = {}
+    for batch in seen.batches:
+        for index, sample in enumerate(batch[SAMPLE_IDS]):
+            rows[sample] = (batch[NOISE][index], batch[TIME_QUANTILES][index], batch[LABEL_DROPPED][index])
+    metrics = {name: metric.compute().item() for name, metric in trainer.state.eval_metrics['eval'].items()}
+    return rows, metrics
+
+
+def test_evaluation_uses_the_same_noise_and_times_in_every_run():
+    rows, metrics = evaluate(seed=1)
+    others, same = evaluate(seed=2, algorithms=[Tread(1, -2, 0.5)], batch_size=6)
+    assert rows == others and len(rows) == 24
+    assert metrics['loss'] == pytest.approx(same['loss'], rel=1e-6)
+    quantiles = sorted(quantile for _, quantile, _ in rows.values())
+    assert max(b - a for a, b in itertools.pairwise(quantiles)) < 0.08  # all times are covered
+    assert not any(dropped for _, _, dropped in rows.values())
+
+
+def test_the_evaluation_loss_is_the_mean_and_the_quarters_are_its_parts():
+    rows, metrics = evaluate()
+    model = tiny_model().eval()
+    data = loader(batch_size=24, shuffle=False)
+    batch = next(iter(data))
+    noise = torch.tensor([rows[i][0] for i in range(24)])
+    quantiles = torch.tensor([rows[i][1] for i in range(24)])
+    losses = FlowMatching()(model.denoiser, batch[RAW_LATENTS], batch[LABELS], noise, quantiles)['loss']
+    assert metrics['loss'] == pytest.approx(losses.mean().item(), rel=1e-5)
+    for quarter in range(4):
+        inside = (quantiles >= quarter / 4) & (quantiles < (quarter + 1) / 4)
+        expected = losses[inside].mean().item()
+        assert metrics[f'loss_time_quarter_{quarter + 1}'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_dropped_at_the_rate_asked_for_and_become_the_null_label():
+    labels = []
+    model = LatentDiffusion(tiny_dit(), FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, label_dropout=0.3)
+    model.denoiser.register_forward_pre_hook(lambda _, args: labels.extend(args[2].tolist()))
+    fit(model=model, data=lambda: loader(96, 24), max_duration='20ba')
+    share = labels.count(10) / len(labels)
+    assert len(labels) == 480 and 0.23 < share < 0.37
+
+
+def test_a_batch_without_draws_names_the_cure():
+    batch = {RAW_LATENTS: torch.zeros(2, 1, 8, 8), LABELS: torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r'KeyedDraws\(\)'):
+        tiny_model()(batch)
+
+
+def test_scale_and_shift_per_channel_and_back():
+    denoiser = tiny_dit()
+    model = LatentDiffusion(
+        denoiser, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, latent_scale=[0.5], latent_shift=2.0,
+        autoencoder=Pixels(),
+    )  # fmt: skip
+    raw = torch.randn(3, 1, 8, 8)
+    latents = model.latents({RAW_LATENTS: raw.half()})
+    assert latents.dtype == torch.float32
+    assert torch.allclose(latents, (raw.half().float() - 2) * 0.5)
+    assert torch.allclose(model.decode(latents), raw.half().float(), atol=1e-6)
+    assert list(model.state_dict()) == [f'denoiser.{key}' for key in denoiser.state_dict()]
+    with pytest.raises(ValueError, match='one for each channel'):
+        LatentDiffusion(denoiser, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, latent_scale=[1.0, 2.0])
+
+
+@pytest.mark.parametrize('objective', [FlowMatching(), EDM()])
+@pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
+def test_a_sample_depends_on_its_label_and_seed_alone(objective, guidance_scale):
+    model = LatentDiffusion(tiny_dit(), objective, latent_shape=(1, 8, 8), num_classes=10).train()
+    settings = {'num_steps': 4, 'guidance_scale': guidance_scale}
+    state = torch.get_rng_state()
+    together = model.sample([0, 1, 2, 3, 4], [7, 7, 8, 9, 10], batch_size=5, **settings)
+    apart = model.sample([4, 2, 1], [10, 8, 7], batch_size=1, **settings)
+    assert torch.allclose(together[[4, 2, 1]], apart, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)  # another label
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'settings', 'message'),
+    [
+        (([0], [0]), {'sampler': 'dopri'}, "sampler: 'dopri' is none of"),
+        (([0], [0, 1]), {}, '1 labels but 2 seeds'),
+        (([11], [0]), {}, r'labels \[11\] are not between 0 and 10'),
+    ],
+)
+def test_impossible_samples_are_refused(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().sample(*arguments, **settings)
+
+
+def test_an_unconditional_model_trains_samples_and_refuses_guidance():
+    model = tiny_model(num_classes=0)
+    _, recorder = fit([Tread(1, -2, 0.5)], model=model)
+    assert len(recorder.losses) == 6
+    assert model.sample([0, 0], [1, 2], num_steps=2).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match='needs classes'):
+        model.sample([0], [0], guidance_scale=2.0)

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+
+from tread_composer.randomness import KeyedRandom
+
+
+def test_the_same_key_gives_the_same_numbers_and_any_other_gives_others():
+    base = KeyedRandom(17, 3, [5, 6]).normal('noise', 4)
+    assert torch.equal(base, KeyedRandom(17, 3, [5, 6]).normal('noise', 4))
+    others = [
+        KeyedRandom(18, 3, [5, 6]).normal('noise', 4),
+        KeyedRandom(17, 4, [5, 6]).normal('noise', 4),
+        KeyedRandom(17, 3, [7, 8]).normal('noise', 4),
+        KeyedRandom(17, 3, [5, 6]).normal('other', 4),
+    ]
+    for other in others:
+        assert not (base == other).any()
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    whole = KeyedRandom(1, 2, range(8)).normal('noise', 3)
+    assert torch.equal(whole[4:6], KeyedRandom(1, 2, [4, 5]).normal('noise', 3))
+    assert torch.equal(whole[[6, 0]], KeyedRandom(1, 2, [6, 0]).normal('noise', 3))
+
+
+def test_distributions():
+    random = KeyedRandom(0, 0, range(2000))
+    normal, uniform = random.normal('a', 20).flatten(), random.uniform('b', 20).flatten()
+    assert normal.dtype == uniform.dtype == torch.float32
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    counts = np.histogram(uniform, bins=10, range=(0, 1))[0] / len(uniform)
+    assert np.allclose(counts, 0.1, atol=0.01)
+    assert uniform.min() > 0 and uniform.max() < 1
+    rows = random.normal('c', 2)
+    assert abs(torch.corrcoef(torch.stack([rows[:-1, 0], rows[1:, 0]]))[0, 1]) < 0.1
+
+
+def test_one_number_a_row_and_no_rows():
+    assert KeyedRandom(0, 0, [1, 2, 3]).uniform('t').shape == (3,)
+    assert KeyedRandom(0, 0, []).normal('t', 4).shape == (0, 4)
+
+
+def test_the_global_generators_are_left_alone():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    KeyedRandom(0, 0, range(4)).normal('noise', 4)
+    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
+
+
+def test_negative_keys_are_refused():
+    with pytest.raises(ValueError, match='must not be negative'):
+        KeyedRandom(0, 0, [-1])
