@@ -30,7 +30,7 @@ install: $(STAMP)
 # look complete. One that make did not make is left alone.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else f"Python {sys.version.split()[0]} at {sys.executable}: 3.10, 3.11 or 3.12 is needed; say which with make PYTHON=/path/to/python3.11")'
-	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.made-by-make ]; then \
+	@if [ -n "$$(ls -A $(VENV) 2>/dev/null)" ] && [ ! -e $(VENV)/.made-by-make ]; then \
 	  echo "$(VENV) exists and was not made by make. Remove it, or choose another folder: make VENV=.venv-tread"; exit 2; fi
 	@if [ -e $(VENV) ] && [ ! -e $(STAMP) ]; then echo "$(VENV) is unfinished: making it anew"; rm -rf $(VENV); fi
 	@rm -f $(STAMP)

@@ -74,3 +74,13 @@ def test_a_missing_shard_is_refused_before_the_first_step(folder):
     finally:
         hidden.rename(shard)
     assert done.returncode == 2 and 'shard.00000.mds' in done.stderr and not (folder / 'runs' / 'lost').exists()
+
+
+def test_a_remote_is_enough(folder, tmp_path):
+    remote = folder / 'data' / 'mine'
+    (tmp_path / 'path').symlink_to(folder / 'path')
+    done = run(tmp_path, f'data.remote={remote}', 'data.local=cache', 'data.validate_hash=xxh64', 'max_duration=3ba')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / 'cache' / 'train').iterdir()} >= {'manifest.json', 'shard.00000.mds'}
+    wrong = run(tmp_path, f'data.remote={remote}', 'data.local=other', 'data.validate_hash=sha1', 'run_name=b')
+    assert wrong.returncode != 0  # the setting reaches the reader: the index has no sha1

@@ -159,6 +159,12 @@ WRONG = [
         ['data={name: latents, local: nowhere}', 'callbacks.digits_quality=null'],
         r"data\.local: 'nowhere': 'nowhere/train' does not exist",
     ),
+    (['load_path=nowhere.pt'], r"load_path: 'nowhere\.pt' does not exist"),
+    (['global_train_batch_size=2000'], r'global_train_batch_size: 2000 is more than the 1500 samples'),
+    (['label_dropout=1.0'], r'label_dropout: 1\.0'),
+    (['latent_scale=[1.0, 2.0]'], r'latent_scale: give one number or 1'),
+    (['model.patch_size=3'], r'patch_size=3'),
+    (['autoencoder={name: kl, path: x}'], r"autoencoder: the run expects 'x', the data have 'pixels'"),
 ]
 
 
@@ -166,6 +172,22 @@ WRONG = [
 def test_wrong_input_is_one_message_and_nothing_written(tmp_path, monkeypatch, capsys, overrides, message):
     text = refused(tmp_path, monkeypatch, capsys, ROOT / 'yamls' / 'digits_tread.yaml', *overrides)
     assert len(re.findall(message, text)) == 1, text
+
+
+LATE = [
+    (['algorithms.tread.blocks=nowhere'], "algorithms.tread: blocks: the model has no module 'nowhere'"),
+    (['callbacks.sample_grid.sampler=foo'], "callbacks.sample_grid: sampler: 'foo' is none of"),
+    (['callbacks.sample_grid.class_names=[a, b]'], 'callbacks.sample_grid.class_names: 2 names for the 10 classes'),
+]
+
+
+@pytest.mark.parametrize(('overrides', 'message'), LATE)
+def test_what_only_the_model_can_tell_is_refused_before_the_first_batch(tmp_path, overrides, message):
+    words = [word for word in SMALL if 'sample_grid' not in word]
+    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *words, *overrides))
+    assert done.returncode == 2 and done.stderr.count(message) == 1, done.stderr
+    assert 'Traceback' not in done.stderr and 'batch 1/' not in done.stderr
+    assert not list(tmp_path.glob('runs/digits_tread/*.pt'))
 
 
 def test_exit_code_2_without_a_traceback(tmp_path):
@@ -179,7 +201,7 @@ def test_exit_code_2_without_a_traceback(tmp_path):
     ('overrides', 'message'),
     [
         (['global_train_batch_size=129'], 'global_train_batch_size: 129 does not divide among 2 ranks'),
-        (['model.dept=3'], "Did you mean 'depth'"),
+        (['--what'], 'unrecognized arguments: --what'),
     ],
 )
 def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path, overrides, message):
@@ -188,6 +210,17 @@ def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_pat
     assert done.returncode == 2, output
     assert output.count(message) == 1 and 'Traceback' not in output, output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_saved_nothing_does_not_block_its_correction(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'runs' / 'digits_tread'
+    train(tmp_path, 'digits_tread.yaml', 'max_duration=1ba')
+    message = refused(tmp_path, monkeypatch, capsys, ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, 'optimizer.lr=2e-3')
+    assert 'optimizer.lr: saved 0.001, now 0.002' in message
+    for path in folder.glob('*.pt'):
+        path.unlink()
+    train(tmp_path, 'digits_tread.yaml', 'max_duration=1ba', 'optimizer.lr=2e-3')
+    assert yaml.safe_load((folder / 'config.yaml').read_text())['optimizer']['lr'] == 0.002
 
 
 def test_composers_average_is_not_resumed_on_another_number_of_ranks(tmp_path):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from composer import Callback, Evaluator, Trainer
 from composer.utils import dist, reproducibility
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tread_composer import objectives
@@ -21,7 +21,7 @@ from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import Config
-from tread_composer.data.checks import check_agreement, check_shards
+from tread_composer.data.checks import check_agreement, check_shards, fetch_descriptions
 from tread_composer.data.digits import digits_manifest, prepare_digits
 from tread_composer.data.latents import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
@@ -38,6 +38,7 @@ __all__ = [
     'build_model',
     'build_objective',
     'build_trainer',
+    'check_fit',
     'check_run_folder',
     'planned_manifest',
     'prepare_data',
@@ -45,16 +46,15 @@ __all__ = [
 
 _DECISIVE = (
     'seed', 'global_train_batch_size', 'autoencoder', 'model', 'objective', 'latent_scale', 'latent_shift',
-    'label_dropout', 'optimizer', 'scheduler', 'algorithms',
+    'label_dropout', 'optimizer', 'scheduler', 'algorithms', 'precision',
 )  # fmt: skip
-"""Settings that a continued run may not change; ``data`` by what it is, not by where it lies."""
+"""Settings that a continued run may not change; data by what they are, not by where they lie. Not among them: what
+must change with the machine (ranks, microbatch, sharding, compile) and what only looks on."""
 
 
 def decisive_settings(config: Config) -> dict[str, Any]:
     """The part of the configuration that decides what is trained: what a checkpoint is bound to."""
-    tree = config.to_dict()
-    data = {key: tree['data'].get(key) for key in ('name', 'shuffle_seed', 'num_canonical_nodes')}
-    return {**{key: tree[key] for key in _DECISIVE}, 'data': data}
+    return _decisive_part(config.to_dict())
 
 
 def check_run_folder(config: Config) -> None:
@@ -65,8 +65,10 @@ def check_run_folder(config: Config) -> None:
     """
     if config.save_folder is None:
         return
-    path = run_folder(config) / 'config.yaml'
-    if not path.exists():
+    folder = run_folder(config)
+    path = folder / 'config.yaml'
+    # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
+    if not path.exists() or (not any(folder.glob('*.pt')) and not any(folder.glob('ep*/'))):
         return
     saved = _decisive_part(yaml.safe_load(path.read_text()))
     now = decisive_settings(config)
@@ -80,8 +82,14 @@ def check_run_folder(config: Config) -> None:
 
 
 def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
-    data = {key: tree['data'].get(key) for key in ('name', 'shuffle_seed', 'num_canonical_nodes')}
+    data = {key: tree['data'].get(key) for key in ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes')}
     return {**{key: tree.get(key) for key in _DECISIVE}, 'data': data}
+
+
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What makes data other data: positions and ids of samples mean nothing in those."""
+    names = ('source', 'kind', 'autoencoder', 'autoencoder_hash', 'num_samples', 'num_classes', 'permutation_seed')
+    return {**{name: getattr(manifest, name) for name in names}, 'latent_shape': list(manifest.latent_shape)}
 
 
 def run_folder(config: Config) -> Path:
@@ -117,6 +125,8 @@ def prepare_data(config: Config) -> dict[str, Manifest]:
     manifests = {}
     for split, name in splits.items():
         folder = os.path.join(data.local, name)
+        if remote is not None:
+            fetch_descriptions(f'{remote.rstrip("/")}/{name}', folder)
         manifests[split] = Manifest.load(folder)
         check_shards(folder, manifests[split], remote=remote is not None)
         check_expectations(config, manifests[split])
@@ -202,6 +212,25 @@ def build_model(config: Config, manifest: Manifest) -> LatentDiffusion:
         raise UserError(str(error)) from None
 
 
+def check_fit(config: Config) -> None:
+    """Refuse what cannot work with the data, as far as is known before any are made. Writes nothing.
+
+    Raises:
+        UserError: The data contradict the configuration, the model does not fit them, or an epoch would be empty.
+    """
+    manifest = planned_manifest(config)
+    if manifest is None:
+        return
+    check_expectations(config, manifest)
+    with torch.device('meta'):
+        build_model(config, manifest)
+    if config.global_train_batch_size > manifest.num_samples:
+        raise UserError(
+            f'global_train_batch_size: {config.global_train_batch_size} is more than the {manifest.num_samples} '
+            f'samples of the training data, so an epoch would be empty; take at most {manifest.num_samples}'
+        )
+
+
 def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataLoader, DataLoader | None]:
     """Training and evaluation batches; Composer's distributed state must be initialised."""
     data, ranks = config.data, dist.get_world_size()
@@ -210,7 +239,9 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
     names = {'train': 'train', 'eval': 'eval'}
     if data.name == 'latents':
         names = {'train': data.train_split, 'eval': data.eval_split}
-        common |= {'cache_limit': data.cache_limit, 'predownload': data.predownload}
+        names_of_settings = ('cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout')
+        given = {name: getattr(data, name) for name in names_of_settings}
+        common |= {name: value for name, value in given.items() if value is not None}
         if data.num_canonical_nodes is not None:
             common['num_canonical_nodes'] = data.num_canonical_nodes
 
@@ -224,14 +255,18 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
     return train, eval_loader(batch_size=config.global_eval_batch_size // ranks, **place('eval'))
 
 
-def build_trainer(config: Config) -> Trainer:
-    """Everything, joined. Prepares the digits, writes ``config.yaml`` and ``environment.json`` into ``save_folder``.
+def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) -> Trainer:
+    """Everything, joined. Writes ``config.yaml`` and ``environment.json`` into ``save_folder``.
+
+    Args:
+        config: A loaded configuration.
+        splits: What ``prepare_data`` returned; it is called if None.
 
     Raises:
         UserError: Data, checkpoint or run folder contradict the configuration.
     """
     check_run_folder(config)
-    splits = prepare_data(config)
+    splits = prepare_data(config) if splits is None else splits
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
     model = build_model(config, splits['train'])
@@ -239,7 +274,7 @@ def build_trainer(config: Config) -> Trainer:
     arguments = config.trainer_arguments()
     # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
     bar = arguments.pop('progress_bar')
-    contract = decisive_settings(config)
+    contract = {**decisive_settings(config), 'training_data': _identity(splits['train'])}
     if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
         contract['ranks'] = dist.get_world_size()
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
@@ -249,7 +284,6 @@ def build_trainer(config: Config) -> Trainer:
         loggers.append(ProgressLines())
     if config.compile:
         _compile(model.denoiser, arguments)
-    _write_run_files(config)
     trainer = Trainer(
         model=model,
         train_dataloader=train,
@@ -262,6 +296,8 @@ def build_trainer(config: Config) -> Trainer:
         progress_bar=bar and sys.stderr.isatty(),
         **arguments,
     )
+    # Only now: a run that Composer refuses leaves no configuration behind.
+    _write_run_files(config)
     for logger in loggers:
         if hasattr(logger, 'log_config'):
             logger.log_config(_flat(config.to_dict()), config.to_yaml())
@@ -281,7 +317,7 @@ def _build_callback(config: Config, name: str) -> Callback:
     return component.build()
 
 
-def _compile(denoiser: nn.Module, arguments: dict[str, Any]) -> None:
+def _compile(denoiser: Any, arguments: dict[str, Any]) -> None:
     """One process compiles the whole forward pass. Several cannot: DDP and FSDP break the graph, so each block is."""
     if dist.get_world_size() == 1:
         arguments['compile_config'] = {}
@@ -294,7 +330,10 @@ def _write_run_files(config: Config) -> None:
     if config.save_folder is None or dist.get_global_rank() != 0:
         return
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_environment(folder / 'environment.json')
 

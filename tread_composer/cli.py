@@ -6,11 +6,15 @@ Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from tread_composer.errors import UserError
 
 __all__ = ['main']
+
+_PATIENCE = 20.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,24 +23,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands behind the program's name; that of this process if None.
     """
+    try:
+        return _run(arguments)
+    except UserError as error:
+        return _refused(error)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith('-') or '=' not in word]
     if unknown or (rest and not hasattr(options, 'overrides')):
-        parser.error(f'unrecognized arguments: {" ".join(unknown or rest)}')
+        hint = '; a setting is written key=value, without dashes' if any('=' in word for word in unknown) else ''
+        parser.error(f'unrecognized arguments: {" ".join(unknown or rest)}{hint}')
     if rest:
         options.overrides = [*options.overrides, *rest]
-    try:
-        return options.command(options)
-    except UserError as error:
-        return _refused(error)
+    return options.command(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong words are refused as everything else is: with several ranks, by one message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{self.format_usage().rstrip()}\n{message}')
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of processes; give 1 or more')
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='tread_composer', description='Train diffusion transformers with token routing.'
-    )
+    parser = _Parser(prog='tread_composer', description='Train diffusion transformers with token routing.')
     commands = parser.add_subparsers(required=True, metavar='command')
 
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -53,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('overrides', nargs='*', metavar='key=value', help='for example optimizer.lr=2e-4')
         if name == 'plan':
             command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
-            command.add_argument('--ranks', type=int, help='plan for this many processes (default: as launched)')
+            command.add_argument('--ranks', type=_ranks, help='plan for this many processes (default: as launched)')
     add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
     return parser
 
@@ -97,18 +117,11 @@ def _refused(error: UserError) -> int:
         sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
     else:
-        # The launcher stops all ranks as soon as one ends: rank 0 must have printed before.
-        _wait_for_rank_zero()
+        # The launcher stops all ranks as soon as one of them ends, and rank 0 must have printed before. It is stopped
+        # within this wait; if not, rank 0 was not refused, and this rank ends the run.
+        time.sleep(_PATIENCE)
+        print(f'rank {dist.get_global_rank()}: {error}', file=sys.stderr, flush=True)
     return 2
-
-
-def _wait_for_rank_zero() -> None:
-    import contextlib
-
-    from composer.utils import dist
-
-    with contextlib.suppress(Exception):  # rank 0 leaves, which ends this wait
-        dist.barrier()
 
 
 if __name__ == '__main__':

@@ -51,6 +51,9 @@ class LatentDiffusion(ComposerModel):
         ValueError: A value is out of range.
     """
 
+    latent_scale: Tensor
+    latent_shift: Tensor
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -159,7 +162,7 @@ class LatentDiffusion(ComposerModel):
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
         device, results = self.latent_scale.device, []
         with _evaluating(self):
-            denoiser = classifier_free(self.denoiser, guidance_scale, self.null_label)
+            denoiser = classifier_free(self.denoiser, guidance_scale, self.null_label)  # type: ignore[arg-type]
             times = self.objective.sampling_times(num_steps)  # on the CPU: the samplers look at their values
             for first in range(0, len(labels), batch_size):
                 chunk = slice(first, first + batch_size)
@@ -193,6 +196,8 @@ class MeanLoss(Metric):
     """Mean of per-sample losses whose time quantile lies in ``[low, high)``; nan where there is none."""
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from composer.core import Time, TimeUnit
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.builders import build_denoiser, planned_manifest
 from tread_composer.config import Config
+from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
+from tread_composer.models import DiT
 from tread_composer.routing import Route, apply_tread
 
 __all__ = ['count_macs', 'format_plan', 'make_plan']
@@ -50,7 +52,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'num_tokens': denoiser.num_tokens,
         'depth': denoiser.depth,
         'tokens_per_block': tokens_per_block(routes, denoiser.depth, denoiser.num_tokens),
-        'routes': [f'{route.span(denoiser.depth)} at rate {route.selection_rate}' for route in routes],
+        'routes': [_in_words(route, denoiser.depth) for route in routes],
         'gmacs_dense': dense / 1e9,
         'gmacs_routed': routed / 1e9,
         # The backward pass scales as the forward pass does, so this is the ratio of whole steps.
@@ -65,6 +67,11 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
+def _in_words(route: Route, depth: int) -> str:
+    start, end = route.span(depth)
+    return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
+
+
 def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int) -> list[int]:
     """How many tokens each block sees while routing is on."""
     counts = [num_tokens] * depth
@@ -74,14 +81,14 @@ def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int) -> li
     return counts
 
 
-def count_macs(denoiser: nn.Module, facts: dict[str, Any], routes: Sequence[Route] = ()) -> int:
+def count_macs(denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route] = ()) -> int:
     """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _forward(denoiser, facts, routes)
     return counter.get_total_flops() // 2
 
 
-def _forward(denoiser: nn.Module, facts: dict[str, Any], routes: Sequence[Route], batch_size: int = 1) -> Tensor:
+def _forward(denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route], batch_size: int = 1) -> Tensor:
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
     x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
@@ -101,7 +108,7 @@ def _forward(denoiser: nn.Module, facts: dict[str, Any], routes: Sequence[Route]
 
 
 def _memory(
-    config: Config, denoiser: nn.Module, facts: dict[str, Any], routes: Sequence[Route], micro: int
+    config: Config, denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route], micro: int
 ) -> dict[str, float]:
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
@@ -154,6 +161,7 @@ def _data_facts(config: Config) -> dict[str, Any]:
             'num_samples': manifest.num_samples,
         }
     data = config.data
+    assert isinstance(data, LatentsData)  # the digits always have a manifest
     expected = {'channels': data.channels, 'latent_size': data.latent_size, 'num_classes': data.num_classes}
     unsaid = [f'data.{name}' for name, value in expected.items() if value is None]
     if unsaid:
@@ -175,7 +183,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     tread = config.algorithms.get('tread')
     window = {key: tread.kwargs.get(key) for key in ('start_time', 'end_time')} if tread else {}
     schedule = ''.join(f', {key} {value}' for key, value in window.items() if value)
-    route = '; '.join(f'blocks {text}' for text in plan['routes']) + schedule if tread else 'none: dense'
+    route = '; '.join(plan['routes']) + schedule if tread else 'none: dense'
     rows = {
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
         'data': data_state,

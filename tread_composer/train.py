@@ -5,17 +5,27 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from composer import Trainer
 from composer.utils import dist, get_device
 
-from tread_composer.builders import build_trainer, check_expectations, check_run_folder, planned_manifest
+from tread_composer.builders import (
+    build_trainer,
+    check_expectations,
+    check_fit,
+    check_run_folder,
+    planned_manifest,
+    prepare_data,
+)
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.data.checks import check_shards
 from tread_composer.errors import UserError
 
 __all__ = ['data_state', 'train', 'world_size']
+
+Result = TypeVar('Result')
 
 
 def world_size() -> int:
@@ -36,32 +46,55 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: The input is at fault.
     """
-    config, problem = None, None
-    try:
-        config = _checked_config(path, overrides)
-    except UserError as error:
-        if dist.get_global_rank() == 0:
-            raise
-        problem = error  # it is rank 0's to say; if rank 0 sees none, this node's files differ
+    known = _checked_config(path, overrides) if dist.get_global_rank() == 0 else _config_if_sound(path, overrides)
     with _stoppable():
-        dist.initialize_dist(get_device(config.device if config else None))
-    if problem is not None or config is None:
-        raise UserError(f'rank {dist.get_global_rank()}: {problem}')
+        if known is None:
+            dist.initialize_dist(get_device(None))
+        else:
+            dist.initialize_dist(get_device(known.device), timeout=known.dist_timeout)
+    config = _agreed(lambda: known or _checked_config(path, overrides))
+    splits = _agreed(lambda: prepare_data(config))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, splits)
     began = time.monotonic()
+    assert trainer.state.max_duration is not None
     if trainer.state.timestamp < trainer.state.max_duration:
+        first = int(trainer.state.timestamp.batch)
         trainer.fit()
-        status = f'trained to batch {int(trainer.state.timestamp.batch)} in {time.monotonic() - began:.0f} s'
+        last, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
+        status = f'batches {first} to {last} in {seconds:.0f} s, evaluation and samples included'
     else:
         status = f'was trained to {config.max_duration} before; a longer max_duration continues it'
         for logger in trainer.logger.destinations:
-            if hasattr(logger, 'finished'):
-                logger.finished()
+            getattr(logger, 'finished', lambda: None)()
     trainer.close()
+    text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
     if dist.get_global_rank() == 0:
-        print(report(trainer, config, status), flush=True)
+        print(text, flush=True)
+
+
+def _agreed(step: Callable[[], Result]) -> Result:
+    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
+
+    Otherwise one rank would leave while the others wait for it in the next collective.
+    """
+    result, problem = None, None
+    try:
+        result = step()
+    except UserError as error:
+        problem = str(error)
+    for rank, text in enumerate(dist.all_gather_object(problem)):
+        if text is not None:
+            raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
+    return result  # type: ignore[return-value]
+
+
+def _config_if_sound(path: str, overrides: Sequence[str]) -> Config | None:
+    try:
+        return _checked_config(path, overrides)
+    except UserError:
+        return None  # it is rank 0's to say; if rank 0 sees none, this node's files differ, and `_agreed` says so
 
 
 @contextlib.contextmanager
@@ -81,6 +114,7 @@ def _checked_config(path: str, overrides: Sequence[str]) -> Config:
     config = load_config(path, overrides, world_size=world_size())
     check_machine(config, path)
     check_files(config, path)
+    check_fit(config)
     if dist.get_global_rank() == 0:
         check_run_folder(config)
     return config
@@ -110,6 +144,12 @@ def data_state(config: Config) -> tuple[str, UserError | None]:
 def report(trainer: Trainer, config: Config, status: str) -> str:
     """What a person wants to know when a run ends: where everything is, and the figures of callbacks that have some."""
     rows = [('run', f'{config.run_name}: {status}')]
+    for label, metrics in trainer.state.eval_metrics.items():
+        if 'loss' in metrics and metrics['loss'].update_count:
+            value = float(metrics['loss'].compute())
+            rows.append(
+                ('evaluation loss', f'{value:.4f} on {label!r}, at fixed noise and times: any two runs compare')
+            )
     for part in (*trainer.state.callbacks, *trainer.logger.destinations):
         summary = getattr(part, 'summary', None)
         if summary is not None:

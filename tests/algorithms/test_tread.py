@@ -177,6 +177,8 @@ def test_repr_rebuilds_it(settings):
         ({'routes': [Route()], 'start': 3}, 'not both'),
         ({'end_time': '92%'}, "end_time: '92%' is not a time"),
         ({'start_time': '10sec'}, 'wall-clock'),
+        ({'end_time': '5tok'}, 'no token count'),
+        ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
     ],
 )
 def test_wrong_settings_are_refused_at_once(settings, message):
@@ -274,6 +276,19 @@ def test_a_foreign_model_with_tuple_batches(style, num_tokens):
     seen, other = foreign(style, microbatch=2, num_tokens=num_tokens)
     assert seen == [12, 6, 6, 6, 6, 12] * 8
     assert other == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_foreign_attribute_of_that_name_is_not_believed():
+    logger = InMemoryLogger()
+    model = tiny_model()
+    model.denoiser.num_tokens = 1000  # a vocabulary, say
+    trainer = make_trainer(
+        model, [Tread(**ROUTE)], loggers=[logger], device_train_microbatch_size=4, max_duration='3ba'
+    )
+    log = Lengths(list(model.denoiser.blocks))
+    trainer.fit()
+    assert log.seen == [16, 8, 8, 8, 8, 16] * 6
+    assert [value for _, value in logger.data['tread/kept_tokens']] == [8, 8, 8]
 
 
 def test_a_model_that_indexes_its_blocks_is_an_error_not_a_dense_run():

@@ -33,7 +33,8 @@ def test_misspelt(override, meant, message):
     text = message(override)
     assert text.startswith('command line: ')
     assert f"Did you mean '{meant}'?\nKnown here: " in text
-    assert meant in text.split('Known here: ')[1].split(', ')
+    known = text.split('Known here: ')[1]
+    assert meant in known.split(', ') or known == 'python -m tread_composer schema'  # where there are very many
 
 
 def test_message_form(message):
@@ -53,7 +54,7 @@ def test_message_form(message):
         ('seed=-1', 'seed: -1 is not greater than or equal to 0'),
         ('compile=yes', "compile: 'yes' is not true or false; write true or false"),
         ('run_name=12', 'run_name: 12 is not text; write it in quotes'),
-        ('label_dropout=1.5', 'label_dropout: 1.5 is not less than or equal to 1'),
+        ('label_dropout=1.5', 'label_dropout: 1.5 is not less than 1'),
         ('label_dropout=.nan', 'is not a finite number'),
         ('latent_scale=[1, x]', "latent_scale.1: 'x' is not a number"),
         ('latent_scale=-1', 'latent_scale: -1.0 must be positive'),

@@ -4,6 +4,8 @@ from composer.core import State, Time, TimeUnit
 
 __all__ = ['parse_time', 'reached']
 
+_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
+
 
 def parse_time(value: str | Time | None, setting: str) -> Time | None:
     """A time string such as ``'0.92dur'``, ``'300000ba'`` or ``'60ep'`` as Composer's ``Time``.
@@ -13,7 +15,7 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
         setting: Its name, for the error.
 
     Raises:
-        ValueError: It is no time string, or one of wall-clock time, which a resumed run could not repeat.
+        ValueError: It is no time string, or one in a unit that cannot be used here.
     """
     if value is None:
         return None
@@ -23,9 +25,10 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
         raise ValueError(
             f"{setting}: {value!r} is not a time; write for example '0.92dur', '300000ba' or '60ep'"
         ) from None
-    if time.unit in (TimeUnit.SECOND,):
+    if time.unit not in _UNITS:
         raise ValueError(
-            f'{setting}: {value!r} is wall-clock time, which a resumed run cannot repeat; use dur, ba or ep'
+            f'{setting}: {value!r} is in {time.unit.value}; use dur, ba, ep or sp (a resumed run could not '
+            'repeat wall-clock time, and images have no token count)'
         )
     return time
 

@@ -97,7 +97,7 @@ class KL:
 
 def _load(path: str, subfolder: str | None, revision: str | None) -> Any:
     try:
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # type: ignore[attr-defined]
     except ImportError as error:
         raise UserError(
             f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"

@@ -119,7 +119,7 @@ class DigitsQuality(Callback):
         write_atomically(path, json.dumps(written, indent=2).encode())
         for destination in logger.destinations:
             if hasattr(destination, 'log_file'):
-                destination.log_file(path)
+                destination.log_file(path)  # type: ignore[attr-defined]
 
 
 def measure(images: Tensor, labels: list[int]) -> dict[str, Any]:

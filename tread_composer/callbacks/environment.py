@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
         'cpu_count': os.cpu_count(),
         'torch_threads': torch.get_num_threads(),
         'gpus': [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        'cuda': torch.version.cuda,
+        'cuda': torch.version.cuda,  # type: ignore[attr-defined]
         'world_size': dist.get_world_size(),
     }
 

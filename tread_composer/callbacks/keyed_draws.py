@@ -1,13 +1,11 @@
 """Draws what the objective needs, for the whole device batch, before Composer cuts it into microbatches."""
 
 import math
-from typing import Any
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from tread_composer.batch import (
     LABEL_DROPPED,
@@ -17,6 +15,7 @@ from tread_composer.batch import (
     SAMPLE_IDS,
     TIME_QUANTILES,
 )
+from tread_composer.callbacks.sampling import bare_model
 from tread_composer.randomness import KeyedRandom
 
 __all__ = ['KeyedDraws']
@@ -42,7 +41,7 @@ class KeyedDraws(Callback):
         random = KeyedRandom(state.rank_zero_seed, int(state.timestamp.batch), _sample_ids(state).tolist())
         entries = self._gaussian(random, state)
         entries[TIME_QUANTILES] = random.uniform('time')
-        entries[LABEL_DROPPED] = random.uniform('label dropout') < _bare(state.model).label_dropout
+        entries[LABEL_DROPPED] = random.uniform('label dropout') < bare_model(state).label_dropout
         state.batch.update(entries)  # Composer moves each microbatch to the device
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -55,7 +54,7 @@ class KeyedDraws(Callback):
         state.batch.update({key: state.device.tensor_to_device(value) for key, value in entries.items()})
 
     def _gaussian(self, random: KeyedRandom, state: State) -> dict[str, Tensor]:
-        model = _bare(state.model)
+        model = bare_model(state)
         entries = {NOISE: random.normal('noise', *model.latent_shape)}
         if state.batch[RAW_LATENTS].shape[1] != model.latent_shape[0]:
             entries[POSTERIOR_NOISE] = random.normal('posterior', *model.latent_shape)
@@ -68,7 +67,3 @@ def _sample_ids(state: State) -> Tensor:
             f'KeyedDraws: the batch has no {SAMPLE_IDS!r}: give each sample its position in the data set, int64 [B]'
         )
     return state.batch[SAMPLE_IDS]
-
-
-def _bare(model: nn.Module) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else model

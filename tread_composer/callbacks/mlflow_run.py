@@ -17,6 +17,8 @@ import contextlib
 import logging
 import os
 import re
+import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -134,7 +136,9 @@ class MLflowRun(MLFlowLogger):
         """The command that shows the store in a browser; for a server, its address."""
         if self.tracking_uri.startswith(('http:', 'https:', 'databricks')):
             return self.tracking_uri
-        return f"mlflow ui --backend-store-uri '{self.tracking_uri}'"
+        beside = Path(sys.executable).parent / 'mlflow'
+        program = 'mlflow' if shutil.which('mlflow') or not beside.exists() else beside
+        return f"{program} ui --backend-store-uri '{self.tracking_uri}'"
 
     def summary(self, state: State) -> list[tuple[str, str]]:
         """How to look at the run."""
@@ -168,14 +172,18 @@ class MLflowRun(MLFlowLogger):
             import mlflow
 
             self._client = mlflow.MlflowClient(self.tracking_uri)
-            self._id = mlflow.active_run().info.run_id
+            active = mlflow.active_run()
+            assert active is not None
+            self._id = active.info.run_id
             self._watch = RunWatch(self.tracking_uri, self._id, owner)
 
     def _earlier_run(self, run_name: str) -> dict[str, str] | None:
         from mlflow import MlflowClient
 
         client = MlflowClient(self.tracking_uri)
+        assert self.experiment_name is not None
         experiment = client.get_experiment_by_name(self.experiment_name)
+        assert experiment is not None  # made by the constructor
         runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
         return {'id': runs[0].info.run_id, 'status': runs[0].info.status} if runs else None
 

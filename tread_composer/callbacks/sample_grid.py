@@ -75,6 +75,11 @@ class SampleGrid(Callback):
         """Refuse at once what would fail at the first picture."""
         del logger
         self.sampling.check(state, 'sample_grid')
+        if self.class_names and len(self.class_names) != bare_model(state).num_classes:
+            raise UserError(
+                f'callbacks.sample_grid.class_names: {len(self.class_names)} names for the '
+                f'{bare_model(state).num_classes} classes of the model; give one for each'
+            )
         known = bare_model(state).num_classes
         unknown = [label for label in self._rows(state) if not 0 <= label < max(known, 1)]
         if unknown:
@@ -123,7 +128,7 @@ class SampleGrid(Callback):
             write_atomically(path, content.getvalue())
             for destination in logger.destinations:
                 if hasattr(destination, 'log_file'):
-                    destination.log_file(path, 'samples')
+                    destination.log_file(path, 'samples')  # type: ignore[attr-defined]
 
 
 def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Image.Image:

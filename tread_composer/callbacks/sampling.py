@@ -52,10 +52,10 @@ class Sampling:
         return {name: getattr(self, name) for name in names}
 
     def check(self, state: State, owner: str) -> None:
-        """Refuse at the start what would fail at the first picture.
+        """Refuse at the start what would fail at the first picture, by drawing one in a single step.
 
         Raises:
-            UserError: The model cannot sample, or there are no averaged weights to sample with.
+            UserError: The model cannot sample or decode like this, or there are no averaged weights to sample with.
         """
         if not hasattr(bare_model(state), 'sample'):
             raise UserError(
@@ -67,8 +67,12 @@ class Sampling:
                 f"callbacks.{owner}.weights: 'ema' needs averaged weights, but no algorithm of this run keeps them. "
                 'Add `ema: {decay: 0.9999}` under algorithms, or set weights: raw.'
             )
+        try:
+            self.images(state, [0], [0], num_steps=1)
+        except ValueError as error:
+            raise UserError(f'callbacks.{owner}: {error}') from None
 
-    def images(self, state: State, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    def images(self, state: State, labels: Sequence[int], seeds: Sequence[int], num_steps: int | None = None) -> Tensor:
         """Pixels, float32 ``[N, C, H, W]`` on the CPU, about -1 to 1: one image for each label and seed."""
         model = bare_model(state)
         average = _average(state) if self.weights == 'ema' else None
@@ -79,7 +83,7 @@ class Sampling:
                 list(labels),
                 list(seeds),
                 sampler=self.sampler,
-                num_steps=self.num_steps,
+                num_steps=num_steps or self.num_steps,
                 guidance_scale=self.guidance_scale,
             )
             return model.decode(latents).float().cpu()

@@ -141,14 +141,14 @@ def _rest(config: Config) -> list[Problem]:
 
 
 def check_files(config: Config, source: str = '') -> None:
-    """Refuse a run whose data are not there. Loading does not do this, so that a plan needs no data.
+    """Refuse a run whose data or checkpoint are not there. Loading does not do this, so that a plan needs no data.
 
     Args:
         config: A loaded configuration.
         source: What to call it in the message, for example the YAML file's name.
 
     Raises:
-        ConfigError: The folder of latents is missing or holds no index.
+        ConfigError: The folder of latents is missing or holds no index, or ``load_path`` is missing.
     """
     data = config.data
     problems: list[Problem] = []
@@ -164,6 +164,10 @@ def check_files(config: Config, source: str = '') -> None:
             remedy = 'training reads latents that were made beforehand (streaming_data/README.md), or give data.remote'
             without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
             problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))
+    path = config.load_path
+    if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
+        text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
+        problems.append(Problem(('load_path',), text))
     _raise(problems, source)
 
 

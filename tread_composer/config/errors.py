@@ -8,6 +8,8 @@ from tread_composer.errors import UserError
 
 __all__ = ['ConfigError', 'Path', 'Problem', 'did_you_mean', 'dotted']
 
+_MANY = 30
+
 Path = tuple[str | int, ...]
 """Keys and list positions from the root of the tree to a value."""
 
@@ -44,7 +46,9 @@ class ConfigError(UserError):
             lines.append(': '.join(part for part in (source, dotted(problem.path), problem.text) if part))
             following = ordered[index + 1] if index + 1 < len(ordered) else None
             if problem.known and (following is None or following.known != problem.known):
-                lines.append(f'Known here: {", ".join(problem.known)}')
+                many = len(problem.known) > _MANY and 'Did you mean' in problem.text
+                known = 'python -m tread_composer schema' if many else ', '.join(problem.known)
+                lines.append(f'Known here: {known}')
         return cls('\n'.join(lines))
 
 
@@ -57,6 +61,10 @@ def did_you_mean(name: object, known: Sequence[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest of the known names, or nothing where none is near."""
     text = str(name).lower()
     by_lower = {candidate.lower(): candidate for candidate in known}
+    # A part of a name, whole: 'rate' for 'selection_rate'.
+    holding = [candidate for candidate in by_lower if text in candidate.split('_')]
+    if len(holding) == 1:
+        return f' Did you mean {by_lower[holding[0]]!r}?'
     # Half-alike is enough: the shortened name of a logger ('wandb' for 'wandb_logger') must still be found.
     near = difflib.get_close_matches(text, by_lower, n=1, cutoff=0.5)
     return f' Did you mean {by_lower[near[0]]!r}?' if near else ''

@@ -155,7 +155,7 @@ class Config(TrainerSettings):
     objective: FlowMatchingObjective | EDMObjective = Field(discriminator='name')
     latent_scale: OneOrPerChannel = 1.0
     latent_shift: OneOrPerChannel = 0.0
-    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     compile: bool = False
     optimizer: ComponentField
     scheduler: ComponentField = Component('scheduler', 'constant')

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from streaming.base.hashing import get_hash
+from streaming.base.storage.download import CloudDownloader
 
 from tread_composer.data.columns import columns
-from tread_composer.data.manifest import Manifest
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.errors import UserError
 
-__all__ = ['check_agreement', 'check_shards']
+__all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
 
 _REMEDY = 'copy or prepare the data again'
 
@@ -47,6 +48,27 @@ def check_shards(
     total = sum(shard['samples'] for shard in shards)
     if total != manifest.num_samples:
         raise UserError(f'{path}: {total} samples, but the manifest has num_samples={manifest.num_samples}; {_REMEDY}')
+
+
+def fetch_descriptions(remote: str, folder: str | os.PathLike[str]) -> None:
+    """Bring ``manifest.json`` and ``index.json`` of a split from where its shards are, if they are not in ``folder``.
+
+    Raises:
+        UserError: One of them cannot be fetched.
+    """
+    for name in (MANIFEST_NAME, 'index.json'):
+        path = Path(folder) / name
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{name}.{os.getpid()}')  # several ranks may do this at once
+        try:
+            CloudDownloader.get(remote).download(f'{remote}/{name}', str(partial), 60)
+            os.replace(partial, path)
+        except Exception as error:
+            raise UserError(f'data.remote: {remote}/{name} cannot be fetched: {error}') from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def check_agreement(

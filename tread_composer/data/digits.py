@@ -44,7 +44,7 @@ def load_digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose 'train' or 'eval'")
-    values, labels = load_digits(return_X_y=True)
+    values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     train_ids, eval_ids = _split(labels)
     ids = train_ids if split == 'train' else eval_ids
     images = (values[ids] / 8 - 1).astype(np.float32).reshape(-1, *_SHAPE)

@@ -128,6 +128,12 @@ class _Pass:
         self.routing, self.route = routing, route
         self.kept: Tensor | None = None
 
+    @property
+    def ids(self) -> Tensor:
+        """The kept ids ``[B, K]``; the first block of the route has asked for them."""
+        assert self.kept is not None
+        return self.kept
+
     def around(self, block: Callable[..., Any], *, first: bool, last: bool) -> Callable[..., Any]:
         if not (first or last or self.routing.token_arguments):
             return block
@@ -139,7 +145,7 @@ class _Pass:
             raise TypeError(
                 f"the block's argument {self.routing.tokens[0]!r} should hold tokens [B, N, ...], got {_kind(x)}"
             )
-        self.full = x
+        self.full: Tensor = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
         # the routing may be armed for another batch.
         if self.kept is None:
@@ -147,8 +153,7 @@ class _Pass:
         self.routing.used = True
 
     def leave(self, out: Any) -> Any:
-        position, full, kept = self.routing.tokens_out, self.full, self.kept
-        assert kept is not None
+        position, full, kept = self.routing.tokens_out, self.full, self.ids
         if isinstance(out, Tensor):
             return put_back(full, out, kept)
         if not isinstance(out, tuple) or position is None:
@@ -168,7 +173,7 @@ class _Pass:
                 f'token argument {argument[0]!r}: expected a tensor of {self.full.shape[0]} samples x {num_tokens} '
                 f'tokens, the block got {_kind(value)}; it cannot follow the kept tokens'
             )
-        return _replaced(args, kwargs, argument, take_kept(value, self.kept))
+        return _replaced(args, kwargs, argument, take_kept(value, self.ids))
 
 
 class _OnRoute:
@@ -181,7 +186,7 @@ class _OnRoute:
         here = self.routed_pass
         if self.first:
             here.enter(args, kwargs)
-            args, kwargs = _replaced(args, kwargs, here.routing.tokens, take_kept(here.full, here.kept))
+            args, kwargs = _replaced(args, kwargs, here.routing.tokens, take_kept(here.full, here.ids))
         for argument in here.routing.token_arguments:
             args, kwargs = here.with_kept(args, kwargs, argument)
         out = self.block(*args, **kwargs)
@@ -233,12 +238,12 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
             raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
         if type(found) not in kinds:
             raise ValueError(f'blocks: {path!r} is a {type(found).__name__}; a ModuleList or Sequential is needed')
-        return path, found
+        return path, found  # type: ignore[return-value]
     candidates: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f'{other}.') or other == '' for other in candidates)
         if type(module) in kinds and not inside_another and _is_stack(module):
-            candidates[name] = module
+            candidates[name] = module  # type: ignore[assignment]
     if len(candidates) == 1:
         return next(iter(candidates.items()))
     found_text = ', '.join(f'{name!r} ({len(module)} blocks)' for name, module in candidates.items()) or 'none'

@@ -139,7 +139,9 @@ class EMA(Algorithm):
     def _update(self, state: State) -> None:
         average = self._started(state)
         parameters = [parameter.detach().float() for parameter in _trainable(state.model).values()]
-        torch._foreach_lerp_(list(average.values()), parameters, 1.0 - self.decay)
+        torch._foreach_lerp_(  # type: ignore[attr-defined]
+            list(average.values()), parameters, 1.0 - self.decay
+        )
 
     @torch.no_grad()
     def _swap_in(self, state: State) -> None:

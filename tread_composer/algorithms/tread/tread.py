@@ -9,11 +9,11 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
-from tread_composer.errors import ResumeError
+from tread_composer.errors import ResumeError, UserError
 from tread_composer.randomness import KeyedRandom
 from tread_composer.routing import Route, Routing, apply_tread, find_blocks, keep_lowest
 
@@ -85,9 +85,11 @@ class Tread(Algorithm):
         self.blocks, self.tokens, self.tokens_out = blocks, tokens, tokens_out
         self.token_arguments, self.num_tokens, self.float32_after = tuple(token_arguments), num_tokens, float32_after
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
+        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
+            raise ValueError(f'Tread: from start_time {start_time!r} to end_time {end_time!r} nothing would be routed')
         self._routing: Routing | None = None
         self._resumed = False
-        self._known_tokens = num_tokens
+        self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
         self._active = False
         self._rows: list[int] = []
@@ -129,6 +131,16 @@ class Tread(Algorithm):
 
     def _init(self, state: State, logger: Logger) -> None:
         model = state.model
+        try:
+            self._attach(model)
+        except ValueError as error:
+            raise UserError(f'algorithms.tread: {error}') from None
+        self._attached().disarm()
+        if self.num_tokens is None:
+            path, _ = find_blocks(model, self.blocks)
+            self._known_tokens = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
+
+    def _attach(self, model: nn.Module) -> None:
         self._routing = apply_tread(
             model,
             self.routes,
@@ -138,10 +150,6 @@ class Tread(Algorithm):
             token_arguments=self.token_arguments,
             float32_after=self.float32_after,
         )
-        self._routing.disarm()
-        if self.num_tokens is None:
-            path, _ = find_blocks(model, self.blocks)
-            self._known_tokens = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
 
     def _after_load(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) > 0 and not self._resumed:
@@ -163,6 +171,7 @@ class Tread(Algorithm):
             first = dist.get_global_rank() * batch_size
             self._rows = list(range(first, first + batch_size))
         self._random = (state.rank_zero_seed, int(state.timestamp.batch))
+        self._drawn_for = self._known_tokens
         if self._known_tokens is not None:
             ids = [self._draw(self._rows, k, batch_size, self._known_tokens) for k in range(len(self.routes))]
             if type(state.batch) is dict:
@@ -188,10 +197,11 @@ class Tread(Algorithm):
         if self._beside is not None:
             ids = self._beside[here]
         if ids is not None:
-            lengths = [route.num_kept(self._known_tokens) for route in self.routes]
+            assert self._drawn_for is not None  # there are no ids without it
+            lengths = [route.num_kept(self._drawn_for) for route in self.routes]
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
-        routing.arm(ids, num_tokens=self._known_tokens, sampler=functools.partial(self._draw, self._rows[here]))
+        routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[here]))
 
     def _after_forward(self, state: State, logger: Logger) -> None:
         if self._active and not self._attached().used:
@@ -219,7 +229,8 @@ class Tread(Algorithm):
         """Kept ids ``[batch_size, K]`` on the CPU. ``argsort`` of uniform scores: every subset is equally likely."""
         if len(rows) != batch_size:
             raise ValueError(f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}')
-        if self._known_tokens is None:
+        if self.num_tokens is None:
+            # What a foreign module calls num_tokens may be its vocabulary; what its blocks got is certain.
             self._known_tokens = num_tokens
         scores_BN = KeyedRandom(*self._random, rows).uniform(f'tread/{route}', num_tokens)
         return keep_lowest(scores_BN, self.routes[route].num_kept(num_tokens))
