@@ -189,3 +189,12 @@ def test_the_digits_measure_needs_the_digits(base):
     latents = 'data={name: latents, local: somewhere}'
     with pytest.raises(ConfigError, match=r'callbacks\.digits_quality: measures the ten digits'):
         load_config(base, [latents, 'callbacks={digits_quality: {weights: raw}}'])
+
+
+def test_another_name_on_the_command_line_starts_the_section_afresh(base):
+    config = load_config(base, ['optimizer.name=sgd', 'optimizer.lr=0.5'])
+    assert config.to_dict()['optimizer'] == {'name': 'sgd', 'lr': 0.5}
+    with pytest.raises(ConfigError, match=r'optimizer\.lr: is missing'):
+        load_config(base, ['optimizer.name=sgd'])
+    same = load_config(base, [f'optimizer.name={load_config(base).optimizer.name}'])
+    assert same == load_config(base)

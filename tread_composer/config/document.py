@@ -39,6 +39,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, refused if a key stands in it twice or is no text."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -255,6 +256,9 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         node[parts[-1]] = value  # type: ignore[index]
         document.sources[tuple(parts)] = COMMAND_LINE
     else:
+        if parts[-1] == 'name' and len(parts) > 1 and node.get('name', value) != value:
+            _forget(document, tuple(parts[:-1]))  # as in a file: another name starts the section afresh
+            node.clear()
         _merge(document, node, {str(parts[-1]): value}, COMMAND_LINE, tuple(parts[:-1]), problems)
     return None
 

@@ -140,6 +140,7 @@ class _Pass:
         return _OnRoute(self, block, first, last)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
         x = _given(args, kwargs, self.routing.tokens)
         if not isinstance(x, Tensor) or x.dim() < 2:
             raise TypeError(
@@ -153,6 +154,7 @@ class _Pass:
         self.routing.used = True
 
     def leave(self, out: Any) -> Any:
+        """The last block's output with the kept tokens back in the full sequence."""
         position, full, kept = self.routing.tokens_out, self.full, self.ids
         if isinstance(out, Tensor):
             return put_back(full, out, kept)
@@ -164,6 +166,7 @@ class _Pass:
         return (*out[:position], put_back(full, out[position], kept), *out[position + 1 :])
 
     def with_kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], argument: tuple[str, int]) -> Any:
+        """The call's arguments with one per-token argument reduced to the kept tokens."""
         value = _given(args, kwargs, argument)
         if value is None:
             return args, kwargs
