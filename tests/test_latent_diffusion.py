@@ -64,6 +64,14 @@ def test_the_evaluation_loss_is_the_mean_and_the_quarters_are_its_parts():
         assert metrics[f'loss_time_quarter_{quarter + 1}'] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_sample_gets_other_noise_and_another_time_in_every_epoch():
+    _, recorder = fit(data=lambda: loader(shuffle=False))  # two epochs of three batches
+    for first, second in zip(recorder.batches[:3], recorder.batches[3:], strict=True):
+        assert first[SAMPLE_IDS] == second[SAMPLE_IDS]
+        assert all(a != b for a, b in zip(first[NOISE], second[NOISE], strict=True))
+        assert all(a != b for a, b in zip(first[TIME_QUANTILES], second[TIME_QUANTILES], strict=True))
+
+
 def test_labels_are_dropped_at_the_rate_asked_for_and_become_the_null_label():
     labels = []
     model = LatentDiffusion(tiny_dit(), FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, label_dropout=0.3)

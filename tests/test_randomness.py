@@ -50,3 +50,9 @@ def test_the_global_generators_are_left_alone():
 def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match='must not be negative'):
         KeyedRandom(0, 0, [-1])
+
+
+def test_streams_of_neighbouring_rows_and_batches_do_not_overlap():
+    values = [KeyedRandom(0, batch, range(8)).uniform('a', 64) for batch in range(2)]
+    numbers = torch.cat(values).flatten().tolist()
+    assert len(set(numbers)) > len(numbers) - 3

@@ -82,6 +82,15 @@ def test_several_routes():
     assert logger.data['tread/route_1/selection_rate'][0][1] == 0.75
 
 
+def test_each_route_draws_its_own_tokens():
+    model, kept = tiny_model(), []
+    trainer = make_trainer(model, [Tread(routes=[Route(0, 1), Route(3, 4)])], max_duration='1ba')
+    routing = model.denoiser.blocks.routing
+    model.denoiser.register_forward_pre_hook(lambda *_: kept.extend(routing.kept))
+    trainer.fit()
+    assert all(a != b for a, b in zip(kept[0].tolist(), kept[1].tolist(), strict=True))
+
+
 @pytest.mark.parametrize(
     ('window', 'routed'),
     [
