@@ -231,6 +231,12 @@ def check_fit(config: Config) -> None:
         )
 
 
+_READER_SETTINGS = (
+    'cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout', 'num_canonical_nodes',
+)  # fmt: skip
+"""Settings of ``data`` that go to the reader as they are; null leaves the reader's default."""
+
+
 def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataLoader, DataLoader | None]:
     """Training and evaluation batches; Composer's distributed state must be initialised."""
     data, ranks = config.data, dist.get_world_size()
@@ -239,11 +245,8 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
     names = {'train': 'train', 'eval': 'eval'}
     if data.name == 'latents':
         names = {'train': data.train_split, 'eval': data.eval_split}
-        names_of_settings = ('cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout')
-        given = {name: getattr(data, name) for name in names_of_settings}
+        given = {name: getattr(data, name) for name in _READER_SETTINGS}
         common |= {name: value for name, value in given.items() if value is not None}
-        if data.num_canonical_nodes is not None:
-            common['num_canonical_nodes'] = data.num_canonical_nodes
 
     def place(split: str) -> dict[str, Any]:
         remote = None if data.name == 'digits' or data.remote is None else f'{data.remote.rstrip("/")}/{names[split]}'
