@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import time
@@ -111,6 +112,26 @@ def test_a_shard_lost_after_the_start_is_an_error_not_a_short_epoch(split: Path,
     assert said.search(failure_of(loader))
     if num_workers == 0:  # and so is the next epoch
         assert said.search(failure_of(loader))
+
+
+class LosesAShard(LatentDataset):
+    """Loses the shard that is being read: the reading and the background thread find out at the same time."""
+
+    def get_item(self, sample_id: int, retry: int = 7):
+        if sample_id == 106:
+            time.sleep(0.5)  # the background thread goes first
+        sample = super().get_item(sample_id, retry)
+        if sample_id == 105:
+            os.unlink(os.path.join(self.streams[0].local, 'shard.00004.mds'))
+        return sample
+
+
+@pytest.mark.timeout(60)  # what it guards against is a wait without end
+def test_a_reader_that_failed_in_two_threads_fails_in_every_later_epoch_too(split: Path):
+    loader = DataLoader(LosesAShard(split, batch_size=8, predownload=4), batch_size=8)
+    first, second = failure_of(loader), failure_of(loader)
+    assert re.search(r'(?s)stopped in mid-epoch after 106 samples.*shard.00004.mds', first), first
+    assert re.search(r'(?s)stopped in mid-epoch after 0 samples.*shard.00004.mds', second), second
 
 
 def test_a_lost_shard_is_an_error_in_evaluation(split: Path):

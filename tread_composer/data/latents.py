@@ -114,15 +114,18 @@ class LatentDataset(StreamingDataset):
         """This rank's (and worker's) samples of one epoch.
 
         Raises:
-            RuntimeError: A shard could not be fetched or read; names it and how many samples came before.
+            RuntimeError: A shard could not be fetched or read, in this epoch or an earlier one; names it and how many
+                samples came before.
         """
         delivered = 0
-        try:
-            for sample in super().__iter__():
-                delivered += 1
-                yield sample
-        except Exception as error:
-            self._failure = self._failure or error
+        # A reader that failed once stays failed: the parent would wait for ever for the threads of the lost epoch.
+        if self._failure is None:
+            try:
+                for sample in super().__iter__():
+                    delivered += 1
+                    yield sample
+            except Exception as error:
+                self._failure = self._failure or error
         if self._failure is not None:
             raise RuntimeError(
                 f'{self.streams[0].local}: reading stopped in mid-epoch after {delivered} samples of this process: '
