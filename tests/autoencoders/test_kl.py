@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tread_composer.autoencoders import KL, sample_moments
+from tread_composer.errors import UserError
 
 diffusers = pytest.importorskip('diffusers')
 
@@ -52,6 +53,16 @@ def test_network_is_frozen_and_float32_even_under_autocast(folder: str):
     assert not moments.requires_grad
     assert torch.equal(moments, kl.encode(pixels))
     assert kl.encode(pixels.half()).dtype == torch.float32
+
+
+def test_brain_floats_on_demand(folder: str):
+    kl = KL(folder)
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    exact, rough = kl.encode(pixels), kl.encode(pixels, dtype=torch.bfloat16)
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match='half precision overflows'):
+        kl.encode(pixels, dtype=torch.float16)
 
 
 def test_half_precision_weights_are_widened(folder: str, tmp_path: Path):
@@ -114,3 +125,13 @@ def test_diffusers_is_imported_only_when_needed_and_its_absence_is_explained():
     )
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
     assert "pip install 'tread_composer[diffusers]'" in result.stdout
+
+
+def test_weights_that_did_not_make_the_latents_are_refused(folder):
+    autoencoder = KL(folder)
+    autoencoder.expected_hash = KL(folder).weight_hash()
+    assert autoencoder.decode(torch.zeros(1, autoencoder.channels, 2, 2)).shape[0] == 1
+    other = KL(folder)
+    other.expected_hash = 'sha256:0'
+    with pytest.raises(UserError, match=r'not those that made the latents .*sha256:0.*other_weights: true'):
+        other.decode(torch.zeros(1, 4, 2, 2))

@@ -1,7 +1,8 @@
 """Pixels in [-1, 1] <-> raw latents. The only package of this project that knows diffusers."""
 
 from tread_composer.autoencoders.kl import KL
+from tread_composer.autoencoders.ldm import LDM, open_autoencoder
 from tread_composer.autoencoders.moments import sample_moments
 from tread_composer.autoencoders.pixels import Pixels, to_uint8
 
-__all__ = ['KL', 'Pixels', 'sample_moments', 'to_uint8']
+__all__ = ['KL', 'LDM', 'Pixels', 'open_autoencoder', 'sample_moments', 'to_uint8']

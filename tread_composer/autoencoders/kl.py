@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tread_composer.errors import UserError
 
-__all__ = ['KL']
+__all__ = ['KL', 'network_class']
 
 
 class KL:
@@ -28,20 +28,35 @@ class KL:
         subfolder: Where in it the autoencoder lies, e.g. ``'vae'`` in a whole pipeline.
         revision: Commit of a hub id; name one for results that can be repeated.
 
+    Attributes:
+        expected_hash: Set it to the ``weight_hash()`` that the weights must have, for example a manifest's.
+
     Raises:
-        UserError: On first use: diffusers is missing, or there is no autoencoder at ``path``.
+        UserError: On first use: diffusers is missing, there is no autoencoder at ``path``, or it has other weights
+            than ``expected_hash``.
     """
 
     def __init__(self, path: str, *, subfolder: str | None = None, revision: str | None = None) -> None:
         self.path, self.subfolder, self.revision = str(path), subfolder, revision
+        self.expected_hash: str | None = None
         self._network: Any = None
 
     @property
     def network(self) -> Any:
         """The ``AutoencoderKL``: frozen, evaluation mode, float32."""
         if self._network is None:
-            self._network = _load(self.path, self.subfolder, self.revision)
+            network = self._load().requires_grad_(False).eval()
+            if self.expected_hash is not None and _hash_of(network) != self.expected_hash:
+                raise UserError(
+                    f'autoencoder {self.path!r}: its weights are not those that made the latents ({_hash_of(network)}, '
+                    f'the manifest of the data says {self.expected_hash}); name the one of the data, or set '
+                    f'autoencoder.other_weights: true if only the decoder was tuned further'
+                )
+            self._network = network
         return self._network
+
+    def _load(self) -> Any:
+        return _pretrained(self.path, self.subfolder, self.revision)
 
     @property
     def channels(self) -> int:
@@ -55,18 +70,22 @@ class KL:
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and float32 values: the same for any file format, different for other weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-        return f'sha256:{digest.hexdigest()}'
+        return _hash_of(self.network)
 
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+    def encode(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Pixels in [-1, 1] to moments ``[B, 2C, h, w]``, float32: means, then log-variances in -30..20.
+
+        Args:
+            pixels_BCHW: The images.
+            dtype: What to compute in: float32, or bfloat16 by autocast (the weights and the result stay float32, but
+                the result carries the 8 significant bits of bfloat16).
 
         Raises:
             UserError: Height or width is no multiple of the downsampling.
+            ValueError: Another ``dtype``.
         """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
         step = self.downsampling
         if pixels_BCHW.shape[-2] % step or pixels_BCHW.shape[-1] % step:
             raise UserError(
@@ -75,9 +94,10 @@ class KL:
             )
         network = self.network.to(pixels_BCHW.device)
         # Half precision overflows in the middle block of the public autoencoders, so a caller's autocast stays out.
-        with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
+        autocast = torch.autocast(pixels_BCHW.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with torch.no_grad(), autocast:
             posterior = network.encode(pixels_BCHW.float()).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def decode(self, raw_latents_BCHW: Tensor) -> Tensor:
         """Raw latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not clamped.
@@ -95,25 +115,46 @@ class KL:
             return network.decode(raw_latents_BCHW.float()).sample
 
 
-def _load(path: str, subfolder: str | None, revision: str | None) -> Any:
+def network_class(path: str) -> Any:
+    """``diffusers.AutoencoderKL``, imported when it is first needed (which takes seconds).
+
+    Raises:
+        UserError: diffusers is not installed; names the autoencoder that wants it.
+    """
     try:
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
     except ImportError as error:
         raise UserError(
             f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"
         ) from error
+    return AutoencoderKL
+
+
+def _hash_of(network: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return f'sha256:{digest.hexdigest()}'
+
+
+def _pretrained(path: str, subfolder: str | None, revision: str | None) -> Any:
+    autoencoder_kl = network_class(path)
     # Hub ids are `owner/name`; anything else that is no folder is a mistyped path, not a reason to ask the network.
     if not Path(path).is_dir() and (path.startswith(('.', '/', '~')) or path.count('/') != 1):
         raise UserError(f'autoencoder {path!r}: no such folder, and not of the form owner/name of a hub id')
     options = {'subfolder': subfolder, 'revision': revision}
     try:
         # safetensors only: the other format is a pickle, which can run code when it is loaded
-        network = AutoencoderKL.from_pretrained(
-            path, use_safetensors=True, torch_dtype=torch.float32, **{k: v for k, v in options.items() if v is not None}
+        return autoencoder_kl.from_pretrained(
+            path,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # else diffusers prints a hint to install accelerate at each load
+            **{k: v for k, v in options.items() if v is not None},
         )
     except OSError as error:
         raise UserError(
             f'autoencoder {path!r}: no AutoencoderKL with safetensors weights could be loaded from there ({error}). '
             f'Give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id that is reachable'
         ) from error
-    return network.requires_grad_(False).eval()

@@ -1,0 +1,11 @@
+"""Convert images to a latents data set: ``python streaming_data/convert_imagenet.py --source ... --out ... --vae ...``.
+
+Several GPUs: ``composer -n 8 streaming_data/convert_imagenet.py ...``. All options: ``--help``.
+"""
+
+import sys
+
+from tread_composer.conversion.cli import main
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Tars and zips that are unsafe, damaged or not what they should be."""
+
+import io
+import os
+import stat
+import tarfile
+import zipfile
+from typing import Any
+
+import pytest
+
+from tests.conversion import layouts
+from tests.conversion.layouts import CLASSES, tar_bytes, write_tar, write_zip
+from tread_composer.conversion import UnreadableImage
+from tread_composer.errors import UserError
+
+
+def _member(name: str, **facts: Any) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode='w') as archive:
+        info = tarfile.TarInfo(name)
+        for key, value in facts.items():
+            setattr(info, key, value)
+        archive.addfile(info)
+    return stream.getvalue().rstrip(b'\0').ljust(512, b'\0')
+
+
+UNSAFE = {
+    'leads out': (_member('../a.jpg'), r"'\.\./a\.jpg' leads out of the archive"),
+    'leads out in the middle': (_member('b/../../a.jpg'), 'leads out of the archive'),
+    'absolute': (_member('/etc/a.jpg'), 'is an absolute path'),
+    'drive': (_member('C:/a.jpg'), 'is an absolute path'),
+    'backslash': (_member('..\\a.jpg'), 'holds a backslash'),
+    'link': (_member('a.jpg', type=tarfile.SYMTYPE, linkname='/etc/passwd'), r"is a link \(to '/etc/passwd'\)"),
+    'hard link': (_member('a.jpg', type=tarfile.LNKTYPE, linkname='b.jpg'), 'is a link'),
+    'device': (_member('a.jpg', type=tarfile.BLKTYPE), 'neither a file nor a folder'),
+    'sparse': (_member('a.jpg', type=tarfile.GNUTYPE_SPARSE), 'sparse'),
+    'folder outside': (_member('../a', type=tarfile.DIRTYPE), 'leads out of the archive'),
+}
+
+
+@pytest.mark.parametrize('name', UNSAFE)
+def test_unsafe_members_of_tars_are_refused(name, tmp_path, splits, opened):
+    member, message = UNSAFE[name]
+    good = {'a_1.jpg': b'x' * 700, 'a_1.cls': b'0'}
+    files = {
+        'wds.tar': member + tar_bytes(good),
+        'train.tar': tar_bytes({'n1.tar': tar_bytes({'n1_1.JPEG': b'x'}), 'n2.tar': member + tar_bytes({})}),
+    }
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            opened(tmp_path / file)
+        assert str(tmp_path / file) in str(caught.value)
+    assert not (tmp_path.parent / 'a.jpg').exists()
+
+
+def _zip_member(name: str, mode: int = 0) -> dict[str, Any]:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    return {'zinfo_or_arcname': info, 'data': b'x'}
+
+
+@pytest.mark.parametrize(
+    ('member', 'message'),
+    [
+        (_zip_member('../a.jpg'), 'leads out'),
+        (_zip_member('n1/../../a.jpg'), 'leads out'),
+        (_zip_member('/a.jpg'), 'absolute'),
+        (_zip_member('n1\\a.jpg'), 'backslash'),
+        (_zip_member('../x/'), 'leads out'),
+        (_zip_member('n1/link.jpg', stat.S_IFLNK | 0o777), r"'n1/link\.jpg' is a link"),
+        ({**_zip_member('n1/b.jpg'), 'compress_type': zipfile.ZIP_BZIP2}, 'compressed by method 12'),
+    ],
+)
+def test_unsafe_members_of_zips_are_refused(member, message, tmp_path, opened):
+    with zipfile.ZipFile(tmp_path / 'in.zip', 'w') as archive:
+        archive.writestr('n1/a.jpg', b'x')
+        archive.writestr(**member)
+    with pytest.raises(UserError, match=message) as caught:
+        opened(tmp_path / 'in.zip')
+    assert 'in.zip: member' in str(caught.value)
+
+
+def test_damaged_zips(tmp_path, splits, opened):
+    path = write_zip(tmp_path / 'in.zip', splits['train'], compression=zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo('n02105855/n02105855_2933.JPEG')
+    content[info.header_offset + 30 + len(info.filename) + info.compress_size // 2] ^= 255
+    path.write_bytes(content)
+    source = opened(path)['train']
+    for position, name in enumerate(source.names):  # one damaged member is no harm to the others
+        if name == info.filename:
+            with pytest.raises(UnreadableImage, match='damaged in the archive'):
+                source.read(position)
+        else:
+            assert source.read(position) == splits['train'][name]
+    path.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r'not a zip that can be read.*copied completely'):
+        opened(path)
+    path.write_bytes(content[:-200] + content[-200:].replace(b'.JPEG', b'.\xffPEG'))  # the flag says UTF-8
+    with pytest.raises(UserError, match='not a zip that can be read'):
+        opened(path)
+    position = content.index(b'PK\1\2') + 8
+    content[position] |= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='encrypted'):
+        opened(path)
+
+
+def test_a_member_larger_than_any_image_is_not_read_into_memory(tmp_path, opened):
+    big = tarfile.TarInfo('b.jpg')
+    big.size = 2**30
+    with open(tmp_path / 'in.tar', 'wb') as file:
+        file.write(tar_bytes({'a.jpg': b'x', 'a.cls': b'0'})[:2048])
+        file.write(big.tobuf(tarfile.GNU_FORMAT))
+        file.seek(2**30, os.SEEK_CUR)  # a hole: takes no space
+        file.write(tar_bytes({'b.cls': b'0'}))
+    source = opened(tmp_path / 'in.tar')['train']
+    assert source.read(0) == b'x'
+    with pytest.raises(UnreadableImage, match='1,073,741,824 bytes'):
+        source.read(1)
+
+
+def test_damaged_tars_are_refused_wherever_the_damage_is(tmp_path, opened):
+    """``tarfile`` alone takes damage after the first member for the end of the archive."""
+    whole = tar_bytes(
+        {f'k{i}.{kind}': b'0' * (1 if kind == 'cls' else 700) for i in range(3) for kind in ('jpg', 'cls')}
+    )
+    path = tmp_path / 'in.tar'
+    path.write_bytes(whole)
+    assert len(opened(path)['train']) == 3
+    header = 2 * 2560 - 1024  # of the fourth member, k1.cls
+    assert whole[header:].startswith(b'k1.cls')
+    cases = [
+        ('ends within', whole[: header - 600]),
+        ('not a tar, or cut off', whole[: header - 100]),  # within the padding
+        ('lacks the mark at its end', whole[:header]),
+        ('damaged or cut off', whole[: header + 200]),
+        ('other data at byte 4,096', whole[:header] + b'rubbish' + whole[header + 7 :]),
+        ('other data at byte .* several tars were joined', whole + whole),
+        ('not a tar', b'this is a text' * 100),
+        ('not a tar, or cut off', b''),
+    ]
+    for message, content in cases:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            opened(path)
+    inner = {'n1.tar': tar_bytes({'a.JPEG': b'x'}), 'n2.tar': whole[: header - 600]}
+    with pytest.raises(UserError, match=r'train\.tar: n2\.tar: ends within'):
+        opened(write_tar(tmp_path / 'train.tar', inner))
+
+
+@pytest.mark.parametrize('layout', [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_in_tars(layout, tmp_path, opened):
+    long, foreign = 'n' * 90 + '/' + 'k' * 190 + '.jpg', 'größe 数.jpg'
+    files = {long: b'long', foreign: b'foreign', 'a.jpg': b'a'}
+    path = write_tar(tmp_path / f'{layout}.tar', files, layout)
+    source = opened(path)['train']
+    assert list(source.names) == ['a.jpg', 'größe 数.jpg', 'k' * 190 + '.jpg']
+    assert [source.read(position) for position in range(3)] == [b'a', b'foreign', b'long']
+
+
+# ----- the official tars
+
+
+def test_official_tars_without_ground_truth_are_refused_and_the_three_forms_named(tmp_path, splits, opened):
+    root = layouts.write_ilsvrc(tmp_path, splits)
+    for path in (root, root / 'ILSVRC2012_img_val.tar'):
+        with pytest.raises(UserError, match=r'(?s)devkit_t12\.tar\.gz.*LOC_val_solution\.csv.*two columns'):
+            opened(path)
+    (root / 'ILSVRC2012_img_val.tar').rename(root / 'val.tar')  # under any name
+    with pytest.raises(UserError, match='--ground-truth'):
+        opened(root)
+    truth = layouts.write_ground_truths(root / 'truth', splits['val'])['devkit']
+    assert list(opened(root / 'val.tar', ground_truth=truth)['val'].names) == sorted(splits['val'])
+
+
+def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
+    root = layouts.write_ilsvrc(tmp_path / 'in', splits)
+    truths = layouts.write_ground_truths(tmp_path / 'truth', splits['val'])
+    good = truths['synsets'].read_text().splitlines(keepends=True)
+    path = tmp_path / 'truth.txt'
+    for lines, message in (
+        (good[:-1], r'images that .*truth\.txt does not know, 1 of them: ILSVRC2012_val_00000006'),
+        (
+            [*good, 'ILSVRC2012_val_00000007.JPEG n01440764\n'],
+            'knows images that .* lacks, 1 of them: ILSVRC2012_val_0',
+        ),
+        ([*good, good[0]], '1 images occur more than once'),
+        ([line.replace(CLASSES[1], CLASSES[0]) for line in good], 'train has 1 classes that val lacks: n02105855'),
+        ([line.replace(CLASSES[1], 'n09') for line in good], 'lacks: n02105855'),
+        (['one\n'], r"line 1: 'one' is not two columns"),
+        ([line.split()[0] + f' {n}\n' for n, line in enumerate(good)], 'class numbers from 0 to 5, 6 different ones'),
+    ):
+        path.write_text(''.join(lines))
+        with pytest.raises(UserError, match=message):
+            opened(root, ground_truth=path)
+    with pytest.raises(UserError, match='numbers of classes say nothing without the training images'):
+        opened(root / 'ILSVRC2012_img_val.tar', ground_truth=truths['numbers'])
+    (truths['devkit folder'] / 'data/meta.mat').write_bytes(b'rubbish')
+    with pytest.raises(UserError, match=r'meta\.mat or .* is damaged'):
+        opened(root, ground_truth=truths['devkit folder'])
+    (truths['devkit folder'] / 'data/meta.mat').unlink()
+    with pytest.raises(UserError, match='are not both in it'):
+        opened(root, ground_truth=truths['devkit folder'])
+    truths['devkit'].write_bytes(truths['devkit'].read_bytes()[:-50])
+    with pytest.raises(UserError, match='cannot be read'):
+        opened(root, ground_truth=truths['devkit'])
+
+
+def test_train_tars_that_are_not_one_tar_a_class_are_refused(tmp_path, opened):
+    inner = tar_bytes({'a.JPEG': b'x'})
+    for files, message in (
+        ({'n1.tar': inner, 'b.JPEG': b'x'}, r'holds b\.JPEG, where each member should be the one tar of a class'),
+        ({'n1.tar': inner, 'x/n1.tar': inner}, r'holds n1\.tar, where'),
+        ({'n1.tar': inner, 'n2.tar': tar_bytes({})}, '1 classes hold no image: n2'),
+        ({'n1.tar': tar_bytes({'n2/a.JPEG': b'x'})}, "'n2/a.JPEG' lies in a folder"),
+        ({'n1.tar': tar_bytes({'a.JPEG': b'x', 'n1/a.JPEG': b'x'})}, r'more than once: n1/a\.JPEG'),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(write_tar(tmp_path / 'train.tar', files))
+    for name in CLASSES:
+        write_tar(tmp_path / f'unpacked/{name}.tar', {'a.JPEG': b'x'})
+    with pytest.raises(UserError, match='tars of one class each, whose labels would be lost'):
+        opened(tmp_path / 'unpacked')

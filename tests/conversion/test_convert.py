@@ -1,0 +1,385 @@
+"""Images in, latents out: what is written, what is refused. In this process, by the command line's own function."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conversion.worlds import CLASSES, digests, make_images, make_vae, manifest, read, words
+from tread_composer.autoencoders import KL
+from tread_composer.conversion import decode_image
+from tread_composer.conversion.cli import main
+from tread_composer.data import Manifest
+from tread_composer.data.checks import check_shards
+
+IMAGES = 40
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp('images') / 'few', IMAGES)
+
+
+@pytest.fixture(scope='module')
+def vae(tmp_path_factory) -> str:
+    return make_vae(tmp_path_factory.mktemp('vae') / 'my-vae')
+
+
+@pytest.fixture(scope='module')
+def out(source, vae, tmp_path_factory) -> Path:
+    """The plain conversion, which others are compared with."""
+    out = tmp_path_factory.mktemp('plain') / 'out'
+    assert main(words(source, out, vae)) == 0
+    return out
+
+
+def pixels_of(source: Path, names: list[str], resolution: int = 16) -> torch.Tensor:
+    squares = [decode_image((source / name).read_bytes(), resolution) for name in names]
+    return torch.from_numpy(np.stack(squares)).float() / 127.5 - 1
+
+
+def assert_half_precision(stored: np.ndarray, exact: torch.Tensor) -> None:
+    """Rounded once to float16: 11 significant bits, or the smallest number. Encoding in other batches costs 1e-5."""
+    error = np.abs(stored.astype(np.float64) - exact.double().numpy())
+    assert (error <= np.abs(exact.numpy()) * 2.0**-11 + 2.0**-25 + 1e-5).all(), error.max()
+
+
+def test_moments_of_image_and_mirror_with_labels_and_names(source, vae, out):
+    rows = read(out / 'train')
+    expected = {f'{path.parent.name}/{path.name}' for path in source.glob('*/*')}
+    assert len(rows['name']) == IMAGES and set(rows['name']) == expected
+    assert rows['label'] == [CLASSES.index(name.split('/')[0]) for name in rows['name']]
+    assert len(set(rows['label'][:10])) == 3 and rows['name'] != sorted(rows['name'])
+    pixels = pixels_of(source, rows['name'])
+    kl = KL(vae)
+    assert_half_precision(rows['latents'], kl.encode(pixels))
+    assert_half_precision(rows['latents_mirrored'], kl.encode(pixels.flip(-1)))
+    flipped = kl.encode(pixels).flip(-1).numpy()
+    assert np.abs(rows['latents_mirrored'] - flipped).max() > 0.01  # a latent's own mirror image is something else
+
+
+def test_manifest_and_shards_say_what_they_are(vae, out, source):
+    folder = out / 'train'
+    found = Manifest.load(folder)
+    check_shards(folder, found, hashes=True)
+    assert (found.kind, found.autoencoder, found.autoencoder_hash) == ('moments', 'my-vae', KL(vae).weight_hash())
+    assert (found.latent_shape, found.resolution, found.crop, found.mirrored) == ((3, 8, 8), 16, 'center', True)
+    assert (found.num_samples, found.class_names, found.permutation_seed) == (IMAGES, CLASSES, 0)
+    assert (
+        found.source == f'class folders at few: {IMAGES} images, 3 classes' and str(source.parent) not in found.source
+    )
+    index = json.loads((folder / 'index.json').read_text())
+    assert [shard['raw_data']['basename'] for shard in index['shards']] == [
+        f'0000{n}/shard.00000.mds' for n in range(4)
+    ]
+    assert json.loads((folder / 'unreadable.json').read_text()) == {'images': IMAGES, 'unreadable': 0, 'list': []}
+    assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
+    assert not [path for path in folder.iterdir() if path.name.startswith('.')]
+
+
+def test_statistics_are_those_of_draws_from_what_was_written(out):
+    rows = read(out / 'train')
+    moments = np.concatenate([rows['latents'], rows['latents_mirrored']]).astype(np.float64)
+    mean, logvar = np.split(moments, 2, axis=1)
+    second = (mean**2 + np.exp(logvar)).mean(axis=(0, 2, 3))
+    found = manifest(out / 'train')
+    np.testing.assert_allclose(found['mean'], mean.mean(axis=(0, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(found['std'], np.sqrt(second - mean.mean(axis=(0, 2, 3)) ** 2), rtol=1e-10)
+
+
+def test_a_finished_data_set_is_left_alone(source, vae, out, capsys):
+    before = digests(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.name != '.lock'}
+    assert main(words(source, out, vae)) == 0
+    assert 'finished already, nothing to do' in capsys.readouterr().out
+    assert digests(out) == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.parametrize('options', [{'workers': 2}, {'batch_size': 7}, {'batch_size': 40, 'workers': 1}])
+def test_the_result_does_not_depend_on_workers_or_batches(source, vae, out, options, tmp_path):
+    assert main(words(source, tmp_path / 'out', vae, **options)) == 0
+    one, other = read(out / 'train'), read(tmp_path / 'out' / 'train')
+    assert one['name'] == other['name'] and one['label'] == other['label']
+    for column in ('latents', 'latents_mirrored'):  # other batches: convolutions sum in another order
+        np.testing.assert_allclose(one[column], other[column], rtol=2e-3, atol=1e-4)
+    if 'batch_size' not in options:
+        assert digests(out / 'train') == digests(tmp_path / 'out' / 'train')
+
+
+def test_another_seed_is_another_order(source, vae, out, tmp_path):
+    assert main(words(source, tmp_path / 'out', vae, seed=1)) == 0
+    one, other = read(out / 'train'), read(tmp_path / 'out' / 'train')
+    assert one['name'] != other['name'] and sorted(one['name']) == sorted(other['name'])
+    assert manifest(tmp_path / 'out' / 'train')['permutation_seed'] == 1
+
+
+def test_an_unusual_autoencoder(source, tmp_path):
+    vae = make_vae(tmp_path / 'f4d5', levels=3, channels=5)
+    arguments = words(source, tmp_path / 'out', vae, vae_id='org/f4d5', no_mirror=True, resolution=20)
+    assert main(arguments) == 0
+    rows = read(tmp_path / 'out' / 'train')
+    assert rows['latents'].shape == (IMAGES, 10, 5, 5) and 'latents_mirrored' not in rows
+    assert_half_precision(rows['latents'], KL(vae).encode(pixels_of(source, rows['name'], 20)))
+    found = Manifest.load(tmp_path / 'out' / 'train')
+    assert (found.latent_shape, found.autoencoder, found.mirrored) == ((5, 5, 5), 'org/f4d5', False)
+    assert main(words(source, tmp_path / 'other', vae, resolution=18)) == 2 and not (tmp_path / 'other').exists()
+
+
+def test_means_draws_and_brain_floats(source, vae, out, tmp_path):
+    exact = read(out / 'train')
+    for store, options in {'mean': {}, 'sample': {}, 'moments': {'precision': 'bf16'}}.items():
+        assert main(words(source, tmp_path / store, vae, store=store, **options)) == 0
+    mean, logvar = np.split(exact['latents'].astype(np.float32), 2, axis=1)
+    means, draws, bf16 = (read(tmp_path / store / 'train') for store in ('mean', 'sample', 'moments'))
+    np.testing.assert_array_equal(means['latents'], mean.astype(np.float16))
+    noise = {}
+    for column in ('latents', 'latents_mirrored'):
+        mean, logvar = np.split(exact[column].astype(np.float32), 2, axis=1)
+        noise[column] = (draws[column] - mean) / np.exp(logvar / 2)
+        assert abs(noise[column].mean()) < 0.05 and abs(noise[column].std() - 1) < 0.05
+    assert np.abs(noise['latents'] - noise['latents_mirrored']).max() > 1
+    assert np.abs(noise['latents'][0] - noise['latents'][1]).max() > 1
+    assert manifest(tmp_path / 'sample' / 'train')['kind'] == 'samples'
+    assert manifest(tmp_path / 'mean' / 'train')['source'].endswith('posterior means')
+    difference = np.abs(bf16['latents'].astype(np.float32) - exact['latents'])
+    assert 1e-3 < difference.max() < 0.1
+    part = json.loads((tmp_path / 'moments' / 'train' / '00000' / 'part.json').read_text())
+    assert part['content']['precision'] == 'bf16'
+    again = words(source, tmp_path / 'sample2', vae, store='sample', batch_size=10, part_size=40)
+    assert main(again) == 0  # draws belong to images, not to batches
+    np.testing.assert_allclose(read(tmp_path / 'sample2' / 'train')['latents'], draws['latents'], rtol=2e-3, atol=1e-3)
+
+
+def test_pixels_without_an_autoencoder(source, tmp_path):
+    assert main(words(source, tmp_path / 'out', None)) == 0
+    rows = read(tmp_path / 'out' / 'train')
+    pixels = pixels_of(source, rows['name'])
+    np.testing.assert_array_equal(rows['latents'], pixels.half().numpy())
+    np.testing.assert_array_equal(rows['latents_mirrored'], pixels.half().flip(-1).numpy())
+    found = manifest(tmp_path / 'out' / 'train')
+    assert (found['kind'], found['autoencoder'], found['autoencoder_hash']) == ('pixels', None, None)
+    both = np.concatenate([rows['latents'], rows['latents_mirrored']]).astype(np.float64)
+    np.testing.assert_allclose(found['std'], both.std(axis=(0, 2, 3)), rtol=1e-10)
+
+
+def test_images_without_classes(vae, tmp_path):
+    flat = make_images(tmp_path / 'flat', 5, classes=())
+    assert main(words(flat, tmp_path / 'out', vae)) == 0
+    rows, found = read(tmp_path / 'out' / 'train'), manifest(tmp_path / 'out' / 'train')
+    assert (found['num_classes'], found['class_names'], rows['label']) == (0, [], [0] * 5)
+
+
+def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, capsys):
+    both = tmp_path / 'both'
+    make_images(both / 'train', 9), make_images(both / 'val', 6, seed=1)
+    assert main(words(both, tmp_path / 'one', vae, splits='train')) == 0
+    assert not (tmp_path / 'one' / 'val').exists()
+    assert main(words(both, tmp_path / 'one', vae)) == 0  # the other one is added
+    assert [manifest(tmp_path / 'one' / split)['num_samples'] for split in ('train', 'val')] == [9, 6]
+    assert main(words(both, tmp_path / 'two', vae, held_out=3)) == 2
+    capsys.readouterr()
+    assert main(words(source, tmp_path / 'held', vae, held_out=7)) == 0
+    train, val = (read(tmp_path / 'held' / split) for split in ('train', 'val'))
+    assert (len(train['name']), len(val['name'])) == (33, 7)
+    assert train['name'] + val['name'] == read(out / 'train')['name']
+    assert 'no evaluation split' not in capsys.readouterr().out
+    assert manifest(tmp_path / 'held' / 'val')['source'].endswith('only 7 of them, held out by seed 0')
+
+
+def test_splits_that_disagree_about_the_classes(vae, tmp_path, capsys):
+    make_images(tmp_path / 'in' / 'train', 6), make_images(tmp_path / 'in' / 'val', 6, classes=CLASSES[1:])
+    assert main(words(tmp_path / 'in', tmp_path / 'out', vae)) == 2
+    assert 'n01440764' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('compression', [None, 'zstd:3'])
+def test_the_expected_size_is_that_of_the_result(compression, tmp_path, capsys):
+    """Pixels, because compression hardly does anything to latents."""
+    source = make_images(tmp_path / 'in', 150)
+    options = {'no_mirror': True, 'resolution': 32, 'part_size': 50, 'batch_size': 25}
+    if compression:
+        options['compression'] = compression
+    assert main(words(source, tmp_path / 'out', None, **options)) == 0
+    said = re.search(r'train: ([\d.]+) (k|M)B expected', capsys.readouterr().out)
+    assert said
+    written = sum(path.stat().st_size for path in (tmp_path / 'out').rglob('*') if path.is_file())
+    assert float(said[1]) * {'k': 1e3, 'M': 1e6}[said[2]] == pytest.approx(written, rel=0.05)
+    data = read(tmp_path / 'out' / 'train')
+    np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
+    shards = [path.suffix for path in (tmp_path / 'out').rglob('shard.*') if path.suffix != '.mds']
+    assert bool(shards) == bool(compression)  # reading unpacks beside the compressed ones
+
+
+def test_a_dry_run_says_all_and_writes_nothing(source, vae, tmp_path, capsys):
+    assert main(words(source, tmp_path / 'out', vae, dry_run=True)) == 0
+    text = capsys.readouterr().out
+    for part in ('class folders', f'{IMAGES} images, 3 classes', '3 x 8 x 8', 'expected in 4 parts', 'fits'):
+        assert part in text
+    assert not any(tmp_path.iterdir())
+
+
+def spoil(folder: Path, count: int) -> list[str]:
+    paths = sorted(folder.glob('*/*'))[:count]
+    for path in paths:
+        path.write_text('no image at all')
+    return [f'{path.parent.name}/{path.name}' for path in paths]
+
+
+def test_unreadable_images_are_reported_and_left_out(vae, tmp_path, capsys):
+    source = make_images(tmp_path / 'in', 20)
+    lost = spoil(source, 2)
+    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.1)) == 0
+    assert '2 images were unreadable' in capsys.readouterr().out
+    report = json.loads((tmp_path / 'out' / 'train' / 'unreadable.json').read_text())
+    assert (report['images'], report['unreadable'], [entry['name'] for entry in report['list']]) == (20, 2, lost)
+    assert all('not an image' in entry['reason'] for entry in report['list'])
+    names = read(tmp_path / 'out' / 'train')['name']
+    assert len(names) == 18 == manifest(tmp_path / 'out' / 'train')['num_samples'] and not set(names) & set(lost)
+
+
+def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_path, capsys):
+    source = make_images(tmp_path / 'in', 20)
+    spoil(source, 4)
+    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.1, part_size=4)) == 2
+    error = capsys.readouterr().err
+    path = tmp_path / 'out' / 'train' / 'unreadable.json'
+    assert '3 images so far are unreadable' in error and str(path) in error and 'Traceback' not in error
+    assert len(json.loads(path.read_text())['list']) == 3 and not (path.parent / 'manifest.json').exists()
+    assert not list(path.parent.glob('.writing-*'))
+    kept = sum(1 for _ in path.parent.glob('0*'))
+    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.2, part_size=4)) == 0
+    assert manifest(path.parent)['num_samples'] == 16 and kept < 5
+
+
+def test_every_image_unreadable_is_an_error(vae, tmp_path, capsys):
+    source = make_images(tmp_path / 'in', 4)
+    spoil(source, 4)
+    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.99)) == 2
+    assert '4 images so far are unreadable' in capsys.readouterr().err
+
+
+def test_latents_beyond_half_precision_name_the_image(source, tmp_path, capsys):
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_pretrained(make_vae(tmp_path / 'vae'))
+    with torch.no_grad():
+        network.quant_conv.weight[1] *= 1e6
+    network.save_pretrained(tmp_path / 'vae')
+    assert main(words(source, tmp_path / 'out', str(tmp_path / 'vae'))) == 2
+    error = capsys.readouterr().err
+    assert 'channel 1' in error and re.search(r'n\d+/n\d+_\d+\.JPEG', error)
+    assert not list((tmp_path / 'out' / 'train').iterdir())
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'resolution': 8}, 'resolution: saved 16, now 8'),
+        ({'precision': 'bf16'}, "precision: saved 'fp32', now 'bf16'"),
+        ({'seed': 3}, 'seed: saved 0, now 3'),
+        ({'held_out': 3}, 'held_out: saved 0, now 3'),
+        ({'part_size': 20}, 'part_size: saved 10, now 20'),
+        ({'no_mirror': True}, 'mirrored: saved True, now False'),
+        ({'compression': 'zstd'}, "compression: saved None, now 'zstd'"),
+    ],
+)
+def test_other_settings_on_the_same_output_are_refused(source, vae, out, change, message, capsys):
+    before = digests(out)
+    assert main(words(source, out, vae, **change)) == 2
+    error = capsys.readouterr().err
+    assert message in error and 'choose another --out' in error
+    assert digests(out) == before and sorted(path.name for path in out.iterdir()) == [
+        '.lock',
+        'conversion.json',
+        'train',
+    ]
+
+
+def test_other_weights_or_images_on_the_same_output_are_refused(source, vae, out, tmp_path, capsys):
+    assert main(words(source, out, make_vae(tmp_path / 'my-vae', seed=1))) == 2
+    assert 'autoencoder_hash: saved' in capsys.readouterr().err
+    assert main(words(make_images(tmp_path / 'more', IMAGES + 1), out, vae)) == 2
+    assert f'train.images: saved {IMAGES}, now {IMAGES + 1}' in capsys.readouterr().err
+
+
+def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, capsys):
+    foreign = tmp_path / 'foreign'
+    foreign.mkdir()
+    (foreign / 'thesis.txt').write_text('dear')
+    cases = [
+        (foreign, 'holds thesis.txt'),
+        (foreign / 'thesis.txt', 'is a file'),
+        (source / 'out', 'inside the source'),
+        (source, 'inside the source'),
+        ('s3://bucket/x', 'also give --work'),
+        ('nfs://x', "no uploader for 'nfs'"),
+    ]
+    for place, message in cases:
+        extra = {'work': tmp_path / 'work'} if str(place).startswith('nfs') else {}
+        assert main(words(source, place, vae, **extra)) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['foreign'] and os.listdir(foreign) == ['thesis.txt']
+    assert not (source / 'out').exists()
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    assert main(words(source, empty, vae)) == 0
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'batch_size': 0}, '--batch-size 0: must be 1 or more'),
+        ({'compression': 'rar'}, "--compression 'rar' is not known"),
+        ({'max_unreadable': 1.5}, '--max-unreadable 1.5 is a share'),
+        ({'splits': 'test'}, '--splits test'),
+        ({'device': 'cuda'}, 'finds no GPU'),
+        ({'held_out': 40}, 'hold out fewer'),
+        ({'precison': 'fp32'}, 'unrecognized arguments: --precison'),
+    ],
+)
+def test_wrong_words_are_refused(source, vae, options, message, tmp_path, capsys):
+    if options.get('device') == 'cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    assert main(words(source, tmp_path / 'out', vae, **options)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_pixels_take_no_words_about_autoencoders(source, tmp_path, capsys):
+    assert main(words(source, tmp_path / 'out', None, store='mean')) == 2
+    assert '--store says nothing without an autoencoder' in capsys.readouterr().err
+    assert main(['--source', str(source), '--out', str(tmp_path / 'out')]) == 2
+    assert 'one of the arguments --vae --pixels is required' in capsys.readouterr().err
+
+
+def test_a_wrong_autoencoder_or_source_leaves_no_trace(source, vae, tmp_path, capsys):
+    assert main(words(source, tmp_path / 'out', str(tmp_path / 'no' / 'vae'))) == 2
+    assert 'no such folder' in capsys.readouterr().err
+    assert main(words(tmp_path / 'nowhere', tmp_path / 'a' / 'out', vae)) == 2
+    (tmp_path / 'empty').mkdir()
+    assert main(words(tmp_path / 'empty', tmp_path / 'a' / 'out', vae)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ['empty']
+
+
+def test_output_elsewhere(source, vae, out, tmp_path, capsys):
+    remote, work = tmp_path / 'bucket#1', tmp_path / 'work'
+    arguments = words(source, f'file://{remote}', vae, work=work)
+    assert main(arguments) == 0
+    assert main(arguments) == 0 and 'finished already' in capsys.readouterr().out
+    assert not list(work.rglob('*.mds'))  # moved, not copied
+    assert sorted(path.name for path in (remote / 'train').iterdir()) == [
+        *(f'0000{part}' for part in range(4)), 'index.json', 'manifest.json', 'unreadable.json'
+    ]  # fmt: skip
+    there, here = read(remote / 'train'), read(out / 'train')
+    assert there['name'] == here['name']
+    np.testing.assert_array_equal(there['latents'], here['latents'])
+    check_shards(remote / 'train', Manifest.load(remote / 'train'), hashes=True)
+    assert Manifest.load(remote / 'train') == Manifest.load(out / 'train')
+    before = digests(remote)
+    assert main(words(source, f'file://{remote}', vae, work=tmp_path / 'other')) == 2
+    assert 'is there already' in capsys.readouterr().err
+    assert digests(remote) == before and not (tmp_path / 'other').exists()

@@ -1,0 +1,322 @@
+"""Conversions that are killed, watched by others, run on several ranks, or run out of disk: in own processes."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conversion.worlds import SCRIPT, digests, make_images, make_vae, manifest, read, words
+from tests.runs import COMPOSER, launch
+from tread_composer.conversion import cli
+from tread_composer.data import Manifest
+from tread_composer.data.checks import check_shards
+
+IMAGES, SMALL_PARTS = 40, {'part_size': 2, 'batch_size': 2}
+FORK = multiprocessing.get_context('fork')  # the libraries are imported already
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp('images') / 'few', IMAGES)
+
+
+@pytest.fixture(scope='module')
+def vae(tmp_path_factory) -> str:
+    return make_vae(tmp_path_factory.mktemp('vae') / 'my-vae')
+
+
+@pytest.fixture(scope='module')
+def undisturbed(source, vae, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('undisturbed') / 'out'
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    return out
+
+
+def in_own_process(arguments: list[str], log: Path, **variables: str) -> multiprocessing.Process:
+    """The command in a process that can be killed; what it prints goes to ``log``."""
+
+    def run() -> None:
+        os.environ.update(variables)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        # pytest has put objects of its own in the place of both, which would keep it.
+        sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
+        os._exit(cli.main(arguments))
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+def wait_until(condition: Callable[[], object], process: multiprocessing.Process | None = None) -> None:
+    """Wait for a condition, or for the end of a process."""
+    end = time.monotonic() + 60
+    while not condition() and (process is None or process.is_alive()):
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def kill(process: multiprocessing.Process) -> None:
+    process.kill()
+    process.join()
+
+
+def assert_only_whole_parts(folder: Path) -> None:
+    """What has a final name is complete."""
+    for part in folder.glob('0*'):
+        for shard in json.loads((part / 'index.json').read_text())['shards']:
+            assert (part / shard['raw_data']['basename']).stat().st_size == shard['raw_data']['bytes']
+        assert json.loads((part / 'part.json').read_text())['samples'] == 2
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(source, vae, undisturbed, tmp_path):
+    """With a decoding worker, which outlives its parent for seconds and must not keep the lock."""
+    out, log, delays = tmp_path / 'out', tmp_path / 'log', random.Random(0)
+    arguments = words(source, out, vae, **SMALL_PARTS, workers=1)
+    states = []
+    for kills in range(9):
+        process = in_own_process(arguments, log)
+        at_least = min(2 * kills, 19)  # never in the same place
+        wait_until(lambda n=at_least: len(list((out / 'train').glob('0*'))) > n, process)
+        time.sleep(delays.uniform(0, 0.02))
+        kill(process)
+        assert 'another conversion' not in log.read_text()
+        assert_only_whole_parts(out / 'train')
+        states.append((len(list((out / 'train').glob('0*'))), len(list((out / 'train').glob('.writing-*')))))
+    assert any(0 < done < 20 for done, _ in states) and any(unfinished for _, unfinished in states), states
+    assert cli.main(arguments) == 0
+    assert digests(out) == digests(undisturbed)
+    names = read(out / 'train')['name']
+    assert len(names) == len(set(names)) == IMAGES
+
+
+def test_killed_while_starting(source, vae, undisturbed, tmp_path):
+    out = tmp_path / 'out'
+    for path in (out, out / '.lock', out / '.conversion', out / 'conversion.json', out / 'train'):
+        process = in_own_process(words(source, out, vae, **SMALL_PARTS), tmp_path / 'log')
+        wait_until(path.exists, process)
+        kill(process)
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert digests(out) == digests(undisturbed)
+
+
+@pytest.mark.parametrize('last', ['parts', 'unreadable.json', 'index.json', 'manifest.json'])
+def test_killed_while_merging(source, vae, undisturbed, tmp_path, last):
+    """What a kill after ``last`` leaves, and the halves of files that it may leave besides."""
+    out = tmp_path / 'out'
+    shutil.copytree(undisturbed, out)
+    steps = ['parts', 'unreadable.json', 'index.json', 'manifest.json']
+    for name in steps[steps.index(last) + 1 :]:
+        (out / 'train' / name).unlink()
+    (out / '.conversion').mkdir()
+    if last != 'manifest.json':  # written before it, and removed by the next start
+        for name in ('.manifest.json.x1', '.index.json.partial', '.unreadable.json.x2'):
+            (out / 'train' / name).write_text('{"half')
+        (out / 'train' / '.writing-00003-77-x').mkdir()
+        (out / 'train' / '.writing-00003-77-x' / 'shard.00000.mds').write_text('half')
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert digests(out) == digests(undisturbed) and not (out / '.conversion').exists()
+    check_shards(out / 'train', Manifest.load(out / 'train'), hashes=True)
+
+
+def test_a_part_that_was_damaged_later_is_named(source, vae, undisturbed, tmp_path, capsys):
+    out = tmp_path / 'out'
+    shutil.copytree(undisturbed, out)
+    (out / 'train' / 'manifest.json').unlink()
+    shard = out / 'train' / '00004' / 'shard.00000.mds'
+    os.truncate(shard, 100)
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 2
+    error = capsys.readouterr().err
+    assert str(shard) in error and 'Remove its folder' in error and not (out / 'train' / 'manifest.json').exists()
+    shutil.rmtree(shard.parent)
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert digests(out) == digests(undisturbed)
+
+
+def test_a_second_writer_is_refused(source, vae, undisturbed, tmp_path, capsys):
+    out = tmp_path / 'out'
+    first = in_own_process(words(source, out, vae, **SMALL_PARTS), tmp_path / 'log')
+    wait_until(lambda: len(list((out / 'train').glob('0*'))) > 2, first)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        assert first.is_alive()
+        assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 2
+        assert f'being written by another conversion (host {socket.gethostname()}, process {first.pid})' in (
+            capsys.readouterr().err
+        )
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == 0 and digests(out) == digests(undisturbed)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    done = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f'a small disk needs a mount, which is refused here: {done.stderr.strip()}')
+    try:
+        yield folder
+    finally:
+        subprocess.run(['umount', '-l', folder], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(source, vae, tmp_path, capsys):
+    with small_disk(tmp_path / 'disk', '1m') as disk:
+        assert cli.main(words(source, disk / 'out', vae, resolution=128)) == 2
+        assert re.search(r'need [\d.]+ MB, and 1.04 MB are free', capsys.readouterr().err)
+        assert not any(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_in_the_middle(source, vae, tmp_path, capsys):
+    whole = tmp_path / 'whole'
+    options = {'resolution': 64, 'part_size': 2, 'batch_size': 2}
+    assert cli.main(words(source, whole, vae, **options)) == 0
+    with small_disk(tmp_path / 'disk', '8m') as disk:
+        out, filler = disk / 'out', disk / 'filler'
+
+        def fill() -> None:
+            wait_until((out / 'train' / '00002').exists)
+            with contextlib.suppress(OSError), open(filler, 'wb', buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 16))
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+        assert cli.main(words(source, out, vae, **options)) == 2
+        thread.join()
+        error = capsys.readouterr().err
+        assert 'No space left on device' in error and 'run the same command again' in error
+        assert 'Traceback' not in error
+        done = len(list((out / 'train').glob('0*')))
+        assert 3 <= done < 20 and not list((out / 'train').glob('.writing-*'))
+        filler.unlink()
+        assert cli.main(words(source, out, vae, **options)) == 0
+        assert digests(out) == digests(whole)
+
+
+def on_two_ranks(arguments: list[str], folder: Path) -> list[multiprocessing.Process]:
+    """As the launcher would start them."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    variables = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
+    return [
+        in_own_process(
+            arguments, folder / f'log{rank}', **variables, MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank)
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_ranks_write_what_one_does(source, vae, undisturbed, tmp_path):
+    ranks = on_two_ranks(words(source, tmp_path / 'out', vae, **SMALL_PARTS), tmp_path)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    said = (tmp_path / 'log0').read_text()
+    assert 'rank 0 made 20 images' in said and f'train: {IMAGES} samples' in said
+    assert digests(tmp_path / 'out') == digests(undisturbed)
+
+
+def test_the_documented_command_with_two_ranks(source, tmp_path):
+    """Without an autoencoder, to save the import of its library; else it is the real thing."""
+    done = launch(tmp_path, [COMPOSER, '-n', '2', SCRIPT, *words(source, tmp_path / 'two', None, **SMALL_PARTS)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.main(words(source, tmp_path / 'one', None, **SMALL_PARTS)) == 0
+    assert digests(tmp_path / 'one') == digests(tmp_path / 'two')
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_message(vae, tmp_path):
+    source = make_images(tmp_path / 'in', IMAGES)
+    arguments = words(source, tmp_path / 'out', vae, **SMALL_PARTS)
+    plain = words(source, tmp_path / 'plain', vae, **SMALL_PARTS, max_unreadable=0.1)
+    assert cli.main(plain) == 0
+    # The last part is rank 1's, and rank 0 has long finished its own when it fails there.
+    (source / read(tmp_path / 'plain' / 'train')['name'][-1]).write_text('no image')
+    ranks = on_two_ranks(arguments, tmp_path)
+    try:
+        ranks[0].join(60)
+        assert ranks[0].exitcode == 2
+        said = (tmp_path / 'log0').read_text()
+        assert said.count('on rank 1: train: 1 images so far are unreadable') == 1 and 'Traceback' not in said
+    finally:
+        for process in ranks:
+            kill(process)
+    again = on_two_ranks([*arguments, '--max-unreadable', '0.1'], tmp_path)
+    for process in again:
+        process.join(60)
+    assert [process.exitcode for process in again] == [0, 0]
+    assert manifest(tmp_path / 'out' / 'train')['num_samples'] == IMAGES - 1
+
+
+def test_a_rank_that_outlives_its_killed_run_does_no_harm(source, vae, undisturbed, tmp_path):
+    out = tmp_path / 'out'
+    arguments = words(source, out, vae, **SMALL_PARTS)
+    ranks = on_two_ranks(arguments, tmp_path)
+    try:
+        wait_until(lambda: len(list((out / 'train').glob('0*'))) > 3, ranks[1])
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        kill(ranks[0])
+        assert cli.main(arguments) == 0
+        os.kill(ranks[1].pid, signal.SIGCONT)
+        ranks[1].join(60)
+        assert ranks[1].exitcode == 1  # it could neither finish nor meet the others
+    finally:
+        for process in ranks:
+            kill(process)
+    assert digests(out) == digests(undisturbed)
+
+
+def test_refused_on_several_ranks_it_says_so_once_and_writes_nothing(source, vae, tmp_path):
+    ranks = on_two_ranks(words(source, tmp_path / 'out', vae, held_out=IMAGES), tmp_path)
+    try:
+        ranks[0].join(60)
+        assert ranks[0].exitcode == 2 and 'hold out fewer' in (tmp_path / 'log0').read_text()
+        assert 'hold out fewer' not in (tmp_path / 'log1').read_text()  # the launcher stops it while it waits
+        assert not (tmp_path / 'out').exists()
+    finally:
+        for process in ranks:
+            kill(process)
+
+
+def test_an_upload_that_is_killed_goes_on(source, vae, undisturbed, tmp_path):
+    remote, work = tmp_path / 'remote', tmp_path / 'work'
+    arguments = words(source, f'file://{remote}', vae, **SMALL_PARTS, work=work)
+    for parts in (3, 9):
+        process = in_own_process(arguments, tmp_path / 'log')
+        wait_until(lambda n=parts: len(list((work / 'train').glob('0*'))) > n, process)
+        kill(process)
+        assert not (remote / 'train' / 'index.json').exists()
+    assert cli.main(arguments) == 0
+    here, there = read(undisturbed / 'train'), read(remote / 'train')
+    assert here['name'] == there['name'] and not list(work.rglob('*.mds'))
+    np.testing.assert_array_equal(here['latents'], there['latents'])
+
+
+def test_an_upload_that_fails_is_named_and_goes_on_later(source, vae, tmp_path, capsys):
+    remote, work = tmp_path / 'remote', tmp_path / 'work'
+    remote.write_text('a file where a folder should be')
+    arguments = words(source, f'file://{remote}', vae, **SMALL_PARTS, work=work)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f'{remote}/train/00000' in error and 'upload failed' in error and 'Traceback' not in error
+    assert not list((work / 'train').iterdir())
+    remote.unlink()
+    assert cli.main(arguments) == 0 and (remote / 'train' / 'manifest.json').exists()

@@ -1,0 +1,353 @@
+import hashlib
+import multiprocessing
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conversion import layouts
+from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
+from tread_composer.conversion import Source
+from tread_composer.errors import UserError
+
+
+def _ilsvrc(root: Path, splits: dict[str, Pictures], truth: str) -> dict[str, Any]:
+    truths = layouts.write_ground_truths(root / 'truth', splits['val'])
+    return {'path': layouts.write_ilsvrc(root / 'in', splits), 'ground_truth': truths[truth]}
+
+
+def _kaggle(root: Path, splits: dict[str, Pictures], zipped: bool = False) -> dict[str, Any]:
+    """Kaggle's: validation images in no class folders, deep inside, beside annotations and a test split."""
+    truths = layouts.write_ground_truths(root / 'truth', splits['val'])
+    data = 'ILSVRC/Data/CLS-LOC'
+    files = {f'{data}/train/{name}': content for name, content in splits['train'].items()}
+    files |= {f'{data}/val/{name.rpartition("/")[2]}': content for name, content in splits['val'].items()}
+    files |= {f'{data}/test/a.JPEG': b'', 'ILSVRC/Annotations/a.xml': b'', 'LOC_sample_submission.csv': b''}
+    path = write_zip(root / 'in.zip', files) if zipped else write_tree(root / 'in', files)
+    return {'path': path, 'ground_truth': truths['kaggle']}
+
+
+def _webdataset(root: Path, splits: dict[str, Pictures], **options: Any) -> dict[str, Any]:
+    names = layouts.write_class_names(root / 'names.txt')
+    return {'path': layouts.write_webdataset(root / 'in', splits, **options), 'class_names': names}
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Path, dict[str, Pictures]], dict[str, Any]]]] = {
+    'folders': ('class folders', lambda root, splits: {'path': layouts.write_folders(root / 'in', splits)}),
+    'folders kaggle': ('class folders', _kaggle),
+    'zip stored': ('zip', lambda root, splits: {'path': layouts.zip_of_splits(root / 'in.zip', splits)}),
+    'zip deflated, wrapped': (
+        'zip',
+        lambda root, splits: {
+            'path': layouts.zip_of_splits(root / 'in.zip', splits, prefix='a/b/', compression=zipfile.ZIP_DEFLATED)
+        },
+    ),
+    'zip kaggle': ('zip', lambda root, splits: _kaggle(root, splits, zipped=True)),
+    **{
+        f'ILSVRC {truth}': ('ILSVRC tars', lambda root, splits, truth=truth: _ilsvrc(root, splits, truth))
+        for truth in ('devkit', 'devkit folder', 'kaggle', 'synsets', 'numbers')
+    },
+    'webdataset': ('webdataset tars', _webdataset),
+    'webdataset json': ('webdataset tars', lambda root, splits: _webdataset(root, splits, labels='json')),
+    'webdataset folders': (
+        'webdataset tars',
+        lambda root, splits: _webdataset(root, splits, name='{split}/{number:06d}.tar'),
+    ),
+    'parquet': ('parquet files', lambda root, splits: {'path': layouts.write_parquet(root / 'in', splits)}),
+    'parquet in data': (
+        'parquet files',
+        lambda root, splits: {'path': layouts.write_parquet(root / 'in/data', splits).parent},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_the_same_images_are_the_same_source_in_every_layout(name, tmp_path, splits, opened):
+    layout, build = LAYOUTS[name]
+    sources = opened(**build(tmp_path, splits))
+    assert sources.keys() == {'train', 'val'}
+    for split, images in splits.items():
+        source = sources[split]
+        assert source.layout == layout
+        assert source.class_names == CLASSES
+        assert list(source.names) == sorted(images)  # by class, then by file
+        assert source.labels.dtype == np.int64
+        assert source.labels.tolist() == [CLASSES.index(name.partition('/')[0]) for name in sorted(images)]
+        assert f'{len(images)} images, 3 classes' in source.description
+        positions = list(range(len(source)))
+        random.Random(2).shuffle(positions)
+        assert all(source.read(position) == images[source.names[position]] for position in positions)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_one_split_alone(split, tmp_path, splits, opened):
+    one = {split: splits[split]}
+    truths = layouts.write_ground_truths(tmp_path / 'truth', splits['val'])
+    layouts.write_ilsvrc(tmp_path / 'tars', splits)
+    names = layouts.write_class_names(tmp_path / 'names.txt')
+    by_path = {
+        layouts.write_folders(tmp_path / 'folders', one): {},
+        tmp_path / f'tars/ILSVRC2012_img_{split}.tar': {'ground_truth': truths['devkit']} if split == 'val' else {},
+        layouts.write_webdataset(tmp_path / 'wds', one): {'class_names': names},
+        layouts.write_parquet(tmp_path / 'parquet', one): {},
+    }
+    for path, options in by_path.items():
+        sources = opened(path, **options)
+        assert sources.keys() == {split}
+        assert list(sources[split].names) == sorted(one[split])
+        assert sources[split].class_names == CLASSES
+
+
+def test_class_folders_and_a_zip_of_them_without_splits_are_train(tmp_path, splits, opened):
+    for path in (write_tree(tmp_path / 'in', splits['train']), write_zip(tmp_path / 'in.zip', splits['train'])):
+        sources = opened(path)
+        assert sources.keys() == {'train'}
+        assert list(sources['train'].names) == sorted(splits['train'])
+        assert sources['train'].class_names == CLASSES
+
+
+def test_images_without_classes(tmp_path, splits, opened):
+    flat = {name.rpartition('/')[2]: content for name, content in splits['train'].items()}
+    one = {'train': splits['train']}
+    paths = {
+        'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
+        'zip': write_zip(tmp_path / 'flat.zip', flat),
+        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
+        'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
+    }
+    for layout, path in paths.items():
+        source = opened(path)['train']
+        assert (source.layout, source.class_names) == (layout, ())
+        assert list(source.names) == sorted(flat)
+        assert source.labels.tolist() == [0] * len(flat)
+        assert [source.read(position) for position in range(len(source))] == [flat[name] for name in source.names]
+        assert 'no classes (unconditional)' in source.description
+
+
+def test_labels_follow_the_sorted_names_of_folders(tmp_path, opened):
+    folders = ('10', '9', 'B', 'b', 'b-1', 'ä')  # as Python sorts them; the paths would be sorted differently
+    source = opened(write_tree(tmp_path, {f'{name}/a.jpg': b'x' for name in folders}))['train']
+    assert source.class_names == folders
+    assert list(source.names) == [f'{name}/a.jpg' for name in folders]
+    assert source.labels.tolist() == list(range(6))
+
+
+# ----- read in other processes
+
+
+def read_everything(sources: list[Source]) -> list[str]:
+    return [hashlib.sha256(source.read(p)).hexdigest() for source in sources for p in range(len(source))]
+
+
+def test_sources_are_read_in_spawned_and_forked_processes(tmp_path, splits, opened, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a path given relative to a folder that the other process is not in
+    built = {name: LAYOUTS[name][1](tmp_path / name.replace(' ', ''), splits) for name in LAYOUTS}
+    sources = []
+    for options in built.values():
+        options['path'] = options['path'].relative_to(tmp_path)
+        sources += opened(**options).values()
+    wanted = read_everything(sources)
+    for method, number in (('fork', 2), ('spawn', 1)):  # forked ones inherit files that are open
+        monkeypatch.chdir('/')
+        context = multiprocessing.get_context(method)
+        with context.Pool(number) as pool:
+            results = [pool.apply_async(read_everything, (sources,)) for _ in range(number)]
+            assert [result.get(60) for result in results] == [wanted] * number
+    assert read_everything(pickle.loads(pickle.dumps(sources))) == wanted
+
+
+def test_more_tars_than_files_may_be_open(tmp_path, splits, opened):
+    one = {'train': layouts.pictures(train_per_class=30)['train']}
+    source = opened(layouts.write_webdataset(tmp_path, one, tars=90))['train']
+    for _ in range(2):
+        for position in range(len(source)):
+            source.read(position)
+    open_now = [os.readlink(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd') if number.isdigit()
+                and os.path.islink(f'/proc/self/fd/{number}')]  # fmt: skip
+    assert 0 < sum(str(tmp_path) in path for path in open_now) <= 64
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, splits, opened):
+    folder = opened(write_tree(tmp_path / 'in', splits['train']))['train']
+    (tmp_path / 'in' / folder.names[3]).unlink()
+    folder.read(2)
+    with pytest.raises(UserError, match=folder.names[3]):
+        folder.read(3)
+    zipped = opened(write_zip(tmp_path / 'in.zip', splits['train']))['train']
+    write_zip(tmp_path / 'in.zip', splits['val'])
+    with pytest.raises(UserError, match=r'in\.zip: has changed since it was indexed'):
+        zipped.read(0)
+
+
+# ----- what lies beside the images
+
+
+LITTER = {'.DS_Store': b'', '._n01440764': b'', 'Thumbs.db': b'', '__MACOSX/train/a.jpg': b'', '.git/a.jpg': b''}
+
+
+def test_litter_is_not_an_image_and_is_counted(tmp_path, splits, opened):
+    images = splits['train']
+    litter = {**LITTER, 'n01440764/._n01440764_5.JPEG': b'', 'n01440764/.hidden.jpg': b'', 'n02105855/THUMBS.DB': b''}
+    others = {'n01440764/readme.TXT': b'', 'n03995372/boxes.xml': b'', 'n03995372/more.xml': b''}
+    files = {**litter, **images, **others}
+    (tmp_path / 'in/.git').mkdir(parents=True)
+    (tmp_path / 'in/.git/again').symlink_to(tmp_path)  # hidden folders are not entered
+    for path in (write_tree(tmp_path / 'in', files), write_zip(tmp_path / 'in.zip', files)):
+        source = opened(path)['train']
+        assert list(source.names) == sorted(images)
+        assert source.ignored == 11
+        assert 'ignored 8 hidden or system files and 3 files that are not images (.txt 1, .xml 2)' in source.description
+    inner = tar_bytes({'._a.JPEG': b'', 'a.JPEG': b'x', 'notes.txt': b''})
+    source = opened(write_tar(tmp_path / 'tars/train.tar', {'._n1.tar': b'', './n1.tar': inner}))['train']
+    assert list(source.names) == ['n1/a.JPEG'] and source.ignored == 3
+    source = opened(write_tar(tmp_path / 'w.tar', {'._a.jpg': b'', 'a.jpg': b'x', 'a.cls': b'0\n', 'a.txt': b''}))[
+        'train'
+    ]
+    assert list(source.names) == ['0/a.jpg'] and source.ignored == 2
+
+
+def test_a_test_split_is_left_out_and_named(tmp_path, splits, opened):
+    both = {**splits, 'test': splits['val']}
+    for path, names in (
+        (layouts.write_folders(tmp_path / 'in', both), None),
+        (layouts.zip_of_splits(tmp_path / 'in.zip', both), None),
+        (layouts.write_parquet(tmp_path / 'parquet', both), None),
+        (layouts.write_webdataset(tmp_path / 'wds', both), layouts.write_class_names(tmp_path / 'names')),
+    ):
+        sources = opened(path, class_names=names)
+        assert sources.keys() == {'train', 'val'}
+        assert 'not converted' in sources['train'].description
+
+
+def test_links_in_folders_are_followed(tmp_path, splits, opened):
+    real = write_tree(tmp_path / 'real', splits['train'])
+    linked = tmp_path / 'linked'
+    (linked / 'train/n01440764').mkdir(parents=True)
+    (linked / 'train/n02105855').symlink_to(real / 'n02105855')
+    (linked / 'train/n03995372').symlink_to(real / 'n03995372')
+    for image in (real / 'n01440764').iterdir():
+        (linked / 'train/n01440764' / image.name).symlink_to(image)
+    source = opened(linked)['train']
+    assert list(source.names) == sorted(splits['train'])
+    assert source.read(0) == splits['train'][source.names[0]]
+    (linked / 'train/n01440764/x.jpg').symlink_to('nowhere')
+    with pytest.raises(UserError, match=r'x\.jpg: a link to nothing'):
+        opened(linked)
+    (linked / 'train/n01440764/x.jpg').unlink()
+    (linked / 'train/again').symlink_to(linked)
+    with pytest.raises(UserError, match='again: a link to a folder that it is in'):
+        opened(linked)
+
+
+# ----- refusals: trees
+
+
+TREES = {
+    'val lacks a class': (
+        lambda t, v: {'train': t, 'val': without(v, CLASSES[1])},
+        'train has 1 classes that val lacks: n02105855',
+    ),
+    'train lacks a class': (
+        lambda t, v: {'train': without(t, CLASSES[0]), 'val': v},
+        'val has 1 classes that train lacks: n01440764',
+    ),
+    'nothing': (lambda t, v: {'train': {'n01440764/readme.txt': b''}}, r'no image in it.*1 files that are not images'),
+    'splits beside classes': (lambda t, v: {'train': t, '': t}, r'train are taken as splits.*n01440764.*rename'),
+    'splits beside images': (lambda t, v: {'train': t, '': {'a.jpg': b''}}, r'no split: the image a\.jpg'),
+    'two val': (lambda t, v: {'train': t, 'val': v, 'validation': v}, 'val, validation: two folders for one split'),
+    'only test': (lambda t, v: {'test': t}, 'only a test split'),
+    'mixed depths': (lambda t, v: {'': {**t, 'a.jpg': b''}}, r"different or unknown depths, such as 'a\.jpg', 'n0"),
+    'too deep': (lambda t, v: {'a': {'b/c/d.jpg': b''}, 'b': {'b/c/d.jpg': b''}}, 'different or unknown depths'),
+    'flat val': (
+        lambda t, v: {'train': t, 'val': {'a.jpg': b''}},
+        r'(?s)no class folders.*--ground-truth.*devkit.*LOC_val_solution\.csv.*two columns',
+    ),
+    'flat train': (lambda t, v: {'train': {'a.jpg': b''}, 'val': v}, 'val has class folders, train has none'),
+}
+
+
+@pytest.mark.parametrize('name', TREES)
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_unclear_or_incomplete_trees_are_refused(kind, name, tmp_path, splits, opened):
+    build, message = TREES[name]
+    files = {
+        os.path.join(split, path): content
+        for split, images in build(splits['train'], splits['val']).items()
+        for path, content in images.items()
+    }
+    path = write_tree(tmp_path / 'in', files) if kind == 'folder' else write_zip(tmp_path / 'in.zip', files)
+    with pytest.raises(UserError, match=message) as caught:
+        opened(path)
+    assert str(path) in str(caught.value)
+
+
+def test_empty_folders_are_refused(tmp_path, splits, opened):
+    root = layouts.write_folders(tmp_path / 'in', splits)
+    write_tree(root / 'train', {'n04/.DS_Store': b'', 'n05/readme.txt': b''})
+    with pytest.raises(UserError, match='2 class folders hold no image: train/n04, train/n05'):
+        opened(root)
+    root = write_tree(tmp_path / 'other', {f'train/{name}': content for name, content in splits['train'].items()})
+    (root / 'val').mkdir()
+    with pytest.raises(UserError, match='val holds no image'):
+        opened(root)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='no image in it; it is empty'):
+        opened(tmp_path / 'empty')
+    zipped = write_zip(tmp_path / 'in.zip', {**splits['train'], 'n04/': b''})
+    with pytest.raises(UserError, match='1 class folders hold no image: n04'):
+        opened(zipped)
+
+
+def test_paths_that_hold_nothing_known_or_too_much_are_refused(tmp_path, splits, opened):
+    with pytest.raises(UserError, match=r'absent: no such file or folder. Expected'):
+        opened(tmp_path / 'absent')
+    (tmp_path / 'a.rar').write_bytes(b'')
+    with pytest.raises(UserError, match=r'a\.rar: not a file of a known kind'):
+        opened(tmp_path / 'a.rar')
+    both = layouts.write_webdataset(layouts.write_folders(tmp_path / 'both', splits), splits)
+    with pytest.raises(UserError, match=r'holds images, and also in1k-train-0000\.tar.*move it away'):
+        opened(both)
+    kinds = layouts.write_webdataset(layouts.write_parquet(tmp_path / 'kinds', splits), splits)
+    with pytest.raises(UserError, match='several kinds'):
+        opened(kinds)
+    layouts.zip_of_splits(tmp_path / 'zips/in.zip', splits)
+    with pytest.raises(UserError, match=r'holds in\.zip. Give the zip file itself'):
+        opened(tmp_path / 'zips')
+    with tarfile.open(tmp_path / 'a.tar.gz', 'w:gz'):
+        pass
+    with pytest.raises(UserError, match='compressed tars cannot be read at random'):
+        opened(tmp_path / 'a.tar.gz')
+    os.rename(tmp_path / 'a.tar.gz', tmp_path / 'a.tar')
+    with pytest.raises(UserError, match=r'compressed \(gzip\)'):
+        opened(tmp_path / 'a.tar')
+    with pytest.raises(UserError, match='a tar of folders of images'):
+        opened(write_tar(tmp_path / 'folders.tar', splits['train']))
+
+
+def test_options_that_a_layout_has_no_use_for_are_refused(tmp_path, splits, opened):
+    names = layouts.write_class_names(tmp_path / 'names.txt')
+    truth = layouts.write_ground_truths(tmp_path / 'truth', splits['val'])['devkit']
+    folders = layouts.write_folders(tmp_path / 'in', splits)
+    with pytest.raises(UserError, match='class_names='):
+        opened(folders, class_names=names)
+    with pytest.raises(UserError, match='ground_truth='):
+        opened(folders, ground_truth=truth)
+    with pytest.raises(UserError, match='ground_truth='):
+        opened(layouts.write_parquet(tmp_path / 'parquet', splits), ground_truth=truth)
+    layouts.write_ilsvrc(tmp_path / 'tars', {'train': splits['train']})
+    with pytest.raises(UserError, match='ground_truth='):
+        opened(tmp_path / 'tars', ground_truth=truth)
+
+
+def test_names_that_no_shard_can_hold_are_refused(tmp_path, opened):
+    write_tree(tmp_path, {'a/x.jpg': b'', 'b/x.jpg': b''})
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b'/b/\xff.jpg'))).write_bytes(b'')
+    with pytest.raises(UserError, match='not UTF-8'):
+        opened(tmp_path)

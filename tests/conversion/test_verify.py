@@ -1,0 +1,246 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conversion.small_sets import SAMPLES, make_rows, write_split
+from tread_composer.conversion.verify import main, verify
+from tread_composer.data import Manifest
+from tread_composer.data.digits import prepare_digits
+from tread_composer.errors import UserError
+
+SHARD = '00001/shard.00002.mds'
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    folder = write_split(tmp_path / 'set' / 'train')
+    assert len(list(folder.rglob('*.mds'))) >= 8
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['moments', 'samples', 'pixels'])
+@pytest.mark.parametrize('compression', [None, 'zstd:1'])
+@pytest.mark.parametrize('sample_every', [1, 3])
+def test_a_sound_set_has_no_fault(kind: str, compression: str | None, sample_every: int, tmp_path: Path):
+    lines = []
+    for split in ('train', 'val'):
+        write_split(tmp_path / split, kind=kind, compression=compression)
+    assert verify(tmp_path, sample_every=sample_every, say=lines.append) == []
+    text = '\n'.join(lines)
+    # the fixture has two parts, and of each shard the first and every third after it are read
+    read = SAMPLES if sample_every == 1 else sum(-(-n // 3) for n in shard_sizes(tmp_path / 'train'))
+    assert f'{SAMPLES} samples by the index, {read} of them read; a test' in text
+    if sample_every == 1:
+        assert '4 classes with 50 to 50 samples, median 50; no classes without any' in text
+    assert 'note' not in text
+
+
+def shard_sizes(folder: Path) -> list[int]:
+    return [shard['samples'] for shard in json.loads((folder / 'index.json').read_text())['shards']]
+
+
+def test_the_digits_of_the_quickstart_pass(tmp_path: Path):
+    lines = []
+    prepare_digits(tmp_path / 'digits')
+    assert verify(tmp_path / 'digits', say=lines.append) == []
+    assert any('all samples have the same name' in line for line in lines)
+
+
+def test_files_that_are_missing_cut_off_or_changed_are_all_named(split: Path):
+    first, second, third, fourth = sorted(split.rglob('*.mds'))[:4]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-500])
+    content = bytearray(third.read_bytes())
+    content[-1] ^= 1  # in a name, where no sample can look wrong
+    third.write_bytes(content)
+    fourth.write_bytes(b'\1\0')
+    faults = '\n'.join(verify(split, say=quiet))
+    size = second.stat().st_size
+    assert f'{first}: this shard is missing' in faults
+    assert f'{second}: {size} bytes, the index says {size + 500}' in faults
+    last = shard_sizes(split)[1] - 1
+    assert f'{second}: samples {last - 1}-{last}: cut off or misplaced' in faults
+    assert f'{third}: its xxh64 is not the one of the index' in faults
+    assert f'{fourth}: is cut off in its header, at byte 2' in faults
+    assert faults.count('\n') == 5  # and nothing else, but for the size of the fourth
+
+
+def test_a_broken_compressed_shard_is_named(tmp_path: Path):
+    split = write_split(tmp_path / 'train', compression='zstd:1')
+    shard = sorted(split.rglob('*.zstd'))[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    faults = verify(split, say=quiet)
+    assert len(faults) == 2 and 'the index says' in faults[0] and 'cannot be decompressed' in faults[1]
+    assert all(str(shard) in fault for fault in faults)
+
+
+def test_a_header_that_points_elsewhere_costs_only_its_samples(split: Path):
+    shard = split / SHARD
+    content = bytearray(shard.read_bytes())
+    content[4 * 4 : 5 * 4] = np.uint32(2**31).tobytes()  # where sample 2 ends and sample 3 begins
+    shard.write_bytes(content)
+    faults = verify(split, say=quiet)
+    assert faults[1:] == [f'{shard}: samples 2-3: cut off or misplaced'] and 'xxh64' in faults[0]
+    entries = json.loads((split / 'index.json').read_text())['shards']
+    count = next(entry['samples'] for entry in entries if entry['raw_data']['basename'] == SHARD)
+    content[:4] = np.uint32(count + 1).tobytes()
+    shard.write_bytes(content)
+    assert f'{shard}: holds {count + 1} samples by its header, {count} by the index' in verify(split, say=quiet)[1]
+
+
+def nan(rows):
+    rows[1]['latents'][0, 0, 0], rows[2]['latents_mirrored'][2, 3, 3] = np.nan, -np.inf
+
+
+def set_rows(**values):
+    return lambda rows: [row.update(values) for row in rows[:1]]
+
+
+CONTENT_FAULTS = {
+    'not finite': (
+        nan,
+        ['shard.00000.mds: sample 1: NaN or infinity in latents$', 'sample 2: NaN or infinity in latents_mirrored$'],
+    ),
+    'log-variance': (
+        lambda rows: rows[3]['latents'].__setitem__((slice(3, 6)), 21),
+        ['sample 3: log-variance outside of -30..20 in latents$'],
+    ),
+    'label too large': (set_rows(label=4), ['sample 0: label 4 is not one of the 4 classes']),
+    'label negative': (set_rows(label=-1), ['sample 0: label -1 is not']),
+    'a class without samples': (
+        lambda rows: [row.update(label=0) for row in rows if row['label'] == 2],
+        [r'no sample of class 2 \(class2\)$'],
+    ),
+    'the same name': (
+        lambda rows: rows[150].update(name=rows[0]['name']),
+        [r"the same name, 'class\d/\d+\.JPEG', of 00000/shard\.00000\.mds sample 0 and 00001/.* sample \d+$"],
+    ),
+    'in class order': (
+        lambda rows: rows.sort(key=lambda row: row['label']),
+        ['permutation_seed is 0, but the labels are not mixed: 196 of 199 neighbours'],
+    ),
+    'already scaled': (
+        lambda rows: [row.update(latents=row['latents'] * np.float16(0.18215)) for row in rows],
+        ['std: channel 0 has'],
+    ),
+    'shifted': (
+        lambda rows: [row[c].__iadd__(np.float16(0.5)) for row in rows for c in ('latents', 'latents_mirrored')],
+        ['mean: channel 0 has .*, stated is'],
+    ),
+    'mirrored is a copy': (
+        lambda rows: [row.update(latents_mirrored=row['latents']) for row in rows],
+        ['200 of 200 latents_mirrored are equal to latents'],
+    ),
+    'mirrored is flipped': (
+        lambda rows: [row.update(latents_mirrored=row['latents'][..., ::-1].copy()) for row in rows],
+        ['200 of 200 latents_mirrored are only the flipped arrays'],
+    ),
+}
+
+
+@pytest.mark.parametrize(('change', 'messages'), CONTENT_FAULTS.values(), ids=list(CONTENT_FAULTS))
+def test_a_fault_in_the_samples_is_named(change, messages: list[str], tmp_path: Path):
+    split = write_split(tmp_path / 'train', change=change)
+    faults = verify(split, say=quiet)
+    for message in messages:
+        matching = [fault for fault in faults if re.search(message, fault)]
+        assert len(matching) == 1 and str(split) in matching[0], faults
+    assert len(faults) <= len(messages) + 1  # scaling moves the mean, too
+
+
+def test_pixels_must_be_mirrored_exactly(tmp_path: Path):
+    def change(rows):
+        rows[7]['latents_mirrored'][0, 0, 0] += np.float16(1)
+
+    faults = verify(write_split(tmp_path / 'train', kind='pixels', change=change), say=quiet)
+    assert len(faults) == 1 and faults[0].endswith('sample 7: latents_mirrored are not the mirrored pixels')
+
+
+def test_source_order_is_no_fault_where_the_manifest_says_so(tmp_path: Path):
+    rows = sorted(make_rows(), key=lambda row: row['label'])
+    assert verify(write_split(tmp_path / 'train', rows, permutation_seed=None), say=quiet) == []
+
+
+def test_few_samples_of_many_classes_are_noted_and_no_fault(tmp_path: Path):
+    lines = []
+    names = tuple(f'class{label}' for label in range(50))
+    write_split(tmp_path / 'val', num_classes=50, class_names=names)
+    assert verify(tmp_path, say=lines.append) == []
+    assert any('no sample of class 4 (class4), 5 (class5)' in line and 'and 41 more' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'num_samples': 201}, 'index.json: 200 samples, the manifest has num_samples=201'),
+        ({'kind': 'samples'}, 'its columns are .*6,4,4.*, the manifest describes .*3,4,4'),
+        ({'mirrored': False}, 'its columns are .*latents_mirrored.*, the manifest describes'),
+    ],
+)
+def test_a_manifest_that_describes_other_data_is_a_fault(split: Path, changes: dict, message: str):
+    Manifest.load(split).model_copy(update=changes).save(split)
+    faults = verify(split, say=quiet)
+    assert faults and all(re.search(message, fault) for fault in faults)
+    if 'columns' in message:
+        assert len(faults) == len(shard_sizes(split))
+
+
+def test_without_a_manifest_or_an_index_the_rest_is_still_checked(split: Path):
+    (split / SHARD).unlink()
+    (split / 'manifest.json').write_text('{}')
+    faults = verify(split, say=quiet)
+    assert len(faults) == 2 and 'format_version: missing' in faults[0] and 'this shard is missing' in faults[1]
+    (split / 'index.json').write_text('[]')
+    assert 'not an index of MDS shards' in verify(split, say=quiet)[1]
+    (split / 'index.json').unlink()
+    assert 'index.json: no such file' in verify(split.parent, say=quiet)[1]
+
+
+def test_splits_that_do_not_belong_together_are_a_fault(split: Path):
+    write_split(split.parent / 'val', autoencoder_hash='sha256:1', resolution=16)
+    faults = verify(split.parent, say=quiet)
+    assert len(faults) == 2 and all('is not that of' in fault for fault in faults)
+    assert 'val/manifest.json: autoencoder_hash' in faults[0] and 'resolution' in faults[1]
+
+
+def test_files_beside_the_index_and_missing_hashes_are_noted(tmp_path: Path):
+    lines = []
+    split = write_split(tmp_path / 'train', hashes=())
+    (split / '.writing-00002-1').mkdir()
+    (split / '.writing-00002-1' / 'shard.00000.mds').touch()
+    assert verify(split, say=lines.append) == []
+    text = '\n'.join(lines)
+    assert 'note: 1 shard files are not in the index, e.g. .writing-00002-1/shard.00000.mds' in text
+    assert 'has no hash of' in text
+
+
+def test_sampling_reads_fewer_samples_but_all_files(tmp_path: Path):
+    def change(rows):
+        rows[1]['latents'][:] = np.nan
+
+    split = write_split(tmp_path / 'train', change=change)
+    assert verify(split, sample_every=2, say=quiet) == []
+    assert len(verify(split, say=quiet)) == 1
+    with pytest.raises(UserError, match='at least 1'):
+        verify(split, sample_every=0)
+
+
+def test_the_command_line_tells_by_its_exit_code(split: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main([str(split.parent)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith('no fault found')
+    (split / SHARD).unlink()
+    assert main([str(split)]) == 1
+    assert capsys.readouterr().out.rstrip().endswith('this shard is missing\n1 fault found')
+    (tmp_path / 'empty').mkdir()
+    for wrong in ('empty', 'nowhere'):
+        assert main([str(tmp_path / wrong)]) == 2
+    assert 'no data set' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        main([])

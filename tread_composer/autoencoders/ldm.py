@@ -1,0 +1,224 @@
+"""Autoencoders stored in one file, with the names of the original latent-diffusion code.
+
+Rombach et al. 2022 (arXiv 2112.10752) released theirs so, and those who trained on that code still do: VA-VAE (Yao et
+al. 2025, arXiv 2501.01423) with 16-fold downsampling and 32 channels, the f8 and f16 autoencoders of many papers. The
+file says nothing about its architecture, so it is read off the tensors: levels, widths, blocks, where attention stands.
+The weights then live in diffusers' ``AutoencoderKL``, so ``weight_hash`` is the same as that of a converted folder.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.autoencoders.kl import KL, network_class
+from tread_composer.errors import UserError
+
+__all__ = ['LDM', 'open_autoencoder']
+
+_GROUPS = 32  # of every group norm: the one number that no tensor shows, and a constant in that code
+_SUFFIXES = ('.safetensors', '.pt', '.pth', '.ckpt', '.bin')
+_ANCHOR = 'encoder.conv_in.weight'  # what stands before it is the prefix of the whole autoencoder
+# Losses, and the feature network with its projection that VA-VAE is aligned with: used in its training only.
+_TRAINING_ONLY = ('loss.', 'discriminator.', 'foundation_model.', 'linear_proj.')
+
+
+class LDM(KL):
+    """A frozen autoencoder from one file of the latent-diffusion layout; used like ``KL``.
+
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save`` (loaded with ``weights_only=True``: it can run no code). The
+            tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
+
+    Raises:
+        UserError: On first use: no such file, other contents, or a tensor that is missing, left over or of another
+            shape than the rest asks for; names it.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._ignored: dict[str, int] = {}
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """What else the file holds and decoding does not need: first part of the name -> number of tensors."""
+        _ = self.network
+        return dict(self._ignored)
+
+    def _load(self) -> Any:
+        tensors = _read(self.path)
+        tensors, self._ignored = _own_tensors(tensors, self.path)
+        with torch.device('meta'):  # the weights are in memory already
+            network = network_class(self.path)(**_architecture(tensors, self.path))
+        levels = len(network.config.block_out_channels)
+        names = {name: _original_name(name, levels) for name in network.state_dict()}
+        _compare(tensors, {names[name]: value.shape for name, value in network.state_dict().items()}, self.path)
+        weights = {name: tensors[original].float() for name, original in names.items()}
+        # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
+        weights = {name: value.reshape(network.get_parameter(name).shape) for name, value in weights.items()}
+        network.load_state_dict(weights, assign=True)
+        return network
+
+
+def open_autoencoder(path: str, *, subfolder: str | None = None, revision: str | None = None) -> KL:
+    """The autoencoder at ``path``: a file is an ``LDM``, a folder or a hub id a ``KL``. Loads nothing yet.
+
+    Args:
+        path: A file of the latent-diffusion layout, a folder of diffusers, or a hub id.
+        subfolder: Of a folder or hub id.
+        revision: Of a hub id.
+
+    Raises:
+        UserError: ``subfolder`` or ``revision`` with a file.
+    """
+    if not Path(path).is_file() and Path(path).suffix not in _SUFFIXES:
+        return KL(path, subfolder=subfolder, revision=revision)
+    if subfolder is not None or revision is not None:
+        raise UserError(f'autoencoder {path!r} is one file, which has no subfolder and no revision; leave them out')
+    return LDM(path)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    suffix = Path(path).suffix
+    if suffix not in _SUFFIXES:
+        raise UserError(f'autoencoder {path!r}: files end with one of {", ".join(_SUFFIXES)}')
+    if not Path(path).is_file():
+        raise UserError(f'autoencoder {path!r}: no such file')
+    try:
+        if suffix == '.safetensors':
+            try:
+                from safetensors.torch import load_file
+            except ImportError as error:
+                raise UserError(
+                    f'autoencoder {path!r} needs safetensors, which is not installed: pip install safetensors'
+                ) from error
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # every library has its own words for a file that is broken or holds objects
+        raise UserError(
+            f'autoencoder {path!r}: cannot be read as tensors and nothing else ({error}). If the file is whole, it '
+            f'holds other objects too: save its state_dict alone, where it came from'
+        ) from error
+    while isinstance(content, dict) and (inner := content.get('state_dict', content.get('model'))) is not None:
+        content = inner
+    if not isinstance(content, dict):
+        raise UserError(f'autoencoder {path!r}: holds a {type(content).__name__}, not names and tensors')
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The autoencoder's tensors without their prefix, and a count of the others that may be left out."""
+    prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name == _ANCHOR or name.endswith(f'.{_ANCHOR}')]
+    if len(prefixes) != 1:
+        raise UserError(
+            f'autoencoder {path!r}: {len(prefixes)} tensors are named {_ANCHOR} (behind any prefix); a file of the '
+            f'latent-diffusion layout has one. A folder of diffusers is given as a folder'
+        )
+    (prefix,) = prefixes
+    own, others = {}, Counter[str]()
+    for name, value in tensors.items():
+        inner = name.removeprefix(prefix)
+        # Behind a prefix the autoencoder is one part of a larger model, and the other parts are not its own.
+        if (prefix and not name.startswith(prefix)) or inner.startswith(_TRAINING_ONLY):
+            others[(name if not name.startswith(prefix) else inner).split('.')[0]] += 1
+        else:
+            own[inner] = value
+    return own, dict(others)
+
+
+def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """Arguments of diffusers' ``AutoencoderKL``, from names and shapes."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise UserError(f'autoencoder {path!r}: {name} is missing, without which its architecture is unknown')
+        return tensors[name].shape
+
+    def count(pattern: str) -> int:
+        return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
+
+    levels = count(r'encoder\.down\.(\d+)\.block\.')
+    widths = [shape(f'encoder.down.{level}.block.0.conv1.weight')[0] for level in range(levels)]
+    if not widths or any(width % _GROUPS for width in widths):
+        raise UserError(
+            f'autoencoder {path!r}: levels with {widths or "no"} channels; the layout normalises {_GROUPS} groups of '
+            f'them, so each must be a multiple of {_GROUPS}'
+        )
+
+    def attends(part: str) -> bool:
+        return any(name.startswith(part) for name in tensors)
+
+    down = [f'{"Attn" * attends(f"encoder.down.{level}.attn.")}DownEncoderBlock2D' for level in range(levels)]
+    up = [f'{"Attn" * attends(f"decoder.up.{level}.attn.")}UpDecoderBlock2D' for level in range(levels)]
+    return {
+        'in_channels': shape(_ANCHOR)[1],
+        'out_channels': shape('decoder.conv_out.weight')[0],
+        'latent_channels': shape('decoder.conv_in.weight')[1],
+        'block_out_channels': widths,
+        'layers_per_block': count(r'encoder\.down\.0\.block\.(\d+)\.'),
+        'down_block_types': down,
+        'up_block_types': up[::-1],
+        'mid_block_add_attention': attends('encoder.mid.attn_1.'),
+        'use_quant_conv': 'quant_conv.weight' in tensors,
+        'use_post_quant_conv': 'post_quant_conv.weight' in tensors,
+        'norm_num_groups': _GROUPS,
+    }
+
+
+_RENAMED = [
+    (r'\.resnets\.', '.block.'),
+    (r'\.attentions\.', '.attn.'),
+    (r'\.(down|up)samplers\.0\.', r'.\1sample.'),
+    (r'\.conv_shortcut\.', '.nin_shortcut.'),
+    (r'\.group_norm\.', '.norm.'),
+    (r'\.to_([qkv])\.', r'.\1.'),
+    (r'\.to_out\.0\.', '.proj_out.'),
+    (r'\.conv_norm_out\.', '.norm_out.'),
+]
+
+
+def _original_name(name: str, levels: int) -> str:
+    """The layout's name for a tensor of diffusers. Its ``up.0`` is the level of the pixels, there the last block."""
+    name = re.sub(r'\.mid_block\.resnets\.(\d)', lambda match: f'.mid.block_{int(match[1]) + 1}', name)
+    name = re.sub(r'\.mid_block\.attentions\.0', '.mid.attn_1', name)
+    name = re.sub(r'\.down_blocks\.(\d+)', r'.down.\1', name)
+    name = re.sub(r'\.up_blocks\.(\d+)', lambda match: f'.up.{levels - 1 - int(match[1])}', name)
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _compare(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], path: str) -> None:
+    """Refuse what is missing, left over or of another shape: a name that fits nothing is not an autoencoder we know."""
+    wrong = [
+        f'{name} is {list(tensors[name].shape)}, the rest asks for {list(size)}'
+        for name, size in wanted.items()
+        if name in tensors and tensors[name].shape not in (size, (*size, 1, 1))
+    ]
+    complaints = {
+        'missing': [name for name in wanted if name not in tensors],
+        'not known to belong to such an autoencoder': [name for name in tensors if name not in wanted],
+        'of the wrong shape': wrong,
+    }
+    lines = [f'  {words}: {_some(names)}' for words, names in complaints.items() if names]
+    if lines:
+        raise UserError(
+            '\n'.join(
+                [
+                    f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents',
+                    *lines,
+                ]
+            )
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return ', '.join(names[:5]) + rest

@@ -1,0 +1,265 @@
+"""A picture of what is in a data set: samples decoded, with their classes under them.
+
+The eye finds what no check does: another autoencoder's latents, wrong class names, a crop that cuts heads off.
+Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tread_composer.autoencoders import KL, Pixels, open_autoencoder, to_uint8
+from tread_composer.conversion.shards import Content, read_index
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
+from tread_composer.data.manifest import Manifest
+from tread_composer.errors import UserError
+
+__all__ = ['Drawn', 'draw', 'main']
+
+_TILE = 96  # pixels that an image is wide at least, so that there is room for a name
+_GAP, _SEAM, _TOP, _LINE = 8, 2, 32, 15
+_BATCH = 4  # images that are decoded together
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sample of the picture.
+
+    Args:
+        position: In the split.
+        label: Of the sample.
+        name: Of the sample.
+    """
+
+    position: int
+    label: int
+    name: str
+
+
+def draw(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    autoencoder: KL | None = None,
+    count: int = 64,
+    mirrored: bool = False,
+    seed: int = 0,
+    other_weights: bool = False,
+    device: str = 'cpu',
+) -> list[Drawn]:
+    """Decode samples of a split and write them to a PNG as a grid, in the order of their positions.
+
+    Of moments the mean is decoded. Which samples are taken depends on ``seed``, ``count`` and the split's size.
+
+    Args:
+        folder: Of the split.
+        out: The picture; its folder is made if need be.
+        autoencoder: That of the data; None for pixels.
+        count: How many samples; all if the split has fewer.
+        mirrored: Draw the mirrored image's latents at the right of each.
+        seed: Of the choice.
+        other_weights: Decode with an autoencoder whose weights are not those of the manifest.
+        device: Where to decode.
+
+    Returns:
+        What is drawn, row by row.
+
+    Raises:
+        UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder')
+    manifest = Manifest.load(folder)
+    if count < 1:
+        raise UserError(f'count: {count} must be at least 1')
+    if mirrored and not manifest.mirrored:
+        raise UserError(f'{folder}: holds no latents of mirrored images; leave --mirrored out')
+    note = _check_autoencoder(folder, manifest, autoencoder, other_weights)
+    drawn, stored_NKHW = _read(folder, manifest, count, mirrored, seed)
+    decode = (autoencoder or Pixels()).decode
+    latents_NCHW = stored_NKHW.float()[:, : manifest.channels]
+    pixels_NCHW = torch.cat([decode(latents.to(device)).cpu() for latents in latents_NCHW.split(_BATCH)])
+    broken = int((~pixels_NCHW.isfinite()).flatten(1).any(1).sum())
+    words = [
+        *note,
+        *([f'{broken} OF {len(pixels_NCHW)} IMAGES ARE NOT FINITE (shown grey)'] if broken else []),
+        f'{folder.name}: {len(drawn)} of {manifest.num_samples:,} samples, seed {seed}',
+        f'{manifest.kind} of {manifest.autoencoder}' if manifest.autoencoder else 'pixels',
+        *(['each with its mirror image'] if mirrored else []),
+    ]
+    picture = _grid(_to_tiles(pixels_NCHW).numpy(), drawn, manifest.class_names, ', '.join(words), 1 + mirrored)
+    content = io.BytesIO()
+    picture.save(content, format='PNG')
+    _write(Path(out), content.getvalue())
+    return drawn
+
+
+def _check_autoencoder(folder: Path, manifest: Manifest, autoencoder: KL | None, other_weights: bool) -> list[str]:
+    """What the title has to say about the autoencoder."""
+    if manifest.kind == 'pixels':
+        if autoencoder is not None:
+            raise UserError(f'{folder}: holds pixels, which no autoencoder decodes; leave --autoencoder out')
+        return []
+    if autoencoder is None:
+        raise UserError(f'{folder}: holds latents of {manifest.autoencoder}; give it as --autoencoder')
+    if autoencoder.channels != manifest.channels:
+        raise UserError(
+            f'{folder}: latents with {manifest.channels} channels of {manifest.autoencoder}, but {autoencoder.path} '
+            f'decodes {autoencoder.channels}; give the autoencoder of the data'
+        )
+    found = autoencoder.weight_hash()
+    if found == manifest.autoencoder_hash:
+        return []
+    if not other_weights:
+        raise UserError(
+            f'{folder}: made with weights {manifest.autoencoder_hash} of {manifest.autoencoder}, but '
+            f'{autoencoder.path} has {found}. Give the autoencoder of the data, or decode with this one on purpose: '
+            f'--other-weights'
+        )
+    return ['decoded with OTHER WEIGHTS than the data were made with']
+
+
+def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: int) -> tuple[list[Drawn], Tensor]:
+    """The chosen samples and their stored arrays; with ``mirrored`` each is followed by its mirror image's."""
+    shards = read_index(folder)
+    total = sum(shard.samples for shard in shards)
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    wanted = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
+    drawn, arrays = [], []
+    for shard in shards:
+        inside = chosen[(chosen >= shard.first) & (chosen < shard.first + shard.samples)]
+        if not len(inside):
+            continue
+        if dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False)) != wanted:
+            raise UserError(f'{shard.path}: its columns are not those of the manifest; verify the data set')
+        data, faults = shard.read()
+        if data is None or faults:
+            raise UserError(f'{faults[0]}; verify the data set')
+        try:
+            content = Content(shard, data)
+            for position in inside.tolist():
+                row = content.row(position - shard.first)
+                drawn.append(Drawn(position, int(row[LABEL]), row[NAME]))
+                arrays += [row[column] for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]]
+        except ValueError as error:
+            raise UserError(f'{shard.path}: {error}; verify the data set') from error
+    return drawn, torch.from_numpy(np.stack(arrays))
+
+
+def _to_tiles(pixels_NCHW: Tensor) -> Tensor:
+    """Colour bytes ``[N, H, W, 3]``."""
+    if pixels_NCHW.shape[1] not in (1, 3):
+        raise UserError(f'images of {pixels_NCHW.shape[1]} channels cannot be drawn; 1 (grey) and 3 (colour) can')
+    tiles = to_uint8(pixels_NCHW.nan_to_num(0.0, 0.0, 0.0)).permute(0, 2, 3, 1)
+    return tiles.expand(*tiles.shape[:3], 3)
+
+
+def _grid(
+    tiles_NHW3: np.ndarray, drawn: Sequence[Drawn], class_names: Sequence[str], title: str, views: int
+) -> Image.Image:
+    """Tiles in rows, ``views`` of them side by side for each sample, with two lines of text under each sample."""
+    _, height, width, _ = tiles_NHW3.shape
+    scale = max(1, math.ceil(_TILE / (views * width)))
+    wide, high = views * width * scale + (views - 1) * _SEAM, height * scale
+    across = max(1, round(math.sqrt(len(drawn) * high / wide)))
+    down = math.ceil(len(drawn) / across)
+    step_x, step_y = wide + _GAP, high + 2 * _LINE + _GAP
+    room = max(across * step_x - _GAP, math.ceil(ImageFont.load_default(12).getlength(title)))
+    picture = Image.new('RGB', (room + 2 * _GAP, _TOP + down * step_y), 'white')
+    pen = ImageDraw.Draw(picture)
+    _text(pen, (_GAP, _GAP), title, room, 16, 'black')
+    for index, sample in enumerate(drawn):
+        row, column = divmod(index, across)
+        x, y = _GAP + column * step_x, _TOP + row * step_y
+        for view in range(views):
+            tile = Image.fromarray(tiles_NHW3[index * views + view])
+            # Smooth: the eye reads shapes of a few pixels where it would see blocks.
+            tile = tile.resize((width * scale, high), Image.Resampling.BICUBIC) if scale > 1 else tile
+            picture.paste(tile, (x + view * (width * scale + _SEAM), y))
+        _text(pen, (x, y + high + 2), _class_name(sample.label, class_names), wide, 12, 'black')
+        _text(pen, (x, y + high + 2 + _LINE), f'#{sample.position}', wide, 12, 'dimgrey')
+    return picture
+
+
+def _class_name(label: int, class_names: Sequence[str]) -> str:
+    if not class_names:
+        return 'no classes'
+    if not 0 <= label < len(class_names):
+        return f'{label}: NO SUCH CLASS'
+    return class_names[label] if class_names[label] == str(label) else f'{label}: {class_names[label]}'
+
+
+def _text(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: int, size: int, colour: str) -> None:
+    """One line, made smaller until it fits; what does not fit at 8 pixels either is cut, with dots."""
+    font = ImageFont.load_default(size)
+    while font.getlength(text) > room and size > 8:
+        size -= 1
+        font = ImageFont.load_default(size)
+    kept = text
+    while font.getlength(text) > room and kept:
+        kept = kept[:-1]
+        text = f'{kept}...'
+    pen.text(place, text, fill=colour, font=font)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 0 done, 2 the input is at fault.
+
+    Args:
+        arguments: What stands behind the program's name; that of this process if None.
+    """
+    parser = argparse.ArgumentParser(prog='inspect_latents.py', description='Draw samples of a data set as a picture.')
+    parser.add_argument('folder', type=Path, help='of the data set')
+    parser.add_argument('--autoencoder', metavar='PATH', help='folder, hub id or file; pixels need none')
+    parser.add_argument('--split', default='train', help='(default: train)')
+    parser.add_argument('--count', type=int, default=64, help='of samples (default: 64)')
+    parser.add_argument('--mirrored', action='store_true', help='draw the mirrored latents beside each')
+    parser.add_argument('--seed', type=int, default=0, help='of the choice of samples (default: 0)')
+    parser.add_argument('--out', type=Path, default=Path('samples.png'), help='the picture (default: samples.png)')
+    parser.add_argument(
+        '--other-weights', action='store_true', help='decode with weights that are not those of the data'
+    )
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    options = parser.parse_args(arguments)
+    try:
+        drawn = draw(
+            options.folder / options.split,
+            options.out,
+            autoencoder=open_autoencoder(options.autoencoder) if options.autoencoder else None,
+            count=options.count,
+            mirrored=options.mirrored,
+            seed=options.seed,
+            other_weights=options.other_weights,
+            device=options.device,
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f'{options.out}: {len(drawn)} samples')
+    return 0

@@ -1,0 +1,202 @@
+"""Parts: folders of shards that exist whole, under their final name, or not at all.
+
+A part is made in ``.writing-...`` beside its final place, and renamed when everything in it has reached the disk. The
+name is the done-marker; nothing else has to be remembered across a kill -9.
+Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming import MDSWriter
+
+from tread_composer.conversion.files import read_json, to_disk, write_json
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
+from tread_composer.errors import ResumeError, UserError
+
+__all__ = ['PART_FILE', 'SHARD_BYTES', 'PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
+
+PART_FILE = 'part.json'
+SHARD_BYTES = 1 << 26
+_WRITING = '.writing-'
+
+
+def part_name(part: int) -> str:
+    """Name of a finished part's folder, which sorts like the number."""
+    return f'{part:05d}'
+
+
+def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The finished parts of a split: number -> what ``part.json`` says.
+
+    Args:
+        folder: Of the split; need not exist.
+        content: What the parts must have been made with.
+
+    Raises:
+        UserError: A part was made with something else, or is not one of ours.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not re.fullmatch(r'\d{5,}', path.name):
+            continue
+        if not (path / PART_FILE).is_file():
+            raise UserError(f'{path}: has no {PART_FILE}, so the conversion did not write it; move it away')
+        part = read_json(path / PART_FILE)
+        if part['content'] != content:
+            raise ResumeError.from_differences(
+                str(path), part['content'], content, 'Use the same settings, or choose another --out.'
+            )
+        found[int(path.name)] = part
+    return found
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left behind. Only for the holder of the lock: others may be at work otherwise."""
+    for path in folder.glob(f'{_WRITING}*'):
+        shutil.rmtree(path)
+    for path in folder.glob('.*.json.*'):
+        path.unlink()
+
+
+def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
+    """For each row and channel the sums of x and of x squared over the pixels: float64 ``[B, 2, C]``.
+
+    For moments x is a draw from the posterior, and the sums are its expectations: mean, and mean squared + variance.
+    One row's sums do not depend on the other rows, so statistics do not depend on how rows came in batches.
+    """
+    values = rows_BSHW.astype(np.float64)
+    if kind == 'moments':
+        mean, logvar = np.split(values, 2, axis=1)
+        first, second = mean, mean**2 + np.exp(logvar)
+    else:
+        first, second = values, values**2
+    return np.stack([first.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)
+
+
+class PartWriter:
+    """Writes one part.
+
+    Args:
+        folder: Of the split.
+        part: Number of the part.
+        columns: As MDSWriter wants them.
+        compression: Likewise.
+        kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
+        content: What the part is made with; goes into ``part.json``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        part: int,
+        *,
+        columns: dict[str, str],
+        compression: str | None,
+        kind: str,
+        content: dict[str, Any],
+    ) -> None:
+        self.part = part
+        self._folder, self._kind, self._content = folder, kind, content
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = f'{_WRITING}{part_name(part)}-{os.getpid()}-'
+        self._place = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        self._writer = MDSWriter(
+            out=str(self._place),
+            columns=columns,
+            compression=compression,
+            hashes=['xxh64'],
+            size_limit=SHARD_BYTES,
+            max_workers=1,
+        )
+        self._count = 0
+        self._sums: list[np.ndarray] = []
+        self._values_per_channel = 0
+        self.unreadable: list[dict[str, str]] = []
+
+    def write(self, views_BSHW: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str]) -> None:
+        """Append rows.
+
+        Args:
+            views_BSHW: float16 latents of the images, then of their mirror images if there are any.
+            labels: Of each row.
+            names: Of each row.
+
+        Raises:
+            UserError: A value is not finite; names the image.
+        """
+        for view in views_BSHW:
+            _check_finite(view, names)
+            self._sums.append(channel_sums(view, self._kind))
+            self._values_per_channel += len(view) * view.shape[2] * view.shape[3]
+        for row, (label, name) in enumerate(zip(labels, names, strict=True)):
+            arrays = dict(zip((LATENTS, LATENTS_MIRRORED), (view[row] for view in views_BSHW), strict=False))
+            self._writer.write({**arrays, LABEL: int(label), NAME: name})
+        self._count += len(names)
+
+    def finish(self, upload: Callable[[Path, str], None] | None = None) -> None:
+        """Bring everything to the disk, upload the shards if they are wanted elsewhere, and take the final name.
+
+        Args:
+            upload: Called with a local file and its path in the split; moves the file away.
+        """
+        try:
+            self._writer.finish()
+            write_json(self._place / PART_FILE, self._summary())
+            if upload is not None:
+                for path in sorted(self._place.glob('shard.*')):
+                    upload(path, f'{part_name(self.part)}/{path.name}')
+            for path in self._place.iterdir():
+                to_disk(path)
+            to_disk(self._place)
+            self._place.chmod(0o755)  # mkdtemp made it for its owner alone
+            self._take_name()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Give the disk back what was written."""
+        self._writer.cancel_future_jobs()
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def _take_name(self) -> None:
+        final = self._folder / part_name(self.part)
+        try:
+            self._place.rename(final)
+        except OSError:
+            # A rank of a killed run may live on for some seconds and finish a part. It was made with the same settings,
+            # so its rows are as good as ours.
+            if not (final / PART_FILE).is_file():
+                raise
+            shutil.rmtree(self._place)
+        to_disk(self._folder)
+
+    def _summary(self) -> dict[str, Any]:
+        # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
+        sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
+        first, second = np.sort(sums, axis=0).sum(axis=0).tolist()
+        return {
+            'content': self._content,
+            'samples': self._count,
+            'values_per_channel': self._values_per_channel,
+            'sum': first,
+            'sum_of_squares': second,
+            'unreadable': self.unreadable,
+        }
+
+
+def _check_finite(view_BSHW: np.ndarray, names: Sequence[str]) -> None:
+    finite = np.isfinite(view_BSHW).all(axis=(2, 3))
+    if not finite.all():
+        row, channel = np.argwhere(~finite)[0]
+        raise UserError(
+            f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or beyond '
+            f'65504). The autoencoder does not fit: its raw latents must be smaller'
+        )

@@ -1,0 +1,148 @@
+"""Which images go where: splits, the one permutation, parts. The same for any number of ranks.
+
+Legend: N images of a split.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.sources import Source
+from tread_composer.errors import UserError
+
+__all__ = ['SplitPlan', 'make_plans', 'permutation']
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split to be written: its images in writing order, cut into parts.
+
+    Args:
+        name: Of the split and its folder.
+        source: Where the images are.
+        order: int64 ``[N]``, positions in the source.
+        part_size: Images of a part; the last may have fewer.
+        note: What was done to the source, for the manifest.
+    """
+
+    name: str
+    source: Source
+    order: np.ndarray
+    part_size: int
+    note: str = ''
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return -(-len(self.order) // self.part_size)
+
+    def positions(self, part: int) -> np.ndarray:
+        """Positions in the source of the images of a part, in writing order."""
+        return self.order[part * self.part_size : (part + 1) * self.part_size]
+
+    def batches(self, part: int, batch_size: int) -> Iterator[list[int]]:
+        """The positions of a part in batches, which never reach over into the next part.
+
+        So which images are encoded together depends on nothing but the batch size.
+        """
+        positions = self.positions(part)
+        for start in range(0, len(positions), batch_size):
+            yield positions[start : start + batch_size].tolist()
+
+    def content(self) -> dict[str, Any]:
+        """What identifies the images, their labels and their order: compared when a conversion is continued."""
+        digest = hashlib.sha256()
+        names, labels = self.source.names, self.source.labels
+        for position in self.order.tolist():
+            digest.update(f'{names[position]}\n{labels[position]}\n'.encode())
+        classes = hashlib.sha256('\n'.join(self.source.class_names).encode())
+        return {
+            'images': len(self.order),
+            'classes': len(self.source.class_names),
+            'names_labels_and_order': f'sha256:{digest.hexdigest()}',
+            'class_names': f'sha256:{classes.hexdigest()}',
+        }
+
+    def description(self, source: str) -> str:
+        """For the manifest, which travels: the source in words, without where it lay on this machine."""
+        text = self.source.description
+        path = Path(source).expanduser()
+        for form in sorted({str(path.resolve()), str(path.absolute()), source}, key=len, reverse=True):
+            if Path(form).is_absolute():
+                text = text.replace(form, path.resolve().name)
+        return text + self.note
+
+
+def permutation(count: int, seed: int, split: str) -> np.ndarray:
+    """A random order of ``count`` things, int64, which no other version of numpy changes.
+
+    ``Generator.permutation`` may change between releases; raw draws of a bit generator may not, and sorting them is a
+    permutation (two equal draws of 64 bits keep their order).
+    """
+    raw = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(split.encode())])).random_raw(count)
+    return np.argsort(raw, kind='stable').astype(np.int64)
+
+
+def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitPlan]:
+    """A plan for each split that is asked for.
+
+    Raises:
+        UserError: A split that does not exist or is empty, splits that disagree about the classes, or images to hold
+            out where that cannot be done.
+    """
+    for name, source in sources.items():
+        if len(source) == 0:
+            raise UserError(f'{settings.source}: split {name!r} has no images')
+    plans = {
+        name: SplitPlan(name, source, permutation(len(source), settings.seed, name), settings.part_size)
+        for name, source in sources.items()
+    }
+    if settings.held_out:
+        plans = _hold_out(plans, settings)
+    wanted = settings.splits or tuple(plans)
+    for name in wanted:
+        if name not in plans:
+            raise UserError(f'--splits {name}: {settings.source} has {", ".join(plans)}')
+    chosen = [plans[name] for name in dict.fromkeys(wanted)]
+    for plan in chosen[1:]:
+        _check_same_classes(chosen[0], plan, settings)
+    return chosen
+
+
+def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, SplitPlan]:
+    count = settings.held_out
+    if 'val' in plans or 'train' not in plans:
+        raise UserError(
+            f'--held-out {count}: images are held out of train where there is no val, but {settings.source} has '
+            f'{" and ".join(plans)}; leave --held-out'
+        )
+    whole = plans['train']
+    if count >= len(whole.order):
+        raise UserError(f'--held-out {count}: train has {len(whole.order):,} images; hold out fewer')
+    note = f'; {{}} {count:,} of them, held out by seed {settings.seed}'
+    train = SplitPlan('train', whole.source, whole.order[:-count], whole.part_size, note.format('all but'))
+    val = SplitPlan('val', whole.source, whole.order[-count:], whole.part_size, note.format('only'))
+    return {**plans, 'train': train, 'val': val}
+
+
+def _check_same_classes(one: SplitPlan, other: SplitPlan, settings: Settings) -> None:
+    """With other classes the same label would mean something else in each split."""
+    first, second = one.source.class_names, other.source.class_names
+    if first == second:
+        return
+    lines = [
+        f'  only in {plan.name}: {", ".join(sorted(only)[:5])}{" ..." if len(only) > 5 else ""} ({len(only):,})'
+        for plan, only in ((one, set(first) - set(second)), (other, set(second) - set(first)))
+        if only
+    ]
+    raise UserError('\n'.join([
+        f'{settings.source}: {one.name} has {len(first):,} classes and {other.name} {len(second):,}, but labels must '
+        f'mean the same in both; complete the data or convert one split with --splits',
+        *(lines or ['  the same names in another order']),
+    ]))  # fmt: skip

@@ -1,0 +1,151 @@
+"""Labels of images that lie in no class folder: ImageNet's validation images, in three forms."""
+
+import csv
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tread_composer.conversion.sources.base import check_same_classes, few, is_image
+from tread_composer.errors import UserError
+
+__all__ = ['assign_classes', 'read_ground_truth']
+
+_META, _TRUTH = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
+_THREE_FORMS = (
+    "(a) ILSVRC2012_devkit_t12.tar.gz or its unpacked folder, (b) Kaggle's LOC_val_solution.csv, "
+    '(c) a text file with two columns: image name, and synset or number of the class in sorted order from 0'
+)
+_MAX_BYTES = 2**26
+
+
+def assign_classes(
+    ground_truth: Path | None, files: Sequence[str], known: tuple[str, ...] | None, where: Path
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, and the label of each file.
+
+    Args:
+        ground_truth: One of the three forms.
+        files: Names of the images, with extension.
+        known: The classes of the training images, sorted; None where there are none.
+        where: The images, for messages.
+
+    Raises:
+        UserError: No ground truth; it and the images are not the same; or its classes are not the known ones.
+    """
+    if ground_truth is None:
+        raise UserError(
+            f'{where}: the validation images lie in no class folders, so their classes must come from elsewhere. '
+            f'Give ground_truth (--ground-truth), one of: {_THREE_FORMS}'
+        )
+    truth = read_ground_truth(ground_truth)
+    stems = [_stem(file) for file in files]
+    for text, missing in (
+        (f'{where}: images that {ground_truth} does not know', set(stems) - truth.keys()),
+        (f'{ground_truth}: knows images that {where} lacks', truth.keys() - set(stems)),
+    ):
+        if missing:
+            raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
+    classes = [truth[stem] for stem in stems]
+    found = set(classes)
+    if all(name.isdecimal() for name in found) and not (known and found <= set(known)):
+        return _numbered(ground_truth, classes, known)
+    check_same_classes(where, {'train': known, 'val': found} if known else {})
+    class_names = known or tuple(sorted(found))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return class_names, [label_of[name] for name in classes]
+
+
+def read_ground_truth(path: Path) -> dict[str, str]:
+    """Class (synset, or a number) of each image, by the image's name without extension.
+
+    Raises:
+        UserError: Not one of the three forms, or damaged.
+    """
+    try:
+        if path.is_dir() or path.name.lower().endswith(('.tar.gz', '.tgz', '.tar')):
+            return _devkit(path)
+        text = path.read_text(encoding='utf-8-sig')
+    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
+        raise UserError(f'ground_truth={path}: cannot be read: {error}. Expected {_THREE_FORMS}') from error
+    rows = _kaggle(path, text) if text.startswith('ImageId,PredictionString') else _two_columns(path, text)
+    truth = {_stem(name): label for name, label in rows}
+    if len(truth) != len(rows):
+        raise UserError(f'ground_truth={path}: {len(rows) - len(truth):,} images occur more than once')
+    return truth
+
+
+def _stem(name: str) -> str:
+    return name.rpartition('.')[0] if is_image(name) else name
+
+
+def _numbered(path: Path, classes: list[str], known: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
+    if known is None:
+        raise UserError(
+            f'ground_truth={path}: numbers of classes say nothing without the training images. '
+            f'Give synsets, or a source that holds train too'
+        )
+    labels = [int(name) for name in classes]
+    if set(labels) != set(range(len(known))):
+        raise UserError(
+            f'ground_truth={path}: class numbers from {min(labels)} to {max(labels)}, {len(set(labels)):,} different '
+            f'ones, for {len(known):,} classes; 0 to {len(known) - 1} must all occur, in the order of the sorted names'
+        )
+    return known, labels
+
+
+def _kaggle(path: Path, text: str) -> list[tuple[str, str]]:
+    rows = []
+    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+        # An image may show several objects, each as "synset x y x y"; the image has one class.
+        classes = set(row[1].split()[::5]) if len(row) == 2 else set()
+        if len(classes) != 1:
+            raise UserError(f'ground_truth={path}: line {number}: {row!r} is not an image and boxes of one class')
+        rows.append((row[0], classes.pop()))
+    return rows[1:]
+
+
+def _two_columns(path: Path, text: str) -> list[tuple[str, str]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if len(words) != 2:
+            raise UserError(f'ground_truth={path}: line {number}: {line!r} is not two columns. Expected {_THREE_FORMS}')
+        rows.append((words[0].rpartition('/')[2], words[1]))
+    return rows
+
+
+def _devkit(path: Path) -> dict[str, str]:
+    """Line i is the ILSVRC id of image i. These ids are not positions in the sorted synsets: meta.mat maps them."""
+    meta, truth = _devkit_files(path)
+    from scipy.io import loadmat  # here: slow to import, and only this form needs it
+
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)['synsets'])
+        synset_of = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets}
+        ids = [int(line) for line in truth.decode('ascii').split()]
+    except Exception as error:  # a damaged .mat file fails in as many ways as it has fields
+        raise UserError(f'ground_truth={path}: {_META} or {_TRUTH} is damaged: {error!r}') from error
+    unknown = {str(number) for number in ids if number not in synset_of}
+    if unknown:
+        raise UserError(f'ground_truth={path}: {_TRUTH} has ids that {_META} lacks: {few(unknown)}')
+    return {f'ILSVRC2012_val_{image:08d}': synset_of[number] for image, number in enumerate(ids, start=1)}
+
+
+def _devkit_files(path: Path) -> tuple[bytes, bytes]:
+    found: dict[str, bytes] = {}
+    if path.is_dir():
+        found = {file.name: file.read_bytes() for folder in (path, path / 'data') for file in folder.glob('*')
+                 if file.name in (_META, _TRUTH)}  # fmt: skip
+    else:
+        with tarfile.open(path) as archive:  # read into memory; nothing is extracted
+            for member in archive:
+                name = member.name.rpartition('/')[2]
+                content = archive.extractfile(member) if name in (_META, _TRUTH) and member.isreg() else None
+                if content is not None and member.size <= _MAX_BYTES:
+                    found[name] = content.read()
+    if len(found) != 2:
+        raise UserError(f'ground_truth={path}: {_META} and {_TRUTH} are not both in it. Expected {_THREE_FORMS}')
+    return found[_META], found[_TRUTH]

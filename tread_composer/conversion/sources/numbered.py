@@ -1,0 +1,123 @@
+"""Data sets in many files of one kind, with numbers as labels: which files are which split, which classes there are."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tread_composer.conversion.sources.base import SPLITS, few, is_litter
+from tread_composer.errors import UserError
+
+__all__ = ['PLACES', 'classes_of_numbers', 'split_files']
+
+PLACES = ('', 'data', *SPLITS)
+"""Folders below the given one in which such files are looked for."""
+
+_OF = re.compile(r'(\d+)-of-(\d+)')
+_LAST_NUMBER = re.compile(r'(.*?)(\d+)$')
+
+
+def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Files by split, sorted by name, and what to tell about those left out.
+
+    They lie in ``root``, in ``root/data`` or in folders named after splits. In one folder the split is a word of the
+    name: ``train-00000-of-00294.parquet``, ``imagenet1k-validation-0003.tar``; without any such word all are ``train``.
+
+    Raises:
+        UserError: Files in several of these places, names that do not say their split, or a number missing.
+    """
+    places = {'': [root]} if root.is_file() else {place: _files(root / place, suffix) for place in PLACES}
+    found = {place: files for place, files in places.items() if files}
+    if len(found) > 1 and not found.keys() <= SPLITS.keys():
+        raise UserError(f'{root}: *{suffix} in several places: {few([f"{root / place}" for place in found])}. Give one')
+    by_split: dict[str, list[Path]] = {}
+    for place, files in found.items():
+        names = {_split_of(file) for file in files}
+        if place not in SPLITS and None in names and len(names) > 1:
+            unnamed = [file.name for file in files if _split_of(file) is None]
+            raise UserError(f'{root / place}: some names say train or val, others do not: {few(unnamed)}. Rename them')
+        for file in files:
+            by_split.setdefault(SPLITS.get(place) or _split_of(file) or 'train', []).append(file)
+    if sum(SPLITS.get(place) == 'val' for place in found) > 1:
+        raise UserError(f'{root}: {few(list(found))}: two folders for one split. Rename or move one of them')
+    test = by_split.pop('test', [])
+    if not by_split:
+        raise UserError(f'{root}: only files of a test split, which is never converted; train or val are missing')
+    for files in by_split.values() if root.is_dir() else ():
+        _check_numbers(root, files)
+    return by_split, [f'{len(test)} files of the test split are not converted'] if test else []
+
+
+def classes_of_numbers(
+    where: Path, labels: Mapping[str, Sequence[int]], names: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """Class names, and for each split what to tell about classes that it lacks.
+
+    Args:
+        where: The data set, for messages.
+        labels: Of the images of each split.
+        names: As given; may be empty, then the numbers are the names.
+
+    Raises:
+        UserError: A negative number or one without a name, or a class without a training image.
+    """
+    seen = {split: np.unique(np.asarray(numbers, dtype=np.int64)) for split, numbers in labels.items()}
+    first = seen.get('train', next(iter(seen.values())))
+    lowest, highest = (pick([pick(numbers) for numbers in seen.values()]) for pick in (min, max))
+    total = len(names) or int(first.max()) + 1
+    if lowest < 0 or highest >= total:
+        origin = 'there are names for' if names else 'train has'
+        raise UserError(f'{where}: labels from {lowest} to {highest}, but {origin} {total} classes (0 to {total - 1})')
+    if len(first) < total:
+        # a wrong label can be any number: no table of that length
+        present = set(first.tolist())
+        missing = itertools.islice((number for number in range(total) if number not in present), 5)
+        some = ', '.join(f'{number} ({names[number]})' if names else str(number) for number in missing)
+        raise UserError(
+            f'{where}: {total - len(first):,} of {total:,} classes have no training image, such as {some}. '
+            f'Complete the data'
+        )
+    notes = {
+        split: [f'{total - len(own):,} classes have no image'] if len(own) < total else []
+        for split, own in seen.items()
+    }
+    return names or tuple(str(number) for number in range(total)), notes
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file for file in folder.iterdir() if file.name.lower().endswith(suffix) and not is_litter([file.name])
+    )
+
+
+def _split_of(file: Path) -> str | None:
+    words = {SPLITS[word] for word in re.split(r'[^a-z]+', file.stem.lower()) if word in SPLITS}
+    if len(words) > 1:
+        raise UserError(f'{file}: the name says {few(words)}. Rename it')
+    return words.pop() if words else None
+
+
+def _check_numbers(root: Path, files: list[Path]) -> None:
+    """A gap in the numbers of the files is a file that was not copied."""
+    series: dict[tuple[str, int | None], list[int]] = {}
+    for file in files:
+        if of := _OF.search(file.stem):
+            series.setdefault(('', int(of[2])), []).append(int(of[1]))
+        elif last := _LAST_NUMBER.match(file.stem):
+            series.setdefault((last[1], None), []).append(int(last[2]))
+    totals = {total for _, total in series if total is not None}
+    if len(totals) > 1:
+        raise UserError(f'{root}: files of two copies, <number>-of-{" and -of-".join(map(str, totals))}. Keep one')
+    for (prefix, total), numbers in series.items():
+        wanted = range(total) if total is not None else range(min(numbers), max(numbers) + 1)
+        if len(wanted) > 100 * len(numbers):
+            continue  # dates or the like, not a count
+        missing = sorted(set(wanted) - set(numbers))
+        if missing or len(set(numbers)) < len(numbers) or not set(numbers) <= set(wanted):
+            what = f'{prefix}<number>' if total is None else f'<number>-of-{total:05d}'
+            fault = f'{len(missing)} are missing, such as {missing[0]}' if missing else 'a number occurs twice'
+            raise UserError(f'{root}: files {what}{files[0].suffix}: {fault}. Fetch the data completely')

@@ -1,0 +1,171 @@
+"""From the paths of a tree (a folder's or a zip's) to splits and classes; what is mixed or unclear is refused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tread_composer.conversion.sources.base import SPLITS, Ignored, check_same_classes, few, is_image, is_litter
+from tread_composer.conversion.sources.ground_truth import assign_classes
+from tread_composer.errors import UserError
+
+__all__ = ['Branch', 'Listing', 'lay_out']
+
+_LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
+
+
+@dataclass
+class Listing:
+    """What a tree holds: paths of images and of folders, separated by ``/``, without litter."""
+
+    images: list[str] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
+    ignored: Ignored = field(default_factory=Ignored)
+
+    def add(self, parts: Sequence[str], is_folder: bool) -> None:
+        """Put one path where it belongs."""
+        if is_folder and not is_litter(parts):
+            self.folders.add('/'.join(parts))
+        elif not is_folder and is_image(parts[-1]) and not is_litter(parts):
+            self.images.append('/'.join(parts))
+        elif not is_folder:
+            self.ignored.add(parts)
+
+
+@dataclass
+class Branch:
+    """One split: images by class, and where they are.
+
+    Attributes:
+        prefix: Of its paths in the tree; ends with ``/`` or is empty.
+        class_names: Sorted; empty without classes.
+        names: Canonical names.
+        labels: One for each name.
+        bare: Paths are ``prefix`` and the file's own name, since the class is known from elsewhere.
+    """
+
+    prefix: str
+    class_names: tuple[str, ...]
+    names: list[str]
+    labels: list[int]
+    bare: bool = False
+
+    def path(self, name: str) -> str:
+        """Where the image of that name is in the tree."""
+        return self.prefix + (name.rpartition('/')[2] if self.bare else name)
+
+
+def lay_out(where: Path, listing: Listing, ground_truth: Path | None) -> dict[str, Branch]:
+    """The splits of a tree.
+
+    Args:
+        where: The folder or archive, for messages.
+        listing: Its content.
+        ground_truth: Needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
+            alone (as Kaggle's ImageNet has it).
+
+    Raises:
+        UserError: Not one of the layouts; says what was found and what to do.
+    """
+    images = listing.images
+    if not images:
+        raise UserError(f'{where}: no image in it; {str(listing.ignored) or "it is empty"}. Expected {_LAYOUTS}')
+    prefix = _wrapper(images)
+    if prefix:
+        listing.ignored.notes.append(f'all images are inside {prefix}')
+    tops = _by_top(images, prefix)
+    named = sorted(set(tops) & set(SPLITS))
+    if not named:
+        branches = {'train': _branch(where, prefix, images, listing)}
+    else:
+        _check_splits(where, prefix, tops, named, listing)
+        branches = {
+            SPLITS[top]: _branch(where, f'{prefix}{top}/', tops[top], listing) for top in named if SPLITS[top] != 'test'
+        }
+    _join(where, branches, ground_truth)
+    return branches
+
+
+def _wrapper(images: list[str]) -> str:
+    """The folders that everything is in, as ``a/b/``, down to where splits or class folders begin."""
+    prefix = ''
+    while True:
+        top, _, rest = images[0][len(prefix) :].partition('/')
+        longer = f'{prefix}{top}/'
+        # two folders below the present place, and one below the new: class folders can only begin there
+        if top in SPLITS or '/' not in rest:
+            return prefix
+        if not all(path.startswith(longer) and '/' in path[len(longer) :] for path in images):
+            return prefix
+        prefix = longer
+
+
+def _by_top(images: list[str], prefix: str) -> dict[str, list[str]]:
+    """Paths by their first folder below ``prefix``; those in no folder under the empty name."""
+    tops: dict[str, list[str]] = {}
+    for path in images:
+        top, slash, _ = path[len(prefix) :].partition('/')
+        tops.setdefault(top if slash else '', []).append(path)
+    return tops
+
+
+def _check_splits(where: Path, prefix: str, tops: dict[str, list[str]], named: list[str], listing: Listing) -> None:
+    others = [top or f'the image {tops[top][0]}' for top in tops if top not in SPLITS]
+    if others:
+        raise UserError(
+            f'{where}: {few(named)} are taken as splits, but beside them are images of no split: {few(others)}. '
+            f'Move them away; or, if {few(named)} are classes, rename these folders'
+        )
+    wanted = [top for top, split in SPLITS.items() if split != 'test']
+    empty = [top for top in wanted if f'{prefix}{top}' in listing.folders and top not in tops]
+    if empty:
+        raise UserError(f'{where}: {few(empty)} holds no image. Complete the data, or remove the folder')
+    meant = [SPLITS[top] for top in named]
+    if len(set(meant)) < len(meant):
+        raise UserError(f'{where}: {few(named)}: two folders for one split. Rename or move one of them')
+    if set(meant) == {'test'}:
+        raise UserError(f'{where}: only a test split, which is never converted; train/ or val/ are missing')
+    if 'test' in meant:
+        listing.ignored.notes.append(f'test/ ({len(tops["test"]):,} images) is not converted')
+
+
+def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Branch:
+    names = [path[len(prefix) :] for path in paths]
+    depths = {name.count('/'): name for name in names}  # an example of each
+    if depths.keys() == {0}:
+        return Branch(prefix, (), names, [0] * len(names))
+    if depths.keys() != {1}:
+        examples = ', '.join(repr(prefix + depths[depth]) for depth in sorted(depths))
+        raise UserError(f'{where}: images lie at different or unknown depths, such as {examples}. Expected {_LAYOUTS}')
+    class_of = [name.partition('/')[0] for name in names]
+    class_names = tuple(sorted(set(class_of)))
+    start = len(prefix)
+    folders = {path[start:].partition('/')[0] for path in listing.folders if path.startswith(prefix)}
+    empty = folders - set(class_names) - {''}
+    if empty:
+        raise UserError(
+            f'{where}: {len(empty):,} class folders hold no image: {few(sorted(prefix + name for name in empty))}. '
+            f'Complete the data; a folder that is no class must be moved away'
+        )
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return Branch(prefix, class_names, names, [label_of[name] for name in class_of])
+
+
+def _join(where: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
+    """Check that the splits belong together, and give ``val`` its labels where they come from elsewhere."""
+    train, val = branches.get('train'), branches.get('val')
+    if val is not None and not val.class_names and (ground_truth or (train and train.class_names)):
+        known = train.class_names if train else None
+        if train and not known:
+            raise UserError(f'{where}: ground_truth={ground_truth} is given, but train has no class folders')
+        class_names, labels = assign_classes(ground_truth, val.names, known, where)
+        names = [f'{class_names[label]}/{name}' for label, name in zip(labels, val.names, strict=True)]
+        branches['val'] = val = Branch(val.prefix, class_names, names, labels, bare=True)
+    elif ground_truth:
+        raise UserError(
+            f'ground_truth={ground_truth}: {where} has no use for it: it labels validation images that lie loose in '
+            f'val/ or in the official tar. Leave it out'
+        )
+    if train and val:
+        if val.class_names and not train.class_names:
+            raise UserError(f'{where}: val has class folders, train has none. Give one split alone')
+        check_same_classes(where, {'train': train.class_names, 'val': val.class_names})

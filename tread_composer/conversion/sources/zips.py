@@ -1,0 +1,113 @@
+"""A zip of class folders, with or without train/ and val/ above; or of images alone."""
+
+import stat
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tread_composer.conversion.images import UnreadableImage
+from tread_composer.conversion.sources.base import Progress, Source, arrange, check_member
+from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource, refuse_giant
+from tread_composer.conversion.sources.tree import Listing, lay_out
+from tread_composer.errors import UserError
+
+__all__ = ['ZipSource', 'open_zip']
+
+# Of a local header only the lengths of the two fields that end it are needed; the central directory has the rest.
+_SIGNATURE = b'PK\3\4'
+_LOCAL_HEADER = struct.Struct('<4s22xHH')
+_UTF8_FLAG, _ENCRYPTED_FLAG = 0x800, 0x1
+
+
+@dataclass(eq=False)
+class ZipSource(RangeSource):
+    """Members by the offset of their local header and their compressed size.
+
+    Python's own reader would hold an object of about a kilobyte for each member in every worker process.
+    """
+
+    unpacked_sizes: np.ndarray
+    checksums: np.ndarray
+    is_deflated: np.ndarray
+
+    def read(self, position: int) -> bytes:
+        """The image file at that position; see ``Source.read``."""
+        offset, size = int(self.offsets[position]), int(self.unpacked_sizes[position])
+        refuse_giant(max(size, int(self.sizes[position])))
+        signature, *lengths = _LOCAL_HEADER.unpack(self.files.read(0, offset, _LOCAL_HEADER.size))
+        if signature != _SIGNATURE:
+            raise UnreadableImage('damaged in the archive: no header where the directory says')
+        data = self.files.read(0, offset + _LOCAL_HEADER.size + sum(lengths), int(self.sizes[position]))
+        if self.is_deflated[position]:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            except zlib.error as error:
+                raise UnreadableImage(f'damaged in the archive: {error}') from error
+        if len(data) != size or zlib.crc32(data) != self.checksums[position]:
+            raise UnreadableImage('damaged in the archive: size or checksum differ from its directory')
+        return data
+
+
+def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = True) -> dict[str, Source]:
+    """The splits of a zip; see ``open_sources``."""
+    listing, counter = Listing(), Progress(f'scanning {path}', show=progress)
+    members: dict[str, zipfile.ZipInfo] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                counter.step()
+                parts = check_member(path, _name(info))
+                if not parts:
+                    continue
+                listing.add(parts, info.is_dir())
+                if not info.is_dir():
+                    _check(path, info)
+                    if members.setdefault('/'.join(parts), info) is not info:
+                        raise UserError(f'{path}: holds {info.filename!r} twice. Pack it again')
+    except UserError:
+        raise
+    except (OSError, ValueError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
+    sources: dict[str, Source] = {}
+    for split, branch in lay_out(path, listing, ground_truth).items():
+        where = f'{path}/{branch.prefix}' if branch.prefix else path
+        facts, _ = arrange('zip', where, branch.names, branch.labels, branch.class_names, listing.ignored)
+        infos = [members[branch.path(name)] for name in facts['names']]
+        sources[split] = ZipSource(
+            **facts,
+            files=OpenFiles([path]),
+            numbers=np.zeros(len(infos), dtype=np.uint8),
+            offsets=np.array([info.header_offset for info in infos], dtype=np.int64),
+            sizes=np.array([info.compress_size for info in infos], dtype=np.int64),
+            unpacked_sizes=np.array([info.file_size for info in infos], dtype=np.int64),
+            checksums=np.array([info.CRC for info in infos], dtype=np.uint32),
+            is_deflated=np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in infos]),
+        )
+    return sources
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """The name as it was packed: programs that write UTF-8 often do not set the flag that says so."""
+    if info.flag_bits & _UTF8_FLAG:
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode('cp437').decode('utf-8')
+    except UnicodeError:
+        return info.orig_filename
+
+
+def _check(path: Path, info: zipfile.ZipInfo) -> None:
+    mode = info.external_attr >> 16
+    reason = None
+    if stat.S_ISLNK(mode):
+        reason = 'is a link'
+    elif info.flag_bits & _ENCRYPTED_FLAG:
+        reason = 'is encrypted'
+    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        reason = f'is compressed by method {info.compress_type}, neither stored nor deflated'
+    if reason:
+        raise UserError(f'{path}: member {info.filename!r} {reason}. Pack again from plain files: zip -0 -r')

@@ -1,0 +1,377 @@
+"""Is a data set what it says it is? Every file, every sample, and the manifest against both.
+
+For after a conversion, a copy or a doubt; training itself only looks at presence, sizes and counts. A fault never hides
+the next one: whatever can still be read is read. Memory: one shard, and some 20 bytes for each sample of the split.
+Legend: B samples, C latent channels, K stored channels (2C for moments), H x W latent pixels.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from tread_composer.conversion.countdown import Countdown
+from tread_composer.conversion.shards import Content, Shard, read_index, sample_numbers
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.errors import UserError
+
+__all__ = ['STATISTICS_TOLERANCE', 'main', 'verify']
+
+STATISTICS_TOLERANCE = 0.05  # of the standard deviation: the splits of a data set may carry those of `train`
+_LOGVAR_RANGE = (-30.0, 20.0)
+_SUSPICIOUS_SHARE = 0.1  # of mirrored pairs that are equal: a few symmetric images are no fault
+_FEW = 10  # samples a class, on average: with more, a class without any is no accident
+_CHUNK = 64  # samples that are looked at together
+_NO_SAMPLE = np.iinfo(np.int64).min  # a label that cannot be read
+
+
+def verify(folder: str | Path, *, sample_every: int = 1, say: Callable[[str], None] = print) -> list[str]:
+    """Compare a data set with its indexes and manifests, reading every byte.
+
+    Per shard: presence, size, every hash of the index, header. Per sample: can be decoded, finite, log-variance within
+    -30..20, label known. Per split: counts, columns, a class without samples (a fault from ten samples a class on),
+    equal names, classes in a row in spite of ``permutation_seed``, mean and standard deviation within 5% of a standard
+    deviation of the manifest's, mirrored latents that are copies or mirror images of the others (of pixels: that are
+    not). Between splits: the same autoencoder, shape, crop and classes.
+
+    Args:
+        folder: Of a data set with splits in it, or of one split.
+        sample_every: Decode only every so many samples of a shard. Files are still read and hashed as a whole.
+        say: Where counts, histograms and progress go, a line at a time.
+
+    Returns:
+        The faults, one line each: file, sample in it, what is wrong. Empty if there are none.
+
+    Raises:
+        UserError: There is no data set at ``folder``.
+    """
+    if sample_every < 1:
+        raise UserError(f'sample_every: {sample_every} must be at least 1')
+    faults, manifests = [], {}
+    for split in _splits(Path(folder)):
+        check = _SplitCheck(split, sample_every, say)
+        faults += check.run()
+        if check.manifest is not None:
+            manifests[split] = check.manifest
+    return faults + _contradictions(manifests)
+
+
+def _splits(folder: Path) -> list[Path]:
+    def is_split(path: Path) -> bool:
+        return (path / 'index.json').is_file() or (path / MANIFEST_NAME).is_file()
+
+    if is_split(folder):
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder; give that of a data set or of one split')
+    splits = sorted(path for path in folder.iterdir() if path.is_dir() and is_split(path))
+    if not splits:
+        raise UserError(
+            f'{folder}: no data set: neither here nor one folder below is an index.json or a {MANIFEST_NAME}. A '
+            f'conversion writes them last; if one was interrupted, run it again to finish it'
+        )
+    return splits
+
+
+def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
+    """Of all splits with the first: what one run could not read together."""
+    if not manifests:
+        return []
+    (first, reference), *others = manifests.items()
+    keys = ('kind', 'autoencoder_hash', 'latent_shape', 'resolution', 'crop', 'class_names')
+    return [
+        f'{split / MANIFEST_NAME}: {key} is not that of {first / MANIFEST_NAME}, so they are not one data set'
+        for split, manifest in others
+        for key in keys
+        if getattr(manifest, key) != getattr(reference, key)
+    ]
+
+
+class _SplitCheck:
+    """The check of one split: what is known of its samples, and the faults so far."""
+
+    def __init__(self, folder: Path, sample_every: int, say: Callable[[str], None]) -> None:
+        self.folder, self.sample_every, self.say = folder, sample_every, say
+        self.manifest: Manifest | None = None
+        self.faults: list[str] = []
+
+    def run(self) -> list[str]:
+        try:
+            self.manifest = Manifest.load(self.folder)
+        except UserError as error:
+            self.faults.append(str(error))
+        try:
+            self.shards = read_index(self.folder)
+        except UserError as error:
+            return [*self.faults, str(error)]
+        total = sum(shard.samples for shard in self.shards)
+        self.labels = np.full(total, _NO_SAMPLE, np.int64)
+        self.names = np.zeros(total, np.uint64)  # hashes of them: the names of ImageNet would take 100 MB
+        self.statistics = _Statistics()
+        if self.manifest and total != self.manifest.num_samples:
+            self._fault('index.json', f'{total} samples, the manifest has num_samples={self.manifest.num_samples}')
+        countdown = Countdown(str(self.folder), total, 'samples', self.say)
+        for shard in self.shards:
+            self._check_shard(shard)
+            countdown.advance(shard.samples)
+        self._note_files()
+        if self.manifest:
+            self._check_whole(self.manifest, total)
+        return self.faults
+
+    def _fault(self, file: str, words: str) -> None:
+        self.faults.append(f'{self.folder / file}: {words}')
+
+    def _check_shard(self, shard: Shard) -> None:
+        data, faults = shard.read()
+        self.faults += faults
+        name = shard.reader.raw_data.basename
+        if self.manifest is None:
+            return  # nobody knows what is in the bytes
+        found = dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False))
+        wanted = columns(self.manifest.kind, self.manifest.latent_shape, self.manifest.mirrored)
+        if found != wanted:  # decoding foreign columns could even mean running a pickle
+            self._fault(name, f'its columns are {found}, the manifest describes {wanted}; samples not read')
+            return
+        if data is None:
+            return
+        try:
+            content = Content(shard, data)
+        except ValueError as error:
+            self._fault(name, f'{error}; its samples cannot be found')
+            return
+        problems: dict[str, list[int]] = defaultdict(list)
+        numbers = list(range(0, shard.samples, self.sample_every))
+        for start in range(0, len(numbers), _CHUNK):
+            rows = {}
+            for number in numbers[start : start + _CHUNK]:
+                try:
+                    rows[number] = content.row(number)
+                except ValueError as error:
+                    problems[str(error)].append(number)
+            if rows:
+                self._check_rows(shard, rows, self.manifest, problems)
+        for words, where in problems.items():
+            self._fault(name, f'{sample_numbers(where)}: {words}')
+
+    def _check_rows(self, shard: Shard, rows: dict[int, dict], manifest: Manifest, problems: dict) -> None:
+        numbers = np.array(list(rows))
+        labels = np.array([row[LABEL] for row in rows.values()], np.int64)
+        self.labels[shard.first + numbers] = labels
+        self.names[shard.first + numbers] = [xxhash.xxh64_intdigest(row[NAME]) for row in rows.values()]
+        known = (labels >= 0) & (labels < max(manifest.num_classes, 1))
+        for number, label in zip(numbers[~known].tolist(), labels[~known].tolist(), strict=True):
+            problems[f'label {label} is not one of the {manifest.num_classes} classes of the manifest'].append(number)
+        latents = {}
+        for column in (LATENTS, LATENTS_MIRRORED) if manifest.mirrored else (LATENTS,):
+            # Single precision: on a CPU, half precision is several times slower in all that follows.
+            stored_BKHW = torch.from_numpy(np.stack([row[column] for row in rows.values()])).float()
+            finite_B = torch.stack(stored_BKHW.flatten(1).aminmax(dim=1)).isfinite().all(0)  # NaN is both of them
+            if not finite_B.all():
+                problems[f'NaN or infinity in {column}'] += numbers[~finite_B.numpy()].tolist()
+            if manifest.kind == 'moments':
+                low_B, high_B = stored_BKHW[:, manifest.channels :].flatten(1).aminmax(dim=1)
+                outside_B = ((low_B < _LOGVAR_RANGE[0]) | (high_B > _LOGVAR_RANGE[1])) & finite_B
+                if outside_B.any():
+                    words = f'log-variance outside of {_LOGVAR_RANGE[0]:g}..{_LOGVAR_RANGE[1]:g} in {column}'
+                    problems[words] += numbers[outside_B.numpy()].tolist()
+            self.statistics.add(stored_BKHW[finite_B], manifest.channels)
+            latents[column] = stored_BKHW
+        if manifest.mirrored:
+            flipped_B = self.statistics.add_pairs(latents[LATENTS], latents[LATENTS_MIRRORED])
+            if manifest.kind == 'pixels' and not flipped_B.all():
+                problems[f'{LATENTS_MIRRORED} are not the mirrored pixels'] += numbers[~flipped_B.numpy()].tolist()
+
+    def _note_files(self) -> None:
+        """What lies there beside the data, and hashes that are not there: no faults, but worth knowing."""
+        known = {info.basename for s in self.shards for info in (s.reader.raw_data, s.reader.zip_data) if info}
+        strange = sorted(
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob('*.mds*')
+            if str(path.relative_to(self.folder)) not in known
+        )
+        if strange:
+            self.say(f'{self.folder}: note: {len(strange)} shard files are not in the index, e.g. {strange[0]}')
+        without = sum(not shard.reader.raw_data.hashes for shard in self.shards)
+        if without:
+            self.say(f'{self.folder}: note: the index has no hash of {without} shards: changed bytes cannot be found')
+
+    def _check_whole(self, manifest: Manifest, total: int) -> None:
+        """What only all samples together show."""
+        read = self.labels[self.labels != _NO_SAMPLE]
+        self.say(f'{self.folder}: {total:,} samples by the index, {len(read):,} of them read; {manifest.source}')
+        if not len(read):
+            return
+        self._check_labels(manifest, read)
+        self._check_names()
+        self._check_statistics(manifest, len(read))
+
+    def _check_labels(self, manifest: Manifest, read: np.ndarray) -> None:
+        if manifest.num_classes:
+            counts = np.bincount(read[(read >= 0) & (read < manifest.num_classes)], minlength=manifest.num_classes)
+            never = [f'{label} ({manifest.class_names[label]})' for label in np.flatnonzero(counts == 0)]
+            self.say(
+                f'{self.folder}: {manifest.num_classes} classes with {counts.min()} to {counts.max()} samples, '
+                f'median {np.median(counts):g}; {len(never) or "no"} class{"es" * (len(never) != 1)} without any'
+            )
+            if never:
+                words = f'no sample of class {", ".join(never[:5])}' + (
+                    f' and {len(never) - 5} more' * (len(never) > 5)
+                )
+                if len(read) >= _FEW * manifest.num_classes and self.sample_every == 1:
+                    self._fault(MANIFEST_NAME, words)
+                else:
+                    self.say(f'{self.folder}: note: {words}')
+        place = _in_class_order(read)
+        if manifest.permutation_seed is not None and place:
+            self._fault(
+                MANIFEST_NAME,
+                f'permutation_seed is {manifest.permutation_seed}, but the labels are not mixed: {place}',
+            )
+
+    def _check_names(self) -> None:
+        read = np.flatnonzero(self.labels != _NO_SAMPLE)
+        values, first, counts = np.unique(self.names[read], return_index=True, return_counts=True)
+        if len(values) == 1 and len(read) > 1:
+            self.say(f'{self.folder}: note: all samples have the same name')
+            return
+        twice = np.flatnonzero(counts > 1)
+        for index in twice[:_FEW]:
+            where = [self._place(position) for position in read[self.names[read] == values[index]][:3]]
+            self._fault(
+                MANIFEST_NAME, f'the same name, {self._name(int(read[first[index]]))!r}, of {" and ".join(where)}'
+            )
+        if len(twice) > _FEW:
+            self._fault(MANIFEST_NAME, f'{len(twice) - _FEW} more names that stand for several samples')
+
+    def _shard_of(self, position: int) -> tuple[Shard, int]:
+        shard = next(shard for shard in reversed(self.shards) if shard.first <= position)
+        return shard, int(position - shard.first)
+
+    def _place(self, position: int) -> str:
+        shard, number = self._shard_of(position)
+        return f'{shard.reader.raw_data.basename} sample {number}'
+
+    def _name(self, position: int) -> str:
+        shard, number = self._shard_of(position)
+        data, _ = shard.read()
+        assert data is not None  # it was read a moment ago
+        return Content(shard, data).row(number)[NAME]
+
+    def _check_statistics(self, manifest: Manifest, images: int) -> None:
+        mean, std = self.statistics.result()
+        if not mean:
+            return
+        # A part of the samples has other statistics than all of them: four standard errors of a mean over images.
+        margin = STATISTICS_TOLERANCE + (4 / images**0.5 if self.sample_every > 1 else 0)
+        for key, found, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
+            far = [c for c, value in enumerate(stated) if not abs(found[c] - value) <= margin * manifest.std[c]]
+            if far:
+                words = ', '.join(f'channel {c} has {found[c]:.4g}, stated is {stated[c]:.4g}' for c in far[:3])
+                more = f' and {len(far) - 3} more channels' if len(far) > 3 else ''
+                self._fault(MANIFEST_NAME, f'{key}: {words}{more} (further than {margin:.2f} standard deviations)')
+        if manifest.mirrored and manifest.kind != 'pixels':
+            pairs = self.statistics.pairs
+            for count, words in (
+                (self.statistics.equal, 'equal to'),
+                (self.statistics.flipped, 'only the flipped arrays of'),
+            ):
+                if count > _SUSPICIOUS_SHARE * pairs:
+                    self._fault(
+                        MANIFEST_NAME,
+                        f'{count} of {pairs} {LATENTS_MIRRORED} are {words} {LATENTS}, not those of mirrored images',
+                    )
+
+
+class _Statistics:
+    """Per channel: mean and standard deviation of the latents (of moments: of their draws); and of mirrored pairs."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | float = 0.0
+        self._second: Tensor | float = 0.0
+        self._count = 0
+        self.pairs = self.equal = self.flipped = 0
+
+    def add(self, stored_BKHW: Tensor, channels: int) -> None:
+        mean, logvar = stored_BKHW[:, :channels], stored_BKHW[:, channels:]
+        second = mean.square()
+        if logvar.shape[1]:
+            second = second + logvar.exp()
+        # Sums in double: over 10^9 values single precision would drift by more than the tolerance.
+        self._first = self._first + mean.sum((2, 3)).double().sum(0)
+        self._second = self._second + second.sum((2, 3)).double().sum(0)
+        self._count += mean.shape[0] * mean.shape[2] * mean.shape[3]
+
+    def add_pairs(self, latents_BKHW: Tensor, mirrored_BKHW: Tensor) -> Tensor:
+        """Counts pairs that show that nothing was encoded twice; returns which are flips of one another."""
+        flipped_B = (latents_BKHW.flip(-1) == mirrored_BKHW).flatten(1).all(1)
+        self.pairs += len(flipped_B)
+        self.equal += int((latents_BKHW == mirrored_BKHW).flatten(1).all(1).sum())
+        self.flipped += int(flipped_B.sum())
+        return flipped_B
+
+    def result(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel; empty if there was no finite sample."""
+        if not self._count:
+            return [], []
+        first, second = torch.as_tensor(self._first) / self._count, torch.as_tensor(self._second) / self._count
+        return first.tolist(), (second - first.square()).clamp(min=0).sqrt().tolist()
+
+
+def _in_class_order(labels: np.ndarray) -> str:
+    """Where more neighbours have the same label than a random order would ever give; '' if nowhere.
+
+    In a random order of these labels, two neighbours are equal with probability ``sum_c n_c (n_c - 1) / (n (n - 1))``.
+    """
+    count = len(labels)
+    if count < 3:
+        return ''
+    sizes = np.unique(labels, return_counts=True)[1].astype(np.float64)
+    chance = float((sizes * (sizes - 1)).sum() / (count * (count - 1)))
+    equal = labels[1:] == labels[:-1]
+    # All of them, then stretches, which are many: those must be further off before a chance hit can be excluded.
+    for length, sigmas in ((len(equal), 5), (1024, 8)):
+        for start in range(0, len(equal) - length + 1, length):
+            found, expected = int(equal[start : start + length].sum()), chance * length
+            if found > expected + sigmas * (expected * (1 - chance)) ** 0.5 + sigmas:
+                return (
+                    f'{found} of {length} neighbours from sample {start} on are of the same class, '
+                    f'{expected:.1f} would be expected'
+                )
+    return ''
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 0 no fault, 1 faults, 2 there is nothing to verify.
+
+    Args:
+        arguments: What stands behind the program's name; that of this process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog='verify.py', description='Check a data set of latents: every file, every sample.'
+    )
+    parser.add_argument('folder', help='of the data set, or of one split')
+    parser.add_argument(
+        '--sample-every',
+        type=int,
+        default=1,
+        metavar='K',
+        help='decode only every K-th sample; all files are still read and hashed (default: 1, every sample)',
+    )
+    options = parser.parse_args(arguments)
+    try:
+        faults = verify(options.folder, sample_every=options.sample_every, say=lambda line: print(line, flush=True))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for fault in faults:
+        print(fault)
+    print(f'{len(faults)} fault{"s" * (len(faults) != 1)} found' if faults else 'no fault found')
+    return 1 if faults else 0

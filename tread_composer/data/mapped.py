@@ -1,0 +1,71 @@
+"""Random access to the fixed-shape columns of an MDS shard on the local disk, without decoding the rest of a row.
+
+The reader of mosaicml-streaming opens the file, reads and decodes every column for each sample; mapping the file once
+and looking at the bytes in place is several times faster (benchmarks/loader.py).
+"""
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming.base.format.mds.encodings import get_mds_encoded_size
+from streaming.base.format.mds.reader import MDSReader
+
+from tread_composer.data.columns import LABEL
+
+__all__ = ['MappedShard']
+
+
+class MappedShard:
+    """One uncompressed shard, mapped into memory.
+
+    An MDS shard is: the number of samples, then for each sample and the end its position in the file (uint32), then a
+    description, then the samples. A sample is the sizes of its columns of variable size (uint32), then the columns in
+    order of their names.
+
+    Args:
+        shard: As the index describes it.
+
+    Raises:
+        FileNotFoundError: The file is not there (any more).
+        ValueError: The file has not the size that the index says.
+    """
+
+    def __init__(self, shard: MDSReader) -> None:
+        path = os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
+        self._bytes = np.memmap(path, np.uint8, mode='r')
+        if len(self._bytes) != shard.raw_data.bytes:
+            raise ValueError(f'{path}: {len(self._bytes)} bytes, the index says {shard.raw_data.bytes}')
+        self._begins = self._bytes[4 : 4 + 4 * shard.samples].view(np.uint32)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._layouts: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        sizes = [get_mds_encoded_size(encoding) for encoding in shard.column_encodings]
+        at = 4 * sizes.count(None)
+        for name, encoding, size in zip(shard.column_names, shard.column_encodings, sizes, strict=True):
+            if size is None:
+                break  # what comes after it has no fixed place
+            self._places[name] = at, at + size
+            if encoding.startswith('ndarray:'):
+                _, dtype, shape = encoding.split(':')
+                self._layouts[name] = np.dtype(dtype), tuple(int(number) for number in shape.split(','))
+            at += size
+
+    @staticmethod
+    def can_map(shard: MDSReader, names: list[str]) -> bool:
+        """Whether these columns have a fixed place in each row."""
+        sizes = dict(zip(shard.column_names, map(get_mds_encoded_size, shard.column_encodings), strict=True))
+        before = shard.column_names[: max(shard.column_names.index(name) for name in names) + 1]
+        return all(sizes[name] is not None for name in before)
+
+    def array(self, row: int, name: str) -> NDArray:
+        """The array of a column, a view of the file that must not be written to."""
+        begin = int(self._begins[row])
+        first, last = self._places[name]
+        dtype, shape = self._layouts[name]
+        return self._bytes[begin + first : begin + last].view(dtype).reshape(shape)
+
+    def label(self, row: int) -> int:
+        """The label of a row."""
+        begin = int(self._begins[row])
+        first, last = self._places[LABEL]
+        return int.from_bytes(self._bytes[begin + first : begin + last].tobytes(), 'little', signed=True)
