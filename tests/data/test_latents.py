@@ -3,6 +3,7 @@ import re
 import shutil
 import time
 import warnings
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from tests.data.worlds import evaluated_ids, on_ranks, read_all, read_and_wait, read_epochs, start, trained_ids
 from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
-from tread_composer.data.latents import LatentDataset, eval_loader, train_loader
+from tread_composer.data.latents import LatentDataset
+from tread_composer.data.loaders import eval_loader, train_loader
 
 SAMPLES = 200
 
@@ -114,24 +116,33 @@ def test_a_shard_lost_after_the_start_is_an_error_not_a_short_epoch(split: Path,
         assert said.search(failure_of(loader))
 
 
-class LosesAShard(LatentDataset):
-    """Loses the shard that is being read: the reading and the background thread find out at the same time."""
+class LosesARemote(LatentDataset):
+    """Loses its remote and its disk at once: the reading and the fetching thread both fail."""
+
+    fetching_failed = False
+
+    def on_exception(self, future: Future) -> None:
+        self.fetching_failed |= future.exception() is not None
+        super().on_exception(future)
 
     def get_item(self, sample_id: int, retry: int = 7):
-        if sample_id == 106:
-            time.sleep(0.5)  # the background thread goes first
-        sample = super().get_item(sample_id, retry)
-        if sample_id == 105:
-            os.unlink(os.path.join(self.streams[0].local, 'shard.00004.mds'))
-        return sample
+        if sample_id == 90:
+            for shard in range(5, 8):
+                os.unlink(os.path.join(self.streams[0].remote, f'shard.0000{shard}.mds'))
+        for _ in range(100 if self.spanner[sample_id + 4][0] == 5 else 0):
+            time.sleep(0.01)
+            if self.fetching_failed:
+                raise OSError('the disk is gone')
+        return super().get_item(sample_id, retry)
 
 
 @pytest.mark.timeout(60)  # what it guards against is a wait without end
-def test_a_reader_that_failed_in_two_threads_fails_in_every_later_epoch_too(split: Path):
-    loader = DataLoader(LosesAShard(split, batch_size=8, predownload=4), batch_size=8)
+def test_a_reader_that_failed_in_two_threads_fails_in_every_later_epoch_too(split: Path, tmp_path: Path):
+    remote = {'remote': str(split), 'predownload': 1, 'download_retry': 1}
+    loader = DataLoader(LosesARemote(tmp_path / 'cache', batch_size=8, **remote), batch_size=8)
     first, second = failure_of(loader), failure_of(loader)
-    assert re.search(r'(?s)stopped in mid-epoch after 106 samples.*shard.00004.mds', first), first
-    assert re.search(r'(?s)stopped in mid-epoch after 0 samples.*shard.00004.mds', second), second
+    assert re.search(r'(?s)stopped in mid-epoch after 1\d\d samples.*shard.00005.mds', first), first
+    assert re.search(r'(?s)stopped in mid-epoch after 0 samples.*shard.00005.mds', second), second
 
 
 def test_a_lost_shard_is_an_error_in_evaluation(split: Path):

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 
 from tread_composer.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.digits import prepare_digits
-from tread_composer.data.latents import eval_loader, train_loader
+from tread_composer.data.loaders import eval_loader, train_loader
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'composer', 'streaming', 'sklearn.datasets', 'tests.data.worlds'])
@@ -74,6 +74,13 @@ def read_epochs(
     return [[batch[SAMPLE_IDS].tolist() for batch in loader] for _ in range(epochs)]
 
 
+def read_mirrors(local: Path, global_batch_size: int, num_workers: int, in_memory: bool) -> list[list[list[float]]]:
+    """The first number of each sample's latents by epoch, batch and row, for two epochs."""
+    batch_size = global_batch_size // dist.get_world_size()
+    loader = train_loader(local, batch_size=batch_size, num_workers=num_workers, in_memory=in_memory, mirror_seed=5)
+    return [[batch[RAW_LATENTS][:, 0, 0, 0].tolist() for batch in loader] for _ in range(2)]
+
+
 def read_and_wait(local: Path, remote: str | None, ready: Path) -> None:
     """Reads a first batch and then hangs, to be killed."""
     batches = iter(train_loader(local, batch_size=8, remote=remote))
@@ -118,9 +125,11 @@ class IdsModel(ComposerModel):
 class RecordIds(Callback):
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.latents: list[list[float]] = []
 
     def batch_start(self, state: Any, logger: Any) -> None:
         self.batches.append(state.batch[SAMPLE_IDS].tolist())
+        self.latents.append(state.batch[RAW_LATENTS][:, 0, 0, 0].tolist())
 
 
 def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[int]:
@@ -132,13 +141,25 @@ def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[in
     return model.evaluated
 
 
+def resumed_mirrors(local: Path, folder: Path, in_memory: bool) -> tuple[list, list]:
+    """First numbers of the latents by batch: of a run of 20 batches, and of one that continues it after 15."""
+    arguments = {'in_memory': in_memory, 'mirror_seed': 5}
+    whole = _train(local, folder / 'whole', '20ba', **arguments)
+    rest = _train(local, folder / 'rest', '20ba', str(folder / 'whole' / 'ba15.pt'), **arguments)
+    return whole.latents, rest.latents
+
+
 def trained_ids(local: Path, folder: Path, num_workers: int, duration: str, load_path: str | None = None) -> list:
     """Ids by batch; saves a checkpoint after each batch."""
+    return _train(local, folder, duration, load_path, num_workers=num_workers).batches
+
+
+def _train(local: Path, folder: Path, duration: str, load_path: str | None = None, **arguments: Any) -> RecordIds:
     model, record = IdsModel(), RecordIds()
     trainer = Trainer(
         model=model,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        train_dataloader=train_loader(local, batch_size=16, num_workers=num_workers),
+        train_dataloader=train_loader(local, batch_size=16, **arguments),
         max_duration=duration,
         callbacks=[record],
         device='cpu',
@@ -151,4 +172,4 @@ def trained_ids(local: Path, folder: Path, num_workers: int, duration: str, load
     )
     trainer.fit()
     trainer.close()
-    return record.batches
+    return record

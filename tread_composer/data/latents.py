@@ -1,27 +1,39 @@
-"""Reading a latents data set: the streaming reader for training, the exact-once reader for evaluation, the checks.
+"""The streaming reader of a latents data set; ``data.loaders`` makes batches of it.
 
-For whoever builds a training run. Composer's distributed state must be initialised before any of these is built:
-mosaicml-streaming would otherwise start a process group of its own, and Composer's start would then hang.
-Legend: B samples, C channels, H x W latent pixels.
+Composer's distributed state must be initialised before it is built: mosaicml-streaming would otherwise start a process
+group of its own, and Composer's start would then hang.
+Legend: C channels, H x W latent pixels.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
 
+import numpy as np
 import torch
-from composer.utils import dist
+from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import default_collate
 
 from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
-from tread_composer.data.columns import LABEL, LATENTS
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
+from tread_composer.data.mapped import MappedShard
 
-__all__ = ['LatentDataset', 'eval_loader', 'train_loader']
+__all__ = ['LatentDataset', 'mirror_choices']
 
 Sample = dict[str, Tensor]
+
+
+def mirror_choices(seed: int, epoch: int, num_samples: int) -> NDArray[np.bool_]:
+    """Which samples an epoch takes mirrored, each with probability 1/2: bool ``[num_samples]`` by position.
+
+    A function of its arguments alone, so that it is the same in every worker, on every rank and after a resume.
+    """
+    # The generator's raw bits: numpy keeps those from version to version, the derived distributions it may change.
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples // 64 + 1)
+    return np.unpackbits(raw.astype('<u8').view(np.uint8), count=num_samples).astype(bool)
 
 
 class LatentDataset(StreamingDataset):
@@ -39,6 +51,9 @@ class LatentDataset(StreamingDataset):
         remote: Where the shards are fetched from; None if ``local`` has them all.
         shuffle: Whether each epoch has an order of its own.
         shuffle_seed: Of that order.
+        mirror_seed: With it, iterating takes the latents of the mirrored image in place of the image's with
+            probability 1/2, decided by (seed, epoch, sample); the data must hold both. None takes the image always,
+            and so does indexing before the first epoch.
         num_canonical_nodes: How many paths through the shards the order is made of. With 1 an epoch has no repeated
             samples and the order is the same for any number of ranks, on one node or many; the price is that every
             node visits every shard. Raise it (to the number of nodes) where a node must not fetch all of ``remote``.
@@ -47,6 +62,9 @@ class LatentDataset(StreamingDataset):
         validate_hash: Hash to check fetched shards with, e.g. ``'xxh64'``. Only fetched shards are ever checked.
         download_retry: Further attempts to fetch a shard.
         download_timeout: Seconds for one attempt.
+
+    Raises:
+        ValueError: ``mirror_seed`` is given and the data hold no mirrored latents.
     """
 
     def __init__(
@@ -57,6 +75,7 @@ class LatentDataset(StreamingDataset):
         remote: str | None = None,
         shuffle: bool = False,
         shuffle_seed: int = 9176,
+        mirror_seed: int | None = None,
         num_canonical_nodes: int = 1,
         predownload: int | None = None,
         cache_limit: int | str | None = None,
@@ -64,7 +83,11 @@ class LatentDataset(StreamingDataset):
         download_retry: int = 2,
         download_timeout: float = 60,
     ) -> None:
+        self.mirror_seed = mirror_seed
+        self._mirrored: NDArray[np.bool_] | None = None  # of the epoch that is being iterated
         self._failure: BaseException | None = None
+        self._delivered = 0  # of this epoch, by this process
+        self._prepared: set[int] = set()  # shards that are readable and stay so
         super().__init__(
             local=os.fspath(local),
             remote=remote,
@@ -78,16 +101,43 @@ class LatentDataset(StreamingDataset):
             download_retry=download_retry,
             download_timeout=download_timeout,
         )
+        names = [name for name in (LABEL, LATENTS, LATENTS_MIRRORED) if name in self.shards[0].column_names]
+        # A mapped file keeps its space on the disk after it is deleted: with a limit, shards come and go.
+        self._may_map = not self.cache_limit and all(MappedShard.can_map(shard, names) for shard in self.shards)
+        self._maps: dict[int, MappedShard] = {}
+        if mirror_seed is not None and LATENTS_MIRRORED not in self.shards[0].column_names:
+            raise ValueError(
+                f'{local}: mirror_seed={mirror_seed}, but these data hold no mirrored latents; a latent cannot be '
+                f'mirrored afterwards: convert the images again with their mirrors, or train without'
+            )
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """The sample at a position of the data set; fetches its shard if need be."""
-        row = super().get_item(sample_id, retry)
+        mirrored = self._mirrored is not None and self._mirrored[sample_id]
+        latents, label = self.row(sample_id, LATENTS_MIRRORED if mirrored else LATENTS, retry)
         return {
             # The array is a view of bytes that must not be written to; torch wants one that may.
-            RAW_LATENTS: torch.from_numpy(row[LATENTS].copy()),
-            LABELS: torch.tensor(int(row[LABEL]), dtype=torch.int64),
+            RAW_LATENTS: torch.from_numpy(latents.copy()),
+            LABELS: torch.tensor(label, dtype=torch.int64),
             SAMPLE_IDS: torch.tensor(int(sample_id), dtype=torch.int64),
         }
+
+    def row(self, sample_id: int, name: str, retry: int = 7) -> tuple[NDArray[np.float16], int]:
+        """One of the latents columns as it is stored (not to be written to), and the label."""
+        if not self._may_map:
+            row = super().get_item(sample_id, retry)
+            return row[name], int(row[LABEL])
+        shard_id, number = self.spanner[sample_id]
+        shard = self._maps.get(shard_id)
+        if shard is None:
+            try:
+                shard = MappedShard(self.shards[shard_id])
+            except FileNotFoundError:
+                self._prepared.discard(shard_id)
+                self.prepare_shard(shard_id)
+                shard = MappedShard(self.shards[shard_id])
+            self._maps[shard_id] = shard
+        return shard.array(number, name), shard.label(number)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard readable.
@@ -95,11 +145,17 @@ class LatentDataset(StreamingDataset):
         Raises:
             FileNotFoundError: There is no ``remote`` and the shard is not in ``local``.
         """
+        # It is asked for every sample, and the parent takes a lock between all workers each time.
+        if shard_id in self._prepared:
+            return
         # The parent would first mark the shard as under way for all workers and then fail in this one alone, which
         # leaves the others waiting for ever. Without a remote nothing can bring the file back: all may fail at once.
         if not self.streams[0].remote and not any(os.path.isfile(path) for path in self._files(shard_id)):
             raise FileNotFoundError(f'{self._files(shard_id)[0]}: this shard is missing')
         super().prepare_shard(shard_id, blocking)
+        # With a limit it may go again; without blocking another worker may still be at it.
+        if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._prepared.add(shard_id)
 
     def on_exception(self, future: Future) -> None:
         """Called at the end of each background thread: remembers what stopped it, for ``__iter__`` to raise."""
@@ -110,109 +166,76 @@ class LatentDataset(StreamingDataset):
             # Raised from here it would only reach a log line of concurrent.futures.
             assert self._failure is not None
 
-    def __iter__(self) -> Iterator[Sample]:
-        """This rank's (and worker's) samples of one epoch.
+    def __iter__(self) -> Iterator[Sample | int]:
+        """One epoch of this rank (and worker), for ``collate``: positions, or samples where shards are fetched.
 
         Raises:
             RuntimeError: A shard could not be fetched or read, in this epoch or an earlier one; names it and how many
                 samples came before.
         """
-        delivered = 0
+        self._delivered = 0
         # A reader that failed once stays failed: the parent would wait for ever for the threads of the lost epoch.
         if self._failure is None:
             try:
-                for sample in super().__iter__():
-                    delivered += 1
-                    yield sample
+                # The parent's threads fetch shards ahead; with all of them here they would only slow the reading down.
+                for item in super().__iter__() if self.streams[0].remote else self._positions():
+                    self._delivered += 1
+                    yield item
             except Exception as error:
                 self._failure = self._failure or error
         if self._failure is not None:
-            raise RuntimeError(
-                f'{self.streams[0].local}: reading stopped in mid-epoch after {delivered} samples of this process: '
-                f'{type(self._failure).__name__}: {self._failure}. Restore the data (compare it with its index: '
-                f'check_shards(folder, manifest, hashes=True)), then resume from the last checkpoint'
-            ) from self._failure
+            raise self._stopped(self._failure) from self._failure
+
+    def collate(self, items: Sequence[Sample] | Sequence[int]) -> dict[str, Tensor]:
+        """A batch of what iterating or indexing gives: ``[B, C, H, W]``, ``[B]`` and ``[B]``, keys as in a sample.
+
+        Raises:
+            RuntimeError: A shard cannot be read.
+        """
+        if isinstance(items[0], dict):
+            return default_collate(list(items))
+        try:
+            return self.gather(np.asarray(items, np.int64))
+        except Exception as error:
+            self._failure = error
+            self._delivered -= len(items)
+            raise self._stopped(error) from error
+
+    def gather(self, ids_B: NDArray[np.int64]) -> dict[str, Tensor]:
+        """A batch by positions, image or mirror as the current epoch has it."""
+        rows = []
+        for sample_id in ids_B:
+            mirrored = self._mirrored is not None and self._mirrored[sample_id]
+            rows.append(self.row(int(sample_id), LATENTS_MIRRORED if mirrored else LATENTS))
+        return {
+            RAW_LATENTS: torch.from_numpy(np.stack([latents for latents, _ in rows])),
+            LABELS: torch.tensor([label for _, label in rows], dtype=torch.int64),
+            SAMPLE_IDS: torch.from_numpy(ids_B),
+        }
+
+    def _stopped(self, error: BaseException) -> RuntimeError:
+        return RuntimeError(
+            f'{self.streams[0].local}: reading stopped in mid-epoch after {self._delivered} samples of this process: '
+            f'{type(error).__name__}: {error}. Restore the data (compare it with its index: '
+            f'streaming_data/verify.py), then resume from the last checkpoint'
+        )
+
+    def _positions(self) -> Iterator[int]:
+        # What the parent does before it starts its threads.
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        ids = self._get_work(*self._resume_incr_epoch())
+        yield from ids[ids != -1].tolist()
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        # The one place where the parent says which epoch begins: its counter is in shared memory and moves under us.
+        epoch, sample_in_epoch = super()._resume_incr_epoch()
+        if self.mirror_seed is not None:
+            self._mirrored = mirror_choices(self.mirror_seed, epoch, self.size)
+        return epoch, sample_in_epoch
 
     def _files(self, shard_id: int) -> list[str]:
         """Paths of a shard: as it is, then compressed where the index knows such a form."""
         stream, shard = self.streams[0], self.shards[shard_id]
         names = [info.basename for pair in shard.file_pairs for info in pair if info is not None]
         return [os.path.join(stream.local, stream.split or '', name) for name in names]
-
-
-class _Rows(Dataset):
-    """The same samples by position and with a length: what a DistributedSampler needs to give each exactly once."""
-
-    def __init__(self, dataset: LatentDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return self.dataset.size  # the length of the streaming data set itself is that of one rank's share
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[int(index)]
-
-
-def train_loader(
-    local: str | os.PathLike[str],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    shuffle: bool = True,
-    worker_timeout: float = 600,
-    **dataset_arguments: Any,
-) -> DataLoader:
-    """Batches for training; Composer saves and restores its position (a plain DataLoader over the streaming reader).
-
-    Elastic: with the same global batch size, the global batches are the same sets of samples for any number of ranks.
-    One exception: with ``n % global_batch > global_batch - ranks`` the padding to equal shares makes an epoch one
-    batch longer.
-
-    Args:
-        local: Folder of the split.
-        batch_size: Samples per rank and batch; a last batch with fewer is dropped.
-        num_workers: Reading processes per rank.
-        shuffle: Whether each epoch has an order of its own.
-        worker_timeout: Seconds to wait for a worker's batch where there is a ``remote``: when a fetch fails in one
-            worker, others may wait for the same shard for ever.
-        **dataset_arguments: Further arguments of ``LatentDataset``.
-
-    Raises:
-        ValueError: The split has fewer samples than one batch of all ranks.
-    """
-    dataset = LatentDataset(local, batch_size=batch_size, shuffle=shuffle, **dataset_arguments)
-    if len(dataset) < batch_size:
-        raise ValueError(
-            f'{local}: {dataset.size} samples are no full batch of {batch_size} on each of {dist.get_world_size()} '
-            f'ranks, so an epoch would be empty; lower global_train_batch_size'
-        )
-    timeout = worker_timeout if num_workers and dataset_arguments.get('remote') else 0
-    return DataLoader(dataset, batch_size=batch_size, drop_last=True, timeout=timeout, **_loader_arguments(num_workers))
-
-
-def eval_loader(
-    local: str | os.PathLike[str], *, batch_size: int, num_workers: int = 0, **dataset_arguments: Any
-) -> DataLoader:
-    """Batches for evaluation: every sample exactly once over all ranks, in file order.
-
-    The sampler repeats samples to give all ranks equal shares, and Composer drops those again when it evaluates.
-    Without Composer's Trainer, drop them by ``sample_ids``.
-
-    Args:
-        local: Folder of the split.
-        batch_size: Samples per rank and batch; the last one may have fewer.
-        num_workers: Reading processes per rank.
-        **dataset_arguments: Further arguments of ``LatentDataset``.
-    """
-    rows = _Rows(LatentDataset(local, batch_size=batch_size, **dataset_arguments))
-    sampler = dist.get_sampler(rows, shuffle=False, drop_last=False)
-    return DataLoader(rows, batch_size=batch_size, sampler=sampler, **_loader_arguments(num_workers))
-
-
-def _loader_arguments(num_workers: int) -> dict[str, Any]:
-    # Workers that live on keep their open shards; the epoch's place travels in shared memory, not with the process.
-    return {
-        'num_workers': num_workers,
-        'persistent_workers': num_workers > 0,
-        'pin_memory': torch.cuda.is_available(),
-    }

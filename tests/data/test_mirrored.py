@@ -1,0 +1,97 @@
+"""Image or mirror, the set in memory: the reader's promises beyond the plain order."""
+
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streaming import MDSWriter
+
+from tests.data.worlds import on_ranks, read_mirrors, resumed_mirrors
+from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
+from tread_composer.data.latents import LatentDataset, mirror_choices
+from tread_composer.data.loaders import train_loader
+
+SAMPLES = 200
+
+
+@pytest.fixture
+def mirrored(tmp_path: Path) -> Path:
+    """Sample i is i + 1 everywhere, its mirror -(i + 1)."""
+    folder = tmp_path / 'mirrored'
+    encodings = columns('samples', (1, 4, 6), mirrored=True)
+    with MDSWriter(out=str(folder), columns=encodings, hashes=['xxh64'], size_limit=4096) as writer:
+        for index in range(SAMPLES):
+            array = np.full((1, 4, 6), index + 1, dtype=np.float16)
+            writer.write({LATENTS: array, LATENTS_MIRRORED: -array, LABEL: index % 3, NAME: f'{index}'})
+    return folder
+
+
+def test_both_are_drawn_about_equally_and_anew_each_epoch():
+    choices = np.stack([mirror_choices(5, epoch, 1001) for epoch in range(20)])
+    assert abs(choices.mean() - 0.5) < 4 * 0.5 / np.sqrt(choices.size)  # 4 standard errors
+    assert (np.abs(choices.mean(0) - 0.5) < 0.5).all()  # no sample is always the one or always the other
+    assert 350 < (choices[0] != choices[1]).sum() < 650
+    assert 350 < (choices[0] != mirror_choices(6, 0, 1001)).sum() < 650
+    assert np.array_equal(choices[3], mirror_choices(5, 3, 1001))
+    assert np.array_equal(choices[3, :64], mirror_choices(5, 3, 64))  # a function of the sample, not of the size
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_an_epoch_takes_image_or_mirror_and_never_another_sample(mirrored: Path, in_memory: bool):
+    loader = train_loader(mirrored, batch_size=16, mirror_seed=5, in_memory=in_memory)
+    for epoch in range(2):
+        chosen = mirror_choices(5, epoch, SAMPLES)
+        for batch in loader:
+            sign = torch.from_numpy(1 - 2 * chosen[batch[SAMPLE_IDS].numpy()].astype(int))
+            expected = (sign * (batch[SAMPLE_IDS] + 1)).half().view(-1, 1, 1, 1).expand(-1, 1, 4, 6)
+            assert torch.equal(batch[RAW_LATENTS], expected)
+            assert torch.equal(batch[LABELS], batch[SAMPLE_IDS] % 3)
+
+
+def test_without_a_seed_and_by_position_it_is_the_image(mirrored: Path):
+    assert all(bool((batch[RAW_LATENTS] > 0).all()) for batch in train_loader(mirrored, batch_size=16))
+    assert bool((LatentDataset(mirrored, batch_size=16, mirror_seed=5)[7][RAW_LATENTS] == 8).all())
+
+
+def test_a_mirror_that_is_not_there_is_refused(split: Path):
+    with pytest.raises(ValueError, match=r'hold no mirrored latents.*convert the images again'):
+        train_loader(split, batch_size=16, mirror_seed=5)
+
+
+def test_workers_memory_and_ranks_give_the_same_batches(mirrored: Path, tmp_path: Path):
+    alone = read_mirrors(mirrored, 12, 0, False)
+    assert read_mirrors(mirrored, 12, 2, False) == alone
+    assert read_mirrors(mirrored, 12, 0, True) == alone
+    for in_memory in (False, True):
+        ranks = on_ranks(2, read_mirrors, tmp_path / f'out{in_memory}', mirrored, 12, 0, in_memory)
+        together = [
+            [sorted(chain.from_iterable(batches)) for batches in zip(*epochs, strict=True)]
+            for epochs in zip(*ranks, strict=True)
+        ]
+        assert together == [[sorted(batch) for batch in epoch] for epoch in alone]
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_a_resumed_run_goes_on_with_the_same_mirrors(mirrored: Path, tmp_path: Path, in_memory: bool):
+    whole, rest = resumed_mirrors(mirrored, tmp_path, in_memory)
+    assert len(whole) == 20
+    assert rest == whole[15:]  # 12 batches an epoch: from the middle of the second
+
+
+def test_memory_that_is_not_there_is_refused(mirrored: Path, monkeypatch: pytest.MonkeyPatch):
+    import psutil
+
+    class Little:
+        available = 1000
+
+    monkeypatch.setattr(psutil, 'virtual_memory', Little)
+    with pytest.raises(ValueError, match=r'data.in_memory: .* GB of memory are free; set in_memory: false'):
+        train_loader(mirrored, batch_size=16, in_memory=True)
+
+
+def test_workers_are_refused_where_they_would_only_copy(mirrored: Path):
+    with pytest.raises(ValueError, match=r'num_workers=2 must be 0'):
+        train_loader(mirrored, batch_size=16, in_memory=True, num_workers=2)

@@ -1,0 +1,106 @@
+"""Batches of a latents data set: for training, and every sample exactly once for evaluation.
+
+For whoever builds a training run. Composer's distributed state must be initialised before any of these is built.
+"""
+
+import os
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch.utils.data import DataLoader, Dataset
+
+from tread_composer.data.in_memory import LatentsInMemory
+from tread_composer.data.latents import LatentDataset, Sample
+
+__all__ = ['eval_loader', 'train_loader']
+
+
+class _Rows(Dataset):
+    """The same samples by position and with a length: what a DistributedSampler needs to give each exactly once."""
+
+    def __init__(self, dataset: LatentDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.size  # the length of the streaming data set itself is that of one rank's share
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[int(index)]
+
+
+def train_loader(
+    local: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    worker_timeout: float = 600,
+    in_memory: bool = False,
+    **dataset_arguments: Any,
+) -> DataLoader:
+    """Batches for training; Composer saves and restores its position (a plain DataLoader over the streaming reader).
+
+    Elastic: with the same global batch size, the global batches are the same sets of samples for any number of ranks.
+    One exception: with ``n % global_batch > global_batch - ranks`` the padding to equal shares makes an epoch one
+    batch longer.
+
+    Args:
+        local: Folder of the split.
+        batch_size: Samples per rank and batch; a last batch with fewer is dropped.
+        num_workers: Reading processes per rank.
+        shuffle: Whether each epoch has an order of its own.
+        worker_timeout: Seconds to wait for a worker's batch where there is a ``remote``: when a fetch fails in one
+            worker, others may wait for the same shard for ever.
+        in_memory: Hold the split in RAM (``LatentsInMemory``): the same batches, without ``num_workers``.
+        **dataset_arguments: Further arguments of ``LatentDataset``.
+
+    Raises:
+        ValueError: The split has fewer samples than one batch of all ranks, or workers are asked for in vain.
+    """
+    if in_memory and num_workers:
+        raise ValueError(f'in_memory reads without workers, so num_workers={num_workers} must be 0')
+    reader = LatentsInMemory if in_memory else LatentDataset
+    dataset = reader(local, batch_size=batch_size, shuffle=shuffle, **dataset_arguments)
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f'{local}: {dataset.size} samples are no full batch of {batch_size} on each of {dist.get_world_size()} '
+            f'ranks, so an epoch would be empty; lower global_train_batch_size'
+        )
+    timeout = worker_timeout if num_workers and dataset_arguments.get('remote') else 0
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        drop_last=True,
+        timeout=timeout,
+        collate_fn=dataset.collate,
+        **_loader_arguments(num_workers),
+    )
+
+
+def eval_loader(
+    local: str | os.PathLike[str], *, batch_size: int, num_workers: int = 0, **dataset_arguments: Any
+) -> DataLoader:
+    """Batches for evaluation: every sample exactly once over all ranks, in file order.
+
+    The sampler repeats samples to give all ranks equal shares, and Composer drops those again when it evaluates.
+    Without Composer's Trainer, drop them by ``sample_ids``.
+
+    Args:
+        local: Folder of the split.
+        batch_size: Samples per rank and batch; the last one may have fewer.
+        num_workers: Reading processes per rank.
+        **dataset_arguments: Further arguments of ``LatentDataset``.
+    """
+    rows = _Rows(LatentDataset(local, batch_size=batch_size, **dataset_arguments))
+    sampler = dist.get_sampler(rows, shuffle=False, drop_last=False)
+    return DataLoader(rows, batch_size=batch_size, sampler=sampler, **_loader_arguments(num_workers))
+
+
+def _loader_arguments(num_workers: int) -> dict[str, Any]:
+    # Workers that live on keep their open shards; the epoch's place travels in shared memory, not with the process.
+    return {
+        'num_workers': num_workers,
+        'persistent_workers': num_workers > 0,
+        'pin_memory': torch.cuda.is_available(),
+    }
