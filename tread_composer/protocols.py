@@ -4,14 +4,33 @@ Shapes: B samples, C channels, H x W latent pixels.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ['Autoencoder', 'Denoiser', 'Drift', 'Objective', 'Sampler', 'TimeDistribution']
+__all__ = [
+    'Autoencoder',
+    'Denoiser',
+    'Drift',
+    'Objective',
+    'ReverseChain',
+    'Sampler',
+    'StepNoise',
+    'StochasticSampler',
+    'TimeDistribution',
+    'Transition',
+]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
 """``drift(x_BCHW, time) -> dx/dtime``; ``time`` is a float64 scalar tensor, ``x`` float64, the result float64."""
+
+Transition = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``transition(x_BCHW, time, next_time) -> mean, std`` of the normal distribution of x at ``next_time``, float64."""
+
+StepNoise = Callable[[int], Tensor]
+"""``noise(step) -> [B, C, H, W]``: standard normal numbers for one step of sampling, the same whenever it is asked.
+
+Each sample's numbers depend on its own seed and on ``step`` alone: not on the batch, the rank or the order."""
 
 
 class Denoiser(Protocol):
@@ -45,6 +64,9 @@ class Objective(Protocol):
     ) -> dict[str, Tensor]:
         """Per-sample losses ``[B]``: ``'loss'`` is what is minimised, other entries are terms worth logging.
 
+        An entry ``'mse'``, where there is one, is the plain error, without weights and further terms: what evaluation
+        reports as its loss, so that runs with and without those compare.
+
         ``quantiles_B`` in (0, 1) is uniform noise for the time draw: the objective owns the distribution.
         """
         ...
@@ -62,11 +84,43 @@ class Objective(Protocol):
         ...
 
 
+class ReverseChain(Objective, Protocol):
+    """An objective that can also be sampled as a chain of random steps between noise levels.
+
+    Its times are noise levels: x at time ``sigma`` is ``data + sigma noise``, and its drift is the predicted noise.
+    """
+
+    def transition(self, denoiser: Denoiser, labels_B: Tensor) -> Transition:
+        """The chain's step for these labels; to time 0 its standard deviation is 0."""
+        ...
+
+
 class Sampler(Protocol):
     """Integrates a drift from noise to data."""
 
     def __call__(self, drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor:
         """Walk from ``times[0]`` to ``times[-1]``."""
+        ...
+
+
+class StochasticSampler(Protocol):
+    """Walks from noise to data and adds fresh noise on the way; keyword arguments with defaults are its settings."""
+
+    def __call__(
+        self,
+        objective: Any,
+        denoiser: Denoiser,
+        labels_B: Tensor,
+        x_BCHW: Tensor,
+        times: Tensor,
+        noise: StepNoise,
+        /,
+    ) -> Tensor:
+        """Walk from ``times[0]`` to ``times[-1]``; x at the end, float64.
+
+        It takes from the objective the equation that it walks: the drift, or more than a drift says. Which objectives
+        have that is known to ``samplers.check_sampler``.
+        """
         ...
 
 

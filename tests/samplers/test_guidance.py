@@ -11,8 +11,9 @@ from tread_composer.objectives import FlowMatching
 from tread_composer.samplers import classifier_free, euler
 
 
-def make_dit() -> DiT:
-    model = DiT(latent_size=4, in_channels=4, num_classes=5, hidden_size=16, depth=1, num_heads=2)
+def make_dit(channels: int = 4, learn_sigma: bool = False) -> DiT:
+    sizes = {'hidden_size': 16, 'depth': 1, 'num_heads': 2}
+    model = DiT(latent_size=4, in_channels=channels, num_classes=5, learn_sigma=learn_sigma, **sizes)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
@@ -70,6 +71,20 @@ def test_changing_the_label_changes_the_sample_and_guidance_moves_it_further() -
         assert change[1] > 0.01
         torch.testing.assert_close(change[[0, 2]], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-5)
     assert (sample(3.0, labels) - sample(1.0, labels)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(('scale', 'channels'), [(0.0, 4), (1.5, 4), (4.0, 3)])
+def test_latent_channels_are_guided_and_the_variance_is_the_conditional_branch_s(scale: float, channels: int) -> None:
+    model = make_dit(channels, learn_sigma=True)
+    x, t, labels = inputs()
+    x = x[:, :channels]
+    conditional, unconditional = model(x, t, labels), model(x, t, torch.full((3,), 5))
+    guided = classifier_free(model, scale, null_label=5)(x, t, labels)
+    assert guided.shape == (3, 2 * channels, 4, 4)
+    expected = scale * conditional + (1 - scale) * unconditional
+    torch.testing.assert_close(guided[:, :channels], expected[:, :channels], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(guided[:, channels:], conditional[:, channels:], rtol=1e-3, atol=1e-3)
+    assert ((expected - conditional)[:, channels:].abs().amax(dim=(0, 2, 3)) > 0.05).all()  # they would differ
 
 
 @pytest.mark.parametrize('scale', [-0.5, math.nan, math.inf])

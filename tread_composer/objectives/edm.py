@@ -56,10 +56,17 @@ class EDM:
         See ``protocols.Objective``. The weight makes the effective weight on the network's own output 1 (appendix B.6).
         """
         x = latents_BCHW.float()
+        noisy, sigma_B = self.noised(x, noise_BCHW, quantiles_B)
+        return {'loss': self.weight(sigma_B) * squared_error(self.denoise(denoiser, noisy, sigma_B, labels_B), x)}
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents ``x + sigma noise`` of a training batch and their noise levels ``[B]``, both float32."""
         sigma_B = torch.exp(self.P_mean + self.P_std * torch.special.ndtri(quantiles_B.float()))
-        noisy = x + sigma_B.view(-1, 1, 1, 1) * noise_BCHW.float()
-        weight_B = (sigma_B**2 + self.sigma_data**2) / (sigma_B * self.sigma_data) ** 2
-        return {'loss': weight_B * squared_error(self.denoise(denoiser, noisy, sigma_B, labels_B), x)}
+        return latents_BCHW.float() + sigma_B.view(-1, 1, 1, 1) * noise_BCHW.float(), sigma_B
+
+    def weight(self, sigma_B: Tensor) -> Tensor:
+        """The weight on the squared error of the denoised latents (Table 1)."""
+        return (sigma_B**2 + self.sigma_data**2) / (sigma_B * self.sigma_data) ** 2
 
     def denoise(self, denoiser: Denoiser, x_BCHW: Tensor, sigma_B: Tensor, labels_B: Tensor) -> Tensor:
         """The denoised latents ``D(x; sigma)``, in the dtype of ``x`` (eq. 7; coefficients of Table 1).

@@ -1,20 +1,27 @@
 """Flow matching on the straight path between data and noise (Lipman et al. 2022, arXiv 2210.02747; SiT, 2401.08740).
 
 t = 0 is data and t = 1 is noise, so the velocity to learn is ``noise - data``. SiT writes it the other way round.
+FasterDiT (arXiv 2410.10356) is this objective with logit-normal times and the velocity-direction loss.
 
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tread_composer.objectives.prediction import predict, squared_error
-from tread_composer.objectives.timesteps import LogitNormal
+from tread_composer.objectives.timesteps import LogitNormal, shift_times
+from tread_composer.objectives.weighting import MinSNR
 from tread_composer.protocols import Denoiser, Drift, TimeDistribution
 
-__all__ = ['FlowMatching']
+__all__ = ['FlowMatching', 'direction_error']
+
+_SHORTEST = 0.01  # a vector shorter than this counts as this long; velocities are about as long as their noise
 
 
 @dataclass(frozen=True)
@@ -23,19 +30,96 @@ class FlowMatching:
 
     Args:
         time_distribution: How training times are spread. The default is that of TREAD's code (logit-normal, 0 and 1).
+            ``timesteps.Shifted`` moves them for another resolution.
+        weighting: Weight on the squared error; none if None.
+        direction_weight: Weight of FasterDiT's velocity-direction loss beside the squared error; 1 in the paper, 0
+            without it.
+        direction_patch: Side of the square of latent pixels whose values are one vector of the direction loss. 1, the
+            paper's, compares over the channels of each pixel; more is ours, for latents of one channel, whose
+            "direction" would be a mere sign that no gradient moves.
+        sampling_shift: Moves the equidistant times of sampling (``timesteps.shift_times``); 1 leaves them.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     time_distribution: TimeDistribution = field(default_factory=LogitNormal)
+    weighting: MinSNR | None = None
+    direction_weight: float = 0.0
+    direction_patch: int = 1
+    sampling_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
+            raise ValueError(f'FlowMatching: direction_weight={self.direction_weight} must not be negative')
+        if self.direction_patch < 1:
+            raise ValueError(f'FlowMatching: direction_patch={self.direction_patch} must be at least 1')
+        if not (math.isfinite(self.sampling_shift) and self.sampling_shift > 0):
+            raise ValueError(f'FlowMatching: sampling_shift={self.sampling_shift} must be positive; 1 is no shift')
+
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        """Refuse latents (C, H and W) that the direction loss cannot work with.
+
+        Raises:
+            ValueError: Each vector would be one number, or the pixels do not divide into patches.
+        """
+        channels, height, width = latent_shape
+        patch = self.direction_patch
+        if not self.direction_weight:
+            return
+        if channels * patch**2 < 2:
+            raise ValueError(
+                'direction_weight: the latents have one channel, and the direction of one number is its sign: the loss '
+                'would have no gradient. Set direction_patch to 2 (compares squares of 2 x 2 pixels; not in the '
+                'paper), or direction_weight to 0'
+            )
+        if height % patch or width % patch:
+            raise ValueError(
+                f'direction_patch: {patch} does not divide latents of {height} x {width}; take a divisor, or 1'
+            )
 
     def __call__(
-        self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
+        self,
+        denoiser: Denoiser,
+        latents_BCHW: Tensor,
+        labels_B: Tensor,
+        noise_BCHW: Tensor,
+        quantiles_B: Tensor,
+        /,
+        *,
+        direction_switch_B: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Mean squared error of the velocity per sample, ``{'loss': [B]}`` in float32; see ``protocols.Objective``."""
+        """Losses per sample ``[B]`` in float32; see ``protocols.Objective``.
+
+        Args:
+            denoiser: The network.
+            latents_BCHW: Data.
+            labels_B: Class ids.
+            noise_BCHW: Standard normal noise.
+            quantiles_B: Uniform in (0, 1).
+            direction_switch_B: Multiplies the direction loss: 0 turns it off. On if None.
+
+        Returns:
+            ``'loss'``, the squared error of the velocity. With a weighting or the direction loss, ``'loss'`` is the
+            sum that is minimised, ``'mse'`` the plain squared error and ``'direction'`` the direction loss,
+            unweighted and also while it is off.
+        """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
         t_B = self.time_distribution.quantile(quantiles_B.float())
         t = t_B.view(-1, 1, 1, 1)
-        velocity = predict(denoiser, (1 - t) * x + t * noise, t_B, labels_B)
-        return {'loss': squared_error(velocity, noise - x)}
+        velocity, target = predict(denoiser, (1 - t) * x + t * noise, t_B, labels_B), noise - x
+        mse_B = squared_error(velocity, target)
+        if self.weighting is None and not self.direction_weight:
+            return {'loss': mse_B}
+        losses = {'loss': mse_B, 'mse': mse_B}
+        if self.weighting is not None:
+            losses['loss'] = self.weighting(((1 - t_B) / t_B).square(), 'flow') * mse_B
+        if self.direction_weight:
+            losses['direction'] = direction_error(velocity, target, self.direction_patch)
+            weight = self.direction_weight if direction_switch_B is None else self.direction_weight * direction_switch_B
+            losses['loss'] = losses['loss'] + weight * losses['direction']
+        return losses
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dt = velocity``: what the denoiser predicts, in float64."""
@@ -47,15 +131,32 @@ class FlowMatching:
         return velocity
 
     def sampling_times(self, num_steps: int) -> Tensor:
-        """``num_steps + 1`` equidistant times from 1 to 0, float64.
+        """``num_steps + 1`` times from 1 to 0, equidistant before ``sampling_shift``, float64.
 
         Raises:
             ValueError: ``num_steps`` is below 1.
         """
         if num_steps < 1:
             raise ValueError(f'num_steps={num_steps}: sampling takes at least 1 step')
-        return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+        return shift_times(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64), self.sampling_shift)
 
     def prior(self, noise_BCHW: Tensor) -> Tensor:
         """At t = 1 there is nothing but noise: the noise itself, float64."""
         return noise_BCHW.double()
+
+
+def direction_error(a_BCHW: Tensor, b_BCHW: Tensor, patch: int = 1) -> Tensor:
+    """One minus the cosine between the two over the channels of a pixel, averaged over the pixels: ``[B]``, 0 to 2.
+
+    FasterDiT's velocity-direction loss (arXiv 2410.10356, section 4). A ``patch`` above 1 takes the values of
+    ``patch x patch`` pixels as one vector.
+    """
+    a, b = functional.pixel_unshuffle(a_BCHW, patch), functional.pixel_unshuffle(b_BCHW, patch)
+    return 1 - (_unit(a) * _unit(b)).sum(dim=1).flatten(1).mean(dim=1)
+
+
+def _unit(x_BCHW: Tensor) -> Tensor:
+    # DiT begins with an output of exactly 0, where torch's cosine_similarity (eps 1e-8) has gradients of 10^8: Adam's
+    # second moment would remember them for tens of thousands of steps, and the last layer would hardly move.
+    squares = x_BCHW.square().sum(dim=1, keepdim=True)
+    return x_BCHW / squares.clamp(min=_SHORTEST**2).sqrt()

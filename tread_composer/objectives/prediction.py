@@ -10,16 +10,24 @@ from tread_composer.protocols import Denoiser
 __all__ = ['predict', 'squared_error']
 
 
-def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
+def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, *, learn_sigma: bool = False) -> Tensor:
     """``denoiser(x, t, labels)`` with ``x``, ``t`` and the result in float32.
 
     What happens inside is the denoiser's (autocast, bfloat16 weights); a loss or an integration step computed in
     bfloat16 would lose what it measures.
 
     Raises:
-        ValueError: The prediction's shape is not that of ``x``.
+        ValueError: The prediction's shape is not that of ``x`` (with ``learn_sigma``: that with twice its channels).
     """
     out = denoiser(x_BCHW.float(), t_B.float(), labels_B)
+    if learn_sigma:
+        if out.shape != (x_BCHW.shape[0], 2 * x_BCHW.shape[1], *x_BCHW.shape[2:]):
+            raise ValueError(
+                f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; learned variance wants two '
+                'output channels for each channel of the latents: set `learn_sigma: true` in the model, or '
+                '`learned_variance: false` in the objective'
+            )
+        return out.float()
     if out.shape != x_BCHW.shape:
         raise ValueError(
             f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; this objective wants one output '

@@ -2,6 +2,10 @@
 
 A distribution draws nothing itself: it turns uniform quantiles, which come with the batch, into times. Papers with
 t = 1 at the data (SiT, LightningDiT, FasterDiT) write the same distributions with the mean's sign flipped.
+
+EDM's noise levels, ``ln(sigma) ~ N(P_mean, P_std^2)``, have no class of their own: on the straight path
+``(1 - t) x + t noise`` the noise level relative to the data is ``sigma = t / (1 - t)``, so ``ln(sigma) = logit(t)`` and
+they are ``LogitNormal(P_mean, P_std)``.
 """
 
 import math
@@ -10,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ['LogitNormal', 'Uniform']
+from tread_composer.protocols import TimeDistribution
+
+__all__ = ['CosMap', 'DiscreteUniform', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
+
+_LARGEST_MODE_SCALE = 2 / (math.pi - 2)
+_BISECTIONS = 60  # halves the unit interval to below float64's precision
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Uniform:
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at ``t``: 1 within [0, 1], 0 outside."""
-        return ((t >= 0) & (t <= 1)).to(t.dtype)
+        return _inside(t).to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,3 +66,152 @@ class LogitNormal:
         z = (torch.logit(t) - self.mean) / self.std
         density = torch.exp(-0.5 * z.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
         return torch.where((t > 0) & (t < 1), density, 0.0)  # the formula is 0 / 0 at the ends
+
+
+@dataclass(frozen=True)
+class Mode:
+    """SD3's mode sampling with heavy tails (arXiv 2403.03206, section 3.1).
+
+    ``t = f(u)`` with u uniform and ``f(u) = 1 - u - scale (cos^2(pi u / 2) - 1 + u)``. The published f falls as u
+    grows; ``quantile`` is ``f(1 - u)``.
+
+    Args:
+        scale: Positive trains more on the middle, negative more on both ends, 0 on all times alike. From -1 to
+            ``2 / (pi - 2)``, about 1.75, where f is monotonous; SD3's own choice is 1.29.
+
+    Raises:
+        ValueError: ``scale`` is outside of this range.
+    """
+
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        if not -1 <= self.scale <= _LARGEST_MODE_SCALE:
+            raise ValueError(f'Mode: scale={self.scale} is not in [-1, {_LARGEST_MODE_SCALE:.4f}]')
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time below which a share ``u`` of the training times lies."""
+        return (u - self.scale * (torch.sin(math.pi / 2 * u).square() - u)).clamp(0.0, 1.0)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Probability density at ``t``, 0 outside of [0, 1]; infinite at the two ends for the scale -1."""
+        share = self._share_below(t.double())
+        slope = 1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * share)
+        return torch.where(_inside(t), (1 / slope.clamp(min=0.0)).to(t.dtype), 0.0)
+
+    def _share_below(self, t: Tensor) -> Tensor:
+        """The inverse of ``quantile``, which has no closed form but is monotonous: by bisection, in float64."""
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            below = self.quantile(middle) < t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class CosMap:
+    """SD3's CosMap (arXiv 2403.03206, section 3.1): times that spread the SNR as the cosine schedule does."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time below which a share ``u`` of the training times lies: ``1 - 1 / (tan(pi u / 2) + 1)``."""
+        # tan as a quotient: it has a pole at u = 1, and rounding would throw it to the far side.
+        sine, cosine = torch.sin(math.pi / 2 * u), torch.sin(math.pi / 2 * (1 - u))
+        return sine / (sine + cosine)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Probability density at ``t``: ``2 / (pi - 2 pi t + 2 pi t^2)``, 0 outside of [0, 1]."""
+        return torch.where(_inside(t), 2 / (math.pi * (1 - 2 * t + 2 * t.square())), 0.0)
+
+
+@dataclass(frozen=True)
+class DiscreteUniform:
+    """DDPM's times (Ho et al. 2020, arXiv 2006.11239): ``num_steps`` steps, each as likely as any other.
+
+    Args:
+        num_steps: Length of the chain; 1000 in DDPM and DiT.
+
+    Raises:
+        ValueError: ``num_steps`` is below 1.
+    """
+
+    num_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        if self.num_steps < 1:
+            raise ValueError(f'DiscreteUniform: num_steps={self.num_steps} must be at least 1')
+
+    def step(self, u: Tensor) -> Tensor:
+        """The step that a quantile stands for: int64, 0 (least noise) to ``num_steps - 1``."""
+        # In float64: in float32, the largest quantile below 1 times num_steps would round up.
+        return (u.double() * self.num_steps).long().clamp(0, self.num_steps - 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time of that step, ``(step + 1) / num_steps``: 0 is data, which no step is, and 1 the last step."""
+        return ((self.step(u) + 1).double() / self.num_steps).to(u.dtype)
+
+    def density(self, t: Tensor) -> Tensor:
+        """1 in (0, 1]: the mass of each step, spread evenly over the ``1 / num_steps`` that end at its time."""
+        return ((t > 0) & (t <= 1)).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Another distribution with its times moved by ``shift_times``, for another resolution or latent strength.
+
+    ``Shifted(LogitNormal(m, s), shift)`` is ``LogitNormal(m + ln(shift), s)``.
+
+    Args:
+        distribution: The distribution to move.
+        shift: Above 1 trains more on noisy times; 1 changes nothing.
+
+    Raises:
+        ValueError: ``shift`` is not positive.
+    """
+
+    distribution: TimeDistribution
+    shift: float
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        _check_shift(self.shift)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time below which a share ``u`` of the training times lies."""
+        return shift_times(self.distribution.quantile(u), self.shift)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Probability density at ``t``: that of the unshifted time, times the slope of the inverse shift."""
+        slope = self.shift / (self.shift - (self.shift - 1) * t).square()
+        density = self.distribution.density(shift_times(t, 1 / self.shift)) * slope
+        return torch.where(_inside(t), density, 0.0)  # outside, the shift has a pole
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """``shift t / (1 + (shift - 1) t)``: keeps 0 (data) and 1 (noise) and multiplies the odds ``t / (1 - t)``.
+
+    SD3 (arXiv 2403.03206, eq. 23) moves the times of n pixels to those of m pixels with ``shift = sqrt(m / n)``, in
+    this convention (t = 1 is noise). LightningDiT's "timestep shift 0.3" is the same formula with t = 1 at the data;
+    here it is ``shift = 1 / 0.3``. On the straight path a shift changes the SNR by ``-20 lg(shift)`` dB at every
+    quantile.
+
+    Args:
+        t: Times in [0, 1].
+        shift: Above 1 moves them towards noise, below 1 towards data.
+
+    Raises:
+        ValueError: ``shift`` is not positive.
+    """
+    _check_shift(shift)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _check_shift(shift: float) -> None:
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f'shift={shift} must be positive and finite; 1 is no shift')
+
+
+def _inside(t: Tensor) -> Tensor:
+    return (t >= 0) & (t <= 1)

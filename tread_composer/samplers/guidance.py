@@ -16,13 +16,15 @@ __all__ = ['classifier_free']
 def classifier_free(denoiser: Denoiser, guidance_scale: float, null_label: int) -> Denoiser:
     """Guide away from the unconditional prediction (Ho and Salimans 2022, arXiv 2207.12598).
 
-    ``unconditional + guidance_scale * (conditional - unconditional)`` on all channels, from one call with a doubled
-    batch. (The official DiT script guides three of the four channels only.) For EDM it makes no difference whether
-    the network's output or the denoised latents are guided: the other terms are the same in both.
+    ``unconditional + guidance_scale * (conditional - unconditional)`` on all channels of the prediction, from one call
+    with a doubled batch. Output channels beyond those of the latents are the variance of a model with ``learn_sigma``:
+    they are the conditional branch's, at every scale. DiT does the same, except that its scripts guide the first three
+    of the four latent channels only, and leave the fourth as conditional as the variance. For EDM it makes no
+    difference whether the network's output or the denoised latents are guided: the other terms are the same in both.
 
     Args:
         denoiser: The network, trained with ``label_dropout``.
-        guidance_scale: 1 is no guidance and returns ``denoiser`` itself; 0 is unconditional.
+        guidance_scale: 1 is no guidance and returns ``denoiser`` itself; 0 is unconditional but for the variance.
         null_label: The label that stands for no class.
 
     Raises:
@@ -43,4 +45,8 @@ class _ClassifierFree:
         both = self.denoiser(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), labels)
         # The difference of two bfloat16 predictions, times the scale, would be mostly rounding.
         conditional, unconditional = both.float().chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        channels = x_BCHW.shape[1]
+        variance = conditional[:, channels:]
+        conditional, unconditional = conditional[:, :channels], unconditional[:, :channels]
+        guided = unconditional + self.guidance_scale * (conditional - unconditional)
+        return torch.cat([guided, variance], dim=1)

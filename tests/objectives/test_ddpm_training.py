@@ -1,0 +1,73 @@
+"""DDPM through a real Trainer, and its shipped recipe through the command line."""
+
+from typing import Any
+
+import pytest
+import torch
+from composer.core import State
+from composer.loggers import InMemoryLogger
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+from tests.helpers import fit, loader, randomised
+from tests.runs import ROOT, SMALL
+from tread_composer.builders import build_trainer
+from tread_composer.config import load_config
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.models import DiT
+from tread_composer.objectives import DDPM
+
+YAML = ROOT / 'yamls' / 'digits_ddpm.yaml'
+
+
+def model() -> LatentDiffusion:
+    sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 2, 'num_heads': 2}
+    network = DiT(latent_size=8, in_channels=1, num_classes=10, learn_sigma=True, **sizes)
+    randomised(network)
+    return LatentDiffusion(network, DDPM(), latent_shape=(1, 8, 8), num_classes=10)
+
+
+def logged(**settings: Any) -> tuple[dict[str, list[float]], State]:
+    memory = InMemoryLogger()
+    keep = {'eval_dataloader': loader(shuffle=False), 'eval_interval': '6ba'}
+    trainer, _ = fit(model=model(), loggers=[memory], **keep, **settings)
+    return {name: [float(value) for _, value in values] for name, values in memory.data.items()}, trainer.state
+
+
+def test_terms_are_logged_apart_and_evaluation_reports_the_error_of_the_noise() -> None:
+    found, state = logged()
+    for total, mse, vlb in zip(
+        *(found[f'loss/train/{name}'] for name in ('total', 'mse', 'vlb')), strict=True
+    ):  # fmt: skip
+        assert total == pytest.approx(mse + vlb, rel=1e-5)
+        assert mse > 0 and vlb > 0
+    assert len(found['loss/train/vlb']) == 6
+    trained: LatentDiffusion = state.model  # type: ignore[assignment]
+    value = found['metrics/eval/loss'][-1]
+    quarters = [found[f'metrics/eval/loss_time_quarter_{quarter}'][-1] for quarter in range(1, 5)]
+    assert min(quarters) <= value <= max(quarters)
+    assert trained.sample([1, 2], [3, 4], sampler='ddpm', num_steps=3).isfinite().all()
+
+
+def test_it_compiles_into_one_graph() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled, _ = logged(compile_config={'backend': counter, 'fullgraph': True})
+    assert counter.frame_count == 2  # training and evaluation
+    eager, _ = logged()
+    torch.testing.assert_close(compiled['loss/train/total'], eager['loss/train/total'], rtol=1e-5, atol=0)
+
+
+def test_the_shipped_recipe_trains_and_samples(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = '{interval: 100ba, classes: [0, 1], samples_per_class: 2, sampler: ddpm, num_steps: 3}'
+    overrides = [*SMALL, 'loggers={in_memory_logger: {}}', 'loggers.mlflow=null', 'max_duration=4ba']
+    trainer = build_trainer(load_config(YAML, [*overrides, f'callbacks.sample_grid={grid}']))
+    trainer.fit()
+    (memory,) = (one for one in trainer.logger.destinations if isinstance(one, InMemoryLogger))
+    losses = {name: memory.data[f'loss/train/{name}'] for name in ('total', 'mse', 'vlb')}
+    trainer.close()
+    assert {len(values) for values in losses.values()} == {4}
+    assert all(float(value) > 0 for values in losses.values() for _, value in values)
+    with Image.open(tmp_path / 'runs/digits_ddpm/samples/latest.png') as picture:
+        assert picture.width > 100

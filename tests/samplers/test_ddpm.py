@@ -1,0 +1,311 @@
+"""DDPM and DDIM: on Gaussian data whose exact answer is known, and step by step against diffusers' schedulers."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from tests.helpers import randomised, tiny_dit
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.models import DiT
+from tread_composer.objectives import DDPM, EDM, FlowMatching
+from tread_composer.objectives.ddpm import evenly_spaced
+from tread_composer.randomness import KeyedRandom
+from tread_composer.samplers import check_sampler, ddim, ddpm, euler, heun, integrate
+
+MEAN, STD = 0.4, 0.7
+
+
+class Gaussian(nn.Module):
+    """The perfect network for pixels that are all N(MEAN, STD^2): the expected noise, and the true reverse variance.
+
+    The reverse step of the exact posterior has a variance between that for a known and that for unit-variance data;
+    v says where. It depends on where the step goes to, so the network knows the timesteps that are visited.
+    """
+
+    num_tokens = 1
+
+    def __init__(self, objective: DDPM, visited: list[int], v: float | None = None) -> None:
+        super().__init__()
+        bars = objective.alphas_cumprod
+        self.bars, self.v = bars, v
+        self.previous = dict(zip(visited[1:], visited, strict=False))
+        self.calls = 0
+
+    def level(self, t: int) -> float:
+        return math.sqrt((1 - self.bars[t]) / self.bars[t])
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        assert x.dtype == t.dtype == torch.float32
+        (step,) = t.unique().tolist()
+        assert step == int(step)
+        now = self.level(int(step))
+        scaled = x.double() * math.sqrt(1 + now**2)  # data + now * noise
+        noise = now * (scaled - MEAN) / (STD**2 + now**2)
+        return torch.cat([noise, torch.full_like(noise, self.fraction(int(step), now))], dim=1)
+
+    def fraction(self, step: int, now: float) -> float:
+        if self.v is not None or step not in self.previous:
+            return self.v or 0.0
+        then = self.level(self.previous[step])
+        removed = now**2 - then**2
+        true = math.log((STD**2 + then**2) / (STD**2 + now**2) * removed)
+        least, most = math.log((then / now) ** 2 * removed), math.log((1 + then**2) / (1 + now**2) * removed)
+        return 2 * (true - least) / (most - least) - 1
+
+
+class Wavy(nn.Module):
+    """A deterministic network without any structure, for comparing arithmetic."""
+
+    num_tokens = 1
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        return torch.cat([torch.tanh(x) + 0.3 * torch.cos(t / 90 + x), torch.sin(2 * x + t / 70)], dim=1)
+
+
+LABELS = torch.zeros(3, dtype=torch.long)
+
+
+def normal(step: int, *shape: int) -> Tensor:
+    return torch.randn(*(shape or (3, 2, 4, 4)), generator=torch.Generator().manual_seed(100 + step)).double()
+
+
+def no_noise(step: int) -> Tensor:
+    raise AssertionError(f'step {step} drew noise')
+
+
+def moments(sampler: str, num_steps: int, settings: dict[str, Any], v: float | None = None, **objective: Any) -> tuple:
+    process = DDPM(**objective)
+    shape = (3, 8, 64, 64)
+    network = Gaussian(process, evenly_spaced(process.num_timesteps, num_steps), v)
+    start = process.prior(normal(-1, *shape))
+    times = process.sampling_times(num_steps)
+    out = integrate(sampler, process, network, LABELS, start, times, lambda step: normal(step, *shape), settings)
+    assert out.dtype == torch.float64
+    assert network.calls == {'heun': 2 * num_steps - 1}.get(sampler, num_steps)
+    return out.mean().item(), out.std().item()
+
+
+# 98,304 values: the mean is known to 0.0022 and the standard deviation to 0.0016 (one sigma).
+@pytest.mark.parametrize(
+    ('schedule', 'sampler', 'num_steps', 'settings', 'tolerance'),
+    [
+        ('linear', 'ddpm', 250, {}, 0.008),
+        ('cosine', 'ddpm', 250, {}, 0.008),
+        ('linear', 'ddpm', 25, {}, 0.008),  # the true variance makes even few steps exact
+        ('cosine', 'ddpm', 25, {}, 0.008),
+        ('linear', 'ddim', 250, {}, 0.008),
+        ('cosine', 'ddim', 250, {}, 0.008),
+        ('linear', 'ddim', 250, {'eta': 0.5}, 0.01),
+        ('linear', 'ddim', 250, {'eta': 1.0}, 0.02),  # draws too little for data that are not one point
+        ('linear', 'euler', 250, {}, 0.008),
+        ('linear', 'heun', 50, {}, 0.01),
+    ],
+)
+def test_samples_of_gaussian_data_have_its_mean_and_spread(
+    schedule: str, sampler: str, num_steps: int, settings: dict[str, Any], tolerance: float
+) -> None:
+    mean, std = moments(sampler, num_steps, settings, schedule=schedule)
+    assert mean == pytest.approx(MEAN, abs=tolerance)
+    assert std == pytest.approx(STD, abs=tolerance)
+
+
+def test_few_steps_show_that_the_learned_variance_is_used() -> None:
+    spreads = [moments('ddpm', 10, {}, v)[1] for v in (-1.0, None, 1.0)]
+    assert spreads[0] < STD - 0.03 and spreads[2] > STD + 0.03
+    assert spreads[1] == pytest.approx(STD, abs=0.008)
+
+
+def test_fixed_variance_is_that_of_the_forward_steps() -> None:
+    class NoiseOnly(Wavy):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(x, t, labels)[:, : x.shape[1]]
+
+    class Largest(Wavy):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            noise = super().forward(x, t, labels)[:, : x.shape[1]]
+            return torch.cat([noise, torch.ones_like(noise)], dim=1)
+
+    fixed, learned = DDPM(learned_variance=False), DDPM()
+    start, times = fixed.prior(normal(-1)), fixed.sampling_times(20)
+    torch.testing.assert_close(
+        ddpm(fixed, NoiseOnly(), LABELS, start, times, normal), ddpm(learned, Largest(), LABELS, start, times, normal)
+    )
+
+
+def scheduler(kind: Callable, timesteps: list[int] | int, **settings: Any) -> Any:
+    """A scheduler of diffusers with DiT's process. Its tables are float32."""
+    process = {'beta_start': 1e-4, 'beta_end': 0.02, 'beta_schedule': 'linear', 'clip_sample': False}
+    made = kind(num_train_timesteps=1000, timestep_spacing='leading', **process, **settings)
+    made.set_timesteps(
+        **({'timesteps': timesteps} if isinstance(timesteps, list) else {'num_inference_steps': timesteps})
+    )
+    return made
+
+
+def our_times(timesteps: list[int]) -> Tensor:
+    bars = DDPM().alphas_cumprod[timesteps]
+    return torch.cat([((1 - bars) / bars).sqrt(), torch.zeros(1, dtype=torch.float64)])
+
+
+def our_path(sampler: Callable, timesteps: list[int], noise: Callable, **settings: float) -> list[Tensor]:
+    """x_t in the papers' scale before the first step and after each."""
+    times = our_times(timesteps)
+    x = normal(-1) * (1 + times[0] ** 2).sqrt()
+    path = [normal(-1)]
+    for step, (now, then) in enumerate(pairwise(times)):
+        x = sampler(
+            DDPM(), Wavy(), LABELS, x, torch.stack([now, then]), lambda _, step=step: noise(step), **settings
+        )  # fmt: skip
+        path.append(x / (1 + then**2).sqrt())
+    return path
+
+
+@pytest.mark.parametrize('num_steps', [250, 40])
+def test_ddpm_is_diffusers_scheduler_step_by_step(num_steps: int) -> None:
+    timesteps = evenly_spaced(1000, num_steps)[::-1]
+    theirs = scheduler(DDPMScheduler, timesteps, variance_type='learned_range')
+    drawn = torch.Generator().manual_seed(5)
+    noises = [torch.randn(3, 2, 4, 4, generator=drawn, dtype=torch.float64) for _ in timesteps[1:]]
+    ours = our_path(ddpm, timesteps, noises.__getitem__)
+    x, generator = normal(-1), torch.Generator().manual_seed(5)
+    for t, expected in zip(timesteps, ours[1:], strict=True):
+        out = Wavy()(x.float(), torch.full((3,), float(t)), LABELS).double()
+        x = theirs.step(out, t, x, generator=generator).prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.4, 1.0])
+def test_ddim_is_diffusers_scheduler_step_by_step(eta: float) -> None:
+    theirs = scheduler(DDIMScheduler, 50)
+    timesteps = theirs.timesteps.tolist()
+    assert timesteps[0] == 980 and timesteps[-1] == 0
+    ours = our_path(ddim, timesteps, normal, eta=eta)
+    x = normal(-1)
+    for step, (t, expected) in enumerate(zip(timesteps, ours[1:], strict=True)):
+        out = Wavy()(x.float(), torch.full((3,), float(t)), LABELS).double()[:, :2]
+        noise = None if eta == 0 else normal(step) * (t > 0)
+        x = theirs.step(out, t, x, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=2e-4)
+
+
+def test_ddim_without_noise_is_euler_s_method_and_draws_nothing() -> None:
+    objective = DDPM()
+    start, times = objective.prior(normal(-1)), objective.sampling_times(30)
+    by_euler = euler(objective.drift(Wavy(), LABELS), start, times)
+    torch.testing.assert_close(
+        ddim(objective, Wavy(), LABELS, start, times, no_noise), by_euler, rtol=1e-12, atol=1e-12
+    )
+    # The other samplers of the package walk the same equation.
+    fine = objective.sampling_times(1000)
+    exact = euler(objective.drift(Wavy(), LABELS), start, fine)
+    assert (heun(objective.drift(Wavy(), LABELS), start, times) - exact).abs().mean() < 0.5 * (
+        by_euler - exact
+    ).abs().mean()
+
+
+def test_one_step_takes_the_network_s_word_and_draws_nothing() -> None:
+    objective, x = DDPM(), normal(-1)
+    out = ddpm(objective, Wavy(), LABELS, objective.prior(x), objective.sampling_times(1), no_noise)
+    bar = objective.alphas_cumprod[999]
+    noise = Wavy()(x.float(), torch.full((3,), 999.0), LABELS)[:, :2]
+    torch.testing.assert_close(out, (x - (1 - bar).sqrt() * noise) / bar.sqrt(), rtol=1e-5, atol=1e-4)
+
+
+def test_predicted_data_are_not_clipped() -> None:
+    assert moments('ddpm', 5, {}, 0.0)[0] == pytest.approx(MEAN, abs=0.01)
+    objective = DDPM()
+    assert ddim(objective, Wavy(), LABELS, 9 * normal(-1), our_times([3]), no_noise).abs().max() > 9
+
+
+@pytest.mark.parametrize('eta', [-0.1, 1.1, math.nan])
+def test_impossible_eta_is_refused(eta: float) -> None:
+    with pytest.raises(ValueError, match='eta='):
+        ddim(DDPM(), Wavy(), LABELS, normal(-1), DDPM().sampling_times(3), normal, eta=eta)
+
+
+@pytest.mark.parametrize('sampler', ['ddpm', 'ddim'])
+@pytest.mark.parametrize('objective', [FlowMatching(), EDM(), FlowMatching, EDM])
+def test_a_sampler_that_does_not_fit_is_refused_with_the_reason(sampler: str, objective: Any) -> None:
+    with pytest.raises(ValueError, match=r"walks the discrete steps of the objective 'ddpm'.*take 'heun'"):
+        check_sampler(sampler, objective)
+    for fitting in ('euler', 'heun'):
+        check_sampler(fitting, objective)
+
+
+@pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'euler', 'heun'])
+def test_every_sampler_fits_ddpm(sampler: str) -> None:
+    check_sampler(sampler, DDPM())
+    check_sampler(sampler, DDPM)
+
+
+def test_unknown_settings_of_a_sampler_are_refused() -> None:
+    check_sampler('ddim', DDPM(), {'eta': 0.1})
+    with pytest.raises(ValueError, match=r"'ddim' has no settings \['etta'\]; it has \['eta'\]"):
+        check_sampler('ddim', DDPM(), {'etta': 0.1})
+    with pytest.raises(ValueError, match=r"'euler' has no settings \['eta'\]; it has none"):
+        check_sampler('euler', FlowMatching(), {'eta': 0.1})
+
+
+def model() -> LatentDiffusion:
+    network = DiT(
+        latent_size=8, in_channels=1, num_classes=10, patch_size=2, hidden_size=16, depth=2, num_heads=2,
+        learn_sigma=True,
+    )  # fmt: skip
+    randomised(network)
+    return LatentDiffusion(network, DDPM(), latent_shape=(1, 8, 8), num_classes=10)
+
+
+@pytest.mark.parametrize(('sampler', 'settings'), [('ddpm', {}), ('ddim', {'eta': 0.8}), ('ddim', {}), ('heun', {})])
+@pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
+def test_a_sample_depends_on_its_label_and_seed_alone(
+    sampler: str, settings: dict[str, Any], guidance_scale: float
+) -> None:
+    ours = model()
+    labels, seeds = [0, 1, 2, 3, 4, 5, 0, 0], [7, 7, 8, 9, 10, 11, 12, 7]
+    how = {'sampler': sampler, 'sampler_settings': settings, 'num_steps': 6, 'guidance_scale': guidance_scale}
+    state = torch.get_rng_state()
+    together = ours.sample(labels, seeds, batch_size=8, **how)
+    for batch_size in (1, 3):
+        apart = ours.sample(labels, seeds, batch_size=batch_size, **how)
+        torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
+    reversed_ = ours.sample(labels[::-1], seeds[::-1], batch_size=3, **how)
+    torch.testing.assert_close(reversed_.flip(0), together, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together[7], together[0], rtol=1e-3, atol=1e-3)
+    assert (together[6] - together[0]).abs().max() > 0.1  # another seed
+    assert (together[1] - together[0]).abs().max() > 0.1  # another label
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_steps_get_noise_of_their_own_from_the_sample_s_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[int]]] = []
+    drawn = KeyedRandom.normal
+
+    def watched(self: KeyedRandom, purpose: str, *shape: int) -> Tensor:
+        asked.append((purpose, self.rows))
+        return drawn(self, purpose, *shape)
+
+    monkeypatch.setattr(KeyedRandom, 'normal', watched)
+    model().sample([1, 2], [30, 40], sampler='ddpm', num_steps=4)
+    assert asked == [(purpose, [30, 40]) for purpose in ('sampling', *(f'sampling_step_{k}' for k in range(3)))]
+    numbers = [drawn(KeyedRandom(0, 0, [30, 40]), purpose, 64) for purpose, _ in asked]
+    correlation = torch.corrcoef(torch.cat(numbers))
+    assert (correlation - torch.eye(8)).abs().max() < 0.45  # 8 rows of 64 independent numbers
+
+
+def test_a_model_refuses_what_its_objective_cannot_be_sampled_with() -> None:
+    flow = LatentDiffusion(tiny_dit(), FlowMatching(), latent_shape=(1, 8, 8), num_classes=10)
+    with pytest.raises(ValueError, match="sampler: 'ddpm' walks the discrete steps"):
+        flow.sample([0], [0], sampler='ddpm')
+    with pytest.raises(ValueError, match='take 1 to 1000 steps'):
+        model().sample([0], [0], sampler='ddpm', num_steps=1001)
+    with pytest.raises(ValueError, match="sampler: 'ddpm' has no settings"):
+        model().sample([0], [0], sampler='ddpm', sampler_settings={'eta': 1.0})

@@ -1,0 +1,199 @@
+"""How much signal an objective trains on: the density of the signal-to-noise ratio in decibels (FasterDiT).
+
+FasterDiT (arXiv 2410.10356, section 3) measures ``SNR = std^2 alpha^2 / sigma^2``, in dB
+``20 lg(std) + 20 lg(alpha / sigma)``, with ``x_t = alpha x + sigma noise`` and ``std`` the standard deviation of the
+latents as the network sees them. (The paper's further constant of the data set, ``10 lg C``, is unknown and left out.)
+The training times and the loss weight make a density of t, and that one of the SNR. The plain error of what the network
+itself puts out counts as weight 1, so EDM, whose effective weight is 1, has the density of its noise levels.
+
+Everything here is exact: densities follow from those of the times by the slope of the path, without a histogram.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tread_composer.objectives.ddpm import DDPM
+from tread_composer.objectives.edm import EDM
+from tread_composer.objectives.flow_matching import FlowMatching
+from tread_composer.objectives.timesteps import LogitNormal
+from tread_composer.objectives.weighting import MinSNR, Prediction
+from tread_composer.protocols import Objective, TimeDistribution
+
+__all__ = ['CosinePath', 'LinearPath', 'SNRDistribution', 'from_path', 'from_steps', 'snr_distribution', 'to_decibels']
+
+_PER_NEPER = 20 / math.log(10)  # dB for a factor e in alpha / sigma
+_NUM_QUANTILES = 200_000
+_LOWEST, _HIGHEST, _STEP = -100.0, 100.0, 0.1  # dB, the drawn range before the data's strength moves it
+
+
+@dataclass(frozen=True)
+class SNRDistribution:
+    """What SNR an objective trains on, in dB.
+
+    Args:
+        decibels: Where the density is given, ascending ``[K]``, float64.
+        density: Probability for each dB there ``[K]``, float64.
+        mean: Mean in dB.
+        std: Standard deviation in dB.
+        quantiles: 5 %, 50 % and 95 % quantile in dB.
+    """
+
+    decibels: Tensor
+    density: Tensor
+    mean: float
+    std: float
+    quantiles: tuple[float, float, float]
+
+
+class Path(Protocol):
+    """``alpha`` and ``sigma`` over t in (0, 1); ``ln(alpha / sigma)`` falls from infinity to minus infinity."""
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        """``ln(alpha / sigma)`` at ``t``."""
+        ...
+
+    def time(self, log_ratio: Tensor) -> Tensor:
+        """The inverse of ``log_ratio``."""
+        ...
+
+    def slope(self, t: Tensor) -> Tensor:
+        """``|dt / d log_ratio|`` at ``t``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearPath:
+    """``alpha = 1 - t``, ``sigma = t``: flow matching; and EDM's, whose noise level is ``t / (1 - t)``."""
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        """``ln((1 - t) / t)``."""
+        return -torch.logit(t)
+
+    def time(self, log_ratio: Tensor) -> Tensor:
+        """The inverse of ``log_ratio``."""
+        return torch.sigmoid(-log_ratio)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """``t (1 - t)``."""
+        return t * (1 - t)
+
+
+@dataclass(frozen=True)
+class CosinePath:
+    """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``: SiT's GVP path (arXiv 2401.08740), for comparison."""
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        """``-ln(tan(pi t / 2))``."""
+        return -torch.log(torch.tan(math.pi / 2 * t))
+
+    def time(self, log_ratio: Tensor) -> Tensor:
+        """The inverse of ``log_ratio``."""
+        return 2 / math.pi * torch.atan(torch.exp(-log_ratio))
+
+    def slope(self, t: Tensor) -> Tensor:
+        """``sin(pi t) / pi``."""
+        return torch.sin(math.pi * t) / math.pi
+
+
+def to_decibels(log_ratio: Tensor, data_std: float = 1.0) -> Tensor:
+    """``20 lg(data_std alpha / sigma)`` from ``ln(alpha / sigma)``.
+
+    Raises:
+        ValueError: ``data_std`` is not positive.
+    """
+    if not (math.isfinite(data_std) and data_std > 0):
+        raise ValueError(f'data_std={data_std} must be positive and finite')
+    return _PER_NEPER * (log_ratio + math.log(data_std))
+
+
+def from_path(
+    path: Path,
+    times: TimeDistribution,
+    *,
+    data_std: float = 1.0,
+    weighting: MinSNR | None = None,
+    prediction: Prediction = 'flow',
+) -> SNRDistribution:
+    """The distribution of a continuous path: ``f(dB) = f_t(t) w(t) |dt / d dB| / E[w]``.
+
+    Args:
+        path: ``alpha`` and ``sigma``.
+        times: How training times are spread.
+        data_std: Standard deviation of the latents as the network sees them.
+        weighting: The loss weight, beside that of the prediction; 1 if None.
+        prediction: What the weight is on.
+    """
+
+    def weight(t: Tensor) -> Tensor:
+        if weighting is None:
+            return torch.ones_like(t)
+        return weighting(torch.exp(2 * path.log_ratio(t)), prediction)
+
+    # Equally likely times: their means are means over the distribution, whatever it is.
+    u = (torch.arange(_NUM_QUANTILES, dtype=torch.float64) + 0.5) / _NUM_QUANTILES
+    t_drawn = times.quantile(u)
+    weights = weight(t_drawn)
+    log_ratio = torch.arange(_LOWEST, _HIGHEST + _STEP / 2, _STEP, dtype=torch.float64) / _PER_NEPER
+    t = path.time(log_ratio)
+    density = times.density(t) * path.slope(t) / _PER_NEPER * weight(t) / weights.mean()
+    drawn = to_decibels(path.log_ratio(t_drawn), data_std)
+    return _summary(to_decibels(log_ratio, data_std), density, drawn, weights)
+
+
+def from_steps(alphas_cumprod: Tensor, *, data_std: float = 1.0, weights: Tensor | None = None) -> SNRDistribution:
+    """The distribution of a discrete chain whose T steps are equally likely (DDPM).
+
+    Mean, standard deviation and quantiles are those of the T values. The density is that of the straight lines between
+    neighbours, each of which holds the mean of their masses.
+
+    Args:
+        alphas_cumprod: ``alpha_bar`` of each step, falling, float64 ``[T]``.
+        data_std: Standard deviation of the latents as the network sees them.
+        weights: The loss weight of each step ``[T]``, beside that of the prediction; 1 if None.
+    """
+    log_ratio = (alphas_cumprod / (1 - alphas_cumprod)).log() / 2
+    decibels = to_decibels(log_ratio, data_std).flip(0)
+    weights = torch.ones_like(decibels) if weights is None else weights.double().flip(0)
+    masses = (weights[1:] + weights[:-1]) / 2 / weights.sum()
+    middles = (decibels[1:] + decibels[:-1]) / 2
+    return _summary(middles, masses / decibels.diff(), decibels, weights)
+
+
+def snr_distribution(objective: Objective, data_std: float) -> SNRDistribution:
+    """What SNR an objective trains on, for latents of this standard deviation.
+
+    Raises:
+        ValueError: The objective is none of this package's.
+    """
+    if isinstance(objective, FlowMatching):
+        times, weighting = objective.time_distribution, objective.weighting
+        return from_path(LinearPath(), times, data_std=data_std, weighting=weighting)
+    if isinstance(objective, EDM):
+        return from_path(LinearPath(), LogitNormal(objective.P_mean, objective.P_std), data_std=data_std)
+    if isinstance(objective, DDPM):
+        alpha_bar, weighting = objective.alphas_cumprod, objective.weighting
+        weights = None if weighting is None else weighting(alpha_bar / (1 - alpha_bar), 'eps')
+        return from_steps(alpha_bar, data_std=data_std, weights=weights)
+    raise ValueError(f'{type(objective).__name__}: the SNR of this objective is not known here')
+
+
+def _summary(decibels: Tensor, density: Tensor, drawn: Tensor, weights: Tensor) -> SNRDistribution:
+    shares = weights / weights.sum()
+    mean = float((shares * drawn).sum())
+    std = math.sqrt(float((shares * (drawn - mean).square()).sum()))
+    values, order = drawn.sort()
+    below = shares[order].cumsum(0)
+    quantiles = _quantile(values, below, 0.05), _quantile(values, below, 0.5), _quantile(values, below, 0.95)
+    return SNRDistribution(decibels, density, mean, std, quantiles)
+
+
+def _quantile(values: Tensor, below: Tensor, level: float) -> float:
+    # Between two steps of a chain a whole interval has this share below it: the end away from the median is taken, so
+    # that 5 % to 95 % holds 90 % of the steps, and for the median the middle.
+    ends = torch.tensor([level - 1e-9, level + 1e-9], dtype=torch.float64)
+    low, high = values[torch.searchsorted(below, ends).clamp(max=len(values) - 1)].tolist()
+    return low if level < 0.5 else high if level > 0.5 else (low + high) / 2
