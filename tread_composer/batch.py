@@ -6,6 +6,7 @@ whole device batch at once, so that a result depends neither on the microbatch s
 """
 
 __all__ = [
+    'DIRECTION_SWITCH',
     'KEPT_TOKENS',
     'LABELS',
     'LABEL_DROPPED',
@@ -14,6 +15,7 @@ __all__ = [
     'RAW_LATENTS',
     'SAMPLE_IDS',
     'TIME_QUANTILES',
+    'UNMASKED_TOKENS',
 ]
 
 RAW_LATENTS = 'raw_latents'  # [B, C, H, W] as stored (kind `moments`: [B, 2C, H, W], mean then log-variance)
@@ -25,4 +27,7 @@ TIME_QUANTILES = 'time_quantiles'  # [B] float32 in (0, 1); the objective turns 
 LABEL_DROPPED = 'label_dropped'  # [B] bool, replace this label by the null label
 POSTERIOR_NOISE = 'posterior_noise'  # [B, C, H, W] float32, only where the data set stores VAE moments
 
+DIRECTION_SWITCH = 'direction_switch'  # [B] float32, 1 or 0: the velocity-direction loss is on; on where it is absent
+
 KEPT_TOKENS = 'tread_kept_tokens'  # [B, sum of K over the routes] int64, see algorithms/tread
+UNMASKED_TOKENS = 'maskdit_kept_tokens'  # [B, K] int64, what MaskDiT's encoder sees, see algorithms/maskdit

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from tread_composer.autoencoders import sample_moments
 from tread_composer.batch import (
+    DIRECTION_SWITCH,
     LABEL_DROPPED,
     LABELS,
     NOISE,
@@ -21,9 +22,10 @@ from tread_composer.batch import (
     RAW_LATENTS,
     TIME_QUANTILES,
 )
-from tread_composer.protocols import Autoencoder, Objective
+from tread_composer.objectives import FlowMatching
+from tread_composer.protocols import Autoencoder, Objective, StepNoise
 from tread_composer.randomness import KeyedRandom
-from tread_composer.samplers import SAMPLERS, classifier_free
+from tread_composer.samplers import check_sampler, classifier_free, integrate
 
 __all__ = ['LatentDiffusion']
 
@@ -70,6 +72,8 @@ class LatentDiffusion(ComposerModel):
         super().__init__()
         if not 0 <= label_dropout < 1:
             raise ValueError(f'label_dropout: {label_dropout!r} is not in [0, 1)')
+        if isinstance(objective, FlowMatching):
+            objective.check_latents(latent_shape)
         self.denoiser = denoiser
         self.objective = objective
         self.latent_shape = tuple(latent_shape)
@@ -86,6 +90,11 @@ class LatentDiffusion(ComposerModel):
             metrics[f'loss_time_quarter_{quarter + 1}'] = MeanLoss(*bounds)
         self._metrics = metrics
 
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """What decodes; no part of the model's parameters."""
+        return self._autoencoder[0]
+
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms.
 
@@ -97,7 +106,9 @@ class LatentDiffusion(ComposerModel):
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
         labels_B = torch.where(batch[LABEL_DROPPED], self.null_label, batch[LABELS])
         latents_BCHW = self.latents(batch)
-        return self.objective(self.denoiser, latents_BCHW, labels_B, batch[NOISE], batch[TIME_QUANTILES])  # type: ignore[arg-type]
+        switch = {'direction_switch_B': batch[DIRECTION_SWITCH]} if DIRECTION_SWITCH in batch else {}
+        draws = batch[NOISE], batch[TIME_QUANTILES]
+        return self.objective(self.denoiser, latents_BCHW, labels_B, *draws, **switch)  # type: ignore[arg-type]
 
     def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The mean loss; a dict with ``total`` if the objective names further terms, so that Composer logs them."""
@@ -110,12 +121,16 @@ class LatentDiffusion(ComposerModel):
         return self.forward(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times."""
+        """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times.
+
+        It is the objective's ``'mse'`` where there is one: the plain error, without weights and further terms.
+        """
         return {} if is_train else self._metrics  # type: ignore[return-value]
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
         """Add one batch."""
-        metric.update(outputs['loss'], batch[TIME_QUANTILES])
+        # Where weights and further terms make up the loss, runs with and without them compare by the plain error.
+        metric.update(outputs.get('mse', outputs['loss']), batch[TIME_QUANTILES])
 
     def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Latents as the denoiser sees them, float32 ``[B, C, H, W]``; samples the posterior of stored moments."""
@@ -134,25 +149,32 @@ class LatentDiffusion(ComposerModel):
         num_steps: int = 25,
         guidance_scale: float = 1.0,
         batch_size: int = 256,
+        sampler_settings: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Draw latents, dense, in evaluation mode. Each depends on its own label and seed alone.
+
+        That holds for samplers that draw noise on the way too: step k of a sample has numbers of its own, keyed by the
+        sample's seed and k.
 
         Args:
             labels: One class each; ``null_label`` samples without a class.
             seeds: One non-negative seed each.
-            sampler: Name of a sampler (``tread_composer.samplers.SAMPLERS``).
+            sampler: Name of a sampler that fits the objective (``tread_composer.samplers.check_sampler``).
             num_steps: Its steps.
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
             batch_size: Samples in one network call.
+            sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
 
         Returns:
             Latents, float32 ``[len(labels), C, H, W]`` on the model's device.
 
         Raises:
-            ValueError: Unknown sampler, a label out of range, or lengths that differ.
+            ValueError: Unknown sampler or one that does not fit, a label out of range, or lengths that differ.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f'sampler: {sampler!r} is none of {sorted(SAMPLERS)}')
+        try:
+            check_sampler(sampler, self.objective, sampler_settings)
+        except ValueError as error:
+            raise ValueError(f'sampler: {error}') from None
         if len(labels) != len(seeds):
             raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
         wrong = [label for label in labels if not 0 <= label <= self.null_label]
@@ -166,10 +188,17 @@ class LatentDiffusion(ComposerModel):
             times = self.objective.sampling_times(num_steps)  # on the CPU: the samplers look at their values
             for first in range(0, len(labels), batch_size):
                 chunk = slice(first, first + batch_size)
-                noise = KeyedRandom(0, 0, seeds[chunk]).normal('sampling', *self.latent_shape).to(device)
-                drift = self.objective.drift(denoiser, torch.tensor(labels[chunk], device=device))
-                results.append(SAMPLERS[sampler](drift, self.objective.prior(noise), times).float())
+                random = KeyedRandom(0, 0, seeds[chunk])
+                start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
+                labels_B = torch.tensor(labels[chunk], device=device)
+                drawn = self._step_noise(random)
+                x = integrate(sampler, self.objective, denoiser, labels_B, start, times, drawn, sampler_settings)
+                results.append(x.float())
         return torch.cat(results)
+
+    def _step_noise(self, random: KeyedRandom) -> StepNoise:
+        device = self.latent_scale.device
+        return lambda step: random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -178,10 +207,9 @@ class LatentDiffusion(ComposerModel):
         Raises:
             ValueError: The model was made without an autoencoder.
         """
-        (autoencoder,) = self._autoencoder
-        if autoencoder is None:
+        if self.autoencoder is None:
             raise ValueError('this LatentDiffusion has no autoencoder, so it cannot decode; give it one')
-        return autoencoder.decode(latents_BCHW / self.latent_scale + self.latent_shift)
+        return self.autoencoder.decode(latents_BCHW / self.latent_scale + self.latent_shift)
 
     def _per_channel(self, value: float | Sequence[float], name: str) -> Tensor:
         tensor = torch.as_tensor(value, dtype=torch.float32)

@@ -86,7 +86,7 @@ def test_positions_are_saved_and_never_trained() -> None:
 
 
 def test_presets() -> None:
-    assert len(PRESETS) == 12
+    assert len(PRESETS) == 15
     assert preset('DiT-L/8') == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
     assert on_meta('DiT-B/4').num_tokens == 64
     preset('DiT-B/4')['depth'] = 1

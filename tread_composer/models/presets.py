@@ -1,4 +1,7 @@
-"""The published sizes of DiT (arXiv 2212.09748, Table 1) as constructor arguments, for configurations."""
+"""The published sizes of DiT as constructor arguments, for configurations.
+
+S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
+"""
 
 __all__ = ['PRESETS', 'preset']
 
@@ -8,6 +11,7 @@ _SIZES = {
     'DiT-B':  (768,        12,    12),
     'DiT-L':  (1024,       24,    16),
     'DiT-XL': (1152,       28,    16),
+    'DiT-H':  (1280,       32,    16),
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, int]] = {

@@ -6,8 +6,8 @@ whole. This one keeps plain names and saves full tensors.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from composer.core import Algorithm, Event, State, TimeUnit
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time
 from tread_composer.errors import ResumeError
 
@@ -41,6 +42,11 @@ class EMA(Algorithm):
         ValueError: ``decay`` is not in [0, 1), or the interval is not a number of batches.
     """
 
+    incompatible_with: ClassVar[Mapping[str, str]] = {
+        'EMA': "Composer's EMA exchanges the weights for its own average at the same events, so that each would put "
+        'back what the other has put in',
+    }
+
     def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
         if not 0 <= decay < 1:
             raise ValueError(f'decay: {decay!r} is not in [0, 1); DiT and TREAD use 0.9999')
@@ -59,11 +65,13 @@ class EMA(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""
-        return event in (Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+        return event in (Event.INIT, Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Start, update, swap in or swap out, according to ``event``."""
-        if event == Event.BATCH_END:
+        """Check, start, update, swap in or swap out, according to ``event``."""
+        if event == Event.INIT:
+            refuse_conflicts(self, state)
+        elif event == Event.BATCH_END:
             if int(state.timestamp.batch) % self._every == 0:
                 self._update(state)
         elif event == Event.FIT_START:

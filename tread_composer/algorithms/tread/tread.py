@@ -3,24 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from composer.core import Algorithm, Event, State
+from composer.core import Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 
+from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.errors import UserError
 from tread_composer.randomness import KeyedRandom
 from tread_composer.routing import Route, Routing, apply_tread, find_blocks, keep_lowest
 
 __all__ = ['Tread']
 
 
-class Tread(Algorithm):
+class Tread(BoundAlgorithm):
     """Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).
 
     Runs on ``Event.INIT``: routes the model's block list (see ``tread_composer.routing.apply_tread``); parameters and
@@ -57,6 +59,11 @@ class Tread(Algorithm):
         ``Trainer(model=model, algorithms=[Tread()], ...)``
     """
 
+    incompatible_with: ClassVar[Mapping[str, str]] = {
+        'MaskDiT': 'both take tokens out of the same blocks, each as its own cure for the same cost: a route returns '
+        'every token before a loss on all of them, and a token that MaskDiT has masked is not there to return',
+    }
+
     def __init__(
         self,
         start: int = 2,
@@ -88,7 +95,6 @@ class Tread(Algorithm):
         if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
             raise ValueError(f'Tread: from start_time {start_time!r} to end_time {end_time!r} nothing would be routed')
         self._routing: Routing | None = None
-        self._resumed = False
         self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
         self._active = False
@@ -109,27 +115,8 @@ class Tread(Algorithm):
         """Do what is due at ``event``."""
         _STEPS[event](self, state, logger)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The settings. There is nothing else to save: routes are keyed, not drawn from a stream."""
-        return {**super().state_dict(), 'settings': self._settings()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare the checkpoint's settings with ours.
-
-        Raises:
-            ResumeError: They differ.
-        """
-        saved = state.get('settings')
-        self._resumed = True
-        if saved != self._settings():
-            raise ResumeError.from_differences(
-                'Tread: the checkpoint',
-                saved,
-                self._settings(),
-                'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).',
-            )
-
     def _init(self, state: State, logger: Logger) -> None:
+        refuse_conflicts(self, state)
         model = state.model
         try:
             self._attach(model)
@@ -152,11 +139,7 @@ class Tread(Algorithm):
         )
 
     def _after_load(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) > 0 and not self._resumed:
-            raise ResumeError(
-                f'Tread: the checkpoint was trained without Tread up to {state.timestamp.batch}, and this run has '
-                f'{self!r}. Take Tread out, or start a new run from the weights alone (load_weights_only: true).'
-            )
+        self.refuse_foreign_checkpoint(state)
 
     def _batch_start(self, state: State, logger: Logger) -> None:
         begun = self._start is None or reached(self._start, state)
@@ -246,8 +229,8 @@ class Tread(Algorithm):
             arguments[name] = getattr(self, name)
         return {**arguments, 'float32_after': self.float32_after}
 
-    def _settings(self) -> dict[str, Any]:
-        """What decides how the model is trained, as plain types: a checkpoint that loads without pickled classes."""
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
         return {
             'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},
             'start_time': self.start_time,

@@ -1,0 +1,133 @@
+"""``DirectionSchedule`` in real tiny runs: on and off, in microbatches, resumed, compiled; and what it refuses."""
+
+import pytest
+import torch
+from composer import Callback
+from torch._dynamo.testing import CompileCounter
+
+from tests.helpers import assert_equal_weights, fit, loader, make_trainer, tiny_dit, weights
+from tread_composer.algorithms.direction_schedule import DirectionSchedule
+from tread_composer.algorithms.tread import Tread
+from tread_composer.errors import ResumeError, UserError
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.objectives import FlowMatching
+
+
+def model(**settings):
+    objective = FlowMatching(**{'direction_weight': 1.0, 'direction_patch': 2, **settings})
+    return LatentDiffusion(tiny_dit(), objective, latent_shape=(1, 8, 8), num_classes=10)
+
+
+class Losses(Callback):
+    """What Composer logs for each batch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def batch_end(self, state, logger):
+        self.rows.append({name: float(value) for name, value in state.total_loss_dict.items()})
+
+
+def train(*algorithms, **keywords):
+    losses = Losses()
+    trainer, recorder = fit(algorithms, callbacks=[losses], **{'model': model(), **keywords})
+    return trainer, losses.rows, recorder
+
+
+def switches(rows):
+    """1 where the total is the sum of both terms, 0 where it is the squared error alone."""
+    found = []
+    for row in rows:
+        mse, direction = row['loss/train/mse'], row['loss/train/direction']
+        share = (row['loss/train/total'] - mse) / direction
+        assert share == pytest.approx(round(share), abs=1e-4)
+        found.append(round(share))
+    return found
+
+
+@pytest.mark.parametrize(
+    ('times', 'expected'),
+    [
+        ({'end_time': '2ba'}, [1, 1, 0, 0, 0, 0]),
+        ({'start_time': '1ep'}, [0, 0, 0, 1, 1, 1]),  # an epoch is three batches
+        ({'start_time': '16sp', 'end_time': '0.75dur'}, [0, 0, 1, 1, 1, 0]),
+        ({'start_time': '0dur', 'end_time': '1dur'}, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_window(times, expected):
+    _, rows, _ = train(DirectionSchedule(**times))
+    assert switches(rows) == expected
+
+
+def test_a_closed_window_is_the_plain_loss_and_an_open_one_the_loss_without_schedule():
+    trainer, rows, _ = train(DirectionSchedule(end_time='0ba'))
+    plain, _ = fit(model=model(direction_weight=0.0))
+    assert_equal_weights(weights(trainer), weights(plain))
+    assert all(row['loss/train/direction'] > 0 for row in rows)  # measured all the same
+    scheduled, _, _ = train(DirectionSchedule(end_time='1dur'))
+    always, rows, _ = train()
+    assert_equal_weights(weights(scheduled), weights(always))
+    assert switches(rows) == [1] * 6
+
+
+def test_microbatches_give_the_same_terms():
+    _, whole, _ = train(DirectionSchedule(start_time='2ba'))
+    _, cut, _ = train(DirectionSchedule(start_time='2ba'), device_train_microbatch_size=2)
+    assert switches(cut) == switches(whole) == [0, 0, 1, 1, 1, 1]
+    for one, other in zip(whole, cut, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_resuming_within_the_window_repeats_the_run(tmp_path):
+    schedule = {'start_time': '1ba', 'end_time': '5ba'}
+    trainer, _, recorder = train(
+        DirectionSchedule(**schedule), Tread(1, -2), save_folder=str(tmp_path), save_interval='2ba'
+    )  # fmt: skip
+    again, rows, rest = train(
+        DirectionSchedule(**schedule), Tread(1, -2), load_path=str(tmp_path / 'ep0-ba2-rank0.pt')
+    )  # fmt: skip
+    assert switches(rows) == [1, 1, 1, 0]
+    assert rest.losses == recorder.losses[2:]
+    assert_equal_weights(weights(trainer), weights(again))
+    with pytest.raises(ResumeError, match="end_time: saved '5ba', now '4ba'"):
+        train(DirectionSchedule('1ba', '4ba'), Tread(1, -2), load_path=str(tmp_path / 'ep0-ba2-rank0.pt'))
+
+
+def test_evaluation_reports_the_plain_error_at_any_time():
+    trainer = make_trainer(model(), [DirectionSchedule(end_time='3ba')], eval_dataloader=loader(shuffle=False))
+    plain = make_trainer(model(direction_weight=0.0), eval_dataloader=loader(shuffle=False))
+    for one in (trainer, plain):
+        one.eval()
+    found, expected = (one.state.eval_metrics['eval'] for one in (trainer, plain))
+    assert found['loss'].compute() == expected['loss'].compute() > 0
+    assert found['loss_time_quarter_2'].compute() == expected['loss_time_quarter_2'].compute()
+
+
+def test_turning_it_off_does_not_compile_again():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    _, rows, _ = train(
+        DirectionSchedule(start_time='1ba', end_time='3ba'),
+        compile_config={'backend': counter, 'fullgraph': True},
+        max_duration='4ba',
+    )
+    assert switches(rows) == [0, 1, 1, 0]
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ('times', 'message'),
+    [
+        ({}, 'give start_time, end_time or both'),
+        ({'end_time': '5min'}, "end_time: '5min' is not a time"),
+        ({'start_time': '5ba', 'end_time': '5ba'}, 'the loss would never be on'),
+    ],
+)
+def test_impossible_windows_are_refused(times, message):
+    with pytest.raises(ValueError, match=message):
+        DirectionSchedule(**times)
+
+
+def test_a_model_without_the_loss_is_refused():
+    with pytest.raises(UserError, match=r'direction_weight: 1\.0'):
+        make_trainer(model(direction_weight=0.0), [DirectionSchedule(end_time='2ba')])

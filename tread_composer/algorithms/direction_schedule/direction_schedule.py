@@ -1,0 +1,81 @@
+"""``DirectionSchedule``: turns the velocity-direction loss of ``FlowMatching`` on and off in the course of a run.
+
+An algorithm of its own, not two more settings of the objective: the objective is a pure function that knows nothing of
+a run, this has the words of ``Tread`` (``start_time``, ``end_time``), and a YAML file and a Trainer written by hand say
+the same thing. A run without a window needs neither.
+"""
+
+from typing import Any
+
+import torch
+from composer.core import Event, State
+from composer.loggers import Logger
+
+from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.schedule import parse_time, reached
+from tread_composer.batch import DIRECTION_SWITCH, RAW_LATENTS
+from tread_composer.errors import UserError
+
+__all__ = ['DirectionSchedule']
+
+
+class DirectionSchedule(BoundAlgorithm):
+    """Trains with the velocity-direction loss from ``start_time`` to ``end_time`` only.
+
+    The weight is ``FlowMatching``'s (``direction_weight``). On ``Event.BATCH_START`` this writes the entry
+    ``direction_switch`` into the batch, 1 or 0 for each sample: nothing is replaced, the microbatch split cuts it like
+    any other entry, and a compiled model sees another value, not another program. Evaluation is not touched.
+
+    Logs ``direction/switch``.
+
+    Args:
+        start_time: Composer time string from which on the loss counts, for example ``'0.1dur'``; the beginning if None.
+        end_time: Composer time string from which on it no longer counts; never if None.
+
+    Raises:
+        ValueError: No time is given, one is no time string, or the window is empty; on ``Event.INIT``, the model has
+            no direction loss.
+
+    Example:
+        ``Trainer(model=LatentDiffusion(denoiser, FlowMatching(direction_weight=1.0), ...),
+        algorithms=[DirectionSchedule(end_time='0.5dur')], callbacks=[KeyedDraws()], ...)``
+    """
+
+    def __init__(self, start_time: str | None = None, end_time: str | None = None) -> None:
+        if start_time is None and end_time is None:
+            raise ValueError('DirectionSchedule: give start_time, end_time or both; without it the loss is always on')
+        self.start_time, self.end_time = start_time, end_time
+        self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
+        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
+            raise ValueError(
+                f'DirectionSchedule: from start_time {start_time!r} to end_time {end_time!r} the loss would never be on'
+            )
+        self._on = False
+
+    def __repr__(self) -> str:
+        """The call that makes an equal ``DirectionSchedule``."""
+        return f'DirectionSchedule(start_time={self.start_time!r}, end_time={self.end_time!r})'
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether ``apply`` has something to do at this event."""
+        return event in (Event.INIT, Event.BATCH_START, Event.BATCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do what is due at ``event``."""
+        if event == Event.INIT:
+            if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
+                raise UserError(
+                    'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
+                    'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
+                )
+        elif event == Event.BATCH_START:
+            ended = self._end is not None and reached(self._end, state)
+            self._on = not ended and (self._start is None or reached(self._start, state))
+            size = state.batch[RAW_LATENTS].shape[0]
+            state.batch[DIRECTION_SWITCH] = torch.full((size,), float(self._on))
+        else:
+            logger.log_metrics({'direction/switch': float(self._on)})
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        return {'start_time': self.start_time, 'end_time': self.end_time}

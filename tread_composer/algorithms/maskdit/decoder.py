@@ -1,0 +1,229 @@
+"""MaskDiT's network: a DiT whose blocks see the kept tokens only, and a decoder that sees the whole grid.
+
+Two parts of the DiT are exchanged, in place, and its ``forward`` stays as it is. The *list* of blocks gets a class
+whose iterator, while training with kept tokens armed, takes them out of the sequence before the first block (positions
+were added by then). The *head* ``final_layer`` is replaced by the decoder, which puts the tokens back on the grid.
+
+Shapes: B samples, N tokens, K kept tokens, D width of the encoder, E width of the decoder, O values of a patch.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.errors import ResumeError
+from tread_composer.models import DiT, DiTBlock
+from tread_composer.models.dit import FinalLayer
+from tread_composer.models.layers import sincos_positions
+from tread_composer.randomness import KeyedRandom
+from tread_composer.routing.tokens import put_back, take_kept
+
+__all__ = ['Decoder', 'MaskedModuleList', 'Masking', 'attach_decoder', 'num_kept']
+
+_MLP_RATIO = 4.0
+
+
+def num_kept(num_tokens: int, mask_ratio: float) -> int:
+    """Tokens that the encoder sees: ``int(num_tokens * (1 - mask_ratio))``, truncated as in MaskDiT's code."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
+class Masking:
+    """The kept tokens of the present training forward: what block list, decoder and objective read."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def arm(self, kept_BK: Tensor | None) -> None:
+        """Mask the following training forwards; None masks nothing. Evaluation is never masked.
+
+        Args:
+            kept_BK: Ids of the kept tokens of each sample, int64, ascending.
+        """
+        self.kept = kept_BK
+
+    def disarm(self) -> None:
+        """Mask nothing."""
+        self.kept = None
+
+
+class MaskedModuleList(nn.ModuleList):
+    """An ``nn.ModuleList`` whose first block, while training with kept tokens armed, sees those tokens only."""
+
+    masking: Masking | None = None  # a slice of the list is a plain list: it masks nothing
+
+    def __iter__(self) -> Iterator[Any]:
+        blocks: list[Any] = list(self._modules.values())
+        if self.masking is None or not self.training or self.masking.kept is None:
+            return iter(blocks)
+        return iter([_OnKept(blocks[0], self.masking.kept), *blocks[1:]])
+
+
+class _OnKept:
+    """The first block, as the iteration yields it. Whatever is not a call is the block's own."""
+
+    def __init__(self, block: Callable[..., Tensor], kept_BK: Tensor) -> None:
+        self.block, self.kept = block, kept_BK
+
+    def __call__(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.block(take_kept(x_BND, self.kept), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+class DecoderBlock(DiTBlock):
+    """A DiT block of width E whose shifts, scales and gates come from a condition of width D."""
+
+    def __init__(self, hidden_size: int, num_heads: int, condition_size: int) -> None:
+        super().__init__(hidden_size, num_heads, _MLP_RATIO)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, 6 * hidden_size))
+
+
+class DecoderHead(FinalLayer):
+    """A DiT head of width E on a condition of width D: ``[B, N, E] -> [B, N, O]``."""
+
+    def __init__(self, hidden_size: int, patch_values: int, condition_size: int) -> None:
+        super().__init__(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, 2 * hidden_size))
+
+
+class Decoder(nn.Module):
+    """From the encoder's tokens to patches of the whole grid (MaskDiT, arXiv 2306.09305, section 3).
+
+    It stands where DiT's head stood, under ``final_layer``, and is called like it.
+
+    Args:
+        grid_size: Tokens along one side of the grid.
+        encoder_size: D.
+        hidden_size: E.
+        depth: Number of blocks.
+        num_heads: Attention heads of a block.
+        patch_values: O.
+        masking: Tells which tokens were kept.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+    """
+
+    training_only = ('mask_token',)
+    """Parameters that sampling does not need."""
+
+    def __init__(
+        self,
+        *,
+        grid_size: int,
+        encoder_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        patch_values: int,
+        masking: Masking,
+    ) -> None:
+        super().__init__()
+        for name, value in (('hidden_size', hidden_size), ('depth', depth), ('num_heads', num_heads)):
+            if value < 1:
+                raise ValueError(f'decoder_{name}: {value} must be at least 1')
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f'decoder_hidden_size: {hidden_size} must divide by 4 (positions) and by the {num_heads} heads'
+            )
+        self.masking, self.grid_size = masking, grid_size
+        self.settings = {'depth': depth, 'hidden_size': hidden_size, 'num_heads': num_heads}
+        self.bridge = FinalLayer(encoder_size, hidden_size)  # a norm modulated by the condition, then a linear layer
+        self.mask_token = nn.Parameter(torch.empty(hidden_size))
+        # A parameter that is never trained, as DiT's own positions.
+        self.positions = nn.Parameter(torch.empty(grid_size**2, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DecoderBlock(hidden_size, num_heads, encoder_size) for _ in range(depth))
+        self.head = DecoderHead(hidden_size, patch_values, encoder_size)
+        self.register_load_state_dict_pre_hook(_refuse_weights_without_decoder)
+
+    def forward(self, x_BKD: Tensor, condition_BD: Tensor) -> Tensor:
+        """The encoder's tokens (all N in evaluation) to patches ``[B, N, O]``."""
+        x = self.bridge(x_BKD, condition_BD)
+        kept_BK = self.masking.kept if self.training else None
+        if kept_BK is not None:
+            x = put_back(self.mask_token.to(x.dtype).expand(x.shape[0], self.grid_size**2, -1), x, kept_BK)
+        elif self.training:
+            # Without a masked token nothing reads it, and DDP waits for a gradient of every parameter.
+            x = x + 0.0 * self.mask_token
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x, condition_BD)
+        return self.head(x, condition_BD)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """The published start: blocks are the identity, bridge and head give 0, the mask token is N(0, 0.02^2).
+
+        Keyed by the seed and each parameter's name, so that the global generator is left alone and all ranks agree.
+        """
+        random = KeyedRandom(seed, 0, [0])
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if name.endswith('adaLN_modulation.1') or name in ('bridge.linear', 'head.linear'):
+                nn.init.zeros_(module.weight)
+            else:  # Xavier, uniform
+                bound = (6 / sum(module.weight.shape)) ** 0.5
+                uniform = random.uniform(f'maskdit/{name}', *module.weight.shape)[0]
+                module.weight.copy_((2 * uniform - 1) * bound)
+        self.mask_token.copy_(0.02 * random.normal('maskdit/mask_token', *self.mask_token.shape)[0])
+        self.positions.copy_(sincos_positions(self.positions.shape[1], self.grid_size))
+
+
+def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
+    """Make a MaskDiT of a DiT, in place: its own head is gone, since no output would depend on it.
+
+    Applied again with the same settings it returns the masking that is there.
+
+    Args:
+        denoiser: The network.
+        depth: Blocks of the decoder.
+        hidden_size: Width of the decoder.
+        num_heads: Attention heads of a decoder block.
+        seed: Of the decoder's first weights.
+
+    Returns:
+        The ``Masking``: arm it with kept ids before a training forward.
+
+    Raises:
+        ValueError: The sizes do not fit together, or the network has a decoder of another size, or is no fresh DiT.
+    """
+    settings = {'depth': depth, 'hidden_size': hidden_size, 'num_heads': num_heads}
+    there: nn.Module = denoiser.final_layer
+    if isinstance(there, Decoder):
+        if there.settings != settings:
+            raise ValueError(f'the model has a decoder already, of other sizes: {there.settings} there, {settings} now')
+        return there.masking
+    if type(denoiser.blocks) is not nn.ModuleList:
+        raise ValueError(f'its block list is a {type(denoiser.blocks).__name__} already; give a fresh model')
+    masking, like = Masking(), denoiser.pos_embed
+    with torch.device('meta'):  # shapes alone: torch's own start would draw from the global generator
+        decoder = Decoder(
+            grid_size=denoiser.latent_size // denoiser.patch_size,
+            encoder_size=denoiser.hidden_size,
+            patch_values=denoiser.patch_size**2 * denoiser.in_channels,
+            masking=masking,
+            **settings,
+        )
+    decoder.to(like.dtype).to_empty(device=like.device)
+    if like.device.type != 'meta':
+        decoder.initialise(seed)
+    denoiser.final_layer = decoder.train(denoiser.training)  # type: ignore[assignment]
+    denoiser.blocks.__class__ = MaskedModuleList
+    denoiser.blocks.masking = masking  # type: ignore[assignment]
+    return masking
+
+
+def _refuse_weights_without_decoder(decoder: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    # Composer loads a whole checkpoint without asking for all keys, and torch tells a hook nothing of `strict`.
+    if f'{prefix}mask_token' not in state_dict:
+        raise ResumeError(
+            f'MaskDiT: the weights hold no decoder ({prefix}mask_token is missing): they were trained without MaskDiT. '
+            'Take MaskDiT out to go on with them; to start its encoder from them, load them into the DiT before '
+            'MaskDiT adds the decoder'
+        )

@@ -1,0 +1,269 @@
+"""``MaskDiT``: draws the kept tokens of every batch, adds the decoder, and masks the loss."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from composer.core import Event, State, TimeUnit
+from composer.loggers import Logger
+from composer.utils.module_surgery import update_params_in_optimizer
+from torch import nn
+
+from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.maskdit.decoder import Masking, attach_decoder, num_kept
+from tread_composer.algorithms.maskdit.objective import MaskedEDM
+from tread_composer.algorithms.rules import refuse_conflicts
+from tread_composer.algorithms.schedule import parse_time, reached
+from tread_composer.batch import SAMPLE_IDS, UNMASKED_TOKENS
+from tread_composer.errors import UserError
+from tread_composer.models import DiT
+from tread_composer.objectives import EDM
+from tread_composer.randomness import KeyedRandom
+from tread_composer.routing.tokens import keep_lowest
+
+__all__ = ['MaskDiT', 'cosine_ratio']
+
+Unmask = Literal['at_once', 'cosine2', 'cosine3', 'cosine4', 'cosine5', 'cosine6']
+
+
+def cosine_ratio(start: float, progress: float, power: int) -> float:
+    """``start * cos(pi progress / 2) ** power``: from ``start`` at progress 0 to 0 at 1 (MaskDiT's code)."""
+    return start * math.cos(math.pi / 2 * progress) ** power
+
+
+class MaskDiT(BoundAlgorithm):
+    """Train the blocks of a DiT on a random part of the tokens and let a small decoder fill in the others.
+
+    MaskDiT, arXiv 2306.09305. Works on a ``LatentDiffusion`` whose denoiser is a ``DiT`` and whose objective is
+    ``EDM``: the reconstruction compares EDM's *denoised latents* with the noisy ones, and is not defined for a network
+    that predicts a velocity.
+
+    Runs on ``Event.INIT``: DiT's head ``final_layer`` is replaced by the decoder (``final_layer.bridge``, ``.blocks``,
+    ``.head``, ``.mask_token``, ``.positions``), the keys of all other weights stay, the objective becomes its masked
+    form, and the optimizer gets the decoder's parameters in place of the head's. On ``Event.BATCH_START`` it draws the
+    kept tokens of the whole device batch, keyed by (seed, batch, sample), as one more entry of the batch: they are the
+    same after a resume, an out-of-memory retry or with another microbatch size. Evaluation and sampling mask nothing
+    and run encoder and decoder on all tokens.
+
+    Logs ``maskdit/mask_ratio`` and ``maskdit/kept_tokens``; the loss's terms as ``loss/train/dsm`` and
+    ``loss/train/mae``.
+
+    The published model has a bias-free linear label embedding on one-hot classes, and a null class that is always the
+    zero vector. That is our label table with the transposed matrix as its rows and a last row of zeros; ours trains
+    that last row. Its code also drops the labels of a whole batch at once and leaves that batch unmasked; here labels
+    are dropped sample by sample (``label_dropout``) and all samples are masked.
+
+    Args:
+        mask_ratio: Share of the tokens that the encoder does not see, in [0, 1). ``int(N * (1 - mask_ratio))`` are
+            kept. 0 trains encoder and decoder on all tokens (the paper's unmasking tuning).
+        mae_weight: Weight of the reconstruction of masked patches.
+        unmask_time: Composer time string from which on tokens are unmasked; never if None. ``'0dur'`` is the whole
+            run.
+        unmask: How: ``'at_once'``, or ``'cosine<n>'``, where the ratio falls as ``mask_ratio * cos(pi x / 2) ** n``
+            with the progress x from ``unmask_time`` (a share of the run) to its end. With ``max_duration`` in epochs
+            the progress moves once an epoch.
+        decoder_depth: Blocks of the decoder.
+        decoder_hidden_size: Width of the decoder.
+        decoder_num_heads: Attention heads of a decoder block.
+
+    Raises:
+        ValueError: A setting is wrong in itself; on ``Event.INIT``, one that does not fit the model.
+
+    Example:
+        ``Trainer(model=model, algorithms=[MaskDiT()], ...)``
+    """
+
+    incompatible_with: ClassVar[Mapping[str, str]] = {
+        'Tread': 'both take tokens out of the same blocks, each as its own cure for the same cost: a route of TREAD '
+        'returns every token before a loss on all of them, and a token that MaskDiT has masked is not there to return',
+        'ProgressiveResizing': "it changes the number of tokens, and the decoder's positions are made for one number",
+    }
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.5,
+        *,
+        mae_weight: float = 0.1,
+        unmask_time: str | None = None,
+        unmask: Unmask = 'at_once',
+        decoder_depth: int = 8,
+        decoder_hidden_size: int = 512,
+        decoder_num_heads: int = 16,
+    ) -> None:
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f'mask_ratio: {mask_ratio!r} is not in [0, 1); it is the share of tokens that are masked')
+        if mae_weight < 0:
+            raise ValueError(f'mae_weight: {mae_weight!r} must not be negative; 0 leaves the reconstruction out')
+        if unmask not in get_args(Unmask):
+            raise ValueError(f'unmask: {unmask!r} is none of {", ".join(get_args(Unmask))}')
+        self._from = parse_time(unmask_time, 'unmask_time')
+        if self._from is not None and not mask_ratio:
+            raise ValueError(f'unmask_time: {unmask_time!r} with mask_ratio 0, which masks nothing; leave it away')
+        if unmask != 'at_once' and (self._from is None or self._from.unit != TimeUnit.DURATION or self._from >= 1):
+            raise ValueError(
+                f'unmask: {unmask!r} runs to the end of training, so unmask_time must be the share of it where that '
+                f"begins, such as '0.9dur' ('0dur' for the whole run), not {unmask_time!r}"
+            )
+        self.mask_ratio, self.mae_weight = float(mask_ratio), float(mae_weight)
+        self.unmask_time, self.unmask = unmask_time, unmask
+        self.decoder = {'depth': decoder_depth, 'hidden_size': decoder_hidden_size, 'num_heads': decoder_num_heads}
+        self._masking: Masking | None = None
+        self._num_tokens = 0
+        self._now: tuple[float, int] = (0.0, 0)  # ratio and kept tokens of this batch
+
+    def __repr__(self) -> str:
+        """The call that makes an equal ``MaskDiT``."""
+        arguments = {name: getattr(self, name) for name in ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')}
+        arguments |= {f'decoder_{name}': value for name, value in self.decoder.items()}
+        return f'MaskDiT({", ".join(f"{name}={value!r}" for name, value in arguments.items())})'
+
+    @staticmethod
+    def required_on_load() -> bool:
+        """True: the checkpoint's weights have a decoder that the model has only with this algorithm."""
+        return True
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether ``apply`` has something to do at this event."""
+        return event in _STEPS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do what is due at ``event``."""
+        _STEPS[event](self, state, logger)
+
+    def attach(self, denoiser: nn.Module, seed: int = 0) -> Masking:
+        """Add the decoder to a ``DiT`` (``attach_decoder`` with this algorithm's sizes).
+
+        Raises:
+            ValueError: The network is no ``DiT``, predicts a variance, or the sizes do not fit it.
+        """
+        if not isinstance(denoiser, DiT):
+            raise ValueError(
+                f'the encoder must be a tread_composer.models.DiT in `model.denoiser`; here is {_kind(denoiser)}'
+            )
+        if denoiser.out_channels != denoiser.in_channels:
+            raise ValueError('the decoder predicts one channel for each of the latents: set model.learn_sigma to false')
+        if num_kept(denoiser.num_tokens, self.mask_ratio) < 1:
+            raise ValueError(
+                f'mask_ratio: {self.mask_ratio} of {denoiser.num_tokens} tokens leaves none to the encoder; lower it'
+            )
+        return attach_decoder(denoiser, **self.decoder, seed=seed)
+
+    def prepare(self, model: nn.Module, seed: int = 0) -> Masking:
+        """Add decoder and masked loss to a ``LatentDiffusion``, as on ``Event.INIT``; a second time it does nothing.
+
+        To be called before an optimizer with several parameter groups is made: on ``Event.INIT`` it could not be
+        known to which of them the decoder's parameters belong.
+
+        Args:
+            model: The Composer model.
+            seed: Of the decoder's first weights; the run's seed.
+
+        Raises:
+            ValueError: The model is not as the class says.
+        """
+        objective = getattr(model, 'objective', None)
+        if type(objective) not in (EDM, MaskedEDM):
+            raise ValueError(
+                "the objective must be tread_composer.objectives.EDM in `model.objective` (YAML: objective.name: 'edm')"
+                f'; here is {_kind(objective)}. The reconstruction of masked patches compares the denoised latents of '
+                'EDM with the noisy ones; for another prediction the paper defines none'
+            )
+        denoiser = getattr(model, 'denoiser', None)
+        masking = self.attach(denoiser, seed)  # type: ignore[arg-type]
+        patch_size = denoiser.patch_size  # type: ignore[union-attr]
+        model.objective = MaskedEDM.of(objective, masking, self.mae_weight, patch_size)  # type: ignore[assignment, arg-type]
+        return masking
+
+    def _init(self, state: State, logger: Logger) -> None:
+        refuse_conflicts(self, state)
+        denoiser: Any = getattr(state.model, 'denoiser', None)
+        head = list(denoiser.final_layer.parameters()) if isinstance(denoiser, DiT) else []
+        try:
+            self._masking = self.prepare(state.model, state.rank_zero_seed)
+            if state.optimizers:
+                decoder = [p for p in denoiser.final_layer.parameters() if p.requires_grad]
+                _hand_over(state.optimizers, head, decoder)
+        except ValueError as error:
+            raise UserError(f'algorithms.maskdit: {error}') from None
+        self._num_tokens = denoiser.num_tokens
+        self._masking.disarm()
+
+    def _after_load(self, state: State, logger: Logger) -> None:
+        self.refuse_foreign_checkpoint(state)
+
+    def _batch_start(self, state: State, logger: Logger) -> None:
+        ratio = self._ratio(state)
+        kept = num_kept(self._num_tokens, ratio)
+        self._now = (ratio, kept)
+        if kept == self._num_tokens:
+            return
+        if not isinstance(state.batch, dict) or SAMPLE_IDS not in state.batch:
+            raise ValueError(f'MaskDiT: the batch must be a dict with {SAMPLE_IDS!r}, by which its masks are drawn')
+        random = KeyedRandom(state.rank_zero_seed, int(state.timestamp.batch), state.batch[SAMPLE_IDS].tolist())
+        state.batch[UNMASKED_TOKENS] = keep_lowest(random.uniform('maskdit', self._num_tokens), kept)
+
+    def _before_forward(self, state: State, logger: Logger) -> None:
+        kept_BK = state.batch.get(UNMASKED_TOKENS)
+        self._attached().arm(None if kept_BK is None else state.device.tensor_to_device(kept_BK))
+
+    def _after_backward(self, state: State, logger: Logger) -> None:
+        # Not earlier: activation checkpointing may run the network again during backward.
+        self._attached().disarm()
+
+    def _batch_end(self, state: State, logger: Logger) -> None:
+        ratio, kept = self._now
+        logger.log_metrics({'maskdit/mask_ratio': ratio, 'maskdit/kept_tokens': kept})
+
+    def _ratio(self, state: State) -> float:
+        if self._from is None or not reached(self._from, state):
+            return self.mask_ratio
+        if self.unmask == 'at_once':
+            return 0.0
+        elapsed = state.get_elapsed_duration()
+        assert elapsed is not None  # `reached` has refused a run without an end
+        begin = float(self._from.value)
+        return cosine_ratio(self.mask_ratio, (elapsed.value - begin) / (1 - begin), int(self.unmask[-1]))
+
+    def _attached(self) -> Masking:
+        if self._masking is None:
+            raise RuntimeError('MaskDiT: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
+        return self._masking
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
+        return {**{name: getattr(self, name) for name in names}, 'decoder': dict(self.decoder)}
+
+
+_STEPS = {
+    Event.INIT: MaskDiT._init,
+    Event.AFTER_LOAD: MaskDiT._after_load,
+    Event.BATCH_START: MaskDiT._batch_start,
+    Event.BEFORE_FORWARD: MaskDiT._before_forward,
+    Event.AFTER_BACKWARD: MaskDiT._after_backward,
+    Event.BATCH_END: MaskDiT._batch_end,
+}
+
+
+def _hand_over(
+    optimizers: Sequence[torch.optim.Optimizer], head: list[nn.Parameter], decoder: list[nn.Parameter]
+) -> None:
+    """The optimizer trains the decoder in place of the head, in the same group; no-op where it has it already."""
+    known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
+    missing = [parameter for parameter in decoder if id(parameter) not in known]
+    if not missing:
+        return
+    remedy = 'Call MaskDiT(...).prepare(model) first and make the optimizer of the parameters that the model has then'
+    if not known.issuperset(map(id, head)) or len(missing) != len(decoder):
+        raise ValueError(f'the optimizer does not train the head of the model, so it is not known how to train the '
+                         f'decoder that replaces it. {remedy}')  # fmt: skip
+    try:
+        update_params_in_optimizer(head, decoder, optimizers)
+    except (RuntimeError, NotImplementedError) as error:
+        text = ' '.join(str(error).split())
+        raise ValueError(f'the optimizer cannot take over the parameters of the decoder: {text} {remedy}') from None
+
+
+def _kind(value: object) -> str:
+    return 'nothing' if value is None else f'a {type(value).__name__}'
