@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.runs import ROOT, SMALL, checkpoint, command, launch
+from tread_composer.conversion.verify import main as verify
 
 
 @pytest.fixture(scope='module')
@@ -16,8 +17,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('latents')
     torch.manual_seed(0)
     blocks = {'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2}
-    vae = AutoencoderKL(block_out_channels=[4, 4], norm_num_groups=2, latent_channels=3, sample_size=32, **blocks)
-    vae.save_pretrained(folder / 'path' / 'to' / 'autoencoder')
+    sizes = {'block_out_channels': [4, 4], 'norm_num_groups': 2, 'latent_channels': 3, 'sample_size': 32}
+    AutoencoderKL(**sizes, **blocks).save_pretrained(folder / 'path' / 'to' / 'autoencoder')
+    AutoencoderKL(**sizes, **blocks).save_pretrained(folder / 'path' / 'to' / 'another')
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'streaming_data' / 'README.md').read_text(), re.DOTALL)
     before = os.getcwd()
     os.chdir(folder)
@@ -41,6 +43,10 @@ def run(folder, *overrides):
     return launch(folder, command(ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *overrides))
 
 
+def test_what_the_example_writes_has_no_fault(folder, capsys):
+    assert verify([str(folder / 'data' / 'mine')]) == 0, capsys.readouterr().out
+
+
 def test_moments_train_with_a_route_and_decode(folder):
     done = run(folder, 'max_duration=6ba', 'device_train_microbatch_size=4')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,6 +64,8 @@ def test_moments_train_with_a_route_and_decode(folder):
         ('data.channels=4', 'channels: the run expects 4, the data have 3'),
         ('data.kind=samples', "kind: the run expects 'samples', the data have 'moments'"),
         ('autoencoder.id=other', "autoencoder: the run expects 'other', the data have 'my-vae'"),
+        ('autoencoder.path=path/to/another', 'its weights are not those that made the latents'),
+        ('data.mirror=true', 'holds no mirrored latents'),
     ],
 )
 def test_data_that_contradict_the_configuration_are_refused(folder, override, message):

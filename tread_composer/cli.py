@@ -1,4 +1,4 @@
-"""The commands: ``python -m tread_composer train|plan|schema``. ``composer train.py x.yaml`` is ``train``.
+"""The commands: ``python -m tread_composer train|plan|snr|schema``. ``composer train.py x.yaml`` is ``train``.
 
 Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback); 1 a fault of ours (traceback).
 """
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == 'plan':
             command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
             command.add_argument('--ranks', type=_ranks, help='plan for this many processes (default: as launched)')
+    command = add('snr', _snr, 'draw what signal-to-noise ratios YAML files train on, and print their figures')
+    command.add_argument('yamls', nargs='+', metavar='yaml', help='files, then key=value settings for all of them')
+    command.add_argument('--out', default='snr.png', help='the PNG to write (default: snr.png)')
+    command.add_argument('--std', type=float, help='of the latents as the network sees them, where the data are absent')
+    command.set_defaults(overrides=[])
     add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
     return parser
 
@@ -88,18 +93,34 @@ def _train(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from tread_composer.config import load_config
     from tread_composer.plan import format_plan, make_plan
+    from tread_composer.run_data import with_planned_numbers
     from tread_composer.train import data_state, world_size
 
     ranks = world_size() if options.ranks is None else options.ranks
     config = load_config(options.yaml, options.overrides, world_size=ranks)
     state, problem = data_state(config)
     plan = make_plan(config, ranks)
+    config = with_planned_numbers(config)
     if options.json:
         print(json.dumps({**plan, 'data': state, 'config': config.to_dict()}, indent=2))
     else:
         print(format_plan(config, plan, state))
     if problem is not None:
         raise problem
+    return 0
+
+
+def _snr(options: argparse.Namespace) -> int:
+    from tread_composer.config import load_config
+    from tread_composer.snr import draw_snr, format_snr, make_snr
+
+    files = [word for word in options.yamls if '=' not in word]
+    overrides = [*(word for word in options.yamls if '=' in word), *options.overrides]
+    if not files:
+        raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
+    curves = [make_snr(load_config(file, overrides), options.std) for file in files]
+    draw_snr(curves, options.out)
+    print(format_snr(curves, options.out))
     return 0
 
 

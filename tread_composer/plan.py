@@ -8,19 +8,23 @@ from typing import Any
 
 import torch
 from composer.core import Time, TimeUnit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.builders import build_denoiser, planned_manifest
+from tread_composer.algorithms.maskdit import MaskDiT, Masking, num_kept
+from tread_composer.builders import build_denoiser
 from tread_composer.config import Config
+from tread_composer.config.components import Component, component_class, component_names
 from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
 from tread_composer.models import DiT
 from tread_composer.routing import Route, apply_tread
+from tread_composer.run_data import planned_manifest
 
-__all__ = ['count_macs', 'format_plan', 'make_plan']
+__all__ = ['count_macs', 'format_plan', 'make_plan', 'sampling_cost']
 
 _GIB = 2**30
+_Savers = tuple[Sequence[Route], Masking | None]  # what a training forward saves tokens with
 
 
 def make_plan(config: Config, world_size: int) -> dict[str, Any]:
@@ -31,8 +35,10 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         world_size: Number of ranks.
 
     Returns:
-        ``parameters``, ``tokens_per_block``, ``gmacs_dense`` and ``gmacs_routed`` (per image, forward, multiply-adds),
-        ``ideal_step_ratio``, ``batches``, ``batches_per_epoch``, ``epochs``, ``samples_per_step``, ``memory_gib``, ...
+        ``parameters``, ``tokens_per_block``, ``gmacs_dense`` (the network without token-saving methods) and
+        ``gmacs_routed`` (in training with them; per image, forward, multiply-adds), ``ideal_step_ratio``, ``sampling``
+        (see ``sampling_cost``), ``rules``, ``batches``, ``batches_per_epoch``, ``epochs``, ``samples_per_step``,
+        ``memory_gib``, ...
 
     Raises:
         UserError: Neither data nor configuration say what the latents look like.
@@ -43,7 +49,8 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         denoiser = build_denoiser(config, **shape)
     routes = config.routes()
     dense = count_macs(denoiser, facts)
-    routed = count_macs(denoiser, facts, routes) if routes else dense
+    masking, kept = _mask(config, denoiser)
+    routed = count_macs(denoiser, facts, routes, masking) if routes or masking else dense
     per_rank = config.global_train_batch_size // world_size
     micro = config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
@@ -51,18 +58,20 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'parameters': sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
         'num_tokens': denoiser.num_tokens,
         'depth': denoiser.depth,
-        'tokens_per_block': tokens_per_block(routes, denoiser.depth, denoiser.num_tokens),
+        'tokens_per_block': tokens_per_block(routes, denoiser.depth, kept),
         'routes': [_in_words(route, denoiser.depth) for route in routes],
         'gmacs_dense': dense / 1e9,
         'gmacs_routed': routed / 1e9,
         # The backward pass scales as the forward pass does, so this is the ratio of whole steps.
         'ideal_step_ratio': dense / routed,
+        'sampling': sampling_cost(denoiser, facts),
+        'rules': _rules(config),
         'world_size': world_size,
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
         **_length(config, facts['num_samples']),
-        'memory_gib': _memory(config, denoiser, facts, routes, micro),
+        'memory_gib': _memory(config, denoiser, facts, (routes, masking), micro),
         **facts,
     }
 
@@ -81,19 +90,78 @@ def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int) -> li
     return counts
 
 
-def count_macs(denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route] = ()) -> int:
-    """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these)."""
+def _mask(config: Config, denoiser: DiT) -> tuple[Masking | None, int]:
+    """Adds MaskDiT's decoder where the run has it, armed as at the start; with the tokens that the encoder sees."""
+    component = config.algorithms.get('maskdit')
+    if component is None:
+        return None, denoiser.num_tokens
+    algorithm: MaskDiT = component.build()
+    try:
+        masking = algorithm.attach(denoiser)
+    except ValueError as error:
+        raise UserError(f'algorithms.maskdit: {error}') from None
+    kept = num_kept(denoiser.num_tokens, algorithm.mask_ratio)
+    ids = None if kept == denoiser.num_tokens else torch.empty(1, kept, dtype=torch.int64, device='meta')
+    masking.arm(ids)
+    return masking, kept
+
+
+def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
+    """What sampling needs of a network, with all that its algorithms have added to it.
+
+    Args:
+        denoiser: The network, on the meta device.
+        facts: ``channels`` and ``latent_size`` of its latents.
+
+    Returns:
+        ``parameters`` (fixed positions included; without those that only training reads, such as a mask token) and
+        ``gmacs`` of one call for one image, without guidance.
+    """
+    unused = {
+        id(module.get_parameter(name))
+        for module in denoiser.modules()
+        for name in getattr(module, 'training_only', ())
+    }  # fmt: skip
+    return {
+        'parameters': sum(p.numel() for p in denoiser.parameters() if id(p) not in unused),
+        'gmacs': count_macs(denoiser, facts) / 1e9,  # type: ignore[arg-type]
+    }
+
+
+def _rules(config: Config) -> dict[str, dict[str, str]]:
+    """What each algorithm of the run may not stand beside, with the reasons; names as YAML has them."""
+    known = {component_class('algorithm', name): name for name in component_names('algorithm')}
+    rules = {}
+    for name in config.algorithms:
+        own = component_class('algorithm', name)
+        declared = getattr(own, 'incompatible_with', {})
+        rules[name] = {
+            known[other]: declared[other.__name__]
+            for other in known
+            if other.__name__ in declared and other is not own
+        }  # fmt: skip
+    return {name: found for name, found in rules.items() if found}
+
+
+def count_macs(
+    denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route] = (), masking: Masking | None = None
+) -> int:
+    """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these).
+
+    In evaluation mode; in training mode where there are routes, or a masking (as it is armed).
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _forward(denoiser, facts, routes)
+        _forward(denoiser, facts, (routes, masking))
     return counter.get_total_flops() // 2
 
 
-def _forward(denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route], batch_size: int = 1) -> Tensor:
+def _forward(denoiser: DiT, facts: dict[str, Any], savers: _Savers, batch_size: int = 1) -> Tensor:
+    routes, masking = savers
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
     x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
     t, labels = x[:, 0, 0, 0], torch.zeros(batch_size, dtype=torch.int64, device='meta')
-    denoiser.train(bool(routes))
+    denoiser.train(bool(routes) or masking is not None)
     if not routes:
         return denoiser(x, t, labels)
     routing = apply_tread(denoiser, routes)
@@ -107,9 +175,7 @@ def _forward(denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route], batc
     return out
 
 
-def _memory(
-    config: Config, denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route], micro: int
-) -> dict[str, float]:
+def _memory(config: Config, denoiser: DiT, facts: dict[str, Any], savers: _Savers, micro: int) -> dict[str, float]:
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
@@ -127,7 +193,7 @@ def _memory(
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (kept_alive.append(tensor), note(tensor))[1], lambda t: t
     ):
-        kept_alive.append(_forward(network, facts, routes))
+        kept_alive.append(_forward(network, facts, savers))
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     activations = sum(size for key, size in saved.items() if key not in weights) * micro
     return {
@@ -175,6 +241,7 @@ def _data_facts(config: Config) -> dict[str, Any]:
 def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     """The plan as text for a terminal: figures first, the resolved configuration below."""
     memory, tokens, size = plan['memory_gib'], plan['tokens_per_block'], plan['latent_size']
+    sampling = plan['sampling']
     length = 'unknown' if plan['batches'] is None else f'{plan["batches"]:,} batches'
     if plan['epochs'] is not None:
         length += (
@@ -183,16 +250,20 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     tread = config.algorithms.get('tread')
     window = {key: tread.kwargs.get(key) for key in ('start_time', 'end_time')} if tread else {}
     schedule = ''.join(f', {key} {value}' for key, value in window.items() if value)
-    route = '; '.join(plan['routes']) + schedule if tread else 'none: dense'
+    maskdit = config.algorithms.get('maskdit')
+    route = '; '.join(plan['routes']) + schedule if tread else 'none' if maskdit else 'none: dense'
     rows = {
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
         'data': data_state,
         'latents': f'{plan["channels"]} x {size} x {size}, {plan["num_classes"] or "no"} classes',
         'model': f'{config.model.name}, {plan["depth"]} blocks, {plan["parameters"]:,} trainable parameters',
         'route': route,
+        **({'masking': _masking_in_words(maskdit, plan)} if maskdit else {}),
         'tokens per block': ' '.join(f'{n}' for n in tokens),
         'GMACs per image': f'{_figure(plan["gmacs_dense"])} dense, {_figure(plan["gmacs_routed"])} in training',
+        'sampling': f'{sampling["parameters"]:,} parameters, {_figure(sampling["gmacs"])} GMACs per network call',
         'ideal step ratio': f'{plan["ideal_step_ratio"]:.2f}x (arithmetic of the network only)',
+        **{f'rule of {name}': f'not beside {others}' for name, others in _rules_in_words(plan)},
         'samples per step': f'{plan["samples_per_step"]} = {plan["world_size"]} x {plan["samples_per_rank"]}, '
         f'in microbatches of {plan["microbatch"]}',
         'length': length,
@@ -204,6 +275,22 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     width = max(map(len, rows))
     table = '\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items())
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
+
+
+def _masking_in_words(maskdit: Component, plan: dict[str, Any]) -> str:
+    settings, kept = maskdit.build(), plan['tokens_per_block'][0]
+    text = f'the encoder sees {kept} of {plan["num_tokens"]} tokens, the decoder all'
+    if settings.unmask_time is None:
+        return text
+    how = 'at once' if settings.unmask == 'at_once' else f'by {settings.unmask}'
+    return f'{text}; from {settings.unmask_time} unmasked {how}'
+
+
+def _rules_in_words(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, '; nor '.join(f'{other} ({reason})' for other, reason in rules.items()))
+        for name, rules in plan['rules'].items()
+    ]
 
 
 def _figure(gmacs: float) -> str:

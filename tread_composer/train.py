@@ -11,17 +11,12 @@ from typing import TypeVar
 from composer import Trainer
 from composer.utils import dist, get_device
 
-from tread_composer.builders import (
-    build_trainer,
-    check_expectations,
-    check_fit,
-    check_run_folder,
-    planned_manifest,
-    prepare_data,
-)
+from tread_composer.builders import build_trainer, check_fit
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.data.checks import check_shards
 from tread_composer.errors import UserError
+from tread_composer.run_data import check_expectations, planned_manifest, prepare_data
+from tread_composer.run_folder import check_run_folder
 
 __all__ = ['data_state', 'train', 'world_size']
 

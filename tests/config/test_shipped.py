@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
+from tread_composer.builders import build_denoiser, build_objective
 from tread_composer.config import load_config
-from tread_composer.config.tree import EDMObjective, FlowMatchingObjective, LogitNormalTimes
-from tread_composer.objectives import EDM, FlowMatching
+from tread_composer.config.tree import DDPMObjective, EDMObjective, FlowMatchingObjective, LogitNormalTimes
+from tread_composer.objectives import DDPM, EDM, FlowMatching, LogitNormal, Uniform
 
 YAMLS = pathlib.Path(__file__).parents[2] / 'yamls'
 FILES = sorted(YAMLS.glob('*.yaml'))
@@ -33,14 +35,47 @@ def test_header_says_what_to_expect(path):
         assert any(word in line for line in header), word
 
 
-@pytest.mark.parametrize('name', ['digits', 'dit_b', 'dit_xl'])
-def test_routed_twin_differs_by_route_and_name_only(name):
+PLAIN = ['digits', *(f'{family}_{size}' for family in ('dit', 'sit') for size in ('s', 'b', 'l', 'xl'))]
+TWINS = [
+    *((name, f'{name}_tread') for name in PLAIN),
+    ('digits_fasterdit', 'digits_tread_fasterdit'),
+    ('dit_xl_fasterdit', 'dit_xl_tread_fasterdit'),
+]
+
+
+@pytest.mark.parametrize(('name', 'twin'), TWINS, ids=[twin for _, twin in TWINS])
+def test_routed_twin_differs_by_route_and_name_only(name, twin):
     dense = load_config(YAMLS / f'{name}.yaml').to_dict()
-    routed = load_config(YAMLS / f'{name}_tread.yaml').to_dict()
-    assert routed['algorithms'].pop('tread')['selection_rate'] == 0.5
-    assert routed.pop('run_name') == f'{name}_tread' != dense.pop('run_name')
-    assert routed.pop('save_folder') == f'runs/{name}_tread' != dense.pop('save_folder')  # made from the name
+    routed = load_config(YAMLS / f'{twin}.yaml').to_dict()
+    tread = routed['algorithms'].pop('tread')
+    assert tread['selection_rate'] == 0.5 and tread.get('float32_after', False) == (not name.startswith('digits'))
+    assert routed.pop('run_name') == twin != dense.pop('run_name')
+    assert routed.pop('save_folder') == f'runs/{twin}' != dense.pop('save_folder')  # made from the name
     assert routed == dense
+
+
+@pytest.mark.parametrize('size', ['s', 'b', 'l', 'xl'])
+def test_the_dit_and_sit_recipes_differ_by_size_and_objective_only(size):
+    def recipe(name):
+        tree = load_config(YAMLS / f'{name}.yaml').to_dict()
+        objective, model = tree.pop('objective'), tree.pop('model')
+        return {key: value for key, value in tree.items() if key not in ('run_name', 'save_folder')}, objective, model
+
+    common, edm, model = recipe(f'dit_{size}')
+    same, flow, network = recipe(f'sit_{size}')
+    assert same == common == recipe('dit_b')[0]
+    assert edm == recipe('dit_b')[1] and edm['name'] == 'edm'
+    assert model == network and model['preset'] == f'DiT-{size.upper()}/2'
+    assert build_objective(load_config(YAMLS / f'sit_{size}.yaml')) == FlowMatching(Uniform())
+    assert flow['time_distribution'] == {'name': 'uniform'}
+
+
+def test_fasterdit_is_what_its_paper_says():
+    config = load_config(YAMLS / 'dit_xl_fasterdit.yaml')
+    assert build_objective(config) == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0)
+    assert config.latent_scale == 0.18215 and 'gradient_clipping' not in config.algorithms
+    digits = load_config(YAMLS / 'digits_fasterdit.yaml')
+    assert build_objective(digits) == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0, direction_patch=2)
 
 
 def test_published_hyperparameters():
@@ -53,11 +88,29 @@ def test_published_hyperparameters():
     assert 'gradient_clipping' not in config.algorithms
 
 
+def test_dit_s_own_recipe():
+    config = load_config(YAMLS / 'dit_xl_ddpm.yaml')
+    dense = load_config(YAMLS / 'dit_xl.yaml')
+    assert build_objective(config) == DDPM(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, learned_variance=True)
+    assert (config.optimizer, config.algorithms, config.label_dropout) == (
+        dense.optimizer, dense.algorithms, dense.label_dropout,
+    )  # fmt: skip
+    with torch.device('meta'):
+        network = build_denoiser(config, channels=4, latent_size=32, num_classes=1000)
+    assert sum(p.numel() for p in network.parameters()) == 675_129_632
+
+
 def test_objective_sections_have_the_defaults_of_their_classes():
     fields = {name: field.default for name, field in EDMObjective.model_fields.items() if name != 'name'}
     assert fields == {name: parameter.default for name, parameter in inspect.signature(EDM).parameters.items()}
+    fields = {name: field.default for name, field in DDPMObjective.model_fields.items() if name != 'name'}
+    assert fields == {name: parameter.default for name, parameter in inspect.signature(DDPM).parameters.items()}
+    fields = {name: field.default for name, field in FlowMatchingObjective.model_fields.items() if name != 'name'}
     times = FlowMatching().time_distribution
-    assert FlowMatchingObjective().time_distribution == LogitNormalTimes(mean=times.mean, std=times.std)
+    assert fields.pop('time_distribution') == LogitNormalTimes(mean=times.mean, std=times.std)
+    assert fields.pop('time_shift') == 1  # a class of its own in Python, `Shifted`
+    settings = {name: parameter.default for name, parameter in inspect.signature(FlowMatching).parameters.items()}
+    assert fields == {name: default for name, default in settings.items() if name != 'time_distribution'}
 
 
 def test_loading_imports_nothing_heavy_and_writes_nothing(tmp_path):

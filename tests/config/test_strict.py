@@ -63,8 +63,15 @@ def test_message_form(message):
         ('model.preset=DiT-B/2', 'model.depth: 8: the preset'),
         ('model.depth=null', 'model.depth: is missing'),
         ('model.hidden_size=30', 'model.hidden_size: 30 does not divide among 4 heads'),
-        ('model.learn_sigma=true', 'model.learn_sigma: true adds output channels'),
-        ('objective={name: ddpm}', "objective.name: 'ddpm' is unknown."),
+        ('model.learn_sigma=true', "model.learn_sigma: true adds output channels for a variance, which objective 'fl"),
+        ('objective={name: ddpm}', 'model.learn_sigma: false, but objective ddpm with learned_variance: true'),
+        ('objective={name: ddmp}', "objective.name: 'ddmp' is unknown."),
+        ('objective={name: ddpm, sigma_data: 0.5}', "objective.sigma_data: belongs to 'edm', not to 'ddpm'"),
+        ('objective={name: ddpm, num_timesteps: 1}', 'objective.num_timesteps: 1 is not greater than or equal to 2'),
+        ('objective={name: ddpm, schedule: cosine, beta_end: 0.1}', "belong to schedule 'linear'"),
+        ('callbacks.sample_grid.sampler=ddpm', "callbacks.sample_grid.sampler: 'ddpm' walks the discrete steps"),
+        ('callbacks.digits_quality.sampler=ddim', "callbacks.digits_quality.sampler: 'ddim' walks the discrete steps"),
+        ('callbacks.sample_grid.sampler=hoin', "callbacks.sample_grid.sampler: 'hoin' is none of"),
         ('objective={sigma_data: 0.5}', "objective.sigma_data: belongs to 'edm', not to 'flow_matching'"),
         ('objective={name: edm, sigma_min: 9, sigma_max: 3}', 'objective: sigma_min=9.0 must be below sigma_max=3.0'),
         ('data={name: latents, local: x, cache_limit: 3gb}', 'data.cache_limit: needs data.remote'),
@@ -94,6 +101,24 @@ def test_message_form(message):
 )
 def test_refused(override, part, message):
     assert part in message(override)
+
+
+DDPM = 'objective={name: ddpm}'
+
+
+def test_learned_variance_and_its_channels_come_together_or_not_at_all(base, message):
+    assert load_config(base, [DDPM, 'model.learn_sigma=true']).objective.name == 'ddpm'
+    assert not load_config(base, [DDPM, 'objective.learned_variance=false']).model.learn_sigma
+    text = message(DDPM, 'model.learn_sigma=true', 'objective.learned_variance=false')
+    assert 'learned_variance: false does not train; set it to false, or objective.learned_variance to true' in text
+
+
+def test_samplers_and_steps_that_fit_the_objective(base, message):
+    ddpm = [DDPM, 'model.learn_sigma=true', 'callbacks.sample_grid.weights=raw']
+    for sampler in ('ddpm', 'ddim', 'euler', 'heun'):
+        load_config(base, [*ddpm, f'callbacks.sample_grid.sampler={sampler}', 'callbacks.sample_grid.num_steps=1000'])
+    text = message(*ddpm, 'callbacks.sample_grid.num_steps=1001')
+    assert 'callbacks.sample_grid.num_steps: 1001 steps, but the objective has 1000 timesteps; take at most' in text
 
 
 def test_auto_microbatch_needs_a_gpu(base, message):

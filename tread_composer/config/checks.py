@@ -1,20 +1,24 @@
 """Rules that join several settings, and those that need the machine or the disk."""
 
+import itertools
 import os
 import re
 from typing import Any
 
 import torch
 
-from tread_composer.config.components import component_schema
+from tread_composer.algorithms.rules import conflict
+from tread_composer.config.components import component_class, component_schema
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.tree import Config, LatentsData
-from tread_composer.objectives import EDM
+from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import check_routes
+from tread_composer.samplers import check_sampler
 
 __all__ = ['check_files', 'check_machine', 'joint_problems']
 
 _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
+_OBJECTIVES = {'ddpm': DDPM, 'edm': EDM, 'flow_matching': FlowMatching}
 
 
 def joint_problems(config: Config, world_size: int) -> list[Problem]:
@@ -23,8 +27,13 @@ def joint_problems(config: Config, world_size: int) -> list[Problem]:
         *_batches(config, world_size),
         *_model(config),
         *_routes(config),
+        *_combinations(config),
         *_saving(config),
         *_averages(config),
+        *_direction(config),
+        *_normalization(config),
+        *_learned_variance(config),
+        *_samplers(config),
         *_rest(config),
     ]
 
@@ -79,6 +88,23 @@ def _routes(config: Config) -> list[Problem]:
     return []
 
 
+def _combinations(config: Config) -> list[Problem]:
+    """Algorithms that may not stand beside each other, and what one of them needs from the rest of the run."""
+    problems = []
+    for one, other in itertools.combinations(config.algorithms, 2):
+        reason = conflict(component_class('algorithm', one), component_class('algorithm', other))
+        if reason is not None:
+            text = f'cannot stand beside algorithms.{other}: {reason}. Take one of them out, e.g. algorithms.{one}=null'
+            problems.append(Problem(('algorithms', one), text))
+    if 'maskdit' in config.algorithms and config.objective.name != 'edm':
+        text = (
+            f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of EDM '
+            f'with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: edm}}'
+        )
+        problems.append(Problem(('algorithms', 'maskdit'), text))
+    return problems
+
+
 def _saving(config: Config) -> list[Problem]:
     if config.autoresume and not (config.save_folder and config.save_latest_filename):
         text = (
@@ -106,6 +132,68 @@ def _averages(config: Config) -> list[Problem]:
     return problems
 
 
+def _direction(config: Config) -> list[Problem]:
+    """A window for a loss that is not there would be silently without effect."""
+    weight = getattr(config.objective, 'direction_weight', None)
+    if 'direction_schedule' not in config.algorithms or weight:
+        return []
+    text = 'opens and closes the velocity-direction loss, and '
+    if weight is None:
+        text += f'objective {config.objective.name!r} has none; take flow_matching, or remove this'
+    else:
+        text += 'objective.direction_weight is 0; set it, for example to 1.0, or remove this'
+    return [Problem(('algorithms', 'direction_schedule'), text)]
+
+
+def _normalization(config: Config) -> list[Problem]:
+    if config.latent_normalization is None:
+        return []
+    return [
+        Problem((name,), f'{getattr(config, name)}: latent_normalization decides that; remove one of the two')
+        for name, neutral in (('latent_scale', 1.0), ('latent_shift', 0.0))
+        if getattr(config, name) != neutral
+    ]
+
+
+def _learned_variance(config: Config) -> list[Problem]:
+    """The variance channels of the network and the loss that trains them come together or not at all."""
+    wanted = getattr(config.objective, 'learned_variance', False)
+    here = ('model', 'learn_sigma')
+    if wanted and not config.model.learn_sigma:
+        text = (
+            'false, but objective ddpm with learned_variance: true trains a variance that needs output channels; set '
+            'it to true, or objective.learned_variance to false'
+        )
+        return [Problem(here, text)]
+    if config.model.learn_sigma and not wanted:
+        text = 'true adds output channels for a variance, which '
+        if config.objective.name == 'ddpm':
+            text += 'learned_variance: false does not train; set it to false, or objective.learned_variance to true'
+        else:
+            text += f'objective {config.objective.name!r} does not train (ddpm does); set it to false'
+        return [Problem(here, text)]
+    return []
+
+
+def _samplers(config: Config) -> list[Problem]:
+    """Callbacks that draw samples would find out at their first picture, after the data have been prepared."""
+    problems = []
+    for name, callback in config.callbacks.items():
+        fields = component_schema('callback', name).model_fields
+        if 'sampler' not in fields or 'num_steps' not in fields:
+            continue
+        sampler, num_steps = (callback.kwargs.get(key, fields[key].default) for key in ('sampler', 'num_steps'))
+        try:
+            check_sampler(sampler, _OBJECTIVES[config.objective.name])
+        except ValueError as error:
+            problems.append(Problem(('callbacks', name, 'sampler'), str(error)))
+        most = getattr(config.objective, 'num_timesteps', None)
+        if most is not None and num_steps > most:
+            text = f'{num_steps} steps, but the objective has {most} timesteps; take at most {most}'
+            problems.append(Problem(('callbacks', name, 'num_steps'), text))
+    return problems
+
+
 def _rest(config: Config) -> list[Problem]:
     problems: list[Problem] = []
     if 'digits_quality' in config.callbacks and config.data.name != 'digits':
@@ -113,11 +201,12 @@ def _rest(config: Config) -> list[Problem]:
             f'measures the ten digits, and the data are {config.data.name!r}; remove it (callbacks.digits_quality=null)'
         )
         problems.append(Problem(('callbacks', 'digits_quality'), text))
-    if config.objective.name == 'edm':
+    if config.objective.name in ('ddpm', 'edm'):
+        objective = _OBJECTIVES[config.objective.name]
         try:
-            EDM(**config.objective.model_dump(exclude={'name'}))
+            objective(**config.objective.model_dump(exclude={'name', 'weighting'}))
         except ValueError as error:
-            problems.append(Problem(('objective',), str(error).removeprefix('EDM: ')))
+            problems.append(Problem(('objective',), str(error).removeprefix(f'{objective.__name__}: ')))
     scales = config.latent_scale if isinstance(config.latent_scale, list) else [config.latent_scale]
     if any(scale <= 0 for scale in scales):
         problems.append(
@@ -134,9 +223,6 @@ def _rest(config: Config) -> list[Problem]:
         if isinstance(data.cache_limit, str) and not _BYTES.fullmatch(data.cache_limit.lower()):
             text = f"{data.cache_limit!r} is not a number of bytes; write for example '200gb'"
             problems.append(Problem(here, text))
-    if config.model.learn_sigma:
-        text = 'true adds output channels for a variance, which no objective here trains; set it to false'
-        problems.append(Problem(('model', 'learn_sigma'), text))
     return problems
 
 

@@ -31,7 +31,9 @@ KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler')
 # Where ours are: imported when used, so that loading a configuration never imports MLflow or diffusers.
 _OURS = {
     'algorithm': {
+        'direction_schedule': 'tread_composer.algorithms.direction_schedule:DirectionSchedule',
         'ema': 'tread_composer.algorithms.ema:EMA',
+        'maskdit': 'tread_composer.algorithms.maskdit:MaskDiT',
         'tread': 'tread_composer.algorithms.tread:Tread',
     },
     'callback': {

@@ -3,6 +3,8 @@
 Sections that choose between kinds have a ``name``; the arguments of another kind are errors.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, InstanceOf, WithJsonSchema
@@ -16,6 +18,8 @@ from tread_composer.routing import Route
 
 __all__ = [
     'Config',
+    'DDPMObjective',
+    'CosMapTimes',
     'DiTModel',
     'DigitsData',
     'EDMObjective',
@@ -23,6 +27,9 @@ __all__ = [
     'KLAutoencoder',
     'LatentsData',
     'LogitNormalTimes',
+    'MinSNRWeighting',
+    'ModeTimes',
+    'PerChannelNormalization',
     'PixelsAutoencoder',
     'UniformTimes',
 ]
@@ -59,7 +66,12 @@ class LatentsData(Strict):
     channels: Positive | None = None
     latent_size: Positive | None = None
     num_classes: Count | None = None
-    num_workers: Count = 8
+    mirror: bool | None = None
+    """Take the latents of the mirrored image half of the time; null does so where the data have them."""
+    in_memory: bool = False
+    """Hold the training split in RAM, one copy a node."""
+    num_workers: Count | None = None
+    """Reading processes per rank; null is 2, with ``remote`` 8. Training from memory uses none, evaluation does."""
     shuffle_seed: Count | None = None
     """Seed of the order of the samples; the run's seed if null."""
     cache_limit: Positive | str | None = None
@@ -83,11 +95,13 @@ class KLAutoencoder(Strict):
 
     name: Literal['kl'] = 'kl'
     path: str
-    """A folder, or a hub id such as ``stabilityai/sd-vae-ft-ema``."""
+    """A folder, a hub id such as ``stabilityai/sd-vae-ft-ema``, or one file of the original latent-diffusion layout."""
     id: str | None = None
     """What the manifest of the data calls it; ``path`` if null."""
     subfolder: str | None = None
     revision: str | None = None
+    other_weights: bool = False
+    """Decode with weights that are not those of the data, such as a fine-tuned decoder."""
 
 
 class DiTModel(Strict):
@@ -123,11 +137,50 @@ class LogitNormalTimes(Strict):
     std: Above0 = 1.0
 
 
+class ModeTimes(Strict):
+    """SD3's mode sampling: more of the middle above 0, more of both ends below."""
+
+    name: Literal['mode'] = 'mode'
+    scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
+
+
+class CosMapTimes(Strict):
+    """SD3's CosMap."""
+
+    name: Literal['cosmap'] = 'cosmap'
+
+
+class MinSNRWeighting(Strict):
+    """Min-SNR-gamma: the weight of the data's error stops to grow at a signal-to-noise ratio of ``gamma``."""
+
+    name: Literal['min_snr'] = 'min_snr'
+    gamma: Above0 = 5.0
+
+
 class FlowMatchingObjective(Strict):
     """Velocity of the straight line between data and noise."""
 
     name: Literal['flow_matching'] = 'flow_matching'
-    time_distribution: UniformTimes | LogitNormalTimes = Field(default=LogitNormalTimes(), discriminator='name')
+    time_distribution: UniformTimes | LogitNormalTimes | ModeTimes | CosMapTimes = Field(
+        default=LogitNormalTimes(), discriminator='name'
+    )
+    time_shift: Above0 = 1.0
+    """Moves the training times: above 1 towards noise (SD3, eq. 23, with t = 1 at the noise)."""
+    sampling_shift: Above0 = 1.0
+    """Likewise the times of sampling."""
+    weighting: MinSNRWeighting | None = None
+    direction_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of FasterDiT's velocity-direction loss beside the squared error; the paper takes 1."""
+    direction_patch: Positive = 1
+    """Side of the square of pixels whose values are one direction; 1 is the paper's, one channel needs more."""
+
+
+class PerChannelNormalization(Strict):
+    """Each channel to mean 0 and one standard deviation, from what the manifest of the training data says."""
+
+    name: Literal['per_channel'] = 'per_channel'
+    std: Above0 = 1.0
+    """The standard deviation that the network sees: the latent strength."""
 
 
 class EDMObjective(Strict):
@@ -142,6 +195,20 @@ class EDMObjective(Strict):
     rho: Above0 = 7.0
 
 
+class DDPMObjective(Strict):
+    """Noise at discrete timesteps, and the variance of the reverse steps (DiT's own recipe)."""
+
+    name: Literal['ddpm'] = 'ddpm'
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    beta_start: Above0 = 1e-4
+    """This and the next: first and last beta of the linear schedule."""
+    beta_end: Above0 = 0.02
+    schedule: Literal['linear', 'cosine'] = 'linear'
+    learned_variance: bool = True
+    """Needs ``model.learn_sigma: true``; without it sampling takes the variance of the forward steps."""
+    weighting: MinSNRWeighting | None = None
+
+
 class Config(TrainerSettings):
     """A whole run. Keywords of the Trainer stand beside the sections, under Composer's names."""
 
@@ -152,9 +219,11 @@ class Config(TrainerSettings):
     data: DigitsData | LatentsData = Field(discriminator='name')
     autoencoder: PixelsAutoencoder | KLAutoencoder = Field(discriminator='name')
     model: DiTModel
-    objective: FlowMatchingObjective | EDMObjective = Field(discriminator='name')
+    objective: FlowMatchingObjective | EDMObjective | DDPMObjective = Field(discriminator='name')
     latent_scale: OneOrPerChannel = 1.0
     latent_shift: OneOrPerChannel = 0.0
+    latent_normalization: PerChannelNormalization | None = None
+    """Instead of numbers for the two above: ``normalized`` puts them there."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     compile: bool = False
     optimizer: ComponentField
@@ -174,6 +243,24 @@ class Config(TrainerSettings):
             return []
         single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
         return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
+
+    def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
+        """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.
+
+        A run keeps the numbers (``config.yaml``), so that resuming and evaluating do not depend on the manifest.
+
+        Args:
+            mean: Of each channel of the raw latents.
+            std: Of each channel.
+        """
+        if self.latent_normalization is None:
+            return self
+        # Statistics may differ in the last bits between machines; those must not tell two runs apart.
+        numbers = {
+            'latent_scale': [float(f'{self.latent_normalization.std / one:.6g}') for one in std],
+            'latent_shift': [float(f'{one:.6g}') for one in mean],
+        }
+        return self.model_copy(update={**numbers, 'latent_normalization': None})
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The keywords for ``composer.Trainer``, defaults included, but for the objects that the builders make."""

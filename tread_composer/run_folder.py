@@ -1,0 +1,83 @@
+"""The folder of a run: what binds its checkpoints to a configuration, and what is written beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer.utils import dist
+
+from tread_composer.callbacks.environment import write_environment
+from tread_composer.callbacks.files import write_atomically
+from tread_composer.config import Config
+from tread_composer.errors import ResumeError, UserError
+from tread_composer.run_data import with_planned_numbers
+
+__all__ = ['check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+
+_DECISIVE = (
+    'seed', 'global_train_batch_size', 'autoencoder', 'model', 'objective', 'latent_scale', 'latent_shift',
+    'label_dropout', 'optimizer', 'scheduler', 'algorithms', 'precision',
+)  # fmt: skip
+"""Settings that a continued run may not change; data by what they are, not by where they lie. Not among them: what
+must change with the machine (ranks, microbatch, sharding, compile) and what only looks on."""
+
+
+def decisive_settings(config: Config) -> dict[str, Any]:
+    """The part of the configuration that decides what is trained: what a checkpoint is bound to."""
+    return _decisive_part(config.to_dict())
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse a run folder that another configuration has begun: its checkpoints would be continued or overwritten.
+
+    Raises:
+        ResumeError: ``save_folder`` holds a run with other decisive settings; lists each difference.
+    """
+    if config.save_folder is None:
+        return
+    folder = run_folder(config)
+    path = folder / 'config.yaml'
+    # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
+    if not path.exists() or (not any(folder.glob('*.pt')) and not any(folder.glob('ep*/'))):
+        return
+    config = with_planned_numbers(config)
+    if config.latent_normalization is not None:
+        return  # the data are not described here yet; compared once they are
+    saved = _decisive_part(yaml.safe_load(path.read_text()))
+    now = decisive_settings(config)
+    if saved != now:
+        raise ResumeError.from_differences(
+            str(path),
+            saved,
+            now,
+            'To continue that run, give its settings; to start another, give it a name of its own: run_name=...',
+        )
+
+
+def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
+    data = {key: tree['data'].get(key) for key in keys}
+    return {**{key: tree.get(key) for key in _DECISIVE}, 'data': data}
+
+
+def run_folder(config: Config) -> Path:
+    """``save_folder`` with Composer's placeholder filled in."""
+    return Path(config.save_folder.replace('{run_name}', config.run_name))
+
+
+def write_run_files(config: Config) -> None:
+    """Write ``config.yaml`` and ``environment.json`` into the run's folder, on the first rank.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    if config.save_folder is None or dist.get_global_rank() != 0:
+        return
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
+    write_atomically(folder / 'config.yaml', config.to_yaml().encode())
+    write_environment(folder / 'environment.json')
