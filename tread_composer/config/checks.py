@@ -247,7 +247,7 @@ def check_files(config: Config, source: str = '') -> None:
             found = (
                 'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
             )
-            remedy = 'training reads latents that were made beforehand (streaming_data/README.md), or give data.remote'
+            remedy = 'training reads latents that streaming_data/convert_imagenet.py has made beforehand; or give data.remote'
             without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
             problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))
     path = config.load_path
