@@ -46,8 +46,12 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> list[dict[str,
     name = f'{method}_{seed}'.replace(' ', '').replace('+', '_').replace(',', '_').replace('(', '_').replace(')', '')
     folder = arguments.out / name
     result = folder / 'points.json'
+    settings = {'steps': arguments.steps, 'points': arguments.points, 'overrides': overrides}
     if result.exists():
-        return json.loads(result.read_text())
+        saved = json.loads(result.read_text())
+        if saved['settings'] != settings:
+            sys.exit(f'{result} was measured with {saved["settings"]}, this is {settings}: choose another --out')
+        return saved['points']
     every = arguments.steps // arguments.points
     words = [
         f'run_name={name}', f'seed={seed}', f'max_duration={arguments.steps}ba', f'save_folder={folder}',
@@ -63,7 +67,7 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> list[dict[str,
     if done.returncode:
         sys.exit(f'{" ".join(command)}\nfailed: see {folder / "log.txt"}')
     points = measurements(folder, flops_per_step(yaml, overrides))
-    result.write_text(json.dumps(points))
+    result.write_text(json.dumps({'settings': settings, 'points': points}))
     return points
 
 
@@ -82,7 +86,8 @@ def measurements(folder: Path, teraflops: float) -> list[dict[str, float]]:
     client = MlflowClient(f'sqlite:///{folder.resolve()}/mlflow.db')
     experiment = client.get_experiment_by_name('digits')
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
+    # One that was killed before its first checkpoint began anew: the last one counts.
+    found = client.search_runs([experiment.experiment_id], order_by=['attributes.start_time DESC'])[0]
 
     def history(key: str) -> dict[int, float]:
         return {entry.step: entry.value for entry in client.get_metric_history(found.info.run_id, key)}

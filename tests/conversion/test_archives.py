@@ -99,13 +99,26 @@ def test_damaged_zips(tmp_path, splits, opened):
     path.write_bytes(content[:-100])
     with pytest.raises(UserError, match=r'not a zip that can be read.*copied completely'):
         opened(path)
-    path.write_bytes(content[:-200] + content[-200:].replace(b'.JPEG', b'.\xffPEG'))  # the flag says UTF-8
-    with pytest.raises(UserError, match='not a zip that can be read'):
-        opened(path)
     position = content.index(b'PK\1\2') + 8
     content[position] |= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match='encrypted'):
+        opened(path)
+
+
+def test_foreign_names_in_zips_with_and_without_the_flag_that_says_utf8(tmp_path, opened):
+    path = write_zip(tmp_path / 'in.zip', {'größe/數.jpg': b'x'})
+    assert list(opened(path)['train'].names) == ['größe/數.jpg']
+    content = bytearray(path.read_bytes())
+    flags = content.index(b'PK\1\2') + 9
+    content[flags] ^= 8  # Info-ZIP and others write UTF-8 and do not say so
+    path.write_bytes(content)
+    source = opened(path)['train']
+    assert list(source.names) == ['größe/數.jpg'] and source.read(0) == b'x'
+    content[flags] ^= 8
+    content[flags + 40] = 255  # in the name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='not a zip that can be read'):
         opened(path)
 
 

@@ -7,13 +7,16 @@ from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from streaming import MDSWriter
 from streaming.base.partition import get_partitions
 from torch.utils.data import DataLoader
 
 from tests.data.worlds import evaluated_ids, on_ranks, read_all, read_and_wait, read_epochs, start, trained_ids
 from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.data.columns import columns
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
 
@@ -101,7 +104,7 @@ def failure_of(loader: DataLoader) -> str:
     try:
         for _ in loader:
             pass
-    except RuntimeError as error:
+    except Exception as error:
         return str(error)
     return 'none: the epoch just ended'
 
@@ -114,6 +117,27 @@ def test_a_shard_lost_after_the_start_is_an_error_not_a_short_epoch(split: Path,
     assert said.search(failure_of(loader))
     if num_workers == 0:  # and so is the next epoch
         assert said.search(failure_of(loader))
+
+
+def test_a_shard_cut_short_is_an_error(split: Path):
+    shard = split / 'shard.00004.mds'
+    shard.write_bytes(shard.read_bytes()[:-10])
+    loader = train_loader(split, batch_size=8)
+    assert re.search(r'shard.00004.mds: \d+ bytes, the index says \d+', failure_of(loader))
+
+
+@pytest.mark.parametrize('loader', [train_loader, eval_loader])
+def test_a_damaged_compressed_shard_stops_all_workers(split: Path, tmp_path: Path, loader):
+    options = {'columns': columns('pixels', (1, 4, 6)), 'compression': 'zstd:1', 'size_limit': 2000}
+    with MDSWriter(out=str(tmp_path / 'zip'), **options) as writer:
+        for index in range(SAMPLES):
+            writer.write({'latents': np.full((1, 4, 6), index, np.float16), 'label': 0, 'name': f'{index}'})
+    for shard in (tmp_path / 'zip').glob('*.zstd'):
+        content = bytearray(shard.read_bytes())
+        content[20:60] = bytes(40)
+        shard.write_bytes(content)
+    failed = failure_of(loader(tmp_path / 'zip', batch_size=8, num_workers=2, worker_timeout=30))
+    assert 'none' not in failed and 'timed out' not in failed, failed
 
 
 class LosesARemote(LatentDataset):

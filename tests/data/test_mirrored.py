@@ -1,5 +1,8 @@
 """Image or mirror, the set in memory: the reader's promises beyond the plain order."""
 
+import os
+import resource
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +25,7 @@ def mirrored(tmp_path: Path) -> Path:
     """Sample i is i + 1 everywhere, its mirror -(i + 1)."""
     folder = tmp_path / 'mirrored'
     encodings = columns('samples', (1, 4, 6), mirrored=True)
-    with MDSWriter(out=str(folder), columns=encodings, hashes=['xxh64'], size_limit=4096) as writer:
+    with MDSWriter(out=str(folder), columns=encodings, hashes=['xxh64'], size_limit=1024) as writer:
         for index in range(SAMPLES):
             array = np.full((1, 4, 6), index + 1, dtype=np.float16)
             writer.write({LATENTS: array, LATENTS_MIRRORED: -array, LABEL: index % 3, NAME: f'{index}'})
@@ -95,3 +98,23 @@ def test_memory_that_is_not_there_is_refused(mirrored: Path, monkeypatch: pytest
 def test_workers_are_refused_where_they_would_only_copy(mirrored: Path):
     with pytest.raises(ValueError, match=r'num_workers=2 must be 0'):
         train_loader(mirrored, batch_size=16, in_memory=True, num_workers=2)
+
+
+def test_in_memory_needs_its_remote_no_more_once_it_is_there(mirrored: Path, tmp_path: Path):
+    loader = train_loader(tmp_path / 'cache', batch_size=16, remote=str(mirrored), mirror_seed=5, in_memory=True)
+    shutil.rmtree(mirrored)
+    shutil.rmtree(tmp_path / 'cache')
+    ids = [list(chain.from_iterable(batch[SAMPLE_IDS].tolist() for batch in loader)) for _ in range(2)]
+    assert len(ids[0]) == len(set(ids[0])) == 192 and ids[0] != ids[1]
+
+
+def test_more_shards_than_a_process_may_have_open_files(mirrored: Path):
+    assert len(list(mirrored.glob('*.mds'))) > 20
+    loader = train_loader(mirrored, batch_size=8)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    here = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 12, before[1]))
+    try:
+        assert sum(len(batch[LABELS]) for batch in loader) == SAMPLES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

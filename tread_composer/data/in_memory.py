@@ -8,6 +8,8 @@ import mmap
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,25 +50,31 @@ class LatentsInMemory(LatentDataset):
         shape = (self.size, len(names), *first.shape)
         size = int(np.prod(shape)) * first.dtype.itemsize + self.size * 8
         leader = dist.get_local_rank() == 0
-        free = psutil.virtual_memory().available
+        free = _free_memory()
         if leader and size > free:
             raise UserError(
                 f'data.in_memory: {local} takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; '
                 f'set in_memory: false to stream it'
             )
-        buffer = _shared_buffer(size)
+        buffer = _shared_buffer(size + 8)
         labels_at = size - self.size * 8
+        self._filled = np.frombuffer(buffer, np.int64, 1, size)  # samples that are there, for the other ranks
         self._latents = np.frombuffer(buffer, first.dtype, int(np.prod(shape))).reshape(shape)
         self._labels = np.frombuffer(buffer, np.int64, self.size, labels_at)
         if leader:
             self._fill(names)
-        dist.barrier()  # the others must not read what is not there yet
+        # Not a barrier: its time runs out after minutes, and reading from a slow disk takes longer.
+        while self._filled[0] < self.size:
+            time.sleep(0.1)
         self._maps.clear()
         self._flat = self._latents.reshape(-1, *first.shape)
 
+    def _items(self) -> Iterator[int]:
+        return self._positions()  # with a remote, too: nothing is left to fetch
+
     def gather(self, ids_B: NDArray[np.int64]) -> dict[str, Tensor]:
         """A batch by positions, image or mirror as the current epoch has it."""
-        rows_B = ids_B if self._mirrored is None else 2 * ids_B + self._mirrored[ids_B]
+        rows_B = self._latents.shape[1] * ids_B + (0 if self._mirrored is None else self._mirrored[ids_B])
         return {
             RAW_LATENTS: torch.from_numpy(self._flat.take(rows_B, axis=0, mode='clip')),  # clip: needs no buffer
             LABELS: torch.from_numpy(self._labels.take(ids_B)),
@@ -78,6 +86,7 @@ class LatentsInMemory(LatentDataset):
         for sample_id in range(self.size):
             for place, name in enumerate(names):
                 self._latents[sample_id, place], self._labels[sample_id] = self.row(sample_id, name)
+            self._filled[0] = sample_id + 1
             now = time.monotonic()
             if now - line > _SECONDS_BETWEEN_LINES:
                 line, rate = now, sample_id / (now - begin)
@@ -87,6 +96,23 @@ class LatentsInMemory(LatentDataset):
                     file=sys.stderr,
                     flush=True,
                 )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of the container's limit where there is one."""
+    free = psutil.virtual_memory().available
+    for folder, limit, used in (
+        ('/sys/fs/cgroup', 'memory.max', 'memory.current'),
+        ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes'),
+    ):
+        try:
+            texts = [Path(folder, name).read_text() for name in (limit, used, 'memory.stat')]
+        except OSError:
+            continue
+        if texts[0].strip() != 'max':
+            cached = dict(line.split() for line in texts[2].splitlines()).get('inactive_file', '0')
+            free = min(free, int(texts[0]) - int(texts[1]) + int(cached))
+    return free
 
 
 def _shared_buffer(size: int) -> mmap.mmap | bytearray:

@@ -130,9 +130,11 @@ class LatentDataset(StreamingDataset):
         shard_id, number = self.spanner[sample_id]
         shard = self._maps.get(shard_id)
         if shard is None:
+            # First: what is being fetched may stand there under its name before it is whole.
+            self.prepare_shard(shard_id)
             try:
                 shard = MappedShard(self.shards[shard_id])
-            except FileNotFoundError:
+            except FileNotFoundError:  # gone since
                 self._prepared.discard(shard_id)
                 self.prepare_shard(shard_id)
                 shard = MappedShard(self.shards[shard_id])
@@ -152,7 +154,13 @@ class LatentDataset(StreamingDataset):
         # leaves the others waiting for ever. Without a remote nothing can bring the file back: all may fail at once.
         if not self.streams[0].remote and not any(os.path.isfile(path) for path in self._files(shard_id)):
             raise FileNotFoundError(f'{self._files(shard_id)[0]}: this shard is missing')
-        super().prepare_shard(shard_id, blocking)
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            # The parent leaves it marked as under way, and other workers would wait for it without end.
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
         # With a limit it may go again; without blocking another worker may still be at it.
         if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
             self._prepared.add(shard_id)
@@ -177,8 +185,7 @@ class LatentDataset(StreamingDataset):
         # A reader that failed once stays failed: the parent would wait for ever for the threads of the lost epoch.
         if self._failure is None:
             try:
-                # The parent's threads fetch shards ahead; with all of them here they would only slow the reading down.
-                for item in super().__iter__() if self.streams[0].remote else self._positions():
+                for item in self._items():
                     self._delivered += 1
                     yield item
             except Exception as error:
@@ -219,6 +226,10 @@ class LatentDataset(StreamingDataset):
             f'{type(error).__name__}: {error}. Restore the data (compare it with its index: '
             f'streaming_data/verify.py), then resume from the last checkpoint'
         )
+
+    def _items(self) -> Iterator[Sample | int]:
+        # The parent's threads fetch shards ahead; with all of them here they would only slow the reading down.
+        return super().__iter__() if self.streams[0].remote else self._positions()
 
     def _positions(self) -> Iterator[int]:
         # What the parent does before it starts its threads.

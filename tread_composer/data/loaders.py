@@ -50,8 +50,7 @@ def train_loader(
         batch_size: Samples per rank and batch; a last batch with fewer is dropped.
         num_workers: Reading processes per rank.
         shuffle: Whether each epoch has an order of its own.
-        worker_timeout: Seconds to wait for a worker's batch where there is a ``remote``: when a fetch fails in one
-            worker, others may wait for the same shard for ever.
+        worker_timeout: Seconds to wait for a worker's batch: should a worker die or a disk hang, the run ends.
         in_memory: Hold the split in RAM (``LatentsInMemory``): the same batches, without ``num_workers``.
         **dataset_arguments: Further arguments of ``LatentDataset``.
 
@@ -67,19 +66,22 @@ def train_loader(
             f'{local}: {dataset.size} samples are no full batch of {batch_size} on each of {dist.get_world_size()} '
             f'ranks, so an epoch would be empty; lower global_train_batch_size'
         )
-    timeout = worker_timeout if num_workers and dataset_arguments.get('remote') else 0
     return DataLoader(
         dataset,
         batch_size=batch_size,
         drop_last=True,
-        timeout=timeout,
         collate_fn=dataset.collate,
-        **_loader_arguments(num_workers),
+        **_loader_arguments(num_workers, worker_timeout),
     )
 
 
 def eval_loader(
-    local: str | os.PathLike[str], *, batch_size: int, num_workers: int = 0, **dataset_arguments: Any
+    local: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    worker_timeout: float = 600,
+    **dataset_arguments: Any,
 ) -> DataLoader:
     """Batches for evaluation: every sample exactly once over all ranks, in file order.
 
@@ -90,17 +92,19 @@ def eval_loader(
         local: Folder of the split.
         batch_size: Samples per rank and batch; the last one may have fewer.
         num_workers: Reading processes per rank.
+        worker_timeout: As for ``train_loader``.
         **dataset_arguments: Further arguments of ``LatentDataset``.
     """
     rows = _Rows(LatentDataset(local, batch_size=batch_size, **dataset_arguments))
     sampler = dist.get_sampler(rows, shuffle=False, drop_last=False)
-    return DataLoader(rows, batch_size=batch_size, sampler=sampler, **_loader_arguments(num_workers))
+    return DataLoader(rows, batch_size=batch_size, sampler=sampler, **_loader_arguments(num_workers, worker_timeout))
 
 
-def _loader_arguments(num_workers: int) -> dict[str, Any]:
+def _loader_arguments(num_workers: int, timeout: float) -> dict[str, Any]:
     # Workers that live on keep their open shards; the epoch's place travels in shared memory, not with the process.
     return {
         'num_workers': num_workers,
+        'timeout': timeout if num_workers else 0,
         'persistent_workers': num_workers > 0,
         'pin_memory': torch.cuda.is_available(),
     }

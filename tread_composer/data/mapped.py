@@ -7,6 +7,7 @@ and looking at the bytes in place is several times faster (benchmarks/loader.py)
 import os
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 from streaming.base.format.mds.reader import MDSReader
@@ -33,9 +34,13 @@ class MappedShard:
 
     def __init__(self, shard: MDSReader) -> None:
         path = os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
-        self._bytes = np.memmap(path, np.uint8, mode='r')
-        if len(self._bytes) != shard.raw_data.bytes:
-            raise ValueError(f'{path}: {len(self._bytes)} bytes, the index says {shard.raw_data.bytes}')
+        size = os.path.getsize(path)
+        if size != shard.raw_data.bytes:
+            raise ValueError(f'{path}: {size} bytes, the index says {shard.raw_data.bytes}')
+        # Not numpy's or Python's mapping: those keep a file descriptor for each shard, of which ImageNet has hundreds
+        # and a process often may have 1,024. Private: what is written there by mistake never reaches the file.
+        self._bytes = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+        self._bytes.flags.writeable = False
         self._begins = self._bytes[4 : 4 + 4 * shard.samples].view(np.uint32)
         self._places: dict[str, tuple[int, int]] = {}
         self._layouts: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
