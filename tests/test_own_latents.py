@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tests.runs import ROOT, SMALL, checkpoint, command, launch
+from tests.runs import ROOT, SMALL, checkpoint, launch_here
 from tread_composer.conversion.verify import main as verify
 
 
@@ -40,7 +40,7 @@ WORDS = (
 
 
 def run(folder, *overrides):
-    return launch(folder, command(ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *overrides))
+    return launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *overrides)
 
 
 def test_what_the_example_writes_has_no_fault(folder, capsys):
