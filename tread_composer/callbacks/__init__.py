@@ -3,12 +3,13 @@
 import importlib
 from typing import Any
 
-__all__ = ['DigitsQuality', 'EpochIsWhole', 'MLflowRun', 'ProgressLines', 'SampleGrid']
+__all__ = ['DigitsQuality', 'EpochIsWhole', 'Evaluation', 'MLflowRun', 'ProgressLines', 'SampleGrid']
 
 # Imported on first use: a run without MLflow must not pay for importing it, nor need it.
 _LAZY = {
     'DigitsQuality': 'digits_quality',
     'EpochIsWhole': 'epoch_is_whole',
+    'Evaluation': 'evaluation',
     'MLflowRun': 'mlflow_run',
     'ProgressLines': 'progress',
     'SampleGrid': 'sample_grid',

@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+
+from tests.metrics.small import Means, as_batch, random_images
+from tread_composer.errors import UserError
+from tread_composer.metrics.features import FeatureSet, extract, joined
+from tread_composer.metrics.fidelity import METRICS, Statistics, check_metrics, measure, statistics
+
+
+def features(values: np.ndarray, logits: np.ndarray | None = None) -> FeatureSet:
+    """In the order given."""
+    rows = torch.from_numpy(np.asarray(values, np.float32))
+    marks = [index.to_bytes(16, 'big') for index in range(len(rows))]
+    return FeatureSet(rows, None if logits is None else torch.from_numpy(logits), marks)
+
+
+def numbers(metrics, samples, reference, **settings):
+    found = measure(metrics, samples, statistics(reference), reference, **settings)
+    return {figure.metric: figure.value for figure in found}
+
+
+def normal(count, seed, shift=0.0, width=5):
+    return np.random.RandomState(seed).standard_normal((count, width)) + shift
+
+
+def in_balls(points: np.ndarray, of: np.ndarray) -> float:
+    """Share of ``points`` within the manifold of ``of``, by the definition, one distance after another."""
+    inside = 0
+    radii = [sorted(float(np.linalg.norm(a - b)) for b in of)[3] for a in of]
+    for point in points:
+        inside += any(np.linalg.norm(point - a) <= radius for a, radius in zip(of, radii, strict=True))
+    return inside / len(points)
+
+
+def test_a_set_against_itself():
+    same = features(normal(60, 0))
+    found = numbers(['fid', 'kid', 'prc'], same, same, kid_subset_size=60)
+    assert found['fid'] == pytest.approx(0, abs=1e-6)
+    assert found['precision'] == found['recall'] == 1.0
+    assert found['kid'] < 0  # unbiased: below zero where the two halves are one
+
+
+def test_the_fid_of_gaussians_with_known_moments():
+    mean, deviations = np.array([3.0, 0.0]), np.array([2.0, 5.0])
+    rows = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]] * 5) * np.sqrt(19 / 20)  # covariance exactly the identity
+    samples = features(rows * deviations + mean)
+    found = measure(['fid'], samples, Statistics(np.zeros(2), np.eye(2)), None)
+    assert found[0].value == pytest.approx(9 + (2 - 1) ** 2 + (5 - 1) ** 2, rel=1e-6)
+
+
+def test_ill_conditioned_covariances_give_finite_numbers():
+    line = np.outer(np.linspace(-1, 1, 40), np.ones(30)) * 1e3
+    found = numbers(['fid'], features(line), features(line + 1e-4))
+    assert np.isfinite(found['fid'])
+    assert abs(found['fid']) < 1e-2
+
+
+@pytest.mark.parametrize(('seed', 'shift'), [(1, 0.0), (2, 1.5), (3, 50.0)])
+def test_precision_and_recall_by_their_definition(seed, shift):
+    real, fake = normal(40, 0, width=3), normal(30, seed, shift, width=3).astype(np.float32)
+    real = real.astype(np.float32)
+    found = numbers(['prc'], features(fake), features(real))
+    assert found == {
+        'precision': pytest.approx(in_balls(fake, real)), 'recall': pytest.approx(in_balls(real, fake)),
+    }  # fmt: skip
+    assert found['precision'] < 1 or shift == 0
+
+
+def test_kid_by_its_definition():
+    fake, real = normal(20, 1, 0.5), normal(20, 2)
+    kernel = lambda a, b: (a.astype(np.float32).astype(float) @ b.astype(np.float32).astype(float).T / 5 + 1) ** 3  # noqa: E731
+    within = sum((kernel(x, x).sum() - np.trace(kernel(x, x))) / (20 * 19) for x in (fake, real))
+    expected = within - 2 * kernel(fake, real).mean()
+    assert numbers(['kid'], features(fake), features(real), kid_subset_size=20)['kid'] == pytest.approx(expected)
+
+
+def test_the_inception_score_of_certain_and_of_undecided_images():
+    certain = np.tile(np.eye(4) * 100, (50, 1))
+    assert measure(['is'], features(certain, certain), None, None)[0].value == pytest.approx(4, rel=0.2)
+    undecided = np.zeros((200, 4))
+    assert measure(['is'], features(undecided, undecided), None, None)[0].value == pytest.approx(1)
+
+
+def test_numbers_depend_neither_on_order_nor_on_batch_size_nor_on_the_ranks():
+    images, extractor = as_batch(random_images(60)), Means()
+    reference = extract(as_batch(random_images(50, seed=1)).split(50), extractor)
+
+    def found(batches):
+        return numbers(METRICS, extract(batches, extractor), reference, kid_subset_size=20)
+
+    whole = found(images.split(60))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for size in (1, 7, 16):
+        assert found(images[order].split(size)) == pytest.approx(whole, rel=1e-6, abs=1e-9)
+    parts = [extract(images[rank::2].split(8), extractor) for rank in (1, 0)]
+    assert numbers(METRICS, joined(parts), reference, kid_subset_size=20) == pytest.approx(whole, rel=1e-6, abs=1e-9)
+    assert len(set(whole.values())) == 5
+
+
+def test_the_global_streams_and_the_log_stay_as_they_are(capsys):
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    extractor = Means()
+    sets = [extract(as_batch(random_images(30, seed=seed)).split(9), extractor) for seed in (0, 1)]
+    numbers(METRICS, *sets, kid_subset_size=10)
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert capsys.readouterr() == ('', '')
+
+
+def check(metrics, **changes):
+    facts = {'num_logits': 3, 'num_samples': 100, 'num_reference': 100, 'kid_subset_size': 50}
+    check_metrics(metrics, **{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'changes', 'message'),
+    [
+        (['sfid'], {}, r"\['sfid'\] given; choose of fid"),
+        ([], {}, 'none given'),
+        (['is'], {'num_logits': 0}, 'these features have none'),
+        (['is'], {'num_samples': 9}, '10 parts'),
+        (['kid'], {'num_samples': 49}, 'kid needs 50 images'),
+        (['prc'], {'num_reference': 0}, 'statistics alone'),
+        (['prc'], {'num_reference': 3}, 'prc needs 4 images'),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_beforehand(metrics, changes, message):
+    check(['fid', 'kid', 'is', 'prc'])
+    with pytest.raises(UserError, match=message):
+        check(metrics, **changes)
+
+
+def test_features_of_other_networks_and_broken_ones_are_refused():
+    with pytest.raises(UserError, match='5 features and the samples have 4'):
+        measure(['fid'], features(normal(10, 0, width=4)), statistics(features(normal(10, 0))), None)
+    with pytest.raises(UserError, match='not finite'):
+        joined([features(np.full((3, 2), np.nan))])
+    with pytest.raises(UserError, match='no images'):
+        extract([], Means())
+    with pytest.raises(UserError, match='at least 2'):
+        statistics(features(normal(1, 0)))

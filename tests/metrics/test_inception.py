@@ -1,0 +1,173 @@
+"""torch-fidelity's own Inception, from a file in its format with weights of ours: there are no published ones here."""
+
+import hashlib
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from tests.metrics.small import as_batch, random_images, write_folder
+from tread_composer.errors import UserError
+from tread_composer.metrics.features import extract, open_extractor
+from tread_composer.metrics.fidelity import measure
+from tread_composer.metrics.inception import (
+    INCEPTION_FILE,
+    INCEPTION_SHA256,
+    INCEPTION_VARIABLE,
+    InceptionFeatures,
+    check_weights,
+    describe_weights,
+    find_weights,
+    hub_path,
+)
+from tread_composer.metrics.references import open_reference
+
+
+@pytest.fixture(autouse=True)
+def no_weights_here(monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
+    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A file of random weights, and its hash."""
+    path = tmp_path_factory.mktemp('inception') / 'weights.pth'
+    shapes = inception_shapes()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name, value):
+        if value.dtype != torch.float32 or name.endswith('running_var'):
+            return torch.ones_like(value)
+        fan_in = value[0].numel() if value.dim() > 1 else 100
+        return torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5
+
+    torch.save({name: drawn(name, value) for name, value in shapes.items()}, path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def inception_shapes():
+    """What torch-fidelity expects in the file, found out by giving it an empty one."""
+    found = {}
+
+    class Probe(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            found.update(self.state_dict())
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    with torch.device('meta'):
+        Probe('probe', ['2048'], empty)
+    return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in found.items()}
+
+
+@pytest.fixture(scope='module')
+def extractor(weights):
+    path, sha256 = weights
+    before = torch.get_rng_state().tolist()
+    made = open_extractor('inception', inception=path, inception_sha256=sha256)
+    assert torch.get_rng_state().tolist() == before
+    return made
+
+
+def test_the_whole_path_with_the_real_network(extractor, weights, tmp_path):
+    images = random_images(12, 16)
+    threads = torch.get_num_threads()
+    samples = extract(as_batch(images).split(6), extractor)
+    assert samples.features_ND.shape == (12, 2048)
+    assert samples.logits_NK.shape == (12, 1008)
+    assert samples.features_ND.std() > 0
+    reference = open_reference(write_folder(tmp_path / 'same', images))
+    reference.check(extractor, 16)
+    found = reference.features(extractor, tmp_path / 'cache', batch_size=5)
+    assert torch.allclose(found.features_ND, samples.features_ND, rtol=1e-4, atol=1e-5)
+    figures = measure(['kid', 'is', 'prc'], samples, None, found, kid_subset_size=6)
+    values = {figure.metric: figure.value for figure in figures}
+    assert values['precision'] == values['recall'] == 1.0
+    assert 1 <= values['is'] < 12
+    assert extractor.identity()['weights_hash'] == f'sha256:{weights[1]}'
+    assert extractor.identity()['version'].startswith('torch-fidelity 0.4')
+    assert torch.get_num_threads() == threads
+
+
+def test_training_settings_do_not_reach_the_features(extractor):
+    images = as_batch(random_images(2, 16))
+    plain, _ = extractor(images)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            inside, _ = extractor(images)
+        assert torch.get_float32_matmul_precision() == 'medium'
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert torch.equal(plain, inside)
+
+
+def test_other_weights_than_the_published_ones_are_refused(weights):
+    path, sha256 = weights
+    with pytest.raises(UserError, match=f'has the hash {sha256}, expected {INCEPTION_SHA256}'):
+        InceptionFeatures.open(path)
+    with pytest.raises(UserError, match='expected 00'):
+        check_weights(path, '00' * 32)
+    assert check_weights(path, f'sha256:{sha256.upper()}') == path.read_bytes()
+
+
+class Evil:
+    def __reduce__(self):
+        return eval, ('open("executed", "w").close()',)
+
+
+def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in (pickle.dumps(Evil()), b'not a file of torch', b''):
+        path = tmp_path / 'evil.pth'
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no weights of torch-fidelity's Inception"):
+            InceptionFeatures.open(path, sha256=hashlib.sha256(content).hexdigest())
+    torch.save({'weight': Evil()}, path)
+    with pytest.raises(UserError, match='no weights'):
+        InceptionFeatures.open(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = tmp_path / 'other.pth'
+    torch.save({'weight': torch.zeros(3)}, path)
+    with pytest.raises(UserError, match='no weights'):
+        InceptionFeatures.open(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='are not here') as error:
+        find_weights()
+    assert str(hub_path()) in str(error.value)
+    hub_path().parent.mkdir(parents=True)
+    hub_path().write_bytes(b'hub')
+    assert find_weights() == hub_path()
+    (tmp_path / 'variable.pth').write_bytes(b'variable')
+    monkeypatch.setenv(INCEPTION_VARIABLE, str(tmp_path / 'variable.pth'))
+    assert find_weights() == tmp_path / 'variable.pth'
+    (tmp_path / 'given.pth').write_bytes(b'given')
+    assert find_weights(tmp_path / 'given.pth') == tmp_path / 'given.pth'
+    with pytest.raises(UserError, match='is no file'):
+        find_weights(tmp_path / 'nowhere.pth')
+
+
+def test_what_to_fetch():
+    text = describe_weights()
+    for fact in (INCEPTION_FILE, '95,628,359', INCEPTION_SHA256, str(hub_path()), 'not there'):
+        assert fact in text
+    assert INCEPTION_SHA256.startswith(INCEPTION_FILE.removesuffix('.pth').rpartition('-')[2])
+
+
+def test_the_digits_need_none(weights):
+    with pytest.raises(UserError, match='need no weights'):
+        open_extractor('digits', inception=weights[0])
+    extractor = open_extractor('digits')
+    grey = np.repeat(random_images(3)[..., :1], 3, axis=3)
+    assert extractor(as_batch(grey))[0].shape == (3, 128)
+    assert extractor.identity() == open_extractor('digits').identity()

@@ -1,0 +1,122 @@
+import dataclasses
+import json
+import math
+import threading
+
+import pytest
+
+from tread_composer.errors import UserError
+from tread_composer.metrics.protocol import (
+    UNKNOWN,
+    Protocol,
+    append_results,
+    differences,
+    load_results,
+    metric_name,
+    result,
+)
+
+PROTOCOL = Protocol(
+    weights='ema',
+    num_samples=10_000,
+    labels='balanced',
+    seed=0,
+    sampling={'sampler': 'heun', 'num_steps': 50, 'sampler_settings': {}, 'guidance': 'none', 'guidance_scale': 1.0},
+    autoencoder='some/vae',
+    autoencoder_hash='sha256:aa',
+    decode_dtype='float32',
+    uint8_rule='rule',
+    reference={'name': 'reference.npz', 'kind': 'adm'},
+    reference_hash='sha256:bb',
+    features={'name': 'inception', 'weights_hash': 'sha256:cc', 'version': '0.4.0'},
+    resolution=256,
+)
+
+
+def changed(**values):
+    return dataclasses.replace(PROTOCOL, **values)
+
+
+def test_equal_protocols_compare_also_after_being_stored():
+    stored = json.loads(json.dumps(PROTOCOL.to_dict()))
+    assert differences(PROTOCOL, stored) == []
+    assert differences(PROTOCOL, changed(sampling={**PROTOCOL.sampling, 'guidance_scale': 1})) == []
+
+
+@pytest.mark.parametrize('name', [field.name for field in dataclasses.fields(Protocol)])
+def test_every_part_of_a_protocol_counts(name):
+    other = changed(**{name: {'name': 'another'} if isinstance(getattr(PROTOCOL, name), dict) else 'another'})
+    if name == 'autoencoder':  # a name beside an equal hash
+        assert differences(PROTOCOL, other) == []
+        other = dataclasses.replace(other, autoencoder_hash='sha256:dd')
+    assert any(line.startswith(name) for line in differences(PROTOCOL, other))
+
+
+def test_a_difference_within_the_sampling_is_named():
+    other = changed(sampling={**PROTOCOL.sampling, 'num_steps': 25})
+    assert differences(PROTOCOL, other) == ['sampling.num_steps: 50 and 25']
+
+
+def test_another_name_of_the_same_reference_is_no_difference():
+    assert differences(PROTOCOL, changed(reference={'name': 'copy.npz', 'kind': 'adm'})) == []
+
+
+def test_what_is_unknown_never_compares_not_even_with_itself():
+    unknown = changed(seed=UNKNOWN)
+    assert differences(unknown, PROTOCOL) == ['seed: unknown for the first']
+    assert differences(unknown, unknown) == ['seed: unknown for both numbers']
+    stored = PROTOCOL.to_dict()
+    del stored['decode_dtype']
+    assert differences(PROTOCOL, stored) == ['decode_dtype: unknown for the second']
+
+
+@pytest.mark.parametrize(
+    ('metric', 'features', 'count', 'name'),
+    [
+        ('fid', 'inception', 50_000, 'fid'),
+        ('fid', 'inception', 49_999, 'fid_49999'),
+        ('is', 'inception', 10_000, 'inception_score_10000'),
+        ('fid', 'digits', 500, 'fd_digits_500'),
+        ('kid', 'digits', 50_000, 'kd_digits'),
+        ('recall', 'inception', 5_000, 'recall_5000'),
+    ],
+)
+def test_a_name_says_how_many_samples_and_which_features(metric, features, count, name):
+    assert metric_name(metric, features, count) == name
+
+
+def test_results_are_appended_and_a_repeated_measurement_replaces_the_first(tmp_path):
+    path = tmp_path / 'run' / 'results.json'
+    first = result('fid_10000', 3.5, PROTOCOL, source='runs/a', run='a', batch=100, seconds=1.0)
+    append_results(path, [first])
+    append_results(path, [result('fid_10000', 3.4, PROTOCOL, source='runs/a', run='a', batch=200)])
+    append_results(path, [result('fid_10000', 3.6, PROTOCOL, source='runs/a', run='a', batch=100)])
+    assert [(entry['batch'], entry['value']) for entry in load_results(path)] == [(100, 3.6), (200, 3.4)]
+    assert set(first) >= {'metric', 'value', 'protocol', 'run', 'batch', 'training', 'source', 'created'}
+    assert first['training'] == {'teraflops': None, 'seconds': 1.0}
+
+
+def test_processes_that_append_at_once_lose_nothing(tmp_path):
+    path = tmp_path / 'results.json'
+    threads = [
+        threading.Thread(target=append_results, args=(path, [result('fid', 1.0, PROTOCOL, source='s', batch=index)]))
+        for index in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry['batch'] for entry in load_results(path)) == list(range(20))
+
+
+def test_a_file_of_something_else_is_kept(tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text('{"recognised": 0.9}')
+    with pytest.raises(UserError, match='no list of measured numbers'):
+        append_results(path, [result('fid', 1.0, PROTOCOL, source='s')])
+    assert path.read_text() == '{"recognised": 0.9}'
+
+
+def test_a_number_that_is_none_is_refused():
+    with pytest.raises(UserError, match='came out as nan'):
+        result('fid', math.nan, PROTOCOL, source='s')

@@ -1,0 +1,162 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from streaming import MDSWriter
+
+from tests.metrics.small import CountingDigits, Means, as_batch, grey_images, random_images, write_folder
+from tread_composer.data.digits import prepare_digits
+from tread_composer.errors import UserError
+from tread_composer.metrics.digits import real_digits
+from tread_composer.metrics.features import DigitsFeatures, open_extractor
+from tread_composer.metrics.fidelity import statistics
+from tread_composer.metrics.images import open_images
+from tread_composer.metrics.references import open_reference
+
+
+def all_images(path):
+    return torch.cat(list(open_images(path).batches(7)))
+
+
+def write_mds(folder, images):
+    with MDSWriter(out=str(folder), columns={'image': 'png', 'label': 'int'}) as writer:
+        for image in images:
+            writer.write({'image': Image.fromarray(image), 'label': 0})
+    return folder
+
+
+def test_every_form_gives_the_same_bytes(tmp_path):
+    images = random_images(20)
+    forms = [write_folder(tmp_path / 'folder', images), write_mds(tmp_path / 'mds', images)]
+    for name, save in (('plain', np.savez), ('packed', np.savez_compressed)):
+        save(tmp_path / f'{name}.npz', images)
+        forms.append(tmp_path / f'{name}.npz')
+    for form in forms:
+        found = open_images(form)
+        assert (found.count, found.resolution) == (20, 8)
+        assert torch.equal(all_images(form), as_batch(images)), form
+        shares = [torch.cat(list(found.batches(4, rank, 3))) for rank in range(3)]
+        assert torch.equal(torch.cat(shares), as_batch(images)), form
+
+
+def test_the_pixels_of_a_data_set_of_ours(tmp_path):
+    prepare_digits(tmp_path / 'digits')
+    images = all_images(tmp_path / 'digits' / 'eval')
+    expected, _ = real_digits()['eval']
+    assert images.shape == (297, 3, 8, 8)
+    assert torch.equal(images[:, 2], ((expected[:, 0] + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_a_hash_follows_the_content_and_not_the_place(tmp_path):
+    images = random_images(5)
+    one, other = (write_folder(tmp_path / name, images) for name in ('a', 'b'))
+    (other / 'notes.txt').write_text('not an image')
+    (other / '.hidden.png').write_text('not to be seen')
+    assert open_images(one).hash == open_images(other).hash
+    Image.fromarray(images[0]).save(other / '000003.png')
+    assert open_images(one).hash != open_images(other).hash
+
+
+def test_features_are_kept_and_made_anew_when_a_file_changes(tmp_path):
+    folder, cache, extractor = write_folder(tmp_path / 'a', grey_images(6)), tmp_path / 'cache', CountingDigits()
+    first = open_reference(folder).features(extractor, cache)
+    again = open_reference(folder).features(extractor, cache)
+    assert extractor.images_seen == 6
+    assert torch.equal(first.features_ND, again.features_ND)
+    assert first.digests == again.digests
+    Image.fromarray(grey_images(1, seed=9)[0]).save(folder / '000000.png')
+    changed = open_reference(folder).features(extractor, cache)
+    assert extractor.images_seen == 12
+    assert not torch.equal(first.features_ND, changed.features_ND)
+    other = Means()
+    assert open_reference(folder).features(other, cache).features_ND.shape == (6, 6)
+    assert other.images_seen == 6
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path):
+    folder, cache = write_folder(tmp_path / 'a', random_images(4)), tmp_path / 'cache'
+    open_reference(folder).features(Means(), cache)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(UserError, match='damaged'):
+        open_reference(folder).features(Means(), cache)
+
+
+def adm(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_an_adm_file_gives_its_statistics_and_its_images(tmp_path):
+    images = random_images(6)
+    path = adm(tmp_path / 'ref.npz', arr_0=images, mu=np.arange(6.0), sigma=np.eye(6), mu_s=np.ones(9))
+    reference = open_reference(path)
+    assert (reference.kind, reference.count) == ('adm', 6)
+    found = reference.features(Means(), tmp_path / 'cache')
+    assert (reference.statistics(found).mean_D == np.arange(6.0)).all()
+    own = statistics(found).mean_D
+    assert not np.allclose(own, np.arange(6.0))
+    alone = open_reference(adm(tmp_path / 'alone.npz', mu=np.zeros(4), sigma=np.eye(4)))
+    assert alone.count == 0
+    assert alone.hash != reference.hash
+    with pytest.raises(UserError, match='statistics alone'):
+        alone.features(Means(), tmp_path / 'cache')
+
+
+def test_what_does_not_go_together_is_refused(tmp_path):
+    images = open_reference(write_folder(tmp_path / 'a', random_images(4)))
+    with pytest.raises(UserError, match='images of 8 pixels, and the samples have 16'):
+        images.check(Means(), 16)
+    with pytest.raises(UserError, match='take images of 8 pixels, not 16'):
+        open_reference(write_folder(tmp_path / 'b', random_images(4, 16))).check(DigitsFeatures(), 16)
+    statistics_alone = open_reference(adm(tmp_path / 's.npz', mu=np.zeros(4), sigma=np.eye(4)))
+    with pytest.raises(UserError, match="of Inception, and the features are 'digits'"):
+        statistics_alone.check(DigitsFeatures(), 8)
+    with pytest.raises(UserError, match='in colour'):
+        images.features(DigitsFeatures(), tmp_path / 'cache')
+    with pytest.raises(UserError, match="'clip' is not known"):
+        open_extractor('clip')
+
+
+@pytest.mark.parametrize(
+    ('arrays', 'message'),
+    [
+        ({'mu': np.zeros(4), 'sigma': np.eye(3)}, r'\[D\] and \[D, D\]'),
+        ({'mu': np.full(2, np.nan), 'sigma': np.eye(2)}, 'not finite'),
+        ({'images': np.zeros((2, 8, 8, 3), np.uint8)}, "no array 'arr_0'"),
+        ({'arr_0': np.zeros((2, 8, 8, 3))}, 'images are uint8'),
+        ({'arr_0': np.zeros((2, 8, 9, 3), np.uint8)}, 'must be square'),
+        ({'arr_0': np.zeros((0, 8, 8, 3), np.uint8)}, 'holds no images'),
+    ],
+)
+def test_a_wrong_npz_is_refused(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message):
+        open_reference(adm(tmp_path / 'wrong.npz', **arrays))
+
+
+def test_a_pickle_in_an_npz_is_not_opened(tmp_path):
+    path = adm(tmp_path / 'evil.npz', mu=np.array([print], dtype=object), sigma=np.eye(1))
+    with pytest.raises(UserError, match='cannot be read'):
+        open_reference(path)
+
+
+def test_wrong_images_are_refused_by_name(tmp_path):
+    folder = write_folder(tmp_path / 'a', random_images(3))
+    Image.fromarray(random_images(1, 9)[0]).save(folder / 'large.png')
+    with pytest.raises(UserError, match=r'large.png: 9 x 9 pixels, where 000000.png has 8 x 8'):
+        all_images(folder)
+    (folder / 'large.png').write_bytes((folder / '000000.png').read_bytes()[:60])
+    with pytest.raises(UserError, match=r'large.png: is no image'):
+        all_images(folder)
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(content, 'PNG')
+    (folder / 'large.png').write_bytes(content.getvalue())
+    with pytest.raises(UserError, match='more than 8 bits'):
+        all_images(folder)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no images'):
+        open_images(tmp_path / 'empty')
+    with pytest.raises(UserError, match='no such file'):
+        open_images(tmp_path / 'nowhere')

@@ -1,0 +1,198 @@
+"""``python -m tread_composer evaluate`` and ``prefetch``, from their words to what they write."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from tests.metrics.small import grey_images, random_images, write_folder
+from tests.trained_runs import run
+from tread_composer import cli
+from tread_composer.data.digits import prepare_digits
+from tread_composer.metrics.inception import INCEPTION_SHA256, INCEPTION_VARIABLE
+from tread_composer.metrics.protocol import UNKNOWN, differences, load_results
+
+SAMPLING = ['--steps', '2', '--batch-size', '16', '--device', 'cpu']
+
+
+@pytest.fixture(autouse=True)
+def no_weights_here(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
+    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp('evaluate')
+    return run(root, 'digits_tread.yaml', f'loggers.mlflow={{experiment_name: digits, folder: {root}}}').folder
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('digits') / 'digits'
+    prepare_digits(folder)
+    return folder / 'eval'
+
+
+def evaluate(path, reference, *words):
+    return cli.main(['evaluate', str(path), '--reference', str(reference), '--features', 'digits', *words])
+
+
+def refused(capsys, path, reference, *words):
+    capsys.readouterr()
+    assert evaluate(path, reference, *words) == 2
+    return capsys.readouterr().err
+
+
+def test_a_model_and_its_samples_give_the_same_numbers_with_the_same_protocol(trained, digits, tmp_path, capsys):
+    words = ['--metrics', 'fid', 'prc', '--count', '40', *SAMPLING]
+    assert evaluate(trained, digits, *words, '--samples', str(tmp_path / 'drawn')) == 0
+    of_model = load_results(trained / 'results.json')
+    assert [entry['metric'] for entry in of_model] == ['fd_digits_40', 'precision_digits_40', 'recall_digits_40']
+    out = tmp_path / 'samples'
+    assert (
+        cli.main(['sample', str(trained), '--out', str(out), '--count', '40', '--format', 'png', 'mds', *SAMPLING]) == 0
+    )
+    capsys.readouterr()
+    for place in (out, out / 'mds'):
+        target = tmp_path / f'{place.name}.json'
+        assert evaluate(place, digits, '--metrics', 'fid', 'prc', '--out', str(target)) == 0
+        for one, other in zip(of_model, load_results(target), strict=True):
+            assert one['value'] == pytest.approx(other['value'], rel=1e-9)
+            assert differences(one['protocol'], other['protocol']) == []
+            assert one['weights_digest'] == other['weights_digest'] is not None
+            assert (other['run'], other['batch']) == ('digits_tread', 3) == (one['run'], one['batch'])
+    assert 'fd_digits_40' in capsys.readouterr().out
+    protocol = of_model[0]['protocol']
+    assert protocol['sampling']['num_steps'] == 2
+    assert (protocol['weights'], protocol['labels'], protocol['seed'], protocol['resolution']) == (
+        'ema',
+        'balanced',
+        0,
+        8,
+    )
+    page = (trained / 'results.html').read_text()
+    assert 'fd_digits_40' in page and 'http' not in page.lower().replace('http-equiv', '')
+    (logged,) = mlflow_runs(trained.parent)
+    assert logged.data.metrics['evaluation/fd_digits_40'] == of_model[0]['value']
+    assert logged.info.status == 'FINISHED'
+
+
+def mlflow_runs(folder: Path):
+    client = MlflowClient(f'sqlite:///{folder}/mlflow.db')
+    return client.search_runs([client.get_experiment_by_name('digits').experiment_id])
+
+
+def test_evaluating_again_draws_nothing_anew_and_adds_no_second_entry(trained, digits, tmp_path, capsys):
+    shutil.rmtree(trained / 'evaluation_samples', ignore_errors=True)
+    words = ['--count', '20', *SAMPLING, '--out', str(tmp_path / 'numbers.json')]
+    for _ in range(2):
+        assert evaluate(trained, digits, *words) == 0
+    assert 'finished already' in capsys.readouterr().out
+    assert len(load_results(tmp_path / 'numbers.json')) == 1
+    (folder,) = (trained / 'evaluation_samples').iterdir()
+    assert folder.name.startswith('ema-ba3-')
+    assert evaluate(trained, digits, *words, '--seed', '5') == 0
+    first, second = load_results(tmp_path / 'numbers.json')
+    assert differences(first['protocol'], second['protocol']) == ['seed: 0 and 5']
+    assert first['value'] != second['value']
+
+
+def test_images_that_say_nothing_compare_with_none_until_they_are_described(digits, tmp_path, capsys):
+    folder = write_folder(tmp_path / 'images', grey_images(30))
+    assert evaluate(folder, digits, '--metrics', 'fid', 'kid', '--kid-subset-size', '25') == 0
+    assert 'will compare with no others' in capsys.readouterr().out
+    fid, kid = load_results(folder / 'results.json')
+    assert (fid['metric'], kid['metric']) == ('fd_digits_30', 'kd_digits_30')
+    assert kid['protocol']['settings'] == {'kid_subset_size': 25, 'kid_subsets': 100}
+    assert fid['protocol']['seed'] == UNKNOWN
+    assert 'seed: unknown for both numbers' in differences(fid['protocol'], fid['protocol'])
+    said = ['weights=ema', 'labels=balanced', 'seed=0', 'sampling.sampler=heun', 'sampling.num_steps=50',
+            'autoencoder=pixels', 'autoencoder_hash=null', 'decode_dtype=float32', 'uint8_rule=rounded']  # fmt: skip
+    target = tmp_path / 'described.json'
+    assert evaluate(folder, digits, '--describe', *said, '--out', str(target)) == 0
+    assert 'will compare' not in capsys.readouterr().out
+    (described,) = load_results(target)
+    assert differences(described['protocol'], described['protocol']) == []
+    assert described['protocol']['sampling'] == {'sampler': 'heun', 'num_steps': 50}
+    assert described['value'] == pytest.approx(fid['value'], rel=1e-9)
+
+
+def test_a_set_against_itself(tmp_path, digits):
+    target = tmp_path / 'self.json'
+    assert evaluate(digits, digits, '--metrics', 'fid', 'prc', '--out', str(target)) == 0
+    values = {entry['metric']: entry['value'] for entry in load_results(target)}
+    assert values['fd_digits_297'] == pytest.approx(0, abs=1e-6)
+    assert values['precision_digits_297'] == values['recall_digits_297'] == 1.0
+
+
+def test_the_reference_is_looked_at_once(digits, tmp_path, capsys):
+    folder, reference = (write_folder(tmp_path / name, grey_images(12, seed)) for seed, name in enumerate('ab'))
+    for number, looks in enumerate((True, False)):
+        assert evaluate(folder, reference, '--out', str(tmp_path / f'{number}.json')) == 0
+        assert ('12 reference images, once' in capsys.readouterr().out) == looks
+    write_folder(reference, grey_images(1, 7))
+    assert evaluate(folder, reference, '--out', str(tmp_path / '2.json')) == 0
+    assert '12 reference images, once' in capsys.readouterr().out
+    first, second, changed = (load_results(tmp_path / f'{number}.json')[0] for number in range(3))
+    assert first['value'] == second['value'] != changed['value']
+    assert [line.split(':')[0] for line in differences(
+        {**first['protocol'], 'seed': 0}, {**changed['protocol'], 'seed': 0}
+    )].count('reference_hash') == 1  # fmt: skip
+
+
+def test_the_quickstarts_own_results_are_kept(trained, digits, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / 'copy')
+    (copy / 'results.json').write_text(json.dumps({'recognised': 0.9}))
+    assert evaluate(copy, digits, '--count', '20', *SAMPLING) == 0
+    assert json.loads((copy / 'results.json').read_text()) == {'recognised': 0.9}
+    assert load_results(copy / 'evaluation.json')[0]['metric'] == 'fd_digits_20'
+    assert 'is that of digits_quality' in capsys.readouterr().out
+
+
+def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, capsys):
+    images = write_folder(tmp_path / 'images', grey_images(12))
+    large = write_folder(tmp_path / 'large', random_images(12, 16))
+    assert 'images of 16 pixels, and the samples have 8' in refused(capsys, images, large)
+    assert 'images of 16 pixels, and the samples have 8' in refused(capsys, trained, large, '--count', '20')
+    assert not list((trained / 'evaluation_samples').glob('*-ba0*')), 'refused before sampling'
+    assert 'say how many images' in refused(capsys, trained, digits)
+    assert '--count, the options of sampling: of a model' in refused(
+        capsys, images, digits, '--count', '9', '--steps', '3'
+    )
+    assert 'is a model, whose samples say so' in refused(
+        capsys, trained, digits, '--describe', 'seed=0', '--count', '20'
+    )
+    assert "'sead' is not known; known are weights" in refused(capsys, images, digits, '--describe', 'sead=0')
+    assert 'not of the form key=value' in refused(capsys, images, digits, '--describe', 'seed')
+    assert 'no such file or folder' in refused(capsys, tmp_path / 'nowhere', digits)
+    assert 'at least 1 and 2' in refused(capsys, images, digits, '--kid-subset-size', '1')
+    assert 'kid needs 1000 images' in refused(capsys, images, digits, '--metrics', 'kid')
+    capsys.readouterr()
+    assert cli.main(['evaluate', str(images), '--reference', str(digits)]) == 2
+    assert 'the weights of Inception are not here' in capsys.readouterr().err
+
+
+def test_unfinished_samples_and_ones_that_were_tampered_with_are_refused(trained, digits, tmp_path, capsys):
+    out = tmp_path / 'samples'
+    assert cli.main(['sample', str(trained), '--out', str(out), '--count', '10', *SAMPLING]) == 0
+    assert 'leave it out' in refused(capsys, out, digits, '--describe', 'seed=0')
+    next((out / 'images').iterdir()).unlink()
+    assert 'holds 9 images, and' in refused(capsys, out, digits)
+    record = json.loads((out / 'samples.json').read_text())
+    (out / 'samples.json').write_text(json.dumps({**record, 'complete': False}))
+    assert 'is not finished' in refused(capsys, out, digits)
+
+
+def test_prefetch(tmp_path, capsys):
+    assert cli.main(['prefetch']) == 0
+    text = capsys.readouterr().out
+    assert INCEPTION_SHA256 in text and '95,628,359' in text and str(tmp_path / 'torch_home') in text
+    np.save(tmp_path / 'other.npy', np.zeros(3))
+    assert cli.main(['prefetch', '--check', str(tmp_path / 'other.npy')]) == 2
+    assert f'expected {INCEPTION_SHA256}' in capsys.readouterr().err
+    assert cli.main(['prefetch', '--check', str(tmp_path / 'nowhere')]) == 2

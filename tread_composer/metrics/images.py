@@ -1,0 +1,283 @@
+"""Sets of images on disk: a folder, an npz as the ADM suite has it, or MDS. All come out as bytes in RGB.
+
+Nothing is resized or cropped: that would move every metric, and belongs to whoever made the images.
+Legend: N images of a set, B images of a batch, R side of an image in pixels.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tread_composer.autoencoders.pixels import to_uint8
+from tread_composer.data.columns import LATENTS
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.errors import UserError
+
+__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpzImages', 'file_hash', 'open_images', 'tree_hash']
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+_MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
+_NPZ_ARRAY = 'arr_0'  # the name that numpy gives an array saved without one: ADM's images
+
+
+class ImageSet:
+    """Square images of one size.
+
+    Args:
+        path: Where they are.
+        kind: ``'folder'``, ``'npz'`` or ``'mds'``.
+        count: N.
+        resolution: R.
+    """
+
+    def __init__(self, path: Path, kind: str, count: int, resolution: int) -> None:
+        self.path, self.kind, self.count, self.resolution = path, kind, count, resolution
+        if count < 1:
+            raise UserError(f'{path}: holds no images')
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over the content of the files (and their names, where there are several)."""
+        raise AssertionError('each kind has its own')
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
+        """One rank's share, uint8 ``[B, 3, R, R]`` a batch.
+
+        Args:
+            batch_size: The most images of a batch.
+            rank: Whose share.
+            world: How many ranks share them.
+
+        Raises:
+            UserError: An image is damaged or of another size.
+        """
+        first, last = self.count * rank // world, self.count * (rank + 1) // world
+        for images_BRR3 in self._arrays(first, last, batch_size):
+            yield torch.from_numpy(np.ascontiguousarray(images_BRR3.transpose(0, 3, 1, 2)))
+
+    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+        raise AssertionError('each kind has its own')
+
+
+class FolderImages(ImageSet):
+    """All images below a folder, in the order of their paths; files with other suffixes are not images.
+
+    Args:
+        path: The folder.
+        files: Those to take, relative to it. (Default: all images but hidden ones.)
+
+    Raises:
+        UserError: There are none, or the first is damaged or not square.
+    """
+
+    def __init__(self, path: Path, files: list[str] | None = None) -> None:
+        found = [] if files is not None else [one for one in path.rglob('*') if one.suffix.lower() in IMAGE_SUFFIXES]
+        names = [one.relative_to(path).as_posix() for one in found]
+        visible = [name for name in names if not any(part.startswith('.') for part in name.split('/'))]
+        self.files = sorted(visible) if files is None else list(files)
+        if not self.files:
+            raise UserError(f'{path}: holds no images ({", ".join(IMAGE_SUFFIXES)})')
+        first = _pixels((path / self.files[0]).read_bytes(), path / self.files[0])
+        super().__init__(path, 'folder', len(self.files), _square(first.shape[:2], path / self.files[0]))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Over the names and the content of the images."""
+        return tree_hash(self.path, self.files)
+
+    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+        def load(name: str) -> np.ndarray:
+            found = _pixels((self.path / name).read_bytes(), self.path / name)
+            if found.shape[:2] != (self.resolution, self.resolution):
+                raise UserError(
+                    f'{self.path / name}: {found.shape[1]} x {found.shape[0]} pixels, where {self.files[0]} has '
+                    f'{self.resolution} x {self.resolution}; a set of images has one size'
+                )
+            return found
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside of Python's lock
+            for start in range(first, last, batch_size):
+                yield np.stack(list(pool.map(load, self.files[start : min(start + batch_size, last)])))
+
+
+class NpzImages(ImageSet):
+    """The array ``arr_0`` of an npz, uint8 ``[N, R, R, 3]``, as ADM's suite has it; read piece by piece.
+
+    Raises:
+        UserError: There is no such array.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _npz(path) as archive:
+            if f'{_NPZ_ARRAY}.npy' not in archive.namelist():
+                raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {archive.namelist()}')
+            with archive.open(f'{_NPZ_ARRAY}.npy') as stream:
+                shape, dtype = _array_header(stream, path)
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+            raise UserError(f'{path}: {_NPZ_ARRAY} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
+        self._channels = shape[3]
+        super().__init__(path, 'npz', shape[0], _square(shape[1:3], path))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the file."""
+        return file_hash(self.path)
+
+    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+        shape = (self.resolution, self.resolution, self._channels)
+        size = int(np.prod(shape))
+        with _npz(self.path) as archive, archive.open(f'{_NPZ_ARRAY}.npy') as stream:
+            _array_header(stream, self.path)
+            stream.seek(first * size, io.SEEK_CUR)
+            for start in range(first, last, batch_size):
+                count = min(batch_size, last - start)
+                content = stream.read(count * size)
+                if len(content) != count * size:
+                    raise UserError(f'{self.path}: ends within image {start + len(content) // size}; copy it again')
+                yield np.frombuffer(content, np.uint8).reshape(count, *shape).repeat(3 // self._channels, axis=3)
+
+
+class MDSImages(ImageSet):
+    """An MDS data set of images: pixels of our own converter, or a column of encoded images (``png``, ``jpeg``).
+
+    Raises:
+        UserError: It holds latents, is compressed, or has no column of images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from streaming import LocalDataset
+
+        index = json.loads((path / 'index.json').read_bytes())
+        if any(shard.get('compression') for shard in index['shards']):
+            raise UserError(f'{path}: its shards are compressed; write them without compression')
+        if any(encoding == 'pkl' for shard in index['shards'] for encoding in shard['column_encodings']):
+            raise UserError(f'{path}: has a column of pickles, which can run code when they are read')
+        self._rows: Any = LocalDataset(str(path))
+        self._is_pixels = (path / MANIFEST_NAME).exists()
+        if self._is_pixels:
+            kind = Manifest.load(path).kind
+            if kind != 'pixels':
+                raise UserError(
+                    f'{path}: holds latents ({kind}), and metrics are of images; give the images themselves'
+                )
+            self._column = LATENTS
+        else:
+            columns = dict(
+                zip(index['shards'][0]['column_names'], index['shards'][0]['column_encodings'], strict=True)
+            )  # fmt: skip
+            images = [name for name, encoding in columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
+            if len(images) != 1:
+                raise UserError(f'{path}: needs one column of images ({", ".join(_MDS_IMAGES)}), it has {columns}')
+            self._column = images[0]
+        super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Over the index and the shards."""
+        index = json.loads((self.path / 'index.json').read_bytes())
+        files = [shard['raw_data']['basename'] for shard in index['shards']]
+        described = [name for name in ('index.json', MANIFEST_NAME) if (self.path / name).exists()]
+        return tree_hash(self.path, [*described, *files])
+
+    def _row(self, index: int) -> np.ndarray:
+        value = self._rows[index][self._column]
+        if self._is_pixels:
+            pixels_CRR = to_uint8(torch.from_numpy(np.asarray(value, np.float32))).numpy()
+            return pixels_CRR.transpose(1, 2, 0).repeat(3 // len(pixels_CRR), axis=2)
+        if isinstance(value, Image.Image):
+            return np.asarray(value.convert('RGB'))
+        found = np.asarray(value)
+        return found if found.ndim == 3 else found[:, :, None].repeat(3, axis=2)
+
+    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(first, last, batch_size):
+            rows = [self._row(index) for index in range(start, min(start + batch_size, last))]
+            other = next((row.shape for row in rows if row.shape[:2] != (self.resolution, self.resolution)), None)
+            if other is not None:
+                raise UserError(f'{self.path}: an image of {other[1]} x {other[0]} pixels among {self.resolution}')
+            yield np.stack(rows)
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """The set of images at a path, whatever it is.
+
+    Raises:
+        UserError: There is nothing that holds images.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == '.npz':
+        return NpzImages(path)
+    if path.is_dir():
+        return MDSImages(path) if (path / 'index.json').exists() else FolderImages(path)
+    what = 'no such file or folder' if not path.exists() else 'neither an .npz nor a folder'
+    raise UserError(f'{path}: {what}; give a folder of images, an .npz as ADM has it, or an MDS data set of images')
+
+
+def tree_hash(folder: Path, files: list[str]) -> str:
+    """SHA-256 over the names and the content of files."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = pool.map(lambda name: _file_hash(folder / name), files)
+        lines = [f'{name}\0{found}\n' for name, found in zip(files, hashes, strict=True)]
+    return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return f'sha256:{_file_hash(path)}'
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pixels(content: bytes, path: Path) -> np.ndarray:
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.mode.startswith(('I', 'F')):
+            raise UserError(f'{path}: mode {image.mode!r} has more than 8 bits a channel')
+        return np.asarray(image.convert('RGB'))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{path}: is no image that can be read: {error}') from error
+
+
+def _square(size: tuple[int, ...], path: Path) -> int:
+    if size[0] != size[1]:
+        raise UserError(f'{path}: images of {size[1]} x {size[0]} pixels; they must be square')
+    return int(size[0])
+
+
+def _npz(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f'{path}: is no npz that can be read: {error}') from error
+
+
+def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    try:
+        major, _ = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except ValueError as error:
+        raise UserError(f'{path}: {_NPZ_ARRAY} has a damaged header: {error}') from error
+    if fortran:
+        raise UserError(f'{path}: {_NPZ_ARRAY} is stored column by column; save it in C order')
+    return shape, dtype

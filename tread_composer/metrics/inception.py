@@ -1,0 +1,212 @@
+"""Inception as torch-fidelity has it, from a weights file whose hash is checked before anything in it is used.
+
+The weights are TensorFlow's ``inception-2015-12-05``, which all published FIDs are made with, converted by
+torch-fidelity (pytorch-fid publishes the same bytes under another name).
+Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,008).
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.errors import UserError
+
+__all__ = [
+    'INCEPTION_FILE',
+    'INCEPTION_SHA256',
+    'INCEPTION_SIZE',
+    'INCEPTION_VARIABLE',
+    'InceptionFeatures',
+    'check_weights',
+    'describe_weights',
+    'download_weights',
+    'find_weights',
+    'hub_path',
+]
+
+INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
+INCEPTION_SIZE = 95_628_359  # bytes
+INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
+INCEPTION_VARIABLE = 'TREAD_COMPOSER_INCEPTION'
+
+
+def hub_path() -> Path:
+    """Where torch-fidelity itself looks for the file, and puts it."""
+    return Path(torch.hub.get_dir()) / 'checkpoints' / INCEPTION_FILE
+
+
+def find_weights(path: str | Path | None = None, *, allow_download: bool = False) -> Path:
+    """The file of weights: ``path``, else the variable ``TREAD_COMPOSER_INCEPTION``, else torch's hub folder.
+
+    Raises:
+        UserError: It is not there, and must not be fetched.
+    """
+    named = path or os.environ.get(INCEPTION_VARIABLE)
+    if named:
+        if not Path(named).is_file():
+            where = 'inception' if path else INCEPTION_VARIABLE
+            raise UserError(f'{where}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is')
+        return Path(named)
+    if hub_path().is_file():
+        return hub_path()
+    if allow_download:
+        return download_weights()
+    raise UserError(
+        f'the weights of Inception are not here. Give their file (--inception {INCEPTION_FILE}, `inception:` in a '
+        f'YAML, or the variable {INCEPTION_VARIABLE}), put it at {hub_path()}, or allow the download '
+        f'(--allow-download). `python -m tread_composer prefetch` says where to get it'
+    )
+
+
+def download_weights() -> Path:
+    """Fetch the published file to ``hub_path()``, from where torch-fidelity publishes it, and check its hash.
+
+    Raises:
+        UserError: It cannot be reached, or has another hash.
+    """
+    target = hub_path()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_address(), str(target), hash_prefix=INCEPTION_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'{_address()}: could not be fetched to {target}: {error}') from error
+    return target
+
+
+def _address() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3
+
+
+def describe_weights() -> str:
+    """What to fetch, from where, and where to put it, as text."""
+    there = hub_path().is_file()
+    rows = [
+        ('file', INCEPTION_FILE),
+        ('what', "Inception v3 of 2015-12-05, TensorFlow's weights as torch-fidelity converted them"),
+        ('address', _address()),
+        ('size', f'{INCEPTION_SIZE:,} bytes'),
+        ('sha256', INCEPTION_SHA256),
+        ('torch looks here', f'{hub_path()} ({"is there" if there else "not there"})'),
+        ('or say where', f'--inception FILE, `inception: FILE` in a YAML, or the variable {INCEPTION_VARIABLE}'),
+        ('then check it', 'python -m tread_composer prefetch --check FILE'),
+    ]
+    return '\n'.join(f'{name:<18}{text}' for name, text in rows)
+
+
+def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
+    """The content of a file of weights, if it has the hash that it must have.
+
+    Args:
+        path: The file.
+        sha256: 64 hexadecimal digits; those of the published file if None.
+
+    Raises:
+        UserError: It cannot be read or has another hash.
+    """
+    wanted = (sha256 or INCEPTION_SHA256).removeprefix('sha256:').lower()
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error}') from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != wanted:
+        size = f'{len(content):,} bytes'
+        if sha256 is None:
+            size += f', the published file has {INCEPTION_SIZE:,}'
+        raise UserError(
+            f'{path}: has the hash {found}, expected {wanted} ({size}). Numbers from other weights compare with no '
+            f'published one. Fetch the file again, or state the hash of weights that are meant (--inception-sha256)'
+        )
+    return content
+
+
+class InceptionFeatures:
+    """torch-fidelity's Inception: the 2,048 pooled features and the unbiased logits.
+
+    It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution.
+
+    Args:
+        network: torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``.
+        sha256: Of the file of weights.
+        device: Where to compute.
+    """
+
+    name = 'inception'
+    resolution = None
+    num_logits = 1008
+
+    def __init__(self, network: nn.Module, sha256: str, device: str | torch.device = 'cpu') -> None:
+        self._network, self._sha256, self._device = network.to(device), sha256, torch.device(device)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None = None,
+        *,
+        sha256: str | None = None,
+        allow_download: bool = False,
+        device: str | torch.device = 'cpu',
+    ) -> 'InceptionFeatures':
+        """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
+
+        Args:
+            path: The file; looked for as ``find_weights`` says if None.
+            sha256: Its hash, if it is not the published one.
+            allow_download: Fetch the file if it is not here.
+            device: Where to compute.
+
+        Raises:
+            UserError: The file is missing, or is not what it must be.
+        """
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = find_weights(path, allow_download=allow_download)
+        content = check_weights(path, sha256)
+        try:
+            torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+            # Its layers draw initial weights, which the file replaces: training must not notice.
+            with torch.random.fork_rng(devices=[]):
+                network = FeatureExtractorInceptionV3(
+                    'inception-v3-compat', ['2048', 'logits_unbiased'], io.BytesIO(content)
+                )
+        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: holds no weights of torch-fidelity's Inception: {reason}") from error
+        return cls(network, hashlib.sha256(content).hexdigest(), device)
+
+    def identity(self) -> dict[str, str]:
+        """See ``features.Extractor``."""
+        import torch_fidelity
+
+        version = f'torch-fidelity {torch_fidelity.__version__}'
+        return {'name': self.name, 'weights_hash': f'sha256:{self._sha256}', 'version': version}
+
+    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, 2048]`` and logits ``[B, 1008]``, float32, of uint8 images."""
+        with torch.no_grad(), _plain_float32(self._device):
+            features_BD, logits_BK = self._network(images_B3RR.to(self._device))
+        return features_BD, logits_BK
+
+
+@contextlib.contextmanager
+def _plain_float32(device: torch.device) -> Iterator[None]:
+    """Full float32 whatever training has chosen: no autocast, no TF32, which keeps 10 bits of a factor."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

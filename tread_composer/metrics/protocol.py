@@ -1,0 +1,241 @@
+"""What a measured number was measured with, and the file of numbers: ``results.json``.
+
+A number without its protocol says nothing: the count of samples, the sampler, the guidance, the reference and the
+feature network move an FID by more than most methods do. So the protocol travels with each number, and two numbers
+compare only if ``differences`` finds none.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tread_composer.conversion.files import write_json
+from tread_composer.errors import UserError
+
+__all__ = [
+    'FULL_COUNT',
+    'UINT8_RULE',
+    'UNKNOWN',
+    'Protocol',
+    'append_results',
+    'differences',
+    'load_results',
+    'metric_name',
+    'result',
+]
+
+FULL_COUNT = 50_000
+"""Samples of a published FID. Below, the metric's name says how many there were."""
+
+UNKNOWN = 'unknown'
+"""Stands in a protocol where nobody knows; such a number compares with nothing."""
+
+UINT8_RULE = 'round((x + 1) * 127.5), ties to even, clamped'
+"""How pixels become bytes in this project (``autoencoders.pixels.to_uint8``)."""
+
+_NAMES = {
+    'fid': ('fid', 'fd'),
+    'kid': ('kid', 'kd'),
+    'is': ('inception_score', 'score'),
+    'precision': ('precision', 'precision'),
+    'recall': ('recall', 'recall'),
+}
+
+
+# Names of things that a hash identifies: they may lie elsewhere under another name.
+_NAMED_BY_HASH = {'reference.name': 'reference_hash', 'autoencoder': 'autoencoder_hash'}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that decides a number besides the weights of the model. Plain values only: it is stored as JSON.
+
+    ``'unknown'`` stands for what nobody knows, in place of any value.
+
+    Args:
+        weights: ``'ema'`` or ``'raw'``.
+        num_samples: Images measured.
+        labels: How the classes were chosen, ``'balanced'`` or ``'random'``, or other words for it.
+        seed: Of the samples.
+        sampling: Sampler, steps, guidance: ``SamplingSettings.to_dict()``.
+        autoencoder: What decoded; ``'pixels'`` for none.
+        autoencoder_hash: Of its weights; None for pixels.
+        decode_dtype: What it computed in.
+        uint8_rule: How pixels became bytes.
+        reference: ``name`` and ``kind`` of what was compared with.
+        reference_hash: Of its content.
+        features: ``name``, ``weights_hash`` and ``version`` of the feature network.
+        resolution: Side of the images in pixels.
+        settings: What the metric itself was told, such as the size of KID's subsets.
+    """
+
+    weights: str
+    num_samples: int
+    labels: str
+    seed: int | str
+    sampling: Mapping[str, Any] | str
+    autoencoder: str
+    autoencoder_hash: str | None
+    decode_dtype: str
+    uint8_rule: str
+    reference: Mapping[str, str]
+    reference_hash: str
+    features: Mapping[str, str]
+    resolution: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is stored."""
+        return json.loads(json.dumps(asdict(self), allow_nan=False))
+
+
+def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]) -> list[str]:
+    """Why two numbers do not compare, one line each; empty if they do.
+
+    What is unknown on either side is a reason. A name beside an equal hash is none: the hash says what it is.
+    """
+    one, other = (_flat(_plain(protocol)) for protocol in (a, b))
+    lines = []
+    for key in dict.fromkeys([*one, *other]):
+        hashed = one.get(_NAMED_BY_HASH.get(key, ''))
+        if hashed not in (None, UNKNOWN) and hashed == other.get(_NAMED_BY_HASH[key]):
+            continue
+        values = [flat.get(key, 'absent') for flat in (one, other)]
+        if UNKNOWN in values:
+            sides = 'both numbers' if values[0] == values[1] else 'the first' if values[0] == UNKNOWN else 'the second'
+            lines.append(f'{key}: unknown for {sides}')
+        elif values[0] != values[1]:
+            lines.append(f'{key}: {values[0]!r} and {values[1]!r}')
+    return lines
+
+
+def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(protocol, Protocol):
+        return protocol.to_dict()
+    known = {entry.name for entry in fields(Protocol)}
+    missing = [name for name in known - {'settings'} if name not in protocol]
+    return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
+
+
+def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        # An empty section must differ from an absent one.
+        rows |= _flat(value, f'{path}{key}.') if isinstance(value, dict) and value else {f'{path}{key}': value}
+    return rows
+
+
+def metric_name(metric: str, features: str, num_samples: int) -> str:
+    """The name under which a number is reported: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``.
+
+    Only Inception's features make an FID, a KID or an Inception Score; others have names of their own.
+
+    Args:
+        metric: ``'fid'``, ``'kid'``, ``'is'``, ``'precision'`` or ``'recall'``.
+        features: Name of the feature network.
+        num_samples: Images measured.
+    """
+    published, other = _NAMES[metric]
+    name = published if features == 'inception' else f'{other}_{features}'
+    return name if num_samples >= FULL_COUNT else f'{name}_{num_samples}'
+
+
+def result(
+    metric: str,
+    value: float,
+    protocol: Protocol,
+    *,
+    source: str,
+    run: str | None = None,
+    batch: int | None = None,
+    teraflops: float | None = None,
+    seconds: float | None = None,
+    weights_digest: str | None = None,
+    spread: float | None = None,
+) -> dict[str, Any]:
+    """One entry of ``results.json``.
+
+    Args:
+        metric: Its reported name.
+        value: The number.
+        protocol: How it came about.
+        source: The samples, the run or the checkpoint that was measured.
+        run: Name of the training run, if known.
+        batch: Training batches of the weights, if known.
+        teraflops: Spent in training until there, if known.
+        seconds: Of training until there, if known.
+        weights_digest: Of the weights, if known; not part of the protocol.
+        spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
+
+    Raises:
+        UserError: The value is not finite, so there is nothing to report.
+    """
+    if not math.isfinite(value):
+        raise UserError(f'{metric}: came out as {value}, of {source}: the images cannot be measured')
+    return {
+        'metric': metric,
+        'value': float(value),
+        'spread': spread,
+        'protocol': protocol.to_dict(),
+        'weights_digest': weights_digest,
+        'run': run,
+        'batch': batch,
+        'training': {'teraflops': teraflops, 'seconds': seconds},
+        'source': source,
+        'created': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    }
+
+
+def load_results(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a ``results.json``.
+
+    Raises:
+        UserError: The file is not a list of such entries.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f'{path}: not JSON ({error})') from error
+    needed = {'metric', 'value', 'protocol'}
+    if not isinstance(entries, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in entries):
+        raise UserError(
+            f'{path}: is no list of measured numbers with their protocols (the callback digits_quality writes another '
+            f'file of this name); write the numbers elsewhere'
+        )
+    return entries
+
+
+def append_results(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add entries to a ``results.json``, which is made if it is not there; whole or not at all.
+
+    An entry takes the place of an earlier one that measured the same: a run that is continued from an older checkpoint
+    measures a second time what it had measured before it was stopped.
+
+    Raises:
+        UserError: The file is there and is not such a list.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent / f'.{path.name}.lock'):
+        kept = {_identity(entry): entry for entry in load_results(path)} if path.exists() else {}
+        write_json(path, list({**kept, **{_identity(entry): entry for entry in entries}}.values()))
+
+
+def _identity(entry: Mapping[str, Any]) -> str:
+    keys = ('metric', 'protocol', 'weights_digest', 'run', 'batch', 'source')
+    return json.dumps([entry.get(key) for key in keys], sort_keys=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The kernel lets go of the lock when its holder dies; so the file may lie around for ever.
+    with open(path, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
