@@ -19,6 +19,7 @@ from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import Config
 from tread_composer.config.components import component_class
+from tread_composer.data.facts import LatentFacts
 from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
@@ -62,7 +63,7 @@ _TIMES = {
 }
 
 
-def build_autoencoder(config: Config, manifest: Manifest | None = None) -> Autoencoder:
+def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = None) -> Autoencoder:
     """The autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
     if config.autoencoder.name == 'pixels':
         return Pixels()
@@ -87,15 +88,23 @@ def build_denoiser(config: Config, *, channels: int, latent_size: int, num_class
         raise UserError(f'model: {error}') from None
 
 
-def build_model(config: Config, manifest: Manifest) -> LatentDiffusion:
-    """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it."""
+def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: bool = False) -> LatentDiffusion:
+    """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it.
+
+    Args:
+        config: The configuration.
+        manifest: Of the training data.
+        unfilled: Leave the network's weights on the meta device, for ``load_state_dict(..., assign=True)``: to draw
+            those of a large network takes longer than to read them.
+    """
     config = config.normalized(manifest.mean, manifest.std)
-    denoiser = build_denoiser(
-        config,
-        channels=manifest.channels,
-        latent_size=manifest.latent_height,
-        num_classes=manifest.num_classes,
-    )
+    with torch.device('meta') if unfilled else contextlib.nullcontext():
+        denoiser = build_denoiser(
+            config,
+            channels=manifest.channels,
+            latent_size=manifest.latent_height,
+            num_classes=manifest.num_classes,
+        )
     try:
         model = LatentDiffusion(
             denoiser,
@@ -178,7 +187,7 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
 
 
 def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) -> Trainer:
-    """Everything, joined. Writes ``config.yaml`` and ``environment.json`` into ``save_folder``.
+    """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
 
     Args:
         config: A loaded configuration.
@@ -225,7 +234,7 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
             **arguments,
         )
     # Only now: a run that Composer refuses leaves no configuration behind.
-    write_run_files(config)
+    write_run_files(config, splits['train'])
     for logger in loggers:
         if hasattr(logger, 'log_config'):
             logger.log_config(_flat(config.to_dict()), config.to_yaml())
@@ -249,7 +258,7 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
 
 
 # Where our callbacks write if the YAML does not say: within the run's folder.
-_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.'}
+_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.', 'evaluation': '.'}
 
 
 def _build_callback(config: Config, name: str) -> Callback:

@@ -10,10 +10,14 @@ from composer.utils import dist
 from tread_composer.callbacks.environment import write_environment
 from tread_composer.callbacks.files import write_atomically
 from tread_composer.config import Config
+from tread_composer.data.manifest import Manifest
 from tread_composer.errors import ResumeError, UserError
 from tread_composer.run_data import with_planned_numbers
 
-__all__ = ['check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+__all__ = ['DATA_NAME', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+
+DATA_NAME = 'data.json'
+"""The manifest of the training data, in the run's folder: what samples a checkpoint needs no data."""
 
 _DECISIVE = (
     'seed', 'global_train_batch_size', 'autoencoder', 'model', 'objective', 'latent_scale', 'latent_shift',
@@ -66,8 +70,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.save_folder.replace('{run_name}', config.run_name))
 
 
-def write_run_files(config: Config) -> None:
-    """Write ``config.yaml`` and ``environment.json`` into the run's folder, on the first rank.
+def write_run_files(config: Config, manifest: Manifest) -> None:
+    """Write ``config.yaml``, ``data.json`` and ``environment.json`` into the run's folder, on the first rank.
+
+    Args:
+        config: With ``latent_normalization`` as numbers.
+        manifest: Of the training data.
 
     Raises:
         UserError: The folder cannot be made.
@@ -80,4 +88,5 @@ def write_run_files(config: Config) -> None:
     except OSError as error:
         raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
+    write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
     write_environment(folder / 'environment.json')

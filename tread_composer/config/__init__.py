@@ -4,7 +4,7 @@ from tread_composer.config.checks import check_files, check_machine
 from tread_composer.config.components import Component, component_names
 from tread_composer.config.errors import ConfigError
 from tread_composer.config.json_schema import json_schema
-from tread_composer.config.loading import load_config
+from tread_composer.config.loading import load_config, restore_config
 from tread_composer.config.tree import Config
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     'component_names',
     'json_schema',
     'load_config',
+    'restore_config',
 ]

@@ -11,6 +11,8 @@ from tread_composer.algorithms.rules import conflict
 from tread_composer.config.components import component_class, component_schema
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.tree import Config, LatentsData
+from tread_composer.errors import UserError
+from tread_composer.metrics.inception import find_weights
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import check_routes
 from tread_composer.samplers import check_sampler
@@ -201,6 +203,14 @@ def _rest(config: Config) -> list[Problem]:
             f'measures the ten digits, and the data are {config.data.name!r}; remove it (callbacks.digits_quality=null)'
         )
         problems.append(Problem(('callbacks', 'digits_quality'), text))
+    both = {'digits_quality', 'evaluation'} <= config.callbacks.keys()
+    folders = [config.callbacks[name].kwargs.get('folder') for name in ('digits_quality', 'evaluation') if both]
+    if both and folders[0] == folders[1]:
+        text = (
+            'writes results.json into the folder of the run, and so does digits_quality; give it another (folder: '
+            'runs/{run_name}/evaluation), or remove one of the two'
+        )
+        problems.append(Problem(('callbacks', 'evaluation'), text))
     if config.objective.name in ('ddpm', 'edm'):
         objective = _OBJECTIVES[config.objective.name]
         try:
@@ -247,14 +257,33 @@ def check_files(config: Config, source: str = '') -> None:
             found = (
                 'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
             )
-            remedy = 'training reads latents that streaming_data/convert_imagenet.py has made beforehand; or give data.remote'
+            remedy = 'training reads latents that streaming_data/convert_imagenet.py has made; or give data.remote'
             without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
             problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))
+    problems += _evaluation_files(config)
     path = config.load_path
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
         text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
         problems.append(Problem(('load_path',), text))
     _raise(problems, source)
+
+
+def _evaluation_files(config: Config) -> list[Problem]:
+    """What the callback would otherwise miss after the data and the model have been prepared."""
+    if 'evaluation' not in config.callbacks:
+        return []
+    given, here = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
+    problems, reference = [], os.path.abspath(given['reference'])
+    made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
+    if not os.path.exists(reference) and not made_later:
+        text = f'{given["reference"]!r} does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
+        problems.append(Problem((*here, 'reference'), text))
+    if given.get('features', 'inception') == 'inception':
+        try:
+            find_weights(given.get('inception'))
+        except UserError as error:
+            problems.append(Problem((*here, 'inception'), str(error)))
+    return problems
 
 
 def check_machine(config: Config, source: str = '') -> None:

@@ -38,6 +38,7 @@ _OURS = {
     },
     'callback': {
         'digits_quality': 'tread_composer.callbacks.digits_quality:DigitsQuality',
+        'evaluation': 'tread_composer.callbacks.evaluation:Evaluation',
         'sample_grid': 'tread_composer.callbacks.sample_grid:SampleGrid',
     },
     'logger': {'mlflow': 'tread_composer.callbacks.mlflow_run:MLflowRun'},

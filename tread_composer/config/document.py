@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from tread_composer.config.errors import ConfigError, Path, Problem
 
-__all__ = ['COMMAND_LINE', 'Document', 'dump_yaml', 'read_document']
+__all__ = ['COMMAND_LINE', 'Document', 'document_of', 'dump_yaml', 'read_document']
 
 COMMAND_LINE = 'command line'
 TABLES = ('algorithms', 'callbacks', 'loggers')  # name -> arguments; null removes an inherited entry
@@ -109,6 +109,24 @@ def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
             _merge(document, document.data, tree, name, (), problems)
         except RecursionError:
             raise _failure(name, 'an anchor (&name) contains itself; write the value out') from None
+    return _overridden(document, overrides, problems)
+
+
+def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) -> Document:
+    """A tree that is resolved already, under overrides: its texts stand for themselves, and it extends nothing.
+
+    Args:
+        tree: Plain values, as ``Config.to_dict`` gives them; not changed.
+        main: What to call it in messages.
+        overrides: As for ``read_document``.
+
+    Raises:
+        ConfigError: As ``read_document``.
+    """
+    return _overridden(Document(main=main, data=_escaped(copy.deepcopy(tree))), overrides, [])
+
+
+def _overridden(document: Document, overrides: Sequence[str], problems: list[Problem]) -> Document:
     for override in overrides:
         _override(document, override, problems)
     if not problems:

@@ -1,17 +1,17 @@
 """``load_config``: files and overrides in, a checked ``Config`` out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tread_composer.config.checks import joint_problems
 from tread_composer.config.components import Component, check_component
-from tread_composer.config.document import Document, read_document
+from tread_composer.config.document import Document, document_of, read_document
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.schema import check
 from tread_composer.config.tree import Config
 
-__all__ = ['load_config']
+__all__ = ['load_config', 'restore_config']
 
 _TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 _SINGLE = ('optimizer', 'scheduler')
@@ -43,6 +43,31 @@ def load_config(
     config, problems = _validated(document)
     if config is not None and not problems:
         problems = joint_problems(config, _ranks(world_size))
+    if problems or config is None:
+        raise ConfigError.from_problems(problems, document.source_of)
+    return config
+
+
+def restore_config(
+    saved: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = ''
+) -> Config:
+    """The configuration of a run that is over, to use what it has trained.
+
+    Rules that join its settings with each other and with the machine (ranks, GPUs) were asked when it was trained, and
+    are not asked again: its batch need not divide among the ranks that sample.
+
+    Args:
+        saved: The run's ``config.yaml``, or the tree that it holds.
+        overrides: As for ``load_config``.
+        source: What to call the tree in messages.
+
+    Raises:
+        ConfigError: It is no configuration of this version, or an override is wrong.
+    """
+    document = (
+        document_of(dict(saved), source, overrides) if isinstance(saved, Mapping) else read_document(saved, overrides)
+    )
+    config, problems = _validated(document)
     if problems or config is None:
         raise ConfigError.from_problems(problems, document.source_of)
     return config

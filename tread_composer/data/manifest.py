@@ -108,10 +108,24 @@ class Manifest(BaseModel):
                 f'{path}: no such file. A latents data set carries one beside index.json; '
                 f'give the folder of one split, or prepare the data with a tool of this project'
             ) from error
+        return cls.parse(text, f'{path}', 'Prepare the data again, or correct this file')
+
+    @classmethod
+    def parse(cls, text: str | bytes, source: str, remedy: str) -> 'Manifest':
+        """Read a manifest's JSON text that lies elsewhere.
+
+        Args:
+            text: The JSON.
+            source: What to call it in the message.
+            remedy: What to do about a wrong one.
+
+        Raises:
+            UserError: Not exactly what this class describes; names the source, the key and the rule.
+        """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise UserError(f'{path}: {_in_words(error)}. Prepare the data again, or correct this file') from error
+            raise UserError(f'{source}: {_in_words(error)}. {remedy}') from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` atomically: after a crash the old file or the new one is there, never half."""

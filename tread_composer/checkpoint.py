@@ -1,0 +1,168 @@
+"""Checkpoints of Composer as files: found in a run's folder, read without running what a pickle may hold.
+
+Composer itself reads them with ``weights_only=False``. Here, where only weights are wanted, torch's restricted reader
+does: it makes tensors, plain values and the few harmless types below, and refuses whatever else the file names.
+"""
+
+import argparse
+import datetime
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from tread_composer.errors import UserError
+
+__all__ = ['checkpoint_batch', 'checkpoint_weights', 'find_checkpoint', 'read_checkpoint', 'read_pickled']
+
+_NETWORK = 'denoiser.'  # where a LatentDiffusion has it
+
+# What checkpoints hold besides tensors and plain values: times of Composer's clock, numpy's generator, versions; and in
+# those of DiT and SiT, the words of their command line.
+_HARMLESS = [
+    argparse.Namespace,
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    # What rebuilds arrays and numbers: their module has another name in older versions of numpy.
+    np.zeros(0).__reduce__()[0],  # type: ignore[index]
+    np.float64(0).__reduce__()[0],  # type: ignore[index]
+    *(type(np.dtype(name)) for name in ('bool', 'uint8', 'int32', 'uint32', 'int64', 'uint64', 'float32', 'float64')),
+]
+
+
+def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    """The latest checkpoint of a run: ``latest-rank0.pt``, else the ``ep*-ba*-rank0.pt`` of the most batches.
+
+    Raises:
+        UserError: There is none, or the latest is sharded.
+    """
+    folder = Path(folder)
+    latest = folder / 'latest-rank0.pt'
+    files = [path for path in folder.glob('*-rank0.pt') if path.is_file() and _batch_in(path.name) >= 0]
+    if not latest.exists() and files:
+        latest = max(files, key=lambda path: _batch_in(path.name))
+    if latest.is_file():
+        return latest
+    shards = latest if latest.is_dir() else next((path for path in folder.glob('ep*/') if path.is_dir()), None)
+    if shards is not None:
+        raise UserError(
+            f'{shards}: a sharded checkpoint, a folder with a file of each rank, which only training can read here. '
+            f'Continue the run with parallelism_config.fsdp.state_dict_type=full and a max_duration one batch longer: '
+            f'its next checkpoint is one file'
+        )
+    raise UserError(
+        f'{folder}: holds no checkpoint (latest-rank0.pt or ep*-ba*-rank0.pt); the run has not saved one yet, or this '
+        f'is not the folder of a run. Give the folder with config.yaml, a checkpoint, or an exported .safetensors'
+    )
+
+
+def _batch_in(name: str) -> int:
+    found = re.search(r'ba(\d+)', name)
+    return int(found[1]) if found else -1
+
+
+def read_pickled(path: str | os.PathLike[str]) -> Any:
+    """Read a file of ``torch.save`` on the CPU, without running code that it may name.
+
+    Raises:
+        UserError: It cannot be read, is cut off or no such file, or holds objects that only running code could make.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            # Mapped: of a checkpoint's optimizer and weights only what is taken out is ever read from the disk.
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such file; give the path of a checkpoint') from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if found is None:
+            raise UserError(f'{path}: no file of torch.save, or a damaged one: {_first_line(error)}') from None
+        raise UserError(
+            f'{path}: refused: to read {found[1]} out of it could run code, and weights need no such thing. Nothing '
+            f'was run. If you trust the file, save its tensors again in a process of your own: torch.save({{name: '
+            f'tensor, ...}})'
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f'{path}: cannot be read as a file of torch.save: {_first_line(error)}. Was it copied to its end?'
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """``state`` of a checkpoint of Composer.
+
+    Raises:
+        UserError: As ``read_pickled``, or the file is of something else.
+    """
+    content = read_pickled(path)
+    state = content.get('state') if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not isinstance(state.get('model'), Mapping):
+        raise UserError(
+            f'{path}: no checkpoint of a run (it has no state/model). Weights of another project: '
+            f'python -m tread_composer import'
+        )
+    return dict(state)
+
+
+def checkpoint_batch(state: Mapping[str, Any]) -> int:
+    """How many batches the checkpoint's weights were trained on."""
+    return int(state['timestamp']['Timestamp']['batch'])
+
+
+def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> dict[str, Tensor]:
+    """Weights of the network, float32, under its own names.
+
+    Args:
+        state: Of ``read_checkpoint``.
+        weights: ``'ema'`` or ``'raw'``.
+        source: What to call the checkpoint in messages.
+
+    Raises:
+        UserError: The checkpoint does not have these weights.
+    """
+    raw, algorithms = _network_part(state['model']), dict(state.get('algorithms', {}))
+    if not raw:
+        raise UserError(f'{source}: its model has no {_NETWORK[:-1]}, so it is not a LatentDiffusion of this project')
+    average = algorithms.get('EMA')
+    if average is not None and 'average' not in average:  # Composer's own: `ema_weights_active` says which is which
+        found = 'ema' if average.get('ema_weights_active') else 'raw'
+        if weights != found:
+            raise UserError(
+                f"{source}: Composer's EMA has put its {'averaged' if found == 'ema' else 'raw'} weights into this "
+                f'checkpoint in place of the others; take weights={found!r}, or train with algorithms.ema'
+            )
+        return raw
+    if weights == 'raw':
+        return raw
+    if average is None or average['average'] is None:
+        raise UserError(
+            f'{source}: holds no averaged weights (the run had no algorithms.ema); take the raw ones: weights=raw'
+        )
+    averaged = _network_part(average['average'])
+    unknown = averaged.keys() - raw.keys()
+    if unknown:
+        raise UserError(f'{source}: averages parameters that the model has not, such as {sorted(unknown)[0]!r}')
+    return raw | averaged  # what is not trained (positions) is not averaged
+
+
+def _network_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        # A copy: the file may be overwritten by the run while the weights are in use.
+        name.removeprefix(_NETWORK): value.to(torch.float32, copy=True)
+        for name, value in state_dict.items()
+        if name.startswith(_NETWORK)
+    }

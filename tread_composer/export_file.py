@@ -1,0 +1,179 @@
+"""The exported file: weights of one network as safetensors, with all that is needed to use them.
+
+The tensors have the names of our network, which for a DiT are those of the published DiT files. The metadata are
+texts: some for people (``time_convention``, ``prediction``, ...), and ``config`` and ``data`` as JSON, from which
+``load_trained`` builds the model. Nothing in such a file can run code.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tread_composer
+from tread_composer.config import Config, restore_config
+from tread_composer.data.facts import LatentFacts
+from tread_composer.errors import UserError
+
+__all__ = ['Exported', 'digest_of', 'read_exported', 'write_exported']
+
+_FORMAT = 'tread_composer 1'
+_ONLOOKERS = ('callbacks', 'loggers')  # they decide nothing, may not be installed elsewhere, and may hold addresses
+_PREDICTIONS = {
+    'flow_matching': 'velocity: noise - data',
+    'edm': "EDM's network F; the denoised latents are c_skip x + c_out F(c_in x, ln(sigma) / 4)",
+    'ddpm': 'noise',
+}
+_TIMES = {
+    'flow_matching': 't=0 data, t=1 noise; the network is told t',
+    'edm': 't=0 data, t=1 noise; the network is told ln(sigma) / 4, sigma = 0 is data',
+    'ddpm': 't=0 data, t=1 noise; the network is told the timestep, 0 .. T - 1 from data to noise',
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One network with its facts.
+
+    Attributes:
+        tensors: Weights under the network's names, float32.
+        config: Of the run.
+        data: Facts of its data.
+        weights: ``'ema'`` or ``'raw'``.
+        batch: Batches that the weights were trained on; 0 where nobody has said it.
+        origin: Where they come from, in words.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Config
+    data: LatentFacts
+    weights: str
+    batch: int
+    origin: str
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """``'sha256:...'`` over names, shapes and float32 values: the same for any file, another for other weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return f'sha256:{digest.hexdigest()}'
+
+
+def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapping[str, str], overwrite: bool) -> str:
+    """Write the file in one step; returns the digest of the weights.
+
+    Args:
+        path: The file.
+        exported: What goes into it.
+        extra: Further metadata.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        UserError: There is such a file already, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != '.safetensors':
+        raise UserError(f'{path}: name it .safetensors; by that the other commands know such a file')
+    if path.exists() and not overwrite:
+        raise UserError(f'{path}: is there already; give another name, or --overwrite')
+    digest = digest_of(exported.tensors)
+    metadata = {**_metadata(exported), 'digest': digest, **extra}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{path}: cannot be written: {error}') from None
+    return digest
+
+
+def _metadata(exported: Exported) -> dict[str, str]:
+    config, data = exported.config, exported.data
+    objective = config.objective.name
+    prediction = _PREDICTIONS[objective]
+    if getattr(config.objective, 'learned_variance', False):
+        prediction += ', then where the variance of a reverse step lies'
+    return {
+        'format': _FORMAT,
+        'tool_version': tread_composer.__version__,
+        'weights': exported.weights,
+        'batch': str(exported.batch),
+        'origin': exported.origin,
+        'objective': objective,
+        'prediction': prediction,
+        'time_convention': _TIMES[objective],
+        'labels': f'0 .. {data.num_classes - 1}, null label {data.num_classes}' if data.num_classes else 'none',
+        'class_names': json.dumps(data.class_names),
+        'latent_scale': json.dumps(config.latent_scale),
+        'latent_shift': json.dumps(config.latent_shift),
+        'latents': '(raw latents - latent_shift) * latent_scale',
+        'autoencoder': 'none: pixels' if data.autoencoder is None else data.autoencoder,
+        'autoencoder_hash': data.autoencoder_hash or ('none' if data.autoencoder is None else 'unknown'),
+        'config': json.dumps({name: value for name, value in config.to_dict().items() if name not in _ONLOOKERS}),
+        'data': data.model_dump_json(),
+    }
+
+
+def read_exported(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Exported:
+    """Read a file of ``write_exported``; of another safetensors file, a refusal.
+
+    Args:
+        path: The file.
+        overrides: ``key=value`` settings on its configuration.
+
+    Raises:
+        UserError: No such file, another kind of file, or one whose weights are not those that were exported.
+    """
+    try:
+        with safe_open(path, framework='pt') as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get('format') != _FORMAT:
+                raise UserError(
+                    f'{path}: not written by `python -m tread_composer export` (format {metadata.get("format")!r}, not '
+                    f'{_FORMAT!r}). Weights of another project: python -m tread_composer import'
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported file') from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{path}: no safetensors file, or a damaged one: {error}') from None
+    config, data = _facts_in(metadata, str(path), overrides or [])
+    if digest_of(tensors) != metadata['digest']:
+        raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
+    return Exported(
+        tensors, config, data, metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown')
+    )
+
+
+def _facts_in(metadata: Mapping[str, str], path: str, overrides: list[str]) -> tuple[Config, LatentFacts]:
+    try:
+        missing = {'config', 'data', 'weights', 'batch', 'digest'} - metadata.keys()
+        if missing:
+            raise ValueError(f'no {", ".join(sorted(missing))}')
+        tree: Any = json.loads(metadata['config'])
+        data = LatentFacts.model_validate_json(metadata['data'])
+        int(metadata['batch'])
+        if not isinstance(tree, dict) or metadata['weights'] not in ('ema', 'raw'):
+            raise ValueError('config or weights are not what `export` writes')
+    except (ValueError, ValidationError) as error:
+        raise UserError(f'{path}: its metadata cannot be used: {error}. Export the run again') from None
+    return restore_config(tree, overrides, source=f'{path} (config in its metadata)'), data

@@ -1,0 +1,210 @@
+"""``load_trained``: a trained model, ready to sample, from whatever a user may name.
+
+The one door for the commands that use weights (sample, evaluate, export, ...).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.builders import build_model
+from tread_composer.checkpoint import checkpoint_batch, checkpoint_weights, find_checkpoint, read_checkpoint
+from tread_composer.config import Config, restore_config
+from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import Manifest
+from tread_composer.errors import ResumeError, UserError
+from tread_composer.export_file import Exported, digest_of, read_exported
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.routing import Route
+from tread_composer.run_data import identity, planned_manifest
+from tread_composer.run_folder import DATA_NAME
+
+__all__ = ['Trained', 'load_trained', 'model_of', 'read_trained']
+
+_WEIGHTS = ('ema', 'raw')
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what is known of it.
+
+    Attributes:
+        model: In evaluation mode, on the device asked for; the autoencoder's weights are loaded when first used.
+        config: Of the run.
+        weights: ``'ema'`` or ``'raw'``: which weights the model holds.
+        batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
+        source: What the user named.
+        digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
+        class_names: One for each class.
+        routes: Of ``algorithms.tread``; none if the run was dense.
+        data: Facts of the training data.
+    """
+
+    model: LatentDiffusion
+    config: Config
+    weights: str
+    batch: int
+    source: str
+    digest: str
+    class_names: tuple[str, ...]
+    routes: tuple[Route, ...]
+    data: LatentFacts
+
+
+def load_trained(
+    path: str | os.PathLike[str],
+    *,
+    weights: str = 'ema',
+    device: str | torch.device = 'cpu',
+    overrides: Mapping[str, Any] | None = None,
+) -> Trained:
+    """A trained model.
+
+    Args:
+        path: A run's folder (its latest checkpoint is taken), a checkpoint in one, or an exported ``.safetensors``.
+        weights: ``'ema'`` or ``'raw'``.
+        device: Where the model goes.
+        overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
+            such as ``{'autoencoder.path': '/other/place'}``.
+
+    Raises:
+        UserError: There is no such file, it has not these weights, or it contradicts its configuration.
+    """
+    exported = read_trained(path, weights=weights, overrides=overrides)
+    model = model_of(exported, str(path))
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
+    return Trained(
+        model=model,
+        config=exported.config,
+        weights=weights,
+        batch=exported.batch,
+        source=str(path),
+        digest=digest_of(exported.tensors),
+        class_names=exported.data.class_names,
+        routes=tuple(exported.config.routes()),
+        data=exported.data,
+    )
+
+
+def read_trained(
+    path: str | os.PathLike[str], *, weights: str = 'ema', overrides: Mapping[str, Any] | None = None
+) -> Exported:
+    """Weights and facts of what ``load_trained`` loads, without the model."""
+    if weights not in _WEIGHTS:
+        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw'")
+    path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
+    if path.suffix == '.safetensors':
+        exported = read_exported(path, texts)
+        if exported.weights != weights:
+            raise UserError(
+                f'{path}: holds the {exported.weights} weights alone; take weights={exported.weights}, or export the '
+                f'run again with --weights {weights}'
+            )
+        return exported
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported .safetensors')
+    file = find_checkpoint(path) if path.is_dir() else path
+    folder = file.parent
+    if not (folder / 'config.yaml').is_file():
+        raise UserError(
+            f'{folder}: no config.yaml beside the checkpoint, which says what the weights are of; copy it there from '
+            f"the run's folder. Weights of another project: python -m tread_composer import"
+        )
+    config = restore_config(folder / 'config.yaml')
+    state = read_checkpoint(file)
+    contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
+    _check_config(config, contract, file)
+    facts = LatentFacts.of(_manifest(config, contract, folder))
+    return Exported(
+        tensors=checkpoint_weights(state, weights, str(file)),
+        config=restore_config(folder / 'config.yaml', texts) if texts else config,
+        data=facts,
+        weights=weights,
+        batch=checkpoint_batch(state),
+        origin=f'run {config.run_name}, {file.resolve().name}',
+    )
+
+
+def model_of(exported: Exported, source: str) -> LatentDiffusion:
+    """The model that these weights and facts describe, on the CPU, in evaluation mode.
+
+    Args:
+        exported: Weights and facts; the model takes the tensors over as they are.
+        source: What to call them in messages.
+
+    Raises:
+        UserError: The weights do not fit the model; names what is missing, unknown or of another shape.
+    """
+    model = build_model(exported.config, exported.data, unfilled=True)
+    _fill(model.denoiser, exported.tensors, source)
+    return model.eval()
+
+
+def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> None:
+    """The configuration in the folder must be the one that the checkpoint was trained with."""
+    tree = config.to_dict()
+    saved = {
+        name: contract[name] for name in ('model', 'objective', 'latent_scale', 'latent_shift') if name in contract
+    }  # fmt: skip
+    now = _of_these(tree, saved)
+    if saved != now:
+        raise ResumeError.from_differences(
+            f'{file.parent / "config.yaml"}', saved, now, f'Put back the config.yaml that {file.name} was trained with.'
+        )
+
+
+def _of_these(tree: Any, saved: Any) -> Any:
+    """What a newer version has as a setting had its default before: only what the checkpoint knows is compared."""
+    if not isinstance(tree, Mapping) or not isinstance(saved, Mapping):
+        return tree
+    return {name: _of_these(tree[name], value) for name, value in saved.items() if name in tree}
+
+
+def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Manifest:
+    """``data.json`` of the run; runs that are older than it: of the training data, if they are still those."""
+    path = folder / DATA_NAME
+    if path.exists():
+        return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
+    manifest = planned_manifest(config)
+    if manifest is None:
+        raise UserError(
+            f'{path}: there is no such file (the run is older than it), and no manifest of the data at '
+            f'{config.data.local!r}; copy manifest.json of the training data to {path}'
+        )
+    trained_on = contract.get('training_data')
+    if trained_on is not None and trained_on != identity(manifest):
+        raise ResumeError.from_differences(
+            config.data.local,
+            trained_on,
+            identity(manifest),
+            f'Copy manifest.json of the data that the run was trained on to {path}.',
+        )
+    return manifest
+
+
+def _fill(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    wrong = [
+        f'{name} is {list(tensors[name].shape)}, the model has {list(shape)}'
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    complaints = {
+        'not in the weights': sorted(wanted.keys() - tensors.keys()),
+        'not in the model': sorted(tensors.keys() - wanted.keys()),
+        'of another shape': wrong,
+    }
+    lines = [f'  {words}: {", ".join(found[:5])}' for words, found in complaints.items() if found]
+    if lines:
+        text = '\n'.join(lines)
+        raise UserError(f'{path}: the weights do not fit the model that its configuration describes:\n{text}')
+    denoiser.load_state_dict(dict(tensors), strict=True, assign=True)
