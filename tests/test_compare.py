@@ -1,0 +1,407 @@
+"""Comparisons on histories made by hand, whose crossings are known, and on MLflow stores and run folders."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from tests.pages import assert_self_contained, png
+from tread_composer.cli import main
+from tread_composer.compare import (
+    Curve,
+    Point,
+    Run,
+    Value,
+    common_speed_up,
+    compare,
+    direction,
+    format_comparison,
+    open_run,
+    speed_up,
+    value_at,
+    write_comparison,
+)
+from tread_composer.compare.cost import recorded_seconds, training_teraflops
+from tread_composer.errors import UserError
+from tread_composer.metrics.protocol import Protocol
+
+ROOT = Path(__file__).parent.parent
+PROTOCOL = Protocol(
+    weights='ema', num_samples=10_000, labels='balanced', seed=0,
+    sampling={'sampler': 'heun', 'num_steps': 40, 'guidance_scale': 1.0}, autoencoder='vae',
+    autoencoder_hash='sha256:1', decode_dtype='float32', uint8_rule='one',
+    reference={'name': 'imagenet', 'kind': 'npz'},
+    reference_hash='sha256:2', features={'name': 'inception', 'weights_hash': 'sha256:3', 'version': '0'},
+    resolution=256,
+).to_dict()  # fmt: skip
+
+
+def points(*values: tuple[int, float], flops: float | None = 2.0, seconds: float | None = 0.5) -> tuple[Point, ...]:
+    return tuple(
+        Point(s, v, None if flops is None else s * flops, None if seconds is None else s * seconds) for s, v in values
+    )
+
+
+def run(name: str, curve: tuple[Point, ...], metric: str = 'fid_10000', protocol=PROTOCOL, **keywords) -> Run:
+    return Run(name, f'{name}.json', (Curve(metric, protocol, curve),), **keywords)
+
+
+# --- arithmetic ---
+
+
+def test_the_papers_14x_and_37x_come_out_of_its_own_points():
+    # methods.md 1.12, read from TREAD's figure 1: A100 hours and FID.
+    treads = [(55, 22.3), (73, 16.6), (91, 12.3), (113, 9.7), (146, 7.4), (256, 5.1)]
+    tread = tuple(Point(i + 1, fid, seconds=hours) for i, (hours, fid) in enumerate(treads))
+    dense = tuple(Point(i + 1, fid, seconds=hours) for i, (hours, fid) in enumerate([(239, 19.47), (1405, 10.67)]))
+    found = speed_up(dense, tread, 'fid', 'seconds')
+    assert found.reached == pytest.approx(91 + 22 * (12.3 - 10.67) / (12.3 - 9.7))
+    assert found.ratio == pytest.approx(13.4, abs=0.05)
+    assert found.measured == 113
+    longer = (*dense, Point(3, 9.62, seconds=4182))
+    assert speed_up(longer, tread, 'fid', 'seconds').ratio == pytest.approx(37, abs=0.5)
+
+
+def test_speed_up_by_hand_on_every_axis():
+    dense = points((100, 40.0), (200, 20.0))
+    routed = points((100, 30.0), (200, 10.0), (300, 5.0), flops=1.5, seconds=0.25)
+    steps = speed_up(dense, routed, 'fid', 'step')  # 20 lies in the middle of the first two: step 150
+    assert (steps.quality, steps.reference, steps.reached, steps.measured) == (20.0, 200, 150.0, 200)
+    assert steps.ratio == pytest.approx(200 / 150)
+    assert speed_up(dense, routed, 'fid', 'teraflops').ratio == pytest.approx(400 / 225)
+    assert speed_up(dense, routed, 'fid', 'seconds').ratio == pytest.approx(100 / 37.5)
+
+
+def test_where_higher_is_better_the_crossing_is_upwards():
+    dense = points((100, 0.5), (200, 0.8))
+    routed = points((100, 0.7), (200, 0.9))
+    assert speed_up(dense, routed, 'digits/recognised', 'step').reached == pytest.approx(150)
+    # Read as a distance the very first point would do: the direction is looked at.
+    assert speed_up(dense, routed, 'fid', 'step').reason == 'not reached'
+
+
+def test_the_best_value_of_the_reference_counts_not_its_last_and_the_first_crossing_of_the_other():
+    dense = points((100, 40.0), (200, 20.0), (300, 25.0))
+    wavy = points((100, 30.0), (200, 10.0), (300, 30.0), (400, 5.0))
+    found = speed_up(dense, wavy, 'fid', 'step')
+    assert (found.reference, found.reached) == (200, 150)
+
+
+def test_not_reached_is_said():
+    found = speed_up(points((100, 10.0)), points((100, 30.0), (200, 11.0)), 'fid', 'step')
+    assert (found.ratio, found.reached, found.reason) == (None, None, 'not reached')
+
+
+def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
+    dense, routed = points((100, 30.0), (200, 10.0)), points((100, 40.0), (150, 20.0), flops=1.0)
+    found = common_speed_up(dense, routed, 'fid', 'step')  # 20: the reference at step 150, the other at its 150
+    assert (found.quality, found.ratio) == (20.0, 1.0)
+    assert common_speed_up(dense, routed, 'fid', 'teraflops').ratio == pytest.approx(2.0)
+    (table,) = compare([run('dense', dense), run('routed', routed)]).tables
+    assert table.common[0]['step'] == found
+    assert compare([run('a', routed), run('b', dense)]).tables[0].common == ({},)
+    worse = common_speed_up(points((100, 10.0)), points((100, 40.0)), 'fid', 'step')
+    assert worse.ratio is None and 'better from its first measurement' in worse.reason
+
+
+def test_a_first_point_that_is_as_good_gives_a_lower_bound():
+    found = speed_up(points((100, 30.0), (200, 20.0)), points((50, 15.0)), 'fid', 'step')
+    assert (found.at_least, found.ratio) == (True, 4.0)
+    assert not speed_up(points((200, 20.0)), points((50, 30.0), (100, 20.0)), 'fid', 'step').at_least
+
+
+def test_values_between_and_beyond_the_measurements():
+    curve = points((100, 40.0), (200, 20.0))
+    assert value_at(curve, 'step', 150) == Value(30.0, measured=False)
+    assert value_at(curve, 'teraflops', 200.0) == Value(40.0, measured=True)
+    assert value_at(curve, 'step', 99) is None
+    assert value_at(curve, 'step', 201) is None
+    assert value_at(points((1, 2.0), flops=None), 'teraflops', 1) is None
+
+
+def test_directions():
+    names = ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'digits/frechet_distance']
+    assert [direction(name) for name in names] == ['lower'] * 5
+    names = ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'digits/recognised']
+    assert [direction(name) for name in names] == ['higher'] * 5
+    for name in ('loss', 'fidelity', 'digits/other'):
+        with pytest.raises(ValueError, match='no metric whose better direction is known'):
+            direction(name)
+
+
+# --- tables ---
+
+
+def two_runs(**keywords) -> list[Run]:
+    dense = run('dense', points((100, 40.0), (200, 20.0)), **keywords)
+    routed = run('routed', points((100, 30.0), (200, 10.0), flops=1.5, seconds=None))
+    return [dense, routed]
+
+
+def test_tables_at_equal_cost():
+    comparison = compare(two_runs())
+    (table,) = comparison.tables
+    assert [(row.cost, row.cells) for row in table.rows['step']] == [
+        (100, (Value(40.0, True), Value(30.0, True))),
+        (200, (Value(20.0, True), Value(10.0, True))),
+    ]
+    # At the reference's 200 and 400, and at 300, the most that both have spent.
+    assert [row.cost for row in table.rows['teraflops']] == [200, 300, 400]
+    first, common, last = (row.cells for row in table.rows['teraflops'])
+    assert first[1] == Value(pytest.approx(30 - 20 / 3), False)
+    assert common == (Value(30.0, False), Value(10.0, True))
+    assert last == (Value(20.0, True), 'beyond its last')
+    assert [row.cells[1] for row in table.rows['seconds']] == ['not recorded', 'not recorded']
+    text = format_comparison(comparison)
+    assert '1.33x (1.00x at the measurement)' in text and '≈ 30' in text
+    assert re.search(r'^routed +best of dense: 20 \(step 200\) +1\.33x .* not recorded$', text, re.MULTILINE)
+
+
+def test_what_nobody_recorded_is_not_a_zero():
+    runs = [run(name, points((100, 2.0), flops=None, seconds=None)) for name in 'ab']
+    text = format_comparison(compare(runs))
+    assert 'training TFLOPs: not recorded' in text and 'seconds of training: not recorded' in text
+
+
+def test_different_protocols_are_refused_with_what_differs():
+    other = {**PROTOCOL, 'sampling': {**PROTOCOL['sampling'], 'num_steps': 50}, 'reference_hash': 'sha256:9'}
+    a, b = two_runs()
+    b = Run('routed', '', (Curve('fid_10000', other, b.curves[0].points),))
+    with pytest.raises(UserError) as refused:
+        compare([a, b])
+    assert 'dense and routed:' in str(refused.value)
+    assert 'sampling.num_steps: 40 and 50' in str(refused.value)
+    assert "reference_hash: 'sha256:2' and 'sha256:9'" in str(refused.value)
+    # A run that was measured both ways is compared where it can be.
+    both = Run('both', '', (*b.curves, *two_runs()[1].curves))
+    assert compare([a, both]).tables[0].protocol == PROTOCOL
+
+
+def test_metrics_are_chosen_by_name_with_or_without_their_number_of_samples():
+    a, b = two_runs()
+    more = [Run(r.name, '', (*r.curves, Curve('recall_10000', PROTOCOL, points((100, 0.5))))) for r in (a, b)]
+    assert [t.metric for t in compare(more).tables] == ['fid_10000', 'recall_10000']
+    assert [t.metric for t in compare(more, ['recall']).tables] == ['recall_10000']
+    with pytest.raises(UserError, match='no run has kid; there are fid_10000, recall_10000'):
+        compare(more, ['kid'])
+    partly = compare([more[0], b])
+    assert [t.metric for t in partly.tables] == ['fid_10000']
+    assert partly.left_out == ('recall_10000: not in every run',)
+    with pytest.raises(UserError, match='no metric in common'):
+        compare([a, run('x', points((1, 1.0)), metric='kid')])
+
+
+def test_the_files_of_a_comparison(tmp_path):
+    runs = two_runs(grid=png(), notes=('<b>a note</b>',), machine='1 ranks on X')
+    runs[1] = Run(runs[0].name, '<i>odd</i>', runs[1].curves, machine='1 ranks on Y')  # both are called "dense"
+    comparison = compare(runs)
+    paths = write_comparison(comparison, tmp_path, "compare 'a b' <c>")
+    text = paths[2].read_text()
+    page = assert_self_contained(text)
+    assert len(page.named('img')) == 1 and sum(a.get('class') == 'chart' for a in page.named('svg')) == 3
+    assert '<b>' not in text.replace('<div class="tile"><b>', '') and '&lt;i&gt;odd&lt;/i&gt;' in text
+    assert 'compare &#x27;a b&#x27; &lt;c&gt;' in text
+    assert 'Seconds do not compare: the runs were on different machines' in text
+    assert {'dense (A)', 'dense (B)', '≈ 30', 'beyond its last', 'sampling.num_steps'} <= set(page.cells)
+    assert paths[1].read_bytes().startswith(b'\x89PNG')
+    stored = json.loads(paths[0].read_text())
+    assert stored['metrics'][0]['speed_ups']['dense (B)']['step']['ratio'] == pytest.approx(4 / 3)
+
+
+# --- where runs come from ---
+
+
+def entry(batch: int | None, value: float, **keywords) -> dict:
+    return {'metric': 'fid_10000', 'value': value, 'protocol': PROTOCOL, 'run': 'dense', 'batch': batch,
+            'training': {'teraflops': None, 'seconds': None}, 'source': 'x', **keywords}  # fmt: skip
+
+
+def test_results_files(tmp_path):
+    path = tmp_path / 'results.json'
+    entries = [
+        entry(200, 9.0), entry(100, 12.0, training={'teraflops': 3.0, 'seconds': None}), entry(200, 8.0),
+        entry(None, 1.0), entry(300, float('nan')), entry(100, 1.0, metric='speed'),
+    ]  # fmt: skip
+    path.write_text(json.dumps(entries))
+    found = open_run(str(path))
+    (curve,) = found.curves
+    assert curve.points == (Point(100, 12.0, 3.0, None), Point(200, 8.0))
+    assert found.name == 'dense'
+    notes = '\n'.join(found.notes)
+    for said in ('measured more than once', 'not known after how many steps', 'is nan', "'speed' is no metric"):
+        assert said in notes
+    path.write_text(json.dumps([entry(1, 2.0), entry(1, 3.0, run='routed')]))
+    with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):
+        open_run(str(path))
+    assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
+    with pytest.raises(UserError, match="no results of a run 'other'"):
+        open_run(f'{path}#other')
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{', 'cannot be read'),
+        ('"text"', 'not a list'),
+        ('{}', 'has no run_name'),
+        ('[{"metric": "fid"}]', 'result 0 has no proper value, protocol'),
+        ('[]', 'no results'),
+    ],
+)
+def test_files_that_are_no_results(tmp_path, content, message):
+    path = tmp_path / 'results.json'
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_run(str(path))
+
+
+DIGITS_PROTOCOL = {'num_samples': 500, 'labels': 'balanced', 'seed': 1, 'sampler': 'heun', 'num_steps': 25,
+                   'guidance_scale': 1.0, 'weights': 'ema'}  # fmt: skip
+
+
+def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float], **protocol) -> Path:
+    """A run folder beside a store, as a training on the digits leaves them."""
+    from tread_composer.config import load_config
+
+    folder = root / 'runs' / name
+    folder.mkdir(parents=True)
+    config = load_config(ROOT / 'yamls' / recipe, [f'run_name={name}'])
+    (folder / 'config.yaml').write_text(config.to_yaml())
+    results = {'run_name': name, 'batch': max(values), 'recognised': 0.5, 'frechet_distance': values[max(values)],
+               'protocol': {**DIGITS_PROTOCOL, **protocol}}  # fmt: skip
+    (folder / 'results.json').write_text(json.dumps(results))
+    client = MlflowClient(f'sqlite:///{root}/runs/mlflow.db')
+    experiment = client.get_experiment_by_name('digits')
+    place = (root / 'runs' / 'mlflow_artifacts').as_uri()
+    identity = experiment.experiment_id if experiment else client.create_experiment('digits', place)
+    made = client.create_run(identity, tags={'run_name': name, 'mlflow.runName': name}).info.run_id
+    metrics = [Metric('digits/frechet_distance', value, 1, step) for step, value in values.items()]
+    metrics += [Metric('digits/recognised', 0.1 * index, 1, step) for index, step in enumerate(values)]
+    speeds = [2.0, 4.0, 4.0, 0.5, 5.0]
+    client.log_batch(made, metrics + [Metric('throughput/batches_per_sec', v, 1, i) for i, v in enumerate(speeds)])
+    for file in ('config.yaml', 'results.json'):
+        client.log_artifact(made, str(folder / file))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('digits')
+    make_digits_run(root, 'dense', 'digits.yaml', {100: 40.0, 200: 20.0})
+    make_digits_run(root, 'routed', 'digits_tread.yaml', {100: 30.0, 200: 10.0})
+    make_digits_run(root, 'guided', 'digits.yaml', {100: 30.0}, guidance_scale=2.0)
+    return root
+
+
+def test_digits_runs_from_their_folders_through_the_command(digits, tmp_path, capsys):
+    words = [str(digits / 'runs' / 'dense'), str(digits / 'runs' / 'routed')]
+    assert main(['compare', *words, '--out', str(tmp_path), '--metric', 'digits/frechet_distance']) == 0
+    printed = capsys.readouterr().out
+    assert '1.33x (1.00x at the measurement)' in printed
+    assert f'written: {tmp_path}/comparison.html' in printed
+    (stored,) = json.loads((tmp_path / 'comparison.json').read_text())['metrics']
+    dense, routed = (stored['points'][name] for name in ('dense', 'routed'))
+    assert [point['seconds'] for point in dense] == [25.0, 50.0]  # 4 steps a second is the middle one
+    assert routed[1]['teraflops'] < dense[1]['teraflops']
+    assert stored['speed_ups']['routed']['teraflops']['ratio'] == pytest.approx(
+        4 / 3 * dense[0]['teraflops'] / routed[0]['teraflops']
+    )
+
+
+def test_the_same_run_from_mlflow_and_from_its_folder(digits):
+    store = f'sqlite:///{digits}/runs/mlflow.db'
+    named, folder = open_run(f'mlflow:routed@{store}'), open_run(str(digits / 'runs' / 'routed'))
+    assert named.curves == folder.curves and named.name == 'routed'
+    identity = named.source.removeprefix('mlflow:').partition('@')[0]
+    assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
+
+
+def test_digits_runs_of_different_protocols_are_refused(digits, tmp_path, capsys):
+    words = [str(digits / 'runs' / 'dense'), str(digits / 'runs' / 'guided')]
+    assert main(['compare', *words, '--out', str(tmp_path / 'out')]) == 2
+    assert 'guidance_scale: 1.0 and 2.0' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_names_that_are_not_there_or_not_unique(digits, tmp_path):
+    store = f'sqlite:///{digits}/runs/mlflow.db'
+    with pytest.raises(UserError, match='no run of this id or name'):
+        open_run(f'mlflow:absent@{store}')
+    with pytest.raises(UserError, match='there is no store'):
+        open_run(f'mlflow:dense@sqlite:///{tmp_path}/none.db')
+    assert not (tmp_path / 'none.db').exists()
+    with pytest.raises(UserError, match='neither a folder nor a file'):
+        open_run(str(tmp_path / 'absent'))
+    with pytest.raises(UserError, match=r'there is no config\.yaml'):
+        open_run(str(tmp_path))
+    client = MlflowClient(store)
+    twin = client.create_run(client.get_experiment_by_name('digits').experiment_id, tags={'run_name': 'twin'})
+    client.create_run(twin.info.experiment_id, tags={'run_name': 'twin'})
+    with pytest.raises(UserError, match=f'2 runs have this name .*{twin.info.run_id}'):
+        open_run(f'mlflow:twin@{store}')
+
+
+def test_a_run_resumed_with_another_protocol_is_refused(digits):
+    client = MlflowClient(f'sqlite:///{digits}/runs/mlflow.db')
+    folder = make_digits_run(digits, 'resumed', 'digits.yaml', {100: 30.0})
+    made = open_run(f'mlflow:resumed@sqlite:///{digits}/runs/mlflow.db').source[len('mlflow:') :].partition('@')[0]
+    client.set_tag(made, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
+    assert any('max_duration' in note for note in open_run(str(folder)).notes)
+    client.set_tag(made, 'tread_composer.changed_settings', 'callbacks.digits_quality.num_steps: 10 -> 25')
+    with pytest.raises(UserError, match='resumed with another protocol'):
+        open_run(str(folder))
+
+
+# --- costs ---
+
+
+def write_config(folder: Path, recipe: str, *overrides: str) -> Path:
+    from tread_composer.config import load_config
+
+    path = folder / 'config.yaml'
+    path.write_text(load_config(ROOT / 'yamls' / recipe, overrides).to_yaml())
+    return path
+
+
+def test_flops_follow_the_plan_and_the_window_of_routing(tmp_path):
+    dense, _ = training_teraflops(write_config(tmp_path, 'digits.yaml'))
+    routed, said = training_teraflops(write_config(tmp_path, 'digits_tread.yaml'))
+    assert dense(200) == 2 * dense(100) > 0 and 0.7 < routed(100) / dense(100) < 0.9
+    assert 'GMACs x 128 samples' in said
+    words = ['max_duration=100ba', "algorithms.tread.start_time='10ba'", "algorithms.tread.end_time='0.92dur'"]
+    partly, said = training_teraflops(write_config(tmp_path, 'digits_tread.yaml', *words))
+    assert partly(10) == pytest.approx(dense(10))
+    assert partly(100) == pytest.approx(dense(18) + routed(82))
+    assert 'routed from step 10 to 92' in said
+
+
+def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_path):
+    cost, said = training_teraflops(write_config(tmp_path, 'dit_s.yaml', 'data.local=absent'))
+    if cost(1) is None:
+        assert 'not recorded' in said
+    path = tmp_path / 'config.yaml'
+    tree = yaml.safe_load(path.read_text())
+    for name in ('channels', 'latent_size', 'num_classes'):
+        tree['data'][name] = None
+    path.write_text(yaml.safe_dump(tree))
+    cost, said = training_teraflops(path)
+    assert cost(1) is None and 'holds no manifest' in said
+    words = ["algorithms.maskdit.unmask_time='0.9dur'"]
+    cost, said = training_teraflops(write_config(tmp_path, 'digits_maskdit.yaml', *words))
+    assert cost(1) is None and 'unmask_time' in said
+
+
+def test_weights_of_an_earlier_run_are_named_as_a_cost_that_is_not_counted(tmp_path):
+    words = ['load_path=runs/x/latest-rank0.pt', 'load_weights_only=true']
+    assert 'without what the weights in runs/x' in training_teraflops(write_config(tmp_path, 'digits.yaml', *words))[1]
+
+
+def test_seconds_are_the_middle_speed_or_not_recorded():
+    cost, _ = recorded_seconds({1: 4.0, 2: 0.5, 3: 5.0, 4: 0.0, 5: float('nan')})
+    assert cost(100) == 25.0
+    cost, said = recorded_seconds({})
+    assert cost(100) is None and 'speed_monitor' in said

@@ -1,0 +1,91 @@
+"""Pages: well-formed, self-contained, escaped."""
+
+import re
+
+import pytest
+
+from tests.pages import Page, assert_self_contained, png
+from tread_composer.errors import UserError
+from tread_composer.report import Chart, Curve, Report
+
+EVIL = '<script>alert("x")</script> & \'quoted\' "twice"'
+
+
+def full_page(text: str = 'plain') -> Report:
+    chart = Chart(text, text, [Curve(text, [(1, 100.0), (2, 1.0)], 0, 1), Curve(text, [(1, 5.0)], 1)], 2.0, text)
+    page = Report(text, text).heading(text).text(text).tiles([(text, text)]).facts({text: {text: text}})
+    return page.table([text, text], [[text, text]], [(0, 1)]).charts([chart]).pictures([(text, png())]).command(text)
+
+
+def test_a_page_is_well_formed_self_contained_and_fit_for_a_phone():
+    text = full_page().html()
+    page = assert_self_contained(text)
+    assert {'name': 'viewport', 'content': 'width=device-width, initial-scale=1'} in page.named('meta')
+    assert '@media (prefers-color-scheme: dark)' in text
+    assert page.named('img')[0]['src'].startswith('data:image/png;base64,iVBOR')
+    scrolling = [index for index, (name, a) in enumerate(page.tags) if name == 'div' and a.get('class') == 'scroll']
+    assert [page.tags[index + 1][0] for index in scrolling] == ['table', 'table']  # every table is in one
+
+
+def test_all_text_is_escaped():
+    text = full_page(EVIL).html()
+    page = assert_self_contained(text)
+    assert '<script' not in text
+    assert EVIL in page.cells and f'{EVIL}.{EVIL}' in page.cells
+    assert page.named('img')[0]['alt'] == EVIL
+    assert page.named('svg')[0]['aria-label'] == f'{EVIL} against {EVIL}'
+
+
+def test_the_best_cell_is_marked_and_no_other():
+    page = Page(Report('t').table(['a', 'b'], [['1', '2'], ['3', '4']], [(1, 0)]).html())
+    assert [a.get('class') for a in page.named('td')] == [None, None, 'best', None]
+
+
+def test_nested_settings_are_flat_names():
+    page = Page(Report('t').facts({'sampling': {'sampler': 'heun', 'interval': None}, 'seed': 0, 'empty': {}}).html())
+    assert page.cells == ['sampling.sampler', 'heun', 'sampling.interval', 'none', 'seed', '0', 'empty', 'none']
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: Report('t').table(['a'], [['1', '2']]), '1 columns has rows of .2. cells'),
+        (lambda: Report('t').pictures([('x', b'GIF89a')]), "'x' is no PNG"),
+        (lambda: Chart('x', 'y', [Curve('c', [])]), 'at least one point'),
+        (lambda: Chart('x', 'y', [Curve('c', [(1, float('nan'))])]), 'not finite'),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_writing_where_nothing_can_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written'):
+        Report('t').write(tmp_path / 'file' / 'page.html')
+
+
+def heights(chart: Chart) -> list[float]:
+    (line,) = re.findall(r'<polyline class="curve c0" points="([^"]*)"', chart.svg())
+    return [float(pair.split(',')[1]) for pair in line.split()]
+
+
+def test_a_chart_has_equal_values_at_equal_heights_and_goes_up():
+    a, b, c = heights(Chart('x', 'y', [Curve('c', [(0, 1.0), (1, 2.0), (2, 3.0)])]))
+    assert a - b == pytest.approx(b - c, abs=0.11) and a > c
+    # Over a factor of 20 the axis is logarithmic: equal factors are equal heights.
+    a, b, c = heights(Chart('x', 'y', [Curve('c', [(0, 1.0), (1, 10.0), (2, 100.0)])]))
+    assert a - b == pytest.approx(b - c, abs=0.11)
+    # With a zero there is no logarithm.
+    a, b, c = heights(Chart('x', 'y', [Curve('c', [(0, 0.0), (1, 10.0), (2, 100.0)])]))
+    assert (b - c) == pytest.approx(9 * (a - b), rel=0.05)
+
+
+@pytest.mark.parametrize('points', [[(5, 3.0)], [(0, 0.0)], [(1, 2.0), (2, 2.0)], [(1, -2.0), (1e9, 1e-12)]])
+def test_charts_of_awkward_numbers_are_drawn_inside_their_frame(points):
+    svg = Chart('x', 'y', [Curve('c', points)], level=points[0][1]).svg()
+    places = re.findall(r'<circle [^>]*cx="([^"]*)" cy="([^"]*)"', svg)
+    assert len(places) == len(points)
+    for x, y in places:
+        assert 0 <= float(x) <= 380 and 0 <= float(y) <= 270

@@ -1,0 +1,235 @@
+"""Sweeps: what is measured is kept, the best is marked, and what does not compare is not mixed."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny_model
+from tests.pages import assert_self_contained
+from tread_composer.cli import main
+from tread_composer.errors import ResumeError, UserError
+from tread_composer.metrics.digits import digits_judge, real_digits
+from tread_composer.metrics.frechet import frechet_distance
+from tread_composer.samplers import SamplingSettings
+from tread_composer.sweep.drawn import SweepRequest, sampling_of
+from tread_composer.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
+
+CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}
+SCALES = combinations(weights=['ema'], guidance_scale=[1.0, 1.5, 2.0])
+
+
+class Killed(BaseException):
+    """Like a signal: nothing but the disk remains."""
+
+
+class Counting:
+    """Measures ``fid`` as a parabola with its best at 1.5; dies at its n-th call."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.asked: list[float] = []
+        self.dies_at = dies_at
+
+    def __call__(self, settings):
+        if self.dies_at == len(self.asked) + 1:
+            raise Killed
+        scale = settings['guidance_scale']
+        self.asked.append(scale)
+        return {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+def test_a_killed_sweep_goes_on_with_the_row_it_died_in(tmp_path):
+    first = Counting(dies_at=3)
+    with pytest.raises(Killed):
+        run_sweep(SCALES, first, tmp_path, CONTRACT, quiet)
+    assert first.asked == [1.0, 1.5]
+    second, said = Counting(), []
+    rows = run_sweep(SCALES, second, tmp_path, CONTRACT, said.append)
+    assert second.asked == [2.0]
+    assert [row['settings'] for row in rows] == SCALES
+    assert [row['values']['fid'] for row in rows] == [2.25, 2.0, 2.25]
+    assert said[0] == '2 of 3 rows are finished, and kept'
+    third = Counting()
+    assert run_sweep(SCALES, third, tmp_path, CONTRACT, quiet) == rows and third.asked == []
+
+
+def test_a_sweep_may_be_widened_and_keeps_what_it_is_not_asked_for(tmp_path):
+    run_sweep(SCALES[:2], Counting(), tmp_path, CONTRACT, quiet)
+    rows = run_sweep(SCALES[2:], Counting(), tmp_path, CONTRACT, quiet)
+    assert [row['settings'] for row in rows] == SCALES
+
+
+def test_other_settings_of_the_same_folder_are_refused_and_change_nothing(tmp_path):
+    run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
+    before = (tmp_path / 'sweep.json').read_bytes()
+    other = Counting()
+    with pytest.raises(ResumeError, match=r"reference\.name: saved 'digits', now 'faces'"):
+        run_sweep(SCALES, other, tmp_path, {**CONTRACT, 'reference': {'name': 'faces'}}, quiet)
+    assert other.asked == [] and (tmp_path / 'sweep.json').read_bytes() == before
+    (tmp_path / 'sweep.json').write_text('{"rows": []}')
+    with pytest.raises(UserError, match='not written by this version'):
+        run_sweep(SCALES, other, tmp_path, CONTRACT, quiet)
+
+
+def test_two_sweeps_in_one_folder_at_a_time_are_refused(tmp_path):
+    def nested(settings):
+        with pytest.raises(UserError, match='another process is sweeping'):
+            run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
+        return {'fid': 1.0}
+
+    assert len(run_sweep(SCALES[:1], nested, tmp_path, CONTRACT, quiet)) == 1
+
+
+def test_a_number_that_is_not_finite_ends_the_sweep_and_is_not_kept(tmp_path):
+    with pytest.raises(UserError, match=r'weights ema, guidance_scale 1.0: fid came out as nan'):
+        run_sweep(SCALES, lambda _: {'fid': float('nan')}, tmp_path, CONTRACT, quiet)
+    assert not (tmp_path / 'sweep.json').exists()
+    with pytest.raises(UserError, match='cannot be written'):
+        run_sweep(SCALES, Counting(), __file__, CONTRACT, quiet)
+
+
+def test_the_best_is_marked_by_the_direction_of_each_metric(tmp_path):
+    rows = run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
+    assert best_rows(rows) == {'fid': 1, 'recall': 0}  # a cost has no best
+    table = format_sweep(rows).splitlines()
+    assert table[0].split() == ['weights', 'guidance_scale', 'fid', 'recall', 'gmacs_per_image']
+    assert table[2].split() == ['ema', '1.5', '*2', '0.625', '3']
+    assert table[1].split()[3] == '*0.75'
+    paths = write_sweep(rows, tmp_path, {'model': '<b>'}, 'sweep <x>')
+    lines = list(csv.DictReader(paths[0].open()))
+    assert [line['best'] for line in lines] == ['recall', 'fid', '']
+    assert float(lines[1]['fid']) == 2.0 and lines[0]['guidance_scale'] == '1.0'
+    assert paths[1].read_bytes().startswith(b'\x89PNG')
+    text = paths[2].read_text()
+    page = assert_self_contained(text)
+    assert [a for a in page.named('td') if a.get('class') == 'best'] and 'sweep &lt;x&gt;' in text
+    assert sum(a.get('class') == 'chart' for a in page.named('svg')) == 3
+
+
+def test_combinations():
+    assert combinations(a=[1, 2, 1], b=['x', 'y']) == [
+        {'a': 1, 'b': 'x'}, {'a': 1, 'b': 'y'}, {'a': 2, 'b': 'x'}, {'a': 2, 'b': 'y'},
+    ]  # fmt: skip
+    with pytest.raises(UserError, match='no values for b'):
+        combinations(a=[1], b=[])
+
+
+def test_the_rows_of_a_request():
+    request = SweepRequest(
+        'x', 'r', 'o', guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), rates=(None, (0.5, 0.9))
+    )
+    rows = request.rows()
+    # Without guidance an interval means nothing: 1 and not 2 rows, for each kind.
+    assert [(row['guidance'], row['guidance_scale'], row['guidance_interval']) for row in rows] == [
+        ('classifier_free', 1.0, None), ('classifier_free', 2.0, None), ('classifier_free', 2.0, [0.1, 0.8]),
+        ('sparse', 1.0, None), ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
+    ]  # fmt: skip
+    assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
+    drawn = sampling_of(rows[-1], request)
+    assert (drawn.guidance, drawn.strong_rate, drawn.weak_rate, drawn.guidance_interval) == (
+        'sparse',
+        0.5,
+        0.9,
+        (0.1, 0.8),
+    )
+    with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
+        SweepRequest('x', 'r', 'o', rates=((0.5, 1.5),)).rows()
+
+
+def test_a_sweep_with_the_digits_judge_on_a_tiny_model(tmp_path):
+    model, (images, _) = tiny_model(), real_digits()['train']
+    judge = digits_judge()
+    real = judge.features(images)
+
+    def measure(settings):
+        sampling = SamplingSettings(num_steps=2, guidance='classifier_free', guidance_scale=settings['guidance_scale'])
+        drawn = model.draw([index % 10 for index in range(40)], list(range(40)), sampling)
+        return {'digits/frechet_distance': frechet_distance(judge.features(drawn), real)}
+
+    rows = run_sweep(combinations(guidance_scale=[1.0, 4.0]), measure, tmp_path, CONTRACT, quiet)
+    a, b = (row['values']['digits/frechet_distance'] for row in rows)
+    assert a != b and best_rows(rows)['digits/frechet_distance'] == int(b < a)
+
+
+# --- the command, on a run that was trained for four steps ---
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+    """A run folder as training leaves it, and real digits as PNGs to compare with."""
+    from PIL import Image
+
+    from tread_composer.builders import build_trainer
+    from tread_composer.config import load_config
+
+    root = tmp_path_factory.mktemp('sweep')
+    overrides = [
+        'model={name: dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}', 'max_duration=4ba',
+        f'save_folder={root}/run', 'save_interval=4ba', f'data.local={root}/data', 'callbacks.sample_grid=null',
+        'callbacks.digits_quality=null', 'loggers.mlflow=null', 'optimizer.lr=3e-2', 'scheduler={name: constant}',
+        'eval_interval=100ba', 'algorithms.ema.decay=0.5', 'device=cpu',
+    ]  # fmt: skip
+    yaml = Path(__file__).parent.parent / 'yamls' / 'digits_tread.yaml'
+    trainer = build_trainer(load_config(yaml, overrides))
+    trainer.fit()
+    trainer.close()
+    (root / 'reference').mkdir()
+    for index, image in enumerate(real_digits()['eval'][0]):
+        pixels = ((image[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(root / 'reference' / f'{index:04d}.png')
+    return root
+
+
+def command(root: Path, *words: str) -> int:
+    shown = ['--reference', str(root / 'reference'), '--features', 'digits', '--steps', '2', '--batch-size', '32',
+             '--device', 'cpu']  # fmt: skip
+    return main(['sweep', str(root / 'run'), *shown, *words])
+
+
+def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    out = tmp_path / 'out'
+    words = ['--samples', '40', '--out', str(out)]
+    assert command(trained, *words, '--guidance-scale', '1', '3') == 0
+    printed = capsys.readouterr().out
+    assert 'fd_digits_40' in printed and '* best of its column' in printed
+    state = json.loads((out / 'sweep.json').read_text())
+    plain, guided = state['rows']
+    assert plain['values']['fd_digits_40'] != guided['values']['fd_digits_40']
+    assert guided['values']['gmacs_per_image'] == pytest.approx(2 * plain['values']['gmacs_per_image'])
+    entries = json.loads((out / 'results.json').read_text())
+    assert [entry['protocol']['sampling']['guidance_scale'] for entry in entries] == [1.0, 3.0]
+    assert entries[0]['batch'] == 4 and entries[0]['protocol']['sampling']['guidance'] == 'none'
+    # The same again measures nothing; more rows are added, sparse guidance and raw weights among them.
+    assert command(trained, *words, '--guidance-scale', '1', '3') == 0
+    assert json.loads((out / 'sweep.json').read_text()) == state
+    assert command(trained, *words, '--guidance-scale', '3', '--weights', 'raw', '--rates', '0.25:0.75') == 0
+    rows = json.loads((out / 'sweep.json').read_text())['rows']
+    assert rows[:2] == state['rows'] and rows[2]['settings']['weak_rate'] == 0.75
+    assert_self_contained((out / 'sweep.html').read_text())
+    # Other samples in the same folder are refused.
+    capsys.readouterr()
+    assert command(trained, '--samples', '50', '--out', str(out)) == 2
+    assert 'num_samples: saved 40, now 50' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--samples', '45'], 'no multiple of the 10 classes'),
+        (['--samples', '1'], 'at least 2 samples'),
+        (['--samples', '40', '--metrics', 'sfid'], 'choose of fid, kid, is, prc'),
+        (['--samples', '40', '--interval', '0.1'], 'write LOW:HIGH, or none'),
+        (['--samples', '40', '--rates', 'half'], 'write STRONG:WEAK, or none'),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_written(trained, tmp_path, capsys, words, message):
+    assert command(trained, *words, '--out', str(tmp_path / 'out')) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,35 @@
+"""Two or more runs held against each other: at equal steps, FLOPs and time, and at equal quality."""
+
+from tread_composer.compare.comparison import Comparison, compare, format_comparison
+from tread_composer.compare.curves import (
+    AXES,
+    DIRECTIONS,
+    Point,
+    SpeedUp,
+    Value,
+    common_speed_up,
+    direction,
+    speed_up,
+    value_at,
+)
+from tread_composer.compare.output import write_comparison
+from tread_composer.compare.runs import Curve, Run, open_run
+
+__all__ = [
+    'AXES',
+    'DIRECTIONS',
+    'Comparison',
+    'Curve',
+    'Point',
+    'Run',
+    'SpeedUp',
+    'Value',
+    'common_speed_up',
+    'compare',
+    'direction',
+    'format_comparison',
+    'open_run',
+    'speed_up',
+    'value_at',
+    'write_comparison',
+]

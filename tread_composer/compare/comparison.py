@@ -1,0 +1,286 @@
+"""``python -m tread_composer compare A B [C ...]``: tables, a picture, a page, and the speed-up at equal quality.
+
+A is the reference: its costs and its best value are what the others are held against. Numbers that were measured by
+different protocols are not compared.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tread_composer.compare.curves import (
+    AXES,
+    Axis,
+    Point,
+    SpeedUp,
+    Value,
+    best_point,
+    common_speed_up,
+    direction,
+    speed_up,
+    value_at,
+)
+from tread_composer.compare.runs import Curve, Run
+from tread_composer.errors import UserError
+from tread_composer.metrics.protocol import differences
+from tread_composer.report.chart import short
+from tread_composer.report.page import flat
+
+__all__ = [
+    'LINES_RULE',
+    'ONE_RUN_RULE',
+    'SPEED_UP_HEAD',
+    'SPEED_UP_RULE',
+    'Comparison',
+    'MetricTable',
+    'Row',
+    'aligned',
+    'cells_of',
+    'compare',
+    'figure',
+    'format_comparison',
+    'notes_of',
+    'ratio_in_words',
+    'speed_up_rows',
+]
+
+LINES_RULE = (
+    'A value marked with ≈ was not measured there: it is read off the straight line between the two neighbouring '
+    "measurements. Beyond a run's first and last measurement nothing is assumed."
+)
+SPEED_UP_RULE = (
+    'Speed-up at equal quality: what the reference had spent when it measured its best value, divided by what the '
+    'other run had spent when its curve first reached that value (on the straight line between two measurements; the '
+    "figure at the first measurement that is as good stands beside it). This is how TREAD's 14x and 37x are defined; "
+    'it is not the speed-up of a step. A run that never gets there is also held against the reference at its own best '
+    'value, which both have reached; below 1x it needed more.'
+)
+ONE_RUN_RULE = 'One run each: differences between seeds are not in these numbers.'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cost, and each run's value there: a `Value`, or why there is none."""
+
+    cost: float
+    cells: tuple[Value | str, ...]
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One metric, under one protocol that all runs share.
+
+    Args:
+        metric: Its name.
+        protocol: How it was measured.
+        points: Each run's measurements, the reference first.
+        rows: Values at equal cost, by what is counted; empty where no run has a record of it.
+        speed_ups: Of each run but the reference, by what is counted.
+        common: The same at the other run's best value, where it does not reach the reference's; else empty.
+    """
+
+    metric: str
+    protocol: Mapping[str, Any]
+    points: tuple[tuple[Point, ...], ...]
+    rows: Mapping[Axis, tuple[Row, ...]]
+    speed_ups: tuple[Mapping[Axis, SpeedUp], ...]
+    common: tuple[Mapping[Axis, SpeedUp], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs held against the first of them.
+
+    Args:
+        runs: As they were read.
+        names: What to call them: their own names, told apart where two are equal.
+        tables: One for each metric that all runs have under the same protocol.
+        left_out: Metrics that not all runs have, in words.
+    """
+
+    runs: tuple[Run, ...]
+    names: tuple[str, ...]
+    tables: tuple[MetricTable, ...]
+    left_out: tuple[str, ...]
+
+
+def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
+    """Hold runs against the first one.
+
+    Args:
+        runs: Two or more.
+        metrics: The metrics to compare; ``fid`` stands for ``fid_10000`` too. All that the runs share if empty.
+
+    Raises:
+        UserError: A metric is in no common protocol (lists the differences), or there is none in common.
+    """
+    if len(runs) < 2:
+        raise UserError(f'compare: {len(runs)} run given; give two or more, the reference first')
+    known = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
+    unknown = [name for name in metrics if not any(_is(metric, name) for metric in known)]
+    if unknown:
+        raise UserError(f'--metric: no run has {", ".join(unknown)}; there are {", ".join(known) or "none"}')
+    asked = [metric for metric in known if not metrics or any(_is(metric, name) for name in metrics)]
+    shared = [metric for metric in asked if all(any(c.metric == metric for c in run.curves) for run in runs)]
+    names = _names(runs)
+    if not shared:
+        owned = '\n'.join(
+            f'  {name}: {", ".join(sorted({c.metric for c in run.curves})) or "no metric"}'
+            for name, run in zip(names, runs, strict=True)
+        )
+        raise UserError(f'compare: the runs have no metric in common.\n{owned}')
+    tables = [table for metric in shared for table in _tables(metric, runs, names)]
+    left_out = tuple(f'{metric}: not in every run' for metric in asked if metric not in shared)
+    return Comparison(tuple(runs), names, tuple(tables), left_out)
+
+
+def _is(metric: str, asked: str) -> bool:
+    """Whether this is the metric asked for, or that metric of fewer samples."""
+    name, _, number = metric.rpartition('_')
+    return metric == asked or (number.isdecimal() and name == asked)
+
+
+def _names(runs: Sequence[Run]) -> tuple[str, ...]:
+    names = [run.name for run in runs]
+    return tuple(
+        f'{name} ({"ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i % 26]})' if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    )
+
+
+def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[MetricTable]:
+    """One for each protocol of the reference that every other run has too."""
+    owned = [[curve for curve in run.curves if curve.metric == metric] for run in runs]
+    tables = []
+    for first in owned[0]:
+        equal = [next((c for c in curves if not differences(first.protocol, c.protocol)), None) for curves in owned]
+        if None not in equal:
+            tables.append(_table(metric, [curve for curve in equal if curve is not None]))
+    if not tables:
+        lines = []
+        for name, curves in zip(names[1:], owned[1:], strict=True):
+            found = differences(owned[0][0].protocol, curves[0].protocol)
+            lines += [f'  {names[0]} and {name}:', *(f'    {line}' for line in found)] if found else []
+        raise UserError(
+            f'{metric}: was measured by different protocols, so the values do not compare.\n' + '\n'.join(lines) +
+            '\nMeasure the runs again with one protocol, or choose another --metric.'
+        )  # fmt: skip
+    return tables
+
+
+def _table(metric: str, curves: Sequence[Curve]) -> MetricTable:
+    points = tuple(curve.points for curve in curves)
+    rows: dict[Axis, tuple[Row, ...]] = {axis: _rows(points, axis) for axis in AXES}
+    speed_ups, common = [], []
+    for other in points[1:]:
+        found: dict[Axis, SpeedUp] = {axis: speed_up(points[0], other, metric, axis) for axis in AXES}
+        instead: dict[Axis, SpeedUp] = {}
+        if found['step'].reason == 'not reached':
+            instead = {axis: common_speed_up(points[0], other, metric, axis) for axis in AXES}
+        speed_ups.append(found)
+        common.append(instead)
+    return MetricTable(metric, curves[0].protocol, points, rows, tuple(speed_ups), tuple(common))
+
+
+def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
+    """At the costs where the reference was measured, and at the largest that all runs have reached."""
+    costs = [[x for point in run if (x := getattr(point, axis)) is not None] for run in points]
+    known = [found for found in costs if found]
+    if not known:
+        return ()
+    at = known[0] + ([min(found[-1] for found in known)] if len(known) > 1 else [])
+    rows: list[Row] = []
+    for cost in sorted(at):
+        if not rows or not math.isclose(rows[-1].cost, cost, rel_tol=1e-9):
+            rows.append(Row(cost, tuple(_cell(run, axis, cost) for run in points)))
+    return tuple(rows)
+
+
+def _cell(points: Sequence[Point], axis: Axis, cost: float) -> Value | str:
+    known = [x for point in points if (x := getattr(point, axis)) is not None]
+    found = value_at(points, axis, cost)
+    if found is not None:
+        return found
+    return 'not recorded' if not known else 'before its first' if cost < known[0] else 'beyond its last'
+
+
+# --- as text ---
+
+
+def _shown(cell: Value | str) -> str:
+    return cell if isinstance(cell, str) else f'{"" if cell.measured else "≈ "}{figure(cell.value)}'
+
+
+def figure(value: float) -> str:
+    """A metric's value: four digits."""
+    return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
+
+
+def ratio_in_words(found: SpeedUp) -> str:
+    """``1.43x`` with the figure at the measured point, or why there is none."""
+    if found.ratio is None:
+        return found.reason or 'not known: it was as good before its first step'
+    if found.at_least:
+        return f'at least {found.ratio:.2f}x (as good at its first measurement)'
+    assert found.reference is not None and found.measured
+    at_point = found.reference / found.measured
+    return f'{found.ratio:.2f}x' + ('' if at_point == found.ratio else f' ({at_point:.2f}x at the measurement)')
+
+
+def cells_of(table: MetricTable, axis: Axis) -> list[list[str]]:
+    """The table at equal cost: the cost, then each run's value."""
+    return [[short(row.cost), *map(_shown, row.cells)] for row in table.rows[axis]]
+
+
+def speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]:
+    """The table of speed-ups; its head is `SPEED_UP_HEAD`."""
+    rows = []
+    for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
+        for owner, found in ((0, speed_ups), (index, common)):
+            if found:
+                best = best_point(table.points[owner], table.metric)
+                quality = f'best of {comparison.names[owner]}: {figure(best.value)} (step {best.step})'
+                rows.append([comparison.names[index], quality, *(ratio_in_words(found[axis]) for axis in AXES)])
+    return rows
+
+
+SPEED_UP_HEAD = ['run', 'to reach', *(f'in {name}' for name in AXES.values())]
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """What a reader has to know of single runs."""
+    notes = [
+        f'{name}: {note}' for name, run in zip(comparison.names, comparison.runs, strict=True) for note in run.notes
+    ]
+    machines = {run.machine for run in comparison.runs if run.machine}
+    if len(machines) > 1:
+        listed = '; '.join(f'{n}: {r.machine}' for n, r in zip(comparison.names, comparison.runs, strict=True))
+        notes.insert(0, f'Seconds do not compare: the runs were on different machines ({listed})')
+    return [*notes, *(f'left out: {text}' for text in comparison.left_out)]
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The tables for a terminal."""
+    lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
+    for table in comparison.tables:
+        lines += ['', f'{table.metric} ({direction(table.metric)} is better)', _protocol_line(table.protocol)]
+        for axis, name in AXES.items():
+            head = [name, *comparison.names]
+            lines += (
+                ['', *aligned([head, *cells_of(table, axis)])] if table.rows[axis] else ['', f'{name}: not recorded']
+            )
+        lines += ['', *aligned([SPEED_UP_HEAD, *speed_up_rows(comparison, table)])]
+    notes = [f'- {note}' for note in (*notes_of(comparison), LINES_RULE, SPEED_UP_RULE, ONE_RUN_RULE)]
+    return '\n'.join([*lines, '', *notes])
+
+
+def _protocol_line(protocol: Mapping[str, Any]) -> str:
+    return 'protocol: ' + ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is at the left and the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbered = [list(enumerate(zip(row, widths, strict=True))) for row in rows]
+    return ['  '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in row) for row in numbered]

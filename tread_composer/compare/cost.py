@@ -1,0 +1,111 @@
+"""What training has cost until a step: FLOPs from the run's configuration, seconds from its logged speed."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import Time, TimeUnit
+
+from tread_composer.config import Config, restore_config
+from tread_composer.data.manifest import Manifest
+from tread_composer.errors import UserError
+from tread_composer.plan import make_plan
+
+__all__ = ['Cost', 'recorded_seconds', 'training_teraflops']
+
+Cost = Callable[[int], float | None]
+"""From the number of steps to what they have cost; None where that is not known."""
+
+_FLOPS_PER_MAC = 6  # a multiply and an add, and the backward pass costs twice the forward
+
+
+def not_recorded(step: int) -> None:
+    """The cost of which nothing is known."""
+    del step
+
+
+def training_teraflops(config_file: Path, data_file: Path | None = None) -> tuple[Cost, str]:
+    """TFLOPs of training until a step, of the network's matrix products alone, and how they were counted.
+
+    Args:
+        config_file: The run's resolved configuration.
+        data_file: What its data are, as the run folder holds it; needed where the data are not on this machine.
+
+    Returns:
+        The cost, and a sentence that says how it was found or why it is not known.
+    """
+    try:
+        config = restore_config(config_file)
+        if data_file is not None and config.data.name == 'latents':
+            config = restore_config(config_file, _data_overrides(data_file))
+        plan = make_plan(config, 1)
+        window = _routed_steps(config, plan)
+    except UserError as error:
+        return not_recorded, f'FLOPs not recorded: {error}'
+    masking = config.algorithms.get('maskdit')
+    unmask_time = None if masking is None else masking.kwargs.get('unmask_time')
+    if unmask_time is not None:
+        return not_recorded, f'FLOPs not recorded: masking changes during the run (unmask_time {unmask_time})'
+    factor = _FLOPS_PER_MAC * plan['samples_per_step'] / 1000
+    dense, routed = factor * plan['gmacs_dense'], factor * plan['gmacs_routed']
+
+    def cost(step: int) -> float:
+        steps = max(0.0, min(step, window[1]) - window[0])  # of them routed
+        return routed * steps + dense * (step - steps)
+
+    text = f'FLOPs: {routed:.4g} TFLOPs a step ({_FLOPS_PER_MAC} x {plan["gmacs_routed"]:.4g} GMACs x '
+    text += f'{plan["samples_per_step"]} samples), arithmetic of the network only'
+    if window != (0, math.inf):
+        text += f'; routed from step {window[0]:g} to {window[1]:g}, else {dense:.4g} TFLOPs a step'
+    if config.load_path is not None:
+        text += f'; without what the weights in {config.load_path} had cost before'
+    return cost, text
+
+
+def _data_overrides(path: Path) -> list[str]:
+    manifest = Manifest.parse(path.read_text(), str(path), 'it belongs to the run: write it anew by resuming the run')
+    facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
+    return [f'data.{name}={value}' for name, value in facts.items()]
+
+
+def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:
+    """From which step to which tokens are saved; (0, inf) if always, or if nothing is ever saved."""
+    tread = config.algorithms.get('tread')
+    times = {} if tread is None else tread.kwargs
+    start, end = times.get('start_time'), times.get('end_time')
+    return (
+        0.0 if start is None else _in_steps(start, 'start_time', plan),
+        math.inf if end is None else _in_steps(end, 'end_time', plan),
+    )
+
+
+def _in_steps(text: str, name: str, plan: Mapping[str, Any]) -> float:
+    time = Time.from_timestring(text)
+    factor = {
+        TimeUnit.BATCH: 1,
+        TimeUnit.DURATION: plan['batches'],
+        TimeUnit.EPOCH: plan['batches_per_epoch'],
+        TimeUnit.SAMPLE: 1 / plan['samples_per_step'],
+    }.get(time.unit)
+    if factor is None:
+        raise UserError(f'algorithms.tread.{name}: {text} is not known in steps without the size of the data')
+    return math.ceil(time.value * factor - 1e-9)
+
+
+def recorded_seconds(speeds: Mapping[int, float]) -> tuple[Cost, str]:
+    """Seconds of training until a step, and how they were found.
+
+    Composer's clock of training time counts what callbacks do, drawing samples for example. So the middle one of the
+    logged speeds is taken: most windows are undisturbed.
+
+    Args:
+        speeds: Batches in a second, by step, as the callback ``speed_monitor`` logs them.
+    """
+    known = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
+    if not known:
+        return not_recorded, 'seconds not recorded: the run has no throughput/batches_per_sec (add speed_monitor: {})'
+    speed = statistics.median(known)
+    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(known)} logged speeds '
+    return lambda step: step / speed, text + '(measuring and saving between them left out)'

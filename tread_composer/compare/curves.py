@@ -1,0 +1,186 @@
+"""Quality against cost: values at equal cost, and the cost of equal quality. Plain arithmetic on measured points.
+
+**Between measured points** a curve is a straight line, on every axis; what was read off such a line is said to be so.
+Beyond its first and last point nothing is known, and nothing is made up.
+
+**Speed-up at equal quality** is what TREAD's "14x" and "37x" are (arXiv 2501.04765, figure 1): the reference run has
+its best value at the cost x_A; the other run reaches that value, for the first time, at the cost x_B; the speed-up is
+x_A / x_B. So it is a ratio of costs to the same quality, not of the costs of a step. Where the other run does not reach
+the reference's best value, the same can be asked for the best value of the other run, which both reach.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    'AXES',
+    'DIRECTIONS',
+    'Axis',
+    'Point',
+    'SpeedUp',
+    'Value',
+    'best_point',
+    'common_speed_up',
+    'direction',
+    'speed_up',
+    'value_at',
+]
+
+Axis = Literal['step', 'teraflops', 'seconds']
+AXES: dict[Axis, str] = {
+    'step': 'training steps',
+    'teraflops': 'training TFLOPs',
+    'seconds': 'seconds of training',
+}
+
+DIRECTIONS: dict[str, Literal['lower', 'higher']] = {
+    'fid': 'lower',
+    'kid': 'lower',
+    'inception_score': 'higher',
+    'fd': 'lower',
+    'kd': 'lower',
+    'score': 'higher',
+    'precision': 'higher',
+    'recall': 'higher',
+    'digits/frechet_distance': 'lower',
+    'digits/recognised': 'higher',
+}
+"""What is better, for every metric that can be compared. ``fd``, ``kd`` and ``score`` are those of other features."""
+
+
+def direction(metric: str) -> Literal['lower', 'higher']:
+    """Whether lower or higher values of a metric are better.
+
+    Args:
+        metric: As reported: behind the name may stand the features and the number of samples, as in ``fid_10000`` or
+            ``fd_digits_500``.
+
+    Raises:
+        ValueError: The metric is not in ``DIRECTIONS``.
+    """
+    for name, better in DIRECTIONS.items():
+        if metric == name or ('/' not in name and metric.startswith(f'{name}_')):
+            return better
+    raise ValueError(f'{metric!r} is no metric whose better direction is known; known: {sorted(DIRECTIONS)}')
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Args:
+        step: Batches trained.
+        value: Of the metric.
+        teraflops: Spent in training until there; None if not recorded.
+        seconds: Of training until there; None if not recorded.
+    """
+
+    step: int
+    value: float
+    teraflops: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value at a cost, and whether it was measured there or read off the line between two measurements."""
+
+    value: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How much less one run needs for the best value of another; each number None if it is not known.
+
+    Args:
+        axis: What is counted.
+        quality: The reference's best value.
+        reference: Where the reference measured it.
+        reached: Where the other run's curve reaches it first (between two points: on the straight line).
+        measured: Where the other run first measured a value as good: reached there at the latest.
+        at_least: The other run was as good at its very first point, so that the ratio is only a lower bound.
+        reason: Why there is no ratio, in words; empty if there is one.
+    """
+
+    axis: Axis
+    quality: float
+    reference: float | None = None
+    reached: float | None = None
+    measured: float | None = None
+    at_least: bool = False
+    reason: str = ''
+
+    @property
+    def ratio(self) -> float | None:
+        """``reference / reached``."""
+        return None if self.reference is None or not self.reached else self.reference / self.reached
+
+
+def best_point(points: Sequence[Point], metric: str) -> Point:
+    """The measured point of best value, the earliest of equals.
+
+    Raises:
+        ValueError: There is no point.
+    """
+    sign = 1 if direction(metric) == 'lower' else -1
+    return min(points, key=lambda point: (sign * point.value, point.step))
+
+
+def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | None:
+    """The value at a cost; None beyond the measured points, or if the run has no record of this cost.
+
+    Args:
+        points: Ascending in ``step``.
+        axis: What ``cost`` is.
+        cost: Where.
+    """
+    known = [(x, point.value) for point in points if (x := getattr(point, axis)) is not None]
+    for x, value in known:
+        if math.isclose(x, cost, rel_tol=1e-9):
+            return Value(value, measured=True)
+    for (x0, y0), (x1, y1) in itertools.pairwise(known):
+        if x0 < cost < x1:
+            return Value(y0 + (y1 - y0) * (cost - x0) / (x1 - x0), measured=False)
+    return None
+
+
+def speed_up(reference: Sequence[Point], other: Sequence[Point], metric: str, axis: Axis) -> SpeedUp:
+    """The ratio of what the reference and another run need for the reference's best value.
+
+    Args:
+        reference: Points of the run whose quality is to be reached, ascending in ``step``.
+        other: Points of the other run, likewise.
+        metric: Decides which direction is better.
+        axis: What is counted.
+    """
+    target = best_point(reference, metric)
+    cost: float | None = getattr(target, axis)
+    sign = 1 if direction(metric) == 'lower' else -1
+    index = next((i for i, point in enumerate(other) if sign * point.value <= sign * target.value), None)
+    if cost is None:
+        return SpeedUp(axis, target.value, reason='not recorded for the reference')
+    if index is None:
+        return SpeedUp(axis, target.value, cost, reason='not reached')
+    there: float | None = getattr(other[index], axis)
+    if there is None:
+        return SpeedUp(axis, target.value, cost, reason='not recorded')
+    if index == 0:
+        return SpeedUp(axis, target.value, cost, there, there, at_least=True)
+    before = other[index - 1]
+    x0: float | None = getattr(before, axis)
+    if x0 is None:
+        return SpeedUp(axis, target.value, cost, reason='not recorded')
+    share = (target.value - before.value) / (other[index].value - before.value)
+    return SpeedUp(axis, target.value, cost, x0 + (there - x0) * share, there)
+
+
+def common_speed_up(reference: Sequence[Point], other: Sequence[Point], metric: str, axis: Axis) -> SpeedUp:
+    """The ratio at the other run's best value: for where `speed_up` says "not reached". Arguments as there."""
+    found = speed_up(other, reference, metric, axis)
+    if found.at_least:
+        return SpeedUp(axis, found.quality, reason='not known: the reference was better from its first measurement on')
+    return SpeedUp(axis, found.quality, found.reached, found.reference, found.reference, reason=found.reason)

@@ -1,0 +1,184 @@
+"""The files of a comparison: numbers as JSON, a picture, a page."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tread_composer.callbacks.files import write_atomically
+from tread_composer.compare.comparison import (
+    LINES_RULE,
+    ONE_RUN_RULE,
+    SPEED_UP_HEAD,
+    SPEED_UP_RULE,
+    Comparison,
+    MetricTable,
+    Row,
+    cells_of,
+    figure,
+    notes_of,
+    ratio_in_words,
+    speed_up_rows,
+)
+from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point, direction
+from tread_composer.errors import UserError
+from tread_composer.report import Chart, Report
+from tread_composer.report import Curve as Line
+
+__all__ = ['draw', 'write_comparison']
+
+
+def write_comparison(comparison: Comparison, folder: str | Path, command: str) -> list[Path]:
+    """Write ``comparison.json``, ``comparison.png`` and ``comparison.html``.
+
+    Args:
+        comparison: What to write.
+        folder: Where; made if it is missing.
+        command: How to get the same again.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    folder = Path(folder)
+    paths = [folder / f'comparison.{ending}' for ending in ('json', 'png', 'html')]
+    try:
+        write_atomically(paths[0], json.dumps(_as_json(comparison, command), indent=1).encode())
+        write_atomically(paths[1], draw(comparison))
+    except OSError as error:
+        raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
+    _page(comparison, command).write(paths[2])
+    return paths
+
+
+def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
+    runs = [
+        {'name': name, 'source': run.source, 'machine': run.machine, 'notes': run.notes}
+        for name, run in zip(comparison.names, comparison.runs, strict=True)
+    ]
+    metrics = []
+    for table in comparison.tables:
+        points = [[asdict(point) for point in run] for run in table.points]
+        metrics.append(
+            {
+                'metric': table.metric,
+                'better': direction(table.metric),
+                'protocol': dict(table.protocol),
+                'points': dict(zip(comparison.names, points, strict=True)),
+                'speed_ups': _ratios(comparison, table.speed_ups),
+                'at_the_best_of_the_other': _ratios(comparison, table.common),
+            }
+        )
+    return {'command': command, 'runs': runs, 'metrics': metrics}
+
+
+def _ratios(comparison: Comparison, group: tuple[Mapping[Axis, SpeedUp], ...]) -> dict[str, Any]:
+    return {
+        name: {axis: {**asdict(found), 'ratio': found.ratio} for axis, found in by_axis.items()}
+        for name, by_axis in zip(comparison.names[1:], group, strict=True)
+    }
+
+
+def _curve(table: MetricTable, axis: Axis, index: int) -> list[tuple[float, float]]:
+    return [(x, point.value) for point in table.points[index] if (x := getattr(point, axis)) is not None]
+
+
+def draw(comparison: Comparison) -> bytes:
+    """A PNG: a row of three panels for each metric, against steps, FLOPs and seconds."""
+    from matplotlib.figure import Figure  # takes a second: not before there is something to draw
+
+    figure_ = Figure(figsize=(13, 0.6 + 3.7 * len(comparison.tables)), layout='constrained')
+    grid = figure_.subplots(len(comparison.tables), len(AXES), squeeze=False, sharey='row')
+    for row, table in zip(grid, comparison.tables, strict=True):
+        reference = best_point(table.points[0], table.metric)
+        for axes, (axis, label) in zip(row, AXES.items(), strict=True):
+            drawn = False
+            for index, name in enumerate(comparison.names):
+                curve = _curve(table, axis, index)
+                if curve:
+                    axes.plot(*zip(*curve, strict=True), marker='os^D'[index % 4], ms=4, label=name)
+                    drawn = True
+            if not drawn:
+                axes.text(0.5, 0.5, 'not recorded', ha='center', transform=axes.transAxes)
+            axes.axhline(reference.value, color='0.5', ls='--', lw=1, label=f'best of {comparison.names[0]}')
+            axes.set_xlabel(label)
+            axes.set_xlim(left=0)
+            axes.grid(alpha=0.25)
+        row[0].set_ylabel(f'{table.metric}\n({direction(table.metric)} is better)')
+        row[-1].legend(fontsize=9)
+    content = io.BytesIO()
+    figure_.savefig(content, format='png', dpi=110)
+    return content.getvalue()
+
+
+def _page(comparison: Comparison, command: str) -> Report:
+    names = comparison.names
+    page = Report(' vs '.join(names), f'{names[0]} is the reference. {ONE_RUN_RULE}')
+    for table in comparison.tables:
+        better = direction(table.metric)
+        page.heading(f'{table.metric} ({better} is better)')
+        page.tiles(_tiles(comparison, table)).charts(_charts(comparison, table))
+        page.heading('Speed-up at equal quality', small=True)
+        page.table(SPEED_UP_HEAD, speed_up_rows(comparison, table))
+        page.tables(
+            [
+                (f'At equal {label}', [label, *names], cells_of(table, axis), _best_cells(table, axis))
+                for axis, label in AXES.items()
+                if table.rows[axis]
+            ]
+        )
+        for axis, label in AXES.items():
+            if not table.rows[axis]:
+                page.text(f'At equal {label}: not recorded in any run.')
+        page.heading('Protocol, the same for all runs', small=True).facts(table.protocol)
+    page.heading('How to read this').text(SPEED_UP_RULE).text(LINES_RULE)
+    grids = [(f'{name}: {run.source}', run.grid) for name, run in zip(names, comparison.runs, strict=True) if run.grid]
+    if grids:
+        page.heading('Samples').pictures(grids)
+    page.heading('Where the numbers come from')
+    page.facts({name: run.source for name, run in zip(names, comparison.runs, strict=True)})
+    for note in notes_of(comparison):
+        page.text(note, soft=True)
+    return page.heading('How to get this page again').command(command)
+
+
+def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
+    """The speed-ups that a reader looks for: at the reference's best value, else at the best that both reach."""
+    tiles = []
+    for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
+        owner, found = (index, common) if common else (0, speed_ups)
+        quality = figure(best_point(table.points[owner], table.metric).value)
+        pair = f'{comparison.names[0]} / {comparison.names[index]} at {quality} (the best of {comparison.names[owner]})'
+        for axis, label in AXES.items():
+            ratio, sign = found[axis].ratio, '≥ ' if found[axis].at_least else ''
+            tiles.append((f'{sign}{ratio:.2f}x' if ratio else ratio_in_words(found[axis]), f'{label}: {pair}'))
+    return tiles
+
+
+def _best_cells(table: MetricTable, axis: Axis) -> list[tuple[int, int]]:
+    return [(i, j + 1) for i, row in enumerate(table.rows[axis]) for j in _best(row, table.metric)]
+
+
+def _best(row: Row, metric: str) -> list[int]:
+    values = [(cell.value, i) for i, cell in enumerate(row.cells) if isinstance(cell, Value)]
+    if len(values) < 2:
+        return []
+    pick = min if direction(metric) == 'lower' else max
+    best = pick(value for value, _ in values)
+    return [i for value, i in values if value == best]
+
+
+def _charts(comparison: Comparison, table: MetricTable) -> list[Chart]:
+    reference = best_point(table.points[0], table.metric)
+    charts = []
+    for axis, label in AXES.items():
+        lines = [Line(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
+        if any(line.points for line in lines):
+            text = f'best of {comparison.names[0]}: {figure(reference.value)}'
+            y_label = f'{table.metric} ({direction(table.metric)} is better)'
+            charts.append(Chart(label, y_label, lines, reference.value, text))
+    return charts

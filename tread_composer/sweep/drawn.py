@@ -1,0 +1,312 @@
+"""The rows of a trained model: draw images with a row's settings, and measure them against a reference.
+
+On any number of ranks: each draws and looks at its share, the features are gathered, the first one measures.
+Shapes: B samples, C channels, R x R pixels.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch import Tensor
+
+from tread_composer.autoencoders import KL
+from tread_composer.autoencoders.pixels import to_uint8
+from tread_composer.conversion.encoding import choose_device
+from tread_composer.conversion.ranks import Ranks
+from tread_composer.errors import UserError
+from tread_composer.export_file import digest_of
+from tread_composer.metrics.features import Extractor, FeatureSet, joined, look, open_extractor
+from tread_composer.metrics.fidelity import Statistics, check_metrics, measure
+from tread_composer.metrics.protocol import UINT8_RULE, Protocol, append_results, metric_name, result
+from tread_composer.metrics.references import Reference, default_cache, open_reference
+from tread_composer.routing import apply_tread
+from tread_composer.samplers import SamplingSettings, guidance_cost
+from tread_composer.sweep.rows import combinations, run_sweep
+from tread_composer.trained import Trained, load_trained, read_trained
+
+__all__ = ['SweepRequest', 'sampling_of', 'sweep']
+
+Pair = tuple[float, float]
+
+_KID_SUBSET = 1000
+_TALK_EVERY = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """One call of ``sweep``.
+
+    Args:
+        path: Run folder, checkpoint or exported file.
+        reference: What samples are compared with.
+        out: Folder of the rows.
+        guidance_scales: 1 is no guidance.
+        intervals: ``(low, high)`` in the objective's time, None for everywhere.
+        rates: ``(strong, weak)`` of sparse guidance, None for classifier-free guidance.
+        weights: Of ``'ema'`` and ``'raw'``.
+        sampler: Of all rows.
+        num_steps: Its steps.
+        num_samples: Images of each row, as many of each class.
+        seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
+        metrics: Of ``metrics.fidelity.METRICS``.
+        features: ``'inception'`` or ``'digits'``.
+        inception: File of Inception's weights.
+        batch_size: Images drawn together.
+        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
+    """
+
+    path: str
+    reference: str
+    out: str
+    guidance_scales: tuple[float, ...] = (1.0,)
+    intervals: tuple[Pair | None, ...] = (None,)
+    rates: tuple[Pair | None, ...] = (None,)
+    weights: tuple[str, ...] = ('ema',)
+    sampler: str = 'heun'
+    num_steps: int = 50
+    num_samples: int = 10_000
+    seed: int = 0
+    metrics: tuple[str, ...] = ('fid',)
+    features: str = 'inception'
+    inception: str | None = None
+    batch_size: int = 64
+    device: str | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The settings of each row; those that come to the same (an interval of no guidance) stand once.
+
+        Raises:
+            UserError: A combination is impossible.
+        """
+        rows = []
+        choices = combinations(
+            weights=self.weights, rates=self.rates, interval=self.intervals, scale=self.guidance_scales
+        )  # fmt: skip
+        for one in choices:
+            guided = one['scale'] != 1
+            row = {
+                'weights': one['weights'],
+                'guidance': 'sparse' if one['rates'] else 'classifier_free',
+                'guidance_scale': one['scale'],
+                'guidance_interval': None if one['interval'] is None or not guided else list(one['interval']),
+            }
+            if one['rates']:
+                row['strong_rate'], row['weak_rate'] = one['rates']
+            sampling_of(row, self)
+            rows.append(row)
+        return [entry['row'] for entry in combinations(row=rows)]
+
+
+def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettings:
+    """How the images of a row are drawn.
+
+    Raises:
+        UserError: The settings contradict each other.
+    """
+    own = {name: value for name, value in row.items() if name != 'weights'}
+    if own['guidance'] == 'classifier_free' and own['guidance_scale'] == 1:
+        own['guidance'] = 'none'  # the same images at half the cost, and under the name that other commands give it
+    try:
+        return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **own})
+    except ValueError as error:
+        raise UserError(f'sweep: {error}') from None
+
+
+def sweep(
+    request: SweepRequest, ranks: Ranks, log: Callable[[str], None] = print
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this.
+
+    Each number goes with its protocol into ``results.json`` too.
+
+    Returns:
+        All rows of the folder, and what they have in common.
+
+    Raises:
+        UserError: The input is at fault. What is finished stays.
+    """
+    rows = request.rows()
+    device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
+    bench = ranks.agreed(lambda: _Bench(request, device, ranks, log if ranks.is_first else _silent))
+    done = run_sweep(rows, bench.measure, request.out, bench.contract, log if ranks.is_first else _silent, ranks)
+    return done, bench.contract
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+class _Bench:
+    """What stays the same from row to row: the reference, the feature network, the model while its weights do."""
+
+    def __init__(self, request: SweepRequest, device: torch.device, ranks: Ranks, log: Callable[[str], None]) -> None:
+        self.request, self.device, self.ranks, self.log = request, device, ranks, log
+        self.extractor: Extractor = open_extractor(request.features, inception=request.inception, device=device)
+        self.reference: Reference = open_reference(request.reference)
+        check_metrics(
+            request.metrics,
+            num_logits=self.extractor.num_logits,
+            num_samples=request.num_samples,
+            num_reference=self.reference.count,
+            kid_subset_size=_KID_SUBSET,
+        )
+        self._trained: Trained | None = None
+        self._against: tuple[FeatureSet | None, Statistics | None] | None = None
+        self._load(request.weights[0])
+        self._check_classes()
+        self.contract: dict[str, Any] = {
+            'weights_digests': _digests(request),
+            'sampler': request.sampler,
+            'num_steps': request.num_steps,
+            'num_samples': request.num_samples,
+            'labels': 'balanced',
+            'seed': request.seed,
+            'metrics': sorted(set(request.metrics)),
+            'reference': self.reference.described(),
+            'reference_hash': self.reference.hash,
+            'features': self.extractor.identity(),
+        }
+
+    def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a row, on the first rank; none on the others."""
+        sampling = sampling_of(row, self.request)
+        trained = self.ranks.agreed(lambda: self._load(row['weights']))
+        if sampling.guidance == 'sparse':
+            self.ranks.agreed(lambda: _route(trained))
+        model = trained.model
+        try:
+            cost = guidance_cost(
+                model.denoiser, model.objective, sampling, latent_shape=model.latent_shape, null_label=model.null_label
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        samples, size = self._features(trained, sampling)
+        features, fitted = self._compared_with(size)
+        if not self.ranks.is_first:
+            return {}
+        figures = measure(
+            self.request.metrics, samples, fitted, features, kid_subset_size=_KID_SUBSET, device=self.device
+        )
+        protocol, entries = self._protocol(trained, sampling, size), []
+        for one in figures:
+            name = metric_name(one.metric, self.extractor.name, self.request.num_samples)
+            own = dataclasses.replace(protocol, settings=one.settings)
+            about: dict[str, Any] = {'run': trained.config.run_name, 'batch': trained.batch or None}
+            about |= {'weights_digest': trained.digest, 'spread': one.spread}
+            entries.append(result(name, one.value, own, source=trained.source, **about))
+        append_results(Path(self.request.out) / 'results.json', entries)
+        return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost.gmacs}
+
+    def _load(self, weights: str) -> Trained:
+        if self._trained is None or self._trained.weights != weights:
+            self._trained = None  # two models need not fit
+            self._trained = load_trained(self.request.path, weights=weights, device=self.device)
+        return self._trained
+
+    def _check_classes(self) -> None:
+        assert self._trained is not None
+        classes, count = self._trained.model.num_classes, self.request.num_samples
+        if classes and count % classes:
+            raise UserError(
+                f'--samples {count}: is no multiple of the {classes} classes of the model, so they would not count '
+                f'alike; take {max(1, round(count / classes)) * classes}'
+            )
+
+    def _features(self, trained: Trained, sampling: SamplingSettings) -> tuple[FeatureSet, int]:
+        """Of all images of a row, with the side of an image."""
+        count, mine = self.request.num_samples, range(self.ranks.rank, self.request.num_samples, self.ranks.world)
+        parts: list[FeatureSet] = []
+        size, problem, spoke = 0, None, time.monotonic()
+        for first in range(0, len(mine), self.request.batch_size):
+            images_BCRR = self._draw(trained, sampling, mine[first : first + self.request.batch_size])
+            if not images_BCRR.isfinite().all():
+                problem = 'images came out that are not finite: the model or the sampler has diverged'
+                break
+            size = images_BCRR.shape[-1]
+            parts.append(look(to_uint8(images_BCRR).expand(-1, 3, -1, -1), self.extractor))
+            if time.monotonic() - spoke > _TALK_EVERY:
+                spoke = time.monotonic()
+                self.log(f'  {min((first + self.request.batch_size) * self.ranks.world, count):,} of {count:,} images')
+        self.ranks.agreed(lambda: _raise(problem))
+        # Without a launcher there is no process group, and this gives a list of the one.
+        shares: list[list[FeatureSet]] = dist.all_gather_object(parts)
+        return joined([part for share in shares for part in share]), size
+
+    def _draw(self, trained: Trained, sampling: SamplingSettings, indices: range) -> Tensor:
+        classes, model = trained.model.num_classes, trained.model
+        labels = [index % classes if classes else 0 for index in indices]
+        seeds = [self.request.seed + index for index in indices]
+        try:
+            latents = model.draw(labels, seeds, sampling, batch_size=self.request.batch_size)
+        except ValueError as error:
+            raise UserError(f'sweep: {error}') from None
+        return model.decode(latents).float()
+
+    def _compared_with(self, size: int) -> tuple[FeatureSet | None, Statistics | None]:
+        """Features and statistics of the reference; looked at once, by the first rank."""
+        if self._against is None:
+
+            def look_at_it() -> tuple[FeatureSet | None, Statistics | None]:
+                if not self.ranks.is_first:
+                    return None, None
+                self.reference.check(self.extractor, size)
+                wanted = {'kid', 'prc'} & set(self.request.metrics)
+                found = None
+                if wanted or ('fid' in self.request.metrics and self.reference.given is None):
+                    found = self.reference.features(self.extractor, default_cache(), batch_size=self.request.batch_size)
+                return found, self.reference.statistics(found) if 'fid' in self.request.metrics else None
+
+            self._against = self.ranks.agreed(look_at_it)
+        return self._against
+
+    def _protocol(self, trained: Trained, sampling: SamplingSettings, size: int) -> Protocol:
+        autoencoder = trained.model.autoencoder
+        encoded = isinstance(autoencoder, KL)
+        return Protocol(
+            weights=trained.weights,
+            num_samples=self.request.num_samples,
+            labels='balanced',
+            seed=self.request.seed,
+            sampling=sampling.to_dict(),
+            autoencoder=autoencoder.path if encoded else 'pixels',
+            autoencoder_hash=autoencoder.weight_hash() if encoded else None,
+            decode_dtype='float32',
+            uint8_rule=UINT8_RULE,
+            reference=self.reference.described(),
+            reference_hash=self.reference.hash,
+            features=self.extractor.identity(),
+            resolution=size,
+        )
+
+
+def _digests(request: SweepRequest) -> dict[str, str]:
+    """Of all weights that the file holds, so that a sweep of others may be added and one of a later checkpoint not."""
+    found = {}
+    for weights in ('ema', 'raw'):
+        try:
+            found[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
+        except UserError:
+            if weights in request.weights:
+                raise
+    return found
+
+
+def _raise(problem: str | None) -> None:
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _route(trained: Trained) -> None:
+    """Teach the blocks to do with fewer tokens."""
+    if not trained.routes:
+        raise UserError(
+            f'{trained.source}: was trained without routes (no tread under algorithms), so --rates has no meaning; '
+            'sweep over --guidance-scale alone'
+        )
+    apply_tread(trained.model.denoiser, trained.routes)
