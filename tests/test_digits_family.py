@@ -23,7 +23,8 @@ def words(name: str, *more: str) -> list[str]:
             'algorithms.maskdit.decoder_hidden_size=16',
             'algorithms.maskdit.decoder_num_heads=2',
         )
-    return ['train', str(ROOT / 'yamls' / name), *SMALL, *QUIET, *model, *decoder, f'{GRID}, sampler: {sampler}}}', *more]
+    grid = f'{GRID}, sampler: {sampler}}}'
+    return ['train', str(ROOT / 'yamls' / name), *SMALL, *QUIET, *model, *decoder, grid, *more]
 
 
 @pytest.mark.parametrize('name', FAMILY)

@@ -23,6 +23,12 @@ LEVELS = [
     ('run_folder',),
     ('builders',),
     ('plan', 'snr', 'train'),
+    ('checkpoint', 'export_file'),
+    ('trained',),
+    ('exporting', 'report'),
+    ('generate', 'importing', 'compare'),
+    ('evaluate',),
+    ('sweep',),
     ('cli',),
     ('__main__',),
 ]

@@ -98,6 +98,8 @@ def test_scale_and_shift_per_channel_and_back():
     assert latents.dtype == torch.float32
     assert torch.allclose(latents, (raw.half().float() - 2) * 0.5)
     assert torch.allclose(model.decode(latents), raw.half().float(), atol=1e-6)
+    with pytest.raises(ValueError, match='Pixels decodes in float32 only'):
+        model.decode(latents, torch.bfloat16)
     assert list(model.state_dict()) == [f'denoiser.{key}' for key in denoiser.state_dict()]
     with pytest.raises(ValueError, match='one for each channel'):
         LatentDiffusion(denoiser, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, latent_scale=[1.0, 2.0])

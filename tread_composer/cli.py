@@ -4,13 +4,20 @@ Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback
 """
 
 import argparse
+import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from tread_composer.errors import UserError
+from tread_composer.evaluate.cli import add_arguments as add_evaluate_arguments
+from tread_composer.evaluate.cli import evaluate_command
+from tread_composer.generate.cli import add_arguments as add_sample_arguments
+from tread_composer.sweep.cli import add_arguments as add_sweep_arguments
+from tread_composer.sweep.cli import sweep_command
 
 __all__ = ['main']
 
@@ -33,6 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
     options, rest = parser.parse_known_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     unknown = [word for word in rest if word.startswith('-') or '=' not in word]
     if unknown or (rest and not hasattr(options, 'overrides')):
         hint = '; a setting is written key=value, without dashes' if any('=' in word for word in unknown) else ''
@@ -79,8 +87,61 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--out', default='snr.png', help='the PNG to write (default: snr.png)')
     command.add_argument('--std', type=float, help='of the latents as the network sees them, where the data are absent')
     command.set_defaults(overrides=[])
+    command = add(
+        'compare', _compare, 'hold runs against the first one: at equal steps, FLOPs, time, and equal quality'
+    )
+    command.add_argument(
+        'runs', nargs='+', metavar='run', help='folder, results.json[#RUN] or mlflow:RUN[@tracking uri]'
+    )
+    command.add_argument('--metric', nargs='+', default=[], help='(default: all that the runs have in common)')
+    command.add_argument('--out', default='comparison', help='folder for table, PNG and page (default: comparison)')
+    add_sample_arguments(add('sample', _sample, 'draw images from a trained model; the same command again goes on'))
+    command = add(
+        'sweep', sweep_command, 'measure a model for each combination of sampling settings, and mark the best'
+    )
+    add_sweep_arguments(command)
+    command = add('evaluate', evaluate_command, 'measure samples, or a model: FID, KID, precision, ...')
+    add_evaluate_arguments(command)
+    command = add('prefetch', _prefetch, "say which weights Inception's metrics need, fetch them, check them")
+    command.add_argument('--check', metavar='FILE', help='whether FILE is the published one')
+    command.add_argument('--allow-download', action='store_true', help='fetch it to where torch looks')
     add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
+    command = add('export', _export, 'write the weights of a run as one safetensors file that says what they are')
+    command.add_argument('path', help="a run's folder (its latest checkpoint), or a checkpoint in one")
+    _file_options(command, 'which weights to write')
+    command = add('import', _import, 'convert weights of DiT, SiT, CompVis/tread or MaskDiT to such a file')
+    command.add_argument('path', help='.pt or .safetensors, as published or as their training saves it')
+    _file_options(command, 'which weights to take; of a file with one set, what it holds (published ones: ema)')
+    _import_options(command)
     return parser
+
+
+def _file_options(command: argparse.ArgumentParser, weights: str) -> None:
+    command.add_argument('--out', default='model.safetensors', help='the file to write (default: model.safetensors)')
+    command.add_argument('--weights', choices=('ema', 'raw'), default='ema', help=f'{weights} (default: ema)')
+    command.add_argument('--overwrite', action='store_true', help='replace a file that is there')
+
+
+def _import_options(command: argparse.ArgumentParser) -> None:
+    layouts = ('auto', 'dit', 'sit', 'tread', 'maskdit')
+    command.add_argument('--layout', choices=layouts, default='auto', help='whose file it is (dit or sit must be said)')
+    command.add_argument('--autoencoder', help="what made the latents: hub id, folder, file, or 'pixels'")
+    command.add_argument('--autoencoder-hash', help='sha256:... of its weights, if others are to be refused')
+    command.add_argument('--latent-scale', type=float, help='factor on raw latents in training (0.18215 in all four)')
+    command.add_argument('--latent-shift', type=float, default=0.0, help='subtracted before (default: 0)')
+    command.add_argument('--class-names', help="file with one name a line or a JSON list, or 'numbers'")
+    command.add_argument('--objective', choices=('edm', 'flow_matching'), help='of a file of CompVis/tread')
+    command.add_argument('--num-heads', type=int, help='attention heads, for other than published sizes')
+    command.add_argument('--route', type=_route, help='START,END,RATE that the weights were trained with: 2,-4,0.5')
+    command.add_argument('--batch', type=int, default=0, help='batches that the weights were trained on, if known')
+
+
+def _route(text: str) -> tuple[int, int, float]:
+    try:
+        start, end, rate = text.split(',')
+        return int(start), int(end), float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not START,END,RATE, such as 2,-4,0.5') from None
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -121,6 +182,67 @@ def _snr(options: argparse.Namespace) -> int:
     curves = [make_snr(load_config(file, overrides), options.std) for file in files]
     draw_snr(curves, options.out)
     print(format_snr(curves, options.out))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from tread_composer.compare import compare, format_comparison, open_run, write_comparison
+
+    if len(options.runs) < 2:
+        raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
+    comparison = compare([open_run(run) for run in options.runs], options.metric)
+    metric = ['--metric', *options.metric] if options.metric else []
+    words = ['compare', *options.runs, *metric, '--out', options.out]
+    files = write_comparison(comparison, options.out, f'python -m tread_composer {shlex.join(words)}')
+    print(format_comparison(comparison))
+    print('\n'.join(['', *(f'written: {file}' for file in files)]))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from tread_composer.exporting import export, export_in_words
+
+    done = export(options.path, options.out, weights=options.weights, overwrite=options.overwrite)
+    print(export_in_words(done))
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from tread_composer.exporting import export_in_words
+    from tread_composer.importing import Said, import_weights
+
+    names = (
+        'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
+        'route', 'batch',
+    )  # fmt: skip
+    said = Said(**{name: getattr(options, name) for name in names})
+    how = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
+    done = import_weights(options.path, options.out, said, **how)
+    print(export_in_words(done))
+    print(f'layout    {done["layout"]}')
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from tread_composer.generate.cli import request_of
+
+    request = request_of(options)
+    from tread_composer.generate.generate import generate
+
+    generate(request, log=functools.partial(print, flush=True))
+    return 0
+
+
+def _prefetch(options: argparse.Namespace) -> int:
+    from tread_composer.metrics.inception import check_weights, describe_weights, download_weights
+
+    if options.check:
+        check_weights(options.check)
+        print(f'{options.check}: is the published file')
+    elif options.allow_download:
+        print(f'{download_weights()}: is there, and its hash is right')
+    else:
+        print(describe_weights())
     return 0
 
 

@@ -4,6 +4,7 @@ It has no mathematics of its own. Shapes: B samples, C channels, H x W latent pi
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,15 @@ from tread_composer.batch import (
 from tread_composer.objectives import FlowMatching
 from tread_composer.protocols import Autoencoder, Objective, StepNoise
 from tread_composer.randomness import KeyedRandom
-from tread_composer.samplers import check_sampler, classifier_free, integrate
+from tread_composer.samplers import (
+    Clock,
+    SamplingSettings,
+    check_guidance,
+    check_sampler,
+    clocked,
+    guided_denoiser,
+    integrate,
+)
 
 __all__ = ['LatentDiffusion']
 
@@ -139,7 +148,6 @@ class LatentDiffusion(ComposerModel):
             raw = sample_moments(raw, batch[POSTERIOR_NOISE])
         return (raw - self.latent_shift) * self.latent_scale
 
-    @torch.no_grad()
     def sample(
         self,
         labels: Sequence[int],
@@ -151,10 +159,7 @@ class LatentDiffusion(ComposerModel):
         batch_size: int = 256,
         sampler_settings: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Draw latents, dense, in evaluation mode. Each depends on its own label and seed alone.
-
-        That holds for samplers that draw noise on the way too: step k of a sample has numbers of its own, keyed by the
-        sample's seed and k.
+        """Draw latents with the settings that are asked for most; see ``draw`` for all of them and for the promises.
 
         Args:
             labels: One class each; ``null_label`` samples without a class.
@@ -171,45 +176,104 @@ class LatentDiffusion(ComposerModel):
         Raises:
             ValueError: Unknown sampler or one that does not fit, a label out of range, or lengths that differ.
         """
+        if guidance_scale != 1 and not self.num_classes:
+            raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
+        settings = SamplingSettings(
+            sampler=sampler,
+            num_steps=num_steps,
+            sampler_settings=sampler_settings or {},
+            guidance='none' if guidance_scale == 1 else 'classifier_free',
+            guidance_scale=guidance_scale,
+        )
+        return self.draw(labels, seeds, settings, batch_size=batch_size)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        weak: nn.Module | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Draw latents, in evaluation mode. Each depends on weights, settings, its own label and its own seed alone.
+
+        Up to rounding: a matrix product of another batch size may add up in another order, and sampling carries that
+        on (in float32 about 1e-5 of a latent value; now and then a byte of an image differs by 1).
+
+        Args:
+            labels: One class each; ``null_label`` samples without a class.
+            seeds: One non-negative seed each.
+            settings: How.
+            weak: The second network, for guidance ``'auto'`` and ``'sparse'``: of the same objective, for the same
+                latents, on the same device. It is put into evaluation mode for as long.
+            batch_size: Samples in one network call (guidance may double them).
+
+        Returns:
+            Latents, float32 ``[len(labels), C, H, W]`` on the model's device.
+
+        Raises:
+            ValueError: The settings do not fit the model, a label is out of range, or lengths differ.
+        """
+        self._check_draw(labels, seeds, settings, weak)
+        device, results = self.latent_scale.device, []
+        with _evaluating(self), _evaluating(self if weak is None else weak):
+            times = self.objective.sampling_times(settings.num_steps)  # on the CPU: the samplers look at their values
+            for first in range(0, len(labels), batch_size):
+                chunk = slice(first, first + batch_size)
+                random, clock = KeyedRandom(0, 0, seeds[chunk]), Clock()
+                start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
+                labels_B = torch.tensor(labels[chunk], device=device)
+                denoiser = guided_denoiser(
+                    self.denoiser, settings, null_label=self.null_label, random=random, clock=clock, times=times,
+                    weak=weak,
+                )  # fmt: skip
+                x = integrate(
+                    settings.sampler, clocked(self.objective, clock), denoiser, labels_B, start, times,
+                    self._step_noise(random), settings.sampler_settings,
+                )  # fmt: skip
+                results.append(x.float())
+        return torch.cat(results)
+
+    def _check_draw(
+        self, labels: Sequence[int], seeds: Sequence[int], settings: SamplingSettings, weak: nn.Module | None
+    ) -> None:
         try:
-            check_sampler(sampler, self.objective, sampler_settings)
+            check_sampler(settings.sampler, self.objective, settings.sampler_settings)
         except ValueError as error:
             raise ValueError(f'sampler: {error}') from None
+        channels = self.latent_shape[0]
+        check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
         if len(labels) != len(seeds):
             raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
         wrong = [label for label in labels if not 0 <= label <= self.null_label]
         if wrong:
             raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
-        if guidance_scale != 1 and not self.num_classes:
-            raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
-        device, results = self.latent_scale.device, []
-        with _evaluating(self):
-            denoiser = classifier_free(self.denoiser, guidance_scale, self.null_label)  # type: ignore[arg-type]
-            times = self.objective.sampling_times(num_steps)  # on the CPU: the samplers look at their values
-            for first in range(0, len(labels), batch_size):
-                chunk = slice(first, first + batch_size)
-                random = KeyedRandom(0, 0, seeds[chunk])
-                start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
-                labels_B = torch.tensor(labels[chunk], device=device)
-                drawn = self._step_noise(random)
-                x = integrate(sampler, self.objective, denoiser, labels_B, start, times, drawn, sampler_settings)
-                results.append(x.float())
-        return torch.cat(results)
 
     def _step_noise(self, random: KeyedRandom) -> StepNoise:
         device = self.latent_scale.device
         return lambda step: random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
 
     @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
+    def decode(self, latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Pixels ``[B, 1 or 3, H', W']`` in about [-1, 1].
 
+        Args:
+            latents_BCHW: As the denoiser sees them.
+            dtype: What to compute in; another one than float32 is refused by autoencoders that have no choice.
+
         Raises:
-            ValueError: The model was made without an autoencoder.
+            ValueError: The model was made without an autoencoder, or that cannot compute in ``dtype``.
         """
         if self.autoencoder is None:
             raise ValueError('this LatentDiffusion has no autoencoder, so it cannot decode; give it one')
-        return self.autoencoder.decode(latents_BCHW / self.latent_scale + self.latent_shift)
+        raw = latents_BCHW / self.latent_scale + self.latent_shift
+        if dtype == torch.float32:
+            return self.autoencoder.decode(raw)
+        if 'dtype' not in inspect.signature(self.autoencoder.decode).parameters:
+            raise ValueError(f'{type(self.autoencoder).__name__} decodes in float32 only, not in {dtype}')
+        return self.autoencoder.decode(raw, dtype=dtype)  # type: ignore[call-arg]
 
     def _per_channel(self, value: float | Sequence[float], name: str) -> Tensor:
         tensor = torch.as_tensor(value, dtype=torch.float32)

@@ -104,6 +104,15 @@ def test_pickled_weights_are_refused(tmp_path: Path):
         KL(path).network  # noqa: B018
 
 
+def test_decoding_is_float32_unless_brain_floats_are_asked_for(folder: str):
+    kl, latents = KL(folder), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact, rough = kl.decode(latents), kl.decode(latents, torch.bfloat16)
+    assert exact.dtype == rough.dtype == torch.float32
+    assert 1e-4 < (exact - rough).abs().max() < 0.1
+    with pytest.raises(ValueError, match='float32 or bfloat16'):
+        kl.decode(latents, torch.float16)
+
+
 def test_wrong_sizes_are_refused(folder: str):
     with pytest.raises(ValueError, match='8 x 9 pixels: both sides must be multiples of 2'):
         KL(folder).encode(torch.zeros(1, 3, 8, 9))

@@ -84,8 +84,7 @@ class KL:
             UserError: Height or width is no multiple of the downsampling.
             ValueError: Another ``dtype``.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
+        _check_dtype(dtype)
         step = self.downsampling
         if pixels_BCHW.shape[-2] % step or pixels_BCHW.shape[-1] % step:
             raise UserError(
@@ -99,20 +98,32 @@ class KL:
             posterior = network.encode(pixels_BCHW.float()).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
-    def decode(self, raw_latents_BCHW: Tensor) -> Tensor:
+    def decode(self, raw_latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Raw latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not clamped.
+
+        Args:
+            raw_latents_BCHW: Samples, not moments.
+            dtype: What to compute in: float32, or bfloat16 by autocast, as in ``encode``.
 
         Raises:
             UserError: The latents have other channels than the autoencoder, e.g. because they are moments.
+            ValueError: Another ``dtype``.
         """
+        _check_dtype(dtype)
         if raw_latents_BCHW.shape[1] != self.channels:
             raise UserError(
                 f'latents with {raw_latents_BCHW.shape[1]} channels for {self.path}, which decodes {self.channels}; '
                 f'moments must be sampled first, see sample_moments'
             )
         network = self.network.to(raw_latents_BCHW.device)
-        with torch.no_grad(), torch.autocast(raw_latents_BCHW.device.type, enabled=False):
-            return network.decode(raw_latents_BCHW.float()).sample
+        autocast = torch.autocast(raw_latents_BCHW.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with torch.no_grad(), autocast:
+            return network.decode(raw_latents_BCHW.float()).sample.float()
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
 
 
 def network_class(path: str) -> Any:

@@ -130,6 +130,14 @@ class FlowMatching:
 
         return velocity
 
+    def score(self, x_BCHW: Tensor, velocity_BCHW: Tensor, time: Tensor) -> Tensor:
+        """Gradient of the log density at ``time`` > 0: ``-(x + (1 - t) velocity) / t``.
+
+        The bracket is the expected noise. SiT (arXiv 2401.08740, eq. 9) with time turned round.
+        """
+        t = time.to(x_BCHW.device)
+        return -(x_BCHW + (1 - t) * velocity_BCHW) / t
+
     def sampling_times(self, num_steps: int) -> Tensor:
         """``num_steps + 1`` times from 1 to 0, equidistant before ``sampling_shift``, float64.
 

@@ -5,7 +5,7 @@
 Composer ``Trainer``.
 """
 
-from tread_composer.routing.blocks import Routing, apply_tread, find_blocks
+from tread_composer.routing.blocks import Routing, apply_tread, find_blocks, routing_of
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept
 
@@ -17,6 +17,7 @@ __all__ = [
     'find_blocks',
     'keep_lowest',
     'put_back',
+    'routing_of',
     'sample_kept',
     'take_kept',
 ]

@@ -9,6 +9,7 @@ keys, ``len``, indexing and evaluation do not change.
 Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.tokens import put_back, sample_kept, take_kept
 
-__all__ = ['Routing', 'RoutedModuleList', 'RoutedSequential', 'apply_tread', 'find_blocks']
+__all__ = ['Routing', 'RoutedModuleList', 'RoutedSequential', 'apply_tread', 'find_blocks', 'routing_of']
 
 KeptSampler = Callable[[int, int, int], Tensor]
 
@@ -56,6 +57,7 @@ class Routing:
         self.sampler: KeptSampler | None = self.sample
         # A flag that is only ever written in the traced path: a counter would recompile the graph at every step.
         self.used = False
+        self.in_evaluation = False
 
     def sample(self, route: int, batch_size: int, num_tokens: int) -> Tensor:
         """Kept ids for ``routes[route]`` from the global generator: the default sampler."""
@@ -84,6 +86,25 @@ class Routing:
     def disarm(self) -> None:
         """Run the following training forwards densely."""
         self.kept = self.num_tokens = self.sampler = None
+
+    @contextlib.contextmanager
+    def forced(self, kept: Sequence[Tensor], *, num_tokens: int) -> Iterator[None]:
+        """Route each forward pass inside of the context, in evaluation mode too, along these ids.
+
+        Afterwards, and after an exception, all is as it was before: what training was armed with, and density in
+        evaluation. How many tokens are kept is up to ``kept``, not to the routes' selection rates.
+
+        Args:
+            kept: For each route the kept ids ``[B, K]``, ascending.
+            num_tokens: Length of the sequences that they were drawn for.
+        """
+        before = self.kept, self.num_tokens, self.sampler, self.in_evaluation, self.used
+        try:
+            self.arm(kept, num_tokens=num_tokens)
+            self.in_evaluation = True
+            yield
+        finally:
+            self.kept, self.num_tokens, self.sampler, self.in_evaluation, self.used = before
 
     @property
     def armed(self) -> bool:
@@ -143,9 +164,8 @@ class _Pass:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
         x = _given(args, kwargs, self.routing.tokens)
         if not isinstance(x, Tensor) or x.dim() < 2:
-            raise TypeError(
-                f"the block's argument {self.routing.tokens[0]!r} should hold tokens [B, N, ...], got {_kind(x)}"
-            )
+            name = self.routing.tokens[0]
+            raise TypeError(f"the block's argument {name!r} should hold tokens [B, N, ...], got {_kind(x)}")
         self.full: Tensor = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
         # the routing may be armed for another batch.
@@ -200,15 +220,16 @@ class _OnRoute:
 
 
 class _RoutedIteration:
-    """Mixin: iterate over routed callables while training with an armed route, else over the plain blocks."""
+    """Mixin: routed callables while training with an armed route or inside of ``forced``, else the plain blocks."""
 
     routing: Routing | None = None  # a slice of the list is a plain list: it has no routing
 
     def __iter__(self) -> Iterator[Any]:
         blocks = list(self._modules.values())  # type: ignore[attr-defined]
-        if self.routing is None or not self.training or not self.routing.armed:  # type: ignore[attr-defined]
+        routing, training = self.routing, self.training  # type: ignore[attr-defined]
+        if routing is None or not (training or routing.in_evaluation) or not routing.armed:
             return iter(blocks)
-        return iter(list(self.routing.callables(blocks)))
+        return iter(list(routing.callables(blocks)))
 
 
 class RoutedModuleList(_RoutedIteration, nn.ModuleList):
@@ -254,6 +275,12 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         f'blocks: the model must hold exactly one list of blocks to be found without help; found {found_text}. '
         "Name the right one, for example blocks='transformer.blocks'"
     )
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """The routing that ``apply_tread`` gave to a block list of ``model``; None if it has none."""
+    found = (module.routing for module in model.modules() if isinstance(module, _RoutedIteration))
+    return next((routing for routing in found if routing is not None), None)
 
 
 def apply_tread(
@@ -320,14 +347,8 @@ def apply_tread(
 
 
 def _settings(routing: Routing) -> tuple[Any, ...]:
-    return (
-        routing.routes,
-        routing.spans,
-        routing.tokens,
-        routing.tokens_out,
-        routing.token_arguments,
-        routing.float32_after,
-    )
+    how = routing.tokens, routing.tokens_out, routing.token_arguments, routing.float32_after
+    return routing.routes, routing.spans, *how
 
 
 def _bare(block: nn.Module) -> nn.Module:

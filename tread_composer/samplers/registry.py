@@ -12,11 +12,23 @@ from torch import Tensor
 from tread_composer.protocols import Denoiser, Objective, StepNoise, StochasticSampler
 from tread_composer.samplers.ddpm import ddim, ddpm
 from tread_composer.samplers.ode import SAMPLERS
+from tread_composer.samplers.stochastic import edm_heun, sde
 
 __all__ = ['STOCHASTIC_SAMPLERS', 'check_sampler', 'integrate']
 
-STOCHASTIC_SAMPLERS: dict[str, StochasticSampler] = {'ddim': ddim, 'ddpm': ddpm}
-_NEEDS_CHAIN = ('ddim', 'ddpm')
+STOCHASTIC_SAMPLERS: dict[str, StochasticSampler] = {'ddim': ddim, 'ddpm': ddpm, 'edm_heun': edm_heun, 'sde': sde}
+_CHAIN = (
+    'transition',
+    "walks the discrete steps of the objective 'ddpm'",
+    "take 'heun', or 'euler', which is what DDIM is there",
+)
+# What a sampler needs of an objective: the attribute that tells, what it does with it, and what to take without it.
+_NEEDS = {
+    'ddim': _CHAIN,
+    'ddpm': _CHAIN,
+    'edm_heun': ('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none"),
+    'sde': ('score', "follows the stochastic equation of the objective 'flow_matching'", "take 'heun' or 'euler'"),
+}
 
 
 def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -33,12 +45,10 @@ def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None 
     known = sorted([*SAMPLERS, *STOCHASTIC_SAMPLERS])
     if name not in known:
         raise ValueError(f'{name!r} is none of {known}')
-    if name in _NEEDS_CHAIN and not hasattr(objective, 'transition'):
+    if name in _NEEDS and not hasattr(objective, _NEEDS[name][0]):
         kind = objective if isinstance(objective, type) else type(objective)
-        raise ValueError(
-            f"{name!r} walks the discrete steps of the objective 'ddpm', which {kind.__name__} does not have; take "
-            "'heun', or 'euler', which is what DDIM is there"
-        )
+        _, does, instead = _NEEDS[name]
+        raise ValueError(f'{name!r} {does}, which {kind.__name__} does not have; {instead}')
     unknown = sorted(set(settings or {}) - set(_settings_of(name)))
     if unknown:
         raise ValueError(f'{name!r} has no settings {unknown}; it has {_settings_of(name) or "none"}')

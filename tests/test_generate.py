@@ -1,0 +1,274 @@
+"""``python -m tread_composer sample`` from its words to its files, in this process and in two."""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from streaming import LocalDataset
+
+from tests.trained_runs import run
+from tread_composer import cli
+from tread_composer.autoencoders import to_uint8
+from tread_composer.generate.cli import add_arguments
+from tread_composer.generate.request import DECODE_DTYPES, FORMATS
+from tread_composer.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
+from tread_composer.samplers.settings import Guidance, GuidedChannels, RateSchedule, WeakLabel
+from tread_composer.trained import load_trained
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run on the digits with routes and a fast average; checkpoints after 2 and 3 batches."""
+    return run(tmp_path_factory.mktemp('generate'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5').folder
+
+
+def sample(trained: Path, out: Path, *words: str) -> int:
+    return cli.main(['sample', str(trained), '--out', str(out), '--device', 'cpu', '--steps', '3', *words])
+
+
+def refused(capsys, *arguments) -> str:
+    assert sample(*arguments) == 2
+    return capsys.readouterr().err
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((folder / 'images').iterdir())}
+
+
+def nearly_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """A batch of another size may round the other way: by one byte, in few places."""
+    assert one.keys() == other.keys() and one
+    differences = [np.abs(one[name].astype(int) - other[name].astype(int)) for name in one]
+    assert max(difference.max() for difference in differences) <= 1
+    assert np.mean(differences) < 1e-3
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / 'samples.json').read_text())
+
+
+def test_the_files_hold_the_images_of_the_model(trained, tmp_path, capsys):
+    words = ['--count', '35', '--seed', '4', '--format', 'png', 'npz', 'mds', '--sampler', 'sde']
+    assert sample(trained, tmp_path / 'out', *words) == 0
+    printed = capsys.readouterr().out
+    assert 'ema weights after 3 batches' in printed
+    assert '3 evaluations, 0 of them guided' in printed and 'images/s' in printed
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        'grid.png', 'images', 'mds', 'samples.json', 'samples.npz',
+    ]  # fmt: skip
+    model = load_trained(trained).model
+    labels, seeds = [index % 10 for index in range(35)], list(range(4, 39))
+    expected = to_uint8(model.decode(model.sample(labels, seeds, sampler='sde', num_steps=3)))[:, 0].numpy()
+    found = pictures(tmp_path / 'out')
+    assert list(found)[12] == '000012_seed16_label2.png'
+    nearly_equal(found, dict(zip(found, expected, strict=True)))
+    same = list(found.values())
+    with np.load(tmp_path / 'out' / 'samples.npz', allow_pickle=False) as archive:
+        assert archive['arr_0'].dtype == np.uint8 and archive['arr_0'].shape == (35, 8, 8, 3)
+        assert all(np.array_equal(archive['arr_0'][index, :, :, 2], image) for index, image in enumerate(same))
+        assert archive['arr_1'].tolist() == labels
+    rows = list(LocalDataset(str(tmp_path / 'out' / 'mds')))
+    assert [(row['label'], row['seed']) for row in rows] == list(zip(labels, seeds, strict=True))
+    assert all(np.array_equal(np.asarray(row['image']), image) for row, image in zip(rows, same, strict=True))
+    assert Image.open(tmp_path / 'out' / 'grid.png').size[1] > 10 * 64
+
+
+def test_what_stands_beside_the_images_says_how_they_were_made(trained, tmp_path):
+    assert sample(trained, tmp_path / 'out', '--count', '10', '--guidance-scale', '2') == 0
+    found, known = record(tmp_path / 'out'), load_trained(trained)
+    made_with = found['made_with']
+    assert found['complete'] and found['batch'] == 3 and found['class_names'] == list('0123456789')
+    assert made_with['weights_digest'] == known.digest and made_with['weights'] == 'ema'
+    assert made_with['sampling']['guidance'] == 'classifier_free'
+    assert (made_with['num_samples'], made_with['labels'], made_with['seed']) == (10, 'balanced', 0)
+    assert (made_with['autoencoder'], made_with['decode_dtype']) == ('pixels', 'float32')
+    assert (found['evaluations'], found['guided_evaluations']) == (5, 5)
+    assert sample(trained, tmp_path / 'plain', '--count', '10') == 0
+    assert found['gmacs_per_image'] == pytest.approx(2 * record(tmp_path / 'plain')['gmacs_per_image'])
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--guidance', 'classifier_free', '--guidance-scale', '3', '--guidance-interval', '0.1', '0.9'],
+        ['--guidance', 'sparse', '--guidance-scale', '2', '--strong-rate', '0.3', '--weak-rate', '0.7'],
+    ],
+)
+def test_images_do_not_depend_on_the_batch_size_and_do_on_the_label(trained, tmp_path, words):
+    for batch_size in ('1', '7', '40'):
+        assert sample(trained, tmp_path / batch_size, '--count', '20', '--batch-size', batch_size, *words) == 0
+    nearly_equal(pictures(tmp_path / '1'), pictures(tmp_path / '7'))
+    nearly_equal(pictures(tmp_path / '1'), pictures(tmp_path / '40'))
+    (tmp_path / 'labels').write_text('\n'.join(str((index + 1) % 10) for index in range(20)))
+    assert sample(trained, tmp_path / 'other', '--labels-file', str(tmp_path / 'labels'), *words) == 0
+    pairs = zip(pictures(tmp_path / '1').values(), pictures(tmp_path / 'other').values(), strict=True)
+    assert all((one != other).any() for one, other in pairs)
+    assert record(tmp_path / 'other')['made_with']['labels'] == 'file'
+
+
+def test_guidance_by_an_early_checkpoint(trained, tmp_path, capsys):
+    early = str(next(trained.glob('*ba2*.pt')))
+    words = ['--count', '4', '--guidance', 'auto', '--guidance-scale', '2']
+    assert 'needs a second, weaker network' in refused(capsys, trained, tmp_path / 'no', *words)
+    assert sample(trained, tmp_path / 'auto', *words, '--weak', early) == 0
+    assert sample(trained, tmp_path / 'itself', *words, '--weak', str(trained)) == 0
+    assert sample(trained, tmp_path / 'plain', '--count', '4') == 0
+    nearly_equal(pictures(tmp_path / 'itself'), pictures(tmp_path / 'plain'))  # no difference to guide by
+    auto, plain = pictures(tmp_path / 'auto'), pictures(tmp_path / 'plain')
+    assert any((auto[name] != plain[name]).any() for name in plain)
+    weak = record(tmp_path / 'auto')['made_with']['weak']
+    assert weak == {'weights': 'ema', 'weights_digest': load_trained(early).digest}
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(trained, tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert sample(trained, out, '--count', '5') == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.is_file()}
+    capsys.readouterr()
+    assert sample(trained, out, '--count', '5') == 0
+    assert 'finished already' in capsys.readouterr().out
+    message = refused(capsys, trained, out, '--count', '5', '--seed', '1', '--guidance-scale', '2')
+    assert 'seed: saved 0, now 1' in message and "sampling.guidance: saved 'none', now 'classifier_free'" in message
+    assert 'weights_digest' in refused(capsys, trained, out, '--count', '5', '--weights', 'raw')
+    assert {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.is_file()} == before
+    next((out / 'images').iterdir()).unlink()
+    assert 'no longer complete' in refused(capsys, trained, out, '--count', '5')
+
+
+def forked(words: list[str], **variables: str) -> int:
+    """The command in a forked copy of this process, which saves its imports; returns the process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = cli.main(words)
+    finally:
+        os._exit(status)
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
+    words = ['--count', '90', '--batch-size', '16', '--format', 'png', 'npz', '--steps', '20']
+    assert sample(trained, tmp_path / 'whole', *words) == 0
+    out = tmp_path / 'out'
+    command = ['sample', str(trained), '--out', str(out), '--device', 'cpu', *words]
+    for wanted in (1, 3):
+        child, begun = forked(command), time.monotonic()
+        while len(list(out.glob('.samples/part-*.npy'))) < wanted and time.monotonic() - begun < 30:
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    (out / 'images' / '.half.png.x').write_bytes(b'half')
+    (out / '.samples' / '.part-000005.npy.x').write_bytes(b'half')
+    done = {path: path.stat().st_mtime_ns for path in out.glob('.samples/part-*.npy')}
+    assert 3 <= len(done) < 6
+    assert not record(out)['complete']
+    capsys.readouterr()
+    # The first finished part is known by other bytes: it must be used as it is.
+    first = min(done)
+    np.save(first, np.full_like(np.load(first), 7))
+    assert sample(trained, out, *words) == 0
+    assert f'going on: {16 * len(done)} of 90 images are there' in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ['grid.png', 'images', 'samples.json', 'samples.npz']
+    with np.load(out / 'samples.npz') as found, np.load(tmp_path / 'whole' / 'samples.npz') as expected:
+        assert (found['arr_0'][:16] == 7).all()
+        assert np.array_equal(found['arr_0'][16:], expected['arr_0'][16:])
+    nearly_equal(pictures(out), pictures(tmp_path / 'whole'))
+
+
+def test_two_ranks_draw_the_same_images_as_one(trained, tmp_path):
+    words = ['--count', '90', '--batch-size', '16', '--guidance', 'sparse', '--guidance-scale', '2', '--steps', '3']
+    command = ['sample', str(trained), '--out', str(tmp_path / 'two'), '--device', 'cpu', *words]
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    # What the launcher sets; tests of other commands start it itself, which takes half a minute of imports.
+    places = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}
+    ranks = [forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks] == [0, 0]
+    assert sample(trained, tmp_path / 'one', *words) == 0
+    nearly_equal(pictures(tmp_path / 'two'), pictures(tmp_path / 'one'))
+    assert not list((tmp_path / 'two').glob('.*'))
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--classes', '10', '11'], r'labels [11]: this model knows 0 to 9, or 10 for no class'),
+        (['--labels-file', 'nowhere'], '--labels-file nowhere'),
+        (['--count', '3', '--per-class', '2'], 'give one'),
+        (['--count', '0'], '--count: 0 must be at least 1'),
+        (['--seed', '-1'], '--seed: -1'),
+        (['--sampler', 'ddpm'], "'ddpm' walks the discrete steps"),
+        (['--sampler-settings', 'eta=1'], "'heun' has no settings ['eta']"),
+        (['--sampler-settings', 'eta'], 'not of the form key=value'),
+        (['--guidance', 'sparse'], '--guidance sparse needs a --guidance-scale'),
+        (['--guidance', 'none', '--guidance-scale', '2'], "guidance is 'none'"),
+        (['--guidance-scale', '2', '--guided-channels', 'first3'], 'these have 1'),
+        (['--decode-dtype', 'bfloat16'], 'nothing to decode'),
+        (['optimizer.lr=3'], 'optimizer.lr: a trained model is sampled as it was trained'),
+        (['--weights', 'average'], 'invalid choice'),
+    ],
+)
+def test_wrong_words_are_refused_and_leave_nothing_behind(trained, tmp_path, capsys, words, message):
+    assert message in refused(capsys, trained, tmp_path / 'out', *words)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_model_without_routes_cannot_be_guided_by_them(trained, tmp_path, capsys):
+    dense = tmp_path / 'dense'
+    shutil.copytree(trained, dense, symlinks=True)
+    config = (dense / 'config.yaml').read_text().splitlines()
+    start = config.index('  tread:')
+    end = next(index for index in range(start + 1, len(config)) if not config[index].startswith('    '))
+    (dense / 'config.yaml').write_text('\n'.join([*config[:start], *config[end:]]) + '\n')
+    words = ['--guidance', 'sparse', '--guidance-scale', '2', '--count', '2']
+    assert 'was trained without routes' in refused(capsys, dense, tmp_path / 'out', *words)
+
+
+def test_a_folder_of_somebody_else_or_in_use_is_left_alone(trained, tmp_path, capsys):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'thesis.tex').write_text('mine')
+    assert 'holds thesis.tex' in refused(capsys, trained, out)
+    assert [path.name for path in out.iterdir()] == ['thesis.tex']
+    (out / 'thesis.tex').unlink()
+    with open(out / '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        lock.write('host a, process 7')
+        lock.flush()
+        assert 'written by another process (host a, process 7)' in refused(capsys, trained, out)
+    assert sample(trained, out, '--count', '2') == 0
+
+
+def test_a_diverged_model_is_named_and_no_image_of_it_is_kept(trained, tmp_path, capsys):
+    words = ['--guidance-scale', '1e38', '--sampler', 'euler', '--count', '3']
+    assert 'the model or the sampler has diverged' in refused(capsys, trained, tmp_path / 'out', *words)
+    assert not list((tmp_path / 'out').rglob('*.png'))
+
+
+def test_the_words_offer_what_the_code_knows():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = {
+        'sampler': sorted([*SAMPLERS, *STOCHASTIC_SAMPLERS]), 'guidance': get_args(Guidance), 'format': FORMATS,
+        'guided-channels': get_args(GuidedChannels), 'rate-schedule': get_args(RateSchedule),
+        'weak-label': get_args(WeakLabel), 'decode-dtype': DECODE_DTYPES,
+    }  # fmt: skip
+    text = ' '.join(parser.format_help().split())
+    for name, values in known.items():
+        assert f'--{name} {{{",".join(values)}}}' in text

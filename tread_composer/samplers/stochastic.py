@@ -1,0 +1,130 @@
+"""Samplers that add fresh noise on the way: EDM's Heun with churn, and Euler-Maruyama on flow matching's SDE.
+
+Call them under ``torch.no_grad()``. Shapes: B samples, C channels, H x W latent pixels.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.protocols import Denoiser, StepNoise
+
+__all__ = ['edm_heun', 'sde']
+
+_MOST_CHURN = math.sqrt(2) - 1
+
+
+def edm_heun(
+    objective: Any,
+    denoiser: Denoiser,
+    labels_B: Tensor,
+    x_BCHW: Tensor,
+    times: Tensor,
+    noise: StepNoise,
+    /,
+    *,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method that first raises the noise level of a step a little (EDM, arXiv 2206.00364, Algorithm 2).
+
+    Without churn it is ``heun``. Names and defaults of the settings are the paper's.
+
+    Args:
+        objective: Has the drift, over noise levels.
+        denoiser: The network.
+        labels_B: Class ids.
+        x_BCHW: The start, at ``times[0]``.
+        times: ``[num_steps + 1]`` noise levels, descending.
+        noise: Fresh noise; asked only in steps that churn.
+        S_churn: Churn of the whole trajectory; a step raises its level by the factor ``1 + min(S_churn / num_steps,
+            sqrt(2) - 1)``.
+        S_min: Lowest noise level with churn.
+        S_max: Highest noise level with churn.
+        S_noise: Standard deviation of the fresh noise, relative to what the raised level asks for.
+
+    Returns:
+        x at ``times[-1]``, float64.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+    if S_churn < 0 or S_noise < 0 or not 0 <= S_min <= S_max:
+        raise ValueError(
+            f'S_churn={S_churn}, S_noise={S_noise} must be 0 or more, and 0 <= S_min={S_min} <= S_max={S_max}'
+        )
+    gamma = min(S_churn / (len(times) - 1), _MOST_CHURN)
+    drift = objective.drift(denoiser, labels_B)
+    x = x_BCHW.double()
+    for step, (now, then) in enumerate(pairwise(times.double())):
+        if gamma and S_min <= float(now) <= S_max:
+            raised = now * (1 + gamma)
+            x = x + float((raised**2 - now**2).sqrt()) * S_noise * noise(step).double()
+            now = raised
+        slope = drift(x, now)
+        ahead = x + (then - now) * slope
+        x = ahead if then == 0 else x + (then - now) * (slope + drift(ahead, then)) / 2
+    return x
+
+
+def sde(
+    objective: Any,
+    denoiser: Denoiser,
+    labels_B: Tensor,
+    x_BCHW: Tensor,
+    times: Tensor,
+    noise: StepNoise,
+    /,
+    *,
+    last_step: float = 0.04,
+    diffusion: float = 1.0,
+) -> Tensor:
+    """Euler-Maruyama on the reverse SDE of flow matching, as SiT samples (arXiv 2401.08740; its form ``sigma``).
+
+    With t = 0 for data, a step of size s is ``x + s (w score - velocity) + sqrt(2 w s) noise``, with ``w = diffusion
+    t`` (SiT's code calls w the diffusion; the paper's w is twice that). The last step, from ``t = last_step`` to 0,
+    adds no noise (SiT: "Mean"). The other steps have the spacing of ``times``, squeezed between the start and
+    ``last_step``. Each step is one network call.
+
+    Args:
+        objective: Has the drift, which is the velocity, and the score that belongs to it.
+        denoiser: The network.
+        labels_B: Class ids.
+        x_BCHW: The start, at ``times[0]``.
+        times: ``[num_steps + 1]`` times, descending to 0.
+        noise: Fresh noise; not asked for the last step.
+        last_step: Size of the last step.
+        diffusion: How much noise is added on the way and taken out again; 0 is Euler's method on these times.
+
+    Returns:
+        x at time 0, float64.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+    if not 0 < last_step < float(times[0]):
+        raise ValueError(f'last_step={last_step} must be above 0 and below the first time, {float(times[0]):g}')
+    if diffusion < 0:
+        raise ValueError(f'diffusion={diffusion} must be 0 or more')
+    drift = objective.drift(denoiser, labels_B)
+    x = x_BCHW.double()
+    for step, (now, then) in enumerate(pairwise(_squeezed(times.double(), last_step))):
+        size, w = float(now - then), diffusion * float(now)
+        velocity = drift(x, now)
+        x = x + size * (w * objective.score(x, velocity, now) - velocity)
+        if then > 0 and w:
+            x = x + math.sqrt(2 * w * size) * noise(step).double()
+    return x
+
+
+def _squeezed(times: Tensor, last: float) -> Tensor:
+    """The times, moved so that the last one before 0 is ``last``."""
+    if len(times) == 2:  # a single step goes all the way
+        return times
+    start, end = times[0], times[-2]
+    return torch.cat([last + (times[:-1] - end) * (start - last) / (start - end), times.new_zeros(1)])
