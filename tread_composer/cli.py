@@ -1,4 +1,4 @@
-"""The commands: ``python -m tread_composer train|plan|snr|schema``. ``composer train.py x.yaml`` is ``train``.
+"""The commands of ``python -m tread_composer`` (its ``--help`` lists them). ``composer train.py x.yaml`` is ``train``.
 
 Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback); 1 a fault of ours (traceback).
 """
