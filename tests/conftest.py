@@ -1,0 +1,38 @@
+"""What all tests share: they may read hundreds of data sets in one process."""
+
+import atexit
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from streaming.base.shared.memory import SharedMemory
+
+_CREATED: list[SharedMemory] = []
+_init = SharedMemory.__init__
+
+
+def _noted(self: SharedMemory, *args: object, **kwargs: object) -> None:
+    _init(self, *args, **kwargs)  # type: ignore[arg-type]
+    _CREATED.append(self)
+
+
+SharedMemory.__init__ = _noted  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_ends_with_its_test() -> Iterator[None]:
+    """streaming keeps a data set's segments until the process ends, and each new data set opens those of all others.
+
+    That is nothing for a training run, which has two; here open files would grow with the square of the tests.
+    """
+    before = len(_CREATED)
+    yield
+    while len(_CREATED) > before:
+        memory = _CREATED.pop()
+        atexit.unregister(memory.cleanup)
+        for segment in (*memory.created_shms, *memory.opened_shms):
+            with contextlib.suppress(BufferError):  # an array still looks at it: its one descriptor stays
+                segment.close()
+        for segment in memory.created_shms:
+            with contextlib.suppress(FileNotFoundError):
+                segment.unlink()
