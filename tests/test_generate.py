@@ -153,7 +153,8 @@ def forked(words: list[str], **variables: str) -> int:
         return child
     status = 1
     try:
-        os.environ.update(variables)
+        # A forked process has none of its parent's OpenMP threads and would wait for them.
+        os.environ.update(variables, OMP_NUM_THREADS='1')
         torch.set_num_threads(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = cli.main(words)
