@@ -165,6 +165,7 @@ WRONG = [
     (['latent_scale=[1.0, 2.0]'], r'latent_scale: give one number or 1'),
     (['model.patch_size=3'], r'patch_size=3'),
     (['autoencoder={name: kl, path: x}'], r"autoencoder: the run expects 'x', the data have 'pixels'"),
+    (['callbacks.sample_grid.sampler=foo'], r"callbacks\.sample_grid\.sampler: 'foo' is none of"),
 ]
 
 
@@ -176,7 +177,6 @@ def test_wrong_input_is_one_message_and_nothing_written(tmp_path, monkeypatch, c
 
 LATE = [
     (['algorithms.tread.blocks=nowhere'], "algorithms.tread: blocks: the model has no module 'nowhere'"),
-    (['callbacks.sample_grid.sampler=foo'], "callbacks.sample_grid: sampler: 'foo' is none of"),
     (['callbacks.sample_grid.class_names=[a, b]'], 'callbacks.sample_grid.class_names: 2 names for the 10 classes'),
 ]
 
