@@ -3,20 +3,21 @@
 import argparse
 import fcntl
 import json
-import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from streaming import LocalDataset
 
+from tests.runs import environment
 from tests.trained_runs import run
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
@@ -146,20 +147,10 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(trained, tmp
     assert 'no longer complete' in refused(capsys, trained, out, '--count', '5')
 
 
-def forked(words: list[str], **variables: str) -> int:
-    """The command in a forked copy of this process, which saves its imports; returns the process id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        # A forked process has none of its parent's OpenMP threads and would wait for them.
-        os.environ.update(variables, OMP_NUM_THREADS='1')
-        torch.set_num_threads(1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = cli.main(words)
-    finally:
-        os._exit(status)
+def started(words: list[str], **variables: str) -> subprocess.Popen:
+    """The command in a process of its own. A fork of this one would wait for its parent's threads."""
+    command = [sys.executable, '-m', 'tread_composer', *words]
+    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.DEVNULL)
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
@@ -168,11 +159,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(trained, tmp_path, cap
     out = tmp_path / 'out'
     command = ['sample', str(trained), '--out', str(out), '--device', 'cpu', *words]
     for wanted in (1, 3):
-        child, begun = forked(command), time.monotonic()
-        while len(list(out.glob('.samples/part-*.npy'))) < wanted and time.monotonic() - begun < 30:
+        child = started(command)
+        while len(list(out.glob('.samples/part-*.npy'))) < wanted and child.poll() is None:
             time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
     (out / 'images' / '.half.png.x').write_bytes(b'half')
     (out / '.samples' / '.part-000005.npy.x').write_bytes(b'half')
     done = {path: path.stat().st_mtime_ns for path in out.glob('.samples/part-*.npy')}
@@ -197,10 +188,10 @@ def test_two_ranks_draw_the_same_images_as_one(trained, tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = str(free.getsockname()[1])
-    # What the launcher sets; tests of other commands start it itself, which takes half a minute of imports.
+    # What the launcher sets; tests of other commands start the launcher itself.
     places = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}
-    ranks = [forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks] == [0, 0]
+    ranks = [started(command, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
     assert sample(trained, tmp_path / 'one', *words) == 0
     nearly_equal(pictures(tmp_path / 'two'), pictures(tmp_path / 'one'))
     assert not list((tmp_path / 'two').glob('.*'))

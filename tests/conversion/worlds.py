@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,19 +79,3 @@ def start(arguments: list[str], **how: Any) -> subprocess.Popen:
         start_new_session=True,
         **how,
     )
-
-
-def forked_main(arguments: list[str]) -> int:
-    """The command in a forked copy of this process, which saves its imports; returns the process id."""
-    from tread_composer.conversion import cli
-
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        status = cli.main(arguments)
-    finally:
-        os._exit(status)
