@@ -2,10 +2,18 @@
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterator
 
+# The threads of one sum wait for each other by spinning: with tiny networks on a machine that does other work too, a
+# test of 0.2 s took 80 s. Child processes inherit it. Before torch is imported, which reads it once.
+os.environ['OMP_NUM_THREADS'] = '1'
+
 import pytest
+import torch
 from streaming.base.shared.memory import SharedMemory
+
+torch.set_num_threads(1)
 
 _CREATED: list[SharedMemory] = []
 _init = SharedMemory.__init__

@@ -1,14 +1,23 @@
 """Real runs through the documented command line, in processes of their own."""
 
+import atexit
 import contextlib
+import functools
 import io
+import json
 import os
+import select
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from mlflow import MlflowClient
@@ -38,17 +47,89 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(yaml: str | Path, *overrides: str, ranks: int = 1, launcher: bool = False) -> list[str]:
-    """``composer -n 2 train.py x.yaml key=value ...``.
-
-    One rank runs without the launcher unless it is asked for: the same program, and the launcher's start takes 5 s.
-    """
-    program = [COMPOSER, '-n', str(ranks)] if launcher or ranks > 1 else [sys.executable]
+    """``train.py x.yaml key=value ...``, under ``composer -n 2`` if that is asked for: its start takes 5 s."""
+    program = [COMPOSER, '-n', str(ranks)] if launcher else [sys.executable]
     return [*program, str(ROOT / 'train.py'), str(yaml), *overrides]
 
 
-def launch(folder: Path, words: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run to the end, in ``folder``."""
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
+class WarmProcess:
+    """A command in a process that was forked behind the imports (``tests/warm.py``); looks like a ``Popen``."""
+
+    def __init__(self, words: Sequence[str], cwd: Path, env: dict[str, str], stdout: IO[str], stderr: IO[str]) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(_warm_server())
+        asked = {'words': words[1:], 'folder': str(cwd), 'environment': env}
+        socket.send_fds(self.connection, [json.dumps(asked).encode()], [stdout.fileno(), stderr.fileno()])
+        self.answers = self.connection.makefile('r')
+        self.pid = int(self.answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        """The exit code, when it has ended."""
+        if self.returncode is None:
+            self.returncode = int(self.answers.readline())
+            self.answers.close()
+            self.connection.close()
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+@functools.cache
+def _warm_server() -> str:
+    folder = tempfile.mkdtemp()
+    path = f'{folder}/warm'
+    words = [sys.executable, '-m', 'tests.warm', path]
+    server = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None and server.stdout.readline() == 'ready\n'
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.communicate)  # the end of its stdin ends it
+    return path
+
+
+def launch(folder: Path, words: Sequence[str], timeout: float = 240, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Run to the end, in ``folder``; on several ranks with the variables that the launcher would set.
+
+    Returns:
+        The first exit code that is not 0, and what rank 0 wrote.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    of_all = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0, 'MASTER_ADDR': '127.0.0.1'}
+    of_all = {} if ranks == 1 else {**of_all, 'MASTER_PORT': port}
+    with contextlib.ExitStack() as stack:
+        # Files: nobody would read a pipe of rank 1 while rank 0 is waited for.
+        out, err = ([stack.enter_context(tempfile.TemporaryFile('w+')) for _ in range(ranks)] for _ in range(2))
+        processes = []
+        for rank in range(ranks):
+            variables = {**of_all, 'RANK': rank, 'LOCAL_RANK': rank} if of_all else {}
+            env = environment(**{key: str(value) for key, value in variables.items()})
+            start = WarmProcess if words[0] == sys.executable and words[1].endswith('.py') else subprocess.Popen
+            processes.append(start(words, cwd=folder, env=env, stdout=out[rank], stderr=err[rank]))
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            if any(process.poll() for process in processes):  # one failed: the others may wait for it for ever
+                end = min(end, time.monotonic() + 20)
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+        codes = [process.wait() for process in processes]
+        for file in (*out, *err):
+            file.seek(0)
+        errors = '\n'.join(file.read() for file in (err if any(codes) else err[:1]))
+        return subprocess.CompletedProcess(words, next((code for code in codes if code), 0), out[0].read(), errors)
 
 
 def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -69,7 +150,8 @@ def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.C
 
 def train(folder: Path, yaml: str, *overrides: str, **how: Any) -> subprocess.CompletedProcess:
     """Train a small version of a shipped recipe; it must succeed."""
-    done = launch(folder, command(ROOT / 'yamls' / yaml, *SMALL, *overrides, **how))
+    launched = 1 if how.get('launcher') else how.get('ranks', 1)
+    done = launch(folder, command(ROOT / 'yamls' / yaml, *SMALL, *overrides, **how), ranks=launched)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -1,15 +1,18 @@
 """Two real processes (gloo, DDP): every rank, sample and step has a route of its own."""
 
 import json
+import sys
 
 import pytest
 
-from tests.runs import COMPOSER, ROOT, launch
+from tests.runs import ROOT, launch
 
 
 def record(folder, ranks, keyed_by):
     folder.mkdir()
-    done = launch(folder, [COMPOSER, '-n', str(ranks), str(ROOT / 'tests' / 'record_routes.py'), str(folder), keyed_by])
+    done = launch(
+        folder, [sys.executable, str(ROOT / 'tests' / 'record_routes.py'), str(folder), keyed_by], ranks=ranks
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(ranks)]
 
