@@ -3,6 +3,7 @@
 The network is built and run on torch's meta device: shapes only, no memory, no arithmetic, seconds for the largest.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.algorithms.maskdit import MaskDiT, Masking, num_kept
+from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
 from tread_composer.builders import build_denoiser
 from tread_composer.config import Config
 from tread_composer.config.components import Component, component_class, component_names
 from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
-from tread_composer.models import DiT
+from tread_composer.models import Backbone
 from tread_composer.routing import Route, apply_tread
 from tread_composer.run_data import planned_manifest
 
 __all__ = ['count_macs', 'format_plan', 'make_plan', 'sampling_cost']
 
 _GIB = 2**30
-_Savers = tuple[Sequence[Route], Masking | None]  # what a training forward saves tokens with
+_Savers = tuple[Sequence[Route], Masking | None, int]  # what a training forward saves tokens with, and always keeps
 
 
 def make_plan(config: Config, world_size: int) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     routes = config.routes()
     dense = count_macs(denoiser, facts)
     masking, kept = _mask(config, denoiser)
-    routed = count_macs(denoiser, facts, routes, masking) if routes or masking else dense
+    always_keep = config.always_keep()
+    routed = count_macs(denoiser, facts, routes, masking, always_keep) if routes or masking else dense
     per_rank = config.global_train_batch_size // world_size
     micro = config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
@@ -58,7 +61,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'parameters': sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
         'num_tokens': denoiser.num_tokens,
         'depth': denoiser.depth,
-        'tokens_per_block': tokens_per_block(routes, denoiser.depth, kept),
+        'tokens_per_block': tokens_per_block(routes, denoiser.depth, kept, always_keep),
         'routes': [_in_words(route, denoiser.depth) for route in routes],
         'gmacs_dense': dense / 1e9,
         'gmacs_routed': routed / 1e9,
@@ -66,12 +69,13 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'ideal_step_ratio': dense / routed,
         'sampling': sampling_cost(denoiser, facts),
         'rules': _rules(config),
+        'limits': _limits(config),
         'world_size': world_size,
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
         **_length(config, facts['num_samples']),
-        'memory_gib': _memory(config, denoiser, facts, (routes, masking), micro),
+        'memory_gib': _memory(config, denoiser, facts, (routes, masking, always_keep), micro),
         **facts,
     }
 
@@ -81,16 +85,16 @@ def _in_words(route: Route, depth: int) -> str:
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
 
 
-def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int) -> list[int]:
-    """How many tokens each block sees while routing is on."""
+def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: int = 0) -> list[int]:
+    """How many tokens each block sees while routing is on; ``always_keep`` of them never skip."""
     counts = [num_tokens] * depth
     for route in routes:
         start, end = route.span(depth)
-        counts[start : end + 1] = [route.num_kept(num_tokens)] * (end - start + 1)
+        counts[start : end + 1] = [route.num_kept(num_tokens, always_keep)] * (end - start + 1)
     return counts
 
 
-def _mask(config: Config, denoiser: DiT) -> tuple[Masking | None, int]:
+def _mask(config: Config, denoiser: Backbone) -> tuple[Masking | None, int]:
     """Adds MaskDiT's decoder where the run has it, armed as at the start; with the tokens that the encoder sees."""
     component = config.algorithms.get('maskdit')
     if component is None:
@@ -143,20 +147,38 @@ def _rules(config: Config) -> dict[str, dict[str, str]]:
     return {name: found for name, found in rules.items() if found}
 
 
+def _limits(config: Config) -> dict[str, str]:
+    """What a run with an algorithm of Composer's cannot do, with the reasons."""
+    limits = {}
+    for name, component in config.algorithms.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of Composer's, which say less
+            algorithm = component.build()
+        found = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
+        texts = [f'cannot be {verb}: {reason}' for verb, reason in found.items() if reason is not None]
+        if texts:
+            limits[name] = '; '.join(texts)
+    return limits
+
+
 def count_macs(
-    denoiser: DiT, facts: dict[str, Any], routes: Sequence[Route] = (), masking: Masking | None = None
+    denoiser: Backbone,
+    facts: dict[str, Any],
+    routes: Sequence[Route] = (),
+    masking: Masking | None = None,
+    always_keep: int = 0,
 ) -> int:
     """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these).
 
     In evaluation mode; in training mode where there are routes, or a masking (as it is armed).
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _forward(denoiser, facts, (routes, masking))
+        _forward(denoiser, facts, (routes, masking, always_keep))
     return counter.get_total_flops() // 2
 
 
-def _forward(denoiser: DiT, facts: dict[str, Any], savers: _Savers, batch_size: int = 1) -> Tensor:
-    routes, masking = savers
+def _forward(denoiser: Backbone, facts: dict[str, Any], savers: _Savers, batch_size: int = 1) -> Tensor:
+    routes, masking, always_keep = savers
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
     x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
@@ -164,9 +186,9 @@ def _forward(denoiser: DiT, facts: dict[str, Any], savers: _Savers, batch_size: 
     denoiser.train(bool(routes) or masking is not None)
     if not routes:
         return denoiser(x, t, labels)
-    routing = apply_tread(denoiser, routes)
+    routing = apply_tread(denoiser, routes, token_arguments=denoiser.token_arguments, always_keep=always_keep)
     kept = [
-        torch.empty(batch_size, route.num_kept(denoiser.num_tokens), dtype=torch.int64, device='meta')
+        torch.empty(batch_size, route.num_kept(denoiser.num_tokens, always_keep), dtype=torch.int64, device='meta')
         for route in routes
     ]
     routing.arm(kept, num_tokens=denoiser.num_tokens)
@@ -175,11 +197,13 @@ def _forward(denoiser: DiT, facts: dict[str, Any], savers: _Savers, batch_size: 
     return out
 
 
-def _memory(config: Config, denoiser: DiT, facts: dict[str, Any], savers: _Savers, micro: int) -> dict[str, float]:
+def _memory(config: Config, denoiser: Backbone, facts: dict[str, Any], savers: _Savers, micro: int) -> dict[str, float]:
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
     averages = sum(name in config.algorithms for name in ('ema', 'composer_ema'))
+    if 'power_ema' in config.algorithms:
+        averages += len(config.algorithms['power_ema'].build().widths)
     precision = str(getattr(config.precision, 'value', config.precision))
     network = denoiser.to(torch.bfloat16) if precision.startswith('amp') else denoiser
     saved: dict[int, int] = {}
@@ -263,6 +287,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         'GMACs per image': f'{_figure(plan["gmacs_dense"])} dense, {_figure(plan["gmacs_routed"])} in training',
         'sampling': f'{sampling["parameters"]:,} parameters, {_figure(sampling["gmacs"])} GMACs per network call',
         'ideal step ratio': f'{plan["ideal_step_ratio"]:.2f}x (arithmetic of the network only)',
+        **{f'limit of {name}': text for name, text in plan['limits'].items()},
         **{f'rule of {name}': f'not beside {others}' for name, others in _rules_in_words(plan)},
         'samples per step': f'{plan["samples_per_step"]} = {plan["world_size"]} x {plan["samples_per_rank"]}, '
         f'in microbatches of {plan["microbatch"]}',

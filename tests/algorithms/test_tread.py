@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from composer import ComposerModel, Evaluator, Trainer
 from composer.algorithms import GradientClipping
 from composer.loggers import InMemoryLogger
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_dit, tiny_model, weights
 from tread_composer.algorithms.tread import Route, Tread
-from tread_composer.errors import ResumeError
+from tread_composer.config.schema import check, native, signature_model
+from tread_composer.errors import ResumeError, UserError
 
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
@@ -170,7 +172,14 @@ def test_after_training_with_it_the_model_trains_densely_without_it():
 
 @pytest.mark.parametrize(
     'settings',
-    [{}, ROUTE, {'routes': [Route(0, 1, 0.25), Route(3, 4)], 'end_time': '0.9dur'}, {'token_arguments': ('rope',)}],
+    [
+        {},
+        ROUTE,
+        {'routes': [Route(0, 1, 0.25), Route(3, 4)], 'end_time': '0.9dur'},
+        {'token_arguments': ('rope',)},
+        {'token_arguments': {'rope': {'dims': 0, 'after': 'text'}}, 'shared': True, 'always_keep': 2, 'ordered': True},
+        {'blocks': ['one', 'two']},
+    ],
 )
 def test_repr_rebuilds_it(settings):
     first = Tread(**settings)
@@ -188,6 +197,7 @@ def test_repr_rebuilds_it(settings):
         ({'start_time': '10sec'}, 'wall-clock'),
         ({'end_time': '5tok'}, 'no token count'),
         ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
+        ({'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
     ],
 )
 def test_wrong_settings_are_refused_at_once(settings, message):
@@ -309,3 +319,74 @@ def test_state_dict_keys_are_those_of_the_plain_model():
     model = tiny_model()
     make_trainer(model, [Tread(**ROUTE)])
     assert list(model.state_dict()) == [f'denoiser.{key}' for key in tiny_dit().state_dict()]
+
+
+def test_tokens_that_are_always_kept_are_counted_and_seen():
+    logger, model = InMemoryLogger(), tiny_model()
+    trainer = make_trainer(model, [Tread(**ROUTE, always_keep=3)], loggers=[logger], max_duration='2ba')
+    kept = []
+    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
+    log = Lengths(list(model.denoiser.blocks))
+    trainer.fit()
+    assert log.seen == [16, 10, 10, 10, 10, 16] * 2  # 3 + 13 - int(13 / 2)
+    assert [value for _, value in logger.data['tread/kept_tokens']] == [10, 10]
+    assert all((ids[:, :3] == torch.arange(3)).all() for ids in kept)
+
+
+def test_a_shared_route_is_one_for_all_microbatches_also_the_last_that_is_smaller():
+    model, kept = tiny_model(), []
+    trainer = make_trainer(
+        model, [Tread(**ROUTE, shared=True)], device_train_microbatch_size=3, data=lambda: loader(shuffle=False)
+    )
+    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
+    trainer.fit()
+    assert len(kept) == 6 * 3 and all(ids.shape == (1, 8) for ids in kept)
+    batches = [kept[index : index + 3] for index in range(0, 18, 3)]
+    assert all(torch.equal(ids, batch[0]) for batch in batches for ids in batch)
+    assert len({tuple(batch[0][0].tolist()) for batch in batches}) == 6
+    small = [float.fromhex(x) for x in run([Tread(**ROUTE, shared=True)], device_train_microbatch_size=3)[0]]
+    whole = [float.fromhex(x) for x in run([Tread(**ROUTE, shared=True)])[0]]
+    assert small == pytest.approx(whole, rel=1e-5)
+
+
+def test_settings_that_came_later_bind_a_checkpoint_only_where_they_are_used(tmp_path):
+    assert set(Tread(**ROUTE).settings()) == {'routes', 'start_time', 'end_time', 'float32_after'}
+    path = saved(tmp_path, [Tread(**ROUTE)])
+    make_trainer(algorithms=[Tread(**ROUTE, always_keep=0, shared=False)], load_path=path)
+    with pytest.raises(ResumeError, match='always_keep: saved absent, now 1'):
+        make_trainer(algorithms=[Tread(**ROUTE, always_keep=1)], load_path=path)
+    with pytest.raises(ResumeError, match='shared: saved absent, now True'):
+        make_trainer(algorithms=[Tread(**ROUTE, shared=True)], load_path=path)
+
+
+def test_a_second_tread_is_refused():
+    with pytest.raises(UserError, match=r'more than one Tread; one routes several lists: blocks=\[\.\.\.\]'):
+        make_trainer(algorithms=[Tread(**ROUTE), Tread(**ROUTE)])
+
+
+def test_a_whole_compiled_model_is_said_not_to_be_checked(caplog):
+    torch._dynamo.reset()
+    fit([Tread(**ROUTE)], compile_config={'backend': 'eager'}, max_duration='2ba')
+    assert [one.message for one in caplog.records if 'were not checked' in one.message] != []
+    assert sum('were not checked' in one.message for one in caplog.records) == 1
+    caplog.clear()
+    fit([Tread(**ROUTE)], max_duration='2ba')
+    assert 'were not checked' not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('written', 'expected'),
+    [
+        ('[rope]', ('rope',)),
+        ('{attention_mask: [-2, -1]}', {'attention_mask': [-2, -1]}),
+        ('{rope: {dims: 0, after: text}}', {'rope': {'dims': 0, 'after': 'text'}}),
+    ],
+)
+def test_yaml_can_write_the_settings(written, expected):
+    text = f'{{token_arguments: {written}, blocks: [a, b], always_keep: 4, shared: true, ordered: true}}'
+    section, problems = check(signature_model(Tread), yaml.safe_load(text))
+    assert problems == []
+    tread = Tread(**native(section))
+    assert tread.token_arguments == expected and tread.blocks == ['a', 'b'] and tread.always_keep == 4
+    _, problems = check(signature_model(Tread), {'always_keep': '4', 'shared': 1})
+    assert len(problems) == 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tread_composer.routing import keep_lowest, put_back, sample_kept, take_kept
+from tread_composer.routing import Route, keep_lowest, put_back, sample_kept, take_kept
 
 # methods.md 1.2: tokens, selection rate, kept
 COUNTS = [
@@ -73,3 +73,23 @@ def test_tokens_with_further_dimensions_and_with_none():
 def test_an_impossible_count_is_refused(num_kept):
     with pytest.raises(ValueError, match=f'cannot keep {num_kept} of 4'):
         keep_lowest(torch.rand(2, 4), num_kept)
+
+
+@pytest.mark.parametrize(
+    ('num_tokens', 'always_keep', 'rate', 'kept'),
+    [(257, 1, 0.5, 129), (17, 1, 0.5, 9), (18, 3, 0.5, 11), (333, 77, 0.75, 141), (5, 5, 0.9, 5), (16, 0, 0.5, 8)],
+)
+def test_what_is_always_kept_comes_on_top_of_the_share_of_the_rest(num_tokens, always_keep, rate, kept):
+    ids_BK = sample_kept(50, num_tokens, rate, always_keep=always_keep)
+    assert ids_BK.shape == (50, kept) == (50, Route(selection_rate=rate).num_kept(num_tokens, always_keep))
+    assert (ids_BK[:, :always_keep] == torch.arange(always_keep)).all()
+    assert (ids_BK.diff(dim=1) > 0).all() and ids_BK.max() < num_tokens
+    if 0 < always_keep < num_tokens:
+        assert ids_BK[:, always_keep:].unique().tolist() == list(range(always_keep, num_tokens))
+
+
+def test_more_always_kept_tokens_than_there_are_is_refused():
+    with pytest.raises(ValueError, match='always_keep: 17 tokens cannot stay in a sequence of 16'):
+        sample_kept(2, 16, 0.5, always_keep=17)
+    with pytest.raises(ValueError, match='cannot keep 3 of 8 tokens; keep between 4 and all'):
+        keep_lowest(torch.rand(2, 8), 3, always_keep=4)

@@ -5,6 +5,8 @@ import itertools
 import numbers
 from collections.abc import Sequence
 
+from tread_composer.routing.tokens import count_kept
+
 __all__ = ['Route', 'check_routes']
 
 
@@ -20,7 +22,7 @@ class Route:
         start: First block on the route; negative counts from the end.
         end: Last block on the route, inclusive; ``-4`` of 28 blocks is block 24, the paper's B - 4.
         selection_rate: Share of the tokens that take the route, i.e. skip the blocks; ``0 <= selection_rate < 1``.
-            Of ``N`` tokens ``int(N * selection_rate)`` are routed.
+            Of ``N`` tokens that may skip ``int(N * selection_rate)`` are routed.
 
     Raises:
         ValueError: A value is of the wrong type or outside of its range.
@@ -56,9 +58,12 @@ class Route:
             )
         return start, end
 
-    def num_kept(self, num_tokens: int) -> int:
-        """Tokens that stay on the blocks, out of ``num_tokens``: ``N - int(N * selection_rate)``."""
-        return num_tokens - int(num_tokens * self.selection_rate)
+    def num_kept(self, num_tokens: int, always_keep: int = 0) -> int:
+        """Tokens that stay on the blocks, out of ``num_tokens``: ``N - int(N * selection_rate)``.
+
+        With ``always_keep`` first positions that never skip, N counts the others, and those are added.
+        """
+        return count_kept(num_tokens, self.selection_rate, always_keep)
 
 
 def check_routes(routes: Sequence[Route], depth: int) -> list[tuple[int, int]]:

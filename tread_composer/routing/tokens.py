@@ -6,20 +6,40 @@ Shapes: B samples, N tokens, K kept tokens, D width.
 import torch
 from torch import Tensor
 
-__all__ = ['keep_lowest', 'put_back', 'sample_kept', 'take_kept']
+__all__ = ['count_kept', 'keep_lowest', 'put_back', 'sample_kept', 'take_along', 'take_kept']
 
 
-def keep_lowest(scores_BN: Tensor, num_kept: int) -> Tensor:
+def count_kept(num_tokens: int, selection_rate: float, always_keep: int = 0) -> int:
+    """How many of ``num_tokens`` stay on the blocks: ``always_keep + rest - int(rest * selection_rate)``.
+
+    ``rest = num_tokens - always_keep``: the rate counts only tokens that may skip.
+
+    Raises:
+        ValueError: There are not even ``always_keep`` tokens.
+    """
+    rest = num_tokens - always_keep
+    if not 0 <= always_keep <= num_tokens:
+        raise ValueError(f'always_keep: {always_keep} tokens cannot stay in a sequence of {num_tokens}')
+    return always_keep + rest - int(rest * selection_rate)
+
+
+def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: int = 0) -> Tensor:
     """Ids ``[B, K]`` (int64) of each sample's ``num_kept`` lowest scores, ascending.
+
+    The first ``always_keep`` positions are among them whatever their scores are.
 
     Ascending order changes nothing for attention and MLPs, keeps the raster order that scanning blocks need, and
     makes a route at rate 0 the identity to the bit.
 
     Raises:
-        ValueError: ``num_kept`` is not between 1 and N.
+        ValueError: ``num_kept`` is not between 1 (or ``always_keep``) and N.
     """
-    if not 1 <= num_kept <= scores_BN.shape[1]:
-        raise ValueError(f'cannot keep {num_kept} of {scores_BN.shape[1]} tokens; keep between 1 and all of them')
+    if not max(1, always_keep) <= num_kept <= scores_BN.shape[1]:
+        least = max(1, always_keep)
+        raise ValueError(f'cannot keep {num_kept} of {scores_BN.shape[1]} tokens; keep between {least} and all of them')
+    if always_keep:
+        lowest = scores_BN.new_full((len(scores_BN), always_keep), -torch.inf)
+        scores_BN = torch.cat([lowest, scores_BN[:, always_keep:]], dim=1)
     return scores_BN.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
 
@@ -28,27 +48,48 @@ def sample_kept(
     num_tokens: int,
     selection_rate: float,
     *,
+    always_keep: int = 0,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Draw the ids of the tokens that stay on the blocks: ``[B, K]`` int64, ascending, another set for each sample.
 
-    Uniform without replacement, ``K = num_tokens - int(num_tokens * selection_rate)`` (TREAD, arXiv 2501.04765).
+    Uniform without replacement (TREAD, arXiv 2501.04765); K is ``count_kept(num_tokens, selection_rate, always_keep)``.
 
     Args:
         batch_size: B.
         num_tokens: N.
-        selection_rate: Share of the tokens that skip the blocks.
+        selection_rate: Share of the tokens that skip the blocks, out of those that may.
+        always_keep: So many first positions never skip: a class token, text.
         generator: Source of randomness, on ``device``; the global one if None.
         device: Where the ids are made.
     """
-    num_kept = num_tokens - int(num_tokens * selection_rate)
-    return keep_lowest(torch.rand(batch_size, num_tokens, generator=generator, device=device), num_kept)
+    scores_BN = torch.rand(batch_size, num_tokens, generator=generator, device=device)
+    return keep_lowest(scores_BN, count_kept(num_tokens, selection_rate, always_keep), always_keep=always_keep)
 
 
 def take_kept(x_BND: Tensor, kept_BK: Tensor) -> Tensor:
     """The kept tokens of a sequence: ``[B, N, ...] -> [B, K, ...]``, in the order of ``kept_BK``."""
     return x_BND.gather(1, _like_trailing(kept_BK, x_BND))
+
+
+def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0) -> Tensor:
+    """The kept tokens' entries of a tensor whose dimension ``dim`` counts tokens.
+
+    Args:
+        value: With samples in dimension 0 (or 1, for all of them), or for all samples alike.
+        kept: Ids ``[B, K]``, or ``[1, K]`` for all samples.
+        dim: Not negative; 0 only with ids for all samples.
+        leading: So many entries precede those of the tokens and stay.
+    """
+    if leading:
+        first = torch.arange(leading, device=kept.device).expand(len(kept), -1)
+        kept = torch.cat([first, kept + leading], dim=1)
+    if len(kept) == 1:
+        return value.index_select(dim, kept[0])
+    value = value.expand(len(kept), *value.shape[1:])
+    index = kept.view(len(kept), *(1,) * (dim - 1), -1, *(1,) * (value.dim() - dim - 1))
+    return value.gather(dim, index.expand(*value.shape[:dim], kept.shape[1], *value.shape[dim + 1 :]))
 
 
 def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor:

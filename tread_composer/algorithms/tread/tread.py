@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,9 +18,11 @@ from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.errors import UserError
 from tread_composer.randomness import KeyedRandom
-from tread_composer.routing import Route, Routing, apply_tread, find_blocks, keep_lowest
+from tread_composer.routing import Route, Routing, TokenArguments, apply_tread, keep_lowest
 
 __all__ = ['Tread']
+
+log = logging.getLogger(__name__)
 
 
 class Tread(BoundAlgorithm):
@@ -31,7 +34,8 @@ class Tread(BoundAlgorithm):
     out-of-memory retry or with another microbatch size, and the global generators are left alone. In a batch that is
     a ``dict`` the ids travel as one more entry, removed before the model sees it; beside any other batch they are
     kept here and cut in the order of the microbatches. A sample is known by its entry ``sample_ids`` if the batch has
-    one, else by its place in the global batch.
+    one, else by its place in the global batch. With ``shared`` one draw serves all samples of all ranks, so that the
+    result depends neither on the microbatch size nor on the number of ranks either.
 
     Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
     ``tread/route_<k>/...`` for each.
@@ -44,10 +48,16 @@ class Tread(BoundAlgorithm):
         start_time: Composer time string from which on tokens are routed; from the beginning if None.
         end_time: Composer time string from which on routing is off, for example ``'0.92dur'`` (the paper's stage
             (F)); never if None.
-        blocks: Path of the block list within the Composer model; found if there is only one candidate.
-        tokens: Name of the block's argument with the tokens ``[B, N, ...]``; the first one if None.
+        blocks: Path of the block list within the Composer model; found if there is only one candidate. Several paths,
+            in the order in which the model runs the lists, count as one list. A second ``Tread`` is refused.
+        tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens in a block's tuple output.
-        token_arguments: Further block arguments ``[B, N, ...]`` that belong to their tokens.
+        token_arguments: Further block arguments that belong to their tokens: a list of names, for ``[B, N, ...]``, or
+            a mapping from names to the dimensions that count tokens (see ``apply_tread``).
+        always_keep: So many first positions (class token, text) never skip; ``selection_rate`` is a share of the
+            others.
+        shared: One route for all samples of a batch: for token arguments without a dimension for the samples.
+        ordered: The blocks need their tokens in ascending order, as a scan does: leave the check of each block away.
         num_tokens: N, where the module around the block list has no attribute ``num_tokens``. Learnt in the first
             forward pass if None, which ``torch.compile(fullgraph=True)`` cannot trace.
         float32_after: Run the block behind each route in float32, as the authors' code does.
@@ -73,10 +83,13 @@ class Tread(BoundAlgorithm):
         routes: Sequence[Route | Mapping[str, Any]] | None = None,
         start_time: str | None = None,
         end_time: str | None = None,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
         tokens: str | None = None,
         tokens_out: int | None = None,
-        token_arguments: Sequence[str] = (),
+        token_arguments: TokenArguments = (),
+        always_keep: int = 0,
+        shared: bool = False,
+        ordered: bool = False,
         num_tokens: int | None = None,
         float32_after: bool = False,
     ) -> None:
@@ -89,8 +102,12 @@ class Tread(BoundAlgorithm):
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
         self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
         self.start_time, self.end_time = start_time, end_time
-        self.blocks, self.tokens, self.tokens_out = blocks, tokens, tokens_out
-        self.token_arguments, self.num_tokens, self.float32_after = tuple(token_arguments), num_tokens, float32_after
+        if type(always_keep) is not int or always_keep < 0:
+            raise ValueError(f'Tread: always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
+        self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
+        self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
+        self.token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
+        self.always_keep, self.shared, self.ordered, self.float32_after = always_keep, shared, ordered, float32_after
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
         if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
             raise ValueError(f'Tread: from start_time {start_time!r} to end_time {end_time!r} nothing would be routed')
@@ -101,6 +118,7 @@ class Tread(BoundAlgorithm):
         self._rows: list[int] = []
         self._beside: Tensor | None = None
         self._offset = 0
+        self._looked = False
 
     def __repr__(self) -> str:
         """The call that makes an equal ``Tread``."""
@@ -116,6 +134,11 @@ class Tread(BoundAlgorithm):
         _STEPS[event](self, state, logger)
 
     def _init(self, state: State, logger: Logger) -> None:
+        if sum(isinstance(one, Tread) for one in state.algorithms) > 1:
+            raise UserError(
+                'algorithms: there is more than one Tread; one routes several lists: blocks=[...], and several times: '
+                'routes=[...]'
+            )
         refuse_conflicts(self, state)
         model = state.model
         try:
@@ -124,8 +147,9 @@ class Tread(BoundAlgorithm):
             raise UserError(f'algorithms.tread: {error}') from None
         self._attached().disarm()
         if self.num_tokens is None:
-            path, _ = find_blocks(model, self.blocks)
-            self._known_tokens = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
+            path = self._attached().paths[0]
+            guess = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
+            self._known_tokens = guess if type(guess) is int and guess > self.always_keep else None
 
     def _attach(self, model: nn.Module) -> None:
         self._routing = apply_tread(
@@ -135,6 +159,9 @@ class Tread(BoundAlgorithm):
             tokens=self.tokens,
             tokens_out=self.tokens_out,
             token_arguments=self.token_arguments,
+            always_keep=self.always_keep,
+            shared=self.shared,
+            ordered=self.ordered,
             float32_after=self.float32_after,
         )
 
@@ -157,10 +184,11 @@ class Tread(BoundAlgorithm):
         self._drawn_for = self._known_tokens
         if self._known_tokens is not None:
             ids = [self._draw(self._rows, k, batch_size, self._known_tokens) for k in range(len(self.routes))]
+            ids_BK = torch.cat(ids, dim=1).expand(batch_size, -1)
             if type(state.batch) is dict:
-                state.batch[KEPT_TOKENS] = torch.cat(ids, dim=1)
+                state.batch[KEPT_TOKENS] = ids_BK
             else:
-                self._beside = torch.cat(ids, dim=1)
+                self._beside = ids_BK
 
     def _before_train_batch(self, state: State, logger: Logger) -> None:
         self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
@@ -181,18 +209,28 @@ class Tread(BoundAlgorithm):
             ids = self._beside[here]
         if ids is not None:
             assert self._drawn_for is not None  # there are no ids without it
-            lengths = [route.num_kept(self._drawn_for) for route in self.routes]
+            lengths = [route.num_kept(self._drawn_for, self.always_keep) for route in self.routes]
+            ids = ids[:1] if self.shared else ids
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
         routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[here]))
 
     def _after_forward(self, state: State, logger: Logger) -> None:
-        if self._active and not self._attached().used:
+        routing = self._attached()
+        if self._active and not routing.used:
             raise RuntimeError(
-                'Tread: the training forward never iterated over the routed block list, so nothing was routed. '
-                'Tread needs a model that says `for block in self.blocks` (or enumerate, zip) or calls an '
-                'nn.Sequential; one that indexes its blocks must be changed, or another list named with blocks=...'
+                'Tread: the training forward never iterated over the routed block list, so nothing was routed '
+                f'({", ".join(routing.unused_paths)}). Tread needs a model that says `for block in self.blocks` (or '
+                'enumerate, zip) or calls an nn.Sequential; one that indexes its blocks must be changed, or another '
+                'list named with blocks=...'
             )
+        if self._active and not self._looked:
+            self._looked = True
+            if routing.checked is None and not self.ordered:
+                log.warning(
+                    'Tread: the model is compiled as a whole, so its blocks were not checked (docs/your_model.md): '
+                    'train a batch without torch.compile once, if this model never was'
+                )
 
     def _after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing around the whole list runs it again during backward.
@@ -203,20 +241,20 @@ class Tread(BoundAlgorithm):
             prefix = 'tread' if len(self.routes) == 1 else f'tread/route_{k}'
             metrics = {f'{prefix}/selection_rate': route.selection_rate if self._active else 0.0}
             if self._known_tokens is not None:
-                metrics[f'{prefix}/kept_tokens'] = (
-                    route.num_kept(self._known_tokens) if self._active else self._known_tokens
-                )
+                kept = route.num_kept(self._known_tokens, self.always_keep)
+                metrics[f'{prefix}/kept_tokens'] = kept if self._active else self._known_tokens
             logger.log_metrics(metrics)
 
     def _draw(self, rows: Sequence[int], route: int, batch_size: int, num_tokens: int) -> Tensor:
-        """Kept ids ``[batch_size, K]`` on the CPU. ``argsort`` of uniform scores: every subset is equally likely."""
+        """Kept ids ``[batch_size, K]`` (``[1, K]`` if shared) on the CPU: lowest of uniform scores, all sets alike."""
         if len(rows) != batch_size:
             raise ValueError(f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}')
         if self.num_tokens is None:
             # What a foreign module calls num_tokens may be its vocabulary; what its blocks got is certain.
             self._known_tokens = num_tokens
-        scores_BN = KeyedRandom(*self._random, rows).uniform(f'tread/{route}', num_tokens)
-        return keep_lowest(scores_BN, self.routes[route].num_kept(num_tokens))
+        scores_BN = KeyedRandom(*self._random, [0] if self.shared else rows).uniform(f'tread/{route}', num_tokens)
+        num_kept = self.routes[route].num_kept(num_tokens, self.always_keep)
+        return keep_lowest(scores_BN, num_kept, always_keep=self.always_keep)
 
     def _attached(self) -> Routing:
         if self._routing is None:
@@ -225,17 +263,34 @@ class Tread(BoundAlgorithm):
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {'routes': list(self.routes)}
-        for name in ('start_time', 'end_time', 'blocks', 'tokens', 'tokens_out', 'token_arguments', 'num_tokens'):
+        for name in (
+            'start_time',
+            'end_time',
+            'blocks',
+            'tokens',
+            'tokens_out',
+            'token_arguments',
+            'always_keep',
+            'shared',
+            'ordered',
+            'num_tokens',
+            'float32_after',
+        ):
             arguments[name] = getattr(self, name)
-        return {**arguments, 'float32_after': self.float32_after}
+        return arguments
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to."""
+        # The later ones only where they say something: a checkpoint from before there were any has no such keys.
+        later = {'always_keep': self.always_keep, 'shared': self.shared}
+        if isinstance(self.blocks, list):
+            later['blocks'] = self.blocks
         return {
             'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},
             'start_time': self.start_time,
             'end_time': self.end_time,
             'float32_after': self.float32_after,
+            **{name: value for name, value in later.items() if value},
         }
 
 

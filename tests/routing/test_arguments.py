@@ -1,0 +1,198 @@
+"""What a route leaves alone and what goes along with it: first tokens, shared routes, tables, several lists."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.routing.test_blocks import AddOne, N
+from tread_composer.routing import Route, apply_tread, routing_of, sample_kept
+
+
+def test_the_first_tokens_never_skip():
+    x_BND, model = torch.randn(50, N, 3), AddOne(6)
+    apply_tread(model, Route(1, 4, 0.75), always_keep=3)
+    change = (model.train()(x_BND) - x_BND).round()[..., 0]
+    assert (change[:, :3] == 6).all() and (change[:, 3:] == 6).sum(dim=1).eq(13 - 9).all()
+
+
+def test_one_route_for_all_samples():
+    x_BND, model = torch.randn(5, N, 3), AddOne(6)
+    routing = apply_tread(model, Route(1, 4, 0.5), shared=True)
+    for ids in (None, [sample_kept(1, N, 0.5)]):
+        if ids:
+            routing.arm(ids, num_tokens=N)
+        change = (model.train()(x_BND) - x_BND).round()[..., 0]
+        assert (change == change[0]).all() and (change[0] == 6).sum() == 8
+    other = apply_tread(AddOne(6), Route(1, 4, 0.5))
+    other.arm([sample_kept(1, N, 0.5)], num_tokens=N)
+    with pytest.raises(ValueError, match='kept ids for 1 samples, but the block list got 5'):
+        other.kept_ids(0, x_BND)
+
+
+class Tables(nn.Module):
+    """Each block looks up its tokens in tables of several layouts, and says what it saw."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, pair=None, mask=None, text=None):
+            self.seen = pair, mask
+            return x + self.one
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Tables.Block() for _ in range(3))
+
+    def forward(self, x, **tables):
+        for block in self.blocks:
+            x = block(x, **tables)
+        return x
+
+
+def looked_up(settings, kept, **tables):
+    model = Tables().train()
+    routing = apply_tread(model, Route(1, 1, 0.5), ordered=True, **settings)
+    routing.arm([kept], num_tokens=N)
+    model(torch.randn(2, N, 4), **tables)
+    return model.blocks[1].seen
+
+
+def test_tables_of_any_layout_follow_their_tokens():
+    kept = torch.tensor([[0, 3, 9], [1, 2, 15]])
+    both = torch.arange(2)[:, None]
+    mask, wide = torch.randn(2, 1, 1, N), torch.randn(2, 4, N, N)
+    assert torch.equal(
+        looked_up({'token_arguments': {'mask': -1}}, kept, mask=mask)[1][:, 0, 0], mask[both, 0, 0, kept]
+    )
+    seen = looked_up({'token_arguments': {'mask': [-2, -1]}}, kept, mask=wide)[1]
+    assert torch.equal(seen, torch.stack([wide[b][:, kept[b]][:, :, kept[b]] for b in range(2)]))
+    one_for_all = torch.randn(1, N, 3)
+    seen = looked_up({'token_arguments': ['mask']}, kept, mask=one_for_all)[1]
+    assert torch.equal(seen, one_for_all[0][kept])
+    table = torch.randn(5 + N, 6), torch.randn(5 + N, 6)
+    places = torch.tensor([0, 1, 2, 3, 4, 5 + 0, 5 + 3, 5 + 9])
+    for after, text in (('text', torch.randn(2, 5, 7)), (5, None)):
+        settings = {'token_arguments': {'pair': {'dims': 0, 'after': after}}, 'shared': True}
+        seen = looked_up(settings, kept[:1], pair=table, text=text)[0]
+        assert type(seen) is tuple and all(torch.equal(a, b[places]) for a, b in zip(seen, table, strict=True))
+
+
+def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
+    two = torch.tensor([[0, 3], [1, 2]])
+    with pytest.raises(ValueError, match=r"'pair' counts tokens in dimension 0.*shared=True"):
+        looked_up({'token_arguments': {'pair': 0}}, two)
+    with pytest.raises(ValueError, match=r"'pair': .* has no dimension for the samples.*shared=True"):
+        looked_up({'token_arguments': {'pair': -2}}, two, pair=torch.randn(N, 6))
+    with pytest.raises(
+        ValueError, match=r"'pair': .* has no dimension for the samples.*shared=True"
+    ):  # ids of one's own
+        looked_up({'token_arguments': {'pair': 0}, 'shared': True}, two, pair=torch.randn(N, 6))
+    with pytest.raises(ValueError, match=r"Is it dimension \[0\].*\{'pair': \[0\]\}, shared=True"):
+        looked_up({'token_arguments': ['pair']}, two, pair=torch.randn(N, 6))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'token_arguments': 'pair'}, r"'pair' is one name; write a list, \['pair'\]"),
+        ({'token_arguments': ['rope']}, "token_arguments: Block.forward has no argument 'rope'"),
+        ({'token_arguments': {'pair': []}}, r"'pair': \[\] names no dimensions"),
+        ({'token_arguments': {'pair': [1, 1]}}, r"'pair': \[1, 1\] names no dimensions"),
+        ({'token_arguments': {'pair': 'all'}}, "'pair': 'all' names no dimensions"),
+        ({'token_arguments': {'pair': True}}, "'pair': True names no dimensions"),
+        ({'token_arguments': {'pair': {'dim': 1}}}, r"'pair': \{'dim': 1\} is not understood"),
+        ({'token_arguments': {'pair': {'dims': 1, 'after': 'prompt'}}}, "'pair': after: .* no argument 'prompt'"),
+        ({'token_arguments': {'pair': {'dims': 1, 'after': -1}}}, 'after: -1 is neither a count nor'),
+        ({'always_keep': -1}, 'always_keep: -1 is not a number of tokens'),
+        ({'always_keep': True}, 'always_keep: True is not a number of tokens'),
+        ({'blocks': []}, 'names no list'),
+        ({'blocks': ['blocks', 'blocks']}, 'one of them twice'),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(settings, message):
+    with pytest.raises(ValueError, match=message):
+        apply_tread(Tables(), Route(1, 1, 0.5), **settings)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'tables', 'message'),
+    [
+        (
+            {'mask': -1},
+            {'mask': torch.zeros(2, 1, 1, 5)},
+            r"'mask': expected .* 16 tokens in dimension -1, .*1, 1, 5\)",
+        ),
+        ({'mask': 3}, {'mask': torch.zeros(2, N)}, r"'mask': expected a tensor with 16 tokens in dimension 3"),
+        (['mask'], {'mask': torch.zeros(4, N)}, r"'mask': expected a tensor of 2 samples x 16 tokens"),
+        (['mask'], {'mask': 'all'}, "'mask': .* the block got a str"),
+        ({'pair': {'dims': 1, 'after': 3}}, {'pair': torch.zeros(2, N)}, '16 tokens after 3 others in dimension 1'),
+        (
+            {'pair': {'dims': 1, 'after': 'text'}},
+            {'pair': torch.zeros(2, N)},
+            "of 'text', which should be .* got nothing",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_by_name(settings, tables, message):
+    with pytest.raises(ValueError, match=message):
+        looked_up({'token_arguments': settings}, torch.tensor([[0, 3], [1, 2]]), **tables)
+
+
+class TwoLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = AddOne(3).blocks, AddOne(4).blocks
+
+    def forward(self, x):
+        for block in self.a:
+            x = block(x)
+        x = 2 * x
+        for block in self.b:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize('spans', [[(1, 5)], [(0, 2)], [(3, 6)], [(0, 0), (2, 3), (5, 6)]])
+def test_several_lists_count_as_one_and_a_route_may_cross_their_border(spans):
+    model, kept = TwoLists().train(), [sample_kept(2, N, 0.5) for _ in spans]
+    routing = apply_tread(model, [Route(*span, 0.5) for span in spans], blocks=['a', 'b'])
+    routing.arm(kept, num_tokens=N)
+    x = torch.randn(2, N, 3)
+    expected = x.clone()
+    for index in range(7):
+        expected = 2 * expected if index == 3 else expected
+        on = [ids for (start, end), ids in zip(spans, kept, strict=True) if start <= index <= end]
+        added = torch.zeros(2, N, 1).scatter_(1, on[0][..., None], 1.0) if on else 1.0
+        expected = expected + added
+    assert torch.equal(model(x), expected)
+    assert routing.used and routing_of(model) is routing
+    assert list(model.state_dict()) == list(TwoLists().state_dict())
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.a.routing is twin.b.routing is routing_of(twin) is not routing
+    assert torch.equal(twin(x), expected)
+
+
+def test_a_list_that_is_passed_by_is_named():
+    model = TwoLists().train()
+    routing = apply_tread(model, Route(1, 5, 0.5), blocks=['a', 'b'])
+    x = torch.zeros(2, N, 3)
+    for index in range(3):
+        x = model.a[index](x)
+    assert not routing.used and routing.unused_paths == ['a', 'b']
+    for block in model.b:
+        x = block(x)
+    assert not routing.used and routing.unused_paths == ['a']
+    model(x)
+    assert routing.used and routing.unused_paths == []
+
+
+def test_parts_that_were_routed_one_by_one_have_no_routing_together():
+    model = nn.ModuleDict({'one': AddOne(3), 'two': AddOne(3)})
+    one, two = (apply_tread(model[name], Route(0, 1, 0.5)) for name in model)
+    assert routing_of(model['one']) is one and routing_of(model['two']) is two
+    with pytest.raises(ValueError, match=r"2 routings, of 'one\.blocks', 'two\.blocks'"):
+        routing_of(model)

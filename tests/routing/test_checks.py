@@ -1,0 +1,263 @@
+"""What cannot be routed soundly is refused with the reason, and the check itself leaves no trace."""
+
+import pytest
+import timm.models.swin_transformer
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import SwinConfig, SwinModel
+
+from tread_composer.routing import Route, RoutingError, apply_tread
+
+N = 12
+
+
+class Stack(nn.Module):
+    """Residual blocks around a mixing of tokens that the tests choose."""
+
+    class Block(nn.Module):
+        def __init__(self, mixing):
+            super().__init__()
+            self.mixing, self.linear = mixing, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(self.mixing(x))
+
+    def __init__(self, mixing, depth=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Stack.Block(mixing) for _ in range(depth))
+        self.wrap = lambda block, x: block(x)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.wrap(block, x)
+        return x
+
+
+def attention(x, **how):
+    return functional.scaled_dot_product_attention(x, x, x, **how)
+
+
+def tokens(samples=3):
+    return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Local(nn.Module):
+    """Windows of three neighbours."""
+
+    def forward(self, x):
+        return attention(x.unflatten(1, (-1, 3))).flatten(1, 2)
+
+
+class Scan(nn.Module):
+    def forward(self, x):
+        return x.cumsum(dim=1)
+
+
+class Causal(nn.Module):
+    def forward(self, x):
+        return attention(x, is_causal=True)
+
+
+class OwnRotary(nn.Module):
+    """Positions counted within the block: those of the kept tokens would be wrong."""
+
+    def forward(self, x):
+        angle = torch.arange(x.shape[1]).float()[:, None] * 0.5
+        turned = x * angle.cos() + x.flip(-1) * angle.sin()
+        return functional.scaled_dot_product_attention(turned, turned, x)
+
+
+@pytest.mark.parametrize('mixing', [Convolution, Local, Scan, Causal, OwnRotary])
+def test_blocks_that_mix_by_position_are_refused_and_may_be_allowed_in_words(mixing):
+    model = Stack(mixing()).train()
+    apply_tread(model, Route(1, -2, 0.5))
+    with pytest.raises(RoutingError, match=r"block 1 of 'blocks' cannot be routed: the same tokens in another order"):
+        model(tokens())
+    model = Stack(mixing()).train()
+    routing = apply_tread(model, Route(1, -2, 0.5), ordered=True)
+    model(tokens())
+    assert routing.used and routing.checked is None
+
+
+def test_each_block_of_a_route_is_tried_but_none_outside():
+    model = Stack(nn.Identity(), depth=5).train()
+    model.blocks[2].mixing = Convolution()
+    apply_tread(model, Route(1, 3, 0.5))
+    with pytest.raises(RoutingError, match="block 2 of 'blocks' cannot be routed"):
+        model(tokens())
+    model = Stack(nn.Identity(), depth=5).train()
+    model.blocks[0].mixing = model.blocks[4].mixing = Convolution()
+    routing = apply_tread(model, Route(1, 3, 0.5))
+    model(tokens())
+    assert routing.checked is True
+
+
+def test_samples_behind_tokens_are_refused():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 4).train()
+    apply_tread(layers, Route(1, -2, 0.5))
+    with pytest.raises(RoutingError, match=r'outputs of a sample change with .* batch_first=True'):
+        layers(tokens().transpose(0, 1))
+
+
+def test_a_gate_that_is_still_zero_is_looked_at_again():
+    model = Stack(Convolution()).train()
+    for block in model.blocks:
+        nn.init.zeros_(block.linear.weight)
+        nn.init.zeros_(block.linear.bias)
+    routing = apply_tread(model, Route(1, -2, 0.5))
+    model(tokens())
+    assert routing.checked is False
+    nn.init.normal_(model.blocks[2].linear.weight, std=1e-3)
+    with pytest.raises(RoutingError, match="block 2 of 'blocks' cannot be routed"):
+        model(tokens())
+
+
+class Traceable(nn.Module):
+    """Keeps a count in a buffer, draws random numbers and drops out."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('calls', torch.zeros(()))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.dropout(attention(x)) + 0.0 * torch.rand(())
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_the_check_leaves_no_trace(autocast):
+    def train(ordered):
+        model, hooked = Stack(Traceable()).train(), []
+        model.blocks[1].linear.eval()
+        for block in model.blocks:
+            block.register_forward_hook(lambda *_: hooked.append('after'))
+            block.linear.register_forward_pre_hook(lambda *_: hooked.append('before'))
+        routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
+        kept = torch.arange(0, N, 2).expand(3, -1)
+        torch.manual_seed(5)
+        for _ in range(3):
+            routing.arm([kept], num_tokens=N)
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+                loss = model(tokens()).square().mean()
+            loss.backward()
+        assert routing.checked is (None if ordered else True)
+        gradients = [p.grad for p in model.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        modes = [module.training for module in model.modules()]
+        return [loss, *gradients, model.blocks[1].mixing.calls, torch.get_rng_state()], (hooked, modes)
+
+    (checked, kept), (unchecked, expected) = train(False), train(True)
+    for one, other in zip(checked, unchecked, strict=True):
+        assert torch.equal(one, other)
+    assert kept == expected and len(kept[0]) == 3 * 4 * 2 and not all(kept[1])
+
+
+def test_grids_of_tokens_are_refused_swin_of_timm():
+    sizes = {'img_size': 32, 'patch_size': 4, 'embed_dim': 8, 'depths': (2,), 'num_heads': (2,), 'window_size': 4}
+    model = timm.models.swin_transformer.SwinTransformer(**sizes).train()
+    apply_tread(model, Route(0, 1, 0.5), blocks='layers.0.blocks')
+    with pytest.raises(
+        RoutingError, match=r"layers\.0\.blocks: .*'x' should hold tokens .* got a tensor of shape \(2, 8"
+    ):
+        model(torch.randn(2, 3, 32, 32))
+
+
+def test_blocks_that_need_their_grid_are_explained_swin_of_hugging_face():
+    sizes = {'image_size': 32, 'patch_size': 4, 'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'window_size': 4}
+    model = SwinModel(SwinConfig(**sizes)).train()
+    apply_tread(model, Route(0, 1, 0.5), blocks='encoder.layers.0.blocks', tokens_out=0)
+    with pytest.raises(RoutingError, match=r'failed on 32 of 64 tokens: .*\n.*number or their grid') as caught:
+        model(torch.randn(2, 3, 32, 32))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_table_of_fixed_size_is_explained():
+    class Relative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(N, N))
+
+        def forward(self, x):
+            return attention(x, attn_mask=self.bias)
+
+    model = Stack(Relative()).train()
+    apply_tread(model, Route(1, -2, 0.5))
+    with pytest.raises(RoutingError, match=r'failed on 6 of 12 tokens.*\n.*a position table of fixed size'):
+        model(tokens())
+
+
+def test_a_block_that_changes_the_number_of_tokens_is_refused():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x[:, ::2] * self.weight
+
+    model = nn.Sequential(Merging(), Merging()).train()
+    apply_tread(model, Route(0, 1, 0.5), blocks='')
+    with pytest.raises(RoutingError, match=r'returns a tensor of shape \(3, 3, 8\) for 3 samples x 6 tokens'):
+        model(tokens())
+
+
+def test_running_out_of_memory_stays_what_it_is():
+    class Hungry(nn.Module):
+        def forward(self, x):
+            raise RuntimeError('CUDA out of memory. Tried to allocate')
+
+    model = Stack(Hungry()).train()
+    apply_tread(model, Route(0, -1, 0.5))
+    with pytest.raises(RuntimeError, match=r'^CUDA out of memory') as caught:
+        model(tokens())
+    assert type(caught.value) is RuntimeError  # Composer looks for this to try a smaller microbatch
+
+
+def test_a_model_that_checkpoints_its_blocks_reentrantly_is_refused_before_its_backward_pass():
+    model = Stack(nn.Identity()).train()
+    model.wrap = lambda block, x: checkpoint(block, x, use_reentrant=True)
+    apply_tread(model, Route(1, -2, 0.5))
+    with pytest.raises(RoutingError, match=r'block 1 .* reentrant activation .* activation_checkpointing'):
+        model(tokens().requires_grad_())
+
+
+def test_frozen_blocks_without_gradients_are_no_checkpointing():
+    def frozen(block, x):
+        with torch.no_grad():
+            return block(x)
+
+    model = Stack(nn.Identity()).train()
+    model.wrap = frozen
+    routing = apply_tread(model, Route(1, -2, 0.5))
+    model(tokens())
+    assert routing.used
+
+
+def test_a_block_compiled_in_place_gets_no_graph_for_the_check():
+    counts = []
+    for ordered in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model = Stack(nn.Identity()).train()
+        for block in model.blocks:
+            block.compile(backend=counter, fullgraph=True)
+        routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
+        for _ in range(2):
+            model(tokens().requires_grad_())
+        counts.append(counter.frame_count)
+        assert routing.checked is (None if ordered else True)
+    assert counts[0] == counts[1] > 0

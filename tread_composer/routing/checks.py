@@ -1,0 +1,200 @@
+"""Whether a block can work on some of its tokens: found out by trying, for no class name tells.
+
+A block is sound on a route if it treats tokens as a set: their order says nothing that their contents and the token
+arguments do not say. Attention and MLPs do so; windows, convolutions, causal masks and scans do not. ``probe`` gives
+the block the same tokens in another order, and one sample with other contents, and compares.
+
+Shapes: B samples, K kept tokens, D width.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from tread_composer.routing.arguments import kind
+
+__all__ = [
+    'PROBED_FORWARDS',
+    'RoutingError',
+    'Verdict',
+    'copied',
+    'explained',
+    'inside_reentrant',
+    'probe',
+    'undisturbed',
+]
+
+PROBED_FORWARDS = frozenset({1, 2, 16, 128})
+"""Which training forwards are probed: several, for gates that start at zero hide what a block does. The numbers do not
+depend on what was found, for under FSDP all ranks must call a block equally often."""
+
+
+class RoutingError(RuntimeError):
+    """The model cannot be routed soundly as it is; the text says why, and what would help."""
+
+
+class Verdict(NamedTuple):
+    """What a probe found: a fault in words, or none; and whether rounding left anything to be seen."""
+
+    fault: str | None
+    conclusive: bool
+
+
+def probe(run: Callable[[Tensor | None, bool], Tensor], x_BKD: Tensor, fixed: int) -> Verdict:
+    """Compare a block with itself on the same tokens in another order, and with one sample changed.
+
+    Args:
+        run: ``run(order, changed)`` gives the block's output tokens, for the kept tokens in the order ``order [K]`` or
+            as they are, and with the first sample's contents changed if asked. Without trace: see ``undisturbed``.
+        x_BKD: The block's kept tokens.
+        fixed: So many first tokens keep their places.
+    """
+    batch_size, num_kept = x_BKD.shape[:2]
+    out = run(None, False)
+    if out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point():
+        return Verdict(f'it returns {kind(out)} for {batch_size} samples x {num_kept} tokens', True)
+    order = _another_order(num_kept, fixed).to(out.device)
+    # Always all three calls: what follows from values may differ between ranks.
+    moved, changed = (result.float() for result in (run(order, False), run(None, True)))
+    eps = _rounding(x_BKD, out.dtype)
+    out = out.float()
+    scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
+    tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
+    if num_kept - fixed < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
+        return Verdict(None, False)
+    if (moved - out[:, order]).abs().max().item() > tolerance:
+        return Verdict(_BY_POSITION, True)
+    if batch_size > 1 and (changed - out)[1:].abs().max().item() > tolerance:
+        return Verdict(_ACROSS_SAMPLES, True)
+    return Verdict(None, True)
+
+
+_BY_POSITION = (
+    'the same tokens in another order give another result, so it mixes them by position (windows, convolution, causal '
+    'mask, scan), or a table or mask with one entry per token is not named in token_arguments. If the ascending order '
+    'of the kept tokens is all that it needs, as in a state-space model, say ordered=True; else it cannot be routed'
+)
+_ACROSS_SAMPLES = (
+    'the outputs of a sample change with the contents of another one. Tokens must be [B, N, ...], samples first: for '
+    "torch's own transformer layers that is batch_first=True. If samples shall mix, ordered=True leaves this check away"
+)
+
+
+def _another_order(num_kept: int, fixed: int) -> Tensor:
+    """A permutation of the tokens behind the fixed ones, always the same, that is not the identity."""
+    moved = torch.randperm(num_kept - fixed, generator=torch.Generator().manual_seed(0))
+    if torch.equal(moved, torch.arange(len(moved))):
+        moved = moved.flip(0)
+    return torch.cat([torch.arange(fixed), moved + fixed])
+
+
+def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
+    """Relative rounding error of what the block computes with, as far as it can be known from outside."""
+    device = x_BKD.device.type
+    eps = max(torch.finfo(x_BKD.dtype).eps, torch.finfo(dtype).eps)
+    if torch.is_autocast_enabled(device):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    if x_BKD.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != 'highest'):
+        eps = max(eps, 2.0**-10)
+    return eps
+
+
+@contextlib.contextmanager
+def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, calls of the block leave no trace: on gradients, random numbers, buffers, train flags, hooks, graphs.
+
+    Dropout is off. Hooks of torch's own (FSDP, weight norm) stay, the user's do not see the calls. What a block keeps
+    outside of buffers, such as a cache object among its arguments, is not covered.
+    """
+    modules = list(block.modules())
+    before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter('ignore')
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []))
+        if torch.is_autocast_enabled(device.type):
+            # Autocast's cache would hand weights that were cast here, without a gradient, to the true call.
+            dtype = torch.get_autocast_dtype(device.type)
+            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        if 'torch._dynamo' in sys.modules:  # a block that is compiled in place must not get a graph for this
+            stack.enter_context(torch.compiler.set_stance('force_eager'))
+        try:
+            # Torch's layers have another way without gradients, which takes a float mask for a bool one.
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in modules:
+                module.training = False
+                module._forward_pre_hooks = _of_torch(module._forward_pre_hooks)
+                module._forward_hooks = _of_torch(module._forward_hooks)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training, pre_hooks, hooks in before:
+                module.training, module._forward_pre_hooks, module._forward_hooks = training, pre_hooks, hooks
+            for module, name, buffer, copy in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+
+
+def _of_torch(hooks: Any) -> Any:
+    return type(hooks)((key, hook) for key, hook in hooks.items() if _home(hook).partition('.')[0] == 'torch')
+
+
+def _home(hook: Any) -> str:
+    hook = getattr(hook, 'func', hook)
+    return getattr(hook, '__module__', None) or type(hook).__module__
+
+
+def copied(value: Any) -> Any:
+    """Arguments that a block may overwrite in place without harm."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(copied(one) for one in value)
+    return {key: copied(one) for key, one in value.items()} if type(value) is dict else value
+
+
+def explained(error: Exception, where: str, counts: tuple[int, int], values: Sequence[tuple[str, Any]]) -> Exception:
+    """The error of a block on some of its tokens, with what that may have to do with it.
+
+    Args:
+        error: What the block raised.
+        where: The block, in words.
+        counts: Kept tokens and all tokens.
+        values: The call's arguments with their names.
+    """
+    if 'out of memory' in str(error) or isinstance(error, RoutingError) or counts[0] == counts[1]:
+        return error  # Composer reads the first; the last has nothing to do with routing
+    full = [f'{name!r} ({kind(value)})' for name, value in values if _has_length(value, counts[1])]
+    hint = f' Arguments that still have {counts[1]} entries: {", ".join(full)}.' if full else ''
+    return RoutingError(
+        f'{where} failed on {counts[0]} of {counts[1]} tokens: {error}\n'
+        f'An argument with one entry per token must be named in token_arguments.{hint} If there is none, and the block '
+        'runs on all tokens, its work depends on their number or their grid (windows, a reshape to height x width, a '
+        'position table of fixed size), and it cannot be routed; leave such blocks out of the route'
+    )
+
+
+def _has_length(value: Any, length: int) -> bool:
+    if type(value) in (tuple, list):
+        return any(_has_length(one, length) for one in value)
+    return isinstance(value, Tensor) and length in value.shape
+
+
+def inside_reentrant() -> bool:
+    """Whether the present call is made by torch's reentrant checkpointing."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False

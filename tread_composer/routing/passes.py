@@ -1,0 +1,224 @@
+"""One forward pass along one route: what a routed block list yields in place of the blocks of a route.
+
+Shapes: B samples, N tokens, K kept tokens, D width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.routing.arguments import kind
+from tread_composer.routing.checks import (
+    PROBED_FORWARDS,
+    RoutingError,
+    copied,
+    explained,
+    inside_reentrant,
+    probe,
+    undisturbed,
+)
+from tread_composer.routing.tokens import put_back, take_kept
+
+if TYPE_CHECKING:
+    from tread_composer.routing.routing import Routing
+
+__all__ = ['Pass', 'Segment', 'in_float32']
+
+
+@dataclasses.dataclass(eq=False)
+class Segment:
+    """The part of a route that lies in one block list, both ends inclusive and counted within that list.
+
+    Args:
+        path: Of the list, for messages.
+        route: Which route.
+        start: First block.
+        end: Last block.
+        used: Whether a forward pass has been along it. Written only: a counter would recompile the graph each time.
+        forwards: How many training forwards were not compiled.
+        conclusive: Whether a probe could tell that all its blocks are sound; None before there was one.
+    """
+
+    path: str
+    route: int
+    start: int
+    end: int
+    used: bool = False
+    forwards: int = 0
+    conclusive: bool | None = None
+
+
+class Pass:
+    """One pass along a segment: holds the full sequence and the kept ids between its first and its last block."""
+
+    def __init__(self, routing: 'Routing', segment: Segment, *, training: bool) -> None:
+        self.routing, self.segment = routing, segment
+        self.kept: Tensor | None = None
+        # What only an eager forward can do, and only training needs.
+        self.watched = training and not torch.compiler.is_compiling()
+        self.with_grad = torch.is_grad_enabled()
+        self.probing, self.conclusive = False, True
+
+    @property
+    def ids(self) -> Tensor:
+        """The kept ids ``[B, K]``, or ``[1, K]``; the first block of the route has asked for them."""
+        assert self.kept is not None
+        return self.kept
+
+    def around(self, block: nn.Module, call: Callable[..., Any], index: int) -> Callable[..., Any]:
+        """What to yield for a block; ``call`` calls it."""
+        first, last = index == self.segment.start, index == self.segment.end
+        checked = self.watched and not self.routing.ordered and self.segment.forwards < max(PROBED_FORWARDS)
+        if not (first or last or self.routing.token_arguments or checked):
+            return call
+        return OnRoute(self, block, call, index)
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
+        x = self.routing.tokens.given(args, kwargs)
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            name, path = self.routing.tokens.name, self.segment.path
+            raise RoutingError(
+                f'{path}: the argument {name!r} should hold tokens [B, N, D], the block got {kind(x)}. Of a grid '
+                '[B, H, W, D] no tokens can be taken out; another argument is named with tokens=...'
+            )
+        self.full: Tensor = x
+        # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
+        # the routing may be armed for another batch.
+        if self.kept is None:
+            self.kept = self.routing.kept_ids(self.segment.route, x)
+            if self.watched:
+                self.segment.forwards += 1
+                probed = self.segment.forwards in PROBED_FORWARDS and not self.routing.ordered
+                self.probing = probed and type(x) is Tensor and x.device.type != 'meta'
+        self.segment.used = True
+
+    def reduced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool, order: Tensor | None = None
+    ) -> Any:
+        """The call's arguments for the kept tokens, in another order if one is given."""
+        original, kept, tokens = (args, kwargs), self.ids, self.routing.tokens
+        if order is not None:
+            kept = kept[:, order]
+        if first:
+            args, kwargs = tokens.replaced(args, kwargs, take_kept(self.full, kept.expand(len(self.full), -1)))
+        elif order is not None:
+            args, kwargs = tokens.replaced(args, kwargs, tokens.given(args, kwargs)[:, order])
+        for one in self.routing.token_arguments:
+            value = one.kept(*original, (self.full.shape[0], self.full.shape[1]), kept)
+            if value is not None:
+                args, kwargs = one.argument.replaced(args, kwargs, value)
+        return args, kwargs
+
+    def tokens_of(self, out: Any) -> Any:
+        """The tokens in a block's output."""
+        position = self.routing.tokens_out
+        if isinstance(out, Tensor):
+            return out
+        if not isinstance(out, tuple) or position is None:
+            raise RoutingError(
+                f'the blocks return {kind(out)}: say where the tokens are, for example tokens_out=0 '
+                '(their position in the tuple)'
+            )
+        return out[position]
+
+    def leave(self, out: Any) -> Any:
+        """The last block's output with the kept tokens back in the full sequence."""
+        position = self.routing.tokens_out
+        restored = put_back(self.full, self.tokens_of(out), self.ids.expand(len(self.full), -1))
+        if self.probing:
+            self.probing, self.segment.conclusive = False, bool(self.segment.conclusive) or self.conclusive
+        if isinstance(out, Tensor):
+            return restored
+        assert position is not None
+        return (*out[:position], restored, *out[position + 1 :])
+
+
+class OnRoute:
+    """A block of a route, as the iteration yields it. Whatever is not a call is the block's own."""
+
+    def __init__(self, routed_pass: Pass, block: nn.Module, call: Callable[..., Any], index: int) -> None:
+        self.routed_pass, self.block, self.call, self.index = routed_pass, block, call, index
+        segment = routed_pass.segment
+        self.first, self.last = index == segment.start, index == segment.end
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        here = self.routed_pass
+        if self.first:
+            here.enter(args, kwargs)
+        reduced_args, reduced_kwargs = here.reduced(args, kwargs, first=self.first)
+        if here.watched:
+            out = self._watched(args, kwargs, reduced_args, reduced_kwargs)
+        else:
+            out = self.call(*reduced_args, **reduced_kwargs)
+        return here.leave(out) if self.last else out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
+        """The call, with a word of explanation where routing may be why it fails."""
+        here = self.routed_pass
+        where = f'block {self.index} of {here.segment.path!r}'
+        if here.with_grad and not torch.is_grad_enabled() and inside_reentrant():
+            raise RoutingError(
+                f'{where} is called inside of reentrant activation checkpointing of the model itself, which cannot go '
+                "with a route: its backward pass would run twice. Switch the model's own checkpointing off (or to "
+                "use_reentrant=False) and use Composer's: parallelism_config with activation_checkpointing, or "
+                "torch's checkpoint_wrapper around each block"
+            )
+        fault = None
+        try:
+            if here.probing:
+                fault = self._probed(args, kwargs)
+            out = None if fault else self.call(*reduced_args, **reduced_kwargs)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            told = explained(
+                error, where, (here.ids.shape[1], here.full.shape[1]), _named(reduced_args, reduced_kwargs)
+            )
+            if told is error:
+                raise
+            raise told from error
+        if fault:
+            raise RoutingError(f'{where} cannot be routed: {fault}')
+        return out
+
+    def _probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What speaks against routing this block, as far as trying shows it."""
+        here = self.routed_pass
+        tokens = here.routing.tokens
+
+        def run(order: Tensor | None, changed: bool) -> Tensor:
+            new_args, new_kwargs = here.reduced(copied(args), copied(kwargs), first=self.first, order=order)
+            if changed:
+                x = tokens.given(new_args, new_kwargs).clone()
+                x[0] = 1 - x[0]
+                new_args, new_kwargs = tokens.replaced(new_args, new_kwargs, x)
+            return here.tokens_of(self.call(*new_args, **new_kwargs))
+
+        with undisturbed(self.block, here.full.device):
+            x = tokens.given(*here.reduced(args, kwargs, first=self.first))
+            fault, conclusive = probe(run, x, here.routing.always_keep)
+        here.conclusive = here.conclusive and conclusive
+        return fault
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [*((f'argument {index}', value) for index, value in enumerate(args)), *kwargs.items()]
+
+
+def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:
+    """The block without autocast and with float32 inputs, as the paper's code runs the one behind a route."""
+
+    def widen(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return block(*(widen(a) for a in args), **{name: widen(a) for name, a in kwargs.items()})
+
+    return call

@@ -1,0 +1,188 @@
+"""``Routing``: what a routed block list reads, and the handle of whoever routes a model.
+
+Shapes: B samples, N tokens, K kept tokens, D width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tread_composer.routing.arguments import Argument, TokenArgument
+from tread_composer.routing.passes import Pass, Segment, in_float32
+from tread_composer.routing.route import Route
+from tread_composer.routing.tokens import sample_kept
+
+__all__ = ['KeptSampler', 'Routing']
+
+KeptSampler = Callable[[int, int, int], Tensor]
+
+
+class Routing:
+    """What routed block lists read: their settings, and the tokens kept in the present forward pass.
+
+    ``apply_tread`` makes it. Without further ado each training forward draws its own routes from the global
+    generator. To decide yourself, call ``arm`` before the forward pass; to train densely, call ``disarm``.
+
+    Args:
+        paths: The block lists, in the order in which the model runs them; their blocks are counted through.
+        depths: How many blocks each has.
+        routes: Disjoint routes in order of depth.
+        spans: Their first and last blocks.
+        tokens: The block's argument that carries the tokens.
+        tokens_out: Position of the tokens in a block's tuple output; None where the output is a tensor.
+        token_arguments: Further block arguments with one entry per token.
+        always_keep: So many first tokens never skip.
+        shared: All samples have the same route, and ids are ``[1, K]``; ``[B, K]`` is fine as long as no argument
+            lacks a dimension for the samples.
+        ordered: The blocks need ascending tokens; they are not probed.
+        float32_after: Run the one block behind each route without autocast, in float32.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        depths: Sequence[int],
+        routes: Sequence[Route],
+        spans: Sequence[tuple[int, int]],
+        tokens: Argument,
+        tokens_out: int | None,
+        token_arguments: Sequence[TokenArgument],
+        *,
+        always_keep: int = 0,
+        shared: bool = False,
+        ordered: bool = False,
+        float32_after: bool = False,
+    ) -> None:
+        self.paths, self.routes, self.spans = tuple(paths), tuple(routes), tuple(spans)
+        self.tokens, self.tokens_out, self.token_arguments = tokens, tokens_out, tuple(token_arguments)
+        self.always_keep, self.shared, self.ordered, self.float32_after = always_keep, shared, ordered, float32_after
+        self.kept: tuple[Tensor, ...] | None = None
+        self.num_tokens: int | None = None
+        self.sampler: KeptSampler | None = self.sample
+        self.in_evaluation = False
+        self.offsets = tuple(sum(depths[:number]) for number in range(len(depths)))
+        self.segments = tuple(
+            tuple(
+                Segment(path, route, max(start - offset, 0), min(end - offset, depth - 1))
+                for route, (start, end) in enumerate(self.spans)
+                if start < offset + depth and end >= offset
+            )
+            for path, depth, offset in zip(self.paths, depths, self.offsets, strict=True)
+        )
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that ``apply_tread`` was told, for comparison."""
+        how = self.tokens, self.tokens_out, self.token_arguments, self.always_keep, self.shared, self.ordered
+        return self.paths, self.routes, self.spans, *how, self.float32_after
+
+    @property
+    def used(self) -> bool:
+        """Whether a forward pass has been along all routes, in all lists."""
+        return all(segment.used for part in self.segments for segment in part)
+
+    @property
+    def unused_paths(self) -> list[str]:
+        """The block lists with a route that no forward pass has been along."""
+        return [path for path, part in zip(self.paths, self.segments, strict=True) if not all(s.used for s in part)]
+
+    @property
+    def checked(self) -> bool | None:
+        """Whether the blocks were found to be sound: None before a probe, False if rounding hid what they do."""
+        found = [segment.conclusive for part in self.segments for segment in part]
+        return None if None in found else all(found)
+
+    def sample(self, route: int, batch_size: int, num_tokens: int) -> Tensor:
+        """Kept ids for ``routes[route]`` from the global generator: the default sampler."""
+        rate = self.routes[route].selection_rate
+        return sample_kept(1 if self.shared else batch_size, num_tokens, rate, always_keep=self.always_keep)
+
+    def arm(
+        self,
+        kept: Sequence[Tensor] | None = None,
+        *,
+        num_tokens: int | None = None,
+        sampler: KeptSampler | None = None,
+    ) -> None:
+        """Route the following training forwards.
+
+        Args:
+            kept: For each route the kept ids ``[B, K]``, ascending, drawn out of ``num_tokens``; ``[1, K]`` for all
+                samples of a shared route.
+            num_tokens: Length of the sequences that ``kept`` was drawn for.
+            sampler: ``sampler(route, batch_size, num_tokens) -> ids`` for sequences of any other length. It must
+                return the same ids when asked again within one step: a recomputed forward does ask again.
+        """
+        if kept is not None and (num_tokens is None or len(kept) != len(self.routes)):
+            raise ValueError(f'arm() wants num_tokens and one tensor of ids for each of the {len(self.routes)} routes')
+        self.kept = None if kept is None else tuple(kept)
+        self.num_tokens, self.sampler = num_tokens, sampler
+
+    def disarm(self) -> None:
+        """Run the following training forwards densely."""
+        self.kept = self.num_tokens = self.sampler = None
+
+    @contextlib.contextmanager
+    def forced(self, kept: Sequence[Tensor], *, num_tokens: int) -> Iterator[None]:
+        """Route each forward pass inside of the context, in evaluation mode too, along these ids.
+
+        Afterwards, and after an exception, all is as it was before: what training was armed with, and density in
+        evaluation. How many tokens are kept is up to ``kept``, not to the routes' selection rates.
+
+        Args:
+            kept: For each route the kept ids ``[B, K]`` (or ``[1, K]``, see ``arm``), ascending.
+            num_tokens: Length of the sequences that they were drawn for.
+        """
+        before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
+        segments = [segment for part in self.segments for segment in part]
+        used = [segment.used for segment in segments]
+        try:
+            self.arm(kept, num_tokens=num_tokens)
+            self.in_evaluation = True
+            yield
+        finally:
+            self.kept, self.num_tokens, self.sampler, self.in_evaluation = before
+            for segment, was_used in zip(segments, used, strict=True):
+                segment.used = was_used
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next training forward is routed."""
+        return self.kept is not None or self.sampler is not None
+
+    def kept_ids(self, route: int, x_BND: Tensor) -> Tensor:
+        """The ids kept on ``routes[route]`` for these tokens, ``[B, K]`` or, of a shared route, ``[1, K]``.
+
+        Raises:
+            ValueError: The ids were drawn for sequences of another length or another number of samples.
+        """
+        batch_size, num_tokens = x_BND.shape[:2]
+        if self.kept is not None and num_tokens == self.num_tokens:
+            kept = self.kept[route]
+        elif self.sampler is not None:
+            kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
+        else:
+            raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
+        if kept.shape[0] != batch_size and not (self.shared and kept.shape[0] == 1):
+            raise ValueError(f'kept ids for {kept.shape[0]} samples, but the block list got {batch_size} samples')
+        return kept
+
+    def callables(self, blocks: Sequence[nn.Module], number: int, *, training: bool) -> Iterator[Callable[..., Any]]:
+        """One callable for each block. Each call of this method is one forward pass with state of its own.
+
+        Args:
+            blocks: Of the list.
+            number: Which of the lists that is.
+            training: Whether it is in training mode.
+        """
+        offset = self.offsets[number]
+        after = {end + 1 - offset for _, end in self.spans} if self.float32_after else set()
+        at: dict[int, Pass] = {}
+        for segment in self.segments[number]:
+            here = Pass(self, segment, training=training)
+            at.update(dict.fromkeys(range(segment.start, segment.end + 1), here))
+        for index, block in enumerate(blocks):
+            call: Callable[..., Any] = in_float32(block) if index in after else block
+            yield at[index].around(block, call, index) if index in at else call
