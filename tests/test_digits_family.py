@@ -11,11 +11,17 @@ from tread_composer.cli import main
 FAMILY = sorted(path.name for path in (ROOT / 'yamls').glob('digits*.yaml') if 'tuning' not in path.name)
 QUIET = ('loggers.mlflow=null', 'progress_bar=false', 'device=cpu', 'data.local=data')
 GRID = 'callbacks.sample_grid={interval: 100ba, samples_per_class: 1, num_steps: 2'
+SIZES = 'patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2'
+BACKBONES = {  # a word in the file's name -> SMALL on that backbone
+    'lightning': f'model={{name: lightning_dit, {SIZES}}}',
+    'mamba2': 'model={name: mamba2_dit, patch_size: 2, hidden_size: 16, depth: 8, head_size: 8, state_size: 4}',
+}
 
 
 def words(name: str, *more: str) -> list[str]:
     sampler = 'ddpm' if 'ddpm' in name else 'euler'
-    model = {'digits_ddpm.yaml': ('model.learn_sigma=true',)}.get(name, ())
+    model = [text for word, text in BACKBONES.items() if word in name]
+    model += ['model.learn_sigma=true'] if name == 'digits_ddpm.yaml' else []
     decoder = ()
     if 'maskdit' in name:
         decoder = (

@@ -35,6 +35,21 @@ def test_costs_are_those_of_the_flop_model(capsys, tmp_path, monkeypatch, size, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_state_space_network_is_counted_with_its_scans(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The kernel is for a GPU; planning for it needs none, and counts the torch form.
+    found = figures(capsys, 'mamba2_dit_b_tread.yaml', 'model.kernel=fused', code=2)
+
+    def block(n, d=768, e=1536, heads=24, state=64):
+        linear = n * d * (2 * e + 4 * state + 2 * heads) + n * e * d + 6 * n * d * d + 6 * d * d
+        return linear + 2 * n * n * state + n * n * e  # C B^T of each direction, one matrix on the values
+
+    rest = 3 * 768**2 + 256 * 768 + 32 * 256 * 768
+    assert found['gmacs_dense'] * 1e9 == pytest.approx(12 * block(256) + rest, rel=1e-12)
+    assert found['gmacs_routed'] * 1e9 == pytest.approx(5 * block(256) + 7 * block(128) + rest, rel=1e-12)
+    assert found['tokens_per_block'] == [256] * 2 + [128] * 7 + [256] * 3
+
+
 def test_a_dense_file_has_no_route(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = figures(capsys, 'digits.yaml')

@@ -39,6 +39,10 @@ PLAIN = ['digits', *(f'{family}_{size}' for family in ('dit', 'sit') for size in
 TWINS = [
     *((name, f'{name}_tread') for name in PLAIN),
     ('digits_fasterdit', 'digits_tread_fasterdit'),
+    ('digits_lightning', 'digits_lightning_tread'),
+    ('lightning_dit_xl', 'lightning_dit_xl_tread'),
+    ('digits_mamba2', 'digits_mamba2_tread'),
+    ('mamba2_dit_b', 'mamba2_dit_b_tread'),
     ('dit_xl_fasterdit', 'dit_xl_tread_fasterdit'),
 ]
 

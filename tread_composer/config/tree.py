@@ -4,16 +4,16 @@ Sections that choose between kinds have a ``name``; the arguments of another kin
 """
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, InstanceOf, WithJsonSchema
+from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema
 
 from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
 from tread_composer.config.schema import Strict, plain
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.models.presets import PRESETS
+from tread_composer.models.presets import LIGHTNING_DIT_PRESETS, MAMBA2_DIT_PRESETS, PRESETS
 from tread_composer.routing import Route
 
 __all__ = [
@@ -26,9 +26,12 @@ __all__ = [
     'FlowMatchingObjective',
     'KLAutoencoder',
     'LatentsData',
+    'LightningDiTModel',
     'LogitNormalTimes',
+    'Mamba2DiTModel',
     'MinSNRWeighting',
     'ModeTimes',
+    'ModelSection',
     'PerChannelNormalization',
     'PixelsAutoencoder',
     'UniformTimes',
@@ -104,9 +107,29 @@ class KLAutoencoder(Strict):
     """Decode with weights that are not those of the data, such as a fine-tuned decoder."""
 
 
-class DiTModel(Strict):
-    """A diffusion transformer: a published size by ``preset``, or its sizes one by one."""
+class ModelSection(Strict):
+    """Base of the sections of networks: a published size by ``preset``, or its sizes one by one, and settings.
 
+    The class behind a ``name`` is in ``tread_composer.models.BACKBONES``.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    """Sizes by the names that ``preset`` may have."""
+    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth', 'num_heads')
+    """What a preset decides; without one, all of them are to be given."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The network's constructor arguments but for those that the data decide (latent size, channels, classes)."""
+        preset = getattr(self, 'preset', None)
+        sizes = self.presets[preset] if preset else {name: getattr(self, name) for name in self.size_names}
+        settings = [name for name in type(self).model_fields if name not in ('name', 'preset', *self.size_names)]
+        return {**sizes, **{name: getattr(self, name) for name in settings}}
+
+
+class DiTModel(ModelSection):
+    """A diffusion transformer."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = PRESETS
     name: Literal['dit'] = 'dit'
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     patch_size: Positive | None = None
@@ -116,11 +139,57 @@ class DiTModel(Strict):
     mlp_ratio: Above0 = 4.0
     learn_sigma: bool = False
 
-    def arguments(self) -> dict[str, Any]:
-        """The constructor arguments of ``DiT`` but for those that the data decide (latent size, channels, classes)."""
-        names = ('patch_size', 'hidden_size', 'depth', 'num_heads')
-        sizes = PRESETS[self.preset] if self.preset else {name: getattr(self, name) for name in names}
-        return {**sizes, 'mlp_ratio': self.mlp_ratio, 'learn_sigma': self.learn_sigma}
+
+class LightningDiTModel(ModelSection):
+    """A DiT with rotary positions, RMSNorm and SwiGLU (arXiv 2501.01423)."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = LIGHTNING_DIT_PRESETS
+    name: Literal['lightning_dit'] = 'lightning_dit'
+    preset: Literal[tuple(LIGHTNING_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Above0 = 4.0
+    """Inner width of a SwiGLU over ``hidden_size``, times 3 / 2."""
+    qk_norm: bool = False
+    """Normalise queries and keys; the authors' cure for losses that become nan."""
+    learn_sigma: bool = False
+
+
+class Mamba2DiTModel(ModelSection):
+    """A DiT that mixes its tokens by bidirectional Mamba-2 scans; none of its sizes is published."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = MAMBA2_DIT_PRESETS
+    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth')
+    name: Literal['mamba2_dit'] = 'mamba2_dit'
+    preset: Literal[tuple(MAMBA2_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    expand: Positive = 2
+    """Inner width of a mixer over ``hidden_size``."""
+    head_size: Positive = 64
+    """Width of a head of the scan; divides ``expand * hidden_size``."""
+    state_size: Positive = 64
+    mlp_ratio: Above0 = 3.0
+    scan: Literal['raster', 'alternate'] = 'raster'
+    """Row by row in all blocks, or column by column in every second one; there and back in any case."""
+    chunk_size: Positive = 256
+    """Sequences of at most so many tokens are mixed by one matrix, longer ones in chunks of that length."""
+    kernel: Literal['torch', 'fused'] = 'torch'
+    """``fused`` is the package mamba_ssm's: an error where it is not installed or there is no GPU."""
+    learn_sigma: bool = False
+
+
+def _named(section: Any) -> Any:
+    """A ``model`` without a name is a DiT: there was no other when such files were written."""
+    return {'name': 'dit', **section} if isinstance(section, dict) else section
+
+
+AnyModel = Annotated[
+    DiTModel | LightningDiTModel | Mamba2DiTModel, Field(discriminator='name'), BeforeValidator(_named)
+]
 
 
 class UniformTimes(Strict):
@@ -218,7 +287,7 @@ class Config(TrainerSettings):
     global_eval_batch_size: Positive
     data: DigitsData | LatentsData = Field(discriminator='name')
     autoencoder: PixelsAutoencoder | KLAutoencoder = Field(discriminator='name')
-    model: DiTModel
+    model: AnyModel
     objective: FlowMatchingObjective | EDMObjective | DDPMObjective = Field(discriminator='name')
     latent_scale: OneOrPerChannel = 1.0
     latent_shift: OneOrPerChannel = 0.0
@@ -243,6 +312,11 @@ class Config(TrainerSettings):
             return []
         single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
         return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
+
+    def always_keep(self) -> int:
+        """How many first positions never skip (``algorithms.tread.always_keep``)."""
+        tread = self.algorithms.get('tread')
+        return 0 if tread is None else tread.kwargs.get('always_keep', 0)
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
         """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.

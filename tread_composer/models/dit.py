@@ -7,9 +7,11 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from tread_composer.models.common import check_sizes, initialise, unpatchify
 from tread_composer.models.layers import (
     Attention,
     LabelEmbedder,
@@ -74,6 +76,9 @@ class DiT(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
+    token_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a block that belong to its tokens, ``[B, N, ...]``: none, positions are added at the input."""
+
     def __init__(
         self,
         *,
@@ -96,7 +101,7 @@ class DiT(nn.Module):
             'depth': depth,
             'num_heads': num_heads,
         }
-        _check_sizes(sizes, num_classes, mlp_ratio)
+        check_sizes(sizes, num_classes, mlp_ratio)
         self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
         self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
         self.null_label = num_classes
@@ -112,7 +117,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
-        self._initialise()
+        initialise(self)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """Predict from noisy latents.
@@ -142,7 +147,8 @@ class DiT(nn.Module):
             c = c + self.y_embedder(labels_B)
         for block in self.blocks:
             x = block(x, c)
-        return self._unpatchify(self.final_layer(x, c))
+        side = self.latent_size // self.patch_size
+        return unpatchify(self.final_layer(x, c), (side, side), self.patch_size, self.out_channels)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer's FSDP asks: is this module a unit of its own?"""
@@ -151,29 +157,6 @@ class DiT(nn.Module):
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
         return isinstance(module, DiTBlock)
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        """Patches ``[B, N, p * p * O]``, channel fastest, to ``[B, O, H, W]``."""
-        side, p = self.latent_size // self.patch_size, self.patch_size
-        x = patches.unflatten(2, (p, p, self.out_channels)).unflatten(1, (side, side))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-    def _initialise(self) -> None:
-        """DiT's start: every block is the identity and the prediction is 0 (adaLN-Zero)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                if name.endswith('adaLN_modulation.1') or name == 'final_layer.linear':
-                    nn.init.zeros_(module.weight)
-                elif name.startswith('t_embedder'):
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d) and module.bias is not None:
-                nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))  # as the linear layer that it is
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
 
 
 def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size: int) -> dict[str, Tensor]:
@@ -203,27 +186,3 @@ def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size
             )
         out[name] = out[name].unflatten(0, (-1, 2 * in_channels))[:, :in_channels].flatten(0, 1)
     return out
-
-
-def _check_sizes(sizes: Mapping[str, int], num_classes: int, mlp_ratio: float) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f'{name}={value}: must be at least 1')
-    if num_classes < 0:
-        raise ValueError(f'num_classes={num_classes}: must be at least 1, or 0 for a model without labels')
-    if mlp_ratio <= 0:
-        raise ValueError(f'mlp_ratio={mlp_ratio}: must be positive')
-    hidden_size = sizes['hidden_size']
-    if sizes['latent_size'] % sizes['patch_size']:
-        raise ValueError(
-            f'latent_size={sizes["latent_size"]} is not divisible by patch_size={sizes["patch_size"]}; '
-            'choose a patch size that tiles the latents'
-        )
-    if hidden_size % sizes['num_heads']:
-        raise ValueError(
-            f'hidden_size={hidden_size} is not divisible by num_heads={sizes["num_heads"]}; heads take equal shares'
-        )
-    if hidden_size % 4:
-        raise ValueError(
-            f'hidden_size={hidden_size} is not divisible by 4; positions need sines and cosines of two coordinates'
-        )

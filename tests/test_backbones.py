@@ -1,0 +1,129 @@
+"""Backbones other than DiT, from configuration to exported file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import ROOT
+from tests.trained_runs import Run, predict, run
+from tread_composer.builders import build_denoiser
+from tread_composer.cli import main
+from tread_composer.config import ConfigError, json_schema, load_config, restore_config
+from tread_composer.config.tree import FlowMatchingObjective
+from tread_composer.export_file import read_exported
+from tread_composer.exporting import export
+from tread_composer.models import BACKBONES, LightningDiT
+from tread_composer.trained import load_trained
+
+YAMLS = ROOT / 'yamls'
+SIZES = 'patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2'
+LIGHTNING = f'model={{name: lightning_dit, {SIZES}}}'
+
+
+# ---- configuration
+
+
+def test_a_route_must_name_what_belongs_to_the_tokens():
+    expected = r"algorithms\.tread\.token_arguments: \[\], but a block of model 'lightning_dit' is also given rope"
+    with pytest.raises(ConfigError, match=rf'{expected}.* Write token_arguments: \[rope\]'):
+        load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING])
+    with pytest.raises(ConfigError, match=r"\['x'\], but .*Write token_arguments: \[x, rope\]"):
+        load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[x]'])
+    load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[rope]'])
+    load_config(YAMLS / 'digits.yaml', [LIGHTNING])
+
+
+def test_every_backbone_says_what_belongs_to_its_tokens_and_has_a_section():
+    sections = json_schema()['properties']['model']['discriminator']['mapping']
+    assert sections.keys() == BACKBONES.keys()
+    assert all(isinstance(one.token_arguments, tuple) for one in BACKBONES.values())
+    assert BACKBONES['lightning_dit'].token_arguments == ('rope',)
+
+
+def test_a_model_without_a_name_is_a_dit():
+    config = load_config(YAMLS / 'digits.yaml')
+    tree = config.to_dict()
+    assert tree['model'].pop('name') == 'dit'
+    assert restore_config(tree) == config
+
+
+def test_settings_of_another_backbone_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.qk_norm: belongs to 'lightning_dit', not to 'dit'"):
+        load_config(YAMLS / 'digits.yaml', ['model.qk_norm=true'])
+    with pytest.raises(ConfigError, match=r"model\.preset: 'DiT-B/2' is not one of 'LightningDiT-B/1'"):
+        load_config(YAMLS / 'digits_lightning.yaml', ['model={name: lightning_dit, preset: DiT-B/2}'])
+    with pytest.raises(ConfigError, match=r"depth: is missing.*preset: 'LightningDiT-B/1'"):
+        load_config(YAMLS / 'digits_lightning.yaml', ['model.depth=null'])
+    with pytest.raises(ConfigError, match=r"model\.depth: 8: the preset 'LightningDiT-B/1' has decided that"):
+        load_config(YAMLS / 'digits_lightning.yaml', ['model.preset=LightningDiT-B/1'])
+
+
+def test_maskdit_on_another_backbone_is_refused():
+    with pytest.raises(ConfigError, match=r"algorithms\.maskdit: is defined on a DiT alone.*'lightning_dit'; take"):
+        load_config(YAMLS / 'digits_maskdit.yaml', [LIGHTNING])
+
+
+def test_all_settings_reach_the_network():
+    words = ['model.qk_norm=true', 'model.mlp_ratio=3.0', 'model.learn_sigma=true', 'objective={name: ddpm}',
+             'callbacks.sample_grid.sampler=ddpm']  # fmt: skip
+    config = load_config(YAMLS / 'digits_lightning.yaml', words)
+    network = build_denoiser(config, channels=1, latent_size=8, num_classes=10)
+    assert isinstance(network, LightningDiT) and network.out_channels == 2
+    shapes = {name: tuple(value.shape) for name, value in network.blocks[0].state_dict().items()}
+    assert shapes['mlp.w12.weight'] == (2 * 192, 96) and shapes['attn.q_norm.weight'] == (24,)
+
+
+def test_the_recipe_is_the_published_one():
+    config = load_config(YAMLS / 'lightning_dit_xl.yaml')
+    assert config.optimizer.kwargs == {'lr': 2e-4, 'betas': [0.9, 0.95], 'eps': 1e-8, 'weight_decay': 0.0}
+    assert (config.global_train_batch_size, config.max_duration) == (1024, '80000ba')
+    objective = config.objective
+    assert isinstance(objective, FlowMatchingObjective) and objective.direction_weight == 1
+    assert objective.sampling_shift == pytest.approx(1 / 0.3)
+    assert 'gradient_clipping' not in config.algorithms and config.algorithms['ema'].kwargs == {'decay': 0.9999}
+    with torch.device('meta'):
+        network = build_denoiser(config, channels=32, latent_size=16, num_classes=1000)
+    assert sum(p.numel() for p in network.parameters()) == 675_256_736
+
+
+def test_the_plan_counts_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['plan', str(YAMLS / 'lightning_dit_xl_tread.yaml'), '--json']) == 2  # there are no latents here
+    found = json.loads(capsys.readouterr().out)
+    d, dense, sparse = 1152, 256, 128
+    blocks = [12 * n * d**2 + 2 * n**2 * d + 6 * d**2 for n in [dense] * 5 + [sparse] * 23]
+    ends = 3 * d**2 + 256 * d + 2 * 32 * dense * d
+    assert found['gmacs_routed'] == pytest.approx((sum(blocks) + ends) / 1e9, rel=1e-9)
+    assert found['gmacs_dense'] == pytest.approx((28 * blocks[0] + ends) / 1e9, rel=1e-9)
+    assert found['tokens_per_block'] == [256] * 2 + [128] * 23 + [256] * 3
+    assert found['memory_gib']['activations'] > 0
+
+
+# ---- a run
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    words = [LIGHTNING, 'algorithms.ema.decay=0.5', 'model.qk_norm=true']
+    return run(tmp_path_factory.mktemp('lightning'), 'digits_lightning_tread.yaml', *words)
+
+
+def test_it_is_loaded_exported_and_loaded_again(trained: Run, tmp_path: Path):
+    assert torch.equal(predict(load_trained(trained.folder, weights='raw').model.denoiser), predict(trained.denoiser))
+    made = export(trained.folder, tmp_path / 'ema.safetensors')
+    again = load_trained(made['out'])
+    assert torch.equal(predict(again.model.denoiser), predict(load_trained(trained.folder).model.denoiser))
+    assert read_exported(made['out']).config.model.name == 'lightning_dit'
+    assert again.model.denoiser(torch.randn(1, 1, 12, 6), torch.rand(1), torch.tensor([3])).shape == (1, 1, 12, 6)
+
+
+def test_sparse_guidance_routes_it(trained: Run, tmp_path: Path):
+    def images(name: str, *words: str) -> list[bytes]:
+        shown = ['--count', '2', '--steps', '2', '--device', 'cpu', '--guidance-scale', '3']
+        assert main(['sample', str(trained.folder), '--out', str(tmp_path / name), *shown, *words]) == 0
+        return [path.read_bytes() for path in sorted((tmp_path / name).rglob('*.png'))]
+
+    sparse = images('sparse', '--guidance', 'sparse', '--strong-rate', '0.25', '--weak-rate', '0.75')
+    assert len(sparse) >= 2 and sparse != images('plain')

@@ -1,0 +1,288 @@
+"""LightningDiT (arXiv 2501.01423): DiT with rotary positions, RMSNorm and SwiGLU, names and shapes as published.
+
+A published file has two entries more, ``feat_rope.freqs_cos`` and ``feat_rope.freqs_sin``: here the rotary table is
+made from the grid in each forward pass, so that any grid works, and is handed to each block as its argument ``rope``.
+The file knows nothing of routing; whoever takes tokens out of a block's sequence must take their rows of ``rope``
+along (``token_arguments``), and a block refuses a table of another length.
+
+Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
+p patch size, A attention heads, E half the width of a head.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.models.common import check_sizes, initialise, unpatchify
+from tread_composer.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+
+__all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
+
+_THETA = 10000.0
+
+
+def rotary_table(grid: tuple[int, int], head_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of the angles by which a head's pairs of numbers are turned: ``[h * w, 2, E]``, raster order.
+
+    Of a token in row r and column c, the first E / 2 pairs turn by ``r * 10000^(-2k / E)``, the others by c likewise:
+    a dot product of two turned vectors depends on the difference of their positions alone (RoPE, arXiv 2104.09864,
+    eq. 16; for two coordinates as in EVA-02, arXiv 2303.11331).
+
+    Args:
+        grid: h and w.
+        head_size: Width of a head, 2E.
+        device: Where to make it.
+        dtype: Its numbers; float32 or wider, or else far positions would share an angle.
+
+    Raises:
+        ValueError: ``head_size`` cannot be split into pairs for two coordinates.
+    """
+    if head_size % 4:
+        raise ValueError(
+            f'a head of width {head_size} is not divisible by 4, which pairs of numbers for two coordinates need'
+        )
+    quarter = head_size // 4
+    frequencies = _THETA ** -(torch.arange(quarter, device=device, dtype=dtype) / quarter)
+    rows, columns = (torch.outer(torch.arange(n, device=device, dtype=dtype), frequencies) for n in grid)
+    angles_hwE = torch.cat([rows.unsqueeze(1).expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=2)
+    angles_NE = angles_hwE.flatten(0, 1)
+    return torch.stack([angles_NE.cos(), angles_NE.sin()], dim=1)
+
+
+def rotate(x_BANF: Tensor, rope: Tensor) -> Tensor:
+    """Turn the neighbouring pairs of numbers of each head (F = 2E) by the angles of ``rope`` ``[B, N, 2, E]``."""
+    cos, sin = rope.unsqueeze(1).unbind(3)  # [B, 1, N, E]: the same for all heads
+    even, odd = x_BANF[..., 0::2], x_BANF[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=4).flatten(3)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467), in float32 at least."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """``w3(silu(a) * b)``, where ``w12`` gives a and b (arXiv 2002.05202, section 2): ``[B, N, D] -> [B, N, D]``."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size)
+        self.w3 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """See the class."""
+        a, b = self.w12(x_BND).chunk(2, dim=-1)
+        return self.w3(nn.functional.silu(a) * b)
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention ``[B, N, D] -> [B, N, D]`` whose queries and keys are turned by their tokens' positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BND: Tensor, rope: Tensor) -> Tensor:
+        """See the class; ``rope`` is ``[B, N, 2, E]``."""
+        q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # The table is float32: what it turns goes back to the precision of the rest.
+        q, k = (rotate(one, rope).to(v.dtype) for one in (self.q_norm(q), self.k_norm(k)))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, A, N, 2E]
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class LightningDiTBlock(nn.Module):
+    """Rotary attention and SwiGLU, each behind an RMSNorm that the condition shifts and scales, and a gate."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size)
+        self.attn = RotaryAttention(hidden_size, num_heads, qk_norm)
+        self.norm2 = RMSNorm(hidden_size)
+        # Two thirds of the width of DiT's MLP: three matrices then cost what its two do.
+        self.mlp = SwiGLU(hidden_size, 2 * int(hidden_size * mlp_ratio) // 3)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor, rope: Tensor) -> Tensor:
+        """One step of the network.
+
+        Args:
+            x_BND: Tokens, for any N and in any order.
+            condition_BD: Times and labels.
+            rope: Rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``.
+
+        Returns:
+            Tokens of the same shape.
+
+        Raises:
+            ValueError: ``rope`` is of other tokens than ``x_BND``, as far as its shape shows.
+        """
+        if rope.shape[:2] != x_BND.shape[:2]:
+            raise ValueError(
+                f'rope: the rotary table is of {rope.shape[0]} samples x {rope.shape[1]} tokens, the block got '
+                f'{x_BND.shape[0]} x {x_BND.shape[1]}. Whoever takes tokens out must take their rows of the table '
+                "along: Tread and apply_tread do with token_arguments=('rope',), YAML: algorithms.tread."
+                'token_arguments: [rope]'
+            )
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
+        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
+        x_BND = x_BND + gate1.unsqueeze(1) * attended
+        return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+
+
+class LightningFinalLayer(nn.Module):
+    """Tokens ``[B, N, D]`` to patches ``[B, N, p * p * O]``: DiT's head with an RMSNorm."""
+
+    def __init__(self, hidden_size: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = RMSNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        """See the class."""
+        shift, scale = self.adaLN_modulation(condition_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
+
+
+class LightningDiT(nn.Module):
+    """The diffusion transformer of LightningDiT; called as ``DiT`` is.
+
+    Positions are counted in patches: fixed sin-cos vectors are added to the tokens, and rotary tables go to the blocks.
+    Both are made for the grid that comes, so that latents of any height and width work that patches tile. Beyond the
+    grid of training they are positions that the weights have not seen.
+
+    Args:
+        latent_size: Height and width of the latents in training, H = W.
+        in_channels: Channels of the latents, C.
+        num_classes: Number of classes; label ``num_classes`` is the null label. 0: unconditional, labels are ignored.
+        patch_size: Height and width of the square that becomes one token, p; 1 in the paper, whose latents are small.
+        hidden_size: Width of a token, D.
+        depth: Number of blocks.
+        num_heads: Attention heads of a block.
+        mlp_ratio: Inner width of a SwiGLU over ``hidden_size``, times 3 / 2: at 4 it costs as much as DiT's MLP.
+        qk_norm: Normalise queries and keys of each head; the authors' cure for losses that become nan.
+        learn_sigma: Predict 2C channels (noise, then variance fraction) instead of C.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+    """
+
+    token_arguments: ClassVar[tuple[str, ...]] = ('rope',)
+    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+
+    def __init__(
+        self,
+        *,
+        latent_size: int,
+        in_channels: int,
+        num_classes: int,
+        patch_size: int = 1,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            'latent_size': latent_size,
+            'in_channels': in_channels,
+            'patch_size': patch_size,
+            'hidden_size': hidden_size,
+            'depth': depth,
+            'num_heads': num_heads,
+        }
+        check_sizes(sizes, num_classes, mlp_ratio)
+        self.head_size = hidden_size // num_heads
+        if self.head_size % 4:
+            raise ValueError(
+                f'hidden_size={hidden_size} over num_heads={num_heads} is {self.head_size}, not divisible by 4; rotary '
+                'positions turn pairs of numbers of a head for each of two coordinates'
+            )
+        if 2 * int(hidden_size * mlp_ratio) < 3:
+            raise ValueError(f'mlp_ratio={mlp_ratio}: leaves no inner width at hidden_size={hidden_size}; raise it')
+        self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
+        self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
+        self.null_label = num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_tokens = (latent_size // patch_size) ** 2
+
+        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        # A parameter, as in the published files; never trained.
+        positions_ND = sincos_positions(hidden_size, latent_size // patch_size)
+        self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )  # fmt: skip
+        self.final_layer = LightningFinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        initialise(self)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """Predict from noisy latents.
+
+        Args:
+            x_BCHW: Noisy latents, H and W divisible by p.
+            t_B: What the objective says about the noise level, in any float dtype; embedded in float32.
+            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
+                ``LabelEmbedder``. Ignored by an unconditional model.
+
+        Returns:
+            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
+
+        Raises:
+            ValueError: The latents have other channels, patches do not tile them, or labels are missing.
+        """
+        channels, height, width = x_BCHW.shape[1:]
+        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f'this LightningDiT was made for latents [B, {self.in_channels}, H, W] with H and W divisible by '
+                f'{self.patch_size}, got {list(x_BCHW.shape)}'
+            )
+        grid = height // self.patch_size, width // self.patch_size
+        x = self.x_embedder(x_BCHW) + self._positions(grid)
+        c = self.t_embedder(t_B)
+        if self.num_classes:
+            if labels_B is None:
+                raise ValueError(f'labels are missing; without a class, pass the null label {self.null_label}')
+            c = c + self.y_embedder(labels_B)
+        # One row for each sample, all the same memory: a route then takes other rows for each sample.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rope = rotary_table(grid, self.head_size, device=x.device, dtype=dtype).expand(len(x), -1, -1, -1)
+        for block in self.blocks:
+            x = block(x, c, rope)
+        return unpatchify(self.final_layer(x, c), grid, self.patch_size, self.out_channels)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer's FSDP asks: is this module a unit of its own?"""
+        return isinstance(module, LightningDiTBlock)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
+        return isinstance(module, LightningDiTBlock)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
+        side = self.latent_size // self.patch_size
+        if grid == (side, side):
+            return self.pos_embed
+        square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
+        return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)

@@ -1,0 +1,219 @@
+"""Mamba2DiT: a DiT whose attention is a bidirectional Mamba-2 scan (SSD, arXiv 2405.21060). A network of our own.
+
+It answers what another way of mixing tokens does to a method: patches, positions, conditions, head and first weights
+are DiT's, width and depth of a preset are those of the DiT of the same letter, and so, within 4 %, is the number of
+parameters (the mixer is twice as wide as attention and has half again as many; an MLP of ratio 3 in place of 4 pays for
+that). No published result belongs to these sizes.
+
+The order of the tokens counts in a scan. So each block is told where its tokens stand in the scan (``positions``), puts
+them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor. A
+block that sees some of the tokens only scans these, in the same order. The file knows nothing of routing; whoever takes
+tokens out of a block's sequence must take their ``positions`` along (``token_arguments``).
+
+Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
+p patch size.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.models.common import check_sizes, initialise, unpatchify
+from tread_composer.models.dit import FinalLayer
+from tread_composer.models.layers import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+from tread_composer.models.ssd import BidirectionalSSD
+
+__all__ = ['Mamba2Block', 'Mamba2DiT', 'scan_positions']
+
+
+def scan_positions(grid: tuple[int, int], order: str, *, device: torch.device | None = None) -> Tensor:
+    """Where each token of a grid, in raster order, stands in a scan of it: int64 ``[h * w]``.
+
+    Args:
+        grid: h and w.
+        order: ``'raster'``, row by row, or ``'column'``, column by column.
+        device: Where to make it.
+    """
+    tokens = torch.arange(grid[0] * grid[1], device=device)
+    return tokens if order == 'raster' else tokens % grid[1] * grid[0] + tokens // grid[1]
+
+
+class Mamba2Block(nn.Module):
+    """A scan and an MLP, each behind an RMSNorm that the condition shifts and scales, and a gate (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, mixer: BidirectionalSSD, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mixer = mixer
+        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor, positions: Tensor) -> Tensor:
+        """One step of the network.
+
+        Args:
+            x_BND: Tokens, for any N and in any order.
+            condition_BD: Times and labels.
+            positions: Where these very tokens stand in this block's scan: ``[B, N]``, no two of a sample alike. Only
+                their order counts.
+
+        Returns:
+            Tokens of the same shape, in the order of ``x_BND``.
+
+        Raises:
+            ValueError: ``positions`` are of other tokens than ``x_BND``, as far as their shape shows.
+        """
+        if positions.shape != x_BND.shape[:2]:
+            raise ValueError(
+                f'positions: their shape is {list(positions.shape)}, the block got {x_BND.shape[0]} samples of '
+                f'{x_BND.shape[1]} tokens. Whoever takes tokens out must take their positions along: Tread and '
+                "apply_tread do with token_arguments=('positions',), YAML: algorithms.tread.token_arguments: "
+                '[positions]'
+            )
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
+        order_BN = positions.argsort(dim=1)
+        scanned = self.mixer(_taken(modulate(self.norm1(x_BND), shift1, scale1), order_BN))
+        x_BND = x_BND + gate1.unsqueeze(1) * _taken(scanned, order_BN.argsort(dim=1))
+        return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+
+
+def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    """The tokens in the order of ``ids_BN``."""
+    return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))
+
+
+class Mamba2DiT(nn.Module):
+    """The state-space counterpart of ``DiT``; called as that is.
+
+    Fixed sin-cos positions and the scan are made for the grid that comes, so that latents of any height and width work
+    that patches tile. Beyond the grid of training they are positions that the weights have not seen.
+
+    Args:
+        latent_size: Height and width of the latents in training, H = W.
+        in_channels: Channels of the latents, C.
+        num_classes: Number of classes; label ``num_classes`` is the null label. 0: unconditional, labels are ignored.
+        patch_size: Height and width of the square that becomes one token, p.
+        hidden_size: Width of a token, D.
+        depth: Number of blocks.
+        expand: Inner width of a mixer over ``hidden_size``.
+        head_size: Width of a head of the scan; divides ``expand * hidden_size``.
+        state_size: Numbers of state for each number of a head.
+        mlp_ratio: Inner width of the MLPs over ``hidden_size``.
+        scan: ``'raster'``: all blocks scan row by row, there and back. ``'alternate'``: every second block, the one
+            with index 1 first, scans column by column.
+        chunk_size: Sequences of at most so many tokens are mixed by one matrix, longer ones in chunks of that length.
+        kernel: ``'torch'``, or ``'fused'``: the package ``mamba_ssm`` on a CUDA device, and an error without it.
+        learn_sigma: Predict 2C channels (noise, then variance fraction) instead of C.
+
+    Raises:
+        ValueError: The sizes do not fit together, or there is no such scan or kernel.
+    """
+
+    token_arguments: ClassVar[tuple[str, ...]] = ('positions',)
+    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+
+    def __init__(
+        self,
+        *,
+        latent_size: int,
+        in_channels: int,
+        num_classes: int,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        expand: int = 2,
+        head_size: int = 64,
+        state_size: int = 64,
+        mlp_ratio: float = 3.0,
+        scan: Literal['raster', 'alternate'] = 'raster',
+        chunk_size: int = 256,
+        kernel: Literal['torch', 'fused'] = 'torch',
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            'latent_size': latent_size,
+            'in_channels': in_channels,
+            'patch_size': patch_size,
+            'hidden_size': hidden_size,
+            'depth': depth,
+        }
+        check_sizes(sizes, num_classes, mlp_ratio)
+        if scan not in ('raster', 'alternate'):
+            raise ValueError(f"scan={scan!r}: must be 'raster' or 'alternate'")
+        self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
+        self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
+        self.null_label = num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_tokens = (latent_size // patch_size) ** 2
+        self.orders = ('raster', 'column') if scan == 'alternate' else ('raster',)
+
+        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        # A parameter that is never trained, as DiT's.
+        positions_ND = sincos_positions(hidden_size, latent_size // patch_size)
+        self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
+        mixer = {
+            'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size
+        }  # fmt: skip
+        self.blocks = nn.ModuleList(
+            Mamba2Block(hidden_size, BidirectionalSSD(hidden_size, kernel=kernel, **mixer), mlp_ratio)
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        initialise(self)  # the scans' own parameters have their first values already
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """Predict from noisy latents.
+
+        Args:
+            x_BCHW: Noisy latents, H and W divisible by p.
+            t_B: What the objective says about the noise level, in any float dtype; embedded in float32.
+            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
+                ``LabelEmbedder``. Ignored by an unconditional model.
+
+        Returns:
+            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
+
+        Raises:
+            ValueError: The latents have other channels, patches do not tile them, or labels are missing.
+            UserError: ``kernel='fused'`` cannot run here.
+        """
+        channels, height, width = x_BCHW.shape[1:]
+        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f'this Mamba2DiT was made for latents [B, {self.in_channels}, H, W] with H and W divisible by '
+                f'{self.patch_size}, got {list(x_BCHW.shape)}'
+            )
+        grid = height // self.patch_size, width // self.patch_size
+        x = self.x_embedder(x_BCHW) + self._positions(grid)
+        c = self.t_embedder(t_B)
+        if self.num_classes:
+            if labels_B is None:
+                raise ValueError(f'labels are missing; without a class, pass the null label {self.null_label}')
+            c = c + self.y_embedder(labels_B)
+        # One row for each sample, all the same memory: a route then takes other tokens of each sample.
+        scans = [scan_positions(grid, order, device=x.device).expand(len(x), -1) for order in self.orders]
+        for index, block in enumerate(self.blocks):
+            x = block(x, c, scans[index % len(scans)])
+        return unpatchify(self.final_layer(x, c), grid, self.patch_size, self.out_channels)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer's FSDP asks: is this module a unit of its own?"""
+        return isinstance(module, Mamba2Block)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
+        return isinstance(module, Mamba2Block)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
+        side = self.latent_size // self.patch_size
+        if grid == (side, side):
+            return self.pos_embed
+        square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
+        return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
