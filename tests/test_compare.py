@@ -36,7 +36,7 @@ PROTOCOL = Protocol(
     autoencoder_hash='sha256:1', decode_dtype='float32', uint8_rule='one',
     reference={'name': 'imagenet', 'kind': 'npz'},
     reference_hash='sha256:2', features={'name': 'inception', 'weights_hash': 'sha256:3', 'version': '0'},
-    resolution=256,
+    resolution=256, time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}, weak='none',
 ).to_dict()  # fmt: skip
 
 
@@ -179,6 +179,26 @@ def test_different_protocols_are_refused_with_what_differs():
     # A run that was measured both ways is compared where it can be.
     both = Run('both', '', (*b.curves, *two_runs()[1].curves))
     assert compare([a, both]).tables[0].protocol == PROTOCOL
+    assert compare([a, both]).left_out == ('fid_10000 of both by 1 further protocols, which not every run has',)
+
+
+def test_runs_of_two_objectives_compare_and_the_grids_are_named():
+    flow, shifted = ({**PROTOCOL, 'time_grid': {'objective': 'flow_matching', 'sampling_shift': s}} for s in (1.0, 2.0))
+    edm, a = run('edm', points((100, 40.0))), run('a', points((100, 30.0)), protocol=flow)
+    both = compare([edm, a])
+    assert both.tables[0].protocol['time_grid'] == {'edm': PROTOCOL['time_grid'], 'a': flow['time_grid']}
+    assert 'each was sampled on the time grid of its own' in format_comparison(both)
+    assert 'time grid of its own' not in format_comparison(compare(two_runs()))
+    # Each of two grids of one objective goes with the EDM's, but they do not go with each other.
+    b = run('b', points((100, 20.0)), protocol=shifted)
+    with pytest.raises(UserError, match=r'a and b:\n +time_grid.sampling_shift: 1.0 and 2.0'):
+        compare([edm, a, b])
+
+
+def test_numbers_of_which_something_is_unknown_are_refused():
+    old = {name: value for name, value in PROTOCOL.items() if name not in ('time_grid', 'weak')}
+    with pytest.raises(UserError, match='time_grid: unknown for both numbers'):
+        compare([run(name, points((100, 40.0)), protocol=old) for name in 'ab'])
 
 
 def test_metrics_are_chosen_by_name_with_or_without_their_number_of_samples():
@@ -240,6 +260,17 @@ def test_results_files(tmp_path):
     assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
     with pytest.raises(UserError, match="no results of a run 'other'"):
         open_run(f'{path}#other')
+
+
+def test_a_curve_is_one_whatever_the_reference_is_called(tmp_path):
+    other = {**PROTOCOL, 'autoencoder': '/data/vae', 'reference': {'name': 'copy', 'kind': 'npz'},
+             'sampling': {**PROTOCOL['sampling'], 'guidance_scale': 1}}  # fmt: skip
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps([entry(100, 9.0), entry(200, 8.0, protocol=other), entry(300, 7.0)]))
+    (curve,) = open_run(str(path)).curves
+    assert [point.value for point in curve.points] == [9.0, 8.0, 7.0]
+    path.write_text(json.dumps([entry(100, 9.0), entry(200, 8.0, protocol={**other, 'seed': 1})]))
+    assert [len(curve.points) for curve in open_run(str(path)).curves] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +349,23 @@ def test_the_same_run_from_mlflow_and_from_its_folder(digits):
     assert named.curves == folder.curves and named.name == 'routed'
     identity = named.source.removeprefix('mlflow:').partition('@')[0]
     assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
+
+
+def test_the_file_of_digits_quality_holds_its_own_points(digits):
+    folder = make_digits_run(digits, 'both', 'digits.yaml', {100: 40.0, 200: 20.0})
+    earlier = {curve.metric: curve for curve in open_run(str(folder)).curves}['digits/frechet_distance']
+    assert earlier.protocol['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    figures = {'recognised': 0.5, 'frechet_distance': 7.0}
+    now = {'run_name': 'both', 'batch': 200, **figures, 'protocol': {**PROTOCOL, 'seed': 5},
+           'points': [{'batch': 150, **figures}, {'batch': 200, **figures}]}  # fmt: skip
+    (folder / 'digits_quality.json').write_text(json.dumps(now))
+    found = open_run(str(folder))
+    assert [curve.metric for curve in found.curves] == ['digits/recognised', 'digits/frechet_distance']
+    for curve in found.curves:
+        assert [point.step for point in curve.points] == [150, 200]  # and none of the history of the other protocol
+        assert curve.protocol['seed'] == 5
+    assert any('earlier version of digits_quality' in note for note in found.notes)
+    assert open_run(str(folder / 'digits_quality.json')).curves[0].points[0].value == 0.5
 
 
 def test_digits_runs_of_different_protocols_are_refused(digits, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """``python -m tread_composer evaluate`` and ``prefetch``, from their words to what they write."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,13 @@ from mlflow import MlflowClient
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.trained_runs import run
 from tread_composer import cli
+from tread_composer.config import restore_config
 from tread_composer.data.digits import prepare_digits
+from tread_composer.export_file import write_exported
 from tread_composer.metrics.inception import INCEPTION_SHA256, INCEPTION_VARIABLE
-from tread_composer.metrics.protocol import UNKNOWN, differences, load_results
+from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
+from tread_composer.samplers import SamplingSettings
+from tread_composer.trained import read_trained
 
 SAMPLING = ['--steps', '2', '--batch-size', '16', '--device', 'cpu']
 
@@ -78,8 +83,70 @@ def test_a_model_and_its_samples_give_the_same_numbers_with_the_same_protocol(tr
     page = (trained / 'results.html').read_text()
     assert 'fd_digits_40' in page and 'http' not in page.lower().replace('http-equiv', '')
     (logged,) = mlflow_runs(trained.parent)
-    assert logged.data.metrics['evaluation/fd_digits_40'] == of_model[0]['value']
+    assert logged.data.metrics[series_name('fd_digits_40', protocol)] == of_model[0]['value']
     assert logged.info.status == 'FINISHED'
+
+
+def test_numbers_of_two_protocols_stand_in_two_series(trained, digits, tmp_path):
+    guided = ['--guidance-scale', '2']
+    for words in ([], guided):
+        assert evaluate(trained, digits, '--count', '10', *words, *SAMPLING, '--out', str(tmp_path / 'r.json')) == 0
+    entries = load_results(tmp_path / 'r.json')
+    (logged,) = mlflow_runs(trained.parent)
+    series = {name: value for name, value in logged.data.metrics.items() if '/fd_digits_10/' in name}
+    assert sorted(series.values()) == sorted(entry['value'] for entry in entries)
+    assert any('-classifier_free-2.0-' in name for name in series)
+
+
+def test_a_sweep_has_the_protocol_of_evaluate(trained, digits, tmp_path):
+    """Whoever measures: the same images have the same protocol, also with the routes that sparse guidance uses."""
+    sparse = ['--guidance', 'sparse', '--guidance-scale', '2', '--strong-rate', '0.25', '--weak-rate', '0.75']
+    for name, words in (('plain', []), ('sparse', sparse)):
+        out = str(tmp_path / f'{name}.json')
+        assert evaluate(trained, digits, '--count', '20', *words, *SAMPLING, '--out', out) == 0
+    words = ['--samples', '20', '--features', 'digits', '--reference', str(digits), '--out', str(tmp_path / 'sweep')]
+    rates = ['--rates', '0.25:0.75', '--guidance-scale', '1', '2']
+    assert cli.main(['sweep', str(trained), *words, *rates, *SAMPLING]) == 0
+    rows = load_results(tmp_path / 'sweep' / 'results.json')
+    for name, row in zip(('plain', 'sparse'), rows, strict=True):
+        (entry,) = load_results(tmp_path / f'{name}.json')
+        assert differences(entry['protocol'], row['protocol']) == []
+        assert protocol_key(entry['protocol']) == protocol_key(row['protocol'])
+        assert row['value'] == pytest.approx(entry['value'], rel=2e-3)
+    assert rows[1]['protocol']['sampling']['routes']
+
+
+def test_the_second_network_is_part_of_the_protocol(trained, digits, tmp_path):
+    early = str(next(trained.glob('*ba2*.pt')))
+    for weak in (early, str(trained)):
+        words = ['--count', '10', '--guidance', 'auto', '--guidance-scale', '2', '--weak', weak]
+        assert evaluate(trained, digits, *words, *SAMPLING, '--out', str(tmp_path / 'r.json')) == 0
+    first, second = (entry['protocol'] for entry in load_results(tmp_path / 'r.json'))
+    assert [line.split(':')[0] for line in differences(first, second)] == ['weak']
+
+
+def test_an_exported_file_is_credited_by_what_it_says_itself(trained, digits, tmp_path, capsys):
+    found = read_trained(trained)
+    renamed = restore_config({**found.config.to_dict(), 'run_name': 'other'}, source='test')
+    shutil.copy(trained / 'config.yaml', tmp_path / 'config.yaml')
+    for name, config, batch in (('other', renamed, 0), ('own', found.config, 3)):
+        file = tmp_path / f'{name}.safetensors'
+        write_exported(file, dataclasses.replace(found, config=config, batch=batch), {}, overwrite=False)
+        assert evaluate(file, digits, '--count', '10', *SAMPLING) == 0
+    assert "is of run 'other', and lies in the folder of run 'digits_tread'" in capsys.readouterr().out
+    (other,), (own,) = (load_results(tmp_path / name) for name in ('other.results.json', 'results.json'))
+    assert (other['run'], other['batch']) == ('other', None)  # 0 is what an import says where nobody knows
+    assert (own['run'], own['batch']) == ('digits_tread', 3)
+
+
+def test_what_nobody_knows_the_batch_of_is_in_no_curve(trained, digits, tmp_path, capsys):
+    before = set(mlflow_runs(trained.parent)[0].data.metrics)
+    found, file = read_trained(trained), trained / 'unknown.safetensors'
+    write_exported(file, dataclasses.replace(found, batch=0), {}, overwrite=True)
+    assert evaluate(file, digits, '--count', '30', *SAMPLING, '--out', str(tmp_path / 'r.json')) == 0
+    assert 'nobody has said' in capsys.readouterr().out
+    assert set(mlflow_runs(trained.parent)[0].data.metrics) == before
+    file.unlink()
 
 
 def mlflow_runs(folder: Path):
@@ -96,6 +163,8 @@ def test_evaluating_again_draws_nothing_anew_and_adds_no_second_entry(trained, d
     assert len(load_results(tmp_path / 'numbers.json')) == 1
     (folder,) = (trained / 'evaluation_samples').iterdir()
     assert folder.name.startswith('ema-ba3-')
+    assert evaluate(trained, digits, *words, '--batch-size', '3') == 0  # no other images
+    (folder,) = (trained / 'evaluation_samples').iterdir()
     assert evaluate(trained, digits, *words, '--seed', '5') == 0
     first, second = load_results(tmp_path / 'numbers.json')
     assert differences(first['protocol'], second['protocol']) == ['seed: 0 and 5']
@@ -111,14 +180,24 @@ def test_images_that_say_nothing_compare_with_none_until_they_are_described(digi
     assert kid['protocol']['settings'] == {'kid_subset_size': 25, 'kid_subsets': 100}
     assert fid['protocol']['seed'] == UNKNOWN
     assert 'seed: unknown for both numbers' in differences(fid['protocol'], fid['protocol'])
-    said = ['weights=ema', 'labels=balanced', 'seed=0', 'sampling.sampler=heun', 'sampling.num_steps=50',
-            'autoencoder=pixels', 'autoencoder_hash=null', 'decode_dtype=float32', 'uint8_rule=rounded']  # fmt: skip
+    part = ['weights=ema', 'labels=balanced', 'seed=0', 'sampling.sampler=heun', 'sampling.num_steps=50', 'weak=none',
+            'autoencoder=pixels', 'autoencoder_hash=null', 'decode_dtype=float32', 'uint8_rule=rounded',
+            'time_grid.objective=flow_matching']  # fmt: skip
+    assert evaluate(folder, digits, '--describe', *part, '--out', str(tmp_path / 'part.json')) == 0
+    printed = capsys.readouterr().out
+    assert 'has said sampling.sampler_settings, sampling.guidance, sampling.guidance_scale, time_grid.s' in printed
+    partly = load_results(tmp_path / 'part.json')[0]['protocol']
+    assert [line for line in differences(partly, partly) if 'guidance' in line or 'shift' in line] == [
+        'sampling.guidance: unknown for both numbers', 'sampling.guidance_scale: unknown for both numbers',
+        'time_grid.sampling_shift: unknown for both numbers',
+    ]  # fmt: skip
+    said = [*part, 'sampling.guidance=none', 'sampling.sampler_settings={}', 'time_grid.sampling_shift=1']
     target = tmp_path / 'described.json'
     assert evaluate(folder, digits, '--describe', *said, '--out', str(target)) == 0
     assert 'will compare' not in capsys.readouterr().out
     (described,) = load_results(target)
     assert differences(described['protocol'], described['protocol']) == []
-    assert described['protocol']['sampling'] == {'sampler': 'heun', 'num_steps': 50}
+    assert described['protocol']['sampling'] == SamplingSettings().to_dict()
     assert described['value'] == pytest.approx(fid['value'], rel=1e-9)
 
 
@@ -168,6 +247,23 @@ def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, capsys)
         capsys, trained, digits, '--describe', 'seed=0', '--count', '20'
     )
     assert "'sead' is not known; known are weights" in refused(capsys, images, digits, '--describe', 'sead=0')
+    for word, message in {
+        'sampling.stepz=3': "'sampling.stepz' is not known", 'sampling=heun': "'sampling' is not known",
+        'time_grid.objective=vp': 'choose one of flow_matching, edm, ddpm',
+    }.items():  # fmt: skip
+        assert message in refused(capsys, images, digits, '--describe', word)
+    words = ['sampling.guidance=none', 'sampling.guidance_scale=2']
+    assert "guidance is 'none'" in refused(capsys, images, digits, '--describe', *words)
+    words = ['time_grid.objective=edm', 'time_grid.sampling_shift=1']
+    assert 'edm has sigma_min, sigma_max, rho' in refused(capsys, images, digits, '--describe', *words)
+    assert 'autoencoder.path=x: of a model' in refused(capsys, images, digits, 'autoencoder.path=x')
+    assert 'a trained model is sampled as it was' in refused(capsys, trained, digits, 'seed=3', '--count', '20')
+    assert 'pixels' in refused(capsys, trained, digits, 'autoencoder.path=x', '--count', '20')
+    damaged = write_folder(tmp_path / 'damaged', grey_images(12))
+    (damaged / '000003.png').write_bytes((damaged / '000003.png').read_bytes()[:40])
+    before = sorted((trained / 'evaluation_samples').iterdir())
+    assert '000003.png' in refused(capsys, trained, damaged, '--count', '50', *SAMPLING)
+    assert sorted((trained / 'evaluation_samples').iterdir()) == before, 'refused before sampling'
     assert 'not of the form key=value' in refused(capsys, images, digits, '--describe', 'seed')
     assert 'no such file or folder' in refused(capsys, tmp_path / 'nowhere', digits)
     assert 'at least 1 and 2' in refused(capsys, images, digits, '--kid-subset-size', '1')

@@ -1,6 +1,7 @@
 """``python -m tread_composer sample`` from its words to its files, in this process and in two."""
 
 import argparse
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -21,11 +22,13 @@ from tests.runs import environment
 from tests.trained_runs import run
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
+from tread_composer.config import restore_config
+from tread_composer.export_file import write_exported
 from tread_composer.generate.cli import add_arguments
 from tread_composer.generate.request import DECODE_DTYPES, FORMATS
 from tread_composer.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from tread_composer.samplers.settings import Guidance, GuidedChannels, RateSchedule, WeakLabel
-from tread_composer.trained import load_trained
+from tread_composer.trained import load_trained, read_trained
 
 
 @pytest.fixture(scope='module')
@@ -94,6 +97,8 @@ def test_what_stands_beside_the_images_says_how_they_were_made(trained, tmp_path
     assert made_with['sampling']['guidance'] == 'classifier_free'
     assert (made_with['num_samples'], made_with['labels'], made_with['seed']) == (10, 'balanced', 0)
     assert (made_with['autoencoder'], made_with['decode_dtype']) == ('pixels', 'float32')
+    assert made_with['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    assert (made_with['weak'], found['run']) == ('none', 'digits_tread')
     assert (found['evaluations'], found['guided_evaluations']) == (5, 5)
     assert sample(trained, tmp_path / 'plain', '--count', '10') == 0
     assert found['gmacs_per_image'] == pytest.approx(2 * record(tmp_path / 'plain')['gmacs_per_image'])
@@ -118,6 +123,24 @@ def test_images_do_not_depend_on_the_batch_size_and_do_on_the_label(trained, tmp
     assert record(tmp_path / 'other')['made_with']['labels'] == 'file'
 
 
+def test_labels_that_are_not_balanced_are_not_called_so(trained, tmp_path, capsys):
+    assert sample(trained, tmp_path / 'out', '--count', '12') == 0
+    assert 'no multiple of the 10 classes' in capsys.readouterr().out
+    assert record(tmp_path / 'out')['made_with']['labels'] == 'in turn'
+
+
+def test_weights_of_which_nobody_knows_how_long_they_were_trained(trained, tmp_path, capsys):
+    """As an import leaves them, in the folder of somebody else's run."""
+    found = read_trained(trained)
+    renamed = restore_config({**found.config.to_dict(), 'run_name': 'imported'}, source='test')
+    file = tmp_path / 'model.safetensors'
+    write_exported(file, dataclasses.replace(found, batch=0, config=renamed), {}, overwrite=False)
+    shutil.copy(trained / 'config.yaml', tmp_path / 'config.yaml')
+    assert sample(file, tmp_path / 'out', '--count', '2') == 0
+    assert 'a number of batches that nobody has said' in capsys.readouterr().out
+    assert (record(tmp_path / 'out')['batch'], record(tmp_path / 'out')['run']) == (None, 'imported')
+
+
 def test_guidance_by_an_early_checkpoint(trained, tmp_path, capsys):
     early = str(next(trained.glob('*ba2*.pt')))
     words = ['--count', '4', '--guidance', 'auto', '--guidance-scale', '2']
@@ -128,8 +151,7 @@ def test_guidance_by_an_early_checkpoint(trained, tmp_path, capsys):
     nearly_equal(pictures(tmp_path / 'itself'), pictures(tmp_path / 'plain'))  # no difference to guide by
     auto, plain = pictures(tmp_path / 'auto'), pictures(tmp_path / 'plain')
     assert any((auto[name] != plain[name]).any() for name in plain)
-    weak = record(tmp_path / 'auto')['made_with']['weak']
-    assert weak == {'weights': 'ema', 'weights_digest': load_trained(early).digest}
+    assert record(tmp_path / 'auto')['made_with']['weak'] == f'ema {load_trained(early).digest}'
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(trained, tmp_path, capsys):

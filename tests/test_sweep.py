@@ -2,19 +2,24 @@
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers import tiny_model
+from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import assert_self_contained
 from tread_composer.cli import main
+from tread_composer.conversion.ranks import Ranks
 from tread_composer.errors import ResumeError, UserError
+from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
 from tread_composer.samplers import SamplingSettings
-from tread_composer.sweep.drawn import SweepRequest, sampling_of
+from tread_composer.sweep.drawn import SweepRequest, sampling_of, sweep
 from tread_composer.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
 
 CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}
@@ -124,12 +129,15 @@ def test_the_rows_of_a_request():
     request = SweepRequest(
         'x', 'r', 'o', guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), rates=(None, (0.5, 0.9))
     )
-    rows = request.rows()
-    # Without guidance an interval means nothing: 1 and not 2 rows, for each kind.
+    said = []
+    rows = request.rows(said.append)
+    # Without guidance neither an interval nor rates mean anything: 1 row and not 4.
     assert [(row['guidance'], row['guidance_scale'], row['guidance_interval']) for row in rows] == [
-        ('classifier_free', 1.0, None), ('classifier_free', 2.0, None), ('classifier_free', 2.0, [0.1, 0.8]),
-        ('sparse', 1.0, None), ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
+        ('none', 1.0, None), ('classifier_free', 2.0, None), ('classifier_free', 2.0, [0.1, 0.8]),
+        ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
     ]  # fmt: skip
+    assert said[0].startswith('8 combinations come to 5 rows: without guidance')
+    assert [row['guidance'] for row in SweepRequest('x', 'r', 'o', (2.0,), ((0.3, 0.3),)).rows()] == ['none']
     assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
     drawn = sampling_of(rows[-1], request)
     assert (drawn.guidance, drawn.strong_rate, drawn.weak_rate, drawn.guidance_interval) == (
@@ -140,6 +148,19 @@ def test_the_rows_of_a_request():
     )
     with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
         SweepRequest('x', 'r', 'o', rates=((0.5, 1.5),)).rows()
+
+
+def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
+    kinds = [{'guidance': 'classifier_free'}, {'guidance': 'sparse', 'weak_rate': 0.9}]
+    settings = [{'weights': w, 'guidance': 'none', 'guidance_scale': 1.0} for w in ('ema', 'raw')]
+    settings += [
+        {'weights': w, **kind, 'guidance_scale': s} for w in ('ema', 'raw') for kind in kinds for s in (2.0, 3.0)
+    ]
+    rows = run_sweep(settings, Counting(), tmp_path, CONTRACT, quiet)
+    page = write_sweep(rows, tmp_path, CONTRACT, 'sweep')[2].read_text()
+    chart = page[page.index('<svg') : page.index('</svg>')]
+    assert chart.count('<polyline') == 4
+    assert all(line.count(',') == 3 for line in re.findall(r'<polyline[^>]* points="([^"]*)"', chart))
 
 
 def test_a_sweep_with_the_digits_judge_on_a_tiny_model(tmp_path):
@@ -219,17 +240,95 @@ def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, ca
     assert 'num_samples: saved 40, now 50' in capsys.readouterr().err
 
 
+def test_kid_of_small_subsets_with_a_cache_of_its_own(trained, tmp_path):
+    words = ['--metrics', 'kid', '--kid-subset-size', '20', '--cache', str(tmp_path / 'cache'), '--samples', '20']
+    assert command(trained, *words, '--out', str(tmp_path / 'out')) == 0
+    (entry,) = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert entry['metric'] == 'kd_digits_20' and entry['protocol']['settings']['kid_subset_size'] == 20
+    assert len(list((tmp_path / 'cache').iterdir())) == 1
+    assert '--kid-subset-size 20' in (tmp_path / 'out' / 'sweep.html').read_text()
+
+
+def small_request(trained: Path, out: Path, **settings) -> SweepRequest:
+    places = {'path': str(trained / 'run'), 'reference': str(trained / 'reference'), 'cache': out.parent / 'cache'}
+    small = {'num_steps': 1, 'num_samples': 10, 'features': 'digits', 'device': 'cpu'}
+    return SweepRequest(**{**places, **small, 'out': str(out), **settings})
+
+
+def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
+    moving = shutil.copytree(trained / 'run', tmp_path / 'run', symlinks=True)
+    (moving / 'latest-rank0.pt').unlink()
+    latest, later = (Path(shutil.copy(next(moving.glob('ep*.pt')), moving / name)) for name in ('latest-rank0.pt', 'x'))
+    content = torch.load(later, weights_only=False)
+    for state in (content['state']['model'], content['state']['algorithms']):
+        shift(state)
+    torch.save(content, later)
+
+    def train_on(line):
+        if line.startswith('1 of 2'):
+            later.replace(latest)
+
+    request = small_request(trained, tmp_path / 'out', path=str(moving), weights=('ema', 'raw'))
+    with pytest.raises(UserError, match=r'holds other raw weights than at the start .* still train\?'):
+        sweep(request, Ranks(), train_on)
+    assert len(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['rows']) == 1
+
+
+def shift(state):
+    """Other weights, wherever in a state there are some."""
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value += 0.01
+        elif isinstance(value, dict | list | tuple):
+            shift(value)
+
+
+def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(trained, tmp_path, monkeypatch):
+    seen, draw = [], LatentDiffusion.draw
+
+    def watched(*arguments, **settings):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return draw(*arguments, **settings)
+
+    monkeypatch.setattr(LatentDiffusion, 'draw', watched)
+    damaged = write_folder(tmp_path / 'damaged', grey_images(12))
+    (damaged / '000003.png').write_bytes((damaged / '000003.png').read_bytes()[:40])
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('high')
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with pytest.raises(UserError, match=r'000003\.png'):
+            sweep(small_request(trained, tmp_path / 'no', reference=str(damaged)), Ranks(), quiet)
+        assert seen == []
+        sweep(small_request(trained, tmp_path / 'out'), Ranks(), quiet)
+        assert set(seen) == {('highest', False)}
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ('high', True)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
         (['--samples', '45'], 'no multiple of the 10 classes'),
         (['--samples', '1'], 'at least 2 samples'),
-        (['--samples', '40', '--metrics', 'sfid'], 'choose of fid, kid, is, prc'),
+        (['--samples', '40', '--metrics', 'sfid'], "invalid choice: 'sfid'"),
+        (['--samples', '40', '--batch-size', '0'], 'at least 1 and 2'),
+        (['--samples', '40', '--metrics', 'kid'], 'kid needs 1000 images'),
+        (['--samples', '40', '--inception-sha256', 'a' * 64], 'need no weights of Inception'),
+        (['--samples', '40', '--reference', 'large'], 'images of 16 pixels, and the samples have 8'),
+        (['optimizer.lr=3', '--samples', '40'], 'optimizer.lr: a trained model is sampled as it was trained'),
+        (['autoencoder.path=/data/vae', '--samples', '40'], 'autoencoder'),
         (['--samples', '40', '--interval', '0.1'], 'write LOW:HIGH, or none'),
         (['--samples', '40', '--rates', 'half'], 'write STRONG:WEAK, or none'),
     ],
 )
-def test_what_cannot_be_swept_is_refused_before_anything_is_written(trained, tmp_path, capsys, words, message):
+def test_what_cannot_be_swept_is_refused_before_anything_is_written(
+    trained, tmp_path, capsys, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / 'large', random_images(12, 16))
     assert command(trained, *words, '--out', str(tmp_path / 'out')) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()

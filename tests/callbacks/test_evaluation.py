@@ -10,6 +10,7 @@ import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from composer.utils import dist
+from PIL import Image
 
 from tests.callbacks.small import Painter, trainer
 from tests.data.worlds import on_ranks
@@ -25,7 +26,7 @@ from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.features import extract, open_extractor
 from tread_composer.metrics.fidelity import measure, statistics
 from tread_composer.metrics.inception import INCEPTION_VARIABLE
-from tread_composer.metrics.protocol import differences, load_results
+from tread_composer.metrics.protocol import differences, load_results, series_name
 from tread_composer.metrics.references import open_reference
 from tread_composer.objectives import FlowMatching
 
@@ -74,7 +75,7 @@ def test_training_goes_on_as_without_it_to_the_bit(tmp_path, digits):
 
 def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits):
     files = InMemoryLogger()
-    files.log_file = lambda path: files.data.setdefault('files', []).append(path.name)
+    files.log_file = lambda path, artifacts=None: files.data.setdefault('files', []).append((path.name, artifacts))
     callback = evaluation(tmp_path, digits / 'eval', '6ba', seed=3)
     model, ema = latent_model(), EMA(decay=0.5)
     made = make_trainer(model, algorithms=[ema], callbacks=[callback], loggers=[files], run_name='six')
@@ -93,8 +94,10 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
     for entry in entries:
         assert (entry['run'], entry['batch']) == ('six', 6)
         assert entry['training']['seconds'] > 0
-        assert float(files.data[f'evaluation/{entry["metric"]}'][-1][1]) == entry['value']
-    assert files.data['files'] == ['results.json']
+        assert float(files.data[series_name(entry['metric'], entry['protocol'])][-1][1]) == entry['value']
+    pictures = [('ba000006.png', 'evaluation'), ('latest.png', 'evaluation')]
+    assert files.data['files'] == [*pictures, ('results.json', None)]
+    assert Image.open(tmp_path / 'run' / 'evaluation' / 'latest.png').size[1] > 10 * 64  # a row for each digit
     protocol = entries[0]['protocol']
     assert protocol['reference_hash'] == open_reference(digits / 'eval').hash
     assert protocol['features'] == extractor.identity()
@@ -102,6 +105,8 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
     assert {key: protocol[key] for key in expected} == expected
     assert protocol['sampling']['num_steps'] == 2
     assert (protocol['autoencoder'], protocol['autoencoder_hash']) == ('pixels', None)
+    assert protocol['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    assert protocol['weak'] == 'none' and differences(protocol, protocol) == []
     assert any('fd_digits_20' in text for _, text in callback.summary(made.state))
 
 
@@ -109,6 +114,7 @@ class Walls(Painter):
     """Paints without an autoencoder."""
 
     autoencoder = None
+    objective = FlowMatching()  # else nobody knows at which times it was sampled
 
 
 def paint(callback, model=None, **settings):
@@ -170,7 +176,7 @@ def test_what_would_fail_later_is_refused_at_the_start(tmp_path, digits, monkeyp
     refused('297 reference images', metrics=['kid'], num_samples=300, kid_subset_size=300)
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'results.json').write_text('{}')
-    refused('digits_quality writes another file')
+    refused('is no list of measured numbers')
 
 
 @pytest.mark.parametrize(
@@ -212,8 +218,8 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
         "sampler: unknown name 'hoin'|sampler: .*hoin": lambda: load('features: digits, sampler: hoin'),
         "'nowhere' does not exist": lambda: check_files(load('features: digits', 'nowhere')),
         'inception: the weights of Inception are not here': lambda: check_files(load('metrics: [fid]')),
-        'and so does digits_quality': lambda: load('features: digits', 'x', 'callbacks.digits_quality={}'),
     }
+    load('features: digits', 'x', 'callbacks.digits_quality={}')  # each has a file of its own
     for message, act in refusals.items():
         with pytest.raises(UserError, match=message):
             act()

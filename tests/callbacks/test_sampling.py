@@ -1,7 +1,9 @@
 """SampleGrid and DigitsQuality: what they write, that they always write the same, that training does not notice."""
 
 import contextlib
+import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from tests.callbacks.small import Painter, losses_of, trainer
 from tests.helpers import make_trainer, tiny_dit
 from tread_composer.algorithms.ema import EMA
 from tread_composer.autoencoders import Pixels
-from tread_composer.callbacks.digits_quality import DigitsQuality
-from tread_composer.callbacks.sample_grid import SampleGrid, draw_grid
+from tread_composer.callbacks.digits_quality import DigitsQuality, measure
+from tread_composer.callbacks.sample_grid import SampleGrid, draw_grid, shown_in_grid
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import real_digits
+from tread_composer.metrics.protocol import Protocol, differences
 from tread_composer.objectives import FlowMatching
+from tread_composer.samplers import SamplingSettings
 
 
 class Average(Algorithm):
@@ -86,6 +90,33 @@ def test_training_does_not_notice(tmp_path, make):
     assert run([make(str(tmp_path))]) == run([])
 
 
+def test_pictures_are_drawn_in_float32_whatever_training_has_chosen(tmp_path):
+    class Watched(Painter):
+        seen: ClassVar[list] = []
+
+        def sample(self, *arguments, **settings):
+            self.seen.append(rounding())
+            return super().sample(*arguments, **settings)
+
+        def decode(self, latents):
+            self.seen.append(rounding())
+            return super().decode(latents)
+
+    def rounding():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('high')  # as Composer does for a GPU
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        trainer('1ba', Watched(), callbacks=[SampleGrid(folder=str(tmp_path), weights='raw')]).fit()
+        assert set(Watched.seen) == {('highest', False)} and len(Watched.seen) == 4
+        assert rounding() == ('high', True)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 def test_averaged_weights_are_used_and_given_back(tmp_path):
     raw, averaged = tmp_path / 'raw', tmp_path / 'averaged'
     callbacks = [
@@ -130,17 +161,18 @@ def test_quality_is_written_with_its_protocol_and_repeats(tmp_path):
         files = Files()
         quality = DigitsQuality(folder=str(folder), num_samples=100, weights='raw', num_steps=3)
         trainer(callbacks=[quality], loggers=[files]).fit()
-        assert files.files == [('results.json', None)]
-        return json.loads((folder / 'results.json').read_text()), files.data
+        assert files.files == [('digits_quality.json', None)]
+        return json.loads((folder / 'digits_quality.json').read_text()), files.data
 
     results, logged = run(tmp_path / 'a')
     assert results == run(tmp_path / 'b')[0]
     assert results['batch'] == 6
     assert results['run_name'] == 'painting'
-    assert results['protocol'] == {
-        'num_samples': 100, 'labels': 'balanced', 'seed': 1,
-        'sampler': 'heun', 'num_steps': 3, 'guidance_scale': 1.0, 'weights': 'raw',
-    }  # fmt: skip
+    protocol = results['protocol']
+    assert protocol.keys() == {entry.name for entry in dataclasses.fields(Protocol)}
+    expected = {'num_samples': 100, 'labels': 'balanced', 'seed': 0, 'weights': 'raw', 'resolution': 8}
+    assert {name: protocol[name] for name in expected} == expected
+    assert protocol['sampling'] == SamplingSettings(num_steps=3).to_dict()
     assert results['real_held_out']['recognised'] > 0.97
     assert results['frechet_distance'] > 10 * results['real_held_out']['frechet_distance']
     assert float(logged['digits/recognised'][-1][1]) == results['recognised']
@@ -154,7 +186,7 @@ def test_good_digits_are_recognised(tmp_path):
             model.pictures.weight[digit] = images[labels == digit].mean(0).flatten()
     quality = DigitsQuality(folder=str(tmp_path), num_samples=100, weights='raw')
     trainer('1ba', model, callbacks=[quality], optimizers=torch.optim.SGD(model.parameters(), lr=0.0)).fit()
-    assert json.loads((tmp_path / 'results.json').read_text())['recognised'] == 1.0
+    assert json.loads((tmp_path / 'digits_quality.json').read_text())['recognised'] == 1.0
 
 
 def test_with_the_real_model_and_the_real_average(tmp_path):
@@ -167,8 +199,38 @@ def test_with_the_real_model_and_the_real_average(tmp_path):
     model = LatentDiffusion(denoiser, FlowMatching(), **settings)
     make_trainer(model, algorithms=[EMA(decay=0.5)], callbacks=callbacks, run_name='real').fit()
     assert {path.name for path in tmp_path.iterdir()} == {
-        'ba000003.png', 'ba000006.png', 'latest.png', 'results.json',
+        'ba000003.png', 'ba000006.png', 'latest.png', 'digits_quality.json',
     }  # fmt: skip
+
+
+def test_quality_is_that_of_the_images_that_sample_draws_and_all_points_are_kept(tmp_path):
+    settings = {'latent_shape': (1, 8, 8), 'num_classes': 10, 'autoencoder': Pixels()}
+    model = LatentDiffusion(tiny_dit(), FlowMatching(), **settings)
+    quality = DigitsQuality('3ba', folder=str(tmp_path), num_samples=30, num_steps=2, weights='raw', seed=7)
+    (tmp_path / 'results.json').write_text('[]')  # of `evaluate`: none of its business
+    make_trainer(model, callbacks=[quality], run_name='real').fit()
+    found = json.loads((tmp_path / 'digits_quality.json').read_text())
+    images = model.decode(model.sample([i % 10 for i in range(30)], [7 + i for i in range(30)], num_steps=2))
+    assert found['frechet_distance'] == pytest.approx(
+        measure(images, [i % 10 for i in range(30)])['frechet_distance'], rel=1e-4
+    )
+    assert [point['batch'] for point in found['points']] == [3, 6]
+    assert found['points'][1]['frechet_distance'] == found['frechet_distance'] != found['points'][0]['frechet_distance']
+    assert differences(found['protocol'], found['protocol']) == []
+    assert (tmp_path / 'results.json').read_text() == '[]'
+    # Measured by another protocol, the points begin anew.
+    other = DigitsQuality(folder=str(tmp_path), num_samples=20, num_steps=2, weights='raw')
+    make_trainer(model, callbacks=[other], run_name='real').fit()
+    found = json.loads((tmp_path / 'digits_quality.json').read_text())
+    assert [point['batch'] for point in found['points']] == [6]
+
+
+def test_which_images_a_grid_shows():
+    assert shown_in_grid([0, 1, 2] * 2) == ([0, 3, 1, 4, 2, 5], [0, 1, 2])
+    many = shown_in_grid([i % 12 for i in range(240)])
+    assert many[1] == list(range(8)) and many[0][:3] == [0, 12, 24] and len(many[0]) == 80
+    assert shown_in_grid([3, 1, 1]) == ([1, 0], [1, 3])
+    assert shown_in_grid([4] * 25) == (list(range(20)), [4, None])
 
 
 def test_a_grid_of_colour_images_keeps_their_size_and_colours():

@@ -13,7 +13,9 @@ from tread_composer.metrics.protocol import (
     differences,
     load_results,
     metric_name,
+    protocol_key,
     result,
+    series_name,
 )
 
 PROTOCOL = Protocol(
@@ -30,6 +32,8 @@ PROTOCOL = Protocol(
     reference_hash='sha256:bb',
     features={'name': 'inception', 'weights_hash': 'sha256:cc', 'version': '0.4.0'},
     resolution=256,
+    time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0},
+    weak='none',
 )
 
 
@@ -46,6 +50,8 @@ def test_equal_protocols_compare_also_after_being_stored():
 @pytest.mark.parametrize('name', [field.name for field in dataclasses.fields(Protocol)])
 def test_every_part_of_a_protocol_counts(name):
     other = changed(**{name: {'name': 'another'} if isinstance(getattr(PROTOCOL, name), dict) else 'another'})
+    if name == 'time_grid':
+        other = changed(time_grid={'objective': 'edm', 'rho': 7.0})
     if name == 'autoencoder':  # a name beside an equal hash
         assert differences(PROTOCOL, other) == []
         other = dataclasses.replace(other, autoencoder_hash='sha256:dd')
@@ -68,6 +74,35 @@ def test_what_is_unknown_never_compares_not_even_with_itself():
     stored = PROTOCOL.to_dict()
     del stored['decode_dtype']
     assert differences(PROTOCOL, stored) == ['decode_dtype: unknown for the second']
+
+
+def test_numbers_of_an_earlier_version_are_read_and_compare_with_nothing(tmp_path):
+    old = {name: value for name, value in PROTOCOL.to_dict().items() if name not in ('time_grid', 'weak')}
+    (tmp_path / 'results.json').write_text(json.dumps([{'metric': 'fid', 'value': 2.0, 'protocol': old}]))
+    assert load_results(tmp_path / 'results.json')[0]['protocol'] == old
+    lines = differences(old, PROTOCOL)
+    assert sorted(lines) == ['time_grid: unknown for the first', 'weak: unknown for the first']
+    assert sorted(differences(PROTOCOL, changed(sampling=UNKNOWN))) == ['sampling: unknown for the second']
+
+
+def test_the_key_of_a_protocol_is_the_same_where_there_is_no_difference():
+    key = protocol_key(PROTOCOL)
+    assert key == protocol_key(json.loads(json.dumps(PROTOCOL.to_dict())))
+    assert key == protocol_key(changed(sampling={**PROTOCOL.sampling, 'guidance_scale': 1}))
+    assert key == protocol_key(changed(reference={'name': 'copy.npz', 'kind': 'adm'}, autoencoder='/data/vae'))
+    for values in ({'seed': 1}, {'seed': UNKNOWN}, {'autoencoder_hash': None}, {'reference_hash': 'sha256:ee'}):
+        assert key != protocol_key(changed(**values))
+    pixels = changed(autoencoder='pixels', autoencoder_hash=None)
+    assert protocol_key(pixels) != protocol_key(dataclasses.replace(pixels, autoencoder='other'))
+
+
+def test_a_series_has_some_of_the_protocol_in_its_name():
+    guided = changed(sampling={**PROTOCOL.sampling, 'guidance': 'classifier_free', 'guidance_scale': 1.5})
+    name = series_name('fid_10000', guided)
+    assert name.startswith('evaluation/fid_10000/ema-heun-50-classifier_free-1.5-')
+    assert series_name('fid_10000', PROTOCOL).startswith('evaluation/fid_10000/ema-heun-50-')
+    assert series_name('fid_10000', changed(seed=1)) != series_name('fid_10000', PROTOCOL)
+    assert series_name('fid', changed(sampling=UNKNOWN)).startswith('evaluation/fid/ema-')
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,20 @@ from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.errors import UserError
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
+from tread_composer.metrics.protocol import Protocol
 
-__all__ = ['DigitsQuality']
+__all__ = ['FIGURES', 'DigitsQuality']
 
+FIGURES = ('recognised', 'frechet_distance')
 _CLASSES = 10
+# What the judge leaves no choice in.
+_JUDGED = {
+    'uint8_rule': 'none, the judge sees floats',
+    'reference': {'name': 'digits', 'kind': 'training split'},
+    'reference_hash': 'scikit-learn digits',
+    'features': {'name': 'hidden layer of the digits judge'},
+    'resolution': 8,
+}
 
 
 class DigitsQuality(Callback):
@@ -25,18 +35,19 @@ class DigitsQuality(Callback):
 
     Logs ``digits/recognised`` (share of the images that are recognised as the digit asked for) and
     ``digits/frechet_distance`` (to the real training images, in the classifier's features; not an FID), and writes
-    ``<folder>/results.json`` with the protocol and with what real images reach under the same judge.
+    ``<folder>/digits_quality.json``: the latest figures, what real images reach under the same judge, the protocol, and
+    all figures that were measured by it. The images are those that the command ``sample`` draws with the same settings.
     Runs on ``Event.FIT_END``, and at the interval on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT``.
 
     Args:
         interval: A Composer time string. (Default: only at the end.)
-        folder: Where ``results.json`` goes. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
+        folder: Where ``digits_quality.json`` goes. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
         num_samples: Images, as many of each digit as of the others.
         sampler: Name of a sampler.
         num_steps: Its steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
-        seed: The first image's seed; image i has ``seed * 1000000 + i``.
+        seed: Image i has the seed ``seed + i``, as with the command ``sample``.
 
     Raises:
         UserError: ``num_samples`` is no multiple of 10, or at ``Event.FIT_START`` the model has not ten classes or
@@ -53,7 +64,7 @@ class DigitsQuality(Callback):
         num_steps: int = 25,
         guidance_scale: float = 1.0,
         weights: Weights = 'ema',
-        seed: int = 1,
+        seed: int = 0,
     ) -> None:
         if num_samples < _CLASSES or num_samples % _CLASSES:
             raise UserError(f'num_samples: {num_samples} must be a multiple of 10, so that all digits count alike')
@@ -84,9 +95,9 @@ class DigitsQuality(Callback):
             return []
         results = json.loads(self._path(state).read_text())
         real, protocol = results['real_held_out'], results['protocol']
-        count = protocol['num_samples']
-        drawn = f'{protocol["weights"]} weights, {protocol["sampler"]} {protocol["num_steps"]} steps'
-        drawn += f', guidance {protocol["guidance_scale"]:g}, dense'
+        count, how = protocol['num_samples'], protocol['sampling']
+        drawn = f'{protocol["weights"]} weights, {how["sampler"]} {how["num_steps"]} steps'
+        drawn += f', guidance {how["guidance_scale"]:g}, dense'
         return [
             (
                 'recognised',
@@ -102,24 +113,34 @@ class DigitsQuality(Callback):
         ]
 
     def _path(self, state: State) -> Path:
-        return Path(self.folder.format(run_name=state.run_name)) / 'results.json'
+        return Path(self.folder.format(run_name=state.run_name)) / 'digits_quality.json'
 
     def _measure(self, state: State, logger: Logger) -> None:
         labels = [index % _CLASSES for index in range(self.num_samples)]
-        seeds = [self.seed * 1_000_000 + index for index in range(self.num_samples)]
+        seeds = [self.seed + index for index in range(self.num_samples)]
         images = self.sampling.images(state, labels, seeds)
         if dist.get_global_rank() != 0:
             return
         results = measure(images, labels)
-        logger.log_metrics({f'digits/{name}': results[name] for name in ('recognised', 'frechet_distance')})
-        drawn = {'num_samples': self.num_samples, 'labels': 'balanced', 'seed': self.seed}
-        protocol = {**drawn, **self.sampling.settings()}
-        written = {'run_name': state.run_name, 'batch': int(state.timestamp.batch), **results, 'protocol': protocol}
-        path = self._path(state)
+        figures = {name: results[name] for name in FIGURES}
+        logger.log_metrics({f'digits/{name}': value for name, value in figures.items()})
+        facts = {**self.sampling.facts(state, labels='balanced', seed=self.seed), **_JUDGED}
+        protocol = Protocol(**facts, num_samples=self.num_samples).to_dict()
+        path, batch = self._path(state), int(state.timestamp.batch)
+        now = {'run_name': state.run_name, 'protocol': protocol}
+        points = [*_earlier(path, now, batch), {'batch': batch, **figures}]
+        written = {**now, 'batch': batch, **results, 'points': points}
         write_atomically(path, json.dumps(written, indent=2).encode())
         for destination in logger.destinations:
             if hasattr(destination, 'log_file'):
                 destination.log_file(path)  # type: ignore[attr-defined]
+
+
+def _earlier(path: Path, now: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+    """What this run has measured by this protocol before; another protocol begins anew."""
+    found = json.loads(path.read_text()) if path.exists() else {'points': []}
+    same = all(found.get(name) == value for name, value in now.items())
+    return [one for one in found['points'] if one['batch'] < batch] if same else []
 
 
 def measure(images: Tensor, labels: list[int]) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
+from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.errors import UserError
 from tread_composer.metrics.features import FEATURES, Extractor, FeatureSet, joined, look, open_extractor
 from tread_composer.metrics.fidelity import Figure, Statistics, check_metrics, measure
-from tread_composer.metrics.protocol import UINT8_RULE, Protocol, append_results, load_results, metric_name, result
+from tread_composer.metrics.protocol import Protocol, append_results, load_results, metric_name, result, series_name
 from tread_composer.metrics.references import Reference, default_cache, open_reference
 from tread_composer.randomness import KeyedRandom
-from tread_composer.samplers import SamplingSettings
 
 __all__ = ['Evaluation']
 
@@ -36,7 +36,8 @@ class Evaluation(Callback):
     """Draws images at an interval and measures them against a reference.
 
     Each rank draws and looks at its share; the features are gathered, not the images, and the first rank measures. The
-    numbers go to the loggers as ``evaluation/<metric>`` and, each with its protocol, into ``<folder>/results.json``.
+    numbers go to the loggers (``metrics.protocol.series_name``) and, each with its protocol, into
+    ``<folder>/results.json``; a grid of some of the images goes to the loggers and into ``<folder>/evaluation``.
     Below 50,000 images the name of a metric says how many there were (``fid_10000``). Weights, seed and settings decide
     the number; the numbers of ranks and of images in a call move it by rounding alone.
 
@@ -59,7 +60,7 @@ class Evaluation(Callback):
         seed: Image i has the seed ``seed + i``, as with the command ``sample``.
         batch_size: Images drawn and looked at in one go on a rank.
         kid_subset_size: Images in each random subset of KID.
-        folder: Where ``results.json`` goes. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
+        folder: Where numbers and grids go. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
         cache: Where the reference's features are kept. (Default: ``~/.cache/tread_composer``.)
 
     Raises:
@@ -210,24 +211,9 @@ class Evaluation(Callback):
         return found
 
     def _protocol(self, state: State, extractor: Extractor, reference: Reference, size: int) -> Protocol:
-        scale, autoencoder = self.sampling.guidance_scale, bare_model(state).autoencoder
-        settings = SamplingSettings(
-            sampler=self.sampling.sampler,
-            num_steps=self.sampling.num_steps,
-            guidance='none' if scale == 1 else 'classifier_free',
-            guidance_scale=scale,
-        )
-        hashed = hasattr(autoencoder, 'weight_hash')
         return Protocol(
-            weights=self.sampling.weights,
+            **self.sampling.facts(state, labels=self.labels, seed=self.seed),
             num_samples=self.num_samples,
-            labels=self.labels if bare_model(state).num_classes else 'none',
-            seed=self.seed,
-            sampling=settings.to_dict(),
-            autoencoder=autoencoder.path if hashed else 'pixels',
-            autoencoder_hash=autoencoder.weight_hash() if hashed else None,
-            decode_dtype='float32',
-            uint8_rule=UINT8_RULE,
             reference=reference.described(),
             reference_hash=reference.hash,
             features=extractor.identity(),
@@ -239,12 +225,21 @@ class Evaluation(Callback):
     def _measure(self, state: State, logger: Logger) -> None:
         assert self._tools is not None
         extractor, _, reference_features, reference_statistics, protocol = self._tools
-        broken, parts = 0, []
-        for images_BCRR in self._drawn(state):  # to the end whatever comes: a sharded model needs all ranks to draw
+        labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
+        pictured, rows = shown_in_grid(labels)
+        broken, parts, kept, wanted = 0, [], {}, set(pictured)
+        # To the end whatever comes: a sharded model needs all ranks to draw.
+        for indices, images_BCRR in self._drawn(state, labels):
+            kept |= {index: image for index, image in zip(indices, images_BCRR, strict=True) if index in wanted}
             finite = images_BCRR.isfinite().flatten(1).all(1)
             broken += int((~finite).sum())
             if finite.any():
                 parts.append(look(to_uint8(images_BCRR[finite]).expand(-1, 3, -1, -1), extractor))
+        found: dict[int, Tensor] = {}
+        for share in dist.all_gather_object(kept):
+            found |= share
+        if dist.get_global_rank() == 0:
+            self._picture(state, logger, torch.stack([found[index] for index in pictured]), rows)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
@@ -263,13 +258,12 @@ class Evaluation(Callback):
         )
         self._report(state, logger, figures, protocol)
 
-    def _drawn(self, state: State) -> Iterator[Tensor]:
-        """This rank's share of the images, batch by batch.
+    def _drawn(self, state: State, labels: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's share of the images, batch by batch, with their numbers.
 
         All ranks draw equally many, as a sharded model wants it: those beyond the last one are drawn and dropped.
         """
         rank, world = dist.get_global_rank(), dist.get_world_size()
-        labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
         share = -(-self.num_samples // world)
         indices = [min(rank + world * place, self.num_samples - 1) for place in range(share)]
         own = len(range(rank, self.num_samples, world))
@@ -277,7 +271,15 @@ class Evaluation(Callback):
             chunk = indices[first : first + self.batch_size]
             own_labels, seeds = [labels[index] for index in chunk], [self.seed + index for index in chunk]
             images_BCRR = self.sampling.images(state, own_labels, seeds)
-            yield images_BCRR[: max(0, own - first)]
+            last = max(0, own - first)
+            yield chunk[:last], images_BCRR[:last]
+
+    def _picture(self, state: State, logger: Logger, images_NCRR: Tensor, rows: Sequence[int | None]) -> None:
+        names = getattr(bare_model(state), 'class_names', ())
+        told = ['' if label is None else names[label] if label < len(names) else str(label) for label in rows]
+        keep_grid(
+            images_NCRR, told, self.sampling, state, logger, self._path(state).parent / 'evaluation', 'evaluation'
+        )
 
     def _report(self, state: State, logger: Logger, figures: Sequence[Figure], protocol: Protocol) -> None:
         seconds = state.timestamp.total_wct.total_seconds() - self._seconds()
@@ -288,7 +290,7 @@ class Evaluation(Callback):
             where: dict[str, Any] = {'source': str(path.parent), 'run': state.run_name, 'batch': self._batch}
             entries.append(result(name, figure.value, own, spread=figure.spread, seconds=seconds, **where))
         append_results(path, entries)
-        logger.log_metrics({f'evaluation/{entry["metric"]}': entry['value'] for entry in entries})
+        logger.log_metrics({series_name(entry['metric'], entry['protocol']): entry['value'] for entry in entries})
         for destination in logger.destinations:
             if hasattr(destination, 'log_file'):
                 destination.log_file(path)  # type: ignore[attr-defined]

@@ -17,9 +17,9 @@ from tread_composer.callbacks.files import write_atomically
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.errors import UserError
 
-__all__ = ['SampleGrid', 'draw_grid']
+__all__ = ['SampleGrid', 'draw_grid', 'keep_grid', 'shown_in_grid']
 
-_FEW_CLASSES, _SHOWN_CLASSES = 10, 8
+_FEW_CLASSES, _SHOWN_CLASSES, _COLUMNS = 10, 8, 10
 _TILE = 64  # pixels that a tile has at least, so that a small image can be seen
 _GAP = 4
 
@@ -113,22 +113,67 @@ class SampleGrid(Callback):
         images = self.sampling.images(state, labels, [self.seed + column for _ in rows for column in range(columns)])
         if dist.get_global_rank() != 0:
             return
-        batch = int(state.timestamp.batch)
         all_names = self.class_names or getattr(bare_model(state), 'class_names', ())
         names = [str(all_names[label]) if all_names else str(label) for label in rows]
-        title = f'{state.run_name}, batch {batch}, {self.sampling.weights} weights, '
-        title += f'{self.sampling.sampler} {self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale:g}'
-        broken = int((~images.isfinite()).flatten(1).any(1).sum())
-        if broken:  # a picture is no reason to end a run, but it must not look healthy either
-            title = f'{broken} OF {len(images)} IMAGES ARE NOT FINITE (shown grey): ' + title
-        content = io.BytesIO()
-        draw_grid(images.nan_to_num(0.0, 0.0, 0.0), names, title).save(content, format='PNG')
-        folder = self._folder(state)
-        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
-            write_atomically(path, content.getvalue())
-            for destination in logger.destinations:
-                if hasattr(destination, 'log_file'):
-                    destination.log_file(path, 'samples')  # type: ignore[attr-defined]
+        keep_grid(images, names, self.sampling, state, logger, self._folder(state), 'samples')
+
+
+def keep_grid(
+    images_NCHW: Tensor,
+    row_names: Sequence[str],
+    sampling: Sampling,
+    state: State,
+    logger: Logger,
+    folder: Path,
+    artifacts: str,
+) -> None:
+    """Write a grid as ``ba000800.png`` and ``latest.png``, and hand both to every logger that has a ``log_file``.
+
+    Args:
+        images_NCHW: As for ``draw_grid``; those that are not finite are shown grey, and the title says so.
+        row_names: One name for each row.
+        sampling: How they were drawn, for the title.
+        state: Names the run and the batch.
+        logger: Of the run.
+        folder: Where the pictures go.
+        artifacts: The folder of the pictures within a logger.
+    """
+    batch = int(state.timestamp.batch)
+    title = f'{state.run_name}, batch {batch}, {sampling.weights} weights, '
+    title += f'{sampling.sampler} {sampling.num_steps} steps, guidance {sampling.guidance_scale:g}'
+    broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
+    if broken:  # a picture is no reason to end a run, but it must not look healthy either
+        title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
+    content = io.BytesIO()
+    draw_grid(images_NCHW.nan_to_num(0.0, 0.0, 0.0), row_names, title).save(content, format='PNG')
+    for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
+        write_atomically(path, content.getvalue())
+        for destination in logger.destinations:
+            if hasattr(destination, 'log_file'):
+                destination.log_file(path, artifacts)  # type: ignore[attr-defined]
+
+
+def shown_in_grid(labels: Sequence[int]) -> tuple[list[int], list[int | None]]:
+    """Which of many images a grid shows: a row for each class (all if there are at most 10, else 8), 10 at most in it.
+
+    Args:
+        labels: Of all images. One class alone fills several rows.
+
+    Returns:
+        Positions of the images, row after row; and the label of each row, None where the row above has said it.
+    """
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    classes = sorted(of_class)
+    if len(classes) == 1:
+        own = of_class[classes[0]]
+        columns = min(_COLUMNS, len(own))
+        rows = min(_SHOWN_CLASSES, len(own) // columns)
+        return own[: rows * columns], [classes[0], *[None] * (rows - 1)]
+    classes = classes if len(classes) <= _FEW_CLASSES else classes[:_SHOWN_CLASSES]
+    columns = min([_COLUMNS, *(len(of_class[label]) for label in classes)])
+    return [index for label in classes for index in of_class[label][:columns]], list(classes)
 
 
 def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Image.Image:

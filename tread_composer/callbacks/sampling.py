@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tread_composer.errors import UserError
+from tread_composer.metrics.drawing import drawing_facts
+from tread_composer.precision import plain_float32
+from tread_composer.samplers import SamplingSettings
 
 __all__ = ['Sampling', 'bare_model']
 
@@ -46,10 +49,21 @@ class Sampling:
             raise UserError(f'num_steps: {num_steps} must be at least 1')
         self.sampler, self.num_steps, self.guidance_scale, self.weights = sampler, num_steps, guidance_scale, weights
 
-    def settings(self) -> dict[str, Any]:
-        """The part of the protocol that belongs in every reported figure."""
-        names = ('sampler', 'num_steps', 'guidance_scale', 'weights')
-        return {name: getattr(self, name) for name in names}
+    def facts(self, state: State, *, labels: str, seed: int) -> dict[str, Any]:
+        """The part of a ``Protocol`` that says how the images came about.
+
+        Args:
+            state: Of the run.
+            labels: How the classes were chosen.
+            seed: Image i has the seed ``seed + i``.
+        """
+        settings = SamplingSettings(
+            sampler=self.sampler,
+            num_steps=self.num_steps,
+            guidance='none' if self.guidance_scale == 1 else 'classifier_free',
+            guidance_scale=self.guidance_scale,
+        )
+        return drawing_facts(bare_model(state), settings, weights=self.weights, labels=labels, seed=seed)
 
     def check(self, state: State, owner: str) -> None:
         """Refuse at the start what would fail at the first picture, by drawing one in a single step.
@@ -78,6 +92,8 @@ class Sampling:
         average = _average(state) if self.weights == 'ema' else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(_undisturbed(model, state))
+            # Training may round to TF32; images that a number is reported of are drawn as `sample` draws them.
+            stack.enter_context(plain_float32('cuda' if state.device.name == 'gpu' else 'cpu'))
             stack.enter_context(average.averaged(state) if average is not None else contextlib.nullcontext())
             latents = model.sample(
                 list(labels),

@@ -12,8 +12,9 @@ from tread_composer.compare.curves import (
     speed_up,
     value_at,
 )
+from tread_composer.compare.entries import Curve
 from tread_composer.compare.output import write_comparison
-from tread_composer.compare.runs import Curve, Run, open_run
+from tread_composer.compare.runs import Run, open_run
 
 __all__ = [
     'AXES',

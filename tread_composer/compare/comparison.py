@@ -4,6 +4,7 @@ A is the reference: its costs and its best value are what the others are held ag
 different protocols are not compared.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from tread_composer.compare.curves import (
     speed_up,
     value_at,
 )
-from tread_composer.compare.runs import Curve, Run
+from tread_composer.compare.entries import Curve
+from tread_composer.compare.runs import Run
 from tread_composer.errors import UserError
 from tread_composer.metrics.protocol import differences
 from tread_composer.report.chart import short
@@ -29,6 +31,7 @@ from tread_composer.report.page import flat
 
 __all__ = [
     'LINES_RULE',
+    'OBJECTIVES_RULE',
     'ONE_RUN_RULE',
     'SPEED_UP_HEAD',
     'SPEED_UP_RULE',
@@ -56,6 +59,10 @@ SPEED_UP_RULE = (
     'it is not the speed-up of a step. A run that never gets there is also held against the reference at its own best '
     'value, which both have reached; below 1x it needed more.'
 )
+OBJECTIVES_RULE = (
+    'The runs have different objectives, so each was sampled on the time grid of its own (protocol, time_grid): the '
+    'sampler and its number of steps are equal, the times are not.'
+)
 ONE_RUN_RULE = 'One run each: differences between seeds are not in these numbers.'
 
 
@@ -73,7 +80,7 @@ class MetricTable:
 
     Args:
         metric: Its name.
-        protocol: How it was measured.
+        protocol: How it was measured; of runs with different objectives, ``time_grid`` has the grid of each by name.
         points: Each run's measurements, the reference first.
         rows: Values at equal cost, by what is counted; empty where no run has a record of it.
         speed_ups: Of each run but the reference, by what is counted.
@@ -131,8 +138,13 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
         )
         raise UserError(f'compare: the runs have no metric in common.\n{owned}')
     tables = [table for metric in shared for table in _tables(metric, runs, names)]
-    left_out = tuple(f'{metric}: not in every run' for metric in asked if metric not in shared)
-    return Comparison(tuple(runs), names, tuple(tables), left_out)
+    left_out = [f'{metric}: not in every run' for metric in asked if metric not in shared]
+    for metric in shared:
+        common = sum(table.metric == metric for table in tables)
+        for name, run in zip(names, runs, strict=True):
+            more = sum(curve.metric == metric for curve in run.curves) - common
+            left_out += [f'{metric} of {name} by {more} further protocols, which not every run has'] if more > 0 else []
+    return Comparison(tuple(runs), names, tuple(tables), tuple(left_out))
 
 
 def _is(metric: str, asked: str) -> bool:
@@ -154,14 +166,23 @@ def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[Metr
     owned = [[curve for curve in run.curves if curve.metric == metric] for run in runs]
     tables = []
     for first in owned[0]:
-        equal = [next((c for c in curves if not differences(first.protocol, c.protocol)), None) for curves in owned]
-        if None not in equal:
-            tables.append(_table(metric, [curve for curve in equal if curve is not None]))
+        if differences(first.protocol, first.protocol):
+            continue  # something of it is unknown
+        equal = [first]
+        for curves in owned[1:]:
+            # With all that are chosen, not with the first alone: runs of another objective have grids of their own.
+            fits = (c for c in curves if not any(differences(one.protocol, c.protocol) for one in equal))
+            equal += [found] if (found := next(fits, None)) is not None else []
+        if len(equal) == len(owned):
+            tables.append(_table(metric, equal, names))
     if not tables:
         lines = []
-        for name, curves in zip(names[1:], owned[1:], strict=True):
-            found = differences(owned[0][0].protocol, curves[0].protocol)
-            lines += [f'  {names[0]} and {name}:', *(f'    {line}' for line in found)] if found else []
+        for i, j in itertools.combinations(range(len(owned)), 2):
+            if i and lines:
+                break  # those of the reference say it
+            pairs = [(one, other) for one in owned[i] for other in owned[j]]
+            nearest = min((differences(one.protocol, other.protocol) for one, other in pairs), key=len)
+            lines += [f'  {names[i]} and {names[j]}:', *(f'    {line}' for line in nearest)] if nearest else []
         raise UserError(
             f'{metric}: was measured by different protocols, so the values do not compare.\n' + '\n'.join(lines) +
             '\nMeasure the runs again with one protocol, or choose another --metric.'
@@ -169,7 +190,7 @@ def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[Metr
     return tables
 
 
-def _table(metric: str, curves: Sequence[Curve]) -> MetricTable:
+def _table(metric: str, curves: Sequence[Curve], names: Sequence[str]) -> MetricTable:
     points = tuple(curve.points for curve in curves)
     rows: dict[Axis, tuple[Row, ...]] = {axis: _rows(points, axis) for axis in AXES}
     speed_ups, common = [], []
@@ -180,7 +201,11 @@ def _table(metric: str, curves: Sequence[Curve]) -> MetricTable:
             instead = {axis: common_speed_up(points[0], other, metric, axis) for axis in AXES}
         speed_ups.append(found)
         common.append(instead)
-    return MetricTable(metric, curves[0].protocol, points, rows, tuple(speed_ups), tuple(common))
+    protocol = curves[0].protocol
+    grids = [curve.protocol['time_grid'] for curve in curves]
+    if any(grid['objective'] != grids[0]['objective'] for grid in grids):
+        protocol = {**protocol, 'time_grid': dict(zip(names, grids, strict=True))}
+    return MetricTable(metric, protocol, points, rows, tuple(speed_ups), tuple(common))
 
 
 def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
@@ -257,6 +282,8 @@ def notes_of(comparison: Comparison) -> list[str]:
     if len(machines) > 1:
         listed = '; '.join(f'{n}: {r.machine}' for n, r in zip(comparison.names, comparison.runs, strict=True))
         notes.insert(0, f'Seconds do not compare: the runs were on different machines ({listed})')
+    if any(isinstance(grid, Mapping) for t in comparison.tables for grid in t.protocol['time_grid'].values()):
+        notes.insert(0, OBJECTIVES_RULE)
     return [*notes, *(f'left out: {text}' for text in comparison.left_out)]
 
 

@@ -17,18 +17,21 @@ from tread_composer.conversion.encoding import choose_device
 from tread_composer.conversion.ranks import Ranks
 from tread_composer.errors import UserError
 from tread_composer.evaluate.samples import facts_of, facts_said, folder_of, open_samples, run_name
+from tread_composer.export_file import digest_of
 from tread_composer.generate.folder import RECORD
 from tread_composer.generate.generate import generate
 from tread_composer.generate.request import SamplesRequest
-from tread_composer.metrics.features import Extractor, extract, open_extractor
+from tread_composer.metrics.features import Extractor, FeatureSet, extract, open_extractor
 from tread_composer.metrics.fidelity import check_metrics, measure
 from tread_composer.metrics.protocol import Protocol, metric_name, result
 from tread_composer.metrics.references import Reference, default_cache, open_reference
-from tread_composer.trained import read_trained
+from tread_composer.trained import image_size, model_of, read_trained
 
 __all__ = ['Measurement', 'evaluate_model', 'evaluate_samples']
 
 Log = Callable[[str], None]
+
+_NO_MATTER = ('out', 'batch_size', 'device', 'formats')  # to what the images are
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,7 @@ def evaluate_samples(
     device = choose_device(measurement.device, 0)
     extractor, reference = _tools(measurement, device, images.count)
     reference.check(extractor, images.resolution)
-    found = None
-    if {'kid', 'prc'} & set(measurement.metrics) or ('fid' in measurement.metrics and reference.given is None):
-        if not reference.is_cached(extractor, measurement.cache):
-            log(f'{reference.path}: looking at {reference.count:,} reference images, once')
-        found = reference.features(extractor, measurement.cache, batch_size=measurement.batch_size)
+    found = _looked_at(reference, extractor, measurement, log)
     log(f'{images.path}: looking at {images.count:,} images')
     figures = measure(
         measurement.metrics,
@@ -109,14 +108,11 @@ def evaluate_samples(
         features=extractor.identity(),
         resolution=images.resolution,
     )
-    made_with = {} if record is None else record['made_with']
-    digests = [made_with.get('weights_digest'), (made_with.get('weak') or {}).get('weights_digest')]
-    where: dict[str, Any] = {
-        'source': str(path),
-        'run': None if record is None else run_name(record['source']),
-        'batch': None if record is None else record['batch'],
-        'weights_digest': ' and '.join(digest for digest in digests if digest) or None,
-    }
+    where: dict[str, Any] = {'source': str(path), 'run': None, 'batch': None, 'weights_digest': None}
+    if record is not None:
+        where['run'] = record.get('run') or run_name(record['source'])
+        where['batch'] = record['batch'] or None  # 0: imported, and nobody has said it
+        where['weights_digest'] = record['made_with']['weights_digest']
     return [
         result(
             metric_name(figure.metric, extractor.name, images.count),
@@ -149,7 +145,7 @@ def evaluate_model(
     """
     ranks = Ranks.start()
     place = ranks.from_first(
-        ranks.agreed(lambda: _before_sampling(request, measurement, samples) if ranks.is_first else None)
+        ranks.agreed(lambda: _before_sampling(request, measurement, samples, log) if ranks.is_first else None)
     )
     request = dataclasses.replace(request, out=Path(place), formats=('npz',))
     generate(request, log=log)
@@ -159,22 +155,35 @@ def evaluate_model(
     return [{**entry, 'source': request.path} for entry in entries], request.out
 
 
-def _before_sampling(request: SamplesRequest, measurement: Measurement, samples: str | Path | None) -> str:
+def _before_sampling(request: SamplesRequest, measurement: Measurement, samples: str | Path | None, log: Log) -> str:
     """Refuse what the samples could not be measured with; where they go."""
     if request.count is None and request.per_class is None and request.labels_file is None:
         raise UserError('--count: say how many images to draw and measure; published numbers are of 50000')
-    model = read_trained(request.path, weights=request.weights)
+    model = read_trained(request.path, weights=request.weights, overrides=request.overrides)
     count = request.count or (request.per_class or 0) * len(request.classes or range(model.data.num_classes))
     if request.labels_file is not None:
         count = len(Path(request.labels_file).read_text(encoding='utf-8').split())
     extractor, reference = _tools(measurement, choose_device(measurement.device, 0), count)
-    if model.data.resolution is not None:
-        reference.check(extractor, model.data.resolution)
+    reference.check(extractor, model.data.resolution or image_size(model_of(model, request.path)))
+    _looked_at(reference, extractor, measurement, log)
     if samples is not None:
         return str(samples)
-    drawn = json.dumps(dataclasses.asdict(dataclasses.replace(request, out=Path())), default=str, sort_keys=True)
-    name = f'{request.weights}-ba{model.batch}-{hashlib.sha256(drawn.encode()).hexdigest()[:8]}'
-    return str(folder_of(request.path) / 'evaluation_samples' / name)
+    drawn = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NO_MATTER}
+    drawn['path'] = digest_of(model.tensors)
+    if request.weak is not None:
+        drawn['weak'] = digest_of(read_trained(request.weak, weights=request.weak_weights).tensors)
+    key = hashlib.sha256(json.dumps(drawn, default=str, sort_keys=True).encode()).hexdigest()[:8]
+    return str(folder_of(request.path) / 'evaluation_samples' / f'{request.weights}-ba{model.batch}-{key}')
+
+
+def _looked_at(reference: Reference, extractor: Extractor, measurement: Measurement, log: Log) -> FeatureSet | None:
+    """Features of the reference's images, if they are needed; looks at all of them, unless an earlier call did."""
+    of_images = {'kid', 'prc'} if reference.given is not None else {'fid', 'kid', 'prc'}
+    if not of_images & set(measurement.metrics):
+        return None
+    if not reference.is_cached(extractor, measurement.cache):
+        log(f'{reference.path}: looking at {reference.count:,} reference images, once')
+    return reference.features(extractor, measurement.cache, batch_size=measurement.batch_size)
 
 
 def _tools(measurement: Measurement, device: torch.device, num_samples: int) -> tuple[Extractor, Reference]:

@@ -7,8 +7,8 @@ from typing import Any
 from tread_composer.config import restore_config
 from tread_composer.conversion.files import read_json
 from tread_composer.errors import UserError
-from tread_composer.evaluate.samples import folder_of
-from tread_composer.metrics.protocol import append_results, load_results
+from tread_composer.evaluate.samples import folder_of, run_name
+from tread_composer.metrics.protocol import append_results, load_results, series_name
 from tread_composer.report import evaluation_page
 
 __all__ = ['format_entries', 'log_to_mlflow', 'publish']
@@ -27,6 +27,8 @@ def publish(
 ) -> None:
     """Write the numbers to ``results.json``, to a page beside it, and to MLflow where the run has it.
 
+    Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in.
+
     Args:
         entries: Of ``evaluate_samples`` or ``evaluate_model``.
         path: What was measured.
@@ -39,7 +41,10 @@ def publish(
         UserError: The file is there and holds something else.
     """
     folder = folder_of(path)
-    target = Path(out) if out else folder / 'results.json'
+    own = _run_of(folder)
+    # An exported file lies in the folder of any run, or in none.
+    foreign = own is not None and Path(path).suffix == '.safetensors' and run_name(path) != own
+    target = Path(out) if out else folder / ('results.json' if not foreign else f'{Path(path).stem}.results.json')
     if out is None and _is_of_digits_quality(target):
         target = folder / 'evaluation.json'
         log(f'{folder / "results.json"} is that of digits_quality, so the numbers go to {target.name}')
@@ -48,8 +53,14 @@ def publish(
     pictures = [(str(grid), grid.read_bytes())] if grid is not None and grid.is_file() else []
     evaluation_page(entries, command, pictures).write(page)
     log(f'numbers  {target}\npage     {page}')
-    if (folder / 'config.yaml').is_file():
+    if foreign:
+        log(f'MLflow   not logged: {path} is of run {run_name(path)!r}, and lies in the folder of run {own!r}')
+    elif own is not None:
         log(f'MLflow   {log_to_mlflow(folder, entries, target)}')
+
+
+def _run_of(folder: Path) -> str | None:
+    return run_name(str(folder)) if (folder / 'config.yaml').is_file() else None
 
 
 def _is_of_digits_quality(path: Path) -> bool:
@@ -74,6 +85,8 @@ def format_entries(entries: Sequence[Mapping[str, Any]]) -> str:
 def log_to_mlflow(folder: str | Path, entries: Sequence[Mapping[str, Any]], results: Path) -> str:
     """Add the numbers to the MLflow run of a run's folder, at the batch that was measured; says in words what it did.
 
+    The series is that of the protocol (``metrics.protocol.series_name``), as it is for the callback.
+
     Args:
         folder: Of the run, with its ``config.yaml``.
         entries: The numbers.
@@ -97,9 +110,14 @@ def log_to_mlflow(folder: str | Path, entries: Sequence[Mapping[str, Any]], resu
         if not runs:
             continue
         run_id = runs[0].info.run_id
-        for entry in entries:
-            client.log_metric(run_id, f'evaluation/{entry["metric"]}', entry['value'], step=entry['batch'] or 0)
+        known = [entry for entry in entries if entry['batch'] is not None]
+        for entry in known:
+            name = series_name(entry['metric'], entry['protocol'])
+            client.log_metric(run_id, name, entry['value'], step=entry['batch'])
         client.log_artifact(run_id, str(results))
-        return f'run {config.run_name} in {uri}'
+        left = (
+            '' if len(known) == len(entries) else ', without the curves: nobody has said after how many batches it is'
+        )
+        return f'run {config.run_name} in {uri}{left}'
     looked = stores or [f'{place}/mlflow.db' for place in places]
     return f'not logged: there is no run {config.run_name!r} in {", ".join(looked)}'

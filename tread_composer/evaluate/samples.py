@@ -4,6 +4,7 @@ Samples that ``sample`` wrote say themselves how they were made (``samples.json`
 their numbers compare with none.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,24 @@ from tread_composer.config import restore_config
 from tread_composer.conversion.files import read_json
 from tread_composer.errors import UserError
 from tread_composer.generate.folder import IMAGES, RECORD
+from tread_composer.metrics.drawing import GRID_OF
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.protocol import UNKNOWN
+from tread_composer.samplers import SamplingSettings
+from tread_composer.trained import exported_run
 
 __all__ = ['facts_of', 'facts_said', 'folder_of', 'is_model', 'open_samples', 'run_name']
 
 Log = Callable[[str], None]
 
 _DESCRIBED = (
-    'weights', 'labels', 'seed', 'sampling', 'autoencoder', 'autoencoder_hash', 'decode_dtype', 'uint8_rule',
+    'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',
+    'uint8_rule',
 )  # fmt: skip
+_SECTIONS = {
+    'sampling': (*(entry.name for entry in dataclasses.fields(SamplingSettings)), 'routes'),
+    'time_grid': ('objective', *dict.fromkeys(name for names in GRID_OF.values() for name in names)),
+}
 
 
 def is_model(path: str | Path) -> bool:
@@ -37,7 +46,12 @@ def folder_of(source: str | Path) -> Path:
 
 
 def run_name(source: str) -> str | None:
-    """Of the run that a checkpoint or a folder is of; None where no configuration says it."""
+    """Of the run that a checkpoint, a folder or an exported file is of; None where nothing says it.
+
+    An exported file says so itself: the folder in which it lies may be of another run.
+    """
+    if Path(source).suffix == '.safetensors':
+        return exported_run(source)
     config = folder_of(source) / 'config.yaml'
     return restore_config(config).run_name if config.is_file() else None
 
@@ -63,36 +77,78 @@ def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a protocol that ``samples.json`` holds."""
+    """The part of a protocol that ``samples.json`` holds; what an older one does not say is unknown."""
     made = record['made_with']
-    facts = {name: made[name] for name in _DESCRIBED}
+    facts = {name: made.get(name, UNKNOWN) for name in _DESCRIBED}
     # Balanced labels follow from the count; of others the list itself decides.
     if made['labels'] not in ('balanced', 'none'):
         facts['labels'] = f'{made["labels"]} {made["labels_digest"]}'
-    sampling = dict(made['sampling'])
-    if made['weak'] is not None:
-        sampling['weak'] = made['weak']['weights']
-    if made['routes'] is not None:
-        sampling['routes'] = made['routes']
-    return {**facts, 'sampling': sampling}
+    if facts['weak'] is None:
+        facts['weak'] = 'none'
+    elif isinstance(facts['weak'], Mapping):
+        facts['weak'] = f'{facts["weak"]["weights"]} {facts["weak"]["weights_digest"]}'
+    if made.get('routes') is not None:
+        facts['sampling'] = {**made['sampling'], 'routes': made['routes']}
+    return facts
 
 
 def facts_said(describe: Mapping[str, Any], log: Log) -> dict[str, Any]:
-    """The part of a protocol that somebody has to say; ``sampling.num_steps`` is a key within ``sampling``."""
+    """The part of a protocol that somebody has to say; ``sampling.num_steps`` is a key within ``sampling``.
+
+    What nobody says is unknown, within a section too: half a description compares with nothing.
+
+    Raises:
+        UserError: A key does not exist, or a value cannot be.
+    """
     facts: dict[str, Any] = {}
     for key, value in describe.items():
         name, _, inner = key.partition('.')
-        if name not in _DESCRIBED or (name == 'sampling') != bool(inner):
-            known = ', '.join('sampling.<setting>' if one == 'sampling' else one for one in _DESCRIBED)
-            raise UserError(f'--describe: {key!r} is not known; known are {known}')
+        if name not in _DESCRIBED or (name in _SECTIONS) != bool(inner) or (inner and inner not in _SECTIONS[name]):
+            known = [f'{one}.<{", ".join(_SECTIONS[one])}>' if one in _SECTIONS else one for one in _DESCRIBED]
+            raise UserError(f'--describe: {key!r} is not known; known are {", ".join(known)}')
         if inner:
             facts.setdefault(name, {})[inner] = value
         else:
             facts[name] = value
-    missing = [name for name in _DESCRIBED if name not in facts]
+    for name, complete in (('sampling', _whole_sampling), ('time_grid', _whole_grid)):
+        if name in facts:
+            facts[name] = complete(facts[name])
+    missing = [name for name in _DESCRIBED if facts.get(name, UNKNOWN) == UNKNOWN]
+    sections = [(name, facts[name]) for name in _SECTIONS if isinstance(facts.get(name), dict)]
+    missing += [f'{name}.{inner}' for name, found in sections for inner, value in found.items() if value == UNKNOWN]
     if missing:
         log(
             f'there is no {RECORD} beside these images, and nobody has said {", ".join(missing)} (--describe '
             f'key=value): the numbers will compare with no others'
         )
-    return {**dict.fromkeys(missing, UNKNOWN), **facts}
+    return {**dict.fromkeys(_DESCRIBED, UNKNOWN), **facts}
+
+
+def _whole_sampling(said: dict[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in said.items() if name != 'routes'}
+    if 'guidance' not in own:
+        needed = SamplingSettings().to_dict()
+    else:
+        try:
+            settings = SamplingSettings.from_dict(own)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'--describe: sampling: {error}') from None
+        needed = settings.to_dict()
+        own = {name: needed.get(name, value) for name, value in own.items()}
+        if settings.guidance == 'none':
+            own['guidance_scale'] = 1.0  # which is what none means
+        if settings.guidance == 'sparse':
+            needed['routes'] = None
+    routes = {'routes': said['routes']} if 'routes' in said else {}
+    return {**dict.fromkeys(needed, UNKNOWN), **own, **routes}
+
+
+def _whole_grid(said: dict[str, Any]) -> dict[str, Any]:
+    objective = said.get('objective', UNKNOWN)
+    if objective not in (UNKNOWN, *GRID_OF):
+        raise UserError(f'--describe: time_grid.objective={objective}: choose one of {", ".join(GRID_OF)}')
+    needed = [name for name in GRID_OF.get(objective, ()) if said.get('schedule') != 'cosine' or 'beta' not in name]
+    foreign = [name for name in said if objective != UNKNOWN and name not in ('objective', *needed)]
+    if foreign:
+        raise UserError(f'--describe: time_grid.{foreign[0]}: of no meaning here; {objective} has {", ".join(needed)}')
+    return {**dict.fromkeys(('objective', *needed), UNKNOWN), **said}

@@ -1,6 +1,7 @@
 """The words of ``python -m tread_composer sample``; torch is imported only once they are right."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,18 @@ if TYPE_CHECKING:
     from tread_composer.generate.request import SamplesRequest
     from tread_composer.samplers import SamplingSettings
 
-__all__ = ['add_arguments', 'add_sampling', 'request_of', 'sampling_of']
+__all__ = ['WEIGHTS', 'add_arguments', 'add_sampling', 'add_weak', 'pairs_of', 'request_of', 'sampling_of']
 
+
+class _Weights(tuple[str, ...]):
+    """``argparse`` shows what is in it, and takes any width."""
+
+    def __contains__(self, word: object) -> bool:
+        return super().__contains__(word) or (isinstance(word, str) and word.startswith('posthoc:'))
+
+
+WEIGHTS = _Weights(('ema', 'raw', 'posthoc:WIDTH'))
+"""Choices of ``--weights`` for a trained run."""
 
 _SAMPLERS = ('ddim', 'ddpm', 'edm_heun', 'euler', 'heun', 'sde')
 _GUIDANCE = ('none', 'classifier_free', 'sparse', 'auto')
@@ -37,21 +48,27 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add('--weak-label', choices=('same', 'null'), default='same', help='null: no class in the weak branch')
 
 
+def add_weak(parser: argparse._ActionsContainer) -> None:
+    """The options of the second network."""
+    add = parser.add_argument
+    add('--weak', metavar='PATH', help='second network for --guidance auto or sparse, e.g. an early checkpoint')
+    add('--weak-weights', choices=WEIGHTS, default='ema', help='of --weak (%(default)s)')
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of the command."""
     add = parser.add_argument
     add('path', help='a run folder, a checkpoint in one, or an exported .safetensors')
     add('overrides', nargs='*', metavar='autoencoder.key=value', help='e.g. autoencoder.path=/data/vae')
     add('--out', required=True, help='folder of the images; the same command goes on where it was interrupted')
-    add('--weights', choices=('ema', 'raw'), default='ema', help='(%(default)s)')
+    add('--weights', choices=WEIGHTS, default='ema', help='(%(default)s)')
     add('--classes', nargs='+', type=int, metavar='CLASS', help='(all)')
     add('--per-class', type=int, metavar='N', help='images of each class')
     add('--count', type=int, metavar='N', help='images in all, classes in turn (64)')
     add('--labels-file', metavar='FILE', help='one label for each image, as text')
     add('--seed', type=int, default=0, help='of the first image; the next ones count on (%(default)s)')
     add_sampling(parser)
-    add('--weak', metavar='PATH', help='second network for --guidance auto or sparse, e.g. an early checkpoint')
-    add('--weak-weights', choices=('ema', 'raw'), default='ema', help='of --weak (%(default)s)')
+    add_weak(parser)
     add('--format', nargs='+', choices=('png', 'npz', 'mds'), default=['png'], help='npz: as in ADM (png)')
     add('--batch-size', type=int, default=64, help='images drawn together (%(default)s)')
     add('--device', choices=('cuda', 'cpu'), help='(a GPU if there is one)')
@@ -75,7 +92,7 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
         return SamplingSettings(
             sampler=options.sampler,
             num_steps=options.steps,
-            sampler_settings=_pairs(options.sampler_settings, '--sampler-settings'),
+            sampler_settings=pairs_of(options.sampler_settings, '--sampler-settings'),
             guidance=guidance,
             guidance_scale=1.0 if scale is None else scale,
             guidance_interval=None if interval is None else (interval[0], interval[1]),
@@ -113,11 +130,20 @@ def request_of(options: argparse.Namespace) -> 'SamplesRequest':
         batch_size=options.batch_size,
         device=options.device,
         decode_dtype=options.decode_dtype,
-        overrides=_pairs(options.overrides, 'settings'),
+        overrides=pairs_of(options.overrides, 'settings'),
     )
 
 
-def _pairs(words: list[str], what: str) -> dict[str, Any]:
+def pairs_of(words: Sequence[str], what: str) -> dict[str, Any]:
+    """``key=value`` words as keys and values of YAML.
+
+    Args:
+        words: As written.
+        what: What to call them in the message.
+
+    Raises:
+        UserError: One of them has no ``=``.
+    """
     wrong = [word for word in words if '=' not in word]
     if wrong:
         raise UserError(f'{what}: {wrong[0]!r} is not of the form key=value')

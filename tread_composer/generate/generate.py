@@ -23,7 +23,8 @@ from tread_composer.errors import UserError
 from tread_composer.generate.folder import PART_SIZE, SamplesFolder
 from tread_composer.generate.outputs import write_grid, write_mds, write_npz, write_pngs
 from tread_composer.generate.request import Draws, SamplesRequest, draws_of
-from tread_composer.metrics.protocol import UINT8_RULE
+from tread_composer.metrics.drawing import drawing_facts
+from tread_composer.precision import plain_float32
 from tread_composer.routing import apply_tread
 from tread_composer.samplers import SamplingCost, guidance_cost
 from tread_composer.trained import Trained, load_trained
@@ -68,6 +69,7 @@ def generate(request: SamplesRequest, *, log: Log = print) -> None:
     with contextlib.ExitStack() as stack:
         device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
         stack.enter_context(machine_for(device, 0, ranks.local_world))
+        stack.enter_context(plain_float32(device))
         # The first rank has fetched what a hub id names before the others look for it.
         first = ranks.agreed(lambda: _networks(request, device) if ranks.is_first else None)
         networks = ranks.agreed(lambda: first or _networks(request, device))
@@ -125,7 +127,9 @@ def _route(trained: Trained) -> None:
             f'{trained.source}: was trained without routes (no tread under algorithms), so its blocks do not know what '
             'to do with fewer tokens: --guidance sparse needs a model trained with them; take classifier_free'
         )
-    apply_tread(trained.model.denoiser, trained.routes)
+    denoiser = trained.model.denoiser
+    names, always_keep = denoiser.token_arguments, trained.always_keep
+    apply_tread(denoiser, trained.routes, token_arguments=names, always_keep=always_keep)  # type: ignore[arg-type]
 
 
 def _check_pair(trained: Trained, weak: Trained) -> None:
@@ -155,23 +159,21 @@ def _check_pair(trained: Trained, weak: Trained) -> None:
 def _made_with(request: SamplesRequest, networks: _Networks) -> dict[str, Any]:
     """What decides the images and their files. A protocol of evaluation has the same names."""
     trained, weak, draws = networks.trained, networks.weak, networks.draws
-    autoencoder = trained.model.autoencoder
-    is_kl = isinstance(autoencoder, KL)
-    is_sparse = request.sampling.guidance == 'sparse'
+    facts = drawing_facts(
+        trained.model,
+        request.sampling,
+        weights=trained.weights,
+        labels=draws.rule,
+        seed=draws.first_seed,
+        decode_dtype=request.decode_dtype,
+        routes=trained.routes,
+        weak=None if weak is None else (weak.weights, weak.digest),
+    )
     return {
-        'weights': trained.weights,
+        **facts,
         'weights_digest': trained.digest,
-        'weak': None if weak is None else {'weights': weak.weights, 'weights_digest': weak.digest},
-        'sampling': request.sampling.to_dict(),
-        'routes': [[route.start, route.end] for route in trained.routes] if is_sparse else None,
         'num_samples': len(draws.labels),
-        'labels': draws.rule,
         'labels_digest': draws.digest,
-        'seed': draws.first_seed,
-        'autoencoder': trained.config.autoencoder.name,
-        'autoencoder_hash': autoencoder.weight_hash() if is_kl else None,
-        'decode_dtype': request.decode_dtype,
-        'uint8_rule': UINT8_RULE,
         'formats': sorted(set(request.formats)),
     }
 
@@ -195,7 +197,8 @@ def _begin(
         stack.enter_context(folder)
         about = {
             'source': trained.source,
-            'batch': trained.batch,
+            'run': trained.config.run_name,
+            'batch': trained.batch or None,
             'class_names': list(trained.class_names),
             'gmacs_per_image': cost.gmacs,
             'evaluations': cost.evaluations,
@@ -207,7 +210,10 @@ def _begin(
         Progress.clear(folder.scratch)
     undone = folder.undone(count)
     sampling = request.sampling
-    log(f'{trained.source}: {trained.weights} weights after {trained.batch:,} batches')
+    log(f'{trained.source}: {trained.weights} weights {_age(trained)}')
+    if networks.draws.rule == 'in turn':
+        log(f'{count:,} images are no multiple of the {trained.model.num_classes} classes: the first classes have one '
+            'more, and the protocol calls the labels "in turn", not "balanced"')  # fmt: skip
     log(
         f'{sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance}: '
         f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
@@ -215,6 +221,10 @@ def _begin(
     if len(undone) * PART_SIZE < count:
         log(f'going on: {_done(undone, count):,} of {count:,} images are there')
     return undone
+
+
+def _age(trained: Trained) -> str:
+    return f'after {trained.batch:,} batches' if trained.batch else 'after a number of batches that nobody has said'
 
 
 def _done(undone: Sequence[int], count: int) -> int:
@@ -291,7 +301,9 @@ def _write_outputs(folder: SamplesFolder, request: SamplesRequest, networks: _Ne
     trained, draws, sampling = networks.trained, networks.draws, request.sampling
     writers = {'npz': write_npz, 'mds': write_mds}
     written = [writers[name](folder, draws) for name in request.formats if name in writers]
-    title = f'{trained.config.run_name}, batch {trained.batch}, {trained.weights} weights, {sampling.sampler} '
+    title = (
+        f'{trained.config.run_name}, batch {trained.batch or "unknown"}, {trained.weights} weights, {sampling.sampler} '
+    )
     title += f'{sampling.num_steps} steps, guidance {sampling.guidance} {sampling.guidance_scale:g}'
     written.append(write_grid(folder, draws, trained.class_names, title))
     folder.finish()

@@ -15,13 +15,11 @@ import torch
 from PIL import Image
 
 from tread_composer.callbacks.files import write_atomically
-from tread_composer.callbacks.sample_grid import draw_grid
+from tread_composer.callbacks.sample_grid import draw_grid, shown_in_grid
 from tread_composer.generate.folder import IMAGES, PART_SIZE, SamplesFolder
 from tread_composer.generate.request import Draws
 
 __all__ = ['write_grid', 'write_mds', 'write_npz', 'write_pngs']
-
-_FEW_CLASSES, _SHOWN_CLASSES, _COLUMNS = 10, 8, 10
 
 
 def write_pngs(folder: SamplesFolder, part: int, images_BHWC: np.ndarray, draws: Draws) -> None:
@@ -78,21 +76,9 @@ def write_mds(folder: SamplesFolder, draws: Draws) -> Path:
 
 
 def write_grid(folder: SamplesFolder, draws: Draws, class_names: Sequence[str], title: str) -> Path:
-    """``grid.png``: a row for each class (all if there are at most 10, else 8), at most 10 images in each."""
-    of_class: dict[int, list[int]] = {}
-    for index, label in enumerate(draws.labels):
-        of_class.setdefault(label, []).append(index)
-    classes = sorted(of_class)
-    classes = classes if len(classes) <= _FEW_CLASSES else classes[:_SHOWN_CLASSES]
-    columns = min([_COLUMNS, *(len(of_class[label]) for label in classes)])
-    if len(classes) == 1:  # one class needs no row of its own: fill the page
-        columns = min(_COLUMNS, len(of_class[classes[0]]))
-        rows = min(_SHOWN_CLASSES, len(of_class[classes[0]]) // columns)
-        shown = of_class[classes[0]][: rows * columns]
-        names = [_name(classes[0], class_names), *[''] * (rows - 1)]
-    else:
-        shown = [index for label in classes for index in of_class[label][:columns]]
-        names = [_name(label, class_names) for label in classes]
+    """``grid.png``: the images that ``shown_in_grid`` picks, a row for each class."""
+    shown, rows = shown_in_grid(draws.labels)
+    names = ['' if label is None else _name(label, class_names) for label in rows]
     images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in shown])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     content = io.BytesIO()

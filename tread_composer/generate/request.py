@@ -9,7 +9,7 @@ from typing import Any
 from tread_composer.errors import UserError
 from tread_composer.samplers import SamplingSettings
 
-__all__ = ['DECODE_DTYPES', 'FORMATS', 'Draws', 'SamplesRequest', 'draws_of']
+__all__ = ['DECODE_DTYPES', 'FORMATS', 'Draws', 'SamplesRequest', 'check_overrides', 'draws_of']
 
 FORMATS = ('png', 'npz', 'mds')
 DECODE_DTYPES = ('float32', 'bfloat16')
@@ -75,12 +75,21 @@ class SamplesRequest:
             raise UserError(f'--format: {", ".join(unknown) or "none"}; choose of {", ".join(FORMATS)}')
         if self.decode_dtype not in DECODE_DTYPES:
             raise UserError(f'--decode-dtype: {self.decode_dtype!r}; choose of {", ".join(DECODE_DTYPES)}')
-        foreign = [name for name in self.overrides if not name.startswith('autoencoder')]
-        if foreign:
-            raise UserError(
-                f'{", ".join(foreign)}: a trained model is sampled as it was trained; only the autoencoder can be '
-                'another one, for example autoencoder.path=/data/vae'
-            )
+        check_overrides(self.overrides)
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse settings that would make a trained model another one.
+
+    Raises:
+        UserError: A setting is not one of the autoencoder.
+    """
+    foreign = [name for name in overrides if not name.startswith('autoencoder')]
+    if foreign:
+        raise UserError(
+            f'{", ".join(foreign)}: a trained model is sampled as it was trained; only the autoencoder can be another '
+            'one, for example autoencoder.path=/data/vae'
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,8 @@ class Draws:
     Attributes:
         labels: One for each image.
         first_seed: Image i has the seed ``first_seed + i``.
-        rule: ``'balanced'``: all classes in turn; ``'classes'``: some in turn; ``'file'``; ``'none'`` without classes.
+        rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
+            ``'classes'``: some in turn; ``'file'``; ``'none'`` without classes.
     """
 
     labels: tuple[int, ...]
@@ -119,7 +129,8 @@ def draws_of(request: SamplesRequest, num_classes: int) -> Draws:
         classes = request.classes or tuple(range(num_classes)) or (0,)
         count = request.count or (request.per_class or 0) * len(classes) or _COUNT
         labels = tuple(classes[index % len(classes)] for index in range(count))
-        rule = 'none' if not num_classes else 'balanced' if request.classes is None else 'classes'
+        rule = 'in turn' if num_classes and count % num_classes else 'balanced'
+        rule = 'none' if not num_classes else 'classes' if request.classes is not None else rule
     wrong = sorted({label for label in labels if not 0 <= label <= num_classes})
     if wrong:
         allowed = f'0 to {num_classes - 1}, or {num_classes} for no class' if num_classes else '0, it has no classes'

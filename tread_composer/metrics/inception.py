@@ -5,18 +5,17 @@ torch-fidelity (pytorch-fid publishes the same bytes under another name).
 Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,008).
 """
 
-import contextlib
 import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tread_composer.errors import UserError
+from tread_composer.precision import plain_float32
 
 __all__ = [
     'INCEPTION_FILE',
@@ -192,21 +191,6 @@ class InceptionFeatures:
 
     def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, 2048]`` and logits ``[B, 1008]``, float32, of uint8 images."""
-        with torch.no_grad(), _plain_float32(self._device):
+        with torch.no_grad(), plain_float32(self._device):
             features_BD, logits_BK = self._network(images_B3RR.to(self._device))
         return features_BD, logits_BK
-
-
-@contextlib.contextmanager
-def _plain_float32(device: torch.device) -> Iterator[None]:
-    """Full float32 whatever training has chosen: no autocast, no TF32, which keeps 10 bits of a factor."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

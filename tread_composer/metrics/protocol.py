@@ -7,6 +7,7 @@ compare only if ``differences`` finds none.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ __all__ = [
     'differences',
     'load_results',
     'metric_name',
+    'protocol_key',
     'result',
+    'series_name',
 ]
 
 FULL_COUNT = 50_000
@@ -73,6 +76,8 @@ class Protocol:
         features: ``name``, ``weights_hash`` and ``version`` of the feature network.
         resolution: Side of the images in pixels.
         settings: What the metric itself was told, such as the size of KID's subsets.
+        time_grid: ``objective`` and what of it decides where the steps lie: ``metrics.drawing.time_grid``.
+        weak: The second network of the guidance: which weights, and their digest; ``'none'`` without one.
     """
 
     weights: str
@@ -89,6 +94,8 @@ class Protocol:
     features: Mapping[str, str]
     resolution: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    time_grid: Mapping[str, Any] | str = UNKNOWN
+    weak: str = UNKNOWN
 
     def to_dict(self) -> dict[str, Any]:
         """As it is stored."""
@@ -98,14 +105,22 @@ class Protocol:
 def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]) -> list[str]:
     """Why two numbers do not compare, one line each; empty if they do.
 
-    What is unknown on either side is a reason. A name beside an equal hash is none: the hash says what it is.
+    What is unknown on either side is a reason. A name beside an equal hash is none: the hash says what it is. The time
+    grids of two objectives are not held against each other: there is no equal grid in t and in noise levels, and which
+    objective a model has belongs to the model.
     """
     one, other = (_flat(_plain(protocol)) for protocol in (a, b))
+    objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (one, other)}
     lines = []
     for key in dict.fromkeys([*one, *other]):
         hashed = one.get(_NAMED_BY_HASH.get(key, ''))
         if hashed not in (None, UNKNOWN) and hashed == other.get(_NAMED_BY_HASH[key]):
             continue
+        section = key.partition('.')[0]
+        if section == 'time_grid' and len(objectives) == 2 and UNKNOWN not in objectives:
+            continue
+        if key != section and UNKNOWN in (one.get(section), other.get(section)):
+            continue  # said once, of the whole section
         values = [flat.get(key, 'absent') for flat in (one, other)]
         if UNKNOWN in values:
             sides = 'both numbers' if values[0] == values[1] else 'the first' if values[0] == UNKNOWN else 'the second'
@@ -113,6 +128,44 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
         elif values[0] != values[1]:
             lines.append(f'{key}: {values[0]!r} and {values[1]!r}')
     return lines
+
+
+def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
+    """The same text for protocols in which ``differences`` finds no other values, and another for others.
+
+    It tells series of numbers of one model apart. Unlike there, what is unknown on both sides counts as the same.
+    """
+    flat = _flat(_plain(protocol))
+    for name, hashed in _NAMED_BY_HASH.items():
+        if flat.get(hashed) not in (None, UNKNOWN):
+            flat.pop(name, None)
+    text = json.dumps({key: _number(value) for key, value in flat.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _number(value: Any) -> Any:
+    """1.0 as 1: they are equal, and their texts are not."""
+    if isinstance(value, list):
+        return [_number(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
+    """The name of a series in a logger: numbers of different protocols never stand in one.
+
+    ``evaluation/fid_10000/ema-heun-50-classifier_free-1.5-1a2b3c4d``: some of the protocol for people, then a digest of
+    all of it.
+
+    Args:
+        metric: Its reported name.
+        protocol: How it was measured.
+    """
+    plain = _plain(protocol)
+    drawn, words = plain['sampling'], [plain['weights']]
+    if isinstance(drawn, Mapping):
+        words += [drawn.get('sampler', UNKNOWN), drawn.get('num_steps', UNKNOWN)]
+        words += [] if drawn.get('guidance', 'none') == 'none' else [drawn['guidance'], drawn.get('guidance_scale')]
+    return f'evaluation/{metric}/{"-".join(map(str, words))}-{protocol_key(plain)[:8]}'
 
 
 def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
@@ -206,8 +259,8 @@ def load_results(path: str | Path) -> list[dict[str, Any]]:
     needed = {'metric', 'value', 'protocol'}
     if not isinstance(entries, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in entries):
         raise UserError(
-            f'{path}: is no list of measured numbers with their protocols (the callback digits_quality writes another '
-            f'file of this name); write the numbers elsewhere'
+            f'{path}: is no list of measured numbers with their protocols (earlier versions of the callback '
+            f'digits_quality wrote another file of this name); write the numbers elsewhere'
         )
     return entries
 

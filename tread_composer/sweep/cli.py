@@ -4,6 +4,8 @@ import argparse
 import shlex
 
 from tread_composer.errors import UserError
+from tread_composer.evaluate.cli import add_measuring, measuring_of
+from tread_composer.generate.cli import pairs_of
 
 __all__ = ['add_arguments', 'sweep_command']
 
@@ -12,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of the command."""
     add = parser.add_argument
     add('path', help='a run folder, a checkpoint in one, or an exported .safetensors')
-    add('--reference', required=True, help='a folder of images, an npz of the ADM suite, or MDS images')
+    add('overrides', nargs='*', metavar='autoencoder.key=value', help='e.g. autoencoder.path=/data/vae')
+    add_measuring(parser)
     add('--out', required=True, help='folder of the rows; the same command goes on where it was interrupted')
     add('--guidance-scale', nargs='+', type=float, default=[1.0], metavar='SCALE', help='(1: none)')
     add('--interval', nargs='+', type=_interval, default=[None], metavar='LOW:HIGH', help='or the word none (none)')
@@ -23,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--steps', type=int, default=50, help='of the sampler (%(default)s)')
     add('--samples', type=int, default=10_000, metavar='N', help='images of each row (%(default)s)')
     add('--seed', type=int, default=0, help='image i has the seed SEED + i, as in sample (%(default)s)')
-    add('--metrics', nargs='+', default=['fid'], help='of fid, kid, is, prc (fid)')
-    add('--features', choices=('inception', 'digits'), default='inception', help='(%(default)s)')
-    add('--inception', metavar='FILE', help="of Inception's weights, if they are not where prefetch puts them")
     add('--batch-size', type=int, default=64, help='images drawn together (%(default)s)')
-    add('--device', choices=('cuda', 'cpu'), help='(a GPU if there is one)')
 
 
 def _pair(text: str) -> tuple[float, float] | None:
@@ -59,14 +58,13 @@ def sweep_command(options: argparse.Namespace) -> int:
     from tread_composer.sweep.drawn import SweepRequest, sweep
     from tread_composer.sweep.rows import format_sweep, write_sweep
 
-    if options.samples < 2 or options.batch_size < 1 or options.seed < 0:
+    if options.samples < 2 or options.seed < 0:
         raise UserError(
-            f'--samples {options.samples}, --batch-size {options.batch_size}, --seed {options.seed}: there must be at '
-            'least 2 samples, 1 in a batch, and the seed must not be negative'
+            f'--samples {options.samples}, --seed {options.seed}: there must be at least 2 samples, and the seed must '
+            'not be negative'
         )
     request = SweepRequest(
         path=options.path,
-        reference=options.reference,
         out=options.out,
         guidance_scales=tuple(options.guidance_scale),
         intervals=tuple(options.interval),
@@ -76,11 +74,8 @@ def sweep_command(options: argparse.Namespace) -> int:
         num_steps=options.steps,
         num_samples=options.samples,
         seed=options.seed,
-        metrics=tuple(options.metrics),
-        features=options.features,
-        inception=options.inception,
-        batch_size=options.batch_size,
-        device=options.device,
+        overrides=pairs_of(options.overrides, 'settings'),
+        **measuring_of(options),
     )
     ranks = Ranks.start()
     rows, contract = sweep(request, ranks)
@@ -93,13 +88,14 @@ def sweep_command(options: argparse.Namespace) -> int:
 
 def _words(options: argparse.Namespace) -> list[str]:
     """The command in full, defaults written out."""
-    words = ['sweep', options.path]
+    words = ['sweep', options.path, *options.overrides]
     names = {'reference', 'out', 'guidance_scale', 'interval', 'rates', 'weights', 'sampler', 'steps', 'samples',
-             'seed', 'metrics', 'features', 'inception', 'batch_size', 'device'}  # fmt: skip
+             'seed', 'metrics', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size',
+             'cache', 'batch_size', 'device'}  # fmt: skip
     for name, value in vars(options).items():
-        if name not in names or value is None:
+        if name not in names or value is None or value is False:
             continue
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f'--{name.replace("_", "-")}', *(_word(one) for one in values)]
     return words
 

@@ -232,6 +232,14 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
     return [*names, *metrics], cells, best
 
 
+def _unguided(row: Mapping[str, Any]) -> bool:
+    return row['settings'].get('guidance') == 'none'
+
+
+def _of_guidance(name: str) -> bool:
+    return name.startswith('guidance') or name.endswith('_rate')
+
+
 def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Curve]]:
     """What is on the x axis, and a line for each combination of all else; the best point marked."""
     swept = 'guidance_scale'
@@ -242,12 +250,19 @@ def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Cu
     told = [name for name in names if len({flat(row['settings']).get(name) for row in rows}) > 1]
     best = best_rows(rows).get(metric)
     groups: dict[str, list[tuple[float, float, bool]]] = {}
-    for i, row in enumerate(rows):
+    members: dict[str, str] = {}  # of each line: its weights, or whatever else is not of the guidance
+    # Without guidance all lines meet: that row is a point of each. It comes last, when the lines are known.
+    for i, row in sorted(enumerate(rows), key=lambda pair: _unguided(pair[1])):
+        if metric not in row['values']:
+            continue
         settings = flat(row['settings'])
         group = ', '.join(f'{name} {settings.get(name, "none")}' for name in told) if along else 'rows, in their order'
-        if metric in row['values']:
-            x = row['settings'][swept] if along else i + 1
-            groups.setdefault(group or metric, []).append((float(x), row['values'][metric], i == best))
+        common = ', '.join(f'{name} {settings.get(name, "none")}' for name in told if not _of_guidance(name))
+        point = float(row['settings'][swept] if along else i + 1), row['values'][metric], i == best
+        lines = [line for line, owner in members.items() if owner == common] if along and _unguided(row) else []
+        for line in lines or [group or metric]:
+            members.setdefault(line, common)
+            groups.setdefault(line, []).append(point)
     curves = []
     for number, (name, found) in enumerate(groups.items()):
         found.sort()

@@ -1,0 +1,107 @@
+"""The MLflow record of a run, read only: found by name or id, or beside a run's folder."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tread_composer.errors import UserError
+
+__all__ = ['MLFLOW', 'SPEED', 'artifacts', 'changes', 'find', 'histories', 'store_of']
+
+MLFLOW = 'mlflow:'
+SPEED = 'throughput/batches_per_sec'
+
+
+def find(name: str, uri: str) -> tuple[Any, Any]:
+    """A client and the run of this id or name."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    file = Path(uri.removeprefix('sqlite:///')) if uri.startswith('sqlite:///') else None
+    if file is not None and not file.is_file():
+        raise UserError(f'{MLFLOW}{name}: there is no store {str(file)!r}; give another: {MLFLOW}{name}@sqlite:///PATH')
+    if '"' in name or not name:
+        raise UserError(f'{MLFLOW}{name}: is no name of a run')
+    client = MlflowClient(uri)
+    if re.fullmatch(r'[0-9a-f]{32}', name):
+        try:
+            return client, client.get_run(name)
+        except MlflowException:
+            pass  # a name may look like an id
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for tag in ('run_name', '`mlflow.runName`'):
+        found = client.search_runs(experiments, f'tags.{tag} = "{name}"')
+        if len(found) > 1:
+            ids = ', '.join(run.info.run_id for run in found)
+            raise UserError(f'{MLFLOW}{name}: {len(found)} runs have this name in {uri}; give one of their ids: {ids}')
+        if found:
+            return client, found[0]
+    raise UserError(f'{MLFLOW}{name}: no run of this id or name in {uri}')
+
+
+def store_of(config: Mapping[str, Any], folder: Path) -> tuple[tuple[Any, Any] | None, str]:
+    """The MLflow record that belongs to a run's folder, or where it was looked for."""
+    settings = (config.get('loggers') or {}).get('mlflow')
+    if settings is None:
+        return None, 'the run had no mlflow logger'
+    if settings.get('tracking_uri'):
+        uris = [settings['tracking_uri']]
+    else:  # beside the folder first: stores and folders are moved and copied together
+        places = dict.fromkeys([folder.resolve().parent, Path(settings.get('folder') or 'runs').resolve()])
+        uris = [f'sqlite:///{place}/mlflow.db' for place in places]
+    reasons = []
+    for uri in uris:
+        try:
+            return find(config['run_name'], uri), ''
+        except UserError as error:
+            reasons.append(str(error))
+    return None, '; '.join(reasons)
+
+
+def histories(client: Any, run: Any) -> dict[str, dict[int, float]]:
+    """Logged speeds and figures of digits_quality, by name and step."""
+    names = [name for name in run.data.metrics if name == SPEED or name.startswith('digits/')]
+    found = {}
+    for name in names:
+        points = sorted(client.get_metric_history(run.info.run_id, name), key=lambda point: point.timestamp)
+        found[name] = {point.step: point.value for point in points}  # a step repeated after a resume: the last
+    return found
+
+
+def changes(run: Any, by_history: bool) -> list[str]:
+    """What a resumed run was given anew, as notes.
+
+    Args:
+        run: Of MLflow.
+        by_history: Whether points are taken from logged histories, which do not say by which protocol.
+
+    Raises:
+        UserError: They are, and the protocol of digits_quality changed on the way.
+    """
+    changed = run.data.tags.get('tread_composer.changed_settings', '')
+    named = [change for change in changed.split('; ') if change.startswith('callbacks.digits_quality.')]
+    named = [change for change in named if not re.match(r'callbacks\.digits_quality\.(interval|folder):', change)]
+    if named and by_history:
+        raise UserError(
+            f'run {run.info.run_name!r}: was resumed with another protocol ({"; ".join(named)}), so its points do not '
+            'compare with each other; measure again with one protocol'
+        )
+    return [f'resumed with changed settings: {changed}'] if changed else []
+
+
+def artifacts(client: Any, run: Any, folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
+    """Those that are there of some files, by their own names.
+
+    Args:
+        client: Of MLflow.
+        run: Of MLflow.
+        folder: Where they are copied to.
+        wanted: Paths within the run's artifacts, ``samples/latest.png`` for example.
+    """
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+
+    there = {file.path for place in ('', 'samples') for file in client.list_artifacts(run.info.run_id, place or None)}
+    paths = [path for path in wanted if path in there]
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # a bar for each small file would bury the tables
+    return {Path(path).name: Path(client.download_artifacts(run.info.run_id, path, str(folder))) for path in paths}

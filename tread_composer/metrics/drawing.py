@@ -1,0 +1,81 @@
+"""How images are drawn, as a protocol has it: one description for whatever draws some and reports numbers of them.
+
+For ``sample``, ``evaluate``, ``sweep`` and the callbacks, so that the same images have the same protocol.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tread_composer.metrics.protocol import UINT8_RULE, UNKNOWN
+from tread_composer.objectives import DDPM, EDM, FlowMatching
+from tread_composer.routing import Route
+from tread_composer.samplers import SamplingSettings
+
+__all__ = ['GRID_OF', 'drawing_facts', 'time_grid']
+
+GRID_OF = {
+    'flow_matching': ('sampling_shift',),
+    'edm': ('sigma_min', 'sigma_max', 'rho'),
+    'ddpm': ('num_timesteps', 'schedule', 'beta_start', 'beta_end'),
+}
+"""What decides, besides the number of steps, at which times an objective is sampled."""
+
+_NAMES = {FlowMatching: 'flow_matching', EDM: 'edm', DDPM: 'ddpm'}
+
+
+def time_grid(objective: Any) -> dict[str, Any] | str:
+    """The objective and its settings that decide where the steps of a sampler lie.
+
+    Args:
+        objective: Of the model; ``'unknown'`` is the answer for None, and for one whose grid is not known here.
+    """
+    name = next((name for kind, name in _NAMES.items() if isinstance(objective, kind)), None)
+    if name is None:
+        return UNKNOWN
+    settings = {setting: getattr(objective, setting) for setting in GRID_OF[name]}
+    if settings.get('schedule') == 'cosine':
+        del settings['beta_start'], settings['beta_end']  # of the linear schedule
+    return {'objective': name, **settings}
+
+
+def drawing_facts(
+    model: Any,
+    sampling: SamplingSettings,
+    *,
+    weights: str,
+    labels: str,
+    seed: int,
+    decode_dtype: str = 'float32',
+    routes: Sequence[Route] = (),
+    weak: tuple[str, str] | None = None,
+) -> dict[str, Any]:
+    """The part of a ``Protocol`` that says how images came about.
+
+    Args:
+        model: What draws: a ``LatentDiffusion``, or something with its ``num_classes``. Without an ``objective`` of
+            this project its time grid is unknown, and its numbers compare with none.
+        sampling: How.
+        weights: ``'ema'`` or ``'raw'``.
+        labels: How the classes were chosen; a model without classes makes it ``'none'``.
+        seed: Image i has the seed ``seed + i``.
+        decode_dtype: What the autoencoder computed in.
+        routes: Where the model was trained to do with fewer tokens; sparse guidance depends on them.
+        weak: Of the second network, if there is one: which weights, and their digest.
+    """
+    autoencoder: Any = getattr(model, 'autoencoder', None)
+    encoded = hasattr(autoencoder, 'weight_hash')
+    drawn = sampling.to_dict()
+    if sampling.guidance == 'sparse':
+        drawn['routes'] = [[route.start, route.end] for route in routes]
+    return {
+        'weights': weights,
+        'labels': labels if model.num_classes else 'none',
+        'seed': seed,
+        'sampling': drawn,
+        'time_grid': time_grid(getattr(model, 'objective', None)),
+        'weak': 'none' if weak is None else f'{weak[0]} {weak[1]}',
+        'autoencoder': autoencoder.path if encoded else 'pixels',
+        'autoencoder_hash': autoencoder.weight_hash() if encoded else None,
+        'decode_dtype': decode_dtype,
+        'uint8_rule': UINT8_RULE,
+    }

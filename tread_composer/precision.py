@@ -1,0 +1,30 @@
+"""Full float32 for images and features that become numbers. Pure torch; used by whatever draws or measures."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ['plain_float32']
+
+
+@contextlib.contextmanager
+def plain_float32(device: str | torch.device) -> Iterator[None]:
+    """Compute in float32 whatever training has chosen, and give its choice back afterwards.
+
+    No autocast, no TF32 in matrix products and convolutions (it keeps 10 bits of a factor, and Composer switches it on
+    for training on a GPU), and of cuDNN's algorithms a deterministic one that is not picked by a race.
+
+    Args:
+        device: Where is computed.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with (
+            torch.autocast(torch.device(device).type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
