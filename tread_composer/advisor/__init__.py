@@ -1,0 +1,25 @@
+"""Where to place a route: guidelines, what a model's code tells, and how alike its tokens are from block to block.
+
+In plain torch, for any model: ``propose_route`` looks at a model's code, ``token_similarity`` at its activations. The
+command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``, ``cli``).
+"""
+
+from tread_composer.advisor.architecture import RouteAdvice, format_advice, propose_route
+from tread_composer.advisor.placement import Placement, candidate_spans, recommended_route
+from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
+from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+
+__all__ = [
+    'Candidate',
+    'Placement',
+    'RouteAdvice',
+    'RouteReading',
+    'TokenSimilarity',
+    'candidate_spans',
+    'format_advice',
+    'propose_route',
+    'rank_routes',
+    'read_route',
+    'recommended_route',
+    'token_similarity',
+]

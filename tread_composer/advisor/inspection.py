@@ -1,0 +1,246 @@
+"""A trained network looked at from inside: similarity maps on real latents, and what they and the guidelines say.
+
+Legend: S samples, B samples of a batch, L blocks.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.advisor.architecture import RouteAdvice, propose_route
+from tread_composer.advisor.latents import RealLatents, read_latents
+from tread_composer.advisor.noising import network_call, noise_level
+from tread_composer.advisor.placement import candidate_spans
+from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
+from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+from tread_composer.batch import POSTERIOR_NOISE, RAW_LATENTS
+from tread_composer.builders import build_denoiser
+from tread_composer.conversion.encoding import choose_device, machine_for
+from tread_composer.errors import UserError
+from tread_composer.plan import count_macs
+from tread_composer.precision import plain_float32
+from tread_composer.randomness import KeyedRandom
+from tread_composer.routing import Route
+from tread_composer.trained import Trained, load_trained
+
+__all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run']
+
+_SHOWN = 5
+_SEED = 0
+_BLOCKS = 'blocks'  # what every backbone of ours calls its list
+_FLAT = 0.99
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at.
+
+    Attributes:
+        path: Run folder, checkpoint or exported file.
+        data: Another folder of latents; the run's own data if None.
+        times: Between 0 (data) and 1 (noise).
+        samples: How many.
+        weights: ``'ema'`` or ``'raw'``.
+        batch_size: Samples in one network call; changes memory and nothing else.
+        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
+    """
+
+    path: str
+    data: str | None = None
+    times: tuple[float, ...] = (0.2, 0.5, 0.8)
+    samples: int = 64
+    weights: str = 'ema'
+    batch_size: int = 16
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A candidate with its cost.
+
+    Attributes:
+        candidate: Route, similarity and score.
+        rank: By score among all candidates, 1 is the best.
+        over_times: Lowest and highest similarity over the times.
+        ideal_step_ratio: Multiply-adds of a dense training step over those of a routed one.
+    """
+
+    candidate: Candidate
+    rank: int
+    over_times: tuple[float, float]
+    ideal_step_ratio: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        trained: The model and its run.
+        protocol: All that decides the maps.
+        maps: Similarity at each time.
+        mean: Over the times, ``[L + 1, L + 1]``.
+        routes: Spans of the run's own routes, first and last block.
+        readings: What the mean map says about these.
+        advice: From the architecture alone.
+        suggestions: The best candidates, then the proposed route and the run's own where they are candidates too.
+        num_candidates: How many there are in all.
+        notes: What a reader must know, a sentence each.
+    """
+
+    trained: Trained
+    protocol: dict[str, Any]
+    maps: dict[float, TokenSimilarity]
+    mean: Tensor
+    routes: tuple[tuple[int, int], ...]
+    readings: tuple[RouteReading, ...]
+    advice: RouteAdvice
+    suggestions: tuple[Suggestion, ...]
+    num_candidates: int
+    notes: tuple[str, ...]
+
+
+def inspect_run(request: Request) -> Inspection:
+    """Look at a trained network.
+
+    Raises:
+        UserError: The request does not fit the run or its data.
+    """
+    _check(request)
+    device = choose_device(request.device, 0)
+    with machine_for(device, 0, 1), plain_float32(device):
+        trained = load_trained(request.path, weights=request.weights, device=device)
+        data = read_latents(trained.config, trained.data, request.samples, request.data)
+        try:
+            levels = [noise_level(trained.model.objective, time) for time in request.times]
+            maps = {
+                time: token_similarity(
+                    trained.model.denoiser, _calls(trained, data, time, request.batch_size), blocks=_BLOCKS
+                )
+                for time in request.times
+            }
+        except ValueError as error:
+            raise UserError(f'{request.path}: {error}') from None
+    mean = torch.stack([one.mean for one in maps.values()]).mean(0)
+    depth = len(mean) - 1
+    routes = tuple(route.span(depth) for route in trained.routes)
+    advice = propose_route(_fresh(trained), _BLOCKS)
+    ranked = rank_routes(mean)
+    return Inspection(
+        trained=trained,
+        protocol=_protocol(request, trained, data, levels),
+        maps=maps,
+        mean=mean,
+        routes=routes,
+        readings=tuple(read_route(mean, *span) for span in routes),
+        advice=advice,
+        suggestions=_suggestions(trained, maps, ranked, advice, routes),
+        num_candidates=len(ranked),
+        notes=_notes(trained, mean, routes),
+    )
+
+
+def _protocol(request: Request, trained: Trained, data: RealLatents, levels: Sequence[float]) -> dict[str, Any]:
+    """All that decides the maps."""
+    return {
+        'weights': trained.weights,
+        'weights_digest': trained.digest,
+        'batch': trained.batch,
+        'data': data.source,
+        'samples': request.samples,
+        'sample_ids': 'at equal distances in the split',
+        'labels': "the samples' own" if trained.model.num_classes else 'none',
+        'times': list(request.times),
+        'noise_levels': [float(f'{level:.6g}') for level in levels],
+        'noise_seed': _SEED,
+        'objective': trained.config.objective.name,
+        'network': 'evaluation mode, dense, float32',
+        'similarity': 'cosine of the same token at two depths, mean over tokens and samples',
+    }
+
+
+def _check(request: Request) -> None:
+    if not request.times:
+        raise UserError('--times: give at least one, for example 0.2 0.5 0.8')
+    for time in request.times:
+        if not (math.isfinite(time) and 0 < time < 1):
+            raise UserError(f'--times: {time} is not between 0 (data) and 1 (noise), ends excluded')
+        if request.times.count(time) > 1:
+            raise UserError(f'--times: {time} is given twice')
+    if request.batch_size < 1:
+        raise UserError(f'--batch-size: {request.batch_size} must be at least 1')
+
+
+def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) -> Iterator[Any]:
+    """One call of the network for each batch. Noise is keyed by the sample, so it is that of no batch."""
+    model, shape = trained.model, trained.model.latent_shape
+    device = model.latent_scale.device
+    for first in range(0, len(data.sample_ids), batch_size):
+        part = slice(first, first + batch_size)
+        random = KeyedRandom(_SEED, 0, data.sample_ids[part])
+        batch = {RAW_LATENTS: data.raw[part].to(device)}
+        if data.manifest.kind == 'moments':
+            batch[POSTERIOR_NOISE] = random.normal('posterior', *shape).to(device)
+        noise = random.normal('noise', *shape).to(device)
+        yield network_call(model, time, model.latents(batch), data.labels[part].to(device), noise)
+
+
+def _fresh(trained: Trained) -> Any:
+    """The run's backbone as it is before any algorithm, on the meta device."""
+    facts = trained.data
+    with torch.device('meta'):
+        return build_denoiser(
+            trained.config, channels=facts.channels, latent_size=facts.latent_height, num_classes=facts.num_classes
+        )
+
+
+def _suggestions(
+    trained: Trained,
+    maps: dict[float, TokenSimilarity],
+    ranked: Sequence[Candidate],
+    advice: RouteAdvice,
+    routes: Sequence[tuple[int, int]],
+) -> tuple[Suggestion, ...]:
+    spans = [(one.start, one.end) for one in ranked]
+    wanted = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
+    facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
+    rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
+    dense = count_macs(_fresh(trained), facts)
+    found = []
+    for span in dict.fromkeys(wanted):
+        if span not in spans:  # a route of the run that the guidelines would not have
+            continue
+        one = ranked[spans.index(span)]
+        alike = [float(each.mean[one.start, one.end + 1]) for each in maps.values()]
+        ratio = dense / count_macs(_fresh(trained), facts, [Route(*span, rate)])
+        found.append(Suggestion(one, spans.index(span) + 1, (min(alike), max(alike)), ratio))
+    return tuple(found)
+
+
+def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    notes = []
+    if routes:
+        notes.append(
+            'these weights were trained with a route and have adapted to it: the map speaks for routes like that one; '
+            'inspect the dense twin to see what the network does without'
+        )
+    else:
+        notes.append(
+            'these weights were trained densely: training with a route would change them, and with them this map (the '
+            'ends of a route become alike)'
+        )
+    for start, end in routes:
+        if (start, end) not in candidate_spans(len(mean) - 1):
+            notes.append(f"the run's route, blocks {start} to {end}, does not keep to the guidelines: it has no rank")
+    if float(mean.min()) > _FLAT:
+        notes.append(
+            f'the tokens hardly change from block to block (no similarity below {float(mean.min()):.3f}): the score '
+            'says little more than how long a route is. Blocks of a fresh DiT are the identity: train longer first'
+        )
+    if 'maskdit' in trained.config.algorithms:
+        notes.append('MaskDiT and TREAD exclude each other: the routes are for a run without algorithms.maskdit')
+    return tuple(notes)

@@ -1,0 +1,135 @@
+"""Real latents for a look at a network: a few samples of a run's own data, or of another local folder.
+
+Shapes: S samples, C channels (2C stored, for moments), H x W latent pixels.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tread_composer.config import Config
+from tread_composer.data.checks import check_agreement, check_shards
+from tread_composer.data.columns import LABEL, LATENTS
+from tread_composer.data.digits import digits_manifest, load_digits_arrays
+from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.errors import UserError
+
+__all__ = ['RealLatents', 'read_latents']
+
+
+@dataclass(frozen=True)
+class RealLatents:
+    """Some samples of a split.
+
+    Attributes:
+        raw: As stored, float32 ``[S, C or 2C, H, W]``.
+        labels: Int64 ``[S]``.
+        sample_ids: Their positions in the split.
+        manifest: Of the split.
+        source: Where they were read, in words.
+    """
+
+    raw: Tensor
+    labels: Tensor
+    sample_ids: tuple[int, ...]
+    manifest: Manifest
+    source: str
+
+
+def read_latents(
+    config: Config, facts: LatentFacts, num_samples: int, folder: str | os.PathLike[str] | None = None
+) -> RealLatents:
+    """Samples at equal distances in the split that the run evaluates on; that it trains on where it has no other.
+
+    Args:
+        config: Of the run.
+        facts: Of the data that the run was trained on.
+        num_samples: S.
+        folder: Another data set (a split, or the folder around it) in place of the run's own.
+
+    Raises:
+        UserError: There are no such data, or fewer samples; they are damaged, or of another kind or shape.
+    """
+    data = config.data
+    if folder is None and data.name == 'digits':
+        split = 'eval'
+        manifest, (images, labels) = digits_manifest(split), load_digits_arrays(split)
+        ids = _spread(num_samples, manifest, f'the {split} split of the digits')
+        return RealLatents(
+            torch.from_numpy(images[list(ids)]), torch.from_numpy(labels[list(ids)]), ids, manifest, manifest.source
+        )
+    path = _split_folder(config, folder)
+    try:
+        manifest = Manifest.load(path)
+        check_shards(path, manifest)
+        _check_fit(facts, manifest, path)
+    except UserError as error:
+        if folder is not None:
+            raise
+        remedy = 'Give a local copy of latents like those that the run was trained on: --data FOLDER'
+        raise UserError(f'{error}\n{remedy}') from None
+    ids = _spread(num_samples, manifest, str(path))
+    rows = _rows(path, ids)
+    raw = np.stack([np.asarray(row[LATENTS], np.float32) for row in rows])
+    labels_S = torch.tensor([int(row[LABEL]) for row in rows], dtype=torch.int64)
+    return RealLatents(torch.from_numpy(raw), labels_S, ids, manifest, f'{path} ({manifest.source})')
+
+
+def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path:
+    data = config.data
+    names = ['eval', 'train'] if data.name == 'digits' else [data.eval_split, data.train_split]
+    splits = [name for name in names if name]
+    if folder is None:
+        return Path(data.local) / splits[0]
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f'--data {path}: there is no such folder; give the folder of a latents data set or of a split')
+    places = [path, *(path / name for name in dict.fromkeys([*splits, 'val', 'eval', 'train']))]
+    found = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+    if found is None:
+        raise UserError(
+            f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it '
+            f'({", ".join(place.name for place in places[1:])}); give the folder of a latents data set or of a split'
+        )
+    return found
+
+
+def _check_fit(facts: LatentFacts, manifest: Manifest, path: Path) -> None:
+    try:
+        check_agreement(
+            manifest,
+            channels=facts.channels,
+            latent_size=(facts.latent_height, facts.latent_width),
+            autoencoder=facts.autoencoder or 'pixels',
+            autoencoder_hash=facts.autoencoder_hash,
+            num_classes=facts.num_classes or None,  # without classes the network does not look at labels
+        )
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+
+
+def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...]:
+    """Positions at equal distances: also where the data lie in order of their classes they are of many."""
+    there = manifest.num_samples
+    if not 1 <= num_samples <= there:
+        raise UserError(f'--samples: {num_samples} is not between 1 and {there}, the samples of {source}')
+    return tuple(index * there // num_samples for index in range(num_samples))
+
+
+def _rows(path: Path, ids: tuple[int, ...]) -> list[dict[str, Any]]:
+    from streaming import LocalDataset
+
+    rows = LocalDataset(str(path))
+    try:
+        return [rows[index] for index in ids]
+    except FileNotFoundError as error:
+        raise UserError(
+            f'{error.filename}: this shard is there in compressed form only; unpack the shards, or give --data with a '
+            'data set without compression'
+        ) from None

@@ -1,0 +1,246 @@
+"""What an inspection leaves: a picture, the numbers as JSON, and lines for a terminal."""
+
+import io
+import json
+import math
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tread_composer.advisor.architecture import format_advice
+from tread_composer.advisor.inspection import Inspection
+from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
+from tread_composer.callbacks.files import write_atomically
+from tread_composer.errors import UserError
+
+__all__ = ['draw_inspection', 'format_inspection', 'write_inspection']
+
+_COLUMNS = 4
+_WIDTH = 110
+_MOST_WRITTEN = 13  # depths up to which each cell has room for its number
+_DARK = 0.45  # share of the colour scale below which white reads better than black
+
+
+def write_inspection(inspection: Inspection, folder: str | Path, command: str) -> list[Path]:
+    """Write ``similarity.png`` and ``inspection.json``, each whole or not at all.
+
+    Args:
+        inspection: What to write.
+        folder: Where; made if it is missing.
+        command: How to get the same again.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    folder = Path(folder)
+    picture, numbers = folder / 'similarity.png', folder / 'inspection.json'
+    try:
+        write_atomically(picture, draw_inspection(inspection))
+        write_atomically(numbers, json.dumps(_as_json(inspection, command), indent=1).encode())
+    except OSError as error:
+        raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
+    return [picture, numbers]
+
+
+def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
+    advice = inspection.advice
+    return {
+        'run': inspection.trained.config.run_name,
+        'source': inspection.trained.source,
+        'command': command,
+        'protocol': inspection.protocol,
+        'depths': 'depth 0 is behind the embedding, depth k behind block k - 1',
+        'mean': _rounded(inspection.mean),
+        'times': [
+            {'time': time, 'mean': _rounded(one.mean), 'std_over_samples': _rounded(one.std)}
+            for time, one in inspection.maps.items()
+        ],
+        'routes': [asdict(reading) for reading in inspection.readings],
+        'proposal': {
+            'span': None if advice.route is None else list(advice.route.span(advice.depth)),
+            'rule': advice.rule,
+            'arguments': dict(advice.arguments),
+            'reasons': list(advice.reasons),
+            'questions': list(advice.questions),
+        },
+        'score': SCORE_RULE,
+        'num_candidates': inspection.num_candidates,
+        'candidates': [
+            {
+                **asdict(one.candidate),
+                'rank': one.rank,
+                'lowest_over_times': one.over_times[0],
+                'highest_over_times': one.over_times[1],
+                'ideal_step_ratio': one.ideal_step_ratio,
+            }
+            for one in inspection.suggestions
+        ],
+        'notes': list(inspection.notes),
+    }
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(float(value), 6) for value in row] for row in values]
+
+
+def format_inspection(inspection: Inspection) -> str:
+    """The findings for a terminal."""
+    trained, protocol = inspection.trained, inspection.protocol
+    times = ', '.join(f'{time:g}' for time in protocol['times'])
+    labels = 'with their labels' if protocol['labels'] != 'none' else 'without labels'
+    run = f'{trained.config.run_name} at batch {trained.batch}, {trained.weights} weights'
+    lines = [
+        f'{run}: {inspection.advice.depth} blocks',
+        f'{protocol["samples"]} samples of {protocol["data"]}, {labels}; noise at t = {times} (0 is data)',
+        '',
+    ]
+    for reading in inspection.readings:
+        lines += _reading_in_words(reading)
+    if not inspection.readings:
+        lines.append('route of the run: none')
+    lines += ['', format_advice(inspection.advice, questions=False), *_yaml(inspection), '', *_table(inspection), '']
+    lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in inspection.notes]
+    return '\n'.join(lines)
+
+
+def _yaml(inspection: Inspection) -> list[str]:
+    given = dict(inspection.advice.arguments)
+    if not given:
+        return []
+    given.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
+    words = [
+        f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
+        for name, value in given.items()
+    ]
+    return [f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}']
+
+
+def _reading_in_words(reading: RouteReading) -> list[str]:
+    before = f'block {reading.start - 1}' if reading.start else 'the embedding'
+    return [
+        f'route of the run: blocks {reading.start} to {reading.end}',
+        f'  where tokens leave it and where they return: similarity {reading.ends:.3f}',
+        f'  outputs of its blocks and the output of {before}, just before it: {reading.outputs_mean:.3f} on average, '
+        f'{reading.outputs_lowest:.3f} at least',
+        f'  any two depths of the network: {reading.all_pairs:.3f} on average',
+        '  (the paper: with a route these outputs become highly similar)',
+    ]
+
+
+def _table(inspection: Inspection) -> list[str]:
+    if not inspection.suggestions:
+        return ['no candidates: too few blocks']
+    advice = inspection.advice
+    proposed = None if advice.route is None else advice.route.span(advice.depth)
+    rows = [('rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', '')]
+    for one in inspection.suggestions:
+        span = one.candidate.start, one.candidate.end
+        marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
+        rows.append(
+            (
+                str(one.rank),
+                f'{span[0]} to {span[1]}',
+                f'{one.candidate.similarity:.3f}',
+                f'{one.over_times[0]:.3f} to {one.over_times[1]:.3f}',
+                f'{one.candidate.score:.3f}',
+                f'{one.ideal_step_ratio:.2f}x',
+                ', '.join(marks),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        '  '.join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'
+        for row in rows
+    ]
+    return [
+        f'what the map says of the {inspection.num_candidates} routes that keep to the guidelines',
+        *(line.rstrip() for line in table),
+        SCORE_RULE,
+        'evidence, not truth: nobody has trained these routes to test the score',
+    ]
+
+
+def draw_inspection(inspection: Inspection) -> bytes:
+    """A PNG: one heat map for each time and one of their mean, with the run's routes and the proposed one."""
+    from matplotlib.figure import Figure  # takes a second: not before there is something to draw
+
+    panels = [(f't = {time:g}', one.mean) for time, one in inspection.maps.items()]
+    panels = [*panels, ('mean of the times', inspection.mean)] if len(panels) > 1 else panels
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.1 * columns + 1.2, 4.2 * rows + 1.0), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False)
+    lowest = min(float(values.min()) for _, values in panels)
+    lowest = min(math.floor(lowest * 20) / 20, 0.95)  # a scale that begins at 1 has no colours
+    image: Any = None
+    for index, axes in enumerate(grid.flat):
+        if index >= len(panels):
+            axes.set_axis_off()
+            continue
+        title, values = panels[index]
+        image = axes.imshow(values.numpy(), origin='lower', cmap='viridis', vmin=lowest, vmax=1.0)
+        axes.set_title(title)
+        _label(axes, len(values))
+        if len(values) <= _MOST_WRITTEN:
+            _write_values(axes, values, lowest)
+        _outline_routes(axes, inspection)
+    figure.colorbar(image, ax=list(grid.flat), label='cosine similarity of the same token', shrink=0.85)
+    trained = inspection.trained
+    name = f'{trained.config.run_name} at batch {trained.batch}, {trained.weights} weights'
+    figure.suptitle(f'How alike tokens are at two depths: {name}')
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc='outside lower center', ncols=1, frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=110)
+    return content.getvalue()
+
+
+def _label(axes: Any, num_depths: int) -> None:
+    stride = max(1, -(-num_depths // 10))
+    ticks = list(range(0, num_depths, stride))
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel('depth (0: embedding, k: after block k - 1)')
+    axes.set_ylabel('depth')
+
+
+def _write_values(axes: Any, values: Tensor, lowest: float) -> None:
+    for row in range(len(values)):
+        for column in range(len(values)):
+            value = float(values[row, column])
+            dark = (value - lowest) / (1 - lowest) < _DARK
+            axes.text(
+                column, row, f'{value:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=7,
+                color='white' if dark else 'black',
+            )  # fmt: skip
+
+
+def _outline_routes(axes: Any, inspection: Inspection) -> None:
+    """A square from the depth where tokens leave to the depth where they return; the score reads its corners."""
+    for span in inspection.routes:
+        _square(axes, span, f'route of the run: blocks {span[0]} to {span[1]}', 'red', 'solid', 0.0)
+    route = inspection.advice.route
+    if route is not None:
+        span = route.span(inspection.advice.depth)
+        rule = "the authors' rule" if inspection.advice.rule == 'authors' else 'our rule for few blocks'
+        # Slightly wider, so that it can be seen around a route of the run that is the same.
+        _square(axes, span, f'proposed: blocks {span[0]} to {span[1]} ({rule})', 'white', 'dashed', 0.12)
+
+
+def _square(axes: Any, span: tuple[int, int], label: str, colour: str, style: str, wider: float) -> None:
+    from matplotlib import patheffects
+    from matplotlib.patches import Rectangle
+
+    low, high = span[0] - 0.5 - wider, span[1] + 1.5 + wider
+    square = Rectangle(
+        (low, low), high - low, high - low, fill=False, edgecolor=colour, linestyle=style, linewidth=2, label=label
+    )
+    square.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground='black')])
+    axes.add_patch(square)

@@ -1,0 +1,171 @@
+"""How alike a model's tokens are from block to block: TREAD's motivation figure, for any model with a list of blocks.
+
+Shapes: B samples, N tokens, D width, L blocks. Depth 0 is behind the embedding, depth k behind block k - 1.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tread_composer.routing import find_blocks
+
+__all__ = ['TokenSimilarity', 'token_similarity']
+
+
+@dataclass(frozen=True)
+class TokenSimilarity:
+    """Cosine similarity of the same token at two depths.
+
+    Attributes:
+        mean: Over tokens and samples, float64 ``[L + 1, L + 1]`` on the CPU.
+        std: Over samples, of each sample's mean over its tokens; 0 for one sample.
+        num_samples: How many samples.
+        num_tokens: N.
+    """
+
+    mean: Tensor
+    std: Tensor
+    num_samples: int
+    num_tokens: int
+
+
+@torch.no_grad()
+def token_similarity(
+    model: nn.Module,
+    calls: Iterable[Callable[[], Any]],
+    *,
+    blocks: str | None = None,
+    tokens: str | None = None,
+    tokens_out: int | None = None,
+) -> TokenSimilarity:
+    """The mean cosine between a token at one depth and the same token at another (TREAD, arXiv 2501.04765).
+
+    The model runs in evaluation mode, so densely, and without gradients; hooks record the first block's input and each
+    block's output. Afterwards, and after an exception, hooks are gone and modes are as they were. Tokens of one batch
+    at all depths are held at a time. A token that is all zeros counts as similarity 0.
+
+    The cosine is that of the whole vector: what all tokens have in common, often a few large channels, counts too and
+    makes values high. Compare values of one model with each other.
+
+    Args:
+        model: Any module with a list of blocks that it calls one after the other.
+        calls: Each runs the model once, on one batch: ``lambda: model(x, t, labels)``.
+        blocks: Path of the block list; found if there is only one candidate (``routing.find_blocks``).
+        tokens: Name of the first block's argument with the tokens ``[B, N, ...]``; the first one if None.
+        tokens_out: Position of the tokens where a block returns a tuple.
+
+    Raises:
+        ValueError: The list is not found, a call does not run each block once and in order, the tokens are not where
+            they should be, change their shape on the way, or are not finite; or there was no call.
+    """
+    found = _block_list(model, blocks)
+    total, squares = (torch.zeros(len(found) + 1, len(found) + 1, dtype=torch.float64) for _ in range(2))
+    count, num_tokens = 0, 0
+    with _evaluating(model), _recording(found, tokens, tokens_out) as depths:
+        for call in calls:
+            depths.clear()
+            call()
+            _check(depths, len(found))
+            for sample in range(len(depths[0])):
+                cosines = _cosines(torch.stack([one[sample] for one in depths]))
+                total += cosines
+                squares += cosines.square()
+            count, num_tokens = count + len(depths[0]), depths[0].shape[1]
+        depths.clear()
+    if not count:
+        raise ValueError('there was no sample to look at: calls is empty')
+    mean = total / count
+    return TokenSimilarity(mean, (squares / count - mean.square()).clamp(min=0).sqrt(), count, num_tokens)
+
+
+def _cosines(tokens_LND: Tensor) -> Tensor:
+    """Of one sample, float64: sums do not depend on how samples were put into batches."""
+    units = functional.normalize(tokens_LND.flatten(2).double(), dim=2).flatten(1)
+    return (units @ units.T / tokens_LND.shape[1]).cpu()
+
+
+def _block_list(model: nn.Module, path: str | None) -> list[nn.Module]:
+    if path is None:
+        _, listed = find_blocks(model)
+        return [listed[index] for index in range(len(listed))]  # not by iterating: in training that may yield a route
+    try:
+        found = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
+    if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
+        raise ValueError(f'blocks: {path!r} is a {type(found).__name__}; a list of blocks is needed')
+    return [found[index] for index in range(len(found))]
+
+
+def _check(depths: list[Tensor], num_blocks: int) -> None:
+    if len(depths) != num_blocks + 1:
+        raise ValueError(
+            f'a call ran {max(0, len(depths) - 1)} of {num_blocks} blocks: it must run the whole model, and the model '
+            'must call its blocks as modules (not only their methods)'
+        )
+    shapes = [tuple(one.shape) for one in depths]
+    if len(set(shapes)) > 1 or len(shapes[0]) < 3:
+        raise ValueError(f'the tokens are {shapes} from depth to depth; one shape [B, N, D] is needed to compare them')
+    if not all(bool(one.isfinite().all()) for one in depths):
+        raise ValueError('the activations are not finite: these weights do not work on these inputs')
+
+
+@contextlib.contextmanager
+def _recording(blocks: list[nn.Module], tokens: str | None, tokens_out: int | None) -> Iterator[list[Tensor]]:
+    """The tokens at each depth, in order, of one call after the other; the reader clears the list in between."""
+    depths: list[Tensor] = []
+    name, position = _argument(blocks[0], tokens)
+
+    def keep(value: Any, depth: int) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f'at depth {depth} the tokens are a {type(value).__name__}, not a tensor [B, N, D]: say tokens= (the '
+                'argument) or tokens_out= (their position where a block returns a tuple)'
+            )
+        if len(depths) != depth:
+            raise ValueError(
+                f'block {max(0, depth - 1)} was not called in its turn, or twice: depths mean nothing then'
+            )
+        depths.append(value.detach().clone())  # a copy: the next block may change it in place
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(kwargs[name] if name in kwargs else args[position] if position < len(args) else None, 0)
+
+    def after(depth: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            keep(out[tokens_out] if isinstance(out, tuple) and tokens_out is not None else out, depth)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+        handles += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield depths
+
+
+def _argument(block: nn.Module, name: str | None) -> tuple[str, int]:
+    names = list(inspect.signature(block.forward).parameters)
+    if not names:
+        raise ValueError(f'the forward method of {type(block).__name__} takes no argument that could be tokens')
+    if name is not None and name not in names:
+        raise ValueError(f'tokens: {type(block).__name__}.forward has no argument {name!r}, only {names}')
+    return (names[0], 0) if name is None else (name, names.index(name))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():  # one by one: a part may have been in evaluation mode before
+            module.training = mode
