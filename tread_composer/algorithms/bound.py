@@ -5,6 +5,7 @@ from typing import Any
 
 from composer.core import Algorithm, State
 
+from tread_composer.algorithms.rules import refuse_resume
 from tread_composer.errors import ResumeError
 
 __all__ = ['BoundAlgorithm']
@@ -13,7 +14,11 @@ __all__ = ['BoundAlgorithm']
 class BoundAlgorithm(Algorithm):
     """Base of algorithms that have nothing to save but their settings: what they draw is keyed, times are the run's.
 
-    A subclass gives ``settings()`` and may call ``refuse_foreign_checkpoint`` on ``Event.AFTER_LOAD``.
+    A subclass gives ``settings()`` and calls ``refuse_foreign_checkpoint`` on ``Event.AFTER_LOAD``.
+
+    The other way round, a checkpoint of a run with it resumed without it, nothing of ours is there to refuse, and
+    Composer says nothing. A run from a YAML file is refused by ``ResumeContract``, which a Trainer written by hand may
+    have among its callbacks too.
     """
 
     _resumed = False
@@ -46,8 +51,9 @@ class BoundAlgorithm(Algorithm):
         """For ``Event.AFTER_LOAD``: a checkpoint that was trained without this algorithm must not go on with it.
 
         Raises:
-            ResumeError: Training was resumed from such a checkpoint.
+            ResumeError: Training was resumed from such a checkpoint, or with an algorithm that cannot be resumed.
         """
+        refuse_resume(state)
         name = type(self).__name__
         if int(state.timestamp.batch) > 0 and not self._resumed:
             raise ResumeError(

@@ -12,6 +12,7 @@ from composer.core import Event, State
 from composer.loggers import Logger
 
 from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import DIRECTION_SWITCH, RAW_LATENTS
 from tread_composer.errors import UserError
@@ -58,16 +59,19 @@ class DirectionSchedule(BoundAlgorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""
-        return event in (Event.INIT, Event.BATCH_START, Event.BATCH_END)
+        return event in (Event.INIT, Event.AFTER_LOAD, Event.BATCH_START, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Do what is due at ``event``."""
         if event == Event.INIT:
+            refuse_conflicts(self, state)
             if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
                 raise UserError(
                     'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
                     'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
                 )
+        elif event == Event.AFTER_LOAD:
+            self.refuse_foreign_checkpoint(state)
         elif event == Event.BATCH_START:
             ended = self._end is not None and reached(self._end, state)
             self._on = not ended and (self._start is None or reached(self._start, state))

@@ -2,7 +2,7 @@
 
 Composer's own EMA names its tensors after the wrapped model. When the wrapping changes between save and load (2 ranks
 to 1, say) it silently trains on from the averaged weights; under FSDP2 it saves one rank's shard as if it were the
-whole. This one keeps plain names and saves full tensors.
+whole. This one keeps plain names and saves full tensors; in between, each rank averages what it holds.
 """
 
 import contextlib
@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 import torch
 from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from composer.utils import dist
+from torch import Tensor
 
-from tread_composer.algorithms.rules import refuse_conflicts
+from tread_composer.algorithms.averages import Shard, refuse_hidden_weights, shards_of
+from tread_composer.algorithms.rules import refuse_conflicts, refuse_resume
 from tread_composer.algorithms.schedule import parse_time
 from tread_composer.errors import ResumeError
 
 __all__ = ['EMA']
 
-_WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.')
+_EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
 
 
 class EMA(Algorithm):
@@ -33,6 +33,11 @@ class EMA(Algorithm):
     holds the raw weights under ``state/model`` and the average in this algorithm's state, as full float32 tensors
     under the plain parameter names. Buffers and parameters that need no gradient are not averaged.
 
+    Under FSDP a rank keeps the average of its own shard alone. Saving gathers one parameter after the other into the
+    main memory of the first rank, and loading reads the full average into that of every rank until training starts.
+    A checkpoint therefore resumes on another number of ranks and under another strategy, as far as Composer can load
+    the weights themselves: between full checkpoints, or between sharded ones.
+
     Args:
         decay: Share of the old average that stays at an update; DiT, SiT and TREAD use 0.9999 (half-life of 6931
             batches), which needs runs much longer than 10,000 batches.
@@ -40,6 +45,7 @@ class EMA(Algorithm):
 
     Raises:
         ValueError: ``decay`` is not in [0, 1), or the interval is not a number of batches.
+        UserError: On ``Event.INIT``: the run has Composer's EMA too, or shards the weights in a way that hides them.
     """
 
     incompatible_with: ClassVar[Mapping[str, str]] = {
@@ -55,7 +61,8 @@ class EMA(Algorithm):
             raise ValueError(f"update_interval: {update_interval!r} is not a number of batches such as '1ba'")
         self.decay, self.update_interval = float(decay), update_interval
         self._every = int(interval.value)
-        self._average: dict[str, Tensor] | None = None
+        self._average: dict[str, Tensor] | None = None  # of this rank's shards
+        self._shards: dict[str, Shard] = {}
         self._loaded: dict[str, Tensor] | None = None
         self._weights: dict[str, Tensor] | None = None  # the raw weights, while the average stands in for them
 
@@ -65,17 +72,20 @@ class EMA(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""
-        return event in (Event.INIT, Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+        return event in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Check, start, update, swap in or swap out, according to ``event``."""
         if event == Event.INIT:
             refuse_conflicts(self, state)
+            refuse_hidden_weights(self, state)
+        elif event == Event.AFTER_LOAD:
+            refuse_resume(state)
         elif event == Event.BATCH_END:
             if int(state.timestamp.batch) % self._every == 0:
                 self._update(state)
         elif event == Event.FIT_START:
-            self._start(state)
+            self._average_of(state)
         elif event == Event.EVAL_START:
             self._swap_in(state)
         else:
@@ -94,7 +104,9 @@ class EMA(Algorithm):
                 self._swap_out(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and average, full tensors on the CPU. To be called on all ranks: shards are gathered.
+        """Settings and average, full tensors on the CPU of rank 0, which writes them; the other ranks get none.
+
+        To be called on all ranks: shards are gathered.
 
         Raises:
             RuntimeError: The average stands in for the weights at this moment: what is being saved as the model
@@ -102,7 +114,11 @@ class EMA(Algorithm):
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
-        average = None if self._average is None else {name: _full(tensor) for name, tensor in self._average.items()}
+        average: dict[str, Tensor] | None = None if self._average is None else {}
+        for name, local in (self._average or {}).items():
+            whole = self._shards[name].whole(local)
+            if dist.get_global_rank() == 0:
+                average[name] = whole  # type: ignore[index]
         return {**super().state_dict(), 'settings': self._settings(), 'average': average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,70 +143,48 @@ class EMA(Algorithm):
     def _settings(self) -> dict[str, Any]:
         return {'decay': self.decay, 'update_interval': self.update_interval}
 
-    def _start(self, state: State) -> None:
-        if self._average is not None:
-            return
-        parameters = _trainable(state.model)
-        if self._loaded is None:
-            self._average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-            return
-        missing, unknown = parameters.keys() - self._loaded.keys(), self._loaded.keys() - parameters.keys()
+    @torch.no_grad()
+    def _average_of(self, state: State) -> dict[str, Tensor]:
+        """The average of this rank's shards, begun if need be; ``_shards`` are those of this moment."""
+        self._shards = shards_of(state.model)
+        if self._average is None:
+            self._average = self._begun() if self._loaded is None else self._resumed(self._loaded)
+            self._loaded = None
+        return self._average
+
+    def _begun(self) -> dict[str, Tensor]:
+        return {name: shard.local.float().clone() for name, shard in self._shards.items() if shard.trainable}
+
+    def _resumed(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        # A layer that is frozen by now stays in the average; one that thaws could not be.
+        missing = {name for name, shard in self._shards.items() if shard.trainable} - loaded.keys()
+        unknown = loaded.keys() - self._shards.keys()
         if missing or unknown:
             raise ResumeError(
                 f'EMA: the checkpoint averages other parameters than the model has. Not in the checkpoint: '
                 f'{sorted(missing)[:5]}; not in the model: {sorted(unknown)[:5]}'
             )
-        self._average = {name: _laid_out_like(p, self._loaded[name]) for name, p in parameters.items()}
-        self._loaded = None
+        return {name: self._shards[name].cut(whole) for name, whole in loaded.items()}
 
     @torch.no_grad()
     def _update(self, state: State) -> None:
-        average = self._started(state)
-        parameters = [parameter.detach().float() for parameter in _trainable(state.model).values()]
+        average = self._average_of(state)
         torch._foreach_lerp_(  # type: ignore[attr-defined]
-            list(average.values()), parameters, 1.0 - self.decay
+            list(average.values()), [self._shards[name].local.float() for name in average], 1.0 - self.decay
         )
 
     @torch.no_grad()
     def _swap_in(self, state: State) -> None:
-        average, parameters = self._started(state), _trainable(state.model)
-        self._weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.copy_(average[name])
+        average = self._average_of(state)
+        self._weights = {name: self._shards[name].local.clone() for name in average}
+        for name, value in average.items():
+            self._shards[name].local.copy_(value)
 
     @torch.no_grad()
     def _swap_out(self, state: State) -> None:
         if self._weights is None:
             raise RuntimeError('EMA: evaluation ended without having begun; were the events fired out of order?')
-        for name, parameter in _trainable(state.model).items():
-            parameter.copy_(self._weights[name])
+        self._shards = shards_of(state.model)  # drops what the forward passes have gathered of the average
+        for name, value in self._weights.items():
+            self._shards[name].local.copy_(value)
         self._weights = None
-
-    def _started(self, state: State) -> dict[str, Tensor]:
-        self._start(state)
-        assert self._average is not None
-        return self._average
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters under the names that they have in the unwrapped model."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    named = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, '')
-        if parameter.requires_grad:
-            named[name] = parameter
-    return named
-
-
-def _full(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu().clone()
-
-
-def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    value = value.to(device=parameter.device, dtype=torch.float32)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value.clone()

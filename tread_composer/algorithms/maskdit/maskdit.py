@@ -13,7 +13,7 @@ from torch import nn
 from tread_composer.algorithms.bound import BoundAlgorithm
 from tread_composer.algorithms.maskdit.decoder import Masking, attach_decoder, num_kept
 from tread_composer.algorithms.maskdit.objective import MaskedEDM
-from tread_composer.algorithms.rules import refuse_conflicts
+from tread_composer.algorithms.rules import refuse_conflicts, refuse_unfit
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import SAMPLE_IDS, UNMASKED_TOKENS
 from tread_composer.errors import UserError
@@ -186,6 +186,7 @@ class MaskDiT(BoundAlgorithm):
                 _hand_over(state.optimizers, head, decoder)
         except ValueError as error:
             raise UserError(f'algorithms.maskdit: {error}') from None
+        refuse_unfit(state)  # the decoder's gates and head start at zero
         self._num_tokens = denoiser.num_tokens
         self._masking.disarm()
 

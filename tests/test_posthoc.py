@@ -1,0 +1,334 @@
+"""An average chosen after training is the one that would have been kept, as closely as it says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.trained_runs import predict, run
+from tread_composer.cli import main
+from tread_composer.config import ConfigError, load_config
+from tread_composer.errors import UserError
+from tread_composer.plan import make_plan
+from tread_composer.posthoc import LARGEST_RESIDUAL, fit_profile, inner_products, reconstruct
+from tread_composer.snapshots import (
+    WIDEST,
+    list_snapshots,
+    posthoc_width,
+    power_exponent,
+    read_header,
+    snapshot_path,
+    write_snapshot,
+)
+from tread_composer.trained import load_trained
+
+STEPS, EVERY = 400, 50
+ROOT = Path(__file__).parent.parent
+
+
+def walk() -> torch.Tensor:
+    """Weights of 32 parameters ``[STEPS, 32]`` that drift and jitter, float64."""
+    generator = torch.Generator().manual_seed(3)
+    steps = torch.randn(STEPS, 32, generator=generator, dtype=torch.float64)
+    return 5 + 0.05 * steps.cumsum(0) + 0.2 * torch.randn(STEPS, 32, generator=generator, dtype=torch.float64)
+
+
+def average(weights: torch.Tensor, width: float, end: int) -> torch.Tensor:
+    """Weighted sum over all past weights, without a recursion: step t counts the integral of s**gamma over it."""
+    power = power_exponent(width) + 1
+    t = torch.arange(0, end + 1, dtype=torch.float64)
+    shares = ((t / end) ** power).diff()
+    return shares @ weights[:end]
+
+
+def write(folder, weights, *, widths=(0.05, 0.1), run='walk', every=EVERY):
+    previous = None
+    for end in range(every, STEPS + 1, every):
+        averages = {width: {'w': average(weights, width, end).float()} for width in widths}
+        previous = write_snapshot(folder, averages, batch=end, run=run, previous=previous)[0].digest
+    return previous
+
+
+@pytest.fixture(scope='module')
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('snapshots')
+    write(folder, walk())
+    return folder
+
+
+@pytest.fixture
+def copy(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / 'snapshots')
+    return tmp_path / 'snapshots'
+
+
+@pytest.mark.parametrize(('width', 'exponent'), [(0.05, 16.97), (0.10, 6.94)])
+def test_exponents_are_the_published_ones(width, exponent):
+    assert power_exponent(width) == pytest.approx(exponent, abs=5e-3)
+
+
+@pytest.mark.parametrize('width', [0.001, 0.05, 0.13, 0.25, 0.288])
+def test_the_exponent_gives_the_width_back(width):
+    gamma = power_exponent(width)
+    assert (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 == pytest.approx(width, rel=1e-9)
+    # the standard deviation of the density (gamma + 1) s**gamma on [0, 1], numerically
+    s = (np.arange(200_000) + 0.5) / 200_000
+    density = (gamma + 1) * s**gamma / 200_000
+    mean = (density * s).sum()
+    assert ((density * (s - mean) ** 2).sum()) ** 0.5 == pytest.approx(width, rel=1e-3)
+
+
+@pytest.mark.parametrize('width', [0, -0.1, WIDEST, 0.5, float('nan')])
+def test_a_width_that_no_average_has_is_refused(width):
+    with pytest.raises(ValueError, match=r'is no width: it is a share of the run so far, above 0 and below 0\.2887'):
+        power_exponent(width)
+
+
+def test_inner_products_are_the_integrals():
+    s = (np.arange(400_000) + 0.5) / 1000  # to 400
+
+    def profile(gamma, end):
+        return np.where(s < end, (gamma + 1) / end * (np.minimum(s, end) / end) ** gamma, 0.0)
+
+    gammas, ends = np.array([16.97, 6.94, 2.0, 0.5]), np.array([400.0, 150.0, 400.0, 30.0])
+    found = inner_products(gammas[:, None], ends[:, None], gammas, ends)
+    for i in range(4):
+        for j in range(4):
+            integral = (profile(gammas[i], ends[i]) * profile(gammas[j], ends[j])).sum() / 1000
+            assert found[i, j] == pytest.approx(integral, rel=2e-3), (i, j)
+
+
+@pytest.mark.parametrize(('width', 'batch'), [(0.07, 400), (0.13, 400), (0.045, 400), (0.08, 250)])
+def test_another_width_is_the_average_that_would_have_been_kept(stored, width, batch):
+    weights = walk()
+    wanted = average(weights, width, batch)
+    found = reconstruct(stored, width, batch=batch)
+    error = (found.tensors['w'].double() - wanted).norm()
+    assert error < 1e-3 * wanted.norm()
+    # far closer than the nearest one that was stored, and as close as it says of itself
+    nearest = min((average(weights, one, batch) - wanted).norm() for one in (0.05, 0.1))
+    assert error < 0.1 * nearest
+    gamma = power_exponent(width)
+    norm = inner_products(gamma, batch, gamma, batch) ** 0.5
+    bound = found.facts['residual'] * norm * (weights[:batch] - weights[:batch].mean(0)).norm()
+    assert error < bound + 1e-5
+    assert 0 < found.facts['residual'] <= LARGEST_RESIDUAL
+    assert (found.facts['snapshots'], found.facts['batch'], found.facts['last']) == (batch // EVERY, batch, batch)
+
+
+@pytest.mark.parametrize(('width', 'batch'), [(0.05, 400), (0.1, 400), (0.1, 50), (0.05, 150)])
+def test_a_stored_average_comes_back_to_the_bit(stored, width, batch):
+    found = reconstruct(stored, width, batch=batch)
+    assert torch.equal(found.tensors['w'], load_file(snapshot_path(stored, batch))[f'{width}/w'])
+    assert found.facts['residual'] == 0
+
+
+def test_of_many_snapshots_a_stored_one_is_taken_alone():
+    exponents = [power_exponent(0.05), power_exponent(0.1)] * 32
+    fit = fit_profile(exponents, [end for end in range(1, 33) for _ in range(2)], power_exponent(0.1), 32)
+    assert fit.coefficients_S.tolist() == [0.0] * 63 + [1.0] and fit.residual == 0
+
+
+@pytest.mark.parametrize('count', [8, 32, 200])
+def test_coefficients_add_up_to_one_and_more_snapshots_come_closer(count):
+    exponents, batches = [], []
+    for end in range(1, count + 1):
+        exponents += [power_exponent(0.05), power_exponent(0.1)]
+        batches += [end * 1000, end * 1000]
+    fit = fit_profile(exponents, batches, power_exponent(0.2), count * 1000)
+    assert fit.coefficients_S.sum() == pytest.approx(1, abs=1e-9)
+    s = (np.arange(count * 500) + 0.5) * 2
+    profiles = np.zeros_like(s)
+    for share, gamma, end in zip(fit.coefficients_S, exponents, batches, strict=True):
+        profiles += share * np.where(s < end, (gamma + 1) / end * (np.minimum(s, end) / end) ** gamma, 0.0)
+    wanted = (power_exponent(0.2) + 1) / s[-1] * (s / s[-1]) ** power_exponent(0.2)
+    measured = (((profiles - wanted) ** 2).sum() / (wanted**2).sum()) ** 0.5
+    assert fit.residual == pytest.approx(measured, rel=0.05, abs=1e-4)
+    assert fit.residual < {8: 0.08, 32: 0.007, 200: 0.0003}[count]
+
+
+def test_what_the_snapshots_do_not_come_close_to_is_refused_unless_allowed(stored):
+    with pytest.raises(UserError, match=r'come only within \d+\.\d% of an average of width 0\.25 .*--allow-inexact'):
+        reconstruct(stored, 0.25)
+    assert reconstruct(stored, 0.25, allow_inexact=True).facts['residual'] > LARGEST_RESIDUAL
+    with pytest.raises(UserError, match='come only within'):
+        reconstruct(stored, 0.07, batch=320)  # in between, and the last 20 batches are in no snapshot before it
+
+
+def test_an_average_that_would_end_after_the_last_snapshot_or_before_the_first_is_refused(stored):
+    with pytest.raises(UserError, match='the last snapshot is of batch 400, and the average is to end with 401'):
+        reconstruct(stored, 0.07, batch=401)
+    with pytest.raises(UserError, match='no snapshot is as early as batch 49'):
+        reconstruct(stored, 0.07, batch=49)
+
+
+def test_snapshots_of_two_runs_are_refused(copy):
+    write(copy / 'other', walk(), run='other')
+    shutil.copy(snapshot_path(copy / 'other', 100), snapshot_path(copy, 99))
+    with pytest.raises(UserError, match=r'holds snapshots of several runs \(other; walk\)'):
+        reconstruct(copy, 0.07)
+
+
+def test_a_missing_snapshot_is_noticed(copy):
+    snapshot_path(copy, 200).unlink()
+    with pytest.raises(UserError, match=r'the snapshot before that of batch 250 is missing \(sha256:'):
+        reconstruct(copy, 0.07)
+    found = reconstruct(copy, 0.07, allow_inexact=True)
+    assert (found.facts['first'], found.facts['snapshots'], found.facts['unused']) == (250, 4, 3)
+    with pytest.raises(UserError, match='that the checkpoint names as its last is missing'):
+        reconstruct(copy, 0.07, last='sha256:0')
+    with pytest.raises(UserError, match=r'holds no snapshots; train with algorithms\.power_ema'):
+        reconstruct(copy / 'nowhere', 0.07)
+
+
+def test_damaged_snapshots_are_refused(copy):
+    path = snapshot_path(copy, 300)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r'ba00000300.safetensors: holds something else than was written'):
+        reconstruct(copy, 0.07)
+    path.write_bytes(whole[:-5])
+    with pytest.raises(UserError, match=r'ba00000300.safetensors: a damaged snapshot'):
+        reconstruct(copy, 0.07)
+    path.write_bytes(whole.replace(b'\\"batch\\": 300', b'\\"batch\\": 301'))
+    assert read_header(path).batch == 301
+    with pytest.raises(UserError, match=r'ba00000300.safetensors: holds something else than was written'):
+        reconstruct(copy, 0.07)
+    save_file({'w': torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r'ba00000300.safetensors: is no snapshot of algorithms.power_ema'):
+        reconstruct(copy, 0.07)
+
+
+def test_a_continuation_that_was_given_up_is_not_used(copy):
+    """Resumed from batch 250 and run otherwise, at another interval: the old 350 stays in the folder."""
+    other = walk()
+    other[250:] += 1
+    previous = read_header(snapshot_path(copy, 250)).digest
+    for end in (300, 400):
+        averages = {width: {'w': average(other, width, end).float()} for width in (0.05, 0.1)}
+        snapshot, aside = write_snapshot(copy, averages, batch=end, run='walk', previous=previous)
+        assert aside == copy / f'ba{end:08d}.given_up1.safetensors'
+        assert read_header(aside).batch == end
+        previous = snapshot.digest
+    found = reconstruct(copy, 0.1, batch=400)
+    assert torch.equal(found.tensors['w'], average(other, 0.1, 400).float())
+    found = reconstruct(copy, 0.12)
+    assert (found.facts['snapshots'], found.facts['unused']) == (7, 1)
+    wanted = average(other, 0.12, 400)
+    assert (found.tensors['w'].double() - wanted).norm() < 2e-3 * wanted.norm()
+    earlier = next(one for _, one in list_snapshots(copy) if one.batch == 250).digest
+    assert reconstruct(copy, 0.07, last=earlier).facts['batch'] == 250
+
+
+def test_weights_that_do_not_move_come_out_as_they_are(tmp_path):
+    still = torch.full((STEPS, 4), 3.7, dtype=torch.float64)
+    write(tmp_path, still)
+    for width in (0.06, 0.2):
+        found = reconstruct(tmp_path, width, allow_inexact=True)
+        torch.testing.assert_close(found.tensors['w'], torch.full((4,), 3.7), rtol=3e-7, atol=0)
+        assert found.facts['snapshots'] == STEPS // EVERY
+
+
+def test_words_for_a_width():
+    assert (posthoc_width('ema'), posthoc_width('posthoc:0.13')) == (None, 0.13)
+    for word in ('posthoc:', 'posthoc:wide', 'posthoc:0.3', 'posthoc:0'):
+        with pytest.raises(UserError, match=f"'{word}' names no width; .* for example posthoc:0.13"):
+            posthoc_width(word)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    settings = ('algorithms.power_ema={interval: 1ba}', 'max_duration=10ba', 'save_interval=7ba')
+    return run(tmp_path_factory.mktemp('power'), 'digits_tread.yaml', *settings)
+
+
+def test_export_writes_the_average_and_says_how_it_was_made(trained, tmp_path, capsys):
+    out = tmp_path / 'x.safetensors'
+    assert main(['export', str(trained.folder), '--weights', 'posthoc:0.130', '--out', str(out)]) == 0
+    told = capsys.readouterr().out
+    assert 'the posthoc:0.13 weights after 10 batches' in told
+    assert 'average   width 0.13 of the run (gamma 4.60) from 10 snapshots of batches 1 to 10' in told
+    with safe_open(out, framework='pt') as file:
+        facts = json.loads(file.metadata()['average'])
+        assert file.metadata()['weights'] == 'posthoc:0.13'
+    assert facts['sigma_rel'] == 0.13 and 0 < facts['residual'] < 0.02
+    assert facts['run'].startswith('digits_tread sha256:')
+    model = load_trained(out)  # an average: what `ema` asks for
+    assert (model.weights, model.batch) == ('posthoc:0.13', 10)
+    kept = reconstruct(trained.folder / 'snapshots', 0.13).tensors
+    parameters = dict(model.model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in kept.items())
+    assert torch.equal(model.model.state_dict()['denoiser.pos_embed'], trained.denoiser.state_dict()['pos_embed'])
+    direct = load_trained(trained.folder, weights='posthoc:0.13')
+    assert direct.digest == model.digest != load_trained(trained.folder).digest
+    assert torch.equal(predict(direct.model.denoiser), predict(model.model.denoiser))
+    again = tmp_path / 'again.safetensors'
+    assert main(['export', str(out), '--out', str(again)]) == 0
+    with safe_open(again, framework='pt') as file:
+        assert json.loads(file.metadata()['average']) == facts
+    with pytest.raises(UserError, match=r'holds the posthoc:0\.13 weights alone; take weights=posthoc:0\.13'):
+        load_trained(out, weights='posthoc:0.1')
+
+
+def test_an_earlier_checkpoint_gives_the_average_up_to_it(trained):
+    (earlier,) = trained.folder.glob('ep*-ba7-rank0.pt')
+    model = load_trained(earlier, weights='posthoc:0.1')
+    kept = load_file(snapshot_path(trained.folder / 'snapshots', 7))
+    assert model.batch == 7
+    bias = 'denoiser.final_layer.linear.bias'
+    assert torch.equal(model.model.get_parameter(bias), kept[f'0.1/{bias}'])
+
+
+def test_sample_takes_the_width(trained, tmp_path):
+    words = ['sample', str(trained.folder), '--weights', 'posthoc:0.12', '--count', '10', '--steps', '1']
+    assert main([*words, '--out', str(tmp_path / 'drawn')]) == 0
+    assert '"posthoc:0.12"' in (tmp_path / 'drawn' / 'samples.json').read_text()
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--weights', 'posthoc:0.5'], "'posthoc:0.5' names no width"),
+        (['--weights', 'average'], 'invalid choice'),
+        (['--weights', 'posthoc:0.004'], 'come only within'),
+        (['--weights', 'ema', '--allow-inexact'], '--allow-inexact is about post-hoc averages'),
+    ],
+)
+def test_export_refuses(trained, tmp_path, capsys, words, message):
+    assert main(['export', str(trained.folder), '--out', str(tmp_path / 'x.safetensors'), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_snapshots_says_so(tmp_path, trained):
+    shutil.copytree(trained.folder, tmp_path / 'run', symlinks=True)
+    shutil.rmtree(tmp_path / 'run' / 'snapshots')
+    with pytest.raises(UserError, match=r'snapshots: holds no snapshots'):
+        load_trained(tmp_path / 'run', weights='posthoc:0.1')
+    file = (tmp_path / 'run' / 'latest-rank0.pt').resolve()
+    content = torch.load(file, weights_only=False)
+    states = content['state']['algorithms']
+    content['state']['algorithms'] = [one for one in states if one[0] != 'PowerEMA']
+    torch.save(content, file)
+    with pytest.raises(UserError, match='the run kept no averages to choose from afterwards'):
+        load_trained(tmp_path / 'run', weights='posthoc:0.1')
+
+
+def test_yaml_knows_it_and_the_plan_counts_its_memory():
+    sizes = 'model={name: dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}'
+    one = make_plan(load_config(ROOT / 'yamls/digits.yaml', [sizes]), 1)['memory_gib']
+    more = load_config(ROOT / 'yamls/digits.yaml', [sizes, 'algorithms.power_ema={widths: [0.05, 0.1, 0.2]}'])
+    assert make_plan(more, 1)['memory_gib']['average'] == pytest.approx(4 * one['average'])
+    for words, message in (
+        ('{widths: [0.05, 0.4]}', r'widths: 0\.4 is no width'),
+        ('{widths: [0.1, 0.1]}', 'each another'),
+        ('{interval: 10min}', 'interval'),
+        ('{settings_digest: x}', 'settings_digest'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(ROOT / 'yamls/digits.yaml', [f'algorithms.power_ema={words}'])
