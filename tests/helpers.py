@@ -96,11 +96,12 @@ def make_trainer(
     **keywords: Any,
 ) -> Trainer:
     model = model or tiny_model()
-    settings = {'max_duration': '6ba', 'seed': 17, 'device': 'cpu', 'progress_bar': False, **keywords}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    defaults = {'max_duration': '6ba', 'seed': 17, 'device': 'cpu', 'progress_bar': False, 'optimizers': optimizer}
+    settings = {**defaults, **keywords}
     return Trainer(
         model=model,
         train_dataloader=data(),
-        optimizers=torch.optim.AdamW(model.parameters(), lr=lr),
         algorithms=list(algorithms),
         callbacks=[KeyedDraws(), *callbacks],
         **settings,

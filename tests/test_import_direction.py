@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'tread_composer'
 # From the bottom up; what stands in one row does not import its neighbours. `data/__init__` re-exports two files.
 LEVELS = [
-    ('routing', 'batch', 'protocols', 'randomness', 'errors'),
-    ('models', 'objectives', 'samplers', 'autoencoders', 'data'),
+    ('routing', 'batch', 'protocols', 'randomness', 'errors', 'precision', 'tensor_file'),
+    ('models', 'objectives', 'samplers', 'autoencoders', 'data', 'snapshots'),
     ('data.mapped', 'data.latents', 'data.in_memory', 'data.loaders', 'data.digits', 'data.checks'),
     ('conversion',),
     ('metrics',),
@@ -23,11 +23,11 @@ LEVELS = [
     ('run_folder',),
     ('builders',),
     ('plan', 'snr', 'train'),
-    ('checkpoint', 'export_file'),
+    ('checkpoint', 'export_file', 'posthoc'),
     ('trained',),
     ('exporting', 'report'),
     ('generate', 'importing', 'compare'),
-    ('evaluate',),
+    ('evaluate', 'advisor'),
     ('sweep',),
     ('cli',),
     ('__main__',),
@@ -78,7 +78,7 @@ def test_imports_point_downwards(path):
             continue  # the package: its version
         same_folder = module.split('.')[0] == target.split('.')[0] and '.' in target
         one_algorithm = not (module.startswith('algorithms.') and target.startswith('algorithms.')) or (
-            target in ('algorithms.bound', 'algorithms.rules', 'algorithms.schedule')
+            target in ('algorithms.averages', 'algorithms.bound', 'algorithms.rules', 'algorithms.schedule')
             or module.split('.')[1] == target.split('.')[1]
         )
         assert one_algorithm, f'{module} imports another algorithm: {name}'
@@ -97,6 +97,7 @@ def test_every_file_has_a_level():
         ('tread_composer.routing', ('composer', 'streaming', 'mlflow', 'diffusers', 'transformers')),
         ('tread_composer.models', ('composer', 'streaming', 'mlflow', 'diffusers')),
         ('tread_composer.samplers', ('composer', 'streaming', 'mlflow', 'diffusers')),
+        ('tread_composer.advisor', ('composer', 'streaming', 'mlflow', 'diffusers')),
         ('tread_composer.config', ('mlflow', 'diffusers')),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 import yaml
 
 from tests.runs import (
@@ -19,6 +20,7 @@ from tests.runs import (
     environment,
     history,
     launch,
+    launch_here,
     runs,
     train,
 )
@@ -33,7 +35,7 @@ def whole(tmp_path_factory):
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f'whole{ranks}')
-        train(folders[ranks], 'digits_tread.yaml', TREAD_WIDE, ranks=ranks, launcher=True)
+        train(folders[ranks], 'digits_tread.yaml', TREAD_WIDE, ranks=ranks, launcher=ranks == 2)
     return folders
 
 
@@ -77,6 +79,26 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_back(whole, tmp_path):
     expected = dict(checkpoint(whole[1], 'digits_tread')['algorithms'])['EMA']['average']
     for name, value in expected.items():
         assert average[name].numpy() == pytest.approx(value.numpy(), abs=2e-4), name
+
+
+def test_two_ranks_under_fsdp2_draw_samples_and_save_what_one_rank_goes_on_with(tmp_path, monkeypatch):
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    sharded = 'parallelism_config={fsdp: {state_dict_type: full, activation_checkpointing: true}}'
+    grid = 'callbacks.sample_grid={interval: 5ba, num_steps: 2}'
+    words = (*(word for word in SMALL if 'sample_grid' not in word), TREAD_WIDE, sharded, grid)
+    until = ('save_interval=5ba', 'max_duration=5ba')
+    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *words, *until), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / 'runs' / 'digits_tread' / 'samples').glob('*.png'))
+    average = dict(checkpoint(tmp_path, 'digits_tread')['algorithms'])['EMA']['average']
+    until = ('save_interval=6ba', 'max_duration=6ba')
+    done = launch_here(tmp_path, ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, TREAD_WIDE, *until)
+    assert done.returncode == 0 and 'batches 5 to 6' in done.stdout, done.stdout + done.stderr
+    state = checkpoint(tmp_path, 'digits_tread')
+    for name, value in dict(state['algorithms'])['EMA']['average'].items():
+        expected = 0.99 * average[name] + 0.01 * state['model'][name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+        assert value.shape == state['model'][name].shape
 
 
 def test_killed_without_warning_and_started_again(whole, tmp_path):
@@ -205,7 +227,7 @@ def test_exit_code_2_without_a_traceback(tmp_path):
     ],
 )
 def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path, overrides, message):
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *overrides, ranks=2))
+    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *overrides, ranks=2, launcher=True))
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
     assert output.count(message) == 1 and 'Traceback' not in output, output
@@ -226,6 +248,6 @@ def test_a_run_that_saved_nothing_does_not_block_its_correction(tmp_path, monkey
 def test_composers_average_is_not_resumed_on_another_number_of_ranks(tmp_path):
     average = ('algorithms.ema=null', 'algorithms.composer_ema={half_life: 10ba}', 'save_interval=3ba')
     train(tmp_path, 'digits.yaml', *average, 'max_duration=3ba')
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits.yaml', *SMALL, *average, ranks=2))
+    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits.yaml', *SMALL, *average), ranks=2)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count('ranks: saved 1, now 2') == 1

@@ -1,13 +1,15 @@
 """From a resolved configuration to objects, up to the Composer ``Trainer``. The only file that knows all parts."""
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from composer import Callback, Evaluator, Trainer
+from composer import Algorithm, Callback, Evaluator, Trainer
 from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader
 
@@ -24,7 +26,7 @@ from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import DiT, DiTBlock
+from tread_composer.models import BACKBONES, Backbone
 from tread_composer.objectives import timesteps
 from tread_composer.protocols import Autoencoder, Objective
 from tread_composer.run_data import check_expectations, identity, planned_manifest, prepare_data
@@ -38,6 +40,7 @@ __all__ = [
     'build_objective',
     'build_trainer',
     'check_fit',
+    'compile_blocks',
 ]
 
 
@@ -74,14 +77,14 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
     return autoencoder
 
 
-def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> DiT:
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Backbone:
     """The network, fitted to the data.
 
     Raises:
         UserError: The sizes do not fit together.
     """
     try:
-        return DiT(
+        return BACKBONES[config.model.name](
             latent_size=latent_size, in_channels=channels, num_classes=num_classes, **config.model.arguments()
         )  # fmt: skip
     except ValueError as error:
@@ -218,8 +221,10 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     loggers = [component.build() for component in config.loggers.values()]
     if bar and not sys.stderr.isatty():
         loggers.append(ProgressLines())
-    if config.compile:
-        _compile(model.denoiser, arguments)
+    if config.compile and dist.get_world_size() == 1:
+        arguments['compile_config'] = {}
+    elif config.compile:
+        compile_blocks(model.denoiser)
     with _misfit_in_words(config):
         trainer = Trainer(
             model=model,
@@ -227,7 +232,7 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
             eval_dataloader=None if evaluation is None else Evaluator(label='eval', dataloader=evaluation),
             optimizers=config.optimizer.build(model.parameters()),
             schedulers=config.scheduler.build(),
-            algorithms=[component.build() for component in config.algorithms.values()],
+            algorithms=[_build_algorithm(config, name, contract) for name in config.algorithms],
             callbacks=callbacks,
             loggers=loggers,
             progress_bar=bar and sys.stderr.isatty(),
@@ -257,8 +262,18 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
         ) from None
 
 
-# Where our callbacks write if the YAML does not say: within the run's folder.
-_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.', 'evaluation': '.'}
+# Where ours write if the YAML does not say: within the run's folder.
+_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.', 'evaluation': '.', 'power_ema': 'snapshots'}
+
+
+def _build_algorithm(config: Config, name: str, contract: Mapping[str, Any]) -> Algorithm:
+    component, given = config.algorithms[name], {}
+    if name == 'power_ema':
+        text = json.dumps(contract, sort_keys=True, default=str)
+        given['settings_digest'] = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
+    if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
+        given['folder'] = str(run_folder(config) / _FOLDERS[name])
+    return component.build(**given)
 
 
 def _build_callback(config: Config, name: str) -> Callback:
@@ -268,14 +283,18 @@ def _build_callback(config: Config, name: str) -> Callback:
     return component.build()
 
 
-def _compile(denoiser: Any, arguments: dict[str, Any]) -> None:
-    """One process compiles the whole forward pass. Several cannot: DDP and FSDP break the graph, so each block is."""
-    if dist.get_world_size() == 1:
-        arguments['compile_config'] = {}
-        return
-    for block in denoiser.modules():
-        if isinstance(block, DiTBlock):
-            block.compile()
+def compile_blocks(denoiser: Any, **how: Any) -> None:
+    """Compile each block of a network in place: parameters and their names stay as they are.
+
+    For several processes, whose DDP and FSDP break a graph of the whole forward pass.
+
+    Args:
+        denoiser: A backbone of ours; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
+        how: Settings of ``torch.compile``.
+    """
+    for module in denoiser.modules():
+        if denoiser.fsdp_wrap_fn(module):
+            module.compile(**how)
 
 
 def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:

@@ -21,7 +21,14 @@ from torch.torch_version import TorchVersion
 
 from tread_composer.errors import UserError
 
-__all__ = ['checkpoint_batch', 'checkpoint_weights', 'find_checkpoint', 'read_checkpoint', 'read_pickled']
+__all__ = [
+    'averaged_weights',
+    'checkpoint_batch',
+    'checkpoint_weights',
+    'find_checkpoint',
+    'read_checkpoint',
+    'read_pickled',
+]
 
 _NETWORK = 'denoiser.'  # where a LatentDiffusion has it
 
@@ -56,9 +63,9 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     shards = latest if latest.is_dir() else next((path for path in folder.glob('ep*/') if path.is_dir()), None)
     if shards is not None:
         raise UserError(
-            f'{shards}: a sharded checkpoint, a folder with a file of each rank, which only training can read here. '
-            f'Continue the run with parallelism_config.fsdp.state_dict_type=full and a max_duration one batch longer: '
-            f'its next checkpoint is one file'
+            f'{shards}: a sharded checkpoint, a folder with files of each rank, which only training under FSDP reads. '
+            f'Make one file of it, and give that: python -m torch.distributed.checkpoint.format_utils dcp_to_torch '
+            f'{shards} {folder / "whole-rank0.pt"} (a run with parallelism_config.fsdp.state_dict_type=full saves one)'
         )
     raise UserError(
         f'{folder}: holds no checkpoint (latest-rank0.pt or ep*-ba*-rank0.pt); the run has not saved one yet, or this '
@@ -152,7 +159,21 @@ def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> d
         raise UserError(
             f'{source}: holds no averaged weights (the run had no algorithms.ema); take the raw ones: weights=raw'
         )
-    averaged = _network_part(average['average'])
+    return averaged_weights(state, average['average'], source)
+
+
+def averaged_weights(state: Mapping[str, Any], average: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights of the network from an average of a run's model, with what is not averaged from its checkpoint.
+
+    Args:
+        state: Of ``read_checkpoint``.
+        average: Under the names of the model.
+        source: What to call the average in messages.
+
+    Raises:
+        UserError: They are averages of another model.
+    """
+    raw, averaged = _network_part(state['model']), _network_part(average)
     unknown = averaged.keys() - raw.keys()
     if unknown:
         raise UserError(f'{source}: averages parameters that the model has not, such as {sorted(unknown)[0]!r}')

@@ -12,9 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from tread_composer.advisor.cli import add_arguments as add_inspect_arguments
+from tread_composer.advisor.cli import inspect_command
 from tread_composer.errors import UserError
 from tread_composer.evaluate.cli import add_arguments as add_evaluate_arguments
 from tread_composer.evaluate.cli import evaluate_command
+from tread_composer.generate.cli import WEIGHTS
 from tread_composer.generate.cli import add_arguments as add_sample_arguments
 from tread_composer.sweep.cli import add_arguments as add_sweep_arguments
 from tread_composer.sweep.cli import sweep_command
@@ -102,13 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep_arguments(command)
     command = add('evaluate', evaluate_command, 'measure samples, or a model: FID, KID, precision, ...')
     add_evaluate_arguments(command)
+    command = add('inspect', inspect_command, 'draw how alike tokens are from block to block, and propose a route')
+    add_inspect_arguments(command)
     command = add('prefetch', _prefetch, "say which weights Inception's metrics need, fetch them, check them")
     command.add_argument('--check', metavar='FILE', help='whether FILE is the published one')
     command.add_argument('--allow-download', action='store_true', help='fetch it to where torch looks')
     add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
     command = add('export', _export, 'write the weights of a run as one safetensors file that says what they are')
     command.add_argument('path', help="a run's folder (its latest checkpoint), or a checkpoint in one")
-    _file_options(command, 'which weights to write')
+    _file_options(command, 'which weights to write; posthoc:0.13 is the average of this width (power_ema)', WEIGHTS)
+    command.add_argument(
+        '--allow-inexact', action='store_true', help='a post-hoc average that the snapshots do not come close to'
+    )
     command = add('import', _import, 'convert weights of DiT, SiT, CompVis/tread or MaskDiT to such a file')
     command.add_argument('path', help='.pt or .safetensors, as published or as their training saves it')
     _file_options(command, 'which weights to take; of a file with one set, what it holds (published ones: ema)')
@@ -116,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _file_options(command: argparse.ArgumentParser, weights: str) -> None:
+def _file_options(command: argparse.ArgumentParser, weights: str, choices: Sequence[str] = ('ema', 'raw')) -> None:
     command.add_argument('--out', default='model.safetensors', help='the file to write (default: model.safetensors)')
-    command.add_argument('--weights', choices=('ema', 'raw'), default='ema', help=f'{weights} (default: ema)')
+    command.add_argument('--weights', choices=choices, default='ema', help=f'{weights} (default: ema)')
     command.add_argument('--overwrite', action='store_true', help='replace a file that is there')
 
 
@@ -202,7 +210,10 @@ def _compare(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from tread_composer.exporting import export, export_in_words
 
-    done = export(options.path, options.out, weights=options.weights, overwrite=options.overwrite)
+    if options.allow_inexact and options.weights in ('ema', 'raw'):
+        raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {options.weights}; leave it out')
+    how = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
+    done = export(options.path, options.out, **how)
     print(export_in_words(done))
     return 0
 

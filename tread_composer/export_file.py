@@ -5,10 +5,8 @@ texts: some for people (``time_convention``, ``prediction``, ...), and ``config`
 ``load_trained`` builds the model. Nothing in such a file can run code.
 """
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tread_composer
 from tread_composer.config import Config, restore_config
 from tread_composer.data.facts import LatentFacts
 from tread_composer.errors import UserError
+from tread_composer.snapshots import posthoc_width
+from tread_composer.tensor_file import digest_of, write_tensors
 
 __all__ = ['Exported', 'digest_of', 'read_exported', 'write_exported']
 
@@ -48,9 +47,10 @@ class Exported:
         tensors: Weights under the network's names, float32.
         config: Of the run.
         data: Facts of its data.
-        weights: ``'ema'`` or ``'raw'``.
+        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
         batch: Batches that the weights were trained on; 0 where nobody has said it.
         origin: Where they come from, in words.
+        average: How a post-hoc average was made (``posthoc.Average.facts``); None for the others.
     """
 
     tensors: Mapping[str, Tensor]
@@ -59,15 +59,7 @@ class Exported:
     weights: str
     batch: int
     origin: str
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """``'sha256:...'`` over names, shapes and float32 values: the same for any file, another for other weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return f'sha256:{digest.hexdigest()}'
+    average: Mapping[str, Any] | None = None
 
 
 def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapping[str, str], overwrite: bool) -> str:
@@ -89,18 +81,8 @@ def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapp
         raise UserError(f'{path}: is there already; give another name, or --overwrite')
     digest = digest_of(exported.tensors)
     metadata = {**_metadata(exported), 'digest': digest, **extra}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_tensors(path, exported.tensors, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: cannot be written: {error}') from None
     return digest
@@ -116,6 +98,7 @@ def _metadata(exported: Exported) -> dict[str, str]:
         'format': _FORMAT,
         'tool_version': tread_composer.__version__,
         'weights': exported.weights,
+        **({} if exported.average is None else {'average': json.dumps(exported.average)}),
         'batch': str(exported.batch),
         'origin': exported.origin,
         'objective': objective,
@@ -159,9 +142,9 @@ def read_exported(path: str | os.PathLike[str], overrides: list[str] | None = No
     config, data = _facts_in(metadata, str(path), overrides or [])
     if digest_of(tensors) != metadata['digest']:
         raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
-    return Exported(
-        tensors, config, data, metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown')
-    )
+    average = None if 'average' not in metadata else json.loads(metadata['average'])
+    told = (metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown'))
+    return Exported(tensors, config, data, *told, average)
 
 
 def _facts_in(metadata: Mapping[str, str], path: str, overrides: list[str]) -> tuple[Config, LatentFacts]:
@@ -172,7 +155,10 @@ def _facts_in(metadata: Mapping[str, str], path: str, overrides: list[str]) -> t
         tree: Any = json.loads(metadata['config'])
         data = LatentFacts.model_validate_json(metadata['data'])
         int(metadata['batch'])
-        if not isinstance(tree, dict) or metadata['weights'] not in ('ema', 'raw'):
+        is_posthoc = posthoc_width(metadata['weights']) is not None and isinstance(
+            json.loads(metadata.get('average', 'null')), dict
+        )
+        if not isinstance(tree, dict) or not (metadata['weights'] in ('ema', 'raw') or is_posthoc):
             raise ValueError('config or weights are not what `export` writes')
     except (ValueError, ValidationError) as error:
         raise UserError(f'{path}: its metadata cannot be used: {error}. Export the run again') from None

@@ -6,7 +6,7 @@ It has no mathematics of its own. Shapes: B samples, C channels, H x W latent pi
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from composer.models import ComposerModel
@@ -61,6 +61,12 @@ class LatentDiffusion(ComposerModel):
     Raises:
         ValueError: A value is out of range.
     """
+
+    incompatible_with: ClassVar[Mapping[str, str]] = {
+        'ProgressiveResizing': 'it interpolates the latents, while noise and positions stay those of one size, and a '
+        'mean of neighbouring latents is no latent of a smaller image',
+    }
+    """Algorithms of Composer that cannot work on this model, by class name, each with the reason."""
 
     latent_scale: Tensor
     latent_shift: Tensor

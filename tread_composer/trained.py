@@ -11,21 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tread_composer.builders import build_model
-from tread_composer.checkpoint import checkpoint_batch, checkpoint_weights, find_checkpoint, read_checkpoint
+from tread_composer.checkpoint import (
+    averaged_weights,
+    checkpoint_batch,
+    checkpoint_weights,
+    find_checkpoint,
+    read_checkpoint,
+)
 from tread_composer.config import Config, restore_config
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import ResumeError, UserError
 from tread_composer.export_file import Exported, digest_of, read_exported
 from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.posthoc import Average, reconstruct
 from tread_composer.routing import Route
 from tread_composer.run_data import identity, planned_manifest
 from tread_composer.run_folder import DATA_NAME
+from tread_composer.snapshots import posthoc_width
 
-__all__ = ['Trained', 'load_trained', 'model_of', 'read_trained']
+__all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained']
 
 _WEIGHTS = ('ema', 'raw')
 
@@ -37,12 +46,13 @@ class Trained:
     Attributes:
         model: In evaluation mode, on the device asked for; the autoencoder's weights are loaded when first used.
         config: Of the run.
-        weights: ``'ema'`` or ``'raw'``: which weights the model holds.
+        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``: which weights the model holds.
         batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
         source: What the user named.
         digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
         class_names: One for each class.
         routes: Of ``algorithms.tread``; none if the run was dense.
+        always_keep: How many first tokens never skip on them.
         data: Facts of the training data.
     """
 
@@ -54,6 +64,7 @@ class Trained:
     digest: str
     class_names: tuple[str, ...]
     routes: tuple[Route, ...]
+    always_keep: int
     data: LatentFacts
 
 
@@ -68,7 +79,8 @@ def load_trained(
 
     Args:
         path: A run's folder (its latest checkpoint is taken), a checkpoint in one, or an exported ``.safetensors``.
-        weights: ``'ema'`` or ``'raw'``.
+        weights: ``'ema'``, ``'raw'``, or of a run with ``algorithms.power_ema`` ``'posthoc:0.13'``, its average of
+            this width up to its last snapshot. Of an exported file that holds a post-hoc average, ``'ema'`` is that.
         device: Where the model goes.
         overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
             such as ``{'autoencoder.path': '/other/place'}``.
@@ -85,26 +97,33 @@ def load_trained(
     return Trained(
         model=model,
         config=exported.config,
-        weights=weights,
+        weights=exported.weights,
         batch=exported.batch,
         source=str(path),
         digest=digest_of(exported.tensors),
         class_names=exported.data.class_names,
         routes=tuple(exported.config.routes()),
+        always_keep=exported.config.always_keep(),
         data=exported.data,
     )
 
 
 def read_trained(
-    path: str | os.PathLike[str], *, weights: str = 'ema', overrides: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    *,
+    weights: str = 'ema',
+    overrides: Mapping[str, Any] | None = None,
+    allow_inexact: bool = False,
 ) -> Exported:
-    """Weights and facts of what ``load_trained`` loads, without the model."""
-    if weights not in _WEIGHTS:
-        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw'")
+    """Weights and facts of what ``load_trained`` loads, without the model; ``allow_inexact`` as ``reconstruct``."""
+    width = posthoc_width(weights)
+    if weights not in _WEIGHTS and width is None:
+        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")
+    weights = weights if width is None else f'posthoc:{width}'
     path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
     if path.suffix == '.safetensors':
         exported = read_exported(path, texts)
-        if exported.weights != weights:
+        if exported.weights != weights and (weights != 'ema' or exported.average is None):
             raise UserError(
                 f'{path}: holds the {exported.weights} weights alone; take weights={exported.weights}, or export the '
                 f'run again with --weights {weights}'
@@ -124,12 +143,18 @@ def read_trained(
     contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
     _check_config(config, contract, file)
     facts = LatentFacts.of(_manifest(config, contract, folder))
+    average = None if width is None else _posthoc(state, config, file, width, allow_inexact)
     return Exported(
-        tensors=checkpoint_weights(state, weights, str(file)),
+        tensors=(
+            checkpoint_weights(state, weights, str(file))
+            if average is None
+            else averaged_weights(state, average.tensors, str(folder))
+        ),
         config=restore_config(folder / 'config.yaml', texts) if texts else config,
         data=facts,
         weights=weights,
-        batch=checkpoint_batch(state),
+        batch=checkpoint_batch(state) if average is None else average.facts['batch'],
+        average=None if average is None else average.facts,
         origin=f'run {config.run_name}, {file.resolve().name}',
     )
 
@@ -147,6 +172,36 @@ def model_of(exported: Exported, source: str) -> LatentDiffusion:
     model = build_model(exported.config, exported.data, unfilled=True)
     _fill(model.denoiser, exported.tensors, source)
     return model.eval()
+
+
+def image_size(model: LatentDiffusion) -> int:
+    """The side of its images in pixels, found by decoding one."""
+    return model.decode(torch.zeros(1, *model.latent_shape, device=model.latent_scale.device)).shape[-1]
+
+
+def exported_run(path: str | os.PathLike[str]) -> str | None:
+    """The run that an exported file says it is of; None if it says none, or is no such file. Reads no weights."""
+    try:
+        with safe_open(path, framework='pt') as file:
+            config = json.loads((file.metadata() or {}).get('config', '{}'))
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return config.get('run_name') if isinstance(config, dict) else None
+
+
+def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Average:
+    """The average of this width that ends with the last snapshot before the checkpoint."""
+    kept = dict(state.get('algorithms', {})).get('PowerEMA')
+    if kept is None:
+        raise UserError(
+            f'{file}: the run kept no averages to choose from afterwards; train with algorithms.power_ema, or take '
+            f'weights=ema or raw'
+        )
+    if kept['previous'] is None:
+        raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
+    given = config.algorithms['power_ema'].kwargs.get('folder') if 'power_ema' in config.algorithms else None
+    folder = file.parent / 'snapshots' if given is None else given.replace('{run_name}', config.run_name)
+    return reconstruct(folder, width, last=kept['previous'], allow_inexact=allow_inexact)
 
 
 def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> None:

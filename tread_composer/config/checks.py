@@ -3,16 +3,22 @@
 import itertools
 import os
 import re
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from tread_composer.algorithms.rules import conflict
+from tread_composer.algorithms.rules import cannot_work, conflict, never_resumes, without_checkpoints_only
 from tread_composer.config.components import component_class, component_schema
 from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
 from tread_composer.config.tree import Config, LatentsData
 from tread_composer.errors import UserError
+from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.inception import find_weights
+from tread_composer.models import BACKBONES
+from tread_composer.models.ssd import fused_refusal
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import check_routes
 from tread_composer.samplers import check_sampler
@@ -30,7 +36,9 @@ def joint_problems(config: Config, world_size: int) -> list[Problem]:
         *_model(config),
         *_routes(config),
         *_combinations(config),
+        *_composers(config),
         *_saving(config),
+        *sharding_problems(config, world_size),
         *_averages(config),
         *_direction(config),
         *_normalization(config),
@@ -63,17 +71,18 @@ def _batches(config: Config, world_size: int) -> list[Problem]:
 
 def _model(config: Config) -> list[Problem]:
     model = config.model
-    sizes = {name: getattr(model, name) for name in ('patch_size', 'hidden_size', 'depth', 'num_heads')}
+    sizes = {name: getattr(model, name) for name in model.size_names}
     if model.preset:
         rule = f'the preset {model.preset!r} has decided that; remove it, or the preset and give all sizes'
         return [Problem(('model', name), f'{value}: {rule}') for name, value in sizes.items() if value is not None]
+    example = next(name for name in model.presets if '-B/' in name)
     problems = [
-        Problem(('model', name), "is missing; give it, or a published size, for example preset: 'DiT-B/2'")
+        Problem(('model', name), f'is missing; give it, or all sizes by one name, for example preset: {example!r}')
         for name, value in sizes.items()
         if value is None
     ]
-    if not problems and model.hidden_size % model.num_heads:  # type: ignore[operator]
-        text = f'{model.hidden_size} does not divide among {model.num_heads} heads; take a multiple'
+    if not problems and 'num_heads' in sizes and sizes['hidden_size'] % sizes['num_heads']:
+        text = f'{sizes["hidden_size"]} does not divide among {sizes["num_heads"]} heads; take a multiple'
         problems.append(Problem(('model', 'hidden_size'), text))
     return problems
 
@@ -87,7 +96,24 @@ def _routes(config: Config) -> list[Problem]:
             check_routes(routes, config.model.arguments()['depth'])
     except ValueError as error:
         return [Problem(('algorithms', 'tread'), f'{error}; change the route or model.depth')]
-    return []
+    return _token_arguments(config)
+
+
+def _token_arguments(config: Config) -> list[Problem]:
+    """What belongs to the tokens of this network must follow those that a route keeps."""
+    tread, wanted = config.algorithms.get('tread'), BACKBONES[config.model.name].token_arguments
+    if tread is None:
+        return []
+    given = tread.kwargs.get('token_arguments') or ()
+    missing = [name for name in wanted if name not in given]
+    if not missing:
+        return []
+    text = (
+        f'{list(given)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with a row for '
+        f'each token that says where it is in the image; the rows must follow the tokens that a route keeps. Write '
+        f'token_arguments: [{", ".join(dict.fromkeys([*given, *wanted]))}]'
+    )
+    return [Problem(('algorithms', 'tread', 'token_arguments'), text)]
 
 
 def _combinations(config: Config) -> list[Problem]:
@@ -104,7 +130,39 @@ def _combinations(config: Config) -> list[Problem]:
             f'with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: edm}}'
         )
         problems.append(Problem(('algorithms', 'maskdit'), text))
+    if 'maskdit' in config.algorithms and config.model.name != 'dit':
+        text = (
+            f"is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), and "
+            f'model.name is {config.model.name!r}; take model.name: dit, or route tokens instead (algorithms.tread)'
+        )
+        problems.append(Problem(('algorithms', 'maskdit'), text))
     return problems
+
+
+def _composers(config: Config) -> Iterator[Problem]:
+    """What Composer's own algorithms cannot do; beside one of ours, a Trainer written by hand refuses the same."""
+    for name, component in config.algorithms.items():
+        here, remedy = ('algorithms', name), f'take it out (algorithms.{name}=null)'
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what Composer would warn of is said here
+            algorithm = component.build()
+        reason = conflict(LatentDiffusion, type(algorithm)) or cannot_work(algorithm)
+        if reason is not None:
+            yield Problem(here, f'cannot work in this run: {reason}; {remedy}')
+        reason = without_checkpoints_only(algorithm)
+        if reason is not None and config.save_folder is not None:
+            yield Problem(here, f'cannot work in this run: {reason}; {remedy}, or save nothing (save_folder=null)')
+        reason = never_resumes(algorithm)
+        if reason is not None and config.autoresume:
+            remedy = f'set autoresume=false and train in one piece, or {remedy}'
+            yield Problem(here, f'a run with it cannot be resumed: {reason}; {remedy}')
+        elif reason is not None and config.load_path is not None and not config.load_weights_only:
+            remedy = f'set load_weights_only=true to start a new run, or {remedy}'
+            yield Problem(here, f'a run with it cannot be resumed: {reason}; {remedy}')
+        precision = str(getattr(config.precision, 'value', config.precision))
+        if name == 'low_precision_layer_norm' and precision in ('fp32', 'amp_fp8'):
+            text = f'does nothing in precision {precision!r}: it lowers what amp_bf16 or amp_fp16 keep in float32'
+            yield Problem(here, f'{text}; set precision=amp_bf16, or {remedy}')
 
 
 def _saving(config: Config) -> list[Problem]:
@@ -203,14 +261,6 @@ def _rest(config: Config) -> list[Problem]:
             f'measures the ten digits, and the data are {config.data.name!r}; remove it (callbacks.digits_quality=null)'
         )
         problems.append(Problem(('callbacks', 'digits_quality'), text))
-    both = {'digits_quality', 'evaluation'} <= config.callbacks.keys()
-    folders = [config.callbacks[name].kwargs.get('folder') for name in ('digits_quality', 'evaluation') if both]
-    if both and folders[0] == folders[1]:
-        text = (
-            'writes results.json into the folder of the run, and so does digits_quality; give it another (folder: '
-            'runs/{run_name}/evaluation), or remove one of the two'
-        )
-        problems.append(Problem(('callbacks', 'evaluation'), text))
     if config.objective.name in ('ddpm', 'edm'):
         objective = _OBJECTIVES[config.objective.name]
         try:
@@ -294,7 +344,7 @@ def check_machine(config: Config, source: str = '') -> None:
         source: What to call it in the message.
 
     Raises:
-        ConfigError: The device is not there, or cannot compute in the precision asked for.
+        ConfigError: The device is not there, or cannot compute in the precision or with the kernel asked for.
     """
     has_gpu = torch.cuda.is_available()
     problems: list[Problem] = []
@@ -303,10 +353,19 @@ def check_machine(config: Config, source: str = '') -> None:
             Problem(('device',), "'gpu': torch finds no CUDA device here; take device=cpu or another machine")
         )
     on_cpu = config.device == 'cpu' or (config.device is None and not has_gpu)
+    problems += sharding_needs_gpu(config) if on_cpu else []
     precision: Any = getattr(config.precision, 'value', config.precision)
     if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
         text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
         problems.append(Problem(('precision',), text))
+    if config.model.name == 'mamba2_dit' and config.model.kernel == 'fused':
+        reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
+        if reason is not None:
+            text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"
+            problems.append(Problem(('model', 'kernel'), text))
+    if on_cpu and precision is None and 'low_precision_layer_norm' in config.algorithms:
+        text = 'does nothing here: without a precision, Composer trains in float32 on the CPU; take it out'
+        problems.append(Problem(('algorithms', 'low_precision_layer_norm'), text))
     _raise(problems, source)
 
 

@@ -34,6 +34,7 @@ _OURS = {
         'direction_schedule': 'tread_composer.algorithms.direction_schedule:DirectionSchedule',
         'ema': 'tread_composer.algorithms.ema:EMA',
         'maskdit': 'tread_composer.algorithms.maskdit:MaskDiT',
+        'power_ema': 'tread_composer.algorithms.power_ema:PowerEMA',
         'tread': 'tread_composer.algorithms.tread:Tread',
     },
     'callback': {
@@ -43,6 +44,8 @@ _OURS = {
     },
     'logger': {'mlflow': 'tread_composer.callbacks.mlflow_run:MLflowRun'},
 }
+# Arguments that the builders give, beside an optimizer's parameters.
+_GIVEN = {'power_ema': ('settings_digest',)}
 # Words that a rule for capital letters would tear apart.
 _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
@@ -103,7 +106,7 @@ def component_class(kind: str, name: str) -> type:
 def component_schema(kind: str, name: str) -> type[Strict]:
     """The constructor of a component as a strict section."""
     target = component_class(kind, name)
-    schema = signature_model(target, skip=('params',) if kind == 'optimizer' else ())
+    schema = signature_model(target, skip=('params',) if kind == 'optimizer' else _GIVEN.get(name, ()))
     if name not in _NARROWER:
         return schema
     return create_model(target.__name__, __base__=schema, **_NARROWER[name])

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from tread_composer.config.schema import Strict, TimeString, signature_fields, yaml_type
 
-__all__ = ['BUILT_BY_US', 'TrainerSettings', 'trainer_keywords']
+__all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section', 'trainer_keywords']
 
 BUILT_BY_US = {
     'model': '',  # a section of our own
@@ -35,22 +35,43 @@ BUILT_BY_US = {
 """Keywords of the Trainer that are no plain YAML settings, and what is to be done instead."""
 
 
-def _fsdp_settings() -> type[Strict]:
-    """Composer takes any name here without a word; which names mean something depends on ``FSDP_VERSION``."""
-    kind = FSDP2Config if os.environ.get('FSDP_VERSION', '1') == '2' else FSDPConfig
+_OBJECTS = ('ignored_modules', 'load_planner', 'save_planner', 'process_group')
+
+
+def fsdp_section(version: str) -> type[Strict]:
+    """``parallelism_config.fsdp`` as a strict section: Composer takes any name there without a word.
+
+    Args:
+        version: ``'1'`` or ``'2'``: they have other settings, and Composer reads which is meant from ``FSDP_VERSION``.
+    """
+    kind, other = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
+    first, second = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
+    refused = {
+        entry.name: f'is a setting of {first if version == "2" else second}' for entry in dataclasses.fields(other)
+    }
     fields: dict[str, Any] = {}
     for entry in dataclasses.fields(kind):
-        objects = entry.name in ('ignored_modules', 'load_planner', 'save_planner', 'process_group', 'device_mesh')
-        if not entry.name.startswith('_') and not objects:
+        refused.pop(entry.name, None)
+        if entry.name in _OBJECTS:
+            refused[entry.name] = 'takes an object, which YAML cannot write; use the Trainer in Python'
+        elif not entry.name.startswith('_'):
             annotation = str | dict[str, Any] if entry.name == 'mixed_precision' else yaml_type(entry.type, entry.name)
             fields[entry.name] = (annotation, entry.default)
-    return create_model(kind.__name__, __base__=Strict, **fields)
+    fields.pop('device_mesh', None)
+    degrees = 'data_parallel_replicate_degree', 'data_parallel_shard_degree'
+    refused['device_mesh'] = f'is made by Composer; FSDP1 takes {" and ".join(degrees)}'
+    if version == '2':
+        reason = f'Composer shards over all ranks under FSDP2; replicas of shards (HSDP) are a setting of {first}'
+        refused |= dict.fromkeys(degrees, reason)
+    model = create_model(kind.__name__, __base__=Strict, **fields)
+    model.refused = refused
+    return model
 
 
 class ParallelismSettings(Strict):
     """``parallelism_config``: sharding. Tensor parallelism needs a plan made of objects, so it is left to Python."""
 
-    fsdp: _fsdp_settings() | None = None  # type: ignore[valid-type]
+    fsdp: fsdp_section(os.environ.get('FSDP_VERSION', '1')) | None = None  # type: ignore[valid-type]
 
 
 def _training_length(text: str) -> str:

@@ -48,7 +48,7 @@ def rates_of(settings: SamplingSettings, times: Tensor) -> Rates:
 
 def kept_counts(routing: Routing, rate: float, num_tokens: int) -> list[int]:
     """How many tokens stay on each route at this rate."""
-    return [replace(route, selection_rate=rate).num_kept(num_tokens) for route in routing.routes]
+    return [replace(route, selection_rate=rate).num_kept(num_tokens, routing.always_keep) for route in routing.routes]
 
 
 def routed(
@@ -119,7 +119,8 @@ class _Routed:
         kept = []
         for route, count in enumerate(counts):
             purpose = f'sparse_guidance/{self.branch}/{self.clock.evaluation}/{route}'
-            kept.append(keep_lowest(self.random.uniform(purpose, self.num_tokens), count).to(x_BCHW.device))
+            scores = self.random.uniform(purpose, self.num_tokens)
+            kept.append(keep_lowest(scores, count, always_keep=self.routing.always_keep).to(x_BCHW.device))
         with self.routing.forced(kept, num_tokens=self.num_tokens):
             return self.denoiser(x_BCHW, t_B, labels_B)
 

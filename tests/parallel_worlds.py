@@ -1,0 +1,228 @@
+"""Run by test_parallel.py in several processes: many trainings one after the other, as starting them takes longest.
+
+Each rank writes what it saw of them into a file. ``train`` also runs in the test's own process, as the one rank.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as torch_dist
+from composer import Callback, Evaluator
+from composer.utils import dist, get_device
+from composer.utils.parallelism import FSDP2Config
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils.data import DataLoader
+
+from tests.helpers import Images, Recorder, loader, make_trainer, tiny_model
+from tread_composer.algorithms.averages import shards_of
+from tread_composer.algorithms.ema import EMA
+from tread_composer.algorithms.tread import Tread
+from tread_composer.builders import compile_blocks
+from tread_composer.errors import UserError
+
+DECAY = 0.7
+BATCH = 12  # of all ranks together
+STRATEGIES = ('ddp', 'fsdp2', 'fsdp1')
+
+
+def summed_instead_of_averaged() -> float:
+    """By how much FSDP2's gradients are too large here: gloo's reduce-scatter sums where it is told to average.
+
+    pytorch issue 162338: torch 2.7 on the CPU only, repaired in 2.13; NCCL is right. So this asks the collective.
+    """
+    ranks = dist.get_world_size()
+    if ranks == 1 or torch_dist.get_backend() == 'nccl':
+        return 1.0
+    out = torch.zeros(1)
+    torch_dist.reduce_scatter_tensor(out, torch.ones(ranks), op=torch_dist.ReduceOp.AVG)
+    assert out.item() in (1.0, ranks)
+    return out.item()
+
+
+class DivideGradients(Callback):
+    """Makes FSDP2's gradients on gloo the average that they should be, see above."""
+
+    def after_train_batch(self, state, logger):
+        factor = summed_instead_of_averaged()
+        for parameter in state.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(factor)
+
+
+def whole_weights(model) -> dict[str, Tensor]:
+    return {name: shard.whole(shard.local) for name, shard in shards_of(model).items()}
+
+
+class Watch(Callback):
+    """The whole weights at every step, an average of them kept by hand, and what evaluation had and found."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.at: dict[str, dict[str, Tensor]] = {}
+        self.eval_losses: list[float] = []
+        self.held = 0
+
+    def fit_start(self, state, logger):
+        self.held = sum(shard.local.numel() for shard in shards_of(state.model).values())
+        self.at['start'] = whole_weights(state.model)
+        self.average = {name: value.double() for name, value in self.at['start'].items()}
+
+    def batch_end(self, state, logger):
+        self.at['trained'] = whole_weights(state.model)
+        for name, value in self.at['trained'].items():
+            self.average[name] = DECAY * self.average[name] + (1 - DECAY) * value.double()
+
+    def eval_start(self, state, logger):
+        self.at['eval_start'] = whole_weights(state.model)
+
+    def eval_end(self, state, logger):
+        self.at['eval_end'] = whole_weights(state.model)
+        self.eval_losses.append(float(state.eval_metrics['eval']['loss'].compute()))
+
+
+@contextlib.contextmanager
+def fsdp1_on_cpu() -> Iterator[None]:
+    """Composer hands FSDP1 the CUDA device without asking whether there is one."""
+    with mock.patch.object(torch.cuda, 'current_device', return_value=torch.device('cpu')):
+        yield
+
+
+def parallelism(strategy: str, **settings: Any) -> dict[str, Any]:
+    if strategy == 'ddp':
+        return {}
+    if strategy == 'fsdp2':
+        return {'parallelism_config': {'fsdp': FSDP2Config(**{'state_dict_type': 'full', **settings})}}
+    # A full checkpoint of FSDP1 crashes torch on the CPU: see tests/gpu.
+    return {'parallelism_config': {'fsdp': {'state_dict_type': 'sharded', **settings}}}
+
+
+def evaluator() -> Evaluator:
+    images = Images()
+    sampler = dist.get_sampler(images, shuffle=False, drop_last=False)
+    return Evaluator(label='eval', dataloader=DataLoader(images, batch_size=4, sampler=sampler))
+
+
+def train(strategy: str, *, evaluate: bool = False, compiled: bool | str = False, fsdp: Any = None, **keywords: Any):
+    """Four batches, or as many as ``max_duration`` says; returns what there is to compare, and the trainer."""
+    model, watch, recorder, ema = tiny_model(), Watch(), Recorder(), EMA(DECAY)
+    counter = CompileCounter()  # runs the captured graph as it is; fullgraph turns any break into an error
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(model.denoiser, backend=counter if compiled is True else compiled, fullgraph=True)
+    callbacks = [recorder, *([DivideGradients()] if strategy == 'fsdp2' else []), *keywords.pop('callbacks', ())]
+    if evaluate:
+        callbacks.append(watch)
+        keywords |= {'eval_dataloader': evaluator(), 'eval_interval': '2ba'}
+    trainer = make_trainer(
+        model,
+        [Tread(1, -2, 0.5), ema],
+        callbacks,
+        data=lambda: loader(batch_size=BATCH // dist.get_world_size(), shuffle=False),
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
+        **{'max_duration': '4ba', **parallelism(strategy, **(fsdp or {})), **keywords},
+    )
+    trainer.fit()
+    seen = {
+        'losses': [float.fromhex(loss) for loss in recorder.losses],
+        'eval_losses': watch.eval_losses,
+        'held': watch.held,
+        'graphs': counter.frame_count,
+        'at': watch.at,
+        'by_hand': watch.average,
+        'weights': whole_weights(trainer.state.model),
+        'average': ema.state_dict()['average'],
+    }
+    return seen, trainer
+
+
+def saving(folder: Path | str, **keywords: Any) -> dict[str, Any]:
+    return {'save_folder': str(folder), 'save_interval': '2ba', 'save_num_checkpoints_to_keep': -1, **keywords}
+
+
+def checkpoint(folder: Path | str, batch: int, sharded: bool = False) -> str:
+    name = f'ep{(batch - 1) // 2}-ba{batch}'  # an epoch has two
+    return str(Path(folder) / (name if sharded else f'{name}-rank0.pt'))
+
+
+def recipes(folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
+    """All trainings on this many ranks, in order: each strategy as it comes, in its variants, and resumed."""
+    folder = Path(folder)
+    two = {
+        strategy: {
+            'plain': {'evaluate': True, **saving(folder / strategy)},
+            'without evaluation': {},
+            'microbatches': {'device_train_microbatch_size': 2},
+            'compiled': {'compiled': True},
+            'resumed': {'load_path': checkpoint(folder / strategy, 2, sharded=strategy == 'fsdp1')},
+        }
+        for strategy in STRATEGIES
+    }
+    recomputed = {'activation_checkpointing': True}
+    for strategy in ('fsdp2', 'fsdp1'):
+        two[strategy]['recomputed'] = {'fsdp': recomputed}
+        two[strategy]['compiled, recomputed'] = {'compiled': True, 'fsdp': recomputed}
+        two[strategy]['activations on the CPU'] = {'fsdp': {'activation_cpu_offload': True}}
+    sharded, of_fsdp2 = {'state_dict_type': 'sharded'}, checkpoint(folder / 'fsdp2_sharded', 2, sharded=True)
+    two['ddp']['resumed from one'] = {'load_path': checkpoint(folder / 'one', 2)}
+    two['fsdp2'] |= {
+        'resumed from one': {'load_path': checkpoint(folder / 'one', 2)},
+        'resumed from ddp': {'load_path': checkpoint(folder / 'ddp', 2)},
+        'sharded': {'fsdp': sharded, **saving(folder / 'fsdp2_sharded')},
+        'sharded, resumed': {'fsdp': sharded, 'load_path': of_fsdp2},
+    }
+    two['fsdp1'] |= {
+        'recomputed, not reentrant': {'fsdp': {**recomputed, 'activation_checkpointing_reentrant': False}},
+        'gathered until backward': {'evaluate': True, 'fsdp': {'sharding_strategy': 'SHARD_GRAD_OP'}},
+        'resumed from fsdp2 sharded': {'load_path': of_fsdp2},
+    }
+    three = {
+        'fsdp2': {
+            'plain': {'evaluate': True, **saving(folder / 'fsdp2_of_three')},
+            'resumed': {'load_path': checkpoint(folder / 'fsdp2_of_three', 2)},
+            'resumed from one': {'load_path': checkpoint(folder / 'one', 2)},
+            'resumed from two': {'load_path': checkpoint(folder / 'fsdp2', 2)},
+            'resumed from two sharded': {'load_path': of_fsdp2, 'fsdp': sharded},
+        },
+        'fsdp1': {
+            'plain': {'evaluate': True, **saving(folder / 'fsdp1_of_three')},
+            'resumed': {'load_path': checkpoint(folder / 'fsdp1_of_three', 2, sharded=True)},
+            'resumed from two': {'load_path': checkpoint(folder / 'fsdp1', 2, sharded=True)},
+        },
+    }
+    chosen = {2: two, 3: three}[ranks]
+    return {
+        f'{strategy}: {name}': {'strategy': strategy, **settings}
+        for strategy, variants in chosen.items()
+        for name, settings in variants.items()
+    }
+
+
+def main(folder: str) -> None:
+    """As many ranks as the environment says."""
+    warnings.filterwarnings('ignore')
+    dist.initialize_dist(get_device('cpu'))
+    ranks, seen = dist.get_world_size(), {}
+    for name, recipe in recipes(Path(folder), ranks).items():
+        with fsdp1_on_cpu() if recipe['strategy'] == 'fsdp1' else contextlib.nullcontext():
+            seen[name] = train(**recipe)[0]
+    if ranks == 2:
+        with fsdp1_on_cpu():
+            try:
+                train('fsdp1', fsdp={'use_orig_params': False})
+            except UserError as error:
+                seen['refused'] = str(error)
+    torch.save(seen, Path(folder) / f'seen_by_rank{dist.get_global_rank()}_of_{ranks}.pt')
+    dist.barrier()
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('FSDP_VERSION', '1')  # FSDP2 is asked for by its configuration object
+    main(sys.argv[1])

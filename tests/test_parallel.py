@@ -1,0 +1,167 @@
+"""DDP, FSDP1 and FSDP2 in 2 and 3 real processes on the CPU: the routed training of one process, and its average.
+
+Every run trains on the same 12 samples a batch, with noise and routes keyed by sample, so all are one training.
+"""
+
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.helpers import make_trainer, tiny_model
+from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, train
+from tests.runs import ROOT, launch
+
+pytestmark = pytest.mark.timeout(2000)  # of the launches, on a busy machine; a quiet one needs a twentieth
+
+ROUNDING = 2e-6  # of sums in another order, after four steps that move the weights by 0.2
+TWO, THREE = ([(ranks, name) for name in recipes(ROOT, ranks)] for ranks in (2, 3))
+PLAIN = [run for run in TWO + THREE if run[1].endswith(': plain')]
+EVALUATED = [*PLAIN, (2, 'fsdp1: gathered until backward')]
+
+
+def largest(a, b):
+    """Difference of two sets of weights; the second may have more."""
+    assert a and a.keys() <= b.keys()
+    return max(float((value.double() - b[name].double()).abs().max()) for name, value in a.items())
+
+
+class Worlds:
+    """What each rank saw of each run, by (number of ranks, name), and the same training in one process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.one, _ = train('ddp', evaluate=True, **saving(folder / 'one'))
+        self.ranks: dict[int, list[dict]] = {}
+        for ranks in (2, 3):  # in this order: three ranks go on where two have stopped
+            words = [sys.executable, str(ROOT / 'tests' / 'parallel_worlds.py'), str(folder)]
+            done = launch(folder, words, ranks=ranks, timeout=1200)
+            assert done.returncode == 0, done.stdout + done.stderr
+            files = [folder / f'seen_by_rank{rank}_of_{ranks}.pt' for rank in range(ranks)]
+            self.ranks[ranks] = [torch.load(file, weights_only=True) for file in files]
+
+    def __getitem__(self, run):
+        ranks, name = run
+        return self.ranks[ranks][0][name]
+
+    def plain(self, run):
+        return self[run[0], f'{run[1].split(":")[0]}: plain']
+
+
+@pytest.fixture(scope='module')
+def worlds(tmp_path_factory):
+    return Worlds(tmp_path_factory.mktemp('worlds'))
+
+
+@pytest.mark.parametrize('run', TWO + THREE, ids=lambda run: f'{run[0]} {run[1]}')
+def test_several_processes_train_as_one(worlds, run):
+    seen, one = worlds[run], worlds.one
+    assert largest(seen['weights'], one['weights']) < ROUNDING
+    assert largest(seen['average'], one['average']) < ROUNDING
+    expected = one['losses'][-len(seen['losses']) :]
+    assert seen['losses'] == pytest.approx(expected, rel=1e-5)
+    assert len(seen['losses']) == (2 if 'resumed' in run[1] else 4)
+
+
+@pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
+def test_the_average_is_the_one_kept_by_hand_in_whole_float32_tensors(worlds, run):
+    seen = worlds[run]
+    trainable = {name: value for name, value in tiny_model().named_parameters() if value.requires_grad}
+    assert seen['average'].keys() == trainable.keys()
+    for name, value in seen['average'].items():
+        assert value.dtype == torch.float32 and value.shape == trainable[name].shape
+    assert largest(seen['average'], seen['by_hand']) < ROUNDING
+    assert largest(seen['average'], seen['weights']) > 0.01
+    assert largest(seen['at']['start'], dict(tiny_model().named_parameters())) == 0
+
+
+@pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
+def test_evaluation_computes_with_the_average_and_leaves_the_weights_as_they_were(worlds, run):
+    seen = worlds[run]
+    assert largest(seen['average'], seen['at']['eval_start']) == 0
+    assert largest(seen['at']['trained'], seen['at']['eval_end']) == 0
+    assert largest(seen['at']['eval_start'], seen['at']['eval_end']) > 0.01
+    # What was computed, not what was stored: FSDP keeps a gathered copy of some weights after a forward pass.
+    assert seen['eval_losses'] == pytest.approx(worlds.one['eval_losses'], rel=1e-6)
+
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2', 'fsdp1'])
+def test_evaluation_changes_nothing_in_training(worlds, strategy):
+    assert exactly_equal(worlds[2, f'{strategy}: plain'], worlds[2, f'{strategy}: without evaluation'])
+
+
+RECOMPUTED = [run for run in TWO if 'recomputed' in run[1] or 'on the CPU' in run[1]]
+
+
+@pytest.mark.parametrize('run', RECOMPUTED, ids=lambda run: run[1])
+def test_recomputed_and_moved_activations_train_exactly_the_same(worlds, run):
+    assert exactly_equal(worlds[run], worlds.plain(run))
+
+
+SAME = [run for run in TWO + THREE if run[1].endswith('resumed')]
+
+
+@pytest.mark.parametrize('run', SAME, ids=lambda run: f'{run[0]} {run[1]}')
+def test_a_run_resumed_under_its_own_strategy_is_the_uninterrupted_one_to_the_bit(worlds, run):
+    assert exactly_equal(worlds[run], worlds.plain(run))
+
+
+def exactly_equal(a, b):
+    return largest(a['weights'], b['weights']) == 0 and largest(a['average'], b['average']) == 0
+
+
+@pytest.mark.parametrize('run', PLAIN, ids=lambda run: f'{run[0]} {run[1]}')
+def test_ranks_share_weights_and_average_and_the_first_one_saves(worlds, run):
+    ranks, name = run
+    numbers = sum(value.numel() for value in worlds.one['weights'].values())
+    held = [seen[name]['held'] for seen in worlds.ranks[ranks]]
+    if 'ddp' in name:
+        assert held == [numbers] * ranks
+    else:
+        assert sum(held) == numbers and max(held) < 1.1 * numbers / ranks
+    assert all(seen[name]['average'] == {} for seen in worlds.ranks[ranks][1:])
+
+
+# Graphs of a block in training and evaluation; recomputing adds some. None is added by a further block or batch.
+GRAPHS = {
+    'ddp: compiled': 2, 'fsdp2: compiled': 2, 'fsdp1: compiled': 2,
+    'fsdp2: compiled, recomputed': 3, 'fsdp1: compiled, recomputed': 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', GRAPHS)
+def test_blocks_are_compiled_in_place_in_few_graphs(worlds, name):
+    assert worlds[2, name]['graphs'] == GRAPHS[name]
+
+
+ONE_FILE = ['ddp', 'fsdp2', 'fsdp2_of_three']
+FOLDERS = ['fsdp2_sharded', 'fsdp1', 'fsdp1_of_three']
+
+
+@pytest.mark.parametrize('name', ONE_FILE + FOLDERS)
+def test_one_process_goes_on_with_what_several_have_saved(worlds, name):
+    path = checkpoint(worlds.folder / name, 2, sharded=name in FOLDERS)
+    if name in FOLDERS:
+        path, shards = f'{worlds.folder}/{name}.pt', path
+        dcp_to_torch_save(shards, path)  # python -m torch.distributed.checkpoint.format_utils dcp_to_torch ...
+    seen, _ = train('ddp', load_path=path)
+    assert largest(seen['weights'], worlds.one['weights']) < ROUNDING
+    assert largest(seen['average'], worlds.one['average']) < ROUNDING
+
+
+def test_an_average_of_nameless_weights_is_refused_before_training(worlds):
+    assert 'EMA cannot average with parallelism_config.fsdp.use_orig_params: false' in worlds.ranks[2][1]['refused']
+
+
+def test_these_comparisons_would_notice(worlds):
+    """Weights, average and evaluation loss of another training are further away than anything above allows."""
+    other, _ = train('ddp', max_duration='3ba')
+    assert largest(other['weights'], worlds.one['weights']) > 0.01
+    assert largest(other['average'], worlds.one['average']) > 0.01
+    raw = tiny_model()
+    raw.load_state_dict(worlds.one['weights'])
+    trainer = make_trainer(raw, eval_dataloader=evaluator())
+    trainer.eval()
+    loss = float(trainer.state.eval_metrics['eval']['loss'].compute())
+    assert abs(loss / worlds.one['eval_losses'][-1] - 1) > 1e-3
