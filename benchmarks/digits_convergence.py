@@ -1,6 +1,6 @@
 """Dense, TREAD, MaskDiT, FasterDiT and their combination on the digits: quality against steps, FLOPs and time.
 
-    python benchmarks/digits_convergence.py [--out runs/convergence] [--seeds 17 18 19] [--steps 400] [--points 4]
+    python benchmarks/digits_convergence.py [--out runs/convergence] [--seeds 17 18 19] [--steps 700] [--points 5]
 
 Each method is its shipped YAML, run by the documented command, one process after another; finished runs are kept, so an
 interrupted comparison goes on. Seeds are in the outer loop: whatever else the machine does falls on all methods alike.
@@ -137,7 +137,8 @@ def draw(results: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> N
         for axis, (key, label) in zip(row, axis_names.items(), strict=True):
             for color, (method, seeds) in zip(plt.cm.tab10.colors, results.items(), strict=False):  # type: ignore[attr-defined]
                 runs = list(seeds.values())
-                where = [statistics.mean(points[i][key] for points in runs) for i in range(len(runs[0]))]
+                # The median: seconds on a shared machine have outliers; steps and FLOPs are the same for all seeds.
+                where = [statistics.median(points[i][key] for points in runs) for i in range(len(runs[0]))]
                 values = [[points[i][quality] for points in runs] for i in range(len(runs[0]))]
                 style = '--' if 'EDM' in method else '-'
                 axis.plot(
@@ -163,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('runs/convergence'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[17, 18, 19])
-    parser.add_argument('--steps', type=int, default=400)
-    parser.add_argument('--points', type=int, default=4, help='measurements on the way')
+    parser.add_argument('--steps', type=int, default=700)
+    parser.add_argument('--points', type=int, default=5, help='measurements on the way')
     parser.add_argument('--picture', type=Path, help='(default: OUT/digits_convergence.png)')
     arguments = parser.parse_args()
     if arguments.steps % arguments.points:

@@ -13,7 +13,15 @@ PACKAGE = ROOT / 'tread_composer'
 LEVELS = [
     ('routing', 'batch', 'protocols', 'randomness', 'errors', 'precision', 'tensor_file'),
     ('models', 'objectives', 'samplers', 'autoencoders', 'data', 'snapshots'),
-    ('data.mapped', 'data.latents', 'data.in_memory', 'data.loaders', 'data.digits', 'data.checks'),
+    (
+        'data.mapped',
+        'data.registration',
+        'data.latents',
+        'data.in_memory',
+        'data.loaders',
+        'data.digits',
+        'data.checks',
+    ),
     ('conversion',),
     ('metrics',),
     ('algorithms', 'callbacks'),

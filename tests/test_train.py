@@ -250,4 +250,4 @@ def test_composers_average_is_not_resumed_on_another_number_of_ranks(tmp_path):
     train(tmp_path, 'digits.yaml', *average, 'max_duration=3ba')
     done = launch(tmp_path, command(ROOT / 'yamls' / 'digits.yaml', *SMALL, *average), ranks=2)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.count('ranks: saved 1, now 2') == 1
+    assert 'ranks: saved 1, now 2' in done.stderr

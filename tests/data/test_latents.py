@@ -14,7 +14,16 @@ from streaming import MDSWriter
 from streaming.base.partition import get_partitions
 from torch.utils.data import DataLoader
 
-from tests.data.worlds import evaluated_ids, on_ranks, read_all, read_and_wait, read_epochs, start, trained_ids
+from tests.data.worlds import (
+    evaluated_ids,
+    on_ranks,
+    read_all,
+    read_and_wait,
+    read_epochs,
+    register_together,
+    start,
+    trained_ids,
+)
 from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import columns
 from tread_composer.data.latents import LatentDataset
@@ -219,3 +228,11 @@ def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_
     next_one.join(60)
     assert (tmp_path / 'result').read_text() == str(SAMPLES)
     shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
+
+
+def test_runs_that_start_at_the_same_moment_do_not_take_each_others_number(split: Path):
+    moment = time.time() + 2
+    processes = [start(register_together, split, moment, 8) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from tread_composer.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.digits import prepare_digits
+from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
 
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -62,6 +63,15 @@ def start(function: Callable, *args: Any) -> multiprocessing.Process:
     process = CONTEXT.Process(target=function, args=args)
     process.start()
     return process
+
+
+def register_together(local: Path, moment: float, times: int) -> None:
+    """Build data sets from one moment on, as a run does that was started beside others."""
+    torch.set_num_threads(1)
+    while time.time() < moment:
+        pass
+    for _ in range(times):
+        LatentDataset(local, batch_size=4)
 
 
 def read_epochs(

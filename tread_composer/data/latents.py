@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
 from tread_composer.data.mapped import MappedShard
+from tread_composer.data.registration import registering_alone
 
 __all__ = ['LatentDataset', 'mirror_choices']
 
@@ -88,19 +89,20 @@ class LatentDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._delivered = 0  # of this epoch, by this process
         self._prepared: set[int] = set()  # shards that are readable and stay so
-        super().__init__(
-            local=os.fspath(local),
-            remote=remote,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=shuffle_seed,
-            num_canonical_nodes=num_canonical_nodes,
-            predownload=predownload,
-            cache_limit=cache_limit,
-            validate_hash=validate_hash if remote else None,
-            download_retry=download_retry,
-            download_timeout=download_timeout,
-        )
+        with registering_alone():
+            super().__init__(
+                local=os.fspath(local),
+                remote=remote,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                shuffle_seed=shuffle_seed,
+                num_canonical_nodes=num_canonical_nodes,
+                predownload=predownload,
+                cache_limit=cache_limit,
+                validate_hash=validate_hash if remote else None,
+                download_retry=download_retry,
+                download_timeout=download_timeout,
+            )
         names = [name for name in (LABEL, LATENTS, LATENTS_MIRRORED) if name in self.shards[0].column_names]
         # A mapped file keeps its space on the disk after it is deleted: with a limit, shards come and go.
         self._may_map = not self.cache_limit and all(MappedShard.can_map(shard, names) for shard in self.shards)
