@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import ROOT
-from tests.trained_runs import Run, predict, run
+from tests.runs import ROOT, launch_here
+from tests.trained_runs import SMALL, Run, predict, run
 from tread_composer.builders import build_denoiser
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, json_schema, load_config, restore_config
@@ -33,6 +33,16 @@ def test_a_route_must_name_what_belongs_to_the_tokens():
         load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[x]'])
     load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[rope]'])
     load_config(YAMLS / 'digits.yaml', [LIGHTNING])
+
+
+def test_tables_that_do_not_fit_the_route_end_a_run_with_the_reason(tmp_path):
+    """Only the first training forward can tell: one message, no traceback."""
+    words = [word for word in SMALL if word != 'loggers.mlflow=null']  # which comes anyway
+    words = [*words, LIGHTNING, 'algorithms.tread.token_arguments={rope: -1}']
+    done = launch_here(tmp_path, YAMLS / 'digits_lightning_tread.yaml', *words)
+    assert done.returncode == 2, done.stderr
+    assert "algorithms.tread: token argument 'rope': expected a tensor with 16 tokens" in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 def test_every_backbone_says_what_belongs_to_its_tokens_and_has_a_section():

@@ -15,6 +15,7 @@ from tread_composer.builders import build_trainer, check_fit
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.data.checks import check_shards
 from tread_composer.errors import UserError
+from tread_composer.routing import RoutingError
 from tread_composer.run_data import check_expectations, planned_manifest, prepare_data
 from tread_composer.run_folder import check_run_folder
 
@@ -56,7 +57,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     assert trainer.state.max_duration is not None
     if trainer.state.timestamp < trainer.state.max_duration:
         first = int(trainer.state.timestamp.batch)
-        trainer.fit()
+        _fit(trainer)
         last, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
         status = f'batches {first} to {last} in {seconds:.0f} s, evaluation and samples included'
     else:
@@ -67,6 +68,13 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
     if dist.get_global_rank() == 0:
         print(text, flush=True)
+
+
+def _fit(trainer: Trainer) -> None:
+    try:
+        trainer.fit()
+    except RoutingError as error:
+        raise UserError(f'algorithms.tread: {error}') from error
 
 
 def _agreed(step: Callable[[], Result]) -> Result:

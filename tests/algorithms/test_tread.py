@@ -5,6 +5,7 @@ import torch
 import yaml
 from composer import ComposerModel, Evaluator, Trainer
 from composer.algorithms import GradientClipping
+from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -14,6 +15,7 @@ from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_train
 from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.config.schema import check, native, signature_model
 from tread_composer.errors import ResumeError, UserError
+from tread_composer.routing import RoutingError
 
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
@@ -177,6 +179,7 @@ def test_after_training_with_it_the_model_trains_densely_without_it():
         ROUTE,
         {'routes': [Route(0, 1, 0.25), Route(3, 4)], 'end_time': '0.9dur'},
         {'token_arguments': ('rope',)},
+        {'token_arguments': ()},
         {'token_arguments': {'rope': {'dims': 0, 'after': 'text'}}, 'shared': True, 'always_keep': 2, 'ordered': True},
         {'blocks': ['one', 'two']},
     ],
@@ -208,6 +211,8 @@ def test_wrong_settings_are_refused_at_once(settings, message):
 def test_a_route_that_does_not_fit_is_refused_by_the_trainer():
     with pytest.raises(ValueError, match=r'denoiser\.blocks: the route from block 2 to block 9 does not fit 6 blocks'):
         make_trainer(algorithms=[Tread(2, 9)])
+    with pytest.raises(UserError, match=r"token_arguments: 'rope' is one name; write a list"):
+        make_trainer(algorithms=[Tread(token_arguments='rope')])
 
 
 def saved(tmp_path, algorithms):
@@ -310,8 +315,40 @@ def test_a_foreign_attribute_of_that_name_is_not_believed():
     assert [value for _, value in logger.data['tread/kept_tokens']] == [8, 8, 8]
 
 
+def test_a_batch_may_hold_numbers_beside_its_samples():
+    """Composer itself cannot split them; a DataSpec of the user's can."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(4, 12, 16, generator=generator), torch.randn(4, 12, generator=generator)
+
+    class Numbered(Foreign):
+        def forward(self, batch):
+            return super().forward((batch['x'], None))
+
+        def loss(self, outputs, batch):
+            return (outputs - batch['y']).square().mean()
+
+    model = Numbered()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(
+            [{'number': torch.tensor(k), 'x': x, 'y': y} for k in range(2)],
+            split_batch=lambda batch, _: [batch],
+            get_num_samples_in_batch=lambda batch: len(batch['x']),
+        ),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        algorithms=[Tread(**ROUTE, num_tokens=12)],
+        max_duration='2ba',
+        device_train_microbatch_size=4,
+        device='cpu',
+        progress_bar=False,
+    )
+    log = Lengths([model.layers[index] for index in range(6)])
+    trainer.fit()
+    assert log.seen == [12, 6, 6, 6, 6, 12] * 2
+
+
 def test_a_model_that_indexes_its_blocks_is_an_error_not_a_dense_run():
-    with pytest.raises(RuntimeError, match='never iterated over the routed block list'):
+    with pytest.raises(RoutingError, match='never iterated over the routed block list'):
         foreign('index')
 
 

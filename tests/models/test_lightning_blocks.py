@@ -200,7 +200,7 @@ def test_a_routed_forward_equals_a_loop_with_gathered_positions() -> None:
 
 def test_a_route_that_forgets_the_positions_is_refused() -> None:
     model = random_net(depth=5).train()
-    apply_tread(model, Route(1, 3, 0.5))
+    apply_tread(model, Route(1, 3, 0.5), token_arguments=())
     with pytest.raises(
         (ValueError, RuntimeError), match=r'3 samples x 16 tokens, the block got 3 x 8.*token_arguments'
     ):
@@ -209,16 +209,19 @@ def test_a_route_that_forgets_the_positions_is_refused() -> None:
 
 def test_trains_with_tread_and_draws_samples() -> None:
     def fresh() -> LatentDiffusion:
+        torch.manual_seed(0)
         network = LightningDiT(**{**SMALL, 'in_channels': 1, 'depth': 6}, num_classes=10)
         return LatentDiffusion(network, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10)
 
     model = fresh()
     network: Any = model.denoiser
     before = network.blocks[3].attn.qkv.weight.detach().clone()
-    trainer, _ = fit([Tread(token_arguments=['rope'])], model=model, max_duration='4ba', data=lambda: loader(16))
+    trainer, said = fit([Tread(token_arguments=['rope'])], model=model, max_duration='4ba', data=lambda: loader(16))
+    _, declared = fit([Tread()], model=fresh(), max_duration='4ba', data=lambda: loader(16))
+    assert declared.losses == said.losses
     assert not torch.equal(network.blocks[3].attn.qkv.weight, before)
     assert trainer.state.timestamp.batch.value == 4
     samples = model.sample([1, 2], [5, 6], num_steps=2, guidance_scale=2.0)
     assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()
     with pytest.raises((ValueError, RuntimeError), match='8 samples x 16 tokens, the block got 8 x 8'):
-        fit([Tread()], model=fresh())
+        fit([Tread(token_arguments=())], model=fresh())

@@ -108,7 +108,7 @@ def test_a_routed_network_equals_a_loop_over_gathered_tokens_and_positions(scan:
 
 def test_a_route_that_forgets_the_positions_is_refused() -> None:
     model = random_model().train()
-    apply_tread(model, Route(1, 2))
+    apply_tread(model, Route(1, 2), token_arguments=())
     with pytest.raises(RoutingError, match=r'token_arguments: \[positions\]'):
         model(*inputs())
 

@@ -1,13 +1,14 @@
 """What a route leaves alone and what goes along with it: first tokens, shared routes, tables, several lists."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tests.routing.test_blocks import AddOne, N
-from tread_composer.routing import Route, apply_tread, routing_of, sample_kept
+from tread_composer.routing import Route, RoutingError, apply_tread, routing_of, sample_kept
 
 
 def test_the_first_tokens_never_skip():
@@ -85,13 +86,13 @@ def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
     two = torch.tensor([[0, 3], [1, 2]])
     with pytest.raises(ValueError, match=r"'pair' counts tokens in dimension 0.*shared=True"):
         looked_up({'token_arguments': {'pair': 0}}, two)
-    with pytest.raises(ValueError, match=r"'pair': .* has no dimension for the samples.*shared=True"):
+    with pytest.raises(RoutingError, match=r"'pair': .* has no dimension for the samples.*shared=True"):
         looked_up({'token_arguments': {'pair': -2}}, two, pair=torch.randn(N, 6))
     with pytest.raises(
-        ValueError, match=r"'pair': .* has no dimension for the samples.*shared=True"
+        RoutingError, match=r"'pair': .* has no dimension for the samples.*shared=True"
     ):  # ids of one's own
         looked_up({'token_arguments': {'pair': 0}, 'shared': True}, two, pair=torch.randn(N, 6))
-    with pytest.raises(ValueError, match=r"Is it dimension \[0\].*\{'pair': \[0\]\}, shared=True"):
+    with pytest.raises(RoutingError, match=r"Is it dimension \[0\].*\{'pair': \[0\]\}, shared=True"):
         looked_up({'token_arguments': ['pair']}, two, pair=torch.randn(N, 6))
 
 
@@ -107,6 +108,9 @@ def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
         ({'token_arguments': {'pair': {'dim': 1}}}, r"'pair': \{'dim': 1\} is not understood"),
         ({'token_arguments': {'pair': {'dims': 1, 'after': 'prompt'}}}, "'pair': after: .* no argument 'prompt'"),
         ({'token_arguments': {'pair': {'dims': 1, 'after': -1}}}, 'after: -1 is neither a count nor'),
+        ({'tokens_out': -1}, 'tokens_out: -1 is no position in a tuple; count from 0'),
+        ({'tokens_out': True}, 'tokens_out: True is no position'),
+        ({'tokens_out': 'hidden'}, "tokens_out: 'hidden' is no position"),
         ({'always_keep': -1}, 'always_keep: -1 is not a number of tokens'),
         ({'always_keep': True}, 'always_keep: True is not a number of tokens'),
         ({'blocks': []}, 'names no list'),
@@ -138,8 +142,33 @@ def test_wrong_settings_are_refused_in_words(settings, message):
     ],
 )
 def test_tables_that_do_not_fit_are_refused_by_name(settings, tables, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RoutingError, match=message):
         looked_up({'token_arguments': settings}, torch.tensor([[0, 3], [1, 2]]), **tables)
+
+
+class Declaring(Tables):
+    """Says itself what belongs to its blocks' tokens, as the backbones of this package do."""
+
+    def __init__(self):
+        super().__init__()
+        self.token_arguments: Any = {'mask': -1}
+
+
+def test_what_the_model_declares_is_the_default_and_what_is_said_counts_more():
+    kept, mask = torch.tensor([[0, 3], [1, 2]]), torch.randn(2, 1, N)
+    for settings, seen in (({}, 2), ({'token_arguments': {'mask': 2}}, 2), ({'token_arguments': ()}, N)):
+        model = nn.ModuleDict({'inner': Declaring()}).train()
+        routing = apply_tread(model, Route(1, 1, 0.5), ordered=True, **settings)
+        routing.arm([kept], num_tokens=N)
+        model['inner'](torch.randn(2, N, 4), mask=mask)
+        assert model['inner'].blocks[1].seen[1].shape[-1] == seen
+    foreign = Declaring()
+    foreign.token_arguments = lambda text: text.split()  # something else of that name
+    assert apply_tread(foreign, Route(1, 1, 0.5)).token_arguments == ()
+    foreign = Declaring()
+    foreign.token_arguments = ['rope']
+    with pytest.raises(ValueError, match=r"token_arguments: Block\.forward has no argument 'rope'"):
+        apply_tread(foreign, Route(1, 1, 0.5))
 
 
 class TwoLists(nn.Module):

@@ -318,7 +318,7 @@ def test_a_token_argument_of_another_length_is_refused_by_name():
 
     model = Short().train()
     apply_tread(model, Route(0, 4, 0.5), token_arguments=('rope',))
-    with pytest.raises(ValueError, match="token argument 'rope': expected a tensor of 3 samples x 16 tokens"):
+    with pytest.raises(RoutingError, match="token argument 'rope': expected a tensor of 3 samples x 16 tokens"):
         model(torch.randn(3, N, 8))
 
 
@@ -367,6 +367,35 @@ def test_tuple_outputs_need_a_name_and_then_work():
     apply_tread(named, Route(1, 4, 0.5), tokens='image', tokens_out=1)
     text, image = named(torch.zeros(2, 3, 4), torch.zeros(2, N, 4))
     assert text.unique().tolist() == [6.0] and image.unique().tolist() == [2.0, 6.0]
+    outside = Two().train()
+    apply_tread(outside, Route(1, 4, 0.5), tokens='image', tokens_out=2)
+    with pytest.raises(RoutingError, match='tokens_out: 2 is outside of the tuple of 2'):
+        outside(torch.zeros(2, 3, 4), torch.zeros(2, N, 4))
+
+
+def test_what_a_model_writes_on_its_blocks_in_the_loop_arrives_there():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.one = 0.0, nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x + self.gate * self.one
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Gated() for _ in range(4))
+
+        def forward(self, x):
+            for index, block in enumerate(self.blocks):
+                block.gate = 10.0**index
+                x = block(x)
+            return x
+
+    model = Loop().train()
+    apply_tread(model, Route(1, 2, 0.5))
+    assert model(torch.zeros(2, N, 3)).unique().tolist() == [1001.0, 1111.0]
 
 
 def test_finding_the_list():

@@ -3,6 +3,8 @@
 import pytest
 import timm.models.swin_transformer
 import torch
+from composer.devices import DeviceCPU
+from composer.distributed.shared_utils import generate_oom_hook
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
@@ -164,6 +166,70 @@ def test_the_check_leaves_no_trace(autocast):
     for one, other in zip(checked, unchecked, strict=True):
         assert torch.equal(one, other)
     assert kept == expected and len(kept[0]) == 3 * 4 * 2 and not all(kept[1])
+
+
+def test_autocast_that_a_block_switches_on_itself_keeps_its_gradients():
+    """Weights that were cast in the check, without a gradient, must not be those of the call that counts."""
+
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                return self.linear(x).float()
+
+    def wide(block, x):
+        with torch.autocast('cpu', enabled=False):
+            return block(x)
+
+    model = Stack(nn.Identity()).train()
+    for block in model.blocks:
+        block.mixing = Casting()
+    model.wrap = wide
+    routing = apply_tread(model, Route(1, -2, 0.5))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        model(tokens()).square().mean().backward()
+        assert torch.is_autocast_cache_enabled()
+    assert routing.checked is True
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_check_that_runs_out_of_memory_leaves_the_run_alone():
+    class Scarce(nn.Module):
+        def forward(self, x):
+            if not self.training:
+                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+            return attention(x)
+
+    outputs = []
+    for ordered in (False, True):
+        model = Stack(Scarce()).train()
+        routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
+        routing.arm([torch.arange(0, N, 2).expand(3, -1)], num_tokens=N)
+        outputs.append(model(tokens()))
+        assert routing.checked is (None if ordered else False)
+    assert torch.equal(*outputs)
+
+
+def test_hooks_of_composers_ranks_see_the_check_and_others_do_not():
+    """Without them a rank that ran out of memory would wait in another collective than the rank that checks."""
+    calls = []
+    model = Stack(nn.Identity()).train()
+    for home in ('composer.distributed.shared_utils', 'composer.callbacks.activation_monitor', 'torch_like'):
+
+        def hook(*_, home=home):
+            calls.append(home.rpartition('.')[2])
+
+        hook.__module__ = home
+        model.blocks[1].register_forward_pre_hook(hook)
+    assert generate_oom_hook(DeviceCPU()).func.__module__ == 'composer.distributed.shared_utils'
+    apply_tread(model, Route(1, -2, 0.5))
+    model(tokens())
+    assert {home: calls.count(home) for home in calls} == {
+        'shared_utils': 4, 'activation_monitor': 1, 'torch_like': 1
+    }  # fmt: skip
 
 
 def test_grids_of_tokens_are_refused_swin_of_timm():

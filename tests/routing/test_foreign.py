@@ -117,7 +117,7 @@ def test_without_the_settings_each_model_says_what_is_missing():
     flux = FAMILIES['diffusers_flux'].settings
     with pytest.raises(ValueError, match=r"'image_rotary_emb' counts tokens in dimension 0.* shared=True"):
         attempt('diffusers_flux', **{**flux, 'shared': False})
-    with pytest.raises(ValueError, match=r"'image_rotary_emb': expected a tensor with 16 tokens in dimension 0"):
+    with pytest.raises(RoutingError, match=r"'image_rotary_emb': expected a tensor with 16 tokens in dimension 0"):
         attempt('diffusers_flux', **{**flux, 'token_arguments': {'image_rotary_emb': 0}})
     with pytest.raises(RoutingError, match=r'failed on 8 of 16 tokens'):
         attempt('diffusers_flux', **{**flux, 'token_arguments': ()})
@@ -126,6 +126,6 @@ def test_without_the_settings_each_model_says_what_is_missing():
     with pytest.raises(RoutingError, match=r'named in token_arguments\. Arguments .* 16 entries: .*\(3, 1, 16, 16\)'):
         attempt('hf_bert', tokens_out=0)
     with pytest.raises(
-        ValueError, match=r"'attention_mask': expected .* 3 samples x 16 .*'attention_mask': \[-2, -1\]"
+        RoutingError, match=r"'attention_mask': expected .* 3 samples x 16 .*'attention_mask': \[-2, -1\]"
     ):
         attempt('hf_bert', tokens_out=0, token_arguments=['attention_mask'])

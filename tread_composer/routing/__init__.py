@@ -5,9 +5,8 @@
 Composer ``Trainer``.
 """
 
-from tread_composer.routing.arguments import TokenArguments
+from tread_composer.routing.arguments import RoutingError, TokenArguments
 from tread_composer.routing.blocks import apply_tread, find_blocks, routing_of
-from tread_composer.routing.checks import RoutingError
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept

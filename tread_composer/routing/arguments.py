@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from tread_composer.routing.tokens import take_along
 
-__all__ = ['Argument', 'TokenArgument', 'TokenArguments', 'bare', 'find_argument', 'kind', 'parse_token_arguments']
+__all__ = [
+    'Argument',
+    'RoutingError',
+    'TokenArgument',
+    'TokenArguments',
+    'bare',
+    'find_argument',
+    'kind',
+    'parse_token_arguments',
+]
 
 TokenArguments = Sequence[str] | Mapping[str, Any]
 """Names of arguments ``[B, N, ...]``, or a mapping from names to the dimensions that count tokens.
@@ -22,6 +31,10 @@ TokenArguments = Sequence[str] | Mapping[str, Any]
 ``{'mask': -1}``, ``{'mask': [-2, -1]}``, or ``{'rope': {'dims': 0, 'after': 'text'}}`` where the entries of other
 tokens come first: as many as the argument ``text`` has tokens (``[B, M, ...]``), or a number.
 """
+
+
+class RoutingError(RuntimeError):
+    """The model cannot be routed soundly as it is; the text says why, and what would help."""
 
 
 class Argument(NamedTuple):
@@ -67,7 +80,7 @@ class TokenArgument:
             kept: Kept ids.
 
         Raises:
-            ValueError: The argument's shape is not what was said of it.
+            RoutingError: The argument's shape is not what was said of it.
         """
         value = self.argument.given(args, kwargs)
         return None if value is None else self._taken(value, shape, self._leading(args, kwargs), kept)
@@ -77,7 +90,7 @@ class TokenArgument:
             return self.after
         other = self.after.given(args, kwargs)
         if not isinstance(other, Tensor) or other.dim() < 2:
-            raise ValueError(
+            raise RoutingError(
                 f'token argument {self.argument.name!r}: its entries come after those of {self.after.name!r}, which '
                 f'should be a tensor [B, M, ...]; the block got {kind(other)}'
             )
@@ -93,7 +106,7 @@ class TokenArgument:
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
             raise self._mismatch(value, shape, leading)
         if 0 in dims and kept.shape[0] != 1:
-            raise ValueError(
+            raise RoutingError(
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
@@ -103,7 +116,7 @@ class TokenArgument:
             value = take_along(value, kept, dim, leading)
         return value
 
-    def _mismatch(self, value: Any, shape: tuple[int, int], leading: int) -> ValueError:
+    def _mismatch(self, value: Any, shape: tuple[int, int], leading: int) -> RoutingError:
         name, (batch, tokens) = self.argument.name, shape
         said = f'a tensor of {batch} samples x {tokens} tokens'
         if self.dims != (1,) or leading:
@@ -115,7 +128,7 @@ class TokenArgument:
             if at:
                 shared = ', shared=True' if 0 in at else ''
                 remedy = f'. Is it dimension {at} that counts tokens? Say token_arguments={{{name!r}: {at}}}{shared}'
-        return ValueError(
+        return RoutingError(
             f'token argument {name!r}: expected {said}, the block got {kind(value)}; it cannot follow the kept '
             f'tokens{remedy}'
         )

@@ -7,7 +7,7 @@ object, so activation checkpointing, several forwards before one backward, and r
 keys, ``len``, indexing and evaluation do not change.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -103,7 +103,7 @@ def apply_tread(
     blocks: str | Sequence[str] | None = None,
     tokens: str | None = None,
     tokens_out: int | None = None,
-    token_arguments: TokenArguments = (),
+    token_arguments: TokenArguments | None = None,
     always_keep: int = 0,
     shared: bool = False,
     ordered: bool = False,
@@ -122,15 +122,17 @@ def apply_tread(
         routes: One route, or several disjoint ones in order of depth.
         blocks: Path of the block list; found by itself if there is only one candidate (see ``find_blocks``). Several
             paths, in the order in which the model runs the lists, are counted through like one list, and a route may
-            go from one into the next: its tokens are put back in between. All lists must take the same arguments.
+            go from one into the next: its tokens are put back in between, and where no ids are given with ``arm``,
+            each list draws its own. All lists must take the same arguments.
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
-        tokens_out: Position of the tokens where a block returns a tuple.
+        tokens_out: Position of the tokens where a block returns a tuple, counted from 0.
         token_arguments: Further block arguments that belong to their tokens (rotary tables, masks): they are reduced
             to the kept tokens on the route. A list of names, for ``[B, N, ...]``, or a mapping from names to the
             dimensions that count tokens: ``{'mask': [-2, -1]}``. Without a dimension for the samples (dimension 0
             counts tokens) only with ``shared``. ``{'rope': {'dims': 0, 'after': 'text'}}`` says that the table begins
             with the entries of other tokens, which stay: one for each token of the argument ``text`` (a number is
-            fine too). A tuple of tensors is reduced one by one.
+            fine too). A tuple of tensors is reduced one by one. If None, what the module around the list declares in
+            an attribute ``token_arguments``, as our backbones do; else nothing.
         always_keep: So many first positions (class token, text) never skip; ``selection_rate`` is a share of the
             others. ``always_keep + rest - int(rest * selection_rate)`` of ``N = always_keep + rest`` are kept.
         shared: One route for all samples of a batch.
@@ -155,7 +157,13 @@ def apply_tread(
         raise ValueError(f'{name}: {error}') from None
     if type(always_keep) is not int or always_keep < 0:
         raise ValueError(f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
-    understood = {_understood(block, tokens, token_arguments, shared) for block in _firsts(lists, spans)}
+    if tokens_out is not None and (type(tokens_out) is not int or tokens_out < 0):
+        raise ValueError(f'tokens_out: {tokens_out!r} is no position in a tuple; count from 0')
+    understood = set()
+    for path, block in _firsts(lists, spans):
+        others = _declared(model, path) if token_arguments is None else token_arguments
+        how = parse_token_arguments(others, block, shared=shared)
+        understood.add((find_argument(block, tokens, 'tokens'), how))
     if len(understood) > 1:
         raise ValueError(f'{name}: the blocks of these lists take their arguments in different ways; route one of them')
     token_argument, others = understood.pop()
@@ -185,18 +193,20 @@ def _lists(model: nn.Module, blocks: str | Sequence[str] | None) -> dict[str, Bl
     return lists
 
 
-def _firsts(lists: dict[str, BlockList], spans: Sequence[tuple[int, int]]) -> list[nn.Module]:
-    """The first block on a route in each list that has one."""
+def _firsts(lists: dict[str, BlockList], spans: Sequence[tuple[int, int]]) -> list[tuple[str, nn.Module]]:
+    """The first block on a route in each list that has one, with the path of the list."""
     found, offset = [], 0
-    for container in lists.values():
+    for path, container in lists.items():
         here = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
-        found += [bare(container[index]) for index in here[:1]]
+        found += [(path, bare(container[index])) for index in here[:1]]
         offset += len(container)
     return found
 
 
-def _understood(block: nn.Module, tokens: str | None, token_arguments: TokenArguments, shared: bool) -> Any:
-    return find_argument(block, tokens, 'tokens'), parse_token_arguments(token_arguments, block, shared=shared)
+def _declared(model: nn.Module, path: str) -> TokenArguments:
+    """What the module around a list says itself of the arguments of its blocks."""
+    found = getattr(model.get_submodule(path.rpartition('.')[0]), 'token_arguments', ())
+    return found if isinstance(found, (tuple, list, Mapping)) else ()
 
 
 def _routings(model: nn.Module) -> dict[str, Routing]:

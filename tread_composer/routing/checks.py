@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from tread_composer.routing.arguments import kind
+from tread_composer.routing.arguments import RoutingError, kind
 
 __all__ = [
     'PROBED_FORWARDS',
-    'RoutingError',
     'Verdict',
     'copied',
     'explained',
@@ -35,10 +34,6 @@ PROBED_FORWARDS = frozenset({1, 2, 16, 128})
 depend on what was found, for under FSDP all ranks must call a block equally often."""
 
 
-class RoutingError(RuntimeError):
-    """The model cannot be routed soundly as it is; the text says why, and what would help."""
-
-
 class Verdict(NamedTuple):
     """What a probe found: a fault in words, or none; and whether rounding left anything to be seen."""
 
@@ -46,24 +41,27 @@ class Verdict(NamedTuple):
     conclusive: bool
 
 
-def probe(run: Callable[[Tensor | None, bool], Tensor], x_BKD: Tensor, fixed: int) -> Verdict:
+def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fixed: int) -> Verdict:
     """Compare a block with itself on the same tokens in another order, and with one sample changed.
 
     Args:
         run: ``run(order, changed)`` gives the block's output tokens, for the kept tokens in the order ``order [K]`` or
-            as they are, and with the first sample's contents changed if asked. Without trace: see ``undisturbed``.
+            as they are, and with the first sample's contents changed if asked; None if there was no memory for that.
+            Without trace: see ``undisturbed``.
         x_BKD: The block's kept tokens.
         fixed: So many first tokens keep their places.
     """
     batch_size, num_kept = x_BKD.shape[:2]
     out = run(None, False)
-    if out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point():
+    if out is not None and (out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point()):
         return Verdict(f'it returns {kind(out)} for {batch_size} samples x {num_kept} tokens', True)
-    order = _another_order(num_kept, fixed).to(out.device)
-    # Always all three calls: what follows from values may differ between ranks.
-    moved, changed = (result.float() for result in (run(order, False), run(None, True)))
+    order = _another_order(num_kept, fixed).to(x_BKD.device)
+    # Always all three calls: what follows from values, or from memory, may differ between ranks.
+    moved, changed = run(order, False), run(None, True)
+    if out is None or moved is None or changed is None:
+        return Verdict(None, False)
     eps = _rounding(x_BKD, out.dtype)
-    out = out.float()
+    out, moved, changed = out.float(), moved.float(), changed.float()
     scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
     tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
     if num_kept - fixed < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
@@ -109,25 +107,25 @@ def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
 def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, calls of the block leave no trace: on gradients, random numbers, buffers, train flags, hooks, graphs.
 
-    Dropout is off. Hooks of torch's own (FSDP, weight norm) stay, the user's do not see the calls. What a block keeps
-    outside of buffers, such as a cache object among its arguments, is not covered.
+    Dropout is off. Hooks of torch's own (FSDP, weight norm) and those by which Composer's ranks tell each other that
+    one ran out of memory stay, the user's do not see the calls. What a block keeps outside of buffers, such as a cache
+    object among its arguments or a list of its own, is not covered.
     """
     modules = list(block.modules())
     before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in modules]
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore')
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []))
-        if torch.is_autocast_enabled(device.type):
-            # Autocast's cache would hand weights that were cast here, without a gradient, to the true call.
-            dtype = torch.get_autocast_dtype(device.type)
-            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
         if 'torch._dynamo' in sys.modules:  # a block that is compiled in place must not get a graph for this
             stack.enter_context(torch.compiler.set_stance('force_eager'))
         try:
+            # Autocast's cache would hand weights that were cast here, without a gradient, to the true call; and a block
+            # may switch autocast on by itself.
+            torch.set_autocast_cache_enabled(False)
             # Torch's layers have another way without gradients, which takes a float mask for a bool one.
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
@@ -136,6 +134,7 @@ def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
                 module._forward_hooks = _of_torch(module._forward_hooks)
             yield
         finally:
+            torch.set_autocast_cache_enabled(cached)
             torch.backends.mha.set_fastpath_enabled(fast)
             for module, training, pre_hooks, hooks in before:
                 module.training, module._forward_pre_hooks, module._forward_hooks = training, pre_hooks, hooks
@@ -146,7 +145,8 @@ def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _of_torch(hooks: Any) -> Any:
-    return type(hooks)((key, hook) for key, hook in hooks.items() if _home(hook).partition('.')[0] == 'torch')
+    homes = 'torch.', 'composer.distributed.'
+    return type(hooks)((key, hook) for key, hook in hooks.items() if f'{_home(hook)}.'.startswith(homes))
 
 
 def _home(hook: Any) -> str:

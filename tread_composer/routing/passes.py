@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import kind
+from tread_composer.routing.arguments import RoutingError, kind
 from tread_composer.routing.checks import (
     PROBED_FORWARDS,
-    RoutingError,
     copied,
     explained,
     inside_reentrant,
@@ -123,6 +122,8 @@ class Pass:
                 f'the blocks return {kind(out)}: say where the tokens are, for example tokens_out=0 '
                 '(their position in the tuple)'
             )
+        if position >= len(out):
+            raise RoutingError(f'tokens_out: {position} is outside of the tuple of {len(out)} that the blocks return')
         return out[position]
 
     def leave(self, out: Any) -> Any:
@@ -135,6 +136,9 @@ class Pass:
             return restored
         assert position is not None
         return (*out[:position], restored, *out[position + 1 :])
+
+
+_OWN = ('routed_pass', 'block', 'call', 'index', 'first', 'last')
 
 
 class OnRoute:
@@ -158,6 +162,12 @@ class OnRoute:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.block, name, value)
 
     def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
         """The call, with a word of explanation where routing may be why it fails."""
@@ -191,7 +201,13 @@ class OnRoute:
         here = self.routed_pass
         tokens = here.routing.tokens
 
-        def run(order: Tensor | None, changed: bool) -> Tensor:
+        def run(order: Tensor | None, changed: bool) -> Tensor | None:
+            try:
+                return called(order, changed)
+            except torch.OutOfMemoryError:
+                return None  # the call that counts may have the memory that this one lacked
+
+        def called(order: Tensor | None, changed: bool) -> Tensor:
             new_args, new_kwargs = here.reduced(copied(args), copied(kwargs), first=self.first, order=order)
             if changed:
                 x = tokens.given(new_args, new_kwargs).clone()

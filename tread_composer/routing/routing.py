@@ -31,7 +31,7 @@ class Routing:
         routes: Disjoint routes in order of depth.
         spans: Their first and last blocks.
         tokens: The block's argument that carries the tokens.
-        tokens_out: Position of the tokens in a block's tuple output; None where the output is a tensor.
+        tokens_out: Position of the tokens in a block's tuple output, counted from 0; None where the output is a tensor.
         token_arguments: Further block arguments with one entry per token.
         always_keep: So many first tokens never skip.
         shared: All samples have the same route, and ids are ``[1, K]``; ``[B, K]`` is fine as long as no argument

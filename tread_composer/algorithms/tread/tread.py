@@ -18,7 +18,7 @@ from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.errors import UserError
 from tread_composer.randomness import KeyedRandom
-from tread_composer.routing import Route, Routing, TokenArguments, apply_tread, keep_lowest
+from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
 
 __all__ = ['Tread']
 
@@ -53,7 +53,8 @@ class Tread(BoundAlgorithm):
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens in a block's tuple output.
         token_arguments: Further block arguments that belong to their tokens: a list of names, for ``[B, N, ...]``, or
-            a mapping from names to the dimensions that count tokens (see ``apply_tread``).
+            a mapping from names to the dimensions that count tokens (see ``apply_tread``). If None, what the module
+            around the block list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
         always_keep: So many first positions (class token, text) never skip; ``selection_rate`` is a share of the
             others.
         shared: One route for all samples of a batch: for token arguments without a dimension for the samples.
@@ -86,7 +87,7 @@ class Tread(BoundAlgorithm):
         blocks: str | Sequence[str] | None = None,
         tokens: str | None = None,
         tokens_out: int | None = None,
-        token_arguments: TokenArguments = (),
+        token_arguments: TokenArguments | None = None,
         always_keep: int = 0,
         shared: bool = False,
         ordered: bool = False,
@@ -106,7 +107,9 @@ class Tread(BoundAlgorithm):
             raise ValueError(f'Tread: always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
         self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
-        self.token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
+        if token_arguments is not None and not isinstance(token_arguments, str):  # a text is refused on INIT
+            token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
+        self.token_arguments = token_arguments
         self.always_keep, self.shared, self.ordered, self.float32_after = always_keep, shared, ordered, float32_after
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
         if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
@@ -218,7 +221,7 @@ class Tread(BoundAlgorithm):
     def _after_forward(self, state: State, logger: Logger) -> None:
         routing = self._attached()
         if self._active and not routing.used:
-            raise RuntimeError(
+            raise RoutingError(
                 'Tread: the training forward never iterated over the routed block list, so nothing was routed '
                 f'({", ".join(routing.unused_paths)}). Tread needs a model that says `for block in self.blocks` (or '
                 'enumerate, zip) or calls an nn.Sequential; one that indexes its blocks must be changed, or another '
@@ -248,7 +251,10 @@ class Tread(BoundAlgorithm):
     def _draw(self, rows: Sequence[int], route: int, batch_size: int, num_tokens: int) -> Tensor:
         """Kept ids ``[batch_size, K]`` (``[1, K]`` if shared) on the CPU: lowest of uniform scores, all sets alike."""
         if len(rows) != batch_size:
-            raise ValueError(f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}')
+            raise RoutingError(
+                f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}. Tokens must be '
+                "[B, N, ...], samples first: for torch's own transformer layers that is batch_first=True"
+            )
         if self.num_tokens is None:
             # What a foreign module calls num_tokens may be its vocabulary; what its blocks got is certain.
             self._known_tokens = num_tokens
@@ -307,10 +313,11 @@ _STEPS = {
 
 
 def _first_tensor(batch: Any) -> Tensor:
-    """Any tensor of the batch: its first dimension counts the samples."""
+    """Any tensor of the batch that has dimensions: the first one counts the samples."""
     for leaf in _leaves(batch):
-        return leaf
-    raise ValueError(f'Tread: no tensor in a batch of type {type(batch).__name__}')
+        if leaf.dim():
+            return leaf
+    raise ValueError(f'Tread: no tensor with samples in a batch of type {type(batch).__name__}')
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
