@@ -19,14 +19,18 @@ from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from tests.helpers import Images, Recorder, loader, make_trainer, tiny_model
+from tests.helpers import Images, Recorder, loader, make_trainer, randomised, tiny_model
 from tread_composer.algorithms.averages import shards_of
 from tread_composer.algorithms.ema import EMA
+from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.tread import Tread
 from tread_composer.builders import compile_blocks
 from tread_composer.errors import UserError
+from tread_composer.models.lightning_dit import LightningDiT
+from tread_composer.objectives import DDPM
 
 DECAY = 0.7
 BATCH = 12  # of all ranks together
@@ -110,7 +114,15 @@ def evaluator() -> Evaluator:
     return Evaluator(label='eval', dataloader=DataLoader(images, batch_size=4, sampler=sampler))
 
 
-def train(strategy: str, *, evaluate: bool = False, compiled: bool | str = False, fsdp: Any = None, **keywords: Any):
+def train(
+    strategy: str,
+    *,
+    evaluate: bool = False,
+    compiled: bool | str = False,
+    fsdp: Any = None,
+    snapshots: Path | None = None,
+    **keywords: Any,
+):
     """Four batches, or as many as ``max_duration`` says; returns what there is to compare, and the trainer."""
     model, watch, recorder, ema = tiny_model(), Watch(), Recorder(), EMA(DECAY)
     counter = CompileCounter()  # runs the captured graph as it is; fullgraph turns any break into an error
@@ -123,7 +135,7 @@ def train(strategy: str, *, evaluate: bool = False, compiled: bool | str = False
         keywords |= {'eval_dataloader': evaluator(), 'eval_interval': '2ba'}
     trainer = make_trainer(
         model,
-        [Tread(1, -2, 0.5), ema],
+        [Tread(1, -2, 0.5), ema, *([] if snapshots is None else [PowerEMA((0.05, 0.2), '4ba', folder=str(snapshots))])],
         callbacks,
         data=lambda: loader(batch_size=BATCH // dist.get_world_size(), shuffle=False),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
@@ -198,11 +210,45 @@ def recipes(folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
         },
     }
     chosen = {2: two, 3: three}[ranks]
-    return {
+    found = {
         f'{strategy}: {name}': {'strategy': strategy, **settings}
         for strategy, variants in chosen.items()
         for name, settings in variants.items()
     }
+    for name, settings in found.items():
+        if 'save_folder' in settings or 'load_path' in settings:
+            settings['snapshots'] = snapshots_of(folder, ranks, name)
+    return found
+
+
+def snapshots_of(folder: Path, ranks: int, name: str) -> Path:
+    """Where a training that saves or resumes also leaves its power-function averages."""
+    return folder / 'snapshots' / f'{ranks} {name}'
+
+
+def told_in_bfloat16() -> dict[str, Any]:
+    """What arrives in a network that FSDP2 casts to bfloat16, sharded as Composer does; Composer itself has float32 on
+    the CPU alone.
+    """
+    sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 1, 'num_heads': 2, 'learn_sigma': True}
+    network: Any = randomised(LightningDiT(latent_size=8, in_channels=1, num_classes=10, **sizes))  # type: ignore[arg-type]
+    seen: dict[str, Tensor] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (network.blocks[0], network):
+        fully_shard(module, mp_policy=policy)
+    network.t_embedder.register_forward_pre_hook(lambda _, args: seen.update(timesteps=args[0]))
+    network.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(rope=args[2]))
+    objective, count = DDPM(), 1000
+    zeros, labels = torch.zeros(count, 1, 8, 8), torch.zeros(count, dtype=torch.int64)
+    with torch.no_grad():
+        objective(network, zeros, labels, zeros, (torch.arange(count) + 0.5) / count)
+        trained = seen['timesteps'].tolist()
+        times = objective.sampling_times(7)
+        sampled = []
+        for time in times[:-1]:
+            objective.drift(network, labels[:1])(zeros[:1].double(), time)
+            sampled.append(seen['timesteps'].item())
+    return {'trained': trained, 'sampled': sampled, 'rope': seen['rope']}
 
 
 def main(folder: str) -> None:
@@ -219,6 +265,7 @@ def main(folder: str) -> None:
                 train('fsdp1', fsdp={'use_orig_params': False})
             except UserError as error:
                 seen['refused'] = str(error)
+        seen['bfloat16'] = told_in_bfloat16()
     torch.save(seen, Path(folder) / f'seen_by_rank{dist.get_global_rank()}_of_{ranks}.pt')
     dist.barrier()
 

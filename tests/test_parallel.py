@@ -7,11 +7,15 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.helpers import make_trainer, tiny_model
-from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, train
+from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, snapshots_of, train
 from tests.runs import ROOT, launch
+from tread_composer.checkpoint import checkpoint_batch, checkpoint_weights, read_checkpoint
+from tread_composer.objectives.ddpm import evenly_spaced
+from tread_composer.snapshots import snapshot_path
 
 pytestmark = pytest.mark.timeout(2000)  # of the launches, on a busy machine; a quiet one needs a twentieth
 
@@ -32,7 +36,7 @@ class Worlds:
 
     def __init__(self, folder):
         self.folder = folder
-        self.one, _ = train('ddp', evaluate=True, **saving(folder / 'one'))
+        self.one, _ = train('ddp', evaluate=True, snapshots=folder / 'one', **saving(folder / 'one'))
         self.ranks: dict[int, list[dict]] = {}
         for ranks in (2, 3):  # in this order: three ranks go on where two have stopped
             words = [sys.executable, str(ROOT / 'tests' / 'parallel_worlds.py'), str(folder)]
@@ -84,6 +88,18 @@ def test_evaluation_computes_with_the_average_and_leaves_the_weights_as_they_wer
     assert largest(seen['at']['eval_start'], seen['at']['eval_end']) > 0.01
     # What was computed, not what was stored: FSDP keeps a gathered copy of some weights after a forward pass.
     assert seen['eval_losses'] == pytest.approx(worlds.one['eval_losses'], rel=1e-6)
+
+
+POWERED = [run for run in TWO + THREE if 'snapshots' in recipes(ROOT, run[0])[run[1]]]
+
+
+@pytest.mark.parametrize('run', POWERED, ids=lambda run: f'{run[0]} {run[1]}')
+def test_snapshots_are_those_of_one_process(worlds, run):
+    ours, of_one = (
+        load_file(snapshot_path(folder, 4)) for folder in (snapshots_of(worlds.folder, *run), worlds.folder / 'one')
+    )
+    assert ours.keys() == of_one.keys() and len(ours) == 2 * len(worlds[run]['average'])
+    assert largest(ours, of_one) < ROUNDING
 
 
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp2', 'fsdp1'])
@@ -145,9 +161,25 @@ def test_one_process_goes_on_with_what_several_have_saved(worlds, name):
     if name in FOLDERS:
         path, shards = f'{worlds.folder}/{name}.pt', path
         dcp_to_torch_save(shards, path)  # python -m torch.distributed.checkpoint.format_utils dcp_to_torch ...
-    seen, _ = train('ddp', load_path=path)
+    snapshots = worlds.folder / 'snapshots' / f'one after {name}'
+    seen, _ = train('ddp', load_path=path, snapshots=snapshots)
     assert largest(seen['weights'], worlds.one['weights']) < ROUNDING
     assert largest(seen['average'], worlds.one['average']) < ROUNDING
+    of_one = load_file(snapshot_path(worlds.folder / 'one', 4))
+    assert largest(of_one, load_file(snapshot_path(snapshots, 4))) < ROUNDING
+    # What `sample` and `export` read of it, with pickles refused.
+    state, same = read_checkpoint(path), read_checkpoint(checkpoint(worlds.folder / 'one', 2))
+    assert checkpoint_batch(state) == 2
+    for weights in ('raw', 'ema'):
+        found, wanted = (checkpoint_weights(one, weights, path) for one in (state, same))
+        assert found.keys() == wanted.keys() and largest(found, wanted) < ROUNDING
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_network_in_bfloat16_is_told_whole_timesteps(worlds, rank):
+    told = worlds.ranks[2][rank]['bfloat16']
+    assert told['trained'] == list(range(1000))
+    assert told['sampled'] == evenly_spaced(1000, 7)[::-1]
 
 
 def test_an_average_of_nameless_weights_is_refused_before_training(worlds):
@@ -156,9 +188,11 @@ def test_an_average_of_nameless_weights_is_refused_before_training(worlds):
 
 def test_these_comparisons_would_notice(worlds):
     """Weights, average and evaluation loss of another training are further away than anything above allows."""
-    other, _ = train('ddp', max_duration='3ba')
+    other, _ = train('ddp', max_duration='3ba', snapshots=worlds.folder / 'other')
     assert largest(other['weights'], worlds.one['weights']) > 0.01
     assert largest(other['average'], worlds.one['average']) > 0.01
+    snapshots = load_file(snapshot_path(worlds.folder / 'other', 3)), load_file(snapshot_path(worlds.folder / 'one', 4))
+    assert largest(*snapshots) > 0.01
     raw = tiny_model()
     raw.load_state_dict(worlds.one['weights'])
     trainer = make_trainer(raw, eval_dataloader=evaluator())

@@ -20,7 +20,7 @@ from tread_composer.config.components import Component, component_class, compone
 from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
 from tread_composer.models import Backbone
-from tread_composer.routing import Route, apply_tread
+from tread_composer.routing import Route, apply_tread, find_blocks
 from tread_composer.run_data import planned_manifest
 
 __all__ = ['count_macs', 'format_plan', 'make_plan', 'sampling_cost']
@@ -50,6 +50,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     with torch.device('meta'):
         denoiser = build_denoiser(config, **shape)
     routes = config.routes()
+    _check_blocks(config, denoiser)
     dense = count_macs(denoiser, facts)
     masking, kept = _mask(config, denoiser)
     always_keep = config.always_keep()
@@ -83,6 +84,19 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
 def _in_words(route: Route, depth: int) -> str:
     start, end = route.span(depth)
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
+
+
+def _check_blocks(config: Config, denoiser: Backbone) -> None:
+    """The names in ``algorithms.tread.blocks``, which training looks up in the model around the denoiser."""
+    tread = config.algorithms.get('tread')
+    named = None if tread is None else tread.kwargs.get('blocks')
+    model = torch.nn.Module()
+    model.denoiser = denoiser
+    for path in [named] if isinstance(named, str) else named or []:
+        try:
+            find_blocks(model, path)
+        except ValueError as error:
+            raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
 
 
 def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: int = 0) -> list[int]:

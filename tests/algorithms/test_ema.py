@@ -117,6 +117,14 @@ def test_loaded_for_evaluation_alone_it_evaluates_the_average(tmp_path):
         assert torch.equal(snapshots.at['eval_start'][name], value)
 
 
+def test_saved_again_before_it_trains_it_still_has_the_average():
+    trained = EMA(DECAY)
+    fit([trained], max_duration='3ba')
+    again = EMA(DECAY)
+    again.load_state_dict(trained.state_dict())
+    assert_equal_weights(again.state_dict()['average'], trained.state_dict()['average'])
+
+
 def test_bfloat16_weights_are_averaged_in_float32():
     """1000 updates far below bfloat16's resolution add up as the closed form says."""
     model, ema = tiny_model().to(torch.bfloat16), EMA(0.999)

@@ -69,7 +69,7 @@ class Shard:
             row[self._piece.start : self._piece.start + local.numel()] = local
             torch_dist.all_reduce(row, group=self._piece.group)  # every other rank has zeros there
             local = row.view(self._piece.shape)
-        return local.detach().cpu().clone()
+        return local.detach().to('cpu', copy=True)
 
     @torch.no_grad()
     def cut(self, whole: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Imag
     Args:
         images_NCHW: Row after row, 1 or 3 channels, -1 to 1; what lies beyond is cut.
         row_names: One name for each row.
-        title: One line, made smaller until it fits.
+        title: Made smaller until it fits into a line, as far as it can be read; then broken into several.
     """
     count, channels, height, width = images_NCHW.shape
     if channels not in (1, 3) or count % len(row_names):
@@ -194,11 +194,15 @@ def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Imag
     step_x, step_y = width * scale + _GAP, height * scale + _GAP
     font = ImageFont.load_default(16)
     left = _GAP * 3 + max(math.ceil(font.getlength(name)) for name in row_names)
-    top, right = 28, left + columns * step_x
+    right = left + columns * step_x
+    size = next((size for size in range(16, 11, -1) if ImageFont.load_default(size).getlength(title) < right - 8), 11)
+    title_font = ImageFont.load_default(size)
+    lines = _lines(title, title_font, right - 8)
+    top = 10 + 18 * len(lines)
     picture = Image.new('RGB', (right, top + len(row_names) * step_y), 'white')
     pen = ImageDraw.Draw(picture)
-    size = next((size for size in range(16, 7, -1) if ImageFont.load_default(size).getlength(title) < right - 8), 7)
-    pen.text((_GAP, top // 2), title, fill='black', font=ImageFont.load_default(size), anchor='lm')
+    for number, line in enumerate(lines):
+        pen.text((_GAP, 14 + 18 * number), line, fill='black', font=title_font, anchor='lm')
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         # Smooth: the eye reads strokes of a few pixels where it would see blocks.
@@ -208,3 +212,14 @@ def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Imag
         middle = top + row * step_y + (step_y - _GAP) // 2
         pen.text((left - 2 * _GAP, middle), name, fill='black', font=font, anchor='rm')
     return picture
+
+
+def _lines(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = ['']
+    for word in text.split():
+        longer = f'{lines[-1]} {word}'.strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

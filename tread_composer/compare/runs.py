@@ -107,7 +107,10 @@ def _from_folder(folder: Path) -> Run:
     files = {name: folder / name for name in _RESULTS if (folder / name).is_file()}
     entries, said = _results(files, logged, config_file)
     if not entries:
-        raise UserError(f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure the run first')
+        raise UserError(
+            f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
+            f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
+        )
     notes += said + (changes(found[1], by_history(entries)) if found is not None else [])
     notes.append(_seconds_note(entries, how))
     curves, more = curves_of(entries, flops, seconds)

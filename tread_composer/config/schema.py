@@ -52,7 +52,9 @@ def check_time(value: object) -> object:
             'time', '{value} is not a time; write a number and a unit, such as 200ba', _repr(value)
         )
     if not isinstance(value, str):
-        text = "a bare number has no unit (Composer would read epochs); write '{value}ep' or '{value}ba'"
+        text = 'a bare number has no unit (Composer would read epochs); write '
+        whole = isinstance(value, int) or value.is_integer()
+        text += "'{value}ep' or '{value}ba'" if whole else "'{value}dur' for that share of the run"
         raise PydanticCustomError('time', text, {'value': value})
     try:
         if Time.from_timestring(value).value >= 0:

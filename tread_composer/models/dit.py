@@ -124,7 +124,7 @@ class DiT(nn.Module):
 
         Args:
             x_BCHW: Noisy latents.
-            t_B: What the objective says about the noise level, in any float dtype; embedded in float32.
+            t_B: What the objective says about the noise level, in any dtype; embedded in float32.
             labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
                 ``LabelEmbedder``. Ignored by an unconditional model.
 

@@ -99,7 +99,8 @@ class RotaryAttention(nn.Module):
     def forward(self, x_BND: Tensor, rope: Tensor) -> Tensor:
         """See the class; ``rope`` is ``[B, N, 2, E]``."""
         q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        # The table is float32: what it turns goes back to the precision of the rest.
+        # The table is float32 (FSDP in bfloat16 rounds its entries, not the positions): what it turns goes back to the
+        # precision of the rest.
         q, k = (rotate(one, rope).to(v.dtype) for one in (self.q_norm(q), self.k_norm(k)))
         out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, A, N, 2E]
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -241,7 +242,7 @@ class LightningDiT(nn.Module):
 
         Args:
             x_BCHW: Noisy latents, H and W divisible by p.
-            t_B: What the objective says about the noise level, in any float dtype; embedded in float32.
+            t_B: What the objective says about the noise level, in any dtype; embedded in float32.
             labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
                 ``LabelEmbedder``. Ignored by an unconditional model.
 

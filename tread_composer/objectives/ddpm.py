@@ -159,7 +159,8 @@ class DDPM:
 
     def _predict(self, denoiser: Denoiser, x_BCHW: Tensor, level: float, labels_B: Tensor) -> Tensor:
         t = float(np.interp(level, self._levels, np.arange(self.num_timesteps)))
-        t_B = torch.full_like(labels_B, t, dtype=torch.float32)
+        # An integer is what `predict` can hand over unrounded.
+        t_B = torch.full_like(labels_B, t, dtype=torch.int64 if t.is_integer() else torch.float32)
         noisy = x_BCHW / math.sqrt(1 + level**2)
         return predict(denoiser, noisy, t_B, labels_B, learn_sigma=self.learned_variance).double()
 

@@ -114,7 +114,7 @@ class EMA(Algorithm):
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
-        average: dict[str, Tensor] | None = None if self._average is None else {}
+        average: dict[str, Tensor] | None = self._loaded if self._average is None else {}  # saved on untrained
         for name, local in (self._average or {}).items():
             whole = self._shards[name].whole(local)
             if dist.get_global_rank() == 0:
