@@ -71,6 +71,25 @@ def test_length_batches_and_memory(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_snapshots_are_counted_before_they_fill_the_disk(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ('algorithms.power_ema={widths: [0.05, 0.1], interval: 100ba}',)
+    shown = figures(capsys, 'digits_tread.yaml', *words)
+    assert shown['snapshots']['count'] == 7
+    assert shown['snapshots']['gib_each'] == pytest.approx(shown['parameters'] * 4 * 2 / 2**30)
+    assert '7 files of' in plan(capsys, 'digits_tread.yaml', *words).out
+    by_share = 'algorithms.power_ema={widths: [0.1], interval: 0.25dur}'
+    assert figures(capsys, 'digits_tread.yaml', by_share)['snapshots']['count'] == 4
+    assert figures(capsys, 'digits_tread.yaml')['snapshots'] is None
+
+
+def test_a_list_of_blocks_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=denoiser.blocks')
+    refused = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=nonsense.blocks', code=2).err
+    assert "algorithms.tread.blocks: the model has no module 'nonsense.blocks'" in refused
+
+
 def test_the_text_has_the_figures_and_the_resolved_configuration(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.end_time=0.9dur').out

@@ -3,6 +3,7 @@
 The network is built and run on torch's meta device: shapes only, no memory, no arithmetic, seconds for the largest.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -58,8 +59,10 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     per_rank = config.global_train_batch_size // world_size
     micro = config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
+    length = _length(config, facts['num_samples'])
+    parameters = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     return {
-        'parameters': sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
+        'parameters': parameters,
         'num_tokens': denoiser.num_tokens,
         'depth': denoiser.depth,
         'tokens_per_block': tokens_per_block(routes, denoiser.depth, kept, always_keep),
@@ -75,7 +78,8 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
-        **_length(config, facts['num_samples']),
+        **length,
+        'snapshots': _snapshots(config, parameters, length),
         'memory_gib': _memory(config, denoiser, facts, (routes, masking, always_keep), micro),
         **facts,
     }
@@ -255,6 +259,23 @@ def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
     return {'batches': batches, 'batches_per_epoch': per_epoch, 'epochs': epochs}
 
 
+def _snapshots(config: Config, parameters: int, length: dict[str, Any]) -> dict[str, float] | None:
+    """How many files ``power_ema`` will write and their GiB; None without it, or if the run's length is unknown."""
+    if 'power_ema' not in config.algorithms or length['batches'] is None:
+        return None
+    settings = config.algorithms['power_ema'].build()
+    interval = Time.from_timestring(settings.interval)
+    batches = {
+        TimeUnit.BATCH: interval.value,
+        TimeUnit.EPOCH: interval.value * (length['batches_per_epoch'] or 0),
+        TimeUnit.SAMPLE: interval.value / config.global_train_batch_size,
+        TimeUnit.DURATION: interval.value * length['batches'],
+    }.get(interval.unit)
+    if not batches:
+        return None
+    return {'count': math.ceil(length['batches'] / batches), 'gib_each': parameters * 4 * len(settings.widths) / _GIB}
+
+
 def _data_facts(config: Config) -> dict[str, Any]:
     manifest = planned_manifest(config)
     if manifest is not None:
@@ -307,6 +328,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         f'in microbatches of {plan["microbatch"]}',
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
+        **({'snapshots': _snapshots_in_words(plan['snapshots'])} if plan['snapshots'] else {}),
         'memory per device': f'about {memory["total"]:.2f} GiB unsharded: weights and gradients '
         f'{memory["weights_and_gradients"]:.2f}, optimizer {memory["optimizer"]:.2f}, average {memory["average"]:.2f}, '
         f'activations {memory["activations"]:.2f} (from shapes alone)',
@@ -323,6 +345,11 @@ def _masking_in_words(maskdit: Component, plan: dict[str, Any]) -> str:
         return text
     how = 'at once' if settings.unmask == 'at_once' else f'by {settings.unmask}'
     return f'{text}; from {settings.unmask_time} unmasked {how}'
+
+
+def _snapshots_in_words(snapshots: dict[str, float]) -> str:
+    each, count = snapshots['gib_each'], snapshots['count']
+    return f'{count:,} files of {each:,.2f} GiB, {count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
 
 
 def _rules_in_words(plan: dict[str, Any]) -> list[tuple[str, str]]:
