@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 
 # The threads of one sum wait for each other by spinning: with tiny networks on a machine that does other work too, a
@@ -27,12 +28,28 @@ def _noted(self: SharedMemory, *args: object, **kwargs: object) -> None:
 SharedMemory.__init__ = _noted  # type: ignore[method-assign]
 
 
+# What a person may open by default, 1,024, is little for thousands of tests in one process.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+if 0 < _soft < 20_000:  # unlimited is -1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (20_000 if _hard < 0 else min(_hard, 20_000), _hard))
+
+
 @pytest.fixture(autouse=True)
 def shared_memory_ends_with_its_test() -> Iterator[None]:
     """streaming keeps a data set's segments until the process ends, and each new data set opens those of all others.
 
     That is nothing for a training run, which has two; here open files would grow with the square of the tests.
     """
+    yield from _given_back()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def shared_memory_ends_with_its_module() -> Iterator[None]:
+    """The same for what a module's own fixtures have read."""
+    yield from _given_back()
+
+
+def _given_back() -> Iterator[None]:
     before = len(_CREATED)
     yield
     while len(_CREATED) > before:

@@ -66,8 +66,11 @@ class WarmProcess:
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
-        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
-            self.wait()
+        if self.returncode is None:
+            ready = select.poll()  # select() itself refuses descriptors above 1,024
+            ready.register(self.connection, select.POLLIN)
+            if ready.poll(0):
+                self.wait()
         return self.returncode
 
     def wait(self) -> int:
