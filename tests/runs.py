@@ -124,7 +124,7 @@ def launch(folder: Path, words: Sequence[str], timeout: float = 240, ranks: int 
         end = time.monotonic() + timeout
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             if any(process.poll() for process in processes):  # one failed: the others may wait for it for ever
-                end = min(end, time.monotonic() + 20)
+                end = min(end, time.monotonic() + 5)
             time.sleep(0.05)
         for process in processes:
             process.kill()
