@@ -204,7 +204,7 @@ def _forward(denoiser: Backbone, facts: dict[str, Any], savers: _Savers, batch_s
     denoiser.train(bool(routes) or masking is not None)
     if not routes:
         return denoiser(x, t, labels)
-    routing = apply_tread(denoiser, routes, token_arguments=denoiser.token_arguments, always_keep=always_keep)
+    routing = apply_tread(denoiser, routes, always_keep=always_keep)
     kept = [
         torch.empty(batch_size, route.num_kept(denoiser.num_tokens, always_keep), dtype=torch.int64, device='meta')
         for route in routes

@@ -103,6 +103,7 @@ class _SplitCheck:
         self.faults: list[str] = []
 
     def run(self) -> list[str]:
+        """All checks of one split; the faults in words."""
         try:
             self.manifest = Manifest.load(self.folder)
         except UserError as error:
@@ -300,6 +301,7 @@ class _Statistics:
         self.pairs = self.equal = self.flipped = 0
 
     def add(self, stored_BKHW: Tensor, channels: int) -> None:
+        """Take a batch into the sums: means, or latents that are their own."""
         mean, logvar = stored_BKHW[:, :channels], stored_BKHW[:, channels:]
         second = mean.square()
         if logvar.shape[1]:

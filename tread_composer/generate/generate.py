@@ -127,9 +127,7 @@ def _route(trained: Trained) -> None:
             f'{trained.source}: was trained without routes (no tread under algorithms), so its blocks do not know what '
             'to do with fewer tokens: --guidance sparse needs a model trained with them; take classifier_free'
         )
-    denoiser = trained.model.denoiser
-    names, always_keep = denoiser.token_arguments, trained.always_keep
-    apply_tread(denoiser, trained.routes, token_arguments=names, always_keep=always_keep)  # type: ignore[arg-type]
+    apply_tread(trained.model.denoiser, trained.routes, always_keep=trained.always_keep)  # type: ignore[arg-type]
 
 
 def _check_pair(trained: Trained, weak: Trained) -> None:

@@ -87,6 +87,7 @@ class _Drawing:
         return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     def svg(self) -> str:
+        """The picture as text that a page can hold."""
         label = html.escape(f'{self.chart.y_label} against {self.chart.x_label}', quote=True)
         parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">']
         parts += [*self._axes(), *self._level()]

@@ -155,10 +155,7 @@ def apply_tread(
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
-    if type(always_keep) is not int or always_keep < 0:
-        raise ValueError(f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
-    if tokens_out is not None and (type(tokens_out) is not int or tokens_out < 0):
-        raise ValueError(f'tokens_out: {tokens_out!r} is no position in a tuple; count from 0')
+    _check_counts(always_keep, tokens_out)
     understood = set()
     for path, block in _firsts(lists, spans):
         others = _declared(model, path) if token_arguments is None else token_arguments
@@ -169,20 +166,35 @@ def apply_tread(
     token_argument, others = understood.pop()
     checks = {'always_keep': always_keep, 'shared': shared, 'ordered': ordered, 'float32_after': float32_after}
     routing = Routing(paths, depths, routes, spans, token_argument, tokens_out, others, **checks)
-    attached = _routings(model)
-    if attached:
-        there = routing_of(model)
-        if there is None or there.settings != routing.settings:
-            raise ValueError(
-                f'{", ".join(attached)} is routed already with other settings: {there and there.settings} there, '
-                f'{routing.settings} now; route a fresh copy of the model, and several lists of one model together: '
-                'blocks=[...]'
-            )
+    there = _there_already(model, routing)
+    if there is not None:
         return there
     for number, container in enumerate(lists.values()):
         container.__class__ = _ROUTED[type(container)]
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
+
+
+def _there_already(model: nn.Module, routing: Routing) -> Routing | None:
+    """The model's own routing, which must have the settings of ``routing``."""
+    attached = _routings(model)
+    if not attached:
+        return None
+    there = routing_of(model)
+    if there is None or there.settings != routing.settings:
+        raise ValueError(
+            f'{", ".join(attached)} is routed already with other settings: {there and there.settings} there, '
+            f'{routing.settings} now; route a fresh copy of the model, and several lists of one model together: '
+            'blocks=[...]'
+        )
+    return there
+
+
+def _check_counts(always_keep: int, tokens_out: int | None) -> None:
+    if type(always_keep) is not int or always_keep < 0:
+        raise ValueError(f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
+    if tokens_out is not None and (type(tokens_out) is not int or tokens_out < 0):
+        raise ValueError(f'tokens_out: {tokens_out!r} is no position in a tuple; count from 0')
 
 
 def _lists(model: nn.Module, blocks: str | Sequence[str] | None) -> dict[str, BlockList]:

@@ -366,6 +366,4 @@ def _route(trained: Trained) -> None:
             f'{trained.source}: was trained without routes (no tread under algorithms), so --rates has no meaning; '
             'sweep over --guidance-scale alone'
         )
-    denoiser = trained.model.denoiser
-    names, always_keep = denoiser.token_arguments, trained.always_keep
-    apply_tread(denoiser, trained.routes, token_arguments=names, always_keep=always_keep)  # type: ignore[arg-type]
+    apply_tread(trained.model.denoiser, trained.routes, always_keep=trained.always_keep)  # type: ignore[arg-type]

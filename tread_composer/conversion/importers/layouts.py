@@ -138,6 +138,7 @@ class _LMDB:
         return f'z-{position}'
 
     def read(self, position: int) -> list[np.ndarray]:
+        """The latents of the sample at this position, ``[C, H, W]`` each."""
         data = self._value(f'z-{position}')
         side = math.isqrt(len(data) // (4 * self._channels))
         if 4 * self._channels * side * side != len(data) or not data:
@@ -183,6 +184,7 @@ class _Tars:
         return f'{self._paths[self._places[position, 0]].name}/{self._keys[position]}'
 
     def read(self, position: int) -> list[np.ndarray]:
+        """The latents of the sample at this position, ``[C, H, W]`` each."""
         number, offset, size = self._places[position].tolist()
         try:
             return [self._decode(self._files.read(number, offset, size))]

@@ -70,6 +70,7 @@ def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = T
                         raise UserError(f'{path}: holds {info.filename!r} twice. Pack it again')
     except UserError:
         raise
+    # NotImplementedError is zipfile's word for a compression or a version that it does not know.
     except (OSError, ValueError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
     sources: dict[str, Source] = {}
