@@ -205,8 +205,9 @@ def report(loaders: dict[str, Callable[[], Iterable]], arguments: argparse.Names
     for name, gmac in (('dense', DENSE_GMAC), ('routed', ROUTED_GMAC)):
         needed = H200_TFLOPS * 1e12 / (6e9 * gmac)
         have = {reader: statistics.median(rates[reader]) for reader in ('ours, streaming', 'ours, in memory')}
-        factors = ', '.join(f'{reader} {value / needed:.1f} x' for reader, value in have.items())
-        print(f'  {name}: at most {needed:,.0f} samples/s, at 40 % {0.4 * needed:,.0f}; one rank alone gets {factors}')
+        factors = ', '.join(f'{value / needed:.1f} x that ({reader})' for reader, value in have.items())
+        most = f'at most {needed:,.0f} samples/s, at 40 % {0.4 * needed:,.0f}'
+        print(f"  {name}: {most}; one rank's loader supplies {factors}")
 
 
 if __name__ == '__main__':

@@ -1,0 +1,164 @@
+"""The documents hold: links and anchors lead somewhere, commands are ones the programs take, the citation is complete.
+
+Commands are handed to the program that they name; its parser is the real one, and the work behind it is left out.
+"""
+
+import argparse
+import io
+import re
+import runpy
+import shlex
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import ROOT
+from tread_composer.config import load_config
+
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ('*.md', 'docs/*.md', 'benchmarks/*.md', 'streaming_data/*.md', 'tread_composer/**/*.md')
+    for path in ROOT.glob(pattern)
+)
+HEADERS = sorted(path.relative_to(ROOT) for path in ROOT.glob('yamls/*.yaml'))
+PROGRAM = (
+    r'(?:python -m tread_composer|composer (?:-n \d+ )?\S+\.py|python (?:train|streaming_data/\w+|benchmarks/\w+)\.py)'
+)
+
+
+class Parsed(Exception):  # noqa: N818
+    """Raised in place of a command's work, once its words have been understood."""
+
+
+def without_code(text: str) -> str:
+    """The page without fenced blocks and code spans: what is left are its prose, headings and links."""
+    return re.sub(r'`[^`]*`', '', re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of the headings of a page."""
+    text = re.sub(r'^```.*?^```', '', (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r'^#+ +(.+?) *$', text, re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def links() -> list[tuple[Path, str]]:
+    """Page and target of every link and picture that stays in the repository."""
+    return [
+        (page, target)
+        for page in PAGES
+        for target in re.findall(r'\]\(([^)\s]+)\)', without_code((ROOT / page).read_text()))
+        if not target.startswith('https://')
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command with the page that shows it: in fenced blocks, in code spans, in headers of recipes."""
+    shown = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for block in re.findall(r'^```(?:bash|sh)?\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
+            joined = re.sub(r'\s*\\\n\s*', ' ', block)
+            shown += [(str(page), re.sub(r'\s+#.*', '', line)) for line in joined.splitlines()]
+        prose = re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE)
+        shown += [(str(page), ' '.join(span.split())) for span in re.findall(r'`([^`]+)`', prose)]
+    for page in HEADERS:
+        shown += [
+            (str(page), line) for line in re.findall(r'^# Command: +(.*)', (ROOT / page).read_text(), re.MULTILINE)
+        ]
+    without_variables = [(page, re.sub(r'^(?:[A-Z_]+=\S+ )+', '', line)) for page, line in shown]
+    return sorted({(page, line) for page, line in without_variables if re.match(PROGRAM, line)})
+
+
+def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hand a command to its program as far as its parser; returns the refusal that it printed, '' if there is none."""
+    words = shlex.split(line.partition(' > ')[0])
+    words = words[3:] if words[0] == 'composer' and words[1] == '-n' else words[1:]
+    original, depth = argparse.ArgumentParser.parse_known_args, []
+
+    def parse_known_args(parser, *arguments, **keywords):
+        depth.append(parser)
+        namespace, rest = original(parser, *arguments, **keywords)
+        depth.pop()
+        if depth:
+            return namespace, rest
+        wrong = [
+            word for word in rest if word.startswith('-') or '=' not in word or not hasattr(namespace, 'overrides')
+        ]
+        if wrong:
+            parser.error(f'unrecognized arguments: {wrong}')
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_known_args', parse_known_args)
+    monkeypatch.setattr(sys, 'argv', words)
+    output = io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            if words[0] == '-m':
+                monkeypatch.setattr(sys, 'argv', words[1:])
+                runpy.run_module(words[1], run_name='__main__')
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name='__main__')
+    except Parsed:
+        return ''
+    except SystemExit as ended:
+        return '' if ended.code in (0, None) else output.getvalue()
+    raise AssertionError(f'{line}: parsed nothing')
+
+
+@pytest.mark.parametrize('page', PAGES, ids=str)
+def test_links_and_anchors_lead_somewhere(page):
+    for source, target in links():
+        if source != page:
+            continue
+        name, _, anchor = target.partition('#')
+        path = (ROOT / page.parent / name).resolve() if name else ROOT / page
+        assert path.exists() and ROOT in (path, *path.parents), f'{page}: {target}'
+        assert not anchor or anchor in anchors(path), f'{page}: {target} is no heading there'
+
+
+def test_every_page_and_picture_is_linked():
+    reached = {(ROOT / source.parent / target.partition('#')[0]).resolve() for source, target in links()}
+    shown = {ROOT / page for page in PAGES if page != Path('README.md')} | set(ROOT.glob('docs/*.*'))
+    assert not shown - reached
+
+
+@pytest.mark.parametrize(('page', 'line'), commands())
+def test_commands_are_understood(page, line, monkeypatch):
+    bare = re.fullmatch(r'(python -m tread_composer \w+|python \S+\.py)', line)
+    refused = parse(f'{line} --help' if bare else line, monkeypatch)
+    assert not refused, f'{page}: {line}\n{refused}'
+
+
+@pytest.mark.parametrize(
+    ('page', 'line'), [(page, line) for page, line in commands() if re.search(r' yamls/\w+\.', line)]
+)
+def test_settings_of_commands_are_valid(page, line):
+    files = [word for word in shlex.split(line) if word.startswith('yamls/')]
+    settings = [word for word in shlex.split(line) if re.match(r'[a-z][\w.]*=', word)]
+    for file in files:
+        load_config(ROOT / file, settings)
+
+
+def test_the_map_for_contributors_has_every_part_of_the_package():
+    page = (ROOT / 'CONTRIBUTING.md').read_text()
+    package = ROOT / 'tread_composer'
+    parts = {path.name for path in package.glob('*.py') if not path.name.startswith('__')}
+    parts |= {f'{path.parent.name}/' for path in package.glob('*/__init__.py')}
+    assert not {name for name in parts if f'`{name}`' not in page}
+
+
+def test_the_citation_names_this_software_and_the_three_papers():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    project = re.search(r'^version = "(.+)"', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
+    assert project is not None and str(citation['version']) == project[1]
+    assert {'cff-version', 'message', 'title', 'authors', 'license'} <= citation.keys()
+    papers = {paper['identifiers'][0]['value']: paper for paper in citation['references']}
+    assert set(papers) == {'arXiv:2501.04765', 'arXiv:2410.10356', 'arXiv:2306.09305'}
+    for identifier, paper in papers.items():
+        assert paper['url'].endswith(identifier.removeprefix('arXiv:'))
+        assert all({'family-names', 'given-names'} == author.keys() for author in paper['authors'])
+        assert {'type', 'title', 'year'} <= paper.keys()
