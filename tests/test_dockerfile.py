@@ -55,6 +55,11 @@ def context(folder: Path) -> set[str]:
     return {name for name in exclude_paths(str(folder), patterns) if (folder / name).is_file()}
 
 
+def constraints(torch: str) -> Path:
+    """The file that pins the stack of this torch."""
+    return ROOT / 'constraints' / (f'torch{torch.replace(".", "")}.txt' if torch[0].isdigit() else f'{torch}.txt')
+
+
 def copy(value: str, workdir: Path) -> None:
     """COPY of files, or of the content of folders."""
     *sources, target = value.split()
@@ -138,9 +143,14 @@ def test_the_last_step_is_the_smoke_check_as_an_ordinary_user():
     assert value['VOLUME'] == '["/app/runs", "/app/data"]'
 
 
-def test_cuda_is_the_one_that_torch_was_built_for():
+@pytest.mark.parametrize(('torch', 'cuda'), [(None, None), ('2.11', '13.0.2'), ('2.7', '12.6.3')])
+def test_cuda_is_the_one_that_torch_was_built_for(torch, cuda):
+    """Of the defaults, and of the other stacks that the file names in its comments."""
     variables = dict(value.split('=', 1) for name, value in steps() if name == 'ARG')
-    pins = (ROOT / 'constraints' / f'{variables["TORCH"]}.txt').read_text()
+    if torch:
+        assert {torch, cuda} <= set(re.findall(r'[\d.]+\d', (ROOT / 'Dockerfile').read_text()))
+        variables = {**variables, 'TORCH': torch, 'CUDA': cuda}
+    pins = constraints(variables['TORCH']).read_text()
     runtime = re.search(r'^(?:nvidia-cuda-runtime(?:-cu\d+)?|cuda-toolkit)==(\d+\.\d+)', pins, re.MULTILINE)
     assert runtime is not None and variables['CUDA'].startswith(f'{runtime[1]}.')
 
@@ -165,7 +175,8 @@ def test_what_commands_write_stays_out_of_the_image(tmp_path):
 
 
 @pytest.mark.skipif('TREAD_TEST_NETWORK' not in os.environ, reason='asks a package index: TREAD_TEST_NETWORK=1 runs it')
-def test_the_packages_resolve(tmp_path):
+@pytest.mark.parametrize('torch', ['newest', '2.11', '2.7'])
+def test_the_packages_resolve(torch, tmp_path):
     (command,) = [
         text
         for name, value in steps()
@@ -173,18 +184,11 @@ def test_the_packages_resolve(tmp_path):
         for text in re.split(r'\s*&&\s*', value)
         if text.startswith('uv pip install') and '--requirement' in text
     ]
-    variables = dict(value.split('=', 1) for name, value in steps() if name == 'ARG')
-    target = [
-        '--dry-run',
-        '--target',
-        str(tmp_path),
-        '--python-version',
-        '3.12',
-        '--python-platform',
-        'x86_64-manylinux_2_28',
-    ]
-    words = [BIN / 'uv', *shlex.split(expand(command, variables))[1:], *target]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    variables = {**dict(value.split('=', 1) for name, value in steps() if name == 'ARG'), 'TORCH': torch}
+    image = ['--python-version', '3.12', '--python-platform', 'x86_64-manylinux_2_28']
+    words = ['bash', '-c', f'{command} {shlex.join(["--dry-run", "--target", str(tmp_path), *image])}']
+    environment = {**os.environ, **variables, 'PATH': f'{BIN}:{os.environ["PATH"]}'}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (pin,) = re.findall(r'^torch==[\d.]+', (ROOT / f'constraints/{variables["TORCH"]}.txt').read_text(), re.MULTILINE)
+    (pin,) = re.findall(r'^torch==[\d.]+', constraints(torch).read_text(), re.MULTILINE)
     assert f' + {pin}' in done.stderr
