@@ -24,7 +24,7 @@ def sharding_problems(config: Config, world_size: int) -> list[Problem]:
             text = "'auto' works with DDP and FSDP1 alone in Composer; give a number, or set FSDP_VERSION=1"
             problems.append(Problem(('device_train_microbatch_size',), text))
         return problems
-    if config.device_train_microbatch_size == 'auto' and torch.__version__ >= (2, 7, 1):
+    if config.device_train_microbatch_size == 'auto' and torch.__version__ >= '2.7.1':  # ordered as a version
         # What the search puts in place of FSDP1's unshard is defined below that version only; above it is a NameError.
         text = (
             f"'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
