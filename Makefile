@@ -1,16 +1,35 @@
 # The two commands of the README are `make quickstart` and `make test`. Both install what they need into .venv first,
 # may be run again, and survive an interrupted first run.
-#   make lint       ruff and pyright
-#   make lock       resolve every package anew into constraints.txt
+#   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
+#   make lint            ruff and pyright
+#   make matrix          the tests on every stack, each in a .venv of its own (about 6 GB each)
+#   make lock            resolve every package of every stack anew into constraints/
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 BIN := $(VENV)/bin
-# Named after what is installed: another constraints.txt or pyproject.toml installs again.
-STAMP := $(VENV)/.installed
+comma := ,
+# Without TORCH: what .venv holds; in a fresh checkout the newest, since one wheel serves Turing to Blackwell.
+TORCH ?= $(or $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)),newest)
+TORCHES := 2.7 2.11 newest
+# What `make lock` holds fast; all else is the latest that fits. 2.11 stands beside what GPU images bring with it.
+PINS_2.7 := torch==2.7.0
+PINS_2.11 := torch==2.11.0 transformers==5.17.0 torchmetrics==1.9.0
+PINS_newest := torch==2.15.0
+# numpy 2.4 and torch 2.15 have no wheel for Python 3.10.
+OLDEST_PYTHON_2.7 := 3.10
+OLDEST_PYTHON_2.11 := 3.10
+OLDEST_PYTHON_newest := 3.11
+CONSTRAINTS := constraints/$(subst torchnewest,newest,torch$(subst .,,$(TORCH))).txt
+# Named after what is installed: another stack, constraints file or pyproject.toml installs again.
+STAMP := $(VENV)/.installed-$(TORCH)
 # Compiled at once: where Python may not write bytecode, every start would take 15 s instead of 6.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: quickstart test lint lock install
+ifeq ($(filter $(TORCH),$(TORCHES)),)
+$(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Installing beside your torch" in README.md)
+endif
+
+.PHONY: quickstart test lint matrix lock install $(TORCHES:%=lock-%)
 .DEFAULT_GOAL := quickstart
 
 quickstart: install
@@ -26,23 +45,34 @@ lint: install
 
 install: $(STAMP)
 
-# A .venv that holds no stamp was interrupted while it was filled: it is made anew, since a half-copied package can
-# look complete. One that make did not make is left alone.
-$(STAMP): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else f"Python {sys.version.split()[0]} at {sys.executable}: 3.10, 3.11 or 3.12 is needed; say which with make PYTHON=/path/to/python3.11")'
+# A .venv that holds no stamp was interrupted while it was filled, and one of another stack holds libraries that the new
+# one would neither use nor remove: both are made anew. One that make did not make is left alone.
+$(STAMP): $(CONSTRAINTS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if ($(subst .,$(comma) ,$(OLDEST_PYTHON_$(TORCH)))) <= sys.version_info < (3, 14) else f"Python {sys.version.split()[0]} at {sys.executable}: $(OLDEST_PYTHON_$(TORCH)) to 3.13 is needed for TORCH=$(TORCH); say which with make PYTHON=/path/to/python3.12$(if $(filter newest,$(TORCH)),$(comma) or take TORCH=2.11 (Python 3.10 to 3.13))")'
 	@if [ -n "$$(ls -A $(VENV) 2>/dev/null)" ] && [ ! -e $(VENV)/.made-by-make ]; then \
 	  echo "$(VENV) exists and was not made by make. Remove it, or choose another folder: make VENV=.venv-tread"; exit 2; fi
-	@if [ -e $(VENV) ] && [ ! -e $(STAMP) ]; then echo "$(VENV) is unfinished: making it anew"; rm -rf $(VENV); fi
+	@if [ -e $(VENV) ] && [ ! -e $(STAMP) ]; then \
+	  echo "$(VENV) is unfinished or of another stack: making it anew"; rm -rf $(VENV); fi
 	@rm -f $(STAMP)
-	@echo "Installing into $(VENV) (about 6 GB, under a minute on a fast line)"
+	@echo "Installing into $(VENV) (about 6 GB, under a minute on a fast line): $(CONSTRAINTS)"
 	@if [ ! -e $(VENV) ]; then mkdir -p $(VENV) && touch $(VENV)/.made-by-make && $(PYTHON) -m venv $(VENV); fi
 	@# pip alone searches for more than ten minutes for a set that fits; uv takes seconds
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	$(UV) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $(STAMP)
 
-lock: install
-	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --no-header --no-emit-index-url \
-	  --all-extras pyproject.toml --output-file constraints.tmp
-	@{ sed -n '/^#/p;/^$$/q' constraints.txt; sed '/^-e /d' constraints.tmp; } > constraints.new
-	@mv constraints.new constraints.txt && rm constraints.tmp
+matrix:
+	@failed=; for stack in $(TORCHES); do echo "== TORCH=$$stack"; \
+	  $(MAKE) --no-print-directory test TORCH=$$stack VENV=.venv-$$stack || failed="$$failed $$stack"; done; \
+	if [ -n "$$failed" ]; then echo "failed on:$$failed"; exit 1; fi
+
+lock: $(TORCHES:%=lock-%)
+
+# 2.7 is resolved under the ceilings that Composer and streaming declare, the others under [tool.uv] in pyproject.toml.
+$(TORCHES:%=lock-%): lock-%: install
+	@printf '%s\n' $(PINS_$*) > $(VENV)/pins.txt
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --no-build --all-extras $(if $(filter 2.7,$*),--no-config) \
+	  --no-annotate --no-header --no-emit-index-url --python-version $(OLDEST_PYTHON_$*) \
+	  --constraint $(VENV)/pins.txt pyproject.toml --output-file $(VENV)/lock-$*.txt
+	@file=constraints/$(subst torchnewest,newest,torch$(subst .,,$*)).txt; \
+	  { sed '/^$$/q' $$file; cat $(VENV)/lock-$*.txt; } > $(VENV)/stack.txt && mv $(VENV)/stack.txt $$file

@@ -265,7 +265,8 @@ def test_checkpoints_of_other_settings_or_without_decoder_are_refused_in_words(t
         make_trainer(edm_model(), [MaskDiT(0.25, **SMALL)], load_path=masked)
     with pytest.raises(ResumeError, match=r'mask_token is missing\): they were trained without MaskDiT'):
         make_trainer(edm_model(), [MaskDiT(**SMALL)], load_path=dense)
-    with pytest.raises(KeyError):  # Composer looks for the head's moments
+    # Composer looks for the head's moments: a KeyError of torch 2.7, words of torch's own in later releases.
+    with pytest.raises((KeyError, RuntimeError), match=r'denoiser\.final_layer\.'):
         make_trainer(edm_model(), [], load_path=masked)
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*denoiser\.final_layer\.mask_token'):
         make_trainer(edm_model(), [], load_path=masked, load_weights_only=True)

@@ -1,7 +1,10 @@
 """``parallelism_config`` in YAML: what reaches Composer, and what is refused before it could go wrong."""
 
+import re
+
 import pytest
 import torch
+from composer.trainer import _patch_pytorch
 
 from tread_composer.config import check_machine, load_config
 from tread_composer.config.errors import ConfigError
@@ -50,3 +53,17 @@ def test_fsdp1_needs_a_gpu(base):
         check_machine(config)
     if torch.cuda.is_available():
         check_machine(load_config(base, ['parallelism_config={fsdp: {}}', 'device=gpu']))
+
+
+def test_auto_microbatch_under_fsdp1_is_refused_where_composer_has_no_search(base):
+    able = hasattr(_patch_pytorch, 'unshard_with_sync')
+    try:
+        load_config(base, ['parallelism_config={fsdp: {}}', 'device_train_microbatch_size=auto'])
+        text = ''
+    except ConfigError as error:
+        text = str(error)
+    rule = f'device_train_microbatch_size: .*torch 2.6 to 2.7.0 only, and this is torch {re.escape(torch.__version__)}'
+    assert (re.search(rule, text) is None) == able
+    if not able:  # what would happen without the rule
+        with pytest.raises(NameError, match='unshard_with_sync'):
+            _patch_pytorch.patch_unshard_for_automicrobatching()

@@ -9,11 +9,15 @@ from typing import Any
 
 import timm.models.vision_transformer
 import torch
+import transformers
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 B, N = 3, 16
+# Release 5 renamed ViTModel.encoder.layer to ViTModel.layers, and BertLayer returns the tokens themselves, no tuple.
+TRANSFORMERS_5 = int(transformers.__version__.split('.')[0]) >= 5
+VIT_LAYERS = 'layers' if TRANSFORMERS_5 else 'encoder.layer'
 STEPS, LABELS = torch.tensor([5, 400, 900]), torch.tensor([1, 2, 3])
 
 
@@ -167,7 +171,7 @@ def build_vit() -> nn.Module:
 
 def explicit_vit(model, inputs, span, kept):
     x = model.embeddings(inputs['pixel_values'])
-    return model.layernorm(walk(model.encoder.layer, x, lambda block, x, _: block(x), span, kept))
+    return model.layernorm(walk(model.get_submodule(VIT_LAYERS), x, lambda block, x, _: block(x), span, kept))
 
 
 def build_bert() -> nn.Module:
@@ -187,7 +191,7 @@ def explicit_bert(model, inputs, span, kept):
     def call(block, x, on):
         mask = inputs['attention_mask'] if on is None else rows(inputs['attention_mask'], on)
         bias = torch.zeros(B, 1, 1, x.shape[1]).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
-        return block(x, bias)[0]
+        return block(x, bias) if TRANSFORMERS_5 else block(x, bias)[0]
 
     return walk(model.encoder.layer, model.embeddings(inputs['input_ids']), call, span, kept)
 
@@ -254,7 +258,7 @@ FAMILIES = {
         {'always_keep': 1}, tokens=N + 1, tokens_name='x',
     ),
     'hf_vit': Family(
-        build_vit, lambda: {'pixel_values': image(3, 16)}, sample, explicit_vit, ('encoder.layer',),
+        build_vit, lambda: {'pixel_values': image(3, 16)}, sample, explicit_vit, (VIT_LAYERS,),
         {'always_keep': 1}, tokens=N + 1,
     ),
     'hf_bert': Family(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.routing.foreign import FAMILIES, B
+from tests.routing.foreign import FAMILIES, TRANSFORMERS_5, B
 from tread_composer.routing import Route, RoutingError, apply_tread, routing_of
 
 DEPTHS = {'diffusers_flux': 6}
@@ -121,8 +121,11 @@ def test_without_the_settings_each_model_says_what_is_missing():
         attempt('diffusers_flux', **{**flux, 'token_arguments': {'image_rotary_emb': 0}})
     with pytest.raises(RoutingError, match=r'failed on 8 of 16 tokens'):
         attempt('diffusers_flux', **{**flux, 'token_arguments': ()})
+    if not TRANSFORMERS_5:
+        with pytest.raises(RoutingError, match=r'the blocks return a tuple: say where the tokens are'):
+            attempt('hf_bert', token_arguments={'attention_mask': [-2, -1]})
     with pytest.raises(RoutingError, match=r'the blocks return a tuple: say where the tokens are'):
-        attempt('hf_bert', token_arguments={'attention_mask': [-2, -1]})
+        attempt('diffusers_sd3')
     with pytest.raises(RoutingError, match=r'named in token_arguments\. Arguments .* 16 entries: .*\(3, 1, 16, 16\)'):
         attempt('hf_bert', tokens_out=0)
     with pytest.raises(

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from tread_composer.config.errors import Problem
 from tread_composer.config.tree import Config
 
@@ -22,6 +24,13 @@ def sharding_problems(config: Config, world_size: int) -> list[Problem]:
             text = "'auto' works with DDP and FSDP1 alone in Composer; give a number, or set FSDP_VERSION=1"
             problems.append(Problem(('device_train_microbatch_size',), text))
         return problems
+    if config.device_train_microbatch_size == 'auto' and torch.__version__ >= '2.7.1':  # ordered as a version
+        # What the search puts in place of FSDP1's unshard is defined below that version only; above it is a NameError.
+        text = (
+            f"'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
+            f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
+        )
+        problems.append(Problem(('device_train_microbatch_size',), text))
     if fsdp.cpu_offload:
         text = (
             'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
