@@ -1,7 +1,6 @@
 """What runs beside training: tracking, pictures, quality figures and guards. Each file holds the class of its name."""
 
-import importlib
-from typing import Any
+from tread_composer.core.lazy import lazy_names
 
 __all__ = ['DigitsQuality', 'EpochIsWhole', 'Evaluation', 'MLflowRun', 'ProgressLines', 'SampleGrid']
 
@@ -15,8 +14,4 @@ _LAZY = {
     'SampleGrid': 'sample_grid',
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'{__name__}.{_LAZY[name]}'), name)
+__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for name, module in _LAZY.items()})
