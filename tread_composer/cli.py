@@ -186,14 +186,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _snr(options: argparse.Namespace) -> int:
-    with importing():
-        from tread_composer.config import load_config
-        from tread_composer.snr import draw_snr, format_snr, make_snr
-
     files = [word for word in options.yamls if '=' not in word]
     overrides = [*(word for word in options.yamls if '=' in word), *options.overrides]
     if not files:
         raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
+    with importing():
+        from tread_composer.config import load_config
+        from tread_composer.snr import draw_snr, format_snr, make_snr
+
     curves = [make_snr(load_config(file, overrides), options.std) for file in files]
     draw_snr(curves, options.out)
     print(format_snr(curves, options.out))
@@ -201,11 +201,11 @@ def _snr(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if len(options.runs) < 2:
+        raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
     with importing():
         from tread_composer.compare import compare, format_comparison, open_run, write_comparison
 
-    if len(options.runs) < 2:
-        raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
     comparison = compare([open_run(run) for run in options.runs], options.metric)
     metric = ['--metric', *options.metric] if options.metric else []
     words = ['compare', *options.runs, *metric, '--out', options.out]
@@ -216,11 +216,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.allow_inexact and options.weights in ('ema', 'raw'):
+        raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {options.weights}; leave it out')
     with importing():
         from tread_composer.exporting import export, export_in_words
 
-    if options.allow_inexact and options.weights in ('ema', 'raw'):
-        raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {options.weights}; leave it out')
     how = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
     done = export(options.path, options.out, **how)
     print(export_in_words(done))

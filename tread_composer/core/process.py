@@ -30,7 +30,7 @@ def prepare_process() -> None:
 
 
 def disable_mlflow_telemetry() -> None:
-    """MLflow looks up its makers' host at its import and reports there, unless the environment says otherwise before.
+    """MLflow 3 looks up its makers' host at its first use and reports there, unless told otherwise before its import.
 
     A value of the user's for ``MLFLOW_DISABLE_TELEMETRY`` or ``DO_NOT_TRACK`` wins, whichever it is. Where somebody has
     imported MLflow already, nothing changes.
