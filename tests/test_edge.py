@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.runs import ROOT, environment
+from tests.runs import environment
 
 _SCRIPT = """
 import importlib, importlib.abc, pkgutil, sys

@@ -1,6 +1,16 @@
 """What runs beside training: tracking, pictures, quality figures and guards. Each file holds the class of its name."""
 
+from typing import TYPE_CHECKING
+
 from tread_composer.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tread_composer.callbacks.digits_quality import DigitsQuality
+    from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
+    from tread_composer.callbacks.evaluation import Evaluation
+    from tread_composer.callbacks.mlflow_run import MLflowRun
+    from tread_composer.callbacks.progress import ProgressLines
+    from tread_composer.callbacks.sample_grid import SampleGrid
 
 __all__ = ['DigitsQuality', 'EpochIsWhole', 'Evaluation', 'MLflowRun', 'ProgressLines', 'SampleGrid']
 
