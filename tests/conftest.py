@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from tread_composer.core.process import prepare_process
 
 # Before torch is imported, which reads both once; child processes inherit them. One thread: our networks are so small
-# that sharing a sum costs more than it saves, even without spinning. With two, on two cores, tests/routing/test_blocks.py
-# took 45 s to 50 s instead of 3.5 s, tests/test_trained.py 11 s instead of 6 s to 8 s.
+# that sharing a sum costs more than it saves, even without spinning. With two, on two cores, routing/test_blocks.py
+# took 45 s to 50 s instead of 3.5 s, test_trained.py 11 s instead of 6 s to 8 s.
 prepare_process()
 os.environ['OMP_NUM_THREADS'] = '1'
 
