@@ -5,6 +5,8 @@ In one run, in turns, with the same number of threads: (A) the encoder alone on 
 ratio B / A is the figure. The autoencoder has random weights; its widths set how expensive it is against a JPEG.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import platform
 import statistics
@@ -12,6 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
 
 import numpy as np
 import torch

@@ -7,6 +7,8 @@ interrupted comparison goes on. Seeds are in the outer loop: whatever else the m
 Every method of a seed sees the same samples, labels and noise. Writes ``results.json``, a table and a picture.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import json
 import os
@@ -16,6 +18,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
 
 import matplotlib
 

@@ -6,6 +6,8 @@ Contenders read the same latents from the page cache, in turn, several rounds; t
 are taken within a round. What they hand out is a batch in memory, not yet on a device.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import io
 import os
@@ -18,6 +20,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
 
 import numpy as np
 import torch

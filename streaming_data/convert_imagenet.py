@@ -5,7 +5,10 @@ Several GPUs: ``composer -n 8 streaming_data/convert_imagenet.py ...``. All opti
 
 import sys
 
-from tread_composer.conversion.cli import main
+from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
+    prepare_process()
+    from tread_composer.conversion.cli import main
+
     sys.exit(main())

@@ -2,7 +2,10 @@
 
 import sys
 
-from tread_composer.conversion.draw import main
+from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
+    prepare_process()
+    from tread_composer.conversion.draw import main
+
     sys.exit(main())

@@ -1,13 +1,19 @@
 """What all tests share: they may read hundreds of data sets in one process."""
 
+# ruff: noqa: E402
+
 import atexit
 import contextlib
 import os
 import resource
 from collections.abc import Iterator
 
-# The threads of one sum wait for each other by spinning: with tiny networks on a machine that does other work too, a
-# test of 0.2 s took 80 s. Child processes inherit it. Before torch is imported, which reads it once.
+from tread_composer.core.process import prepare_process
+
+# Before torch is imported, which reads both once; child processes inherit them. One thread: our networks are so small
+# that sharing a sum costs more than it saves, even without spinning. With two, on two cores, routing/test_blocks.py
+# took 45 s to 50 s instead of 3.5 s, test_trained.py 11 s instead of 6 s to 8 s.
+prepare_process()
 os.environ['OMP_NUM_THREADS'] = '1'
 
 import pytest

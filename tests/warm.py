@@ -17,6 +17,8 @@ import socket
 import sys
 from typing import Any
 
+from tread_composer.core.process import prepare_process
+
 __all__ = ['serve']
 
 
@@ -55,6 +57,7 @@ def _supervise(connection: socket.socket) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
+    prepare_process()
     import tread_composer.cli
     import tread_composer.train  # noqa: F401
 

@@ -1,5 +1,7 @@
 """The commands of ``python -m tread_composer`` (its ``--help`` lists them). ``composer train.py x.yaml`` is ``train``.
 
+The parser needs the standard library alone. A command's modules are imported inside of it, once its words are right.
+
 Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback); 1 a fault of ours (traceback).
 """
 
@@ -14,6 +16,7 @@ from typing import NoReturn
 
 from tread_composer.advisor.cli import add_arguments as add_inspect_arguments
 from tread_composer.advisor.cli import inspect_command
+from tread_composer.core.process import global_rank, importing, prepare_process
 from tread_composer.errors import UserError
 from tread_composer.evaluate.cli import add_arguments as add_evaluate_arguments
 from tread_composer.evaluate.cli import evaluate_command
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands behind the program's name; that of this process if None.
     """
+    prepare_process()
     try:
         return _run(arguments)
     except UserError as error:
@@ -153,17 +157,19 @@ def _route(text: str) -> tuple[int, int, float]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from tread_composer.train import train  # Composer's import takes seconds: not before the arguments are right
+    with importing():
+        from tread_composer.train import train
 
     train(options.yaml, options.overrides)
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from tread_composer.config import load_config
-    from tread_composer.plan import format_plan, make_plan
-    from tread_composer.run_data import with_planned_numbers
-    from tread_composer.train import data_state, world_size
+    with importing():
+        from tread_composer.config import load_config
+        from tread_composer.plan import format_plan, make_plan
+        from tread_composer.run_data import with_planned_numbers
+        from tread_composer.train import data_state, world_size
 
     ranks = world_size() if options.ranks is None else options.ranks
     config = load_config(options.yaml, options.overrides, world_size=ranks)
@@ -180,13 +186,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _snr(options: argparse.Namespace) -> int:
-    from tread_composer.config import load_config
-    from tread_composer.snr import draw_snr, format_snr, make_snr
-
     files = [word for word in options.yamls if '=' not in word]
     overrides = [*(word for word in options.yamls if '=' in word), *options.overrides]
     if not files:
         raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
+    with importing():
+        from tread_composer.config import load_config
+        from tread_composer.snr import draw_snr, format_snr, make_snr
+
     curves = [make_snr(load_config(file, overrides), options.std) for file in files]
     draw_snr(curves, options.out)
     print(format_snr(curves, options.out))
@@ -194,10 +201,11 @@ def _snr(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from tread_composer.compare import compare, format_comparison, open_run, write_comparison
-
     if len(options.runs) < 2:
         raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
+    with importing():
+        from tread_composer.compare import compare, format_comparison, open_run, write_comparison
+
     comparison = compare([open_run(run) for run in options.runs], options.metric)
     metric = ['--metric', *options.metric] if options.metric else []
     words = ['compare', *options.runs, *metric, '--out', options.out]
@@ -208,10 +216,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from tread_composer.exporting import export, export_in_words
-
     if options.allow_inexact and options.weights in ('ema', 'raw'):
         raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {options.weights}; leave it out')
+    with importing():
+        from tread_composer.exporting import export, export_in_words
+
     how = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
     done = export(options.path, options.out, **how)
     print(export_in_words(done))
@@ -219,8 +228,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from tread_composer.exporting import export_in_words
-    from tread_composer.importing import Said, import_weights
+    with importing():
+        from tread_composer.exporting import export_in_words
+        from tread_composer.importing import Said, import_weights
 
     names = (
         'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
@@ -235,17 +245,20 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from tread_composer.generate.cli import request_of
+    with importing():
+        from tread_composer.generate.cli import request_of
 
     request = request_of(options)
-    from tread_composer.generate.generate import generate
+    with importing():
+        from tread_composer.generate.generate import generate
 
     generate(request, log=functools.partial(print, flush=True))
     return 0
 
 
 def _prefetch(options: argparse.Namespace) -> int:
-    from tread_composer.metrics.inception import check_weights, describe_weights, download_weights
+    with importing():
+        from tread_composer.metrics.inception import check_weights, describe_weights, download_weights
 
     if options.check:
         check_weights(options.check)
@@ -258,23 +271,22 @@ def _prefetch(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from tread_composer.config import json_schema
+    with importing():
+        from tread_composer.config import json_schema
 
     print(json.dumps(json_schema(), indent=2))
     return 0
 
 
 def _refused(error: UserError) -> int:
-    from composer.utils import dist
-
-    if dist.get_global_rank() == 0:
+    if global_rank() == 0:
         sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
     else:
         # The launcher stops all ranks as soon as one of them ends, and rank 0 must have printed before. It is stopped
         # within this wait; if not, rank 0 was not refused, and this rank ends the run.
         time.sleep(_PATIENCE)
-        print(f'rank {dist.get_global_rank()}: {error}', file=sys.stderr, flush=True)
+        print(f'rank {global_rank()}: {error}', file=sys.stderr, flush=True)
     return 2
 
 

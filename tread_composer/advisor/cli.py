@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from tread_composer.core.process import importing
 from tread_composer.generate.cli import WEIGHTS
 
 __all__ = ['add_arguments', 'inspect_command']
@@ -27,8 +28,9 @@ def inspect_command(options: argparse.Namespace) -> int:
     Raises:
         UserError: The words contradict each other, or what they name is at fault.
     """
-    from tread_composer.advisor.inspection import Request, inspect_run
-    from tread_composer.advisor.output import format_inspection, write_inspection
+    with importing():
+        from tread_composer.advisor.inspection import Request, inspect_run
+        from tread_composer.advisor.output import format_inspection, write_inspection
 
     request = Request(
         path=options.path,

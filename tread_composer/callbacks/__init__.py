@@ -1,7 +1,16 @@
 """What runs beside training: tracking, pictures, quality figures and guards. Each file holds the class of its name."""
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from tread_composer.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tread_composer.callbacks.digits_quality import DigitsQuality
+    from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
+    from tread_composer.callbacks.evaluation import Evaluation
+    from tread_composer.callbacks.mlflow_run import MLflowRun
+    from tread_composer.callbacks.progress import ProgressLines
+    from tread_composer.callbacks.sample_grid import SampleGrid
 
 __all__ = ['DigitsQuality', 'EpochIsWhole', 'Evaluation', 'MLflowRun', 'ProgressLines', 'SampleGrid']
 
@@ -15,8 +24,4 @@ _LAZY = {
     'SampleGrid': 'sample_grid',
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'{__name__}.{_LAZY[name]}'), name)
+__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for name, module in _LAZY.items()})

@@ -30,6 +30,7 @@ from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
 from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
+from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.errors import UserError
 
 __all__ = ['MLflowRun']
@@ -73,6 +74,7 @@ class MLflowRun(MLFlowLogger):
         tags: dict[str, str] | None = None,
         log_system_metrics: bool = False,
     ) -> None:
+        disable_mlflow_telemetry()  # in a Python script of the user's, this is the first import of MLflow
         self.folder = Path(folder or 'runs').resolve()
         uri = tracking_uri or f'sqlite:///{(self.folder / "mlflow.db").as_posix()}'
         if '://' not in uri and uri != 'databricks':

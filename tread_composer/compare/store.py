@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.errors import UserError
 
 __all__ = ['MLFLOW', 'SPEED', 'artifacts', 'changes', 'find', 'histories', 'store_of']
@@ -15,6 +16,7 @@ SPEED = 'throughput/batches_per_sec'
 
 def find(name: str, uri: str) -> tuple[Any, Any]:
     """A client and the run of this id or name."""
+    disable_mlflow_telemetry()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from tread_composer.core.process import importing
 from tread_composer.errors import UserError
 from tread_composer.generate.cli import add_sampling, add_weak, pairs_of, sampling_of
 
@@ -70,11 +71,12 @@ def evaluate_command(options: argparse.Namespace) -> int:
     Raises:
         UserError: The words contradict each other, or what they name is at fault.
     """
-    from tread_composer.evaluate.measuring import Measurement, evaluate_model, evaluate_samples
-    from tread_composer.evaluate.publish import format_entries, publish
-    from tread_composer.evaluate.samples import folder_of, is_model
-    from tread_composer.generate.request import SamplesRequest
-    from tread_composer.samplers import SamplingSettings
+    with importing():
+        from tread_composer.evaluate.measuring import Measurement, evaluate_model, evaluate_samples
+        from tread_composer.evaluate.publish import format_entries, publish
+        from tread_composer.evaluate.samples import folder_of, is_model
+        from tread_composer.generate.request import SamplesRequest
+        from tread_composer.samplers import SamplingSettings
 
     log = functools.partial(print, flush=True)
     measurement = Measurement(**measuring_of(options))

@@ -6,6 +6,7 @@ from typing import Any
 
 from tread_composer.config import restore_config
 from tread_composer.conversion.files import read_json
+from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.errors import UserError
 from tread_composer.evaluate.samples import folder_of, run_name
 from tread_composer.metrics.protocol import append_results, load_results, series_name
@@ -96,6 +97,7 @@ def log_to_mlflow(folder: str | Path, entries: Sequence[Mapping[str, Any]], resu
     logger = config.loggers.get('mlflow')
     if logger is None:
         return 'the run logs to none'
+    disable_mlflow_telemetry()
     from mlflow import MlflowClient
 
     given = logger.kwargs.get('tracking_uri')

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from tread_composer.core.process import importing
 from tread_composer.errors import UserError
 from tread_composer.evaluate.cli import add_measuring, measuring_of
 from tread_composer.generate.cli import pairs_of
@@ -54,9 +55,10 @@ def _rates(text: str) -> tuple[float, float] | None:
 
 def sweep_command(options: argparse.Namespace) -> int:
     """Measure, write, print."""
-    from tread_composer.conversion.ranks import Ranks
-    from tread_composer.sweep.drawn import SweepRequest, sweep
-    from tread_composer.sweep.rows import format_sweep, write_sweep
+    with importing():
+        from tread_composer.conversion.ranks import Ranks
+        from tread_composer.sweep.drawn import SweepRequest, sweep
+        from tread_composer.sweep.rows import format_sweep, write_sweep
 
     if options.samples < 2 or options.seed < 0:
         raise UserError(

@@ -1,0 +1,152 @@
+"""What the programs import, set and look up, in real processes outside of pytest and CI."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, SMALL, command
+from tests.watched import Watched, watch
+
+# Nothing of these takes less than a tenth of a second, most take seconds.
+HEAVY = {'torch', 'numpy', 'composer', 'streaming', 'mlflow', 'transformers', 'torchvision', 'torchmetrics', 'sklearn',
+         'scipy', 'matplotlib', 'diffusers', 'pandas', 'pydantic', 'omegaconf'}  # fmt: skip
+YAML = str(ROOT / 'yamls' / 'digits_tread.yaml')
+PROGRAM = ('-m', 'tread_composer')
+
+
+def test_help_of_every_command_imports_nothing_heavy(tmp_path):
+    everything = watch(tmp_path, [*PROGRAM, '--help'])
+    assert everything.code == 0 and not everything.packages & HEAVY
+    names = re.findall(r'^    (\w+) ', everything.out, re.MULTILINE)
+    assert {'train', 'plan', 'sample', 'evaluate', 'sweep', 'inspect', 'import'} <= set(names)
+    (tmp_path / 'all.py').write_text(
+        'import contextlib, sys\n'
+        'from tread_composer.cli import main\n'
+        'for name in sys.argv[1:]:\n'
+        '    with contextlib.suppress(SystemExit):\n'
+        "        main([name, '--help'])\n"
+    )
+    each = watch(tmp_path, ['all.py', *names])
+    assert each.code == 0 and each.out.count('show this help message') == len(names)
+    assert each.packages & HEAVY == set()
+
+
+@pytest.mark.parametrize('words', [('train', YAML, '--lr', '1'), ('sample', 'run', '--steps', 'x', '--out', 'o')])
+def test_a_refused_word_imports_nothing_heavy(tmp_path, words):
+    done = watch(tmp_path, [*PROGRAM, *words])
+    assert done.code == 2 and 'usage:' in done.out and 'Traceback' not in done.out
+    assert done.packages & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'absent'),
+    [
+        (('plan', YAML), 0, {'mlflow', 'diffusers', 'lmdb'}),
+        (('train', YAML, 'optimzer.lr=1'), 2, {'mlflow', 'diffusers', 'lmdb'}),
+        (('prefetch',), 0, {'composer', 'streaming', 'mlflow', 'diffusers', 'transformers', 'matplotlib', 'sklearn'}),
+        (('compare', 'only'), 2, HEAVY),
+        (('export', 'run', '--allow-inexact'), 2, HEAVY),
+        (('sample', 'run', '--out', 'o', '--guidance', 'sparse'), 2, {'composer', 'streaming', 'mlflow', 'diffusers'}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_a_command_imports_only_what_it_uses(tmp_path, words, code, absent):
+    done = watch(tmp_path, [*PROGRAM, *words])
+    assert done.code == code and 'Traceback' not in done.out, done.out
+    assert done.packages & absent == set()
+
+
+@pytest.fixture(scope='module')
+def training(tmp_path_factory) -> Watched:
+    return watch(tmp_path_factory.mktemp('training'), command(YAML, *SMALL)[1:])
+
+
+def test_a_training_run_looks_up_no_foreign_host(training):
+    assert training.code == 0 and 'evaluation loss' in training.out, training.out
+    assert 'mlflow' in training.packages
+    assert training.foreign_hosts == set()
+
+
+def test_threads_of_a_training_run_do_not_spin(training):
+    settings = training.environment_at('torch')
+    assert settings and {values['GOMP_SPINCOUNT'] for values in settings} == {'100000'}
+
+
+_UNTIL_A_LOOKUP = """
+import os, time
+from tread_composer.core.process import prepare_process
+prepare_process()
+from tread_composer.callbacks import MLflowRun
+MLflowRun('x')
+end = time.monotonic() + 60
+while 'lookup' not in open(os.environ['NOTES']).read() and time.monotonic() < end:
+    time.sleep(0.1)
+os._exit(0)  # MLflow would try again for 20 s
+"""
+
+
+def test_who_wants_to_report_to_mlflow_may(tmp_path):
+    """Also the proof that the watch sees what it is to see."""
+    done = watch(tmp_path, ['-c', _UNTIL_A_LOOKUP], {'MLFLOW_DISABLE_TELEMETRY': 'false'})
+    assert done.code == 0, done.out
+    assert any('mlflow' in host for host in done.foreign_hosts)
+
+
+_EVERYTHING = """
+import importlib, pkgutil, time
+import diffusers, torch_fidelity, tread_composer
+from diffusers import AutoencoderKL
+for module in pkgutil.walk_packages(tread_composer.__path__, 'tread_composer.'):
+    if not module.name.endswith('__main__'):
+        importlib.import_module(module.name)
+from tread_composer.callbacks import MLflowRun
+MLflowRun('x')
+time.sleep(1)  # telemetry looks up its host in a thread, at once
+"""
+
+
+def test_no_import_of_ours_nor_our_mlflow_logger_in_a_users_script_looks_up_a_foreign_host(tmp_path):
+    (tmp_path / 'script.py').write_text(_EVERYTHING)
+    done = watch(tmp_path, ['script.py'])
+    assert done.code == 0, done.out
+    assert {'mlflow', 'transformers', 'diffusers', 'streaming'} <= done.packages
+    assert done.foreign_hosts == set()
+
+
+_SCRIPTS = sorted(str(path) for folder in ('streaming_data', 'benchmarks') for path in (ROOT / folder).glob('*.py'))
+_PROGRAMS = {
+    'module': [*PROGRAM, 'plan', YAML],
+    'console script': [str(Path(sys.executable).parent / 'tread_composer'), 'plan', YAML],
+    # benchmarks/startup.py loads no torch, and its children are to be as they are
+    **{Path(script).stem: [script, '--help'] for script in _SCRIPTS if Path(script).stem != 'startup'},
+}
+
+
+@pytest.mark.parametrize('name', _PROGRAMS)
+def test_every_program_settles_both_before_torch_and_mlflow_are_loaded(tmp_path, name):
+    done = watch(tmp_path, _PROGRAMS[name], stop_at='torch')
+    assert done.code == 0 and done.entries, done.out
+    assert done.entries[-1]['kind'] in ('import', 'end')  # a parser that needs no torch comes to its end
+    for entry in done.entries:
+        assert entry['environment'] == {'GOMP_SPINCOUNT': '100000', 'MLFLOW_DISABLE_TELEMETRY': 'true'}, entry['what']
+
+
+@pytest.mark.parametrize(
+    ('variables', 'expected'),
+    [
+        ({'GOMP_SPINCOUNT': '7', 'MLFLOW_DISABLE_TELEMETRY': 'false'}, ['7', 'false']),
+        ({'OMP_WAIT_POLICY': 'active', 'DO_NOT_TRACK': 'true'}, [None, None]),
+    ],
+)
+def test_the_users_own_settings_win(tmp_path, variables, expected):
+    done = watch(tmp_path, [*PROGRAM, 'plan', YAML], variables, stop_at='torch')
+    (settings,) = done.environment_at('torch')
+    assert [settings['GOMP_SPINCOUNT'], settings['MLFLOW_DISABLE_TELEMETRY']] == expected
+
+
+def test_a_process_that_has_torch_keeps_its_threads(tmp_path):
+    code = "import torch; from tread_composer.cli import main; main(['prefetch'])"
+    done = watch(tmp_path, ['-c', code])
+    assert done.code == 0 and done.entries[-1]['environment']['GOMP_SPINCOUNT'] is None

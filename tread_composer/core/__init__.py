@@ -1,0 +1,1 @@
+"""What every part stands on. Nothing here imports more than the standard library."""
