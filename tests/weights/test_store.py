@@ -85,7 +85,7 @@ def test_each_file_of_a_sharded_checkpoint_counts(tmp_path, name):
     whole = (path / name).read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 40)):
         (path / name).write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        assert damage(path) is not None or name == DIGESTS and position in _blank(whole), position
+        assert damage(path) is not None or (name == DIGESTS and position in _blank(whole)), position
     (path / name).write_bytes(whole[:-1])
     assert damage(path) is not None
     if name != DIGESTS:

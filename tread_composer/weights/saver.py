@@ -53,13 +53,23 @@ class WholeCheckpointSaver(CheckpointSaver):
     """
 
     def init(self, state: State, logger: Logger) -> None:
-        """Make the folder, and put right what is in it.
+        """Make the folder.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            super().init(state, logger)
+        except OSError as error:
+            raise UserError(f'save_folder: {self.folder!r} cannot be made: {error}') from None
+        self._root = Path(format_name_with_dist(self.folder, state.run_name))
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Put right what is in the folder: the model is sharded by now, and the checkpoint not chosen yet.
 
         Raises:
             UserError: The folder cannot be written to, or its newest checkpoint is of the other kind, file or folder.
         """
-        super().init(state, logger)
-        self._root = Path(format_name_with_dist(self.folder, state.run_name))
         self._on_first_rank(lambda: self._put_right(state))
 
     def fit_start(self, state: State, logger: Logger) -> None:
