@@ -20,11 +20,14 @@ from tread_composer.weights.saver import WholeCheckpointSaver
 LENGTH = 6
 
 
-def go(folder: Path, kind: type[CheckpointSaver] = WholeCheckpointSaver, until: int = LENGTH) -> dict[str, Any]:
+def go(
+    folder: Path, kind: type[CheckpointSaver] = WholeCheckpointSaver, until: int = LENGTH, strategy: str = 'fsdp2'
+) -> dict[str, Any]:
     """Train to the end; goes on from what is in the folder."""
     saver = kind(str(folder), save_interval='2ba', remote_file_name='ba{batch}', latest_remote_file_name='latest')
     how = {'autoresume': True, 'run_name': 'sharded', 'save_folder': str(folder), 'max_duration': f'{until}ba'}
-    seen, _ = train('fsdp2', fsdp={'state_dict_type': 'sharded'}, callbacks=[saver], **how)
+    fsdp = {'state_dict_type': 'sharded'} if strategy == 'fsdp2' else {}
+    seen, _ = train(strategy, fsdp=fsdp, callbacks=[saver], **how)
     return {'weights': seen['weights'], 'average': seen['average'], 'batches': len(seen['losses'])}
 
 
@@ -53,13 +56,13 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def full_disk(folder: Path) -> str:
-    """The second rank's disk takes no more; returns what this rank is told."""
+def full_disk(folder: Path, rank: int, strategy: str) -> str:
+    """The disk of this rank takes no more; returns what each is told."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_global_rank() == 1:
+    if dist.get_global_rank() == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        go(folder)
+        go(folder, strategy=strategy)
     except UserError as error:
         return str(error)
     finally:
@@ -93,9 +96,14 @@ def main(folder: Path, part: str) -> None:
     on_first_rank(shutil.rmtree, folder / 'full' / newest)
     for name in ('a rank is missing', 'a bit'):
         seen[name] = go(folder / name)
-    seen['full'] = full_disk(folder / 'full')
+    seen['full'] = full_disk(folder / 'full', 1, 'fsdp2')
     on_first_rank(lambda: seen.update(left={path.name for path in (folder / 'full').iterdir()}))
     seen['room'] = go(folder / 'full')
+    # Replicas: one rank writes while the other waits.
+    go(folder / 'replicas', until=2, strategy='ddp')
+    seen['full of replicas'] = full_disk(folder / 'replicas', 0, 'ddp')
+    on_first_rank(lambda: seen.update(left_of_replicas={path.name for path in (folder / 'replicas').iterdir()}))
+    seen['replicas'] = go(folder / 'replicas', strategy='ddp')
     torch.save(seen, folder / f'{part}{rank}.pt')
     dist.barrier()
 

@@ -157,12 +157,41 @@ def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
     assert_ended_as(copy, whole)
 
 
+def test_a_sharded_checkpoint_is_not_passed_over_by_a_run_that_cannot_read_it(copy):
+    (folder_of(copy) / 'ep1-ba14').mkdir()
+    (folder_of(copy) / 'ep1-ba14' / '.metadata').touch()
+    done = again(copy, 'max_duration=15ba')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'ep1-ba14 is a sharded checkpoint' in done.stderr and 'state_dict_type=sharded' in done.stderr
+
+
 def test_a_run_without_autoresume_is_refused_where_later_checkpoints_are(copy):
     before = {path: path.stat().st_mtime_ns for path in folder_of(copy).glob('*.pt')}
     done = again(copy, 'autoresume=false')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
-    assert 'holds checkpoints of later batches than 0' in done.stderr and 'save_overwrite=true' in done.stderr
+    assert 'ep1-ba12-rank0.pt is of a later batch than 0' in done.stderr and 'save_overwrite=true' in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder_of(copy).glob('*.pt')} == before
+
+
+def test_what_is_replaced_is_not_gone_on_from(whole, copy):
+    words = ('autoresume=false', 'save_overwrite=true', 'max_duration=3ba', 'save_num_checkpoints_to_keep=1')
+    done = again(copy, *words)
+    assert done.returncode == 0, done.stderr
+    assert f'{batch_of(12)}: now {batch_of(12)}.replaced, as this run begins at batch 0' in done.stderr
+    assert names(copy) == {*(f'{batch_of(n)}.replaced' for n in (3, 6, 9, 12)), batch_of(3), 'latest-rank0.pt'}
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 3 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
 
 
 def refused(root, *words):
@@ -187,10 +216,12 @@ def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(wh
     shutil.copy(newest, tmp_path / 'bit.pt')
     damage_it(tmp_path / 'bit.pt', 'one bit')
     torch.save({'weight': torch.zeros(3)}, tmp_path / 'foreign.pt')
+    torch.save({'state': {'model': {}, 'rest': Trap(tmp_path / 'ran')}}, tmp_path / 'code.pt')
     (tmp_path / 'folder').mkdir()
     reasons = {
         'half.pt': 'cut off', 'text.pt': 'no file of torch.save', 'bit.pt': 'bytes have changed',
         'foreign.pt': 'it has no state/model', 'folder': 'no .metadata', 'nowhere.pt': 'does not exist',
+        'code.pt': 'could run code',
     }  # fmt: skip
     for name, reason in reasons.items():
         message = refused(tmp_path, f'load_path={name}', 'load_weights_only=true')

@@ -55,5 +55,8 @@ def test_what_is_left_is_whole_and_latest_names_the_newest(worlds):
 def test_the_full_disk_of_one_rank_stops_all_in_words(worlds):
     _, _, ranks, _ = worlds
     for seen in ranks:
-        assert seen['full'].startswith('save_folder: a checkpoint could not be written'), seen['full']
+        for text in (seen['full'], seen['full of replicas']):
+            assert text.startswith('save_folder: a checkpoint could not be written'), text
     assert ranks[0]['left'] == {'ep0-ba2', 'ep1-ba4', 'latest-rank0.pt'}
+    assert ranks[0]['left_of_replicas'] == {'ep0-ba2-rank0.pt', 'latest-rank0.pt'}
+    assert [seen['replicas']['batches'] for seen in ranks] == [4, 4]

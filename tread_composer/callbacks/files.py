@@ -17,6 +17,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
         os.chmod(temporary, 0o644)  # mkstemp makes it private, which hides it from the other users of a shared folder
         os.replace(temporary, path)
     except BaseException:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tread_composer.errors import UserError
 from tread_composer.tensor_file import UNFINISHED
 from tread_composer.weights.store import (
+    DIGESTS,
     checkpoints_in,
     file_digests,
     newest_whole,
@@ -73,19 +74,26 @@ class WholeCheckpointSaver(CheckpointSaver):
         self._on_first_rank(lambda: self._put_right(state))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse to train where later checkpoints are, as Composer does.
+        """Refuse to train where checkpoints of later batches are; with ``overwrite`` those are renamed.
+
+        By their batch they would be taken for the newest of this run.
 
         Raises:
-            UserError: There are some.
+            UserError: There are some, and ``overwrite`` is false.
         """
-        try:
-            super().fit_start(state, logger)
-        except FileExistsError as error:
-            raise UserError(
-                f'save_folder: {self._root} holds checkpoints of later batches than {state.timestamp.batch}, where '
-                f'this run begins ({Path(str(error).split(" may conflict")[0]).name}). Go on from them '
-                f'(autoresume=true), take another run_name, or replace them (save_overwrite=true)'
-            ) from None
+        self._on_first_rank(lambda: self._make_way(state))
+        super().fit_start(state, logger)
+
+    def _make_way(self, state: State) -> None:
+        batch = int(state.timestamp.batch)
+        for path in checkpoints_in(self._root, self._names(state), after=batch):
+            if not self.overwrite:
+                raise UserError(
+                    f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '
+                    f'(autoresume=true), take another run_name, or let it be replaced (save_overwrite=true)'
+                )
+            aside = set_aside(path, '.replaced')
+            print(f'{path}: now {aside.name}, as this run begins at batch {batch}', file=sys.stderr, flush=True)
 
     def _put_right(self, state: State) -> None:
         latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
@@ -109,11 +117,10 @@ class WholeCheckpointSaver(CheckpointSaver):
         if latest is not None and newest != latest:
             point_to(latest, newest)
 
-    def _names(self, state: State) -> re.Pattern[str]:
-        config = state.fsdp_config
-        if state.fsdp_sharded_state_dict_enabled and config is not None and config.sharded_ckpt_prefix_dir:
-            return checkpoint_names(config.sharded_ckpt_prefix_dir)
-        return checkpoint_names(self.filename.filename)
+    def _names(self, state: State) -> list[re.Pattern[str]]:
+        """Of both kinds: a run that was sharded before must not begin anew without a word."""
+        prefix = getattr(state.fsdp_config, 'sharded_ckpt_prefix_dir', None) or 'ep{epoch}-ba{batch}'
+        return [checkpoint_names(self.filename.filename), checkpoint_names(prefix)]
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""
@@ -180,16 +187,14 @@ class WholeCheckpointSaver(CheckpointSaver):
         """Hand what this rank has written to the loggers that store files, under Composer's names."""
         if self.remote_file_name is None:
             return
-        sharded, files = state.fsdp_sharded_state_dict_enabled, [file]
         remote = self.remote_file_name.format(state).lstrip('/')
-        folder = os.path.dirname(remote)
-        if sharded:
-            folder = os.path.join(folder, file.parent.name)
-            remote = folder
-            if dist.get_global_rank() == 0:
-                files += [file.with_name('.metadata')]
-        for local in files:
-            self._upload_checkpoint(os.path.join(folder, local.name), str(local), [], logger)
+        pairs = [(file, remote)]
+        if state.fsdp_sharded_state_dict_enabled:
+            remote = os.path.join(os.path.dirname(remote), file.parent.name)
+            names = [file.name, *(['.metadata', DIGESTS] if dist.get_global_rank() == 0 else [])]
+            pairs = [(file.with_name(name), f'{remote}/{name}') for name in names]
+        for local, name in pairs:
+            self._upload_checkpoint(name, str(local), [], logger)
         if self.latest_remote_file_name is not None and dist.get_global_rank() == 0:
             self.symlink_count += 1
             link = os.path.join(self.tmp_dir_for_symlink.name, f'latest.{self.symlink_count}.symlink')

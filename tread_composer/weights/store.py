@@ -15,9 +15,10 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -44,8 +45,8 @@ __all__ = [
 DIGESTS = 'digests.json'
 """In the folder of a sharded checkpoint: size and sha256 of each of its files."""
 
-_DAMAGED = '.damaged'
-_ANY_NAME = re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:-.*)?')
+_ASIDE = ('.damaged', '.replaced')
+_ANY_NAME = (re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:\D.*)?'),)
 _LATEST = 'latest-rank0.pt'
 _CHUNK = 2**22
 
@@ -79,12 +80,12 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     )
 
 
-def newest_whole(folder: Path, names: re.Pattern[str] = _ANY_NAME) -> tuple[Path | None, dict[Path, str]]:
+def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint to go on from, and the damaged ones that are newer, each with what is wrong with it.
 
     Args:
         folder: Of a run; it may be missing.
-        names: What the name of a checkpoint matches, with a group ``batch``.
+        names: What the name of a checkpoint, without ``.pt``, may match; each with a group ``batch``.
     """
     damaged: dict[Path, str] = {}
     for path in checkpoints_in(folder, names):
@@ -96,21 +97,22 @@ def newest_whole(folder: Path, names: re.Pattern[str] = _ANY_NAME) -> tuple[Path
     return None, damaged
 
 
-def checkpoints_in(folder: Path, names: re.Pattern[str] = _ANY_NAME) -> list[Path]:
-    """Checkpoints in a folder by the batch in their name, the newest first, whole or not.
+def checkpoints_in(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME, after: int = -1) -> list[Path]:
+    """Checkpoints of batches later than ``after``, by the batch in their name, the newest first, whole or not.
 
-    A ``latest-rank0.pt`` that is no link was copied there without the file it named, and comes before all others.
+    A ``latest-rank0.pt`` that is no link to one of them comes before all: it was copied without the file it named.
     """
     entries: list[tuple[float, bool, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = names.fullmatch(path.stem if path.suffix == '.pt' else path.name)
-        if path.is_symlink() or path.name.startswith('.') or path.name.endswith(_DAMAGED):
+        name = path.stem if path.suffix == '.pt' else path.name
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+        if path.name.startswith('.') or path.name.endswith(_ASIDE) or not path.exists():
             continue
-        if path.name == _LATEST:
+        if path.name == _LATEST and not (path.is_symlink() and path.resolve().parent == folder.resolve()):
             entries.append((float('inf'), path.is_file(), path))
         elif match and (path.is_file() if path.suffix == '.pt' else _is_sharded(path)):
             entries.append((int(match['batch']), path.is_file(), path))
-    return [path for _, _, path in sorted(entries, reverse=True)]
+    return [path for batch, _, path in sorted(entries, reverse=True) if batch > after]
 
 
 def _is_sharded(path: Path) -> bool:
@@ -120,7 +122,7 @@ def _is_sharded(path: Path) -> bool:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every byte is as it was written.
 
-    Reads all of it: about a second for each gigabyte, less where the disk is fast.
+    Reads all of it: half a second of computing for each gigabyte, and what the disk takes.
 
     Raises:
         UserError: It may not be read.
@@ -236,7 +238,7 @@ def point_to(link: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; a folder loses its name first, so that half of one never looks like a checkpoint."""
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     leaving = path.with_name(f'{UNFINISHED}{path.name}-removed')
@@ -244,17 +246,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(leaving)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is none any more, and return its new name. It is not deleted."""
-    aside = next(name for name in _aside_names(path) if not os.path.lexists(name))
+def set_aside(path: Path, ending: Literal['.damaged', '.replaced'] = '.damaged') -> Path:
+    """Rename a checkpoint so that it is none any more, and return its new name. It is not deleted."""
+    # The same batch may be set aside twice.
+    names = (path.with_name(f'{path.name}{number}{ending}') for number in ('', *(f'.{n}' for n in range(2, 10_000))))
+    aside = next(name for name in names if not os.path.lexists(name))
     os.replace(path, aside)
     return aside
-
-
-def _aside_names(path: Path) -> Iterator[Path]:
-    yield path.with_name(f'{path.name}{_DAMAGED}')
-    for number in range(2, sys.maxsize):  # the same batch may be damaged twice
-        yield path.with_name(f'{path.name}.{number}{_DAMAGED}')
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
