@@ -173,13 +173,17 @@ def test_weights_that_do_not_fit_are_named(copy):
         assert words in str(refused.value)
 
 
-def test_a_truncated_checkpoint_is_refused(copy):
-    file = (copy / 'latest-rank0.pt').resolve()
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r'latest-rank0.pt: .*(damaged|copied to its end)'):
-        load_trained(copy)
-    file.write_bytes(b'')
-    with pytest.raises(UserError, match='copied to its end'):
+def test_a_truncated_checkpoint_is_passed_over_and_never_read(copy, capsys):
+    newest = (copy / 'latest-rank0.pt').resolve()
+    others = [path for path in copy.glob('ep*.pt') if path != newest]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r'latest-rank0.pt: damaged.*cut off.*copied to its end'):
+        load_trained(copy / 'latest-rank0.pt')
+    assert others and load_trained(copy).batch < 3
+    assert f'{newest}: passed over' in capsys.readouterr().err
+    for file in (newest, *others):
+        file.write_bytes(b'')
+    with pytest.raises(UserError, match=r'each checkpoint in it is damaged(.|\n)*ep0-ba3-rank0.pt: .*0 bytes'):
         load_trained(copy)
 
 
@@ -196,7 +200,7 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(copy, tmp_path, 
     (copy / 'latest-rank0.pt').unlink()
     save({'state': {'model': _Trap(tmp_path / 'ran')}}, copy / 'latest-rank0.pt')
     with pytest.raises(UserError, match=r'latest-rank0.pt'):
-        load_trained(copy)
+        load_trained(copy / 'latest-rank0.pt')
     assert not (tmp_path / 'ran').exists()
 
 
@@ -216,6 +220,7 @@ def test_wrong_paths_say_what_belongs_there(copy, tmp_path):
     with pytest.raises(UserError, match='holds no checkpoint'):
         load_trained(tmp_path / 'empty')
     (tmp_path / 'empty' / 'ep1-ba10').mkdir()
+    (tmp_path / 'empty' / 'ep1-ba10' / '.metadata').touch()
     with pytest.raises(UserError, match=r'a sharded checkpoint.*state_dict_type=full'):
         load_trained(tmp_path / 'empty')
     torch.save({'weights': torch.zeros(2)}, copy / 'other.pt')

@@ -31,6 +31,7 @@ from tread_composer.objectives import timesteps
 from tread_composer.protocols import Autoencoder, Objective
 from tread_composer.run_data import check_expectations, identity, planned_manifest, prepare_data
 from tread_composer.run_folder import check_run_folder, decisive_settings, run_folder, write_run_files
+from tread_composer.weights.saver import WholeCheckpointSaver
 
 __all__ = [
     'build_autoencoder',
@@ -218,6 +219,8 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     callbacks += [_build_callback(config, name) for name in config.callbacks]
     if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
+    if config.save_folder is not None and '://' not in config.save_folder:
+        callbacks.append(_build_saver(config))
     loggers = [component.build() for component in config.loggers.values()]
     if bar and not sys.stderr.isatty():
         loggers.append(ProgressLines())
@@ -281,6 +284,24 @@ def _build_callback(config: Config, name: str) -> Callback:
     if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
         return component.build(folder=str(run_folder(config) / _FOLDERS[name]))
     return component.build()
+
+
+def _build_saver(config: Config) -> WholeCheckpointSaver:
+    """What the Trainer would make of ``save_*`` itself, but of our class, which it then takes for autoresume too."""
+    folder, names = config.save_folder, (config.save_filename, config.save_latest_filename)
+    remote, latest_remote = (None if name is None else f'{folder}/{name}' for name in names)
+    return WholeCheckpointSaver(
+        folder=folder,
+        filename=config.save_filename,
+        remote_file_name=remote,
+        latest_filename=config.save_latest_filename,
+        latest_remote_file_name=latest_remote,
+        save_interval=config.save_interval,
+        overwrite=config.save_overwrite,
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        weights_only=config.save_weights_only,
+        ignore_keys=config.save_ignore_keys,
+    )
 
 
 def compile_blocks(denoiser: Any, **how: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of Composer as files: found in a run's folder, read without running what a pickle may hold.
+"""What is in a checkpoint of Composer, read without running what a pickle may hold.
 
 Composer itself reads them with ``weights_only=False``. Here, where only weights are wanted, torch's restricted reader
 does: it makes tensors, plain values and the few harmless types below, and refuses whatever else the file names.
@@ -11,7 +11,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ __all__ = [
     'averaged_weights',
     'checkpoint_batch',
     'checkpoint_weights',
-    'find_checkpoint',
     'read_checkpoint',
     'read_pickled',
 ]
@@ -45,37 +43,6 @@ _HARMLESS = [
     np.float64(0).__reduce__()[0],  # type: ignore[index]
     *(type(np.dtype(name)) for name in ('bool', 'uint8', 'int32', 'uint32', 'int64', 'uint64', 'float32', 'float64')),
 ]
-
-
-def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
-    """The latest checkpoint of a run: ``latest-rank0.pt``, else the ``ep*-ba*-rank0.pt`` of the most batches.
-
-    Raises:
-        UserError: There is none, or the latest is sharded.
-    """
-    folder = Path(folder)
-    latest = folder / 'latest-rank0.pt'
-    files = [path for path in folder.glob('*-rank0.pt') if path.is_file() and _batch_in(path.name) >= 0]
-    if not latest.exists() and files:
-        latest = max(files, key=lambda path: _batch_in(path.name))
-    if latest.is_file():
-        return latest
-    shards = latest if latest.is_dir() else next((path for path in folder.glob('ep*/') if path.is_dir()), None)
-    if shards is not None:
-        raise UserError(
-            f'{shards}: a sharded checkpoint, a folder with files of each rank, which only training under FSDP reads. '
-            f'Make one file of it, and give that: python -m torch.distributed.checkpoint.format_utils dcp_to_torch '
-            f'{shards} {folder / "whole-rank0.pt"} (a run with parallelism_config.fsdp.state_dict_type=full saves one)'
-        )
-    raise UserError(
-        f'{folder}: holds no checkpoint (latest-rank0.pt or ep*-ba*-rank0.pt); the run has not saved one yet, or this '
-        f'is not the folder of a run. Give the folder with config.yaml, a checkpoint, or an exported .safetensors'
-    )
-
-
-def _batch_in(name: str) -> int:
-    found = re.search(r'ba(\d+)', name)
-    return int(found[1]) if found else -1
 
 
 def read_pickled(path: str | os.PathLike[str]) -> Any:

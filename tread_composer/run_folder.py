@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from composer.utils import dist
+from composer.utils import dist, is_compressed_pt, is_tar
 
 from tread_composer.callbacks.environment import write_environment
 from tread_composer.callbacks.files import write_atomically
+from tread_composer.checkpoint import read_checkpoint
 from tread_composer.config import Config
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import ResumeError, UserError
 from tread_composer.run_data import with_planned_numbers
+from tread_composer.weights.store import check_whole, checkpoints_in, newest_whole
 
-__all__ = ['DATA_NAME', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+__all__ = ['DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
 
 DATA_NAME = 'data.json'
 """The manifest of the training data, in the run's folder: what samples a checkpoint needs no data."""
@@ -43,12 +45,12 @@ def check_run_folder(config: Config) -> None:
     folder = run_folder(config)
     path = folder / 'config.yaml'
     # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
-    if not path.exists() or (not any(folder.glob('*.pt')) and not any(folder.glob('ep*/'))):
+    if not path.exists() or not checkpoints_in(folder):
         return
     config = with_planned_numbers(config)
     if config.latent_normalization is not None:
         return  # the data are not described here yet; compared once they are
-    saved = _decisive_part(yaml.safe_load(path.read_text()))
+    saved = _saved_settings(path)
     now = decisive_settings(config)
     if saved != now:
         raise ResumeError.from_differences(
@@ -56,6 +58,49 @@ def check_run_folder(config: Config) -> None:
             saved,
             now,
             'To continue that run, give its settings; to start another, give it a name of its own: run_name=...',
+        )
+
+
+def _saved_settings(path: Path) -> dict[str, Any]:
+    try:
+        return _decisive_part(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f'{path}: no configuration of a run, or a damaged one ({reason}); it says what the checkpoints beside it '
+            f'are of. Put a copy of it back (MLflow keeps one with the run), or take another run_name'
+        ) from None
+
+
+def check_load_path(config: Config) -> None:
+    """Refuse a ``load_path`` that is damaged or no checkpoint of a run, before anything is written.
+
+    It is not read where it is not used, because the run has a checkpoint of its own, nor where it is not here (a URI).
+
+    Raises:
+        UserError: Nothing can be loaded from there.
+    """
+    text = config.load_path
+    if text is None or '://' in text or '{' in text or is_tar(text) or is_compressed_pt(text):
+        return
+    if config.autoresume and newest_whole(run_folder(config))[0] is not None:
+        return
+    path, remedy = Path(text), 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
+    try:
+        check_whole(path)
+        if path.is_file():
+            read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f'load_path: {error}\n{remedy}') from None
+    fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp
+    kind, wanted = (
+        'sharded' if sharded else 'full'
+        for sharded in (path.is_dir(), fsdp is not None and fsdp.state_dict_type == 'sharded')
+    )
+    if kind != wanted:
+        raise UserError(
+            f'load_path: {text} is a {kind} checkpoint, and this run reads {wanted} ones; '
+            f'set parallelism_config.fsdp.state_dict_type={kind}'
         )
 
 

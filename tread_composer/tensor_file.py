@@ -9,7 +9,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ['TensorDigest', 'digest_of', 'write_tensors']
+__all__ = ['UNFINISHED', 'TensorDigest', 'digest_of', 'write_tensors']
+
+UNFINISHED = '.unfinished-'
+"""How the name of a file begins while it is being written in the folder of a run. What a killed process left under such
+a name is removed when the run starts again."""
 
 
 class TensorDigest:
@@ -49,7 +53,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'{UNFINISHED}{path.name}.')
     os.close(handle)
     try:
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

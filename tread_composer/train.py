@@ -17,7 +17,7 @@ from tread_composer.data.checks import check_shards
 from tread_composer.errors import UserError
 from tread_composer.routing import RoutingError
 from tread_composer.run_data import check_expectations, planned_manifest, prepare_data
-from tread_composer.run_folder import check_run_folder
+from tread_composer.run_folder import check_load_path, check_run_folder
 
 __all__ = ['data_state', 'train', 'world_size']
 
@@ -120,6 +120,7 @@ def _checked_config(path: str, overrides: Sequence[str]) -> Config:
     check_fit(config)
     if dist.get_global_rank() == 0:
         check_run_folder(config)
+        check_load_path(config)
     return config
 
 

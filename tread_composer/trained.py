@@ -19,7 +19,6 @@ from tread_composer.checkpoint import (
     averaged_weights,
     checkpoint_batch,
     checkpoint_weights,
-    find_checkpoint,
     read_checkpoint,
 )
 from tread_composer.config import Config, restore_config
@@ -33,6 +32,7 @@ from tread_composer.routing import Route
 from tread_composer.run_data import identity, planned_manifest
 from tread_composer.run_folder import DATA_NAME
 from tread_composer.snapshots import posthoc_width
+from tread_composer.weights.store import check_whole, find_checkpoint
 
 __all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained']
 
@@ -131,7 +131,7 @@ def read_trained(
         return exported
     if not path.exists():
         raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported .safetensors')
-    file = find_checkpoint(path) if path.is_dir() else path
+    file = find_checkpoint(path) if path.is_dir() else check_whole(path)
     folder = file.parent
     if not (folder / 'config.yaml').is_file():
         raise UserError(

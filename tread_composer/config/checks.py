@@ -165,13 +165,39 @@ def _composers(config: Config) -> Iterator[Problem]:
             yield Problem(here, f'{text}; set precision=amp_bf16, or {remedy}')
 
 
-def _saving(config: Config) -> list[Problem]:
+def _saving(config: Config) -> Iterator[Problem]:
+    """What could not be resumed: the same command is to go on from the newest whole checkpoint."""
     if config.autoresume and not (config.save_folder and config.save_latest_filename):
         text = (
             'true needs save_folder and save_latest_filename to find the checkpoint in; give both, or set it to false'
         )
-        return [Problem(('autoresume',), text)]
-    return []
+        yield Problem(('autoresume',), text)
+    if config.save_folder is None:
+        return
+    if config.autoresume and config.save_weights_only:
+        text = (
+            'true saves no optimizer, average or position in the data, so autoresume would begin anew with trained '
+            'weights and call it the same run; set it to false, or autoresume to false'
+        )
+        yield Problem(('save_weights_only',), text)
+    keep = config.save_num_checkpoints_to_keep
+    if keep < 1 and keep != -1:
+        text = (
+            f'{keep} leaves no checkpoint to go on from; keep at least 1, or all with -1 (save_folder=null saves none)'
+        )
+        yield Problem(('save_num_checkpoints_to_keep',), text)
+    names: dict[tuple[str, ...], str] = {('save_filename',): config.save_filename}
+    prefix = getattr(getattr(config.parallelism_config, 'fsdp', None), 'sharded_ckpt_prefix_dir', None)
+    if prefix is not None:  # a setting of FSDP1 alone
+        names[('parallelism_config', 'fsdp', 'sharded_ckpt_prefix_dir')] = prefix
+    for path, name in names.items():
+        if 'ba{batch}' not in name or '/' in name or (path == ('save_filename',) and not name.endswith('.pt')):
+            ending = ' and end in .pt, uncompressed' if path == ('save_filename',) else ''
+            text = (
+                f'{name!r} is no name to find the newest whole checkpoint by; it must hold ba{{batch}}, without '
+                f'folders{ending}'
+            )
+            yield Problem(path, text)
 
 
 def _averages(config: Config) -> list[Problem]:

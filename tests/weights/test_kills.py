@@ -1,0 +1,246 @@
+"""Killed while a checkpoint is written, and started again by the same command: the run that was never interrupted."""
+
+import os
+import resource
+import shutil
+import sys
+
+import pytest
+import torch
+
+from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, launch, launch_here
+
+YAML = ROOT / 'yamls' / 'digits_tread.yaml'
+LENGTH = 12  # batches; an epoch has 11
+NAME = 'digits_tread'
+WORDS = (
+    *SMALL,
+    'algorithms.tread={start: 1, end: -2, selection_rate: 0.5}',
+    'save_interval=3ba',
+    f'max_duration={LENGTH}ba',
+)
+
+
+def folder_of(root):
+    return root / 'runs' / NAME
+
+
+def names(root):
+    """What is in the run's folder, without what is not about checkpoints."""
+    texts = ('config.yaml', 'data.json', 'environment.json')
+    return {path.name for path in folder_of(root).iterdir() if path.name not in texts}
+
+
+def batch_of(name):
+    return f'ep{(int(name) - 1) // 11}-ba{name}-rank0.pt'
+
+
+def again(root, *words):
+    return launch_here(root, YAML, *WORDS, *words)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp('whole')
+    done = again(root)
+    assert done.returncode == 0, done.stderr
+    assert names(root) == {*map(batch_of, (3, 6, 9, 12)), 'latest-rank0.pt'}
+    return root
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'copy', symlinks=True)
+    return tmp_path / 'copy'
+
+
+def assert_ended_as(root, whole):
+    assert_same_training(checkpoint(root, NAME), checkpoint(whole, NAME))
+    assert os.readlink(folder_of(root) / 'latest-rank0.pt') == batch_of(12)
+    assert not [name for name in names(root) if name.startswith('.')]
+
+
+def test_a_run_that_is_killed_in_each_save_ends_as_the_whole_one(whole, tmp_path):
+    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_and_die.py')]
+    words = [str(YAML), *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false']
+    shutil.copytree(whole / 'data', tmp_path / 'data')
+    left = {'half': '.unfinished-', 'written': '.unfinished-', 'renamed': ''}
+    for place, batch, newest in (('half', 3, None), ('half', 6, 3), ('written', 6, 3), ('renamed', 9, 6)):
+        os.environ['DIE_AT'] = f'{place}:{batch}'
+        try:
+            done = launch(tmp_path, [*program, *words])
+        finally:
+            del os.environ['DIE_AT']
+        assert done.returncode == -9, done.stdout + done.stderr
+        assert (batch_of(3) in names(tmp_path)) == (batch > 3)
+        assert f'{left[place]}{batch_of(batch)}' in names(tmp_path)
+        latest = folder_of(tmp_path) / 'latest-rank0.pt'
+        assert (os.readlink(latest) if latest.is_symlink() else None) == (newest and batch_of(newest))
+        started_anew = 'holds no whole checkpoint, so the run starts from its beginning' in done.stderr
+        assert started_anew == ((place, batch) == ('half', 6)), done.stderr
+    done = again(tmp_path)
+    assert done.returncode == 0 and 'batches 9 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(tmp_path, whole)
+
+
+def damage_it(file, how):
+    if how == 'half':
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == 'empty':
+        os.truncate(file, 0)
+    else:
+        with open(file, 'r+b') as opened:
+            opened.seek(file.stat().st_size // 2)
+            byte = opened.read(1)
+            opened.seek(-1, os.SEEK_CUR)
+            opened.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize('how', ['half', 'empty', 'one bit'])
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(whole, copy, how):
+    for batch in (12, 9):
+        damage_it(folder_of(copy) / batch_of(batch), how)
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
+    for batch in (12, 9):
+        (line,) = [line for line in done.stderr.splitlines() if batch_of(batch) in line]
+        assert f'damaged, now {batch_of(batch)}.damaged' in line
+        assert f'{batch_of(batch)}.damaged' in names(copy)
+    assert_ended_as(copy, whole)
+
+
+def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(whole, copy):
+    for batch in (3, 6, 9, 12):
+        damage_it(folder_of(copy) / batch_of(batch), 'half')
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 0 to 12' in done.stdout, done.stdout + done.stderr
+    assert 'holds no whole checkpoint, so the run starts from its beginning' in done.stderr
+    assert_ended_as(copy, whole)
+
+
+def test_a_missing_latest_is_found_again(whole, copy):
+    (folder_of(copy) / 'latest-rank0.pt').unlink()
+    before = names(copy)
+    done = again(copy)
+    assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
+    assert names(copy) == {*before, 'latest-rank0.pt'}
+    assert_ended_as(copy, whole)
+
+
+def test_as_many_as_asked_for_are_kept_after_a_resume_too(whole, copy):
+    keep = 'save_num_checkpoints_to_keep=2'
+    (folder_of(copy) / 'best-ba1.pt').write_bytes(b'of the user')
+    done = again(copy, keep, 'max_duration=13ba')
+    assert done.returncode == 0, done.stderr
+    assert names(copy) == {batch_of(12), batch_of(13), 'latest-rank0.pt', 'best-ba1.pt'}
+    done = again(copy, keep, 'max_duration=15ba')
+    assert done.returncode == 0, done.stderr
+    assert names(copy) == {batch_of(13), batch_of(15), 'latest-rank0.pt', 'best-ba1.pt'}
+
+
+def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
+    for batch in (9, 12):
+        (folder_of(copy) / batch_of(batch)).unlink()
+    before, (_, hard) = names(copy), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # a checkpoint has about a megabyte
+    try:
+        done = again(copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith('save_folder: a checkpoint could not be written') and 'File too large' in message
+    assert 'Traceback' not in done.stderr and 'make room' in message
+    assert names(copy) == before and os.readlink(folder_of(copy) / 'latest-rank0.pt') == batch_of(6)
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
+def test_a_sharded_checkpoint_is_not_passed_over_by_a_run_that_cannot_read_it(copy):
+    (folder_of(copy) / 'ep1-ba14').mkdir()
+    (folder_of(copy) / 'ep1-ba14' / '.metadata').touch()
+    done = again(copy, 'max_duration=15ba')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'ep1-ba14 is a sharded checkpoint' in done.stderr and 'state_dict_type=sharded' in done.stderr
+
+
+def test_a_run_without_autoresume_is_refused_where_later_checkpoints_are(copy):
+    before = {path: path.stat().st_mtime_ns for path in folder_of(copy).glob('*.pt')}
+    done = again(copy, 'autoresume=false')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'ep1-ba12-rank0.pt is of a later batch than 0' in done.stderr and 'save_overwrite=true' in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder_of(copy).glob('*.pt')} == before
+
+
+def test_what_is_replaced_is_not_gone_on_from(whole, copy):
+    words = ('autoresume=false', 'save_overwrite=true', 'max_duration=3ba', 'save_num_checkpoints_to_keep=1')
+    done = again(copy, *words)
+    assert done.returncode == 0, done.stderr
+    assert f'{batch_of(12)}: now {batch_of(12)}.replaced, as this run begins at batch 0' in done.stderr
+    assert names(copy) == {*(f'{batch_of(n)}.replaced' for n in (3, 6, 9, 12)), batch_of(3), 'latest-rank0.pt'}
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 3 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def refused(root, *words):
+    before = sorted(root.rglob('*'))
+    done = again(root, *words)
+    assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stderr
+    assert sorted(root.rglob('*')) == before
+    return done.stderr
+
+
+@pytest.mark.parametrize('text', ['a: [1', 'just words', '', 'seed: 1\n', '\x00\x01', '- 1\n- 2\n'])
+def test_a_damaged_configuration_beside_checkpoints_is_refused(copy, text):
+    (folder_of(copy) / 'config.yaml').write_text(text)
+    message = refused(copy)
+    assert message.startswith(f'runs/{NAME}/config.yaml: no configuration of a run, or a damaged one')
+
+
+def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(whole, tmp_path):
+    newest = (folder_of(whole) / 'latest-rank0.pt').resolve()
+    (tmp_path / 'half.pt').write_bytes(newest.read_bytes()[:-1000])
+    (tmp_path / 'text.pt').write_text('weights')
+    shutil.copy(newest, tmp_path / 'bit.pt')
+    damage_it(tmp_path / 'bit.pt', 'one bit')
+    torch.save({'weight': torch.zeros(3)}, tmp_path / 'foreign.pt')
+    torch.save({'state': {'model': {}, 'rest': Trap(tmp_path / 'ran')}}, tmp_path / 'code.pt')
+    (tmp_path / 'folder').mkdir()
+    reasons = {
+        'half.pt': 'cut off', 'text.pt': 'no file of torch.save', 'bit.pt': 'bytes have changed',
+        'foreign.pt': 'it has no state/model', 'folder': 'no .metadata', 'nowhere.pt': 'does not exist',
+        'code.pt': 'could run code',
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        message = refused(tmp_path, f'load_path={name}', 'load_weights_only=true')
+        assert 'load_path' in message and reason in message and name in message
+    sharded = tmp_path / 'folder' / '.metadata'
+    sharded.touch()
+    assert 'state_dict_type=sharded' in refused(tmp_path, 'load_path=folder', 'load_weights_only=true')
+
+
+@pytest.mark.parametrize(
+    ('word', 'rule'),
+    [
+        ('save_weights_only=true', 'autoresume to false'),
+        ('save_num_checkpoints_to_keep=0', 'keep at least 1'),
+        ('save_num_checkpoints_to_keep=-2', 'keep at least 1'),
+        ('save_filename=step.pt', 'ba{batch}'),
+        ('save_filename=ep{epoch}-ba{batch}.pt.zst', 'uncompressed'),
+    ],
+)
+def test_settings_that_could_not_resume_are_refused(tmp_path, word, rule):
+    message = refused(tmp_path, word)
+    assert word.split('=')[0] in message and rule in message

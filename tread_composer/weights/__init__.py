@@ -1,0 +1,1 @@
+"""Checkpoints as they lie on disk: written whole or not at all, checked before they are trusted."""
