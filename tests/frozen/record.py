@@ -84,8 +84,9 @@ def differences(part: str, recorded: dict[str, Any], now: dict[str, Any]) -> lis
     """A unified diff of two recordings, each entry under its own heading; empty if they are equal."""
     lines: list[str] = []
     for name in sorted(recorded.keys() | now.keys()):
-        texts = [_text(side[name]) if name in side else [] for side in (recorded, now)]
-        lines += difflib.unified_diff(*texts, f'recorded: {part}: {name}', f'now: {part}: {name}', lineterm='', n=2)
+        before, after = (_text(side[name]) if name in side else [] for side in (recorded, now))
+        titles = (f'recorded: {part}: {name}', f'now: {part}: {name}')
+        lines += difflib.unified_diff(before, after, *titles, lineterm='', n=2)
     return lines
 
 
