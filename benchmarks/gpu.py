@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_rows import Row, rows_of
 from gpu_table import table
 
 ROOT = Path(__file__).parent.parent
@@ -50,129 +51,9 @@ print(json.dumps({
     'nccl': list(torch.cuda.nccl.version()) if cuda else None,
 }))
 """
-# A rehearsal walks every path on a CPU: a network of a few thousand parameters, and no figure of it means anything.
-SMALL = (
-    'model={preset: null, patch_size: 2, hidden_size: 32, depth: 8, num_heads: 2}',
-    'data.latent_size=16',
-)
 STATUS = {0: 'measured', 2: 'refused'}
+CUT_SHORT = 'cut short'
 OUTPUT_KEPT = 2000  # characters of a row's output, where it did not end well
-
-
-@dataclass(frozen=True)
-class Row:
-    """One process to run.
-
-    Args:
-        name: What it is found by when a run goes on.
-        words: Behind ``python``.
-        seconds: What it should take; it is not started with less left.
-        limit: After so many seconds it is ended.
-        alone: It uses all GPUs.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    seconds: int
-    limit: int
-    alone: bool = False
-
-
-def step(name: str, size: str, batch: int, *words: str, options: argparse.Namespace, seconds: int = 60) -> Row:
-    """A row of ``step_time.py``."""
-    compiled = '--compile' in words
-    batch = max(1, int(batch * options.share))
-    common = ['--device', options.device, '--dtype', 'bf16', '--batch-size', str(batch), '--label', name]
-    words = tuple(str(word) for word in words)
-    if options.rehearse:
-        words = (*SMALL, *(word for word in words if word != '--tokens' and not word.isdigit()), '--label', 'rehearsal')
-        common[common.index('--batch-size') + 1], seconds = '2', 25
-        common += ['--pairs', '2']
-    command = ('benchmarks/step_time.py', f'yamls/dit_{size}_tread.yaml', *_ordered(words), *common)
-    return Row(name, command, seconds * (2 if compiled else 1), 4 * seconds * (2 if compiled else 1))
-
-
-def _ordered(words: Sequence[str]) -> tuple[str, ...]:
-    """Settings before flags."""
-    settings = [word for word in words if '=' in word and not word.startswith('-')]
-    return (*settings, *(word for word in words if word not in settings))
-
-
-def rows_of(options: argparse.Namespace) -> list[Row]:
-    """What is measured, in order of importance."""
-    sizes = {'xl': 64, 'b': 128, 's': 256, 'l': 64}
-    rows = [
-        Row('tests', ('-m', 'pytest', 'tests/gpu', '-m', 'gpu', '-q', '-rs', '-p', 'no:cacheprovider'), 180, 480, True)
-    ]
-
-    def add(name: str, size: str, *words: str, share: float = 1.0, seconds: int = 60) -> None:
-        rows.append(step(name, size, int(sizes[size] * share), *words, options=options, seconds=seconds))
-
-    for size in ('xl', 'b', 's'):
-        add(f'{size}/2 eager', size)
-        add(f'{size}/2 compiled', size, '--compile')
-        if size == 'xl':  # what the recipes' float32 block behind the route costs, and shapes that stay symbols
-            add('xl/2 compiled, no float32 block', size, 'algorithms.tread.float32_after=false', '--compile')
-            add(
-                'xl/2 compiled, static shapes',
-                size,
-                'algorithms.tread.float32_after=false',
-                '--compile',
-                '--dynamic',
-                'false',
-            )
-    rows.append(_in_trainer(options))
-    rows.append(_quickstart(options))
-    add('xl/2 compiled, fused AdamW', 'xl', 'optimizer.fused=true', 'algorithms.tread.float32_after=false', '--compile')
-    add('xl/2 compiled as a whole', 'xl', 'algorithms.tread.float32_after=false', '--compile', 'model', seconds=120)
-    add('l/2 eager', 'l')
-    add('l/2 compiled', 'l', '--compile')
-    for size in ('xl', 'b', 's', 'l'):
-        add(f'{size}/2 compiled, 1024 tokens', size, '--tokens', '1024', '--compile', share=0.25)
-    for backend in ('xformers', 'flex'):
-        add(f'xl/2 eager, attention {backend}', 'xl', f'model.attention={backend}')
-        add(f'xl/2 compiled, attention {backend}', 'xl', f'model.attention={backend}', '--compile')
-        add(
-            f'xl/2 compiled, attention {backend}, 1024 tokens',
-            'xl',
-            f'model.attention={backend}',
-            '--tokens',
-            '1024',
-            '--compile',
-            share=0.25,
-        )
-    for size in ('xl', 'b'):
-        rows.append(_largest(size, options))
-    return rows
-
-
-def _in_trainer(options: argparse.Namespace) -> Row:
-    small = (*SMALL, 'precision=fp32', 'data.num_workers=0', '--batches', '6', '--batch-size', '4')
-    words = ('benchmarks/trainer_step.py', 'yamls/dit_b_tread.yaml', *(small if options.rehearse else ()))
-    return Row('b/2 in the Trainer', (*words, '--device', options.device), 90, 240)
-
-
-def _quickstart(options: argparse.Namespace) -> Row:
-    folder = tempfile.gettempdir() + f'/quickstart-{os.getpid()}'
-    words = ['train.py', 'yamls/digits_tread.yaml', f'device={"gpu" if options.device == "cuda" else "cpu"}']
-    words += [f'save_folder={folder}/run', f'data.local={folder}/data', 'loggers.mlflow=null', 'progress_bar=false']
-    if options.rehearse:
-        words += [
-            'max_duration=12ba',
-            'eval_interval=6ba',
-            'save_interval=12ba',
-            'callbacks.sample_grid=null',
-            'callbacks.digits_quality=null',
-        ]
-        words += ['scheduler={name: constant}']
-    return Row('quickstart', tuple(words), 75, 300)
-
-
-def _largest(size: str, options: argparse.Namespace) -> Row:
-    words = ['benchmarks/largest_microbatch.py', f'yamls/dit_{size}_tread.yaml', '--device', options.device]
-    if options.rehearse:
-        words = [*words[:2], *SMALL, *words[2:], '--at-most', '4']
-    return Row(f'{size}/2 largest microbatch', tuple(words), 90, 240)
 
 
 @dataclass
@@ -204,8 +85,9 @@ class Results:
         return list(rows.values())
 
     def done(self) -> set[str]:
-        """Names that are not measured again."""
-        return {row['name'] for row in self.rows() if row['status'] == 'measured' or not self.retry}
+        """Names that are not measured again. A row that only the end of the time has cut short is."""
+        rows = [row for row in self.rows() if row['status'] != CUT_SHORT]
+        return {row['name'] for row in rows if row['status'] == 'measured' or not self.retry}
 
     def add(self, row: dict[str, Any], output: str) -> None:
         """Keep a row at once, with what its process printed."""
@@ -260,7 +142,8 @@ def measure(row: Row, results: Results, left: float, gpu: int | None, common: di
     """Run a row's process and keep what it says."""
     began = time.monotonic()
     code, text, output = run(row.words, min(row.limit, left), gpu)
-    status = 'timed out' if code is None else STATUS.get(code, 'failed')
+    ended = 'timed out' if row.limit < left else CUT_SHORT
+    status = ended if code is None else STATUS.get(code, 'failed')
     entry = {
         'name': row.name,
         'status': status,

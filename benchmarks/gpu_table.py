@@ -64,7 +64,8 @@ def _other(row: Mapping[str, Any]) -> str:
     said = [_values(entry, row) for entry in row['measurements']]
     if not said:
         # The last lines of a traceback, a refusal, the summary of pytest or of a run.
-        text = ' '.join(line.strip() for line in row.get('output', '').splitlines()[-6:] if line.strip(' -'))
+        last = [line.strip() for line in row.get('output', '').splitlines() if line.strip(' -')]
+        text = ' '.join(last[-1:] if row['name'] == 'tests' else last[-6:])
         said = [text.replace('|', '/')[-400:]]
     return f'| {row["name"]} | {row["status"]} | {row["seconds"]} | {"; ".join(said)} |'
 

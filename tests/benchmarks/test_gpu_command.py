@@ -14,7 +14,7 @@ COMMON = {'rehearsal': True, 'card': 'CPU', 'commit': 'abc'}
 FACTS = {'cards': [], 'driver': None, 'cuda': None, 'versions': {'torch': '2.7'}, 'commit': 'abc'}
 
 
-def row(name: str, code: str, seconds: int = 1, limit: int = 20, alone: bool = False) -> gpu.Row:
+def row(name: str, code: str, seconds: float = 1, limit: int = 20, alone: bool = False) -> gpu.Row:
     return gpu.Row(name, ('-c', code), seconds, limit, alone)
 
 
@@ -52,6 +52,12 @@ def test_what_is_measured_is_not_measured_again(results):
     gpu.work(ROWS[:2], results, time.monotonic() + 60, 0, COMMON)
     assert results.done() == {'good', 'broken'}
     assert gpu.Results(results.folder, retry=True).done() == {'good'}
+
+
+def test_a_row_that_the_end_of_the_time_cut_short_is_measured_again(results):
+    slow = row('slow', 'import time; time.sleep(60)', seconds=0, limit=50)
+    gpu.work([slow], results, time.monotonic() + 1, 0, COMMON)
+    assert [row['status'] for row in results.rows()] == ['cut short'] and results.done() == set()
 
 
 def test_a_line_that_a_kill_cut_short_is_measured_again(results):
