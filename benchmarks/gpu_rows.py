@@ -4,6 +4,7 @@ import argparse
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ['Row', 'rows_of']
 
@@ -15,6 +16,7 @@ SHORT = (
 )  # fmt: skip
 
 PLAIN = 'algorithms.tread.float32_after=false'  # without the recipes' block in float32 behind the route
+PYTEST = ('-m', 'gpu', '-q', '-rs', '-p', 'no:cacheprovider', '--continue-on-collection-errors')
 LONG = '--tokens 1024'
 # Name, recipe, samples of a step (for 80 GB), settings, then flags of step_time.py.
 FIRST_STEPS = (
@@ -69,15 +71,21 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     Args:
         options: ``device``, ``rehearse``, and ``share``: what of the batches the card takes.
     """
-    tests = ('-m', 'pytest', 'tests/gpu', '-m', 'gpu', '-q', '-rs', '-p', 'no:cacheprovider')
     return [
-        Row('tests', tests, 180, 480, alone=True),
+        Row('tests', ('-m', 'pytest', *_gpu_tests(), *PYTEST), 180, 480, alone=True),
         *(_step(*row, options) for row in FIRST_STEPS),
         _in_trainer(options),
         _quickstart(options),
         *(_step(*row, options) for row in FURTHER_STEPS),
         *(_largest(size, options) for size in ('xl', 'b')),
     ]
+
+
+def _gpu_tests() -> list[str]:
+    """Files with such tests: to collect the others takes longer, and needs packages that a GPU machine may lack."""
+    root = Path(__file__).parent.parent
+    files = sorted((root / 'tests').rglob('test_*.py'))
+    return [str(path.relative_to(root)) for path in files if 'pytest.mark.gpu' in path.read_text()]
 
 
 def _step(name: str, size: str, batch: int, text: str, options: argparse.Namespace) -> Row:

@@ -74,6 +74,7 @@ def test_the_rows_of_a_gpu_begin_with_the_tests_and_the_largest_network():
     options.share = 1.0
     rows = gpu.rows_of(options)
     assert [row.name for row in rows][:3] == ['tests', 'xl/2 eager', 'xl/2 compiled']
+    assert 'tests/gpu/test_gpu.py' in rows[0].words and 'tests/models/test_mamba2_dit.py' in rows[0].words
     assert len({row.name for row in rows}) == len(rows)
     for one in rows:
         named = [word for word in one.words if word.endswith(('.py', '.yaml'))]
