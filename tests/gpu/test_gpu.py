@@ -89,6 +89,11 @@ def test_a_batch_run_again_in_smaller_pieces_has_the_same_routes_and_noise(cpu, 
     assert largest(seen['average'], cpu['average']) < ROUNDING
 
 
+def test_automatic_microbatches_under_fsdp2_are_refused_in_words():
+    with pytest.raises(ValueError, match='not supported outside of FSDP1'):
+        train('fsdp2', device_train_microbatch_size='auto', precision='fp32', **GPU)
+
+
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp2', 'fsdp1'])
 def test_blocks_compiled_by_inductor_train_the_same(cpu, strategy):
     seen, _ = train(strategy, compiled='inductor', fsdp={'state_dict_type': 'full'}, precision='fp32', **GPU)

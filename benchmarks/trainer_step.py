@@ -1,0 +1,197 @@
+"""What the Trainer, its callbacks and the data add to a bare step, and where the CPU waits for the GPU in it.
+
+    python benchmarks/trainer_step.py yamls/dit_b_tread.yaml [key=value ...] --batch-size 64
+
+Trains the recipe on latents of noise that are written to a temporary folder, without evaluation, images, logger and
+checkpoints; before and after it a bare loop of the same routed step. The share of waiting for data is between
+Composer's events around the loader. Where synchronisations are: CUDA's debug mode, over the last batches.
+"""
+
+import argparse
+import collections
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer import Callback, State
+from composer.loggers import Logger
+from contenders import make_contenders, read_problem
+from measuring import Rows, clock_of, environment
+from streaming import MDSWriter
+
+from tread_composer.builders import build_trainer
+from tread_composer.config import Config, load_config
+from tread_composer.data.columns import columns
+from tread_composer.data.manifest import Manifest
+from tread_composer.errors import UserError
+from tread_composer.run_data import prepare_data
+
+QUIET = ('loggers=null', 'callbacks.sample_grid=null', 'data.eval_split=null')
+UNSAVED = ('save_folder=null', 'progress_bar=false')
+WATCHED = 3  # last batches, of which synchronisations are noted: not timed, as to note them takes time
+
+
+def write_latents(folder: Path, config: Config, samples: int) -> None:
+    """Moments of noise as a converter would have written them."""
+    data: Any = config.data
+    shape = (data.channels, data.latent_size, data.latent_size)
+    random = np.random.default_rng(0)
+    with MDSWriter(out=str(folder), columns=columns('moments', shape), hashes=['xxh64']) as writer:
+        for index in range(samples):
+            latents = random.standard_normal((2 * shape[0], *shape[1:]), np.float32).astype(np.float16)
+            writer.write({'latents': latents, 'label': index % data.num_classes, 'name': f'{index:08}'})
+    autoencoder: Any = config.autoencoder
+    Manifest(
+        format_version=1,
+        kind='moments',
+        autoencoder=autoencoder.path,
+        autoencoder_hash='of noise',
+        channels=shape[0],
+        latent_height=shape[1],
+        latent_width=shape[2],
+        resolution=8 * shape[1],
+        crop='center',
+        mirrored=False,
+        num_samples=samples,
+        num_classes=data.num_classes,
+        class_names=tuple(map(str, range(data.num_classes))),
+        mean=(0.0,) * shape[0],
+        std=(1.0,) * shape[0],
+        permutation_seed=None,
+        tool_version='0.1.0',
+        source='noise',
+    ).save(folder)
+
+
+class Watch(Callback):
+    """Seconds of the batches behind the warm-up, those in which the loader was waited for, and synchronisations.
+
+    Args:
+        cuda: Whether there are any to note.
+        warm_up: Batches before the clock starts.
+        batches: Batches until it stops.
+    """
+
+    def __init__(self, cuda: bool, warm_up: int, batches: int) -> None:
+        self.cuda, self.warm_up, self.batches = cuda, warm_up, batches
+        self.seconds = self.waited = self.began = self.asked = 0.0
+        self.places: collections.Counter[str] = collections.Counter()
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """The loader is asked."""
+        number = int(state.timestamp.batch)
+        if number == self.warm_up:
+            self.began = self._now()
+        if number == self.warm_up + self.batches:
+            self.seconds = self._now() - self.began
+            self._note()
+        self.asked = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """The loader has answered."""
+        if self.warm_up <= int(state.timestamp.batch) < self.warm_up + self.batches:
+            self.waited += time.perf_counter() - self.asked
+
+    def _note(self) -> None:
+        if self.cuda:
+            warnings.simplefilter('always')
+            warnings.showwarning = self._noted  # type: ignore[assignment]
+            torch.cuda.set_sync_debug_mode('warn')
+
+    def _noted(self, message: Warning | str, category: type, filename: str, lineno: int, *args: object) -> None:
+        if 'synchronizing' in str(message):
+            place = '/'.join(Path(filename).parts[-3:])
+            self.places[f'{place}:{lineno}'] += 1
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Back to silence."""
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode('default')
+
+
+def bare_loop(contender: Any, batches: int) -> float:
+    """Seconds of a step of the same network, on one batch that lies on the device."""
+    clock = clock_of(contender.problem.device)
+    for _ in range(3):
+        contender.step(lambda: None)
+    clock.settle()
+    began = time.perf_counter()
+    for _ in range(batches):
+        contender.step(lambda: None)
+    clock.settle()
+    return (time.perf_counter() - began) / batches
+
+
+def train(config: Config, folder: Path, options: argparse.Namespace) -> Watch:
+    """The recipe in its Trainer."""
+    batches = options.warm_up + options.batches + WATCHED
+    data: Any = config.data
+    write_latents(folder / data.train_split, config, options.batch_size * batches)  # one epoch
+    trainer = build_trainer(config, prepare_data(config))
+    watch = Watch(options.device == 'cuda', options.warm_up, options.batches)
+    trainer.state.callbacks.append(watch)
+    with warnings.catch_warnings():
+        trainer.fit()
+    trainer.close()
+    return watch
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    device, size = torch.device(options.device), options.batch_size
+    place = 'gpu' if device.type == 'cuda' else 'cpu'  # in Composer's words
+    settings = [
+        *QUIET, *UNSAVED, *options.overrides, f'data.local={folder}', f'device={place}',
+        f'global_train_batch_size={size}', f'device_train_microbatch_size={size}',
+        f'max_duration={options.warm_up + options.batches + WATCHED}ba',
+    ]  # fmt: skip
+    config = load_config(options.yaml, settings, world_size=1)
+    dtype = 'bf16' if 'bf16' in str(config.precision) else 'fp32'
+    rows = Rows({'yaml': options.yaml, 'overrides': options.overrides, 'dtype': dtype, **environment(device)})
+    problem = read_problem(options.yaml, settings, batch_size=size, tokens=None, dtype=dtype, device=device)
+    routed = make_contenders(problem)[1]
+    before = bare_loop(routed, options.batches)
+    watch = train(config, folder, options)
+    after = bare_loop(routed, options.batches)
+    step = watch.seconds / options.batches
+    bare = (before + after) / 2
+    rows.add(
+        'trainer', batch_size=size, batches=options.batches, seconds_of_a_step=step, of_a_bare_step=[before, after],
+        added=step / bare - 1, data_wait=watch.waited / watch.seconds, workers=config.data.num_workers,
+        algorithms=list(config.algorithms),
+    )  # fmt: skip
+    if watch.cuda:
+        places = {place: count / WATCHED for place, count in watch.places.most_common()}
+        rows.add('synchronisations', per_step=sum(places.values()), places=places)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('yaml')
+    parser.add_argument('overrides', nargs='*', metavar='key=value')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--batches', type=int, default=40, help='that are timed')
+    parser.add_argument('--warm-up', type=int, default=5, help='batches before them')
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(options, Path(folder))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
