@@ -164,7 +164,7 @@ def test_what_the_model_declares_is_the_default_and_what_is_said_counts_more():
         assert model['inner'].blocks[1].seen[1].shape[-1] == seen
     foreign = Declaring()
     foreign.token_arguments = lambda text: text.split()  # something else of that name
-    assert apply_tread(foreign, Route(1, 1, 0.5)).token_arguments == ()
+    assert apply_tread(foreign, Route(1, 1, 0.5)).settings.lists[0].token_arguments == ()
     foreign = Declaring()
     foreign.token_arguments = ['rope']
     with pytest.raises(ValueError, match=r"token_arguments: Block\.forward has no argument 'rope'"):

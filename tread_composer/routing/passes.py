@@ -1,65 +1,70 @@
 """One forward pass along one route: what a routed block list yields in place of the blocks of a route.
 
-Shapes: B samples, N tokens, K kept tokens, D width.
+A pass is given its settings and where its ids come from; it knows nothing of whoever armed them. Shapes: B samples, N
+tokens, K kept tokens, D width.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import RoutingError, kind
-from tread_composer.routing.checks import (
-    PROBED_FORWARDS,
-    copied,
-    explained,
-    inside_reentrant,
-    probe,
-    undisturbed,
-)
+from tread_composer.routing.arguments import RoutingError, bare, kind
+from tread_composer.routing.checks import PROBED_FORWARDS, explained, inside_reentrant
+from tread_composer.routing.probe import Call, Probe
+from tread_composer.routing.settings import ListSettings, Segment
 from tread_composer.routing.tokens import put_back, take_kept
 
-if TYPE_CHECKING:
-    from tread_composer.routing.routing import Routing
-
-__all__ = ['Pass', 'Segment', 'in_float32']
+__all__ = ['Pass', 'Record', 'in_float32']
 
 
 @dataclasses.dataclass(eq=False)
-class Segment:
-    """The part of a route that lies in one block list, both ends inclusive and counted within that list.
+class Record:
+    """What forward passes along one segment have shown so far.
 
     Args:
-        path: Of the list, for messages.
-        route: Which route.
-        start: First block.
-        end: Last block.
-        used: Whether a forward pass has been along it. Written only: a counter would recompile the graph each time.
+        used: Whether there was one. Written only: a counter would recompile the graph each time.
         forwards: How many training forwards were not compiled.
         conclusive: Whether a probe could tell that all its blocks are sound; None before there was one.
     """
 
-    path: str
-    route: int
-    start: int
-    end: int
     used: bool = False
     forwards: int = 0
     conclusive: bool | None = None
 
 
 class Pass:
-    """One pass along a segment: holds the full sequence and the kept ids between its first and its last block."""
+    """One pass along a segment: holds the full sequence and the kept ids between its first and its last block.
 
-    def __init__(self, routing: 'Routing', segment: Segment, *, training: bool) -> None:
-        self.routing, self.segment = routing, segment
+    Args:
+        settings: How the blocks of the list take their tokens.
+        segment: Which of the blocks.
+        record: Of the segment; written.
+        ids: ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass.
+        training: Whether the list is in training mode.
+        probed: Whether blocks may be tried (see ``checks``).
+    """
+
+    def __init__(
+        self,
+        settings: ListSettings,
+        segment: Segment,
+        record: Record,
+        ids: Callable[[Tensor], Tensor],
+        *,
+        training: bool,
+        probed: bool,
+    ) -> None:
+        self.settings, self.segment, self.record, self.ids_of = settings, segment, record, ids
         self.kept: Tensor | None = None
         # What only an eager forward can do, and only training needs.
         self.watched = training and not torch.compiler.is_compiling()
         self.with_grad = torch.is_grad_enabled()
-        self.probing, self.conclusive = False, True
+        self.probed = probed
+        self.probe: Probe | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -70,16 +75,16 @@ class Pass:
     def around(self, block: nn.Module, call: Callable[..., Any], index: int) -> Callable[..., Any]:
         """What to yield for a block; ``call`` calls it."""
         first, last = index == self.segment.start, index == self.segment.end
-        checked = self.watched and not self.routing.ordered and self.segment.forwards < max(PROBED_FORWARDS)
-        if not (first or last or self.routing.token_arguments or checked):
+        checked = self.watched and self.probed and self.record.forwards < max(PROBED_FORWARDS)
+        if not (first or last or self.settings.token_arguments or checked):
             return call
         return OnRoute(self, block, call, index)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
-        x = self.routing.tokens.given(args, kwargs)
+        x = self.settings.tokens.given(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3:
-            name, path = self.routing.tokens.name, self.segment.path
+            name, path = self.settings.tokens.name, self.segment.path
             raise RoutingError(
                 f'{path}: the argument {name!r} should hold tokens [B, N, D], the block got {kind(x)}. Of a grid '
                 '[B, H, W, D] no tokens can be taken out; another argument is named with tokens=...'
@@ -88,25 +93,29 @@ class Pass:
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
         # the routing may be armed for another batch.
         if self.kept is None:
-            self.kept = self.routing.kept_ids(self.segment.route, x)
+            self.kept = self.ids_of(x)
             if self.watched:
-                self.segment.forwards += 1
-                probed = self.segment.forwards in PROBED_FORWARDS and not self.routing.ordered
-                self.probing = probed and type(x) is Tensor and x.device.type != 'meta'
-        self.segment.used = True
+                self.record.forwards += 1
+                if self.probed and self.record.forwards in PROBED_FORWARDS:
+                    self._begin_probe(x)
+        self.record.used = True
+
+    def _begin_probe(self, x: Tensor) -> None:
+        if type(x) is Tensor and x.device.type != 'meta':
+            self.probe = Probe(self.settings.tokens, self.tokens_of, self.settings.always_keep, x.device)
 
     def reduced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool, order: Tensor | None = None
-    ) -> Any:
+    ) -> Call:
         """The call's arguments for the kept tokens, in another order if one is given."""
-        original, kept, tokens = (args, kwargs), self.ids, self.routing.tokens
+        original, kept, tokens = (args, kwargs), self.ids, self.settings.tokens
         if order is not None:
             kept = kept[:, order]
         if first:
             args, kwargs = tokens.replaced(args, kwargs, take_kept(self.full, kept.expand(len(self.full), -1)))
         elif order is not None:
             args, kwargs = tokens.replaced(args, kwargs, tokens.given(args, kwargs)[:, order])
-        for one in self.routing.token_arguments:
+        for one in self.settings.token_arguments:
             value = one.kept(*original, (self.full.shape[0], self.full.shape[1]), kept)
             if value is not None:
                 args, kwargs = one.argument.replaced(args, kwargs, value)
@@ -114,7 +123,7 @@ class Pass:
 
     def tokens_of(self, out: Any) -> Any:
         """The tokens in a block's output."""
-        position = self.routing.tokens_out
+        position = self.settings.tokens_out
         if isinstance(out, Tensor):
             return out
         if not isinstance(out, tuple) or position is None:
@@ -128,10 +137,11 @@ class Pass:
 
     def leave(self, out: Any) -> Any:
         """The last block's output with the kept tokens back in the full sequence."""
-        position = self.routing.tokens_out
+        position = self.settings.tokens_out
         restored = put_back(self.full, self.tokens_of(out), self.ids.expand(len(self.full), -1))
-        if self.probing:
-            self.probing, self.segment.conclusive = False, bool(self.segment.conclusive) or self.conclusive
+        if self.probe is not None:
+            self.record.conclusive = bool(self.record.conclusive) or self.probe.conclusive
+            self.probe = None
         if isinstance(out, Tensor):
             return restored
         assert position is not None
@@ -182,48 +192,31 @@ class OnRoute:
             )
         fault = None
         try:
-            if here.probing:
-                fault = self._probed(args, kwargs)
+            if here.probe is not None:
+                fault = here.probe.fault(
+                    self.block, self.call, lambda order: here.reduced(args, kwargs, first=self.first, order=order)
+                )
             out = None if fault else self.call(*reduced_args, **reduced_kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            told = explained(
-                error, where, (here.ids.shape[1], here.full.shape[1]), _named(reduced_args, reduced_kwargs)
-            )
-            if told is error:
+            counts = here.ids.shape[1], here.full.shape[1]
+            explanation = explained(error, where, counts, _named(self.block, reduced_args, reduced_kwargs))
+            if explanation is error:
                 raise
-            raise told from error
+            raise explanation from error
         if fault:
             raise RoutingError(f'{where} cannot be routed: {fault}')
         return out
 
-    def _probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What speaks against routing this block, as far as trying shows it."""
-        here = self.routed_pass
-        tokens = here.routing.tokens
 
-        def run(order: Tensor | None, changed: bool) -> Tensor | None:
-            try:
-                return called(order, changed)
-            except torch.OutOfMemoryError:
-                return None  # the call that counts may have the memory that this one lacked
-
-        def called(order: Tensor | None, changed: bool) -> Tensor:
-            new_args, new_kwargs = here.reduced(copied(args), copied(kwargs), first=self.first, order=order)
-            if changed:
-                x = tokens.given(new_args, new_kwargs).clone()
-                x[0] = 1 - x[0]
-                new_args, new_kwargs = tokens.replaced(new_args, new_kwargs, x)
-            return here.tokens_of(self.call(*new_args, **new_kwargs))
-
-        with undisturbed(self.block, here.full.device):
-            x = tokens.given(*here.reduced(args, kwargs, first=self.first))
-            fault, conclusive = probe(run, x, here.routing.always_keep)
-        here.conclusive = here.conclusive and conclusive
-        return fault
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [*((f'argument {index}', value) for index, value in enumerate(args)), *kwargs.items()]
+def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments of a call with their names; what ``*args`` takes has none but its number."""
+    names = [
+        name
+        for name, one in inspect.signature(bare(block).forward).parameters.items()
+        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    names += [f'argument {index}' for index in range(len(names), len(args))]
+    return [*zip(names, args, strict=False), *kwargs.items()]
 
 
 def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from tread_composer.routing.arguments import TokenArguments, bare, find_argument, parse_token_arguments
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
+from tread_composer.routing.settings import ListSettings, RoutingSettings
 
 __all__ = ['RoutedModuleList', 'RoutedSequential', 'apply_tread', 'find_blocks', 'routing_of']
 
@@ -156,38 +157,48 @@ def apply_tread(
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
     _check_counts(always_keep, tokens_out)
-    understood = set()
+    understood = {}
     for path, block in _firsts(lists, spans):
         others = _declared(model, path) if token_arguments is None else token_arguments
-        how = parse_token_arguments(others, block, shared=shared)
-        understood.add((find_argument(block, tokens, 'tokens'), how))
-    if len(understood) > 1:
+        arguments = parse_token_arguments(others, block, shared=shared)
+        understood[path] = find_argument(block, tokens, 'tokens'), arguments
+    if len(set(understood.values())) > 1:
         raise ValueError(f'{name}: the blocks of these lists take their arguments in different ways; route one of them')
-    token_argument, others = understood.pop()
-    checks = {'always_keep': always_keep, 'shared': shared, 'ordered': ordered, 'float32_after': float32_after}
-    routing = Routing(paths, depths, routes, spans, token_argument, tokens_out, others, **checks)
-    there = _there_already(model, routing)
-    if there is not None:
-        return there
+    carrier, arguments = next(iter(understood.values()))
+    settings = RoutingSettings(
+        lists=tuple(
+            ListSettings(path, depth, carrier, tokens_out, arguments, always_keep)
+            for path, depth in zip(paths, depths, strict=True)
+        ),
+        routes=routes,
+        spans=tuple(spans),
+        shared=shared,
+        ordered=ordered,
+        float32_after=float32_after,
+    )
+    present = _present(model, settings)
+    if present is not None:
+        return present
+    routing = Routing(settings)
     for number, container in enumerate(lists.values()):
         container.__class__ = _ROUTED[type(container)]
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
 
 
-def _there_already(model: nn.Module, routing: Routing) -> Routing | None:
-    """The model's own routing, which must have the settings of ``routing``."""
+def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
+    """The model's own routing, which must have these settings."""
     attached = _routings(model)
     if not attached:
         return None
-    there = routing_of(model)
-    if there is None or there.settings != routing.settings:
+    present = routing_of(model)
+    if present is None or present.settings != settings:
         raise ValueError(
-            f'{", ".join(attached)} is routed already with other settings: {there and there.settings} there, '
-            f'{routing.settings} now; route a fresh copy of the model, and several lists of one model together: '
+            f'{", ".join(attached)} is routed already with other settings: {present and present.settings} there, '
+            f'{settings} now; route a fresh copy of the model, and several lists of one model together: '
             'blocks=[...]'
         )
-    return there
+    return present
 
 
 def _check_counts(always_keep: int, tokens_out: int | None) -> None:
