@@ -15,14 +15,14 @@ them, and ``apply_tread`` makes a model's own block list do it while training. `
 drives all this from a Composer ``Trainer``.
 
 From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``settings``, frozen; ``checks`` and
-``probe``, which try whether a block can be routed; ``passes``, one forward pass along one route; ``routing``, what is
-armed for the present batch; ``surgery`` on the block list.
+``probe``, which try whether a block can be routed; ``passes``, one forward pass along one route, and ``callables``,
+what a list yields for it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery``.
 """
 
 from tread_composer.routing.arguments import RoutingError, TokenArguments
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
-from tread_composer.routing.surgery import apply_tread, find_blocks, routing_of
+from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread, routing_of
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     'find_blocks',
     'keep_lowest',
     'put_back',
+    'remove_tread',
     'routing_of',
     'sample_kept',
     'take_kept',

@@ -22,6 +22,7 @@ __all__ = [
     'bare',
     'find_argument',
     'kind',
+    'output_tokens',
     'parse_token_arguments',
 ]
 
@@ -194,6 +195,24 @@ def bare(block: nn.Module) -> nn.Module:
     for wrapper in ('_checkpoint_wrapped_module', '_orig_mod', '_fsdp_wrapped_module'):
         block = getattr(block, wrapper, block)
     return block
+
+
+def output_tokens(out: Any, position: int | None) -> Tensor:
+    """The tokens in a block's output: the output itself, or the tensor at ``position`` of a tuple.
+
+    Raises:
+        RoutingError: It is no tensor, and the position is not given or outside of the tuple.
+    """
+    if isinstance(out, Tensor):
+        return out
+    if not isinstance(out, tuple) or position is None:
+        raise RoutingError(
+            f'the blocks return {kind(out)}: say where the tokens are, for example tokens_out=0 '
+            '(their position in the tuple)'
+        )
+    if position >= len(out):
+        raise RoutingError(f'tokens_out: {position} is outside of the tuple of {len(out)} that the blocks return')
+    return out[position]
 
 
 def kind(value: Any) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from tread_composer.routing.arguments import RoutingError, kind
 
@@ -24,7 +23,8 @@ __all__ = [
     'Verdict',
     'copied',
     'explained',
-    'inside_reentrant',
+    'explained_behind',
+    'hooks_of_users',
     'probe',
     'undisturbed',
 ]
@@ -144,9 +144,18 @@ def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
+_HOMES = 'torch.', 'composer.distributed.'
+
+
 def _of_torch(hooks: Any) -> Any:
-    homes = 'torch.', 'composer.distributed.'
-    return type(hooks)((key, hook) for key, hook in hooks.items() if f'{_home(hook)}.'.startswith(homes))
+    return type(hooks)((key, hook) for key, hook in hooks.items() if f'{_home(hook)}.'.startswith(_HOMES))
+
+
+def hooks_of_users(block: nn.Module) -> list[str]:
+    """Names of the forward hooks on a block that are neither torch's nor those of Composer's ranks."""
+    hooks = [*block._forward_pre_hooks.values(), *block._forward_hooks.values()]
+    users = [hook for hook in hooks if not f'{_home(hook)}.'.startswith(_HOMES)]
+    return sorted({f'{_home(hook)}.{getattr(hook, "__qualname__", type(hook).__qualname__)}' for hook in users})
 
 
 def _home(hook: Any) -> str:
@@ -180,7 +189,37 @@ def explained(error: Exception, where: str, counts: tuple[int, int], values: Seq
         f'{where} failed on {counts[0]} of {counts[1]} tokens: {error}\n'
         f'An argument with one entry per token must be named in token_arguments.{hint} If there is none, and the block '
         'runs on all tokens, its work depends on their number or their grid (windows, a reshape to height x width, a '
-        'position table of fixed size), and it cannot be routed; leave such blocks out of the route'
+        'position table of fixed size), or it receives tokens of a block before the route (a long skip connection, '
+        'residuals of a ControlNet), and it cannot be routed; leave such blocks out of the route'
+    )
+
+
+def explained_behind(
+    error: Exception, where: str, counts: Sequence[tuple[int, int]], values: Sequence[tuple[str, Any]]
+) -> Exception:
+    """The error of a block behind a route, which runs on all tokens, where an argument still has the kept ones only.
+
+    Args:
+        error: What the block raised.
+        where: The block, in words.
+        counts: Kept tokens and all tokens of each route that was passed.
+        values: The call's arguments with their names.
+    """
+    if 'out of memory' in str(error) or isinstance(error, RoutingError):
+        return error
+    short = {
+        f'{name!r} ({kind(value)})': None
+        for kept, whole in counts
+        for name, value in values
+        if kept != whole and _has_length(value, kept) and not _has_length(value, whole)
+    }
+    if not short:
+        return error
+    return RoutingError(
+        f'{where}, behind the route, failed on all tokens: {error}\n'
+        f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there. Let '
+        'the route hold both ends of such a connection or neither: where block i hands something to block depth - 1 '
+        '- i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
     )
 
 
@@ -188,13 +227,3 @@ def _has_length(value: Any, length: int) -> bool:
     if type(value) in (tuple, list):
         return any(_has_length(one, length) for one in value)
     return isinstance(value, Tensor) and length in value.shape
-
-
-def inside_reentrant() -> bool:
-    """Whether the present call is made by torch's reentrant checkpointing."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False

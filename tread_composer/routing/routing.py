@@ -5,12 +5,13 @@ Shapes: B samples, N tokens, K kept tokens, D width.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from tread_composer.routing.passes import Pass, Record, in_float32
+from tread_composer.routing.passes import Pass, Record
 from tread_composer.routing.settings import RoutingSettings
 from tread_composer.routing.tokens import sample_kept
 
@@ -134,24 +135,35 @@ class Routing:
             raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
         if kept.shape[0] != batch_size and not (self.shared and kept.shape[0] == 1):
             raise ValueError(f'kept ids for {kept.shape[0]} samples, but the block list got {batch_size} samples')
+        asked = self.routes[route].selection_rate > 0 and not self.in_evaluation
+        if kept.shape[1] == num_tokens and asked and not torch.compiler.is_compiling():
+            warnings.warn(
+                f'nothing is skipped on route {route}: the block list got {num_tokens} tokens for each of {batch_size} '
+                'samples, and all of them are kept. Tokens must be [B, N, D], samples first (batch_first=True), and '
+                'enough of them for the selection rate',
+                stacklevel=2,
+            )
         return kept
 
-    def callables(self, blocks: Sequence[nn.Module], number: int, *, training: bool) -> Iterator[Callable[..., Any]]:
-        """One callable for each block. Each call of this method is one forward pass with state of its own.
+    def passes(self, number: int, first: int, count: int, *, training: bool) -> dict[int, Pass]:
+        """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
 
         Args:
-            blocks: Of the list.
-            number: Which of the lists that is.
-            training: Whether it is in training mode.
+            number: Which of the lists.
+            first: First block that is walked: 0, but in a slice of the list.
+            count: How many are walked. A slice that ends within a route puts the tokens back at its own end.
+            training: Whether the list is in training mode.
         """
-        offset, settings = self.offsets[number], self.settings
-        after = {end + 1 - offset for _, end in self.spans} if settings.float32_after else set()
         at: dict[int, Pass] = {}
         for segment, record in self.segments[number]:
-            ids = functools.partial(self.kept_ids, segment.route)
-            probed = not settings.ordered
-            here = Pass(settings.lists[number], segment, record, ids, training=training, probed=probed)
-            at.update(dict.fromkeys(range(segment.start, segment.end + 1), here))
-        for index, block in enumerate(blocks):
-            call: Callable[..., Any] = in_float32(block) if index in after else block
-            yield at[index].around(block, call, index) if index in at else call
+            span = max(segment.start, first), min(segment.end, first + count - 1)
+            if span[0] <= span[1]:
+                ids, probed = functools.partial(self.kept_ids, segment.route), not self.settings.ordered
+                here = Pass(self.settings.lists[number], span, record, ids, training=training, probed=probed)
+                at.update(dict.fromkeys(range(span[0], span[1] + 1), here))
+        return at
+
+    def float32_blocks(self, number: int) -> set[int]:
+        """The blocks of a list that run in float32: the one behind each route if that was asked for."""
+        ends = self.spans if self.settings.float32_after else ()
+        return {end + 1 - self.offsets[number] for _, end in ends}

@@ -1,50 +1,19 @@
-"""A block list that routes: the surgery behind TREAD, in plain torch.
+"""The surgery behind TREAD: a model's own block list is given a class whose iterator routes (see ``lists``).
 
-The blocks stay as they are and know nothing. The *list* that holds them gets a class whose iterator, while training
-with a route, yields one callable for each block: the block itself outside of a route, a thin function around it
-inside. The full sequence that waits for the end of the route lives in that one iteration's closure, never on a shared
-object, so activation checkpointing, several forwards before one backward, and recomputation all stay exact. State-dict
-keys, ``len``, indexing and evaluation do not change.
+The blocks stay as they are and know nothing. State-dict keys, ``len``, indexing and evaluation do not change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from tread_composer.routing.arguments import TokenArguments, bare, find_argument, parse_token_arguments
+from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.settings import ListSettings, RoutingSettings
 
-__all__ = ['RoutedModuleList', 'RoutedSequential', 'apply_tread', 'find_blocks', 'routing_of']
-
-BlockList = nn.ModuleList | nn.Sequential
-
-
-class _RoutedIteration:
-    """Mixin: routed callables while training with an armed route or inside of ``forced``, else the plain blocks."""
-
-    routing: Routing | None = None  # a slice of the list is a plain list: it has no routing
-    list_number: int = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        blocks = list(self._modules.values())  # type: ignore[attr-defined]
-        routing, training = self.routing, self.training  # type: ignore[attr-defined]
-        if routing is None or not (training or routing.in_evaluation) or not routing.armed:
-            return iter(blocks)
-        return iter(list(routing.callables(blocks, self.list_number, training=training)))
-
-
-class RoutedModuleList(_RoutedIteration, nn.ModuleList):
-    """An ``nn.ModuleList`` that routes."""
-
-
-class RoutedSequential(_RoutedIteration, nn.Sequential):
-    """An ``nn.Sequential`` that routes; its own forward iterates over itself."""
-
-
-_ROUTED = {nn.ModuleList: RoutedModuleList, nn.Sequential: RoutedSequential}
+__all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of']
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
@@ -58,7 +27,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
     Raises:
         ValueError: The path is wrong, or there is no candidate, or more than one.
     """
-    kinds = (*_ROUTED, *_ROUTED.values())
+    kinds = (*ROUTED, *ROUTED.values())
     if path is not None:
         try:
             found = model.get_submodule(path)
@@ -179,11 +148,49 @@ def apply_tread(
     present = _present(model, settings)
     if present is not None:
         return present
+    _refuse_copies(model, lists)
     routing = Routing(settings)
     for number, container in enumerate(lists.values()):
-        container.__class__ = _ROUTED[type(container)]
+        if not isinstance(container, RoutedList):
+            container.__class__ = ROUTED[type(container)]
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
+
+
+def remove_tread(model: nn.Module) -> None:
+    """Give the plain model back: its block lists become what they were before ``apply_tread``.
+
+    Parameters, optimizer state and checkpoints do not notice. Nothing happens to a model that is not routed.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedList):
+            module.unroute()
+
+
+def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
+    """Refuse a model that holds the same blocks in another list too: walked there, they would not route.
+
+    Raises:
+        ValueError: Names the lists.
+    """
+    blocks = {id(block): path for path, container in lists.items() for block in container.children()}
+    named = {id(container) for container in lists.values()}
+    plain = set(vars(nn.Module()))
+    copies: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named:
+            copies.update((name, blocks[id(child)]) for child in module.children() if id(child) in blocks)
+        for attribute, value in vars(module).items():
+            members = value.values() if isinstance(value, dict) else value
+            if attribute not in plain and isinstance(value, (list, tuple, dict)):
+                dotted = f'{name}.{attribute}'.lstrip('.')
+                copies.update((dotted, blocks[id(one)]) for one in members if id(one) in blocks)
+    if copies:
+        raise ValueError(
+            f'blocks: {", ".join(f"{name!r} holds blocks of {path!r}" for name, path in copies.items())}. Walked there '
+            'they would run on all tokens, unnoticed: keep one list of the blocks in the model, and take slices of it '
+            'in the forward pass'
+        )
 
 
 def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
@@ -192,11 +199,11 @@ def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
     if not attached:
         return None
     present = routing_of(model)
-    if present is None or present.settings != settings:
+    differences = ['of several parts'] if present is None else present.settings.differences(settings)
+    if differences:
         raise ValueError(
-            f'{", ".join(attached)} is routed already with other settings: {present and present.settings} there, '
-            f'{settings} now; route a fresh copy of the model, and several lists of one model together: '
-            'blocks=[...]'
+            f'{", ".join(attached)} is routed already with other settings ({"; ".join(differences)}). Call '
+            'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
         )
     return present
 
@@ -237,7 +244,7 @@ def _routings(model: nn.Module) -> dict[str, Routing]:
     return {
         name: module.routing
         for name, module in model.named_modules()
-        if isinstance(module, _RoutedIteration) and module.routing is not None
+        if isinstance(module, RoutedList) and module.routing is not None
     }
 
 

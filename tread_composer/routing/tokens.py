@@ -97,7 +97,15 @@ def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor
 
     Where the two differ in dtype (a block under autocast may return another one than the stored sequence has) the
     result has the wider one: ``scatter`` itself would refuse.
+
+    Raises:
+        ValueError: There are more or fewer processed tokens than ids. ``scatter`` would take the first K of more.
     """
+    if processed_BKD.shape[1] != kept_BK.shape[1]:
+        raise ValueError(
+            f'put_back: {processed_BKD.shape[1]} tokens came off the route and {kept_BK.shape[1]} went onto it; '
+            'something between adds or drops tokens'
+        )
     dtype = torch.promote_types(full_BND.dtype, processed_BKD.dtype)
     return full_BND.to(dtype).scatter(1, _like_trailing(kept_BK, processed_BKD), processed_BKD.to(dtype))
 
