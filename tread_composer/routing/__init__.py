@@ -11,8 +11,8 @@ The method is this loop, and all the rest of the room makes other people's model
             x = put_back(full_BND, x, kept_BK)             # routed tokens return as they left
 
 ``Route`` says where (both ends inclusive), ``sample_kept`` draws which tokens, ``take_kept`` and ``put_back`` move
-them, and ``apply_tread`` makes a model's own block list do it while training. ``tread_composer.algorithms.Tread``
-drives all this from a Composer ``Trainer``.
+them, and ``apply_tread`` makes a model's own block list do it while training. ``tap_blocks`` hands out what blocks
+returned, with or without a route. ``tread_composer.algorithms.Tread`` drives all this from a Composer ``Trainer``.
 
 From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``settings``, frozen; ``checks`` and
 ``probe``, which try whether a block can be routed; ``passes``, one forward pass along one route, and ``callables``,
@@ -22,13 +22,16 @@ what a list yields for it; ``routing``, what is armed for the present batch; ``l
 from tread_composer.routing.arguments import RoutingError, TokenArguments
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
-from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread, routing_of
+from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread, routing_of, tap_blocks
+from tread_composer.routing.taps import Tapped, Taps
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept
 
 __all__ = [
     'Route',
     'Routing',
     'RoutingError',
+    'Tapped',
+    'Taps',
     'TokenArguments',
     'apply_tread',
     'check_routes',
@@ -39,4 +42,5 @@ __all__ = [
     'routing_of',
     'sample_kept',
     'take_kept',
+    'tap_blocks',
 ]

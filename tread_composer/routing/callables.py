@@ -14,15 +14,20 @@ from tread_composer.routing.arguments import RoutingError, bare
 from tread_composer.routing.checks import explained, explained_behind
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
+from tread_composer.routing.taps import Slot
 
 __all__ = ['calls_of']
 
 _FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
-_OWN = ('place', 'block', 'call', 'index', 'passed', 'first', 'last')
+_OWN = ('place', 'block', 'call', 'index', 'slots', 'passed', 'with_grad', 'first', 'last')
 
 
 def calls_of(
-    blocks: Sequence[nn.Module], first: int, passes: Mapping[int, Pass], float32: Set[int]
+    blocks: Sequence[nn.Module],
+    first: int,
+    passes: Mapping[int, Pass],
+    float32: Set[int],
+    slots: Sequence[Slot],
 ) -> list[Callable[..., Any]]:
     """One callable for each block: the block itself wherever nothing is to be done.
 
@@ -31,19 +36,20 @@ def calls_of(
         first: Number of the first of them within the list.
         passes: The pass that goes through each block on a route.
         float32: Blocks that run without autocast, in float32.
+        slots: Where to leave what blocks return.
     """
     calls: list[Callable[..., Any]] = []
     passed: list[Pass] = []
     for index, block in enumerate(blocks, first):
         call: Callable[..., Any] = _in_float32(block) if index in float32 else block
-        place = passes.get(index)
+        place, here = passes.get(index), [slot for slot in slots if slot.index == index]
         if place is not None:
-            if place.wraps(index):
-                call = OnRoute(place, block, call, index)
-            if index == place.end:
+            if here or place.wraps(index):
+                call = OnRoute(place, block, call, index, here)
+            if index == place.end and place.explains:
                 passed.append(place)
-        elif any(one.explains for one in passed):
-            call = BehindRoute(tuple(passed), block, call, index)
+        elif here or passed:
+            call = OffRoute(tuple(passed), block, call, index, here)
         calls.append(call)
     return calls
 
@@ -63,13 +69,27 @@ class _StandIn:
             setattr(self.block, name, value)
 
 
-class BehindRoute(_StandIn):
-    """A block behind a route, in the first forward pass: says so where it fails on something of the route's length."""
+class OffRoute(_StandIn):
+    """A block beside the routes: one that is tapped, or, in the first forward passes, one behind a route.
 
-    def __init__(self, passed: tuple[Pass, ...], block: nn.Module, call: Callable[..., Any], index: int) -> None:
-        self.passed, self.block, self.call, self.index = passed, block, call, index
+    The latter says so where it fails on something of the route's length.
+    """
+
+    def __init__(
+        self, passed: tuple[Pass, ...], block: nn.Module, call: Callable[..., Any], index: int, slots: Sequence[Slot]
+    ) -> None:
+        self.passed, self.block, self.call, self.index, self.slots = passed, block, call, index, slots
+        self.with_grad = torch.is_grad_enabled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.slots:
+            _refuse_reentrant(self.with_grad, f'block {self.index}')
+        out = self._explained(args, kwargs) if self.passed else self.call(*args, **kwargs)
+        for slot in self.slots:
+            slot.put(out, None)
+        return out
+
+    def _explained(self, args: Any, kwargs: Any) -> Any:
         try:
             return self.call(*args, **kwargs)
         except _FAILURES as error:
@@ -84,8 +104,10 @@ class BehindRoute(_StandIn):
 class OnRoute(_StandIn):
     """A block of a route."""
 
-    def __init__(self, place: Pass, block: nn.Module, call: Callable[..., Any], index: int) -> None:
-        self.place, self.block, self.call, self.index = place, block, call, index
+    def __init__(
+        self, place: Pass, block: nn.Module, call: Callable[..., Any], index: int, slots: Sequence[Slot]
+    ) -> None:
+        self.place, self.block, self.call, self.index, self.slots = place, block, call, index, slots
         self.first, self.last = index == place.start, index == place.end
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,19 +119,15 @@ class OnRoute(_StandIn):
             out = self._watched(args, kwargs, reduced_args, reduced_kwargs)
         else:
             out = self.call(*reduced_args, **reduced_kwargs)
+        for slot in self.slots:
+            slot.put(here.tokens_of(out), here.ids)
         return here.leave(out) if self.last else out
 
     def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
         """The call; where it fails, with a word on how routing may have caused it."""
         here = self.place
         where = f'block {self.index} of {here.settings.path!r}'
-        if here.with_grad and not torch.is_grad_enabled() and inside_reentrant():
-            raise RoutingError(
-                f'{where} is called inside of reentrant activation checkpointing of the model itself, which cannot go '
-                "with a route: its backward pass would run twice. Switch the model's own checkpointing off (or to "
-                "use_reentrant=False) and use Composer's: parallelism_config with activation_checkpointing, or "
-                "torch's checkpoint_wrapper around each block"
-            )
+        _refuse_reentrant(here.with_grad, where)
         try:
             fault = None if here.probe is None else self._fault(args, kwargs, where)
             out = None if fault else self.call(*reduced_args, **reduced_kwargs)
@@ -135,6 +153,17 @@ class OnRoute(_StandIn):
             self.block, self.call, lambda order: here.reduced(args, kwargs, first=self.first, order=order)
         )
         return fault and f'{where} cannot be routed: {fault}'
+
+
+def _refuse_reentrant(with_grad: bool, where: str) -> None:
+    """Refuse a call without gradients, made by the model's own reentrant checkpointing, in a pass with gradients."""
+    if with_grad and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and inside_reentrant():
+        raise RoutingError(
+            f'{where} is called inside of reentrant activation checkpointing of the model itself, which cannot go '
+            "with a route or a tap: its backward pass would run twice, on copies. Switch the model's own "
+            "checkpointing off (or to use_reentrant=False) and use Composer's: parallelism_config with "
+            "activation_checkpointing, or torch's checkpoint_wrapper around each block"
+        )
 
 
 def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

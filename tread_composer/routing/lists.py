@@ -6,7 +6,7 @@ several forwards before one backward, and recomputation all stay exact. Whoever 
 compile, wrap or count blocks) gets the blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from tread_composer.routing.arguments import RoutingError
 from tread_composer.routing.callables import calls_of
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.stack import in_forward
+from tread_composer.routing.taps import Slot
 
 __all__ = ['ROUTED', 'BlockList', 'RoutedList', 'RoutedModuleList', 'RoutedSequential']
 
@@ -29,12 +30,14 @@ class RoutedList:
         list_number: Which of the lists of the routing this is.
         first: Of a slice: number of its first block within the list.
         step: Of a slice: its step.
+        slots: Where to leave what blocks return: those of all taps.
     """
 
     routing: Routing | None = None
     list_number: int = 0
     first: int = 0
     step: int = 1
+    slots: tuple[Slot, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._walked())
@@ -48,7 +51,7 @@ class RoutedList:
         if isinstance(index, slice):
             positions = range(len(self))[index]  # type: ignore[arg-type]
             part.training = self.training  # type: ignore[attr-defined]
-            part.routing, part.list_number = self.routing, self.list_number
+            part.routing, part.list_number, part.slots = self.routing, self.list_number, self.slots
             part.first, part.step = self.first + positions.start * self.step, self.step * positions.step
         return part
 
@@ -63,23 +66,40 @@ class RoutedList:
     def _walked(self) -> list[Any]:
         blocks, routing = list(self._modules.values()), self.routing  # type: ignore[attr-defined]
         training = self.training  # type: ignore[attr-defined]
-        if routing is None or not (training or routing.in_evaluation) or not routing.armed or not blocks:
+        routed = routing is not None and (training or routing.in_evaluation) and routing.armed
+        slots = [slot for slot in self.slots if training or slot.evaluation]
+        if not (routed or slots) or not blocks or not in_forward(blocks[0]):
             return blocks
-        if not in_forward(blocks[0]):
-            return blocks
+        if not routed or routing is None:
+            return calls_of(blocks, self.first, {}, set(), slots if self.step == 1 else [])
         if self.step != 1:
             raise RoutingError(
                 f'{routing.paths[self.list_number]}: the model walks over a slice of it with step {self.step}: a route '
                 'is a stretch of neighbouring blocks in their order'
             )
         passes = routing.passes(self.list_number, self.first, len(blocks), training=training)
-        return calls_of(blocks, self.first, passes, routing.float32_blocks(self.list_number))
+        return calls_of(blocks, self.first, passes, routing.float32_blocks(self.list_number), slots)
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether this is a slice of the list that was routed or tapped."""
+        return 'first' in vars(self)
 
     def unroute(self) -> None:
-        """Become the plain list again."""
-        for name in ('routing', 'list_number', 'first', 'step'):
-            self.__dict__.pop(name, None)
-        self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
+        """Route no more; without taps, become the plain list again."""
+        self.routing = None
+        self._settle()
+
+    def untap(self, slots: Collection[Slot]) -> None:
+        """Give slots back; without a route and other taps, become the plain list again."""
+        self.slots = tuple(slot for slot in self.slots if slot not in slots)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.routing is None and not self.slots:
+            for name in ('routing', 'list_number', 'first', 'step', 'slots'):
+                self.__dict__.pop(name, None)
+            self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
 
 
 class RoutedModuleList(RoutedList, nn.ModuleList):

@@ -12,8 +12,9 @@ from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.settings import ListSettings, RoutingSettings
+from tread_composer.routing.taps import Slot, Taps
 
-__all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of']
+__all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of', 'tap_blocks']
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
@@ -167,6 +168,68 @@ def remove_tread(model: nn.Module) -> None:
             module.unroute()
 
 
+def tap_blocks(
+    model: nn.Module,
+    at: int | Sequence[int],
+    *,
+    blocks: str | Sequence[str] | None = None,
+    tokens_out: int | None = None,
+    evaluation: bool = False,
+) -> Taps:
+    """Hand out what blocks returned in a forward pass, for losses on features: alignment, auxiliary heads.
+
+    On any model that walks over its list of blocks, routed or not, before or after ``apply_tread``; several taps stand
+    beside each other. Exact under activation checkpointing around the blocks or the whole list, compilation of the
+    model or of its blocks, and several forward passes before one backward pass: read after each of them.
+
+    Args:
+        model: Any module with a list of blocks that it iterates over.
+        at: Numbers of blocks from 0; negative counts from the end. What block ``k`` returned is the stream behind
+            ``k + 1`` blocks.
+        blocks: Path of the block list, or of several that are counted through; the routed ones, or the only candidate
+            (see ``find_blocks``), if None.
+        tokens_out: Position of the tokens where a block returns a tuple; that of the route if None.
+        evaluation: Also in evaluation mode: for heads that sampling uses, or a teacher.
+
+    Returns:
+        ``Taps``: ``read()`` gives tokens ``[B, K, D]`` with their kept ids ``[B, K]``, None where these are all.
+
+    Raises:
+        ValueError: The list is not found, or there is no such block.
+    """
+    lists = _lists(model, blocks) if blocks is not None or routing_of(model) is None else _routed_lists(model)
+    _refuse_copies(model, lists)
+    _check_counts(0, tokens_out)
+    numbers = [at] if isinstance(at, int) else list(at)
+    places = [(container, index) for container in lists.values() for index in range(len(container))]
+    for number in numbers:
+        if type(number) is not int or not -len(places) <= number < len(places):
+            raise ValueError(f'at: {number!r} is no block; there are {len(places)}: 0 to {len(places) - 1}')
+    if not numbers or len({number % len(places) for number in numbers}) < len(numbers):
+        raise ValueError(f'at: {numbers} names no block, or one of them twice')
+    slots: dict[int, Slot] = {}
+    for number in numbers:
+        container, index = places[number]
+        if not isinstance(container, RoutedList):
+            container.__class__ = ROUTED[type(container)]
+        assert isinstance(container, RoutedList)
+        own = None if container.routing is None else container.routing.settings.lists[container.list_number].tokens_out
+        slots[number] = Slot(index, own if tokens_out is None else tokens_out, evaluation=evaluation)
+        container.slots = (*container.slots, slots[number])
+
+    def remove() -> None:
+        for container in lists.values():
+            if isinstance(container, RoutedList):
+                container.untap(slots.values())
+
+    return Taps(slots, remove)
+
+
+def _routed_lists(model: nn.Module) -> dict[str, BlockList]:
+    routed = {name: one for name, one in model.named_modules() if isinstance(one, RoutedList) and not one.is_slice}
+    return dict(sorted(routed.items(), key=lambda item: item[1].list_number))  # type: ignore[return-value]
+
+
 def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
     """Refuse a model that holds the same blocks in another list too: walked there, they would not route.
 
@@ -174,7 +237,9 @@ def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
         ValueError: Names the lists.
     """
     blocks = {id(block): path for path, container in lists.items() for block in container.children()}
-    named = {id(container) for container in lists.values()}
+    # A slice of a routed list that the model keeps routes too.
+    slices = {id(one) for one in model.modules() if isinstance(one, RoutedList) and one.is_slice}
+    named = slices | {id(container) for container in lists.values()}
     plain = set(vars(nn.Module()))
     copies: dict[str, str] = {}
     for name, module in model.named_modules():
