@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
     conclusive: bool
 
 
-def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fixed: int) -> Verdict:
+def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fixed: tuple[int, int]) -> Verdict:
     """Compare a block with itself on the same tokens in another order, and with one sample changed.
 
     Args:
@@ -49,13 +49,13 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
             as they are, and with the first sample's contents changed if asked; None if there was no memory for that.
             Without trace: see ``undisturbed``.
         x_BKD: The block's kept tokens.
-        fixed: So many first tokens keep their places.
+        fixed: Number of leading and of trailing tokens that keep their places.
     """
     batch_size, num_kept = x_BKD.shape[:2]
     out = run(None, False)
     if out is not None and (out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point()):
         return Verdict(f'it returns {kind(out)} for {batch_size} samples x {num_kept} tokens', True)
-    order = _another_order(num_kept, fixed).to(x_BKD.device)
+    order = _another_order(num_kept, *fixed).to(x_BKD.device)
     # Always all three calls: what follows from values, or from memory, may differ between ranks.
     moved, changed = run(order, False), run(None, True)
     if out is None or moved is None or changed is None:
@@ -64,7 +64,7 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
     out, moved, changed = out.float(), moved.float(), changed.float()
     scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
     tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
-    if num_kept - fixed < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
+    if num_kept - sum(fixed) < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
         return Verdict(None, False)
     if (moved - out[:, order]).abs().max().item() > tolerance:
         return Verdict(_BY_POSITION, True)
@@ -84,12 +84,13 @@ _ACROSS_SAMPLES = (
 )
 
 
-def _another_order(num_kept: int, fixed: int) -> Tensor:
-    """A permutation of the tokens behind the fixed ones, always the same, that is not the identity."""
-    moved = torch.randperm(num_kept - fixed, generator=torch.Generator().manual_seed(0))
+def _another_order(num_kept: int, leading: int, trailing: int) -> Tensor:
+    """A permutation of the tokens between the fixed ones, always the same, that is not the identity."""
+    moved = torch.randperm(num_kept - leading - trailing, generator=torch.Generator().manual_seed(0))
     if torch.equal(moved, torch.arange(len(moved))):
         moved = moved.flip(0)
-    return torch.cat([torch.arange(fixed), moved + fixed])
+    every = torch.arange(num_kept)
+    return torch.cat([every[:leading], moved + leading, every[num_kept - trailing :]])
 
 
 def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tread_composer.routing.passes import Pass, Record
 from tread_composer.routing.settings import RoutingSettings
-from tread_composer.routing.tokens import sample_kept
+from tread_composer.routing.tokens import AlwaysKeep, sample_kept
 
 __all__ = ['KeptSampler', 'Routing']
 
@@ -35,7 +35,8 @@ class Routing:
         # Copied once: what a compiled forward reads are plain attributes.
         self.routes, self.spans, self.paths = settings.routes, settings.spans, settings.paths
         self.shared, self.offsets = settings.shared, settings.offsets
-        self.always_keep = settings.lists[0].always_keep
+        leading, trailing = settings.lists[0].always_keep
+        self.always_keep: AlwaysKeep = (leading, trailing) if trailing else leading
         self.segments = tuple(tuple((segment, Record()) for segment in part) for part in settings.segments())
         self.kept: tuple[Tensor, ...] | None = None
         self.num_tokens: int | None = None
@@ -120,14 +121,27 @@ class Routing:
         """Whether the next training forward is routed."""
         return self.kept is not None or self.sampler is not None
 
-    def kept_ids(self, route: int, x_BND: Tensor) -> Tensor:
+    def kept_ids(self, route: int, x_BND: Tensor, number: int = 0) -> Tensor:
         """The ids kept on ``routes[route]`` for these tokens, ``[B, K]`` or, of a shared route, ``[1, K]``.
+
+        Ids are armed and sampled for the first list; where another list has more or fewer tokens that never skip
+        (text in front, say), the same of the rest stay in it.
+
+        Args:
+            route: Number of the route.
+            x_BND: The tokens that enter it.
+            number: Which of the lists.
 
         Raises:
             ValueError: The ids were drawn for sequences of another length or another number of samples.
         """
-        batch_size, num_tokens = x_BND.shape[:2]
-        if self.kept is not None and num_tokens == self.num_tokens:
+        present, first = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
+        batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(present) + sum(first)
+        fits = self.kept is not None and num_tokens == self.num_tokens
+        if fits and self.sampler is not None and not torch.compiler.is_compiling():
+            # Two views or the frames of a video may be samples of the blocks: their ids are drawn anew.
+            fits = self.kept is not None and self.kept[route].shape[0] in (1, batch_size)
+        if fits and self.kept is not None:
             kept = self.kept[route]
         elif self.sampler is not None:
             kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
@@ -143,7 +157,7 @@ class Routing:
                 'enough of them for the selection rate',
                 stacklevel=2,
             )
-        return kept
+        return kept if present == first else _laid_out(kept, num_tokens, first, present)
 
     def passes(self, number: int, first: int, count: int, *, training: bool) -> dict[int, Pass]:
         """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
@@ -158,7 +172,7 @@ class Routing:
         for segment, record in self.segments[number]:
             span = max(segment.start, first), min(segment.end, first + count - 1)
             if span[0] <= span[1]:
-                ids, probed = functools.partial(self.kept_ids, segment.route), not self.settings.ordered
+                ids, probed = functools.partial(self.kept_ids, segment.route, number=number), not self.settings.ordered
                 here = Pass(self.settings.lists[number], span, record, ids, training=training, probed=probed)
                 at.update(dict.fromkeys(range(span[0], span[1] + 1), here))
         return at
@@ -167,3 +181,10 @@ class Routing:
         """The blocks of a list that run in float32: the one behind each route if that was asked for."""
         ends = self.spans if self.settings.float32_after else ()
         return {end + 1 - self.offsets[number] for _, end in ends}
+
+
+def _laid_out(kept: Tensor, num_tokens: int, first: tuple[int, int], present: tuple[int, int]) -> Tensor:
+    """Ids of a list with ``first`` leading and trailing tokens that never skip, for one with ``present`` of them."""
+    free = kept[:, first[0] : kept.shape[1] - first[1]] - first[0] + present[0]
+    every = torch.arange(num_tokens - sum(first) + sum(present), device=kept.device).expand(len(kept), -1)
+    return torch.cat([every[:, : present[0]], free, every[:, every.shape[1] - present[1] :]], dim=1)

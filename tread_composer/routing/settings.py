@@ -19,7 +19,7 @@ class ListSettings:
         tokens: The block's argument that carries the tokens.
         tokens_out: Position of the tokens in a block's tuple output, counted from 0; None where the output is a tensor.
         token_arguments: Further block arguments with one entry per token.
-        always_keep: Number of leading tokens that never skip.
+        always_keep: Number of leading and of trailing tokens that never skip.
     """
 
     path: str
@@ -27,7 +27,7 @@ class ListSettings:
     tokens: Argument
     tokens_out: int | None = None
     token_arguments: tuple[TokenArgument, ...] = ()
-    always_keep: int = 0
+    always_keep: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,23 @@ The blocks stay as they are and know nothing. State-dict keys, ``len``, indexing
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from tread_composer.routing.arguments import TokenArguments, bare, find_argument, parse_token_arguments
+from tread_composer.routing.arguments import Argument, TokenArguments, bare, find_argument, parse_token_arguments
 from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.settings import ListSettings, RoutingSettings
 from tread_composer.routing.taps import Slot, Taps
+from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of', 'tap_blocks']
+
+
+Blocks = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None
+"""Path of a block list; several; or a mapping from paths to what differs from the other settings in that list."""
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
@@ -71,11 +77,11 @@ def apply_tread(
     model: nn.Module,
     routes: Route | Sequence[Route] = Route(),
     *,
-    blocks: str | Sequence[str] | None = None,
+    blocks: Blocks = None,
     tokens: str | None = None,
     tokens_out: int | None = None,
     token_arguments: TokenArguments | None = None,
-    always_keep: int = 0,
+    always_keep: AlwaysKeep = 0,
     shared: bool = False,
     ordered: bool = False,
     float32_after: bool = False,
@@ -94,7 +100,8 @@ def apply_tread(
         blocks: Path of the block list; found by itself if there is only one candidate (see ``find_blocks``). Several
             paths, in the order in which the model runs the lists, are counted through like one list, and a route may
             go from one into the next: its tokens are put back in between, and where no ids are given with ``arm``,
-            each list draws its own. All lists must take the same arguments.
+            each list draws its own. A mapping from paths to settings says what differs in a list: ``{'joint': None,
+            'single': {'always_keep': 77, 'token_arguments': {'rope': 0}}}``; the same tokens of the rest are kept.
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens where a block returns a tuple, counted from 0.
         token_arguments: Further block arguments that belong to their tokens (rotary tables, masks): they are reduced
@@ -102,10 +109,12 @@ def apply_tread(
             dimensions that count tokens: ``{'mask': [-2, -1]}``. Without a dimension for the samples (dimension 0
             counts tokens) only with ``shared``. ``{'rope': {'dims': 0, 'after': 'text'}}`` says that the table begins
             with the entries of other tokens, which stay: one for each token of the argument ``text`` (a number is
-            fine too). A tuple of tensors is reduced one by one. If None, what the module around the list declares in
-            an attribute ``token_arguments``, as our backbones do; else nothing.
-        always_keep: So many first positions (class token, text) never skip; ``selection_rate`` is a share of the
-            others. ``always_keep + rest - int(rest * selection_rate)`` of ``N = always_keep + rest`` are kept.
+            fine too), ``before`` that it ends with them, ``without_first: 1`` that the class token has no entry.
+            The members of a tuple or dict are reduced one by one, or those that ``members`` names. If None, what the
+            module around the list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
+        always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of trailing
+            ones. ``selection_rate`` is a share of the rest: ``always_keep + rest - int(rest * selection_rate)`` of
+            ``N = always_keep + rest`` are kept.
         shared: One route for all samples of a batch.
         ordered: The blocks need their tokens in ascending order and nothing else of position, as a scan does: leave
             the check of each block away.
@@ -126,20 +135,19 @@ def apply_tread(
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
-    _check_counts(always_keep, tokens_out)
-    understood = {}
-    for path, block in _firsts(lists, spans):
-        others = _declared(model, path) if token_arguments is None else token_arguments
-        arguments = parse_token_arguments(others, block, shared=shared)
-        understood[path] = find_argument(block, tokens, 'tokens'), arguments
-    if len(set(understood.values())) > 1:
-        raise ValueError(f'{name}: the blocks of these lists take their arguments in different ways; route one of them')
-    carrier, arguments = next(iter(understood.values()))
+    common = {
+        'tokens': tokens,
+        'tokens_out': tokens_out,
+        'token_arguments': token_arguments,
+        'always_keep': always_keep,
+    }
+    firsts = dict(_firsts(lists, spans))
+    listed = tuple(
+        _list_settings(model, path, len(container), firsts.get(path), {**common, **_own(blocks, path)}, shared=shared)
+        for path, container in lists.items()
+    )
     settings = RoutingSettings(
-        lists=tuple(
-            ListSettings(path, depth, carrier, tokens_out, arguments, always_keep)
-            for path, depth in zip(paths, depths, strict=True)
-        ),
+        lists=listed,
         routes=routes,
         spans=tuple(spans),
         shared=shared,
@@ -199,7 +207,7 @@ def tap_blocks(
     """
     lists = _lists(model, blocks) if blocks is not None or routing_of(model) is None else _routed_lists(model)
     _refuse_copies(model, lists)
-    _check_counts(0, tokens_out)
+    _check_position(tokens_out)
     numbers = [at] if isinstance(at, int) else list(at)
     places = [(container, index) for container in lists.values() for index in range(len(container))]
     for number in numbers:
@@ -273,14 +281,55 @@ def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
     return present
 
 
-def _check_counts(always_keep: int, tokens_out: int | None) -> None:
-    if type(always_keep) is not int or always_keep < 0:
-        raise ValueError(f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
+_PER_LIST = ('tokens', 'tokens_out', 'token_arguments', 'always_keep')
+
+
+def _own(blocks: Any, path: str) -> Mapping[str, Any]:
+    """What ``blocks`` says of one list, where it is a mapping."""
+    own = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
+    if not isinstance(own, Mapping) or set(own) - set(_PER_LIST):
+        raise ValueError(
+            f'blocks: {path!r}: {own!r} is not understood; settings of one list are {", ".join(_PER_LIST)}'
+        )
+    return own
+
+
+def _list_settings(
+    model: nn.Module, path: str, depth: int, block: nn.Module | None, asked: Mapping[str, Any], *, shared: bool
+) -> ListSettings:
+    """The settings of one list.
+
+    Args:
+        model: The model around it.
+        path: Its dotted name.
+        depth: Number of its blocks.
+        block: Its first block on a route; None if no route comes here.
+        asked: What the user said, under the names ``_PER_LIST``.
+        shared: Whether all samples have one route.
+    """
+    ends = both_ends(asked['always_keep'])
+    _check_position(asked['tokens_out'])
+    if block is None:
+        return ListSettings(path, depth, Argument('', 0), asked['tokens_out'], (), ends)
+    written = _declared(model, path) if asked['token_arguments'] is None else asked['token_arguments']
+    arguments = parse_token_arguments(written, block, shared=shared)
+    for one in arguments:
+        if one.without_first > ends[0]:
+            raise ValueError(
+                f'token_arguments: {one.argument.name!r} has no entry for the first {one.without_first} tokens, so '
+                f'these must never skip: always_keep={one.without_first}'
+            )
+    return ListSettings(
+        path, depth, find_argument(block, asked['tokens'], 'tokens'), asked['tokens_out'], arguments, ends
+    )
+
+
+def _check_position(tokens_out: int | None) -> None:
     if tokens_out is not None and (type(tokens_out) is not int or tokens_out < 0):
         raise ValueError(f'tokens_out: {tokens_out!r} is no position in a tuple; count from 0')
 
 
-def _lists(model: nn.Module, blocks: str | Sequence[str] | None) -> dict[str, BlockList]:
+def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
     paths = [blocks] if blocks is None or isinstance(blocks, str) else list(blocks)
     lists = dict(find_blocks(model, path) for path in paths)
     if not paths or len({id(container) for container in lists.values()}) < len(paths):
