@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from tests.routing.foreign import noise
 from tread_composer.routing import Route, apply_tread
 
 B, TEXT = 2, 5
+PAGE = (Path(__file__).parents[2] / 'docs' / 'your_model.md').read_text()
 SDPA = functional.scaled_dot_product_attention
 
 
@@ -305,3 +307,9 @@ def test_output_and_gradients_equal_dense_attention_with_skipped_tokens_masked(n
     assert (out - call(model, case.inputs())).abs().max() > 1e-4
     routing.arm(sampler=routing.sample)  # draws of its own, in the layout of the first list
     call(model, case.inputs()).sum().backward()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_page_has_these_settings(name):
+    (row,) = [line for line in PAGE.splitlines() if line.startswith('|') and f'`{name}`' in line]
+    assert eval(f'dict({row.split("|")[3].strip().strip("`")})') == CASES[name].settings

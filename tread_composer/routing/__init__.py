@@ -16,10 +16,12 @@ returned, with or without a route. ``tread_composer.algorithms.Tread`` drives al
 
 From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``settings``, frozen; ``checks`` and
 ``probe``, which try whether a block can be routed; ``passes``, one forward pass along one route, and ``callables``,
-what a list yields for it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery``.
+what a list yields for it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery`` on
+them; ``finding``, which runs a model to learn its settings.
 """
 
 from tread_composer.routing.arguments import RoutingError, TokenArguments
+from tread_composer.routing.finding import FoundSettings, find_settings
 from tread_composer.routing.route import Route, check_routes
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread, routing_of, tap_blocks
@@ -27,6 +29,7 @@ from tread_composer.routing.taps import Tapped, Taps
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept
 
 __all__ = [
+    'FoundSettings',
     'Route',
     'Routing',
     'RoutingError',
@@ -36,6 +39,7 @@ __all__ = [
     'apply_tread',
     'check_routes',
     'find_blocks',
+    'find_settings',
     'keep_lowest',
     'put_back',
     'remove_tread',

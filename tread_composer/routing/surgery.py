@@ -135,33 +135,18 @@ def apply_tread(
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
-    common = {
-        'tokens': tokens,
-        'tokens_out': tokens_out,
-        'token_arguments': token_arguments,
-        'always_keep': always_keep,
-    }
-    firsts = dict(_firsts(lists, spans))
-    listed = tuple(
-        _list_settings(model, path, len(container), firsts.get(path), {**common, **_own(blocks, path)}, shared=shared)
-        for path, container in lists.items()
-    )
-    settings = RoutingSettings(
-        lists=listed,
-        routes=routes,
-        spans=tuple(spans),
-        shared=shared,
-        ordered=ordered,
-        float32_after=float32_after,
-    )
+    common = {'tokens': tokens, 'tokens_out': tokens_out, 'token_arguments': token_arguments}
+    common['always_keep'] = always_keep
+    listed = _listed(model, lists, spans, blocks, common, shared=shared)
+    flags = {'shared': shared, 'ordered': ordered, 'float32_after': float32_after}
+    settings = RoutingSettings(listed, routes, tuple(spans), **flags)
     present = _present(model, settings)
     if present is not None:
         return present
     _refuse_copies(model, lists)
     routing = Routing(settings)
     for number, container in enumerate(lists.values()):
-        if not isinstance(container, RoutedList):
-            container.__class__ = ROUTED[type(container)]
+        container.__class__ = ROUTED.get(type(container), type(container))
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
 
@@ -292,6 +277,23 @@ def _own(blocks: Any, path: str) -> Mapping[str, Any]:
             f'blocks: {path!r}: {own!r} is not understood; settings of one list are {", ".join(_PER_LIST)}'
         )
     return own
+
+
+def _listed(
+    model: nn.Module,
+    lists: dict[str, BlockList],
+    spans: Sequence[tuple[int, int]],
+    blocks: Blocks,
+    common: Mapping[str, Any],
+    *,
+    shared: bool,
+) -> tuple[ListSettings, ...]:
+    """The settings of each list: the common ones, and what ``blocks`` says differs."""
+    firsts = dict(_firsts(lists, spans))
+    return tuple(
+        _list_settings(model, path, len(container), firsts.get(path), {**common, **_own(blocks, path)}, shared=shared)
+        for path, container in lists.items()
+    )
 
 
 def _list_settings(
