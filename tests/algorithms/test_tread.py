@@ -15,7 +15,7 @@ from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_train
 from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.config.schema import check, native, signature_model
 from tread_composer.errors import ResumeError, UserError
-from tread_composer.routing import RoutingError
+from tread_composer.routing import Routing, RoutingError
 
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
@@ -182,6 +182,7 @@ def test_after_training_with_it_the_model_trains_densely_without_it():
         {'token_arguments': ()},
         {'token_arguments': {'rope': {'dims': 0, 'after': 'text'}}, 'shared': True, 'always_keep': 2, 'ordered': True},
         {'blocks': ['one', 'two']},
+        {'blocks': {'one': {}, 'two': {'always_keep': 3}}, 'always_keep': [0, 4]},
     ],
 )
 def test_repr_rebuilds_it(settings):
@@ -200,7 +201,8 @@ def test_repr_rebuilds_it(settings):
         ({'start_time': '10sec'}, 'wall-clock'),
         ({'end_time': '5tok'}, 'no token count'),
         ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
-        ({'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
+        ({'always_keep': -2}, 'Tread: always_keep: -2 is not a number of tokens'),
+        ({'always_keep': [1]}, r'Tread: always_keep: \[1\] is not a number of tokens'),
     ],
 )
 def test_wrong_settings_are_refused_at_once(settings, message):
@@ -302,6 +304,44 @@ def test_a_foreign_model_with_tuple_batches(style, num_tokens):
     assert other == pytest.approx(loss, rel=1e-5)
 
 
+class Views(Foreign):
+    """Sees two views of each sample, one after the other in its batch."""
+
+    def forward(self, batch):
+        x, _ = batch
+        both = super().forward((torch.cat([x, x.flip(-1)]), None))
+        return both[: len(x)] + both[len(x) :]
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('num_tokens', [None, 12])
+def test_two_views_of_each_sample_are_routed_each_on_its_own(monkeypatch, num_tokens, shared):
+    monkeypatch.setitem(globals(), 'Foreign', Views)
+    kept = []
+    original = Routing.kept_ids
+    monkeypatch.setattr(Routing, 'kept_ids', lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
+    seen, _ = foreign('loop', num_tokens=num_tokens, shared=shared)
+    assert seen == [12, 6, 6, 6, 6, 12] * 2
+    ids = kept[0]
+    assert ids.shape == ((1, 6) if shared else (16, 6))
+    assert shared or len({tuple(row) for row in ids.tolist()}) > 12  # views do not share a route
+
+
+def test_samples_that_are_no_multiple_of_the_batch_are_refused():
+    class Odd(Foreign):
+        def forward(self, batch):
+            return super().forward((torch.cat([batch[0], batch[0][:3]]), None))[: len(batch[0])]
+
+    with pytest.raises(RoutingError, match='the batch has 8 samples, but the block list got 11, which is no multiple'):
+        train_odd(Odd)
+
+
+def train_odd(kind):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), 'Foreign', kind)
+        foreign('loop')
+
+
 def test_a_foreign_attribute_of_that_name_is_not_believed():
     logger = InMemoryLogger()
     model = tiny_model()
@@ -368,6 +408,11 @@ def test_tokens_that_are_always_kept_are_counted_and_seen():
     assert log.seen == [16, 10, 10, 10, 10, 16] * 2  # 3 + 13 - int(13 / 2)
     assert [value for _, value in logger.data['tread/kept_tokens']] == [10, 10]
     assert all((ids[:, :3] == torch.arange(3)).all() for ids in kept)
+    model = tiny_model()
+    trainer = make_trainer(model, [Tread(**ROUTE, always_keep=[2, 1])], max_duration='1ba')
+    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
+    trainer.fit()
+    assert (kept[-1][:, -1] == 15).all() and (kept[-1][:, :2] == torch.arange(2)).all() and kept[-1].shape[1] == 10
 
 
 def test_a_shared_route_is_one_for_all_microbatches_also_the_last_that_is_smaller():
@@ -425,5 +470,11 @@ def test_yaml_can_write_the_settings(written, expected):
     assert problems == []
     tread = Tread(**native(section))
     assert tread.token_arguments == expected and tread.blocks == ['a', 'b'] and tread.always_keep == 4
+    text = '{always_keep: [1, 4], blocks: {a: null, b: {always_keep: 7, token_arguments: {rope: 0}}}}'
+    section, problems = check(signature_model(Tread), yaml.safe_load(text))
+    assert problems == []
+    tread = Tread(**native(section))
+    assert tread.always_keep == [1, 4]
+    assert tread.blocks == {'a': {}, 'b': {'always_keep': 7, 'token_arguments': {'rope': 0}}}
     _, problems = check(signature_model(Tread), {'always_keep': '4', 'shared': 1})
     assert len(problems) == 2

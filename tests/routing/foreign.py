@@ -30,14 +30,20 @@ def rows(x: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
     return torch.stack([x[b].index_select(dim - 1, kept[b]) for b in range(len(x))])
 
 
+LOOPED: list[Tensor] = []
+"""What each block of the last explicit loop returned."""
+
+
 def walk(blocks: nn.Module, x: Tensor, call: Callable[..., Tensor], span: tuple[int, int], kept: Tensor) -> Tensor:
     """``call(block, tokens, kept or None)`` for each block, with the route from span[0] to span[1]."""
     full = x
+    LOOPED.clear()
     for index in range(len(blocks)):
         on = span[0] <= index <= span[1]
         if index == span[0]:
             full, x = x, rows(x, kept)
         x = call(blocks[index], x, kept if on else None)
+        LOOPED.append(x)
         if index == span[1]:
             processed, x = x, full.clone()
             for b in range(len(x)):

@@ -82,6 +82,91 @@ def test_tables_of_any_layout_follow_their_tokens():
         assert type(seen) is tuple and all(torch.equal(a, b[places]) for a, b in zip(seen, table, strict=True))
 
 
+def test_entries_of_other_tokens_behind_and_tables_without_the_first_tokens():
+    kept = torch.tensor([[0, 3, 9], [0, 2, 15]])
+    both = torch.arange(2)[:, None]
+    mask, text = torch.randn(2, N + 5), torch.randn(2, 5, 7)
+    places = torch.cat([kept, torch.arange(N, N + 5).expand(2, -1)], dim=1)
+    for before in ('text', 5):
+        seen = looked_up({'token_arguments': {'mask': {'dims': 1, 'before': before}}}, kept, mask=mask, text=text)[1]
+        assert torch.equal(seen, mask[both, places])
+    inner = torch.randn(2, 2 + N + 5)
+    places = torch.cat([torch.arange(2).expand(2, -1), 2 + places], dim=1)
+    settings = {'token_arguments': {'mask': {'dims': -1, 'after': 2, 'before': 'text'}}}
+    assert torch.equal(looked_up(settings, kept, mask=inner, text=text)[1], inner[both, places])
+    short = torch.randn(2, N - 1, 6)  # no row for the class token
+    settings = {'token_arguments': {'mask': {'dims': 1, 'without_first': 1}}, 'always_keep': 1}
+    assert torch.equal(looked_up(settings, kept, mask=short)[1], short[both, kept[:, 1:] - 1])
+
+
+def test_members_of_tuples_and_dicts():
+    kept = torch.tensor([[0, 3, 9], [1, 2, 15]])
+    both = torch.arange(2)[:, None]
+    image, text = torch.randn(2, N, 6), torch.randn(2, 5, 6)
+    for members, value in (([0], (image, text, None)), ([-1], None)):
+        settings = {'token_arguments': {'pair': {'dims': 1, 'members': members}}}
+        if value is None:
+            with pytest.raises(RoutingError, match=r"'pair': members \['-1'\] are not in a tuple"):
+                looked_up(settings, kept, pair=(image, text))
+            continue
+        seen = looked_up(settings, kept, pair=value)[0]
+        assert torch.equal(seen[0], image[both, kept]) and seen[1] is text and seen[2] is None
+    seen = looked_up({'token_arguments': ['pair']}, kept, pair=[image, None])[0]
+    assert type(seen) is list and torch.equal(seen[0], image[both, kept]) and seen[1] is None
+    tables = {'image': image, 'text': text}
+    seen = looked_up({'token_arguments': {'pair': {'dims': 1, 'members': ['image']}}}, kept, pair=tables)[0]
+    assert torch.equal(seen['image'], image[both, kept]) and seen['text'] is text
+    assert torch.equal(tables['image'], image)  # the model's own
+    with pytest.raises(RoutingError, match=r'got a tensor of shape \(2, 5, 6\) \(member 1; where not all follow, name'):
+        looked_up({'token_arguments': ['pair']}, kept, pair=(image, text))
+    with pytest.raises(RoutingError, match=r"'pair': a tensor of shape .* has no members"):
+        looked_up({'token_arguments': {'pair': {'dims': 1, 'members': [0]}}}, kept, pair=image)
+
+
+def test_tokens_at_both_ends_never_skip():
+    x_BND, model = torch.randn(50, N, 3), AddOne(6)
+    routing = apply_tread(model, Route(1, 4, 0.75), always_keep=[3, 2])
+    change = (model.train()(x_BND) - x_BND).round()[..., 0]
+    assert (change[:, :3] == 6).all() and (change[:, -2:] == 6).all()
+    assert (change[:, 3:-2] == 6).sum(dim=1).eq(11 - 8).all() and routing.always_keep == (3, 2)
+    counts = (change[:, 3:-2] == 6).sum(dim=0)
+    assert (counts > 0).all()  # each of the others stays sometimes
+
+
+class Growing(nn.Module):
+    """A second list whose sequence has text in front of the tokens of the first, and more behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = AddOne(3).blocks, Tables().blocks
+
+    def forward(self, x, mask):
+        for block in self.a:
+            x = block(x)
+        x = torch.cat([torch.zeros(len(x), 4, 3), x, torch.zeros(len(x), 2, 3)], dim=1)
+        for block in self.b:
+            x = block(x, mask=mask)
+        return x[:, 4:-2]
+
+
+@pytest.mark.parametrize('armed', [True, False])
+def test_lists_with_settings_of_their_own_keep_the_same_tokens_on_one_route(armed):
+    model, x = Growing().train(), torch.randn(2, N, 3)
+    own = {'a': None, 'b': {'always_keep': [4, 2], 'token_arguments': {'mask': 1}}}
+    routing = apply_tread(model, Route(1, 4, 0.5), blocks=own, shared=True)
+    kept, mask = sample_kept(1, N, 0.5), torch.randn(2, N + 6)
+    asked = []
+    if armed:
+        routing.arm([kept], num_tokens=N)
+    else:  # the sampler too is asked in the layout of the first list
+        routing.arm(sampler=lambda route, batch, num_tokens: asked.append(num_tokens) or kept)
+    change = (model(x, mask) - x).round()[0, :, 0]
+    assert change.tolist() == [6.0 if index in kept[0] else 2.0 for index in range(N)]
+    places = torch.cat([torch.arange(4), kept[0] + 4, torch.arange(2) + N + 4])
+    assert torch.equal(model.b[0].seen[1], mask[:, places])
+    assert asked == ([] if armed else [N, N])
+
+
 def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
     two = torch.tensor([[0, 3], [1, 2]])
     with pytest.raises(ValueError, match=r"'pair' counts tokens in dimension 0.*shared=True"):
@@ -108,6 +193,24 @@ def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
         ({'token_arguments': {'pair': {'dim': 1}}}, r"'pair': \{'dim': 1\} is not understood"),
         ({'token_arguments': {'pair': {'dims': 1, 'after': 'prompt'}}}, "'pair': after: .* no argument 'prompt'"),
         ({'token_arguments': {'pair': {'dims': 1, 'after': -1}}}, 'after: -1 is neither a count nor'),
+        ({'token_arguments': {'pair': {'dims': 1, 'before': True}}}, 'before: True is neither a count nor'),
+        (
+            {'token_arguments': {'pair': {'dims': 1, 'without_first': -1}}},
+            'without_first: -1 is not a number of tokens',
+        ),
+        (
+            {'token_arguments': {'pair': {'dims': 1, 'without_first': 2}}, 'always_keep': 1},
+            "'pair' has no entry for the first 2 tokens, so these must never skip: always_keep=2",
+        ),
+        ({'token_arguments': {'pair': {'dims': 1, 'members': []}}}, r"'pair': members: \[\] is no list of places"),
+        ({'token_arguments': {'pair': {'dims': 1, 'members': 'cos'}}}, "'pair': members: 'cos' is no list of places"),
+        ({'always_keep': [1, 2, 3]}, r'always_keep: \[1, 2, 3\] is not a number of tokens; give 0 or more, or \['),
+        ({'always_keep': [1, -2]}, r'always_keep: \[1, -2\] is not a number of tokens'),
+        (
+            {'blocks': {'blocks': {'rate': 0.5}}},
+            r"blocks: 'blocks': \{'rate': 0.5\} is not understood; settings of one",
+        ),
+        ({'blocks': {'blocks': 3}}, "blocks: 'blocks': 3 is not understood"),
         ({'tokens_out': -1}, 'tokens_out: -1 is no position in a tuple; count from 0'),
         ({'tokens_out': True}, 'tokens_out: True is no position'),
         ({'tokens_out': 'hidden'}, "tokens_out: 'hidden' is no position"),
@@ -164,7 +267,7 @@ def test_what_the_model_declares_is_the_default_and_what_is_said_counts_more():
         assert model['inner'].blocks[1].seen[1].shape[-1] == seen
     foreign = Declaring()
     foreign.token_arguments = lambda text: text.split()  # something else of that name
-    assert apply_tread(foreign, Route(1, 1, 0.5)).token_arguments == ()
+    assert apply_tread(foreign, Route(1, 1, 0.5)).settings.lists[0].token_arguments == ()
     foreign = Declaring()
     foreign.token_arguments = ['rope']
     with pytest.raises(ValueError, match=r"token_arguments: Block\.forward has no argument 'rope'"):
@@ -205,17 +308,25 @@ def test_several_lists_count_as_one_and_a_route_may_cross_their_border(spans):
     assert torch.equal(twin(x), expected)
 
 
+class Halting(TwoLists):
+    """Indexes the blocks of its first list, and runs the second only if asked."""
+
+    def forward(self, x, second=True):
+        for index in range(3):
+            x = self.a[index](x)
+        for block in self.b if second else ():
+            x = block(x)
+        return x
+
+
 def test_a_list_that_is_passed_by_is_named():
-    model = TwoLists().train()
+    model = Halting().train()
     routing = apply_tread(model, Route(1, 5, 0.5), blocks=['a', 'b'])
-    x = torch.zeros(2, N, 3)
-    for index in range(3):
-        x = model.a[index](x)
+    model(torch.zeros(2, N, 3), second=False)
     assert not routing.used and routing.unused_paths == ['a', 'b']
-    for block in model.b:
-        x = block(x)
+    model(torch.zeros(2, N, 3))
     assert not routing.used and routing.unused_paths == ['a']
-    model(x)
+    TwoLists.forward(model, torch.zeros(2, N, 3))
     assert routing.used and routing.unused_paths == []
 
 

@@ -305,7 +305,7 @@ def test_rotary_tables_follow_their_tokens():
 
     forgetful = Loop('plain', rope=True).train()
     apply_tread(forgetful, Route(1, 4, 0.5))
-    with pytest.raises(RuntimeError, match=r"failed on 8 of 16 tokens.*\n.*'argument 1'"):  # the table is longer
+    with pytest.raises(RuntimeError, match=r"failed on 8 of 16 tokens.*\n.*'rope'"):  # the table is longer
         forgetful(x)
 
 

@@ -77,4 +77,4 @@ def test_the_routing_of_a_model_is_found():
     routing = apply_tread(model)
     assert routing_of(model) is routing
     assert routing_of(nn.Sequential(model)) is routing
-    assert routing_of(nn.Sequential(model.blocks[:2])) is None  # a slice has no routing
+    assert routing_of(nn.Sequential(model.blocks[:2])) is routing  # a slice keeps it

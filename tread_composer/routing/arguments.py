@@ -22,14 +22,17 @@ __all__ = [
     'bare',
     'find_argument',
     'kind',
+    'output_tokens',
     'parse_token_arguments',
 ]
 
 TokenArguments = Sequence[str] | Mapping[str, Any]
 """Names of arguments ``[B, N, ...]``, or a mapping from names to the dimensions that count tokens.
 
-``{'mask': -1}``, ``{'mask': [-2, -1]}``, or ``{'rope': {'dims': 0, 'after': 'text'}}`` where the entries of other
-tokens come first: as many as the argument ``text`` has tokens (``[B, M, ...]``), or a number.
+``{'mask': -1}``, ``{'mask': [-2, -1]}``, or with options: ``{'rope': {'dims': 0, 'after': 'text'}}`` where the entries
+of other tokens come first, as many as the argument ``text`` has tokens (``[B, M, ...]``), or a number; ``'before'``
+where they come last; ``'without_first': 1`` where the class token has no entry; ``'members': [0]`` where one member of
+a tuple follows, or keys of a dict.
 """
 
 
@@ -58,17 +61,28 @@ class Argument(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenArgument:
-    """An argument with one entry for each token: a tensor, or a tuple or list of tensors that are treated alike.
+    """An argument with one entry for each token: a tensor, or a tuple, list or dict of tensors that are treated alike.
 
     Args:
-        argument: Which one.
+        argument: Which argument of the block.
         dims: The dimensions that count tokens. If dimension 0 is one, the tensor has none for the samples.
         after: What precedes the tokens' entries: so many entries, or one for each token of another argument.
+        before: What follows the tokens' entries, likewise.
+        without_first: So many leading tokens have no entry: a rotary table without the class token's row.
+        members: Places in a tuple, or keys of a dict, that follow; all of them if None. None inside stays None.
     """
 
     argument: Argument
     dims: tuple[int, ...] = (1,)
     after: int | Argument = 0
+    before: int | Argument = 0
+    without_first: int = 0
+    members: tuple[int | str, ...] | None = None
+
+    def __str__(self) -> str:
+        after, before = (one.name if isinstance(one, Argument) else one for one in (self.after, self.before))
+        extra = {'after': after, 'before': before, 'without_first': self.without_first, 'members': self.members}
+        return f'{self.argument.name}: { ({"dims": self.dims} | {name: one for name, one in extra.items() if one}) }'
 
     def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, int], kept: Tensor) -> Any:
         """The argument's value for the kept tokens; None if the call does not have it.
@@ -83,45 +97,76 @@ class TokenArgument:
             RoutingError: The argument's shape is not what was said of it.
         """
         value = self.argument.given(args, kwargs)
-        return None if value is None else self._taken(value, shape, self._leading(args, kwargs), kept)
+        if value is None:
+            return None
+        around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
+        return self._members(value, shape, around, kept)
 
-    def _leading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        if isinstance(self.after, int):
-            return self.after
-        other = self.after.given(args, kwargs)
-        if not isinstance(other, Tensor) or other.dim() < 2:
+    def _count(self, neighbour: int | Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        if isinstance(neighbour, int):
+            return neighbour
+        value = neighbour.given(args, kwargs)
+        if not isinstance(value, Tensor) or value.dim() < 2:
             raise RoutingError(
-                f'token argument {self.argument.name!r}: its entries come after those of {self.after.name!r}, which '
-                f'should be a tensor [B, M, ...]; the block got {kind(other)}'
+                f'token argument {self.argument.name!r}: its entries stand beside those of {neighbour.name!r}, which '
+                f'should be a tensor [B, M, ...]; the block got {kind(value)}'
             )
-        return other.shape[1]
+        return value.shape[1]
 
-    def _taken(self, value: Any, shape: tuple[int, int], leading: int, kept: Tensor) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(self._taken(one, shape, leading, kept) for one in value)
+    def _members(self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor) -> Any:
+        """The value, or those of its members that follow, for the kept tokens."""
+        if type(value) not in (tuple, list, dict):
+            if self.members is not None:
+                raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
+            return self._taken(value, shape, around, kept)
+        items = list(value.items()) if type(value) is dict else list(enumerate(value))
+        missing = set(self.members or ()) - {key for key, _ in items}
+        if missing:
+            raise RoutingError(
+                f'token argument {self.argument.name!r}: members {sorted(map(str, missing))} are not in {kind(value)}'
+            )
+        taken = {
+            key: member
+            if member is None or (self.members is not None and key not in self.members)
+            else self._taken(
+                member, shape, around, kept, f' (member {key!r}; where not all follow, name those that do: members)'
+            )
+            for key, member in items
+        }
+        if isinstance(value, dict):
+            return taken
+        return tuple(taken.values()) if isinstance(value, tuple) else list(taken.values())
+
+    def _taken(
+        self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor, member: str = ''
+    ) -> Tensor:
         if not isinstance(value, Tensor):
-            raise self._mismatch(value, shape, leading)
+            raise self._mismatch(value, shape, around, member)
         dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
-        length = shape[1] + leading
+        length = shape[1] + sum(around) - self.without_first
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
-            raise self._mismatch(value, shape, leading)
+            raise self._mismatch(value, shape, around, member)
         if 0 in dims and kept.shape[0] != 1:
             raise RoutingError(
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
         if 0 not in dims and value.shape[0] not in (1, shape[0]):
-            raise self._mismatch(value, shape, leading)
+            raise self._mismatch(value, shape, around, member)
+        if self.without_first:
+            kept = kept[:, self.without_first :] - self.without_first
         for dim in dims:
-            value = take_along(value, kept, dim, leading)
+            value = take_along(value, kept, dim, *around)
         return value
 
-    def _mismatch(self, value: Any, shape: tuple[int, int], leading: int) -> RoutingError:
+    def _mismatch(self, value: Any, shape: tuple[int, int], around: tuple[int, int], member: str) -> RoutingError:
         name, (batch, tokens) = self.argument.name, shape
-        said = f'a tensor of {batch} samples x {tokens} tokens'
-        if self.dims != (1,) or leading:
-            before = f' after {leading} others' if leading else ''
-            said = f'a tensor with {tokens} tokens{before} in dimension {" and ".join(map(str, self.dims))}'
+        expected = f'a tensor of {batch} samples x {tokens} tokens'
+        if self.dims != (1,) or any(around) or self.without_first:
+            beside = f' after {around[0]} others' if around[0] else ''
+            beside += f' before {around[1]} others' if around[1] else ''
+            count = tokens - self.without_first
+            expected = f'a tensor with {count} tokens{beside} in dimension {" and ".join(map(str, self.dims))}'
         remedy = ''
         if self.dims == (1,) and isinstance(value, Tensor) and value.dim() > 0:
             at = [dim - value.dim() if dim > 1 else dim for dim, size in enumerate(value.shape) if size == tokens]
@@ -129,8 +174,8 @@ class TokenArgument:
                 shared = ', shared=True' if 0 in at else ''
                 remedy = f'. Is it dimension {at} that counts tokens? Say token_arguments={{{name!r}: {at}}}{shared}'
         return RoutingError(
-            f'token argument {name!r}: expected {said}, the block got {kind(value)}; it cannot follow the kept '
-            f'tokens{remedy}'
+            f'token argument {name!r}: expected {expected}, the block got {kind(value)}{member}; it cannot follow the '
+            f'kept tokens{remedy}'
         )
 
 
@@ -143,35 +188,52 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     if isinstance(settings, str):
         raise ValueError(f'token_arguments: {settings!r} is one name; write a list, [{settings!r}]')
     mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)
-    found = []
-    for name, how in mapping.items():
-        argument = find_argument(block, name, 'token_arguments')
-        dims, after = _dims_and_after(name, how, block)
-        if 0 in dims and not shared:
+    parsed = []
+    for name, written in mapping.items():
+        one = _parse(name, written, block)
+        if 0 in one.dims and not shared:
             raise ValueError(
                 f'token_arguments: {name!r} counts tokens in dimension 0, so it has none for the samples and cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
-        found.append(TokenArgument(argument, dims, after))
-    return tuple(found)
+        parsed.append(one)
+    return tuple(parsed)
 
 
-def _dims_and_after(name: str, how: Any, block: nn.Module) -> tuple[tuple[int, ...], int | Argument]:
-    form = "write the dimension(s) that count tokens, for example -1 or [-2, -1], or {'dims': 0, 'after': 'text'}"
-    after: Any = 0
-    if isinstance(how, Mapping):
-        if set(how) - {'dims', 'after'} or 'dims' not in how:
-            raise ValueError(f'token_arguments: {name!r}: {dict(how)!r} is not understood; {form}')
-        how, after = how['dims'], how.get('after', 0)
-    dims = (how,) if isinstance(how, int) else how
+_FORM = (
+    "write the dimension(s) that count tokens, for example -1 or [-2, -1], or {'dims': 0, 'after': 'text'} with any of "
+    "'after', 'before', 'without_first', 'members'"
+)
+
+
+def _parse(name: str, written: Any, block: nn.Module) -> TokenArgument:
+    """One entry of the setting."""
+    argument = find_argument(block, name, 'token_arguments')
+    options = dict(written) if isinstance(written, Mapping) else {'dims': written}
+    if 'dims' not in options or set(options) - {'dims', 'after', 'before', 'without_first', 'members'}:
+        raise ValueError(f'token_arguments: {name!r}: {options!r} is not understood; {_FORM}')
+    dims = options['dims']
+    dims = (dims,) if isinstance(dims, int) else dims
     whole = isinstance(dims, Sequence) and not isinstance(dims, str)
     if not (whole and dims and all(type(dim) is int for dim in dims) and len(set(dims)) == len(dims)):
-        raise ValueError(f'token_arguments: {name!r}: {how!r} names no dimensions; {form}')
-    if isinstance(after, str):
-        after = find_argument(block, after, f'token_arguments: {name!r}: after')
-    elif type(after) is not int or after < 0:
-        raise ValueError(f"token_arguments: {name!r}: after: {after!r} is neither a count nor an argument's name")
-    return tuple(dims), after
+        raise ValueError(f'token_arguments: {name!r}: {options["dims"]!r} names no dimensions; {_FORM}')
+    beside: dict[str, int | Argument] = {}
+    for side in ('after', 'before'):
+        neighbour = options.get(side, 0)
+        if isinstance(neighbour, str):
+            neighbour = find_argument(block, neighbour, f'token_arguments: {name!r}: {side}')
+        elif type(neighbour) is not int or neighbour < 0:
+            raise ValueError(
+                f"token_arguments: {name!r}: {side}: {neighbour!r} is neither a count nor an argument's name"
+            )
+        beside[side] = neighbour
+    without, members = options.get('without_first', 0), options.get('members')
+    if type(without) is not int or without < 0:
+        raise ValueError(f'token_arguments: {name!r}: without_first: {without!r} is not a number of tokens')
+    if members is not None and (not isinstance(members, (list, tuple)) or not members):
+        raise ValueError(f'token_arguments: {name!r}: members: {members!r} is no list of places or keys')
+    members = None if members is None else tuple(members)
+    return TokenArgument(argument, tuple(dims), **beside, without_first=without, members=members)
 
 
 def find_argument(block: nn.Module, name: str | None, setting: str) -> Argument:
@@ -194,6 +256,24 @@ def bare(block: nn.Module) -> nn.Module:
     for wrapper in ('_checkpoint_wrapped_module', '_orig_mod', '_fsdp_wrapped_module'):
         block = getattr(block, wrapper, block)
     return block
+
+
+def output_tokens(out: Any, position: int | None) -> Tensor:
+    """The tokens in a block's output: the output itself, or the tensor at ``position`` of a tuple.
+
+    Raises:
+        RoutingError: It is no tensor, and the position is not given or outside of the tuple.
+    """
+    if isinstance(out, Tensor):
+        return out
+    if not isinstance(out, tuple) or position is None:
+        raise RoutingError(
+            f'the blocks return {kind(out)}: say where the tokens are, for example tokens_out=0 '
+            '(their position in the tuple)'
+        )
+    if position >= len(out):
+        raise RoutingError(f'tokens_out: {position} is outside of the tuple of {len(out)} that the blocks return')
+    return out[position]
 
 
 def kind(value: Any) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from tread_composer.routing.arguments import RoutingError, kind
 
@@ -24,7 +23,8 @@ __all__ = [
     'Verdict',
     'copied',
     'explained',
-    'inside_reentrant',
+    'explained_behind',
+    'hooks_of_users',
     'probe',
     'undisturbed',
 ]
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
     conclusive: bool
 
 
-def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fixed: int) -> Verdict:
+def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fixed: tuple[int, int]) -> Verdict:
     """Compare a block with itself on the same tokens in another order, and with one sample changed.
 
     Args:
@@ -49,13 +49,13 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
             as they are, and with the first sample's contents changed if asked; None if there was no memory for that.
             Without trace: see ``undisturbed``.
         x_BKD: The block's kept tokens.
-        fixed: So many first tokens keep their places.
+        fixed: Number of leading and of trailing tokens that keep their places.
     """
     batch_size, num_kept = x_BKD.shape[:2]
     out = run(None, False)
     if out is not None and (out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point()):
         return Verdict(f'it returns {kind(out)} for {batch_size} samples x {num_kept} tokens', True)
-    order = _another_order(num_kept, fixed).to(x_BKD.device)
+    order = _another_order(num_kept, *fixed).to(x_BKD.device)
     # Always all three calls: what follows from values, or from memory, may differ between ranks.
     moved, changed = run(order, False), run(None, True)
     if out is None or moved is None or changed is None:
@@ -64,7 +64,7 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
     out, moved, changed = out.float(), moved.float(), changed.float()
     scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
     tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
-    if num_kept - fixed < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
+    if num_kept - sum(fixed) < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
         return Verdict(None, False)
     if (moved - out[:, order]).abs().max().item() > tolerance:
         return Verdict(_BY_POSITION, True)
@@ -84,12 +84,13 @@ _ACROSS_SAMPLES = (
 )
 
 
-def _another_order(num_kept: int, fixed: int) -> Tensor:
-    """A permutation of the tokens behind the fixed ones, always the same, that is not the identity."""
-    moved = torch.randperm(num_kept - fixed, generator=torch.Generator().manual_seed(0))
+def _another_order(num_kept: int, leading: int, trailing: int) -> Tensor:
+    """A permutation of the tokens between the fixed ones, always the same, that is not the identity."""
+    moved = torch.randperm(num_kept - leading - trailing, generator=torch.Generator().manual_seed(0))
     if torch.equal(moved, torch.arange(len(moved))):
         moved = moved.flip(0)
-    return torch.cat([torch.arange(fixed), moved + fixed])
+    every = torch.arange(num_kept)
+    return torch.cat([every[:leading], moved + leading, every[num_kept - trailing :]])
 
 
 def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
@@ -144,9 +145,18 @@ def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
+_HOMES = 'torch.', 'composer.distributed.'
+
+
 def _of_torch(hooks: Any) -> Any:
-    homes = 'torch.', 'composer.distributed.'
-    return type(hooks)((key, hook) for key, hook in hooks.items() if f'{_home(hook)}.'.startswith(homes))
+    return type(hooks)((key, hook) for key, hook in hooks.items() if f'{_home(hook)}.'.startswith(_HOMES))
+
+
+def hooks_of_users(block: nn.Module) -> list[str]:
+    """Names of the forward hooks on a block that are neither torch's nor those of Composer's ranks."""
+    hooks = [*block._forward_pre_hooks.values(), *block._forward_hooks.values()]
+    users = [hook for hook in hooks if not f'{_home(hook)}.'.startswith(_HOMES)]
+    return sorted({f'{_home(hook)}.{getattr(hook, "__qualname__", type(hook).__qualname__)}' for hook in users})
 
 
 def _home(hook: Any) -> str:
@@ -180,7 +190,37 @@ def explained(error: Exception, where: str, counts: tuple[int, int], values: Seq
         f'{where} failed on {counts[0]} of {counts[1]} tokens: {error}\n'
         f'An argument with one entry per token must be named in token_arguments.{hint} If there is none, and the block '
         'runs on all tokens, its work depends on their number or their grid (windows, a reshape to height x width, a '
-        'position table of fixed size), and it cannot be routed; leave such blocks out of the route'
+        'position table of fixed size), or it receives tokens of a block before the route (a long skip connection, '
+        'residuals of a ControlNet), and it cannot be routed; leave such blocks out of the route'
+    )
+
+
+def explained_behind(
+    error: Exception, where: str, counts: Sequence[tuple[int, int]], values: Sequence[tuple[str, Any]]
+) -> Exception:
+    """The error of a block behind a route, which runs on all tokens, where an argument still has the kept ones only.
+
+    Args:
+        error: What the block raised.
+        where: The block, in words.
+        counts: Kept tokens and all tokens of each route that was passed.
+        values: The call's arguments with their names.
+    """
+    if 'out of memory' in str(error) or isinstance(error, RoutingError):
+        return error
+    short = {
+        f'{name!r} ({kind(value)})': None
+        for kept, whole in counts
+        for name, value in values
+        if kept != whole and _has_length(value, kept) and not _has_length(value, whole)
+    }
+    if not short:
+        return error
+    return RoutingError(
+        f'{where}, behind the route, failed on all tokens: {error}\n'
+        f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there. Let '
+        'the route hold both ends of such a connection or neither: where block i hands something to block depth - 1 '
+        '- i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
     )
 
 
@@ -188,13 +228,3 @@ def _has_length(value: Any, length: int) -> bool:
     if type(value) in (tuple, list):
         return any(_has_length(one, length) for one in value)
     return isinstance(value, Tensor) and length in value.shape
-
-
-def inside_reentrant() -> bool:
-    """Whether the present call is made by torch's reentrant checkpointing."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False

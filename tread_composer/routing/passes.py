@@ -1,65 +1,71 @@
-"""One forward pass along one route: what a routed block list yields in place of the blocks of a route.
+"""One forward pass along one route: the full sequence that waits, the kept ids, and how a call is reduced to them.
 
-Shapes: B samples, N tokens, K kept tokens, D width.
+A pass is given its settings and where its ids come from; it knows nothing of whoever armed them. Shapes: B samples, N
+tokens, K kept tokens, D width.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tread_composer.routing.arguments import RoutingError, kind
-from tread_composer.routing.checks import (
-    PROBED_FORWARDS,
-    copied,
-    explained,
-    inside_reentrant,
-    probe,
-    undisturbed,
-)
+from tread_composer.routing.arguments import RoutingError, kind, output_tokens
+from tread_composer.routing.checks import PROBED_FORWARDS
+from tread_composer.routing.probe import Call, Probe
+from tread_composer.routing.settings import ListSettings
 from tread_composer.routing.tokens import put_back, take_kept
 
-if TYPE_CHECKING:
-    from tread_composer.routing.routing import Routing
-
-__all__ = ['Pass', 'Segment', 'in_float32']
+__all__ = ['Pass', 'Record']
 
 
 @dataclasses.dataclass(eq=False)
-class Segment:
-    """The part of a route that lies in one block list, both ends inclusive and counted within that list.
+class Record:
+    """What forward passes along one segment have shown so far.
 
     Args:
-        path: Of the list, for messages.
-        route: Which route.
-        start: First block.
-        end: Last block.
-        used: Whether a forward pass has been along it. Written only: a counter would recompile the graph each time.
+        used: Whether there was one. Written only: a counter would recompile the graph each time.
         forwards: How many training forwards were not compiled.
         conclusive: Whether a probe could tell that all its blocks are sound; None before there was one.
     """
 
-    path: str
-    route: int
-    start: int
-    end: int
     used: bool = False
     forwards: int = 0
     conclusive: bool | None = None
 
 
 class Pass:
-    """One pass along a segment: holds the full sequence and the kept ids between its first and its last block."""
+    """One pass along a segment: holds the full sequence and the kept ids between its first and its last block.
 
-    def __init__(self, routing: 'Routing', segment: Segment, *, training: bool) -> None:
-        self.routing, self.segment = routing, segment
+    Args:
+        settings: How the blocks of the list take their tokens.
+        span: First and last of its blocks on the route.
+        record: What passes here have shown; written.
+        ids: ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass.
+        training: Whether the list is in training mode.
+        probed: Whether blocks may be tried (see ``checks``).
+    """
+
+    def __init__(
+        self,
+        settings: ListSettings,
+        span: tuple[int, int],
+        record: Record,
+        ids: Callable[[Tensor], Tensor],
+        *,
+        training: bool,
+        probed: bool,
+    ) -> None:
+        self.settings, self.record, self.ids_of = settings, record, ids
+        self.start, self.end = span
         self.kept: Tensor | None = None
         # What only an eager forward can do, and only training needs.
         self.watched = training and not torch.compiler.is_compiling()
         self.with_grad = torch.is_grad_enabled()
-        self.probing, self.conclusive = False, True
+        self.probed = probed
+        self.probe: Probe | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -67,19 +73,26 @@ class Pass:
         assert self.kept is not None
         return self.kept
 
-    def around(self, block: nn.Module, call: Callable[..., Any], index: int) -> Callable[..., Any]:
-        """What to yield for a block; ``call`` calls it."""
-        first, last = index == self.segment.start, index == self.segment.end
-        checked = self.watched and not self.routing.ordered and self.segment.forwards < max(PROBED_FORWARDS)
-        if not (first or last or self.routing.token_arguments or checked):
-            return call
-        return OnRoute(self, block, call, index)
+    @property
+    def counts(self) -> tuple[int, int]:
+        """K and N of this pass."""
+        return self.ids.shape[1], self.full.shape[1]
+
+    @property
+    def explains(self) -> bool:
+        """Whether blocks behind the route should explain their errors: in the first passes, before the model ran."""
+        return self.watched and self.record.forwards + 1 in PROBED_FORWARDS
+
+    def wraps(self, index: int) -> bool:
+        """Whether this block's call must be changed: an inner block without token arguments just runs."""
+        early = self.watched and self.record.forwards < max(PROBED_FORWARDS)  # to try it, and to explain its errors
+        return bool(index in (self.start, self.end) or self.settings.token_arguments or early)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
-        x = self.routing.tokens.given(args, kwargs)
+        x = self.settings.tokens.given(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3:
-            name, path = self.routing.tokens.name, self.segment.path
+            name, path = self.settings.tokens.name, self.settings.path
             raise RoutingError(
                 f'{path}: the argument {name!r} should hold tokens [B, N, D], the block got {kind(x)}. Of a grid '
                 '[B, H, W, D] no tokens can be taken out; another argument is named with tokens=...'
@@ -88,153 +101,67 @@ class Pass:
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
         # the routing may be armed for another batch.
         if self.kept is None:
-            self.kept = self.routing.kept_ids(self.segment.route, x)
+            self.kept = self.ids_of(x)
             if self.watched:
-                self.segment.forwards += 1
-                probed = self.segment.forwards in PROBED_FORWARDS and not self.routing.ordered
-                self.probing = probed and type(x) is Tensor and x.device.type != 'meta'
-        self.segment.used = True
+                self.record.forwards += 1
+                if self.probed and self.record.forwards in PROBED_FORWARDS:
+                    self._begin_probe(x)
+        self.record.used = True
+
+    def _begin_probe(self, x: Tensor) -> None:
+        if type(x) is Tensor and x.device.type != 'meta':
+            self.probe = Probe(self.settings, x, self.ids)
 
     def reduced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool, order: Tensor | None = None
-    ) -> Any:
+    ) -> Call:
         """The call's arguments for the kept tokens, in another order if one is given."""
-        original, kept, tokens = (args, kwargs), self.ids, self.routing.tokens
+        original, kept, tokens = (args, kwargs), self.ids, self.settings.tokens
         if order is not None:
             kept = kept[:, order]
         if first:
             args, kwargs = tokens.replaced(args, kwargs, take_kept(self.full, kept.expand(len(self.full), -1)))
         elif order is not None:
             args, kwargs = tokens.replaced(args, kwargs, tokens.given(args, kwargs)[:, order])
-        for one in self.routing.token_arguments:
+        for one in self.settings.token_arguments:
             value = one.kept(*original, (self.full.shape[0], self.full.shape[1]), kept)
             if value is not None:
                 args, kwargs = one.argument.replaced(args, kwargs, value)
+        if order is not None and self.probe is not None:
+            return self.probe.in_order(args, order), self.probe.in_order(kwargs, order)
         return args, kwargs
 
     def tokens_of(self, out: Any) -> Any:
         """The tokens in a block's output."""
-        position = self.routing.tokens_out
-        if isinstance(out, Tensor):
-            return out
-        if not isinstance(out, tuple) or position is None:
-            raise RoutingError(
-                f'the blocks return {kind(out)}: say where the tokens are, for example tokens_out=0 '
-                '(their position in the tuple)'
-            )
-        if position >= len(out):
-            raise RoutingError(f'tokens_out: {position} is outside of the tuple of {len(out)} that the blocks return')
-        return out[position]
+        return output_tokens(out, self.settings.tokens_out)
 
     def leave(self, out: Any) -> Any:
         """The last block's output with the kept tokens back in the full sequence."""
-        position = self.routing.tokens_out
-        restored = put_back(self.full, self.tokens_of(out), self.ids.expand(len(self.full), -1))
-        if self.probing:
-            self.probing, self.segment.conclusive = False, bool(self.segment.conclusive) or self.conclusive
+        position, x, kept = self.settings.tokens_out, self.tokens_of(out), self.ids.expand(len(self.full), -1)
+        if x.shape[1] != kept.shape[1]:  # costs nothing when compiled: shapes are known while tracing
+            raise RoutingError(
+                f'{self.settings.path}: {kept.shape[1]} tokens went onto the route and {x.shape[1]} came off it, so '
+                'their places are not known: a block, or the model between two blocks, adds or drops tokens. End the '
+                'route before that block'
+            )
+        restored = put_back(self.full, x, kept)
+        if self.probe is not None:
+            self._end_probe(self.probe, restored)
         if isinstance(out, Tensor):
             return restored
         assert position is not None
         return (*out[:position], restored, *out[position + 1 :])
 
-
-_OWN = ('routed_pass', 'block', 'call', 'index', 'first', 'last')
-
-
-class OnRoute:
-    """A block of a route, as the iteration yields it. Whatever is not a call is the block's own."""
-
-    def __init__(self, routed_pass: Pass, block: nn.Module, call: Callable[..., Any], index: int) -> None:
-        self.routed_pass, self.block, self.call, self.index = routed_pass, block, call, index
-        segment = routed_pass.segment
-        self.first, self.last = index == segment.start, index == segment.end
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = self.routed_pass
-        if self.first:
-            here.enter(args, kwargs)
-        reduced_args, reduced_kwargs = here.reduced(args, kwargs, first=self.first)
-        if here.watched:
-            out = self._watched(args, kwargs, reduced_args, reduced_kwargs)
-        else:
-            out = self.call(*reduced_args, **reduced_kwargs)
-        return here.leave(out) if self.last else out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.block, name, value)
-
-    def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
-        """The call, with a word of explanation where routing may be why it fails."""
-        here = self.routed_pass
-        where = f'block {self.index} of {here.segment.path!r}'
-        if here.with_grad and not torch.is_grad_enabled() and inside_reentrant():
-            raise RoutingError(
-                f'{where} is called inside of reentrant activation checkpointing of the model itself, which cannot go '
-                "with a route: its backward pass would run twice. Switch the model's own checkpointing off (or to "
-                "use_reentrant=False) and use Composer's: parallelism_config with activation_checkpointing, or "
-                "torch's checkpoint_wrapper around each block"
-            )
-        fault = None
-        try:
-            if here.probing:
-                fault = self._probed(args, kwargs)
-            out = None if fault else self.call(*reduced_args, **reduced_kwargs)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            told = explained(
-                error, where, (here.ids.shape[1], here.full.shape[1]), _named(reduced_args, reduced_kwargs)
-            )
-            if told is error:
-                raise
-            raise told from error
+    def _end_probe(self, probe: Probe, restored: Tensor) -> None:
+        fault, self.probe = probe.end(restored), None
+        self.record.conclusive = bool(self.record.conclusive) or probe.conclusive
         if fault:
-            raise RoutingError(f'{where} cannot be routed: {fault}')
-        return out
-
-    def _probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What speaks against routing this block, as far as trying shows it."""
-        here = self.routed_pass
-        tokens = here.routing.tokens
-
-        def run(order: Tensor | None, changed: bool) -> Tensor | None:
-            try:
-                return called(order, changed)
-            except torch.OutOfMemoryError:
-                return None  # the call that counts may have the memory that this one lacked
-
-        def called(order: Tensor | None, changed: bool) -> Tensor:
-            new_args, new_kwargs = here.reduced(copied(args), copied(kwargs), first=self.first, order=order)
-            if changed:
-                x = tokens.given(new_args, new_kwargs).clone()
-                x[0] = 1 - x[0]
-                new_args, new_kwargs = tokens.replaced(new_args, new_kwargs, x)
-            return here.tokens_of(self.call(*new_args, **new_kwargs))
-
-        with undisturbed(self.block, here.full.device):
-            x = tokens.given(*here.reduced(args, kwargs, first=self.first))
-            fault, conclusive = probe(run, x, here.routing.always_keep)
-        here.conclusive = here.conclusive and conclusive
-        return fault
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [*((f'argument {index}', value) for index, value in enumerate(args)), *kwargs.items()]
-
-
-def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:
-    """The block without autocast and with float32 inputs, as the paper's code runs the one behind a route."""
-
-    def widen(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
-        with torch.autocast(device.type, enabled=False):
-            return block(*(widen(a) for a in args), **{name: widen(a) for name, a in kwargs.items()})
-
-    return call
+            raise RoutingError(f'{self.settings.path}: the route cannot be vouched for: {fault}')
+        if probe.hooks and self.record.forwards == 1:
+            kept, whole = self.counts
+            hooks = '; '.join(f'{name} on {len(blocks)} of them' for name, blocks in probe.hooks.items())
+            warnings.warn(
+                f'{self.settings.path}: blocks of the route have hooks, which see {kept} of {whole} tokens ({hooks}). '
+                'tap_blocks hands out what a block returned together with the ids of the kept tokens',
+                stacklevel=2,
+            )

@@ -5,7 +5,7 @@ import itertools
 import numbers
 from collections.abc import Sequence
 
-from tread_composer.routing.tokens import count_kept
+from tread_composer.routing.tokens import AlwaysKeep, count_kept
 
 __all__ = ['Route', 'check_routes']
 
@@ -58,10 +58,10 @@ class Route:
             )
         return start, end
 
-    def num_kept(self, num_tokens: int, always_keep: int = 0) -> int:
+    def num_kept(self, num_tokens: int, always_keep: AlwaysKeep = 0) -> int:
         """Tokens that stay on the blocks, out of ``num_tokens``: ``N - int(N * selection_rate)``.
 
-        With ``always_keep`` first positions that never skip, N counts the others, and those are added.
+        With ``always_keep`` tokens that never skip, N counts the others, and those are added.
         """
         return count_kept(num_tokens, self.selection_rate, always_keep)
 

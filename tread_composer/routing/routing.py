@@ -1,18 +1,19 @@
-"""``Routing``: what a routed block list reads, and the handle of whoever routes a model.
+"""``Routing``: what a routed block list is armed with, and the handle of whoever routes a model.
 
 Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from tread_composer.routing.arguments import Argument, TokenArgument
-from tread_composer.routing.passes import Pass, Segment, in_float32
-from tread_composer.routing.route import Route
-from tread_composer.routing.tokens import sample_kept
+from tread_composer.routing.passes import Pass, Record
+from tread_composer.routing.settings import RoutingSettings
+from tread_composer.routing.tokens import AlwaysKeep, sample_kept
 
 __all__ = ['KeptSampler', 'Routing']
 
@@ -20,79 +21,47 @@ KeptSampler = Callable[[int, int, int], Tensor]
 
 
 class Routing:
-    """What routed block lists read: their settings, and the tokens kept in the present forward pass.
+    """What a routed model is armed with: which tokens are kept in the present forward pass.
 
-    ``apply_tread`` makes it. Without further ado each training forward draws its own routes from the global
-    generator. To decide yourself, call ``arm`` before the forward pass; to train densely, call ``disarm``.
+    ``apply_tread`` makes it. By default each training forward draws its own routes from the global generator. To
+    decide yourself, call ``arm`` before the forward pass; to train densely, call ``disarm``.
 
     Args:
-        paths: The block lists, in the order in which the model runs them; their blocks are counted through.
-        depths: How many blocks each has.
-        routes: Disjoint routes in order of depth.
-        spans: Their first and last blocks.
-        tokens: The block's argument that carries the tokens.
-        tokens_out: Position of the tokens in a block's tuple output, counted from 0; None where the output is a tensor.
-        token_arguments: Further block arguments with one entry per token.
-        always_keep: So many first tokens never skip.
-        shared: All samples have the same route, and ids are ``[1, K]``; ``[B, K]`` is fine as long as no argument
-            lacks a dimension for the samples.
-        ordered: The blocks need ascending tokens; they are not probed.
-        float32_after: Run the one block behind each route without autocast, in float32.
+        settings: What was asked for; it does not change.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        depths: Sequence[int],
-        routes: Sequence[Route],
-        spans: Sequence[tuple[int, int]],
-        tokens: Argument,
-        tokens_out: int | None,
-        token_arguments: Sequence[TokenArgument],
-        *,
-        always_keep: int = 0,
-        shared: bool = False,
-        ordered: bool = False,
-        float32_after: bool = False,
-    ) -> None:
-        self.paths, self.routes, self.spans = tuple(paths), tuple(routes), tuple(spans)
-        self.tokens, self.tokens_out, self.token_arguments = tokens, tokens_out, tuple(token_arguments)
-        self.always_keep, self.shared, self.ordered, self.float32_after = always_keep, shared, ordered, float32_after
+    def __init__(self, settings: RoutingSettings) -> None:
+        self.settings = settings
+        # Copied once: what a compiled forward reads are plain attributes.
+        self.routes, self.spans, self.paths = settings.routes, settings.spans, settings.paths
+        self.shared, self.offsets = settings.shared, settings.offsets
+        leading, trailing = settings.lists[0].always_keep
+        self.always_keep: AlwaysKeep = (leading, trailing) if trailing else leading
+        self.segments = tuple(tuple((segment, Record()) for segment in part) for part in settings.segments())
         self.kept: tuple[Tensor, ...] | None = None
         self.num_tokens: int | None = None
         self.sampler: KeptSampler | None = self.sample
         self.in_evaluation = False
-        self.offsets = tuple(sum(depths[:number]) for number in range(len(depths)))
-        self.segments = tuple(
-            tuple(
-                Segment(path, route, max(start - offset, 0), min(end - offset, depth - 1))
-                for route, (start, end) in enumerate(self.spans)
-                if start < offset + depth and end >= offset
-            )
-            for path, depth, offset in zip(self.paths, depths, self.offsets, strict=True)
-        )
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """All that ``apply_tread`` was told, for comparison."""
-        how = self.tokens, self.tokens_out, self.token_arguments, self.always_keep, self.shared, self.ordered
-        return self.paths, self.routes, self.spans, *how, self.float32_after
 
     @property
     def used(self) -> bool:
         """Whether a forward pass has been along all routes, in all lists."""
-        return all(segment.used for part in self.segments for segment in part)
+        return not self.unused_paths
 
     @property
     def unused_paths(self) -> list[str]:
         """The block lists with a route that no forward pass has been along."""
-        return [path for path, part in zip(self.paths, self.segments, strict=True) if not all(s.used for s in part)]
+        parts = zip(self.paths, self.segments, strict=True)
+        return [path for path, part in parts if not all(record.used for _, record in part)]
 
     @property
     def checked(self) -> bool | None:
         """Whether the blocks were found to be sound: None before a probe, False if rounding hid what they do."""
-        found = [segment.conclusive for part in self.segments for segment in part]
-        return None if None in found else all(found)
+        verdicts = [record.conclusive for record in self._records()]
+        return None if None in verdicts else all(verdicts)
+
+    def _records(self) -> list[Record]:
+        return [record for part in self.segments for _, record in part]
 
     def sample(self, route: int, batch_size: int, num_tokens: int) -> Tensor:
         """Kept ids for ``routes[route]`` from the global generator: the default sampler."""
@@ -136,30 +105,43 @@ class Routing:
             num_tokens: Length of the sequences that they were drawn for.
         """
         before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
-        segments = [segment for part in self.segments for segment in part]
-        used = [segment.used for segment in segments]
+        records = self._records()
+        used = [record.used for record in records]
         try:
             self.arm(kept, num_tokens=num_tokens)
             self.in_evaluation = True
             yield
         finally:
             self.kept, self.num_tokens, self.sampler, self.in_evaluation = before
-            for segment, was_used in zip(segments, used, strict=True):
-                segment.used = was_used
+            for record, was_used in zip(records, used, strict=True):
+                record.used = was_used
 
     @property
     def armed(self) -> bool:
         """Whether the next training forward is routed."""
         return self.kept is not None or self.sampler is not None
 
-    def kept_ids(self, route: int, x_BND: Tensor) -> Tensor:
+    def kept_ids(self, route: int, x_BND: Tensor, number: int = 0) -> Tensor:
         """The ids kept on ``routes[route]`` for these tokens, ``[B, K]`` or, of a shared route, ``[1, K]``.
+
+        Ids are armed and sampled for the first list; where another list has more or fewer tokens that never skip
+        (text in front, say), the same of the rest stay in it.
+
+        Args:
+            route: Number of the route.
+            x_BND: The tokens that enter it.
+            number: Which of the lists.
 
         Raises:
             ValueError: The ids were drawn for sequences of another length or another number of samples.
         """
-        batch_size, num_tokens = x_BND.shape[:2]
-        if self.kept is not None and num_tokens == self.num_tokens:
+        present, first = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
+        batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(present) + sum(first)
+        fits = self.kept is not None and num_tokens == self.num_tokens
+        if fits and self.sampler is not None and not torch.compiler.is_compiling():
+            # Two views or the frames of a video may be samples of the blocks: their ids are drawn anew.
+            fits = self.kept is not None and self.kept[route].shape[0] in (1, batch_size)
+        if fits and self.kept is not None:
             kept = self.kept[route]
         elif self.sampler is not None:
             kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
@@ -167,22 +149,42 @@ class Routing:
             raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
         if kept.shape[0] != batch_size and not (self.shared and kept.shape[0] == 1):
             raise ValueError(f'kept ids for {kept.shape[0]} samples, but the block list got {batch_size} samples')
-        return kept
+        asked = self.routes[route].selection_rate > 0 and not self.in_evaluation
+        if kept.shape[1] == num_tokens and asked and not torch.compiler.is_compiling():
+            warnings.warn(
+                f'nothing is skipped on route {route}: the block list got {num_tokens} tokens for each of {batch_size} '
+                'samples, and all of them are kept. Tokens must be [B, N, D], samples first (batch_first=True), and '
+                'enough of them for the selection rate',
+                stacklevel=2,
+            )
+        return kept if present == first else _laid_out(kept, num_tokens, first, present)
 
-    def callables(self, blocks: Sequence[nn.Module], number: int, *, training: bool) -> Iterator[Callable[..., Any]]:
-        """One callable for each block. Each call of this method is one forward pass with state of its own.
+    def passes(self, number: int, first: int, count: int, *, training: bool) -> dict[int, Pass]:
+        """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
 
         Args:
-            blocks: Of the list.
-            number: Which of the lists that is.
-            training: Whether it is in training mode.
+            number: Which of the lists.
+            first: First block that is walked: 0, but in a slice of the list.
+            count: How many are walked. A slice that ends within a route puts the tokens back at its own end.
+            training: Whether the list is in training mode.
         """
-        offset = self.offsets[number]
-        after = {end + 1 - offset for _, end in self.spans} if self.float32_after else set()
         at: dict[int, Pass] = {}
-        for segment in self.segments[number]:
-            here = Pass(self, segment, training=training)
-            at.update(dict.fromkeys(range(segment.start, segment.end + 1), here))
-        for index, block in enumerate(blocks):
-            call: Callable[..., Any] = in_float32(block) if index in after else block
-            yield at[index].around(block, call, index) if index in at else call
+        for segment, record in self.segments[number]:
+            span = max(segment.start, first), min(segment.end, first + count - 1)
+            if span[0] <= span[1]:
+                ids, probed = functools.partial(self.kept_ids, segment.route, number=number), not self.settings.ordered
+                here = Pass(self.settings.lists[number], span, record, ids, training=training, probed=probed)
+                at.update(dict.fromkeys(range(span[0], span[1] + 1), here))
+        return at
+
+    def float32_blocks(self, number: int) -> set[int]:
+        """The blocks of a list that run in float32: the one behind each route if that was asked for."""
+        ends = self.spans if self.settings.float32_after else ()
+        return {end + 1 - self.offsets[number] for _, end in ends}
+
+
+def _laid_out(kept: Tensor, num_tokens: int, first: tuple[int, int], present: tuple[int, int]) -> Tensor:
+    """Ids of a list with ``first`` leading and trailing tokens that never skip, for one with ``present`` of them."""
+    free = kept[:, first[0] : kept.shape[1] - first[1]] - first[0] + present[0]
+    every = torch.arange(num_tokens - sum(first) + sum(present), device=kept.device).expand(len(kept), -1)
+    return torch.cat([every[:, : present[0]], free, every[:, every.shape[1] - present[1] :]], dim=1)

@@ -3,13 +3,41 @@
 Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ['count_kept', 'keep_lowest', 'put_back', 'sample_kept', 'take_along', 'take_kept']
+__all__ = [
+    'AlwaysKeep',
+    'both_ends',
+    'count_kept',
+    'keep_lowest',
+    'put_back',
+    'sample_kept',
+    'take_along',
+    'take_kept',
+]
+
+AlwaysKeep = int | Sequence[int]
+"""Number of leading tokens that never skip, or a pair: of leading and of trailing ones."""
 
 
-def count_kept(num_tokens: int, selection_rate: float, always_keep: int = 0) -> int:
+def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
+    """How many leading and how many trailing tokens never skip.
+
+    Raises:
+        ValueError: It is neither a count nor a pair of counts.
+    """
+    pair = (always_keep, 0) if isinstance(always_keep, int) else tuple(always_keep)
+    if len(pair) != 2 or not all(type(count) is int and count >= 0 for count in pair):
+        raise ValueError(
+            f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more, or [leading, trailing] ones'
+        )
+    return pair
+
+
+def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
     """How many of ``num_tokens`` stay on the blocks: ``always_keep + rest - int(rest * selection_rate)``.
 
     ``rest = num_tokens - always_keep``: the rate counts only tokens that may skip.
@@ -17,16 +45,17 @@ def count_kept(num_tokens: int, selection_rate: float, always_keep: int = 0) -> 
     Raises:
         ValueError: There are not even ``always_keep`` tokens.
     """
-    rest = num_tokens - always_keep
-    if not 0 <= always_keep <= num_tokens:
-        raise ValueError(f'always_keep: {always_keep} tokens cannot stay in a sequence of {num_tokens}')
-    return always_keep + rest - int(rest * selection_rate)
+    fixed = sum(both_ends(always_keep))
+    rest = num_tokens - fixed
+    if rest < 0:
+        raise ValueError(f'always_keep: {fixed} tokens cannot stay in a sequence of {num_tokens}')
+    return fixed + rest - int(rest * selection_rate)
 
 
-def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: int = 0) -> Tensor:
+def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: AlwaysKeep = 0) -> Tensor:
     """Ids ``[B, K]`` (int64) of each sample's ``num_kept`` lowest scores, ascending.
 
-    The first ``always_keep`` positions are among them whatever their scores are.
+    The leading and trailing ``always_keep`` positions are among them whatever their scores are.
 
     Ascending order changes nothing for attention and MLPs, keeps the raster order that scanning blocks need, and
     makes a route at rate 0 the identity to the bit.
@@ -34,12 +63,14 @@ def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: int = 0) -> Te
     Raises:
         ValueError: ``num_kept`` is not between 1 (or ``always_keep``) and N.
     """
-    if not max(1, always_keep) <= num_kept <= scores_BN.shape[1]:
-        least = max(1, always_keep)
-        raise ValueError(f'cannot keep {num_kept} of {scores_BN.shape[1]} tokens; keep between {least} and all of them')
-    if always_keep:
-        lowest = scores_BN.new_full((len(scores_BN), always_keep), -torch.inf)
-        scores_BN = torch.cat([lowest, scores_BN[:, always_keep:]], dim=1)
+    num_tokens, (leading, trailing) = scores_BN.shape[1], both_ends(always_keep)
+    least = max(1, leading + trailing)
+    if not least <= num_kept <= num_tokens:
+        raise ValueError(f'cannot keep {num_kept} of {num_tokens} tokens; keep between {least} and all of them')
+    if leading or trailing:
+        lowest = scores_BN.new_full((len(scores_BN), leading + trailing), -torch.inf)
+        free = scores_BN[:, leading : num_tokens - trailing]
+        scores_BN = torch.cat([lowest[:, :leading], free, lowest[:, leading:]], dim=1)
     return scores_BN.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
 
@@ -48,7 +79,7 @@ def sample_kept(
     num_tokens: int,
     selection_rate: float,
     *,
-    always_keep: int = 0,
+    always_keep: AlwaysKeep = 0,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -60,7 +91,7 @@ def sample_kept(
         batch_size: B.
         num_tokens: N.
         selection_rate: Share of the tokens that skip the blocks, out of those that may.
-        always_keep: So many first positions never skip: a class token, text.
+        always_keep: Number of leading tokens (a class token, text) that never skip, or of leading and trailing ones.
         generator: Source of randomness, on ``device``; the global one if None.
         device: Where the ids are made.
     """
@@ -73,7 +104,7 @@ def take_kept(x_BND: Tensor, kept_BK: Tensor) -> Tensor:
     return x_BND.gather(1, _like_trailing(kept_BK, x_BND))
 
 
-def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0) -> Tensor:
+def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing: int = 0) -> Tensor:
     """The kept tokens' entries of a tensor whose dimension ``dim`` counts tokens.
 
     Args:
@@ -81,10 +112,11 @@ def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0) -> Tenso
         kept: Ids ``[B, K]``, or ``[1, K]`` for all samples.
         dim: Not negative; 0 only with ids for all samples.
         leading: So many entries precede those of the tokens and stay.
+        trailing: So many entries follow those of the tokens and stay.
     """
-    if leading:
-        first = torch.arange(leading, device=kept.device).expand(len(kept), -1)
-        kept = torch.cat([first, kept + leading], dim=1)
+    if leading or trailing:
+        every = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
+        kept = torch.cat([every[:, :leading], kept + leading, every[:, value.shape[dim] - trailing :]], dim=1)
     if len(kept) == 1:
         return value.index_select(dim, kept[0])
     value = value.expand(len(kept), *value.shape[1:])
@@ -97,7 +129,15 @@ def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor
 
     Where the two differ in dtype (a block under autocast may return another one than the stored sequence has) the
     result has the wider one: ``scatter`` itself would refuse.
+
+    Raises:
+        ValueError: There are more or fewer processed tokens than ids. ``scatter`` would take the first K of more.
     """
+    if processed_BKD.shape[1] != kept_BK.shape[1]:
+        raise ValueError(
+            f'put_back: {processed_BKD.shape[1]} tokens came off the route and {kept_BK.shape[1]} went onto it; '
+            'something between adds or drops tokens'
+        )
     dtype = torch.promote_types(full_BND.dtype, processed_BKD.dtype)
     return full_BND.to(dtype).scatter(1, _like_trailing(kept_BK, processed_BKD), processed_BKD.to(dtype))
 

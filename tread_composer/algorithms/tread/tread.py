@@ -19,6 +19,7 @@ from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.errors import UserError
 from tread_composer.randomness import KeyedRandom
 from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
+from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['Tread']
 
@@ -49,14 +50,15 @@ class Tread(BoundAlgorithm):
         end_time: Composer time string from which on routing is off, for example ``'0.92dur'`` (the paper's stage
             (F)); never if None.
         blocks: Path of the block list within the Composer model; found if there is only one candidate. Several paths,
-            in the order in which the model runs the lists, count as one list. A second ``Tread`` is refused.
+            in the order in which the model runs the lists, count as one list; a mapping from paths to settings says
+            what differs in a list (see ``apply_tread``). A second ``Tread`` is refused.
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens in a block's tuple output.
         token_arguments: Further block arguments that belong to their tokens: a list of names, for ``[B, N, ...]``, or
             a mapping from names to the dimensions that count tokens (see ``apply_tread``). If None, what the module
             around the block list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
-        always_keep: So many first positions (class token, text) never skip; ``selection_rate`` is a share of the
-            others.
+        always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of
+            trailing ones. ``selection_rate`` is a share of the rest.
         shared: One route for all samples of a batch: for token arguments without a dimension for the samples.
         ordered: The blocks need their tokens in ascending order, as a scan does: leave the check of each block away.
         num_tokens: N, where the module around the block list has no attribute ``num_tokens``. Learnt in the first
@@ -84,11 +86,11 @@ class Tread(BoundAlgorithm):
         routes: Sequence[Route | Mapping[str, Any]] | None = None,
         start_time: str | None = None,
         end_time: str | None = None,
-        blocks: str | Sequence[str] | None = None,
+        blocks: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
         tokens: str | None = None,
         tokens_out: int | None = None,
         token_arguments: TokenArguments | None = None,
-        always_keep: int = 0,
+        always_keep: int | Sequence[int] = 0,
         shared: bool = False,
         ordered: bool = False,
         num_tokens: int | None = None,
@@ -103,14 +105,20 @@ class Tread(BoundAlgorithm):
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
         self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
         self.start_time, self.end_time = start_time, end_time
-        if type(always_keep) is not int or always_keep < 0:
-            raise ValueError(f'Tread: always_keep: {always_keep!r} is not a number of tokens; give 0 or more')
-        self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
+        try:
+            both_ends(always_keep)
+        except ValueError as error:
+            raise ValueError(f'Tread: {error}') from None
+        if isinstance(blocks, Mapping):
+            self.blocks: Any = {path: dict(own or {}) for path, own in blocks.items()}
+        else:
+            self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
         if token_arguments is not None and not isinstance(token_arguments, str):  # a text is refused on INIT
             token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
         self.token_arguments = token_arguments
-        self.always_keep, self.shared, self.ordered, self.float32_after = always_keep, shared, ordered, float32_after
+        self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
+        self.shared, self.ordered, self.float32_after = shared, ordered, float32_after
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
         if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
             raise ValueError(f'Tread: from start_time {start_time!r} to end_time {end_time!r} nothing would be routed')
@@ -152,7 +160,7 @@ class Tread(BoundAlgorithm):
         if self.num_tokens is None:
             path = self._attached().paths[0]
             guess = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
-            self._known_tokens = guess if type(guess) is int and guess > self.always_keep else None
+            self._known_tokens = guess if type(guess) is int and guess > sum(both_ends(self._keeps)) else None
 
     def _attach(self, model: nn.Module) -> None:
         self._routing = apply_tread(
@@ -212,7 +220,7 @@ class Tread(BoundAlgorithm):
             ids = self._beside[here]
         if ids is not None:
             assert self._drawn_for is not None  # there are no ids without it
-            lengths = [route.num_kept(self._drawn_for, self.always_keep) for route in self.routes]
+            lengths = [route.num_kept(self._drawn_for, self._keeps) for route in self.routes]
             ids = ids[:1] if self.shared else ids
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
@@ -244,28 +252,38 @@ class Tread(BoundAlgorithm):
             prefix = 'tread' if len(self.routes) == 1 else f'tread/route_{k}'
             metrics = {f'{prefix}/selection_rate': route.selection_rate if self._active else 0.0}
             if self._known_tokens is not None:
-                kept = route.num_kept(self._known_tokens, self.always_keep)
+                kept = route.num_kept(self._known_tokens, self._keeps)
                 metrics[f'{prefix}/kept_tokens'] = kept if self._active else self._known_tokens
             logger.log_metrics(metrics)
 
     def _draw(self, rows: Sequence[int], route: int, batch_size: int, num_tokens: int) -> Tensor:
         """Kept ids ``[batch_size, K]`` (``[1, K]`` if shared) on the CPU: lowest of uniform scores, all sets alike."""
-        if len(rows) != batch_size:
+        rows, copies = ([0], 1) if self.shared else (rows, batch_size // max(len(rows), 1))
+        if not self.shared and copies * len(rows) != batch_size:
             raise RoutingError(
-                f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}. Tokens must be '
-                "[B, N, ...], samples first: for torch's own transformer layers that is batch_first=True"
+                f'Tread: the batch has {len(rows)} samples, but the block list got {batch_size}, which is no multiple '
+                "(two views, folded frames). Tokens must be [B, N, ...], samples first: for torch's own transformer "
+                'layers that is batch_first=True'
             )
         if self.num_tokens is None:
             # What a foreign module calls num_tokens may be its vocabulary; what its blocks got is certain.
             self._known_tokens = num_tokens
-        scores_BN = KeyedRandom(*self._random, [0] if self.shared else rows).uniform(f'tread/{route}', num_tokens)
-        num_kept = self.routes[route].num_kept(num_tokens, self.always_keep)
-        return keep_lowest(scores_BN, num_kept, always_keep=self.always_keep)
+        random = KeyedRandom(*self._random, rows)
+        # Views or frames of one sample are samples of the blocks: each has a route of its own.
+        purposes = [f'tread/{route}', *(f'tread/{route}/{copy}' for copy in range(1, copies))]
+        scores_BN = torch.cat([random.uniform(purpose, num_tokens) for purpose in purposes])
+        num_kept = self.routes[route].num_kept(num_tokens, self._keeps)
+        return keep_lowest(scores_BN, num_kept, always_keep=self._keeps)
 
     def _attached(self) -> Routing:
         if self._routing is None:
             raise RuntimeError('Tread: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
         return self._routing
+
+    @property
+    def _keeps(self) -> AlwaysKeep:
+        """The tokens that never skip in the first list, for which ids are drawn."""
+        return self._attached().always_keep
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {'routes': list(self.routes)}
@@ -289,7 +307,7 @@ class Tread(BoundAlgorithm):
         """What a checkpoint is bound to."""
         # The later ones only where they say something: a checkpoint from before there were any has no such keys.
         later = {'always_keep': self.always_keep, 'shared': self.shared}
-        if isinstance(self.blocks, list):
+        if isinstance(self.blocks, (list, dict)):
             later['blocks'] = self.blocks
         return {
             'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},

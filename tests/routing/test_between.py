@@ -1,0 +1,239 @@
+"""What a model does between the blocks of a route, or hands past them, is seen: nothing there may count positions."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.algorithms.test_tread import Foreign, foreign
+from tread_composer.routing import Route, RoutingError, apply_tread, put_back, sample_kept, take_kept
+
+N, K = 16, 8
+
+
+class Block(nn.Module):
+    def __init__(self, skips: bool = False):
+        super().__init__()
+        self.mix, self.linear = nn.Linear(8, 24), nn.Linear(16 if skips else 8, 8)
+
+    def forward(self, x, skip=None):
+        q, k, v = self.mix(x).chunk(3, dim=-1)
+        h = x + functional.scaled_dot_product_attention(q, k, v)
+        return h + self.linear(h if skip is None else torch.cat([h, skip], dim=-1))
+
+
+class Busy(nn.Module):
+    """Six blocks, and work of the model's own before block ``at``."""
+
+    def __init__(self, work=None, at: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.norm, self.work, self.at = nn.LayerNorm(8), work, at
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            if index == self.at and self.work is not None:
+                x = self.work(self, x)
+            x = block(x)
+        return x
+
+
+def tokens(samples: int = 4) -> Tensor:
+    return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
+
+
+def pose(model, x):
+    """As WanAnimate: something for a range of positions."""
+    return torch.cat([x[:, :4] + 1.0, x[:, 4:]], dim=1)
+
+
+def pose_in_place(model, x):
+    with torch.no_grad():
+        x[:, :4] += 1.0
+    return x
+
+
+def over_time(model, x):
+    """Two samples are two frames of one video; a mean over them."""
+    frames = x.unflatten(0, (-1, 2))
+    return (frames + frames.mean(dim=1, keepdim=True)).flatten(0, 1)
+
+
+def prepend(model, x):
+    return torch.cat([x[:, :1] * 0.0, x], dim=1)
+
+
+@pytest.mark.parametrize(
+    ('work', 'message'),
+    [
+        (
+            pose,
+            'between block 2 and block 3 of .blocks. the model itself changes the tokens. On the route only 8 of 16',
+        ),
+        (pose_in_place, 'between block 2 and block 3 of .blocks. the model itself changes the tokens'),
+        (over_time, 'between block 2 and block 3 of .blocks. the model itself changes the tokens'),
+        (prepend, 'between block 2 and block 3 .* adds or drops them there.* End the route at block 2, or begin'),
+        (lambda model, x: x.unflatten(0, (2, 2)).flatten(1, 2), 'between block 2 and block 3 .* it folds'),
+    ],
+)
+def test_work_between_two_blocks_of_a_route_is_refused_by_name(work, message):
+    model = Busy(work).train()
+    apply_tread(model, Route(1, 4, 0.5))
+    with pytest.raises(RoutingError, match=message):
+        model(tokens())
+
+
+@pytest.mark.parametrize('at', [0, 1, 5])
+def test_work_outside_of_a_route_is_the_models_own_affair(at):
+    model = Busy(pose, at).train()
+    routing = apply_tread(model, Route(1, 4, 0.5))
+    model(tokens())
+    assert routing.checked is True
+
+
+def test_work_on_each_token_alone_is_let_through_in_words():
+    def norm(model, x):
+        return model.norm(x)
+
+    model = Busy(norm).train()
+    apply_tread(model, Route(1, 4, 0.5))
+    with pytest.raises(RoutingError, match=r'treats each token alone .* say ordered=True'):
+        model(tokens())
+    model, kept = Busy(norm).train(), sample_kept(4, N, 0.5)
+    apply_tread(model, Route(1, 4, 0.5), ordered=True).arm([kept], num_tokens=N)
+    blocks = list(model.blocks)
+    x = blocks[0](tokens())
+    h = blocks[4](blocks[3](model.norm(blocks[2](blocks[1](take_kept(x, kept))))))
+    assert torch.equal(model(tokens()), blocks[5](put_back(x, h, kept)))
+
+
+@pytest.mark.parametrize('compiled', ['no', 'partly', 'whole'])
+def test_tokens_that_are_added_on_the_way_are_counted_also_where_nothing_is_probed(compiled):
+    model = Busy(prepend).train()
+    apply_tread(model, Route(1, 4, 0.5), ordered=True).arm([sample_kept(4, N, 0.5)], num_tokens=N)
+    torch._dynamo.reset()
+    run = model if compiled == 'no' else torch.compile(model, backend='eager', fullgraph=compiled == 'whole')
+    # Torch keeps only the name of an error that is raised while it traces a whole graph.
+    message = 'RoutingError' if compiled == 'whole' else '8 tokens went onto the route and 9 came off it'
+    with pytest.raises(Exception, match=message):
+        run(tokens())
+    with pytest.raises(ValueError, match='9 tokens came off the route and 8 went onto it'):
+        put_back(torch.zeros(1, N, 2), torch.zeros(1, 9, 2), torch.arange(8)[None])
+
+
+def test_tokens_that_are_written_to_while_they_wait_are_noticed():
+    class Hoarding(Busy):
+        def forward(self, x):
+            for index, block in enumerate(self.blocks):
+                if index == 1:
+                    entering = x
+                if index == 4:
+                    entering.zero_()
+                x = block(x)
+            return x
+
+    model = Hoarding().train()
+    apply_tread(model, Route(1, 4, 0.5))
+    with torch.no_grad(), pytest.raises(RoutingError, match='tokens that skip it were changed in place'):
+        model(tokens())
+
+
+def test_a_hook_on_the_route_is_told_how_many_tokens_it_sees():
+    model, seen = Busy().train(), []
+    model.blocks[3].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    model.blocks[5].register_forward_hook(lambda *_: None)
+    apply_tread(model, Route(1, 4, 0.5))
+    with pytest.warns(UserWarning, match=r'have hooks, which see 8 of 16 tokens \(tests\..*lambda> on 1 .*tap_blocks'):
+        model(tokens())
+    assert seen == [8]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model(tokens())
+
+
+def test_a_route_that_skips_nothing_says_so():
+    model = Busy().train()
+    apply_tread(model, Route(1, 4, 0.5))
+    with pytest.warns(UserWarning, match=r'nothing is skipped on route 0: .* got 1 tokens for each of 16 samples'):
+        model(tokens(4).transpose(0, 1)[:, :1])
+    model = Busy().train()
+    apply_tread(model, Route(1, 4, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model(tokens())
+
+
+class Long(nn.Module):
+    """Long skip connections as in U-ViT and HunyuanDiT: the last blocks receive what the first ones returned."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(skips=index >= 4) for index in range(8))
+
+    def forward(self, x):
+        skips = []
+        for index, block in enumerate(self.blocks):
+            x = block(x) if index < 4 else block(x, skip=skips.pop())
+            if index < 4:
+                skips.append(x)
+        return x
+
+
+def test_long_skip_connections_within_a_route_are_sound_and_pass_the_check():
+    model, kept = Long().train(), sample_kept(4, N, 0.5)
+    routing = apply_tread(model, Route(2, 5, 0.5))
+    routing.arm([kept], num_tokens=N)
+    blocks, skips = list(model.blocks), []
+    x = tokens()
+    for index, block in enumerate(blocks):
+        if index == 2:
+            full, x = x, take_kept(x, kept)
+        x = block(x) if index < 4 else block(x, skip=skips.pop())
+        if index < 4:
+            skips.append(x)
+        if index == 5:
+            x = put_back(full, x, kept)
+    assert torch.equal(model(tokens()), x)
+    assert routing.checked is True
+
+
+@pytest.mark.parametrize('ordered', [False, True])
+def test_a_long_skip_connection_across_the_edge_of_a_route_is_explained(ordered):
+    model = Long().train()
+    apply_tread(model, Route(2, 4, 0.5), ordered=ordered)
+    with pytest.raises(RoutingError, match=r"block 5 of 'blocks', behind the route.*\n'skip' \(.*8, 8.*both ends"):
+        model(tokens())
+    model = Long().train()
+    apply_tread(model, Route(3, 6, 0.5), ordered=ordered)
+    with pytest.raises(RoutingError, match=r"block 5 of 'blocks' failed on 8 of 16.*\n.*'skip' .*long skip connection"):
+        model(tokens())
+
+
+class Copied(Busy):
+    """Holds its blocks in a second list."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.early = nn.ModuleList(list(self.blocks)[:3]) if kind == 'modules' else list(self.blocks)
+
+
+@pytest.mark.parametrize('kind', ['modules', 'python'])
+def test_another_list_of_the_same_blocks_is_refused_by_name(kind):
+    with pytest.raises(ValueError, match=r"'early' holds blocks of 'blocks'.*unnoticed"):
+        apply_tread(Copied(kind), Route(1, 4, 0.5), blocks='blocks')
+
+
+def test_another_list_of_the_same_blocks_is_refused_by_the_algorithm_too(monkeypatch):
+    original = Foreign.__init__
+
+    def doubled(self, *arguments):
+        original(self, *arguments)
+        self.again = list(self.layers)
+
+    monkeypatch.setattr(Foreign, '__init__', doubled)
+    with pytest.raises(ValueError, match=r"algorithms\.tread: .*'again' holds blocks of 'layers'"):
+        foreign('loop')

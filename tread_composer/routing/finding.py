@@ -1,0 +1,265 @@
+"""``find_settings``: what ``apply_tread`` must be told of a model, found by running it.
+
+The decisive trial keeps *all* tokens, in another order: the model's output is then the dense one if and only if
+everything that belongs to a token follows it and the blocks treat tokens as a set. No guess survives it unnoticed.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tread_composer.routing.arguments import RoutingError, bare
+from tread_composer.routing.route import Route
+from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread
+
+__all__ = ['FoundSettings', 'find_settings']
+
+_TRIALS = 200  # combinations of what several arguments may mean
+_FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundSettings:
+    """How to route a model, or why not.
+
+    Args:
+        settings: Arguments of ``apply_tread`` and ``Tread`` beside the route.
+        notes: What a person must decide or should know.
+        fault: Why the model cannot be routed so; None if it can.
+    """
+
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    fault: str | None = None
+
+    def __str__(self) -> str:
+        written = ''.join(f', {name}={value!r}' for name, value in self.settings.items())
+        lines = [f'cannot be routed: {self.fault}'] if self.fault else [f'Tread(start=2, end=-4{written})']
+        return '\n'.join([*lines, *(f'- {note}' for note in self.notes)])
+
+
+def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: str | None = None) -> FoundSettings:
+    """Find the settings of one block list by running the model densely and routed, on real tensors.
+
+    Args:
+        model: The model, plain; it is plain again afterwards. Small is enough: a few blocks, a few tokens, but sizes
+            that differ (samples, tokens, text, width), and weights at random where gates would start at zero.
+        run: ``run(model)`` makes one forward pass and returns its output, or tensors in tuples and dicts. The same
+            in each call, but for what ``torch.manual_seed`` decides.
+        blocks: Path of the block list; if None, the only candidate (see ``find_blocks``).
+
+    Raises:
+        ValueError: The list is not found, or the forward pass does not go through it.
+    """
+    path, container = find_blocks(model, blocks)
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        calls, dense = _observed(model, run, container)
+        if calls is None:
+            raise ValueError(f'blocks: the forward pass does not go through {path!r}')
+        found = _searched(_Trials(model, run, path, len(container), dense), *calls)
+        return dataclasses.replace(found, settings={'blocks': path, **found.settings})
+    finally:
+        remove_tread(model)
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSettings:
+    """The first settings that pass the trials, given the named arguments and the output of a block."""
+    tokens = _tokens(values, out)
+    if tokens is None:
+        return FoundSettings({}, fault='no argument [B, N, D] of its blocks comes back in the same shape')
+    name, position, notes = tokens
+    settings: dict[str, Any] = {} if name == next(iter(values)) else {'tokens': name}
+    settings |= {} if position is None else {'tokens_out': position}
+    shape = values[name].shape
+    texts = {
+        other: value.shape[1]
+        for other, value in values.items()
+        if other != name and isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] == shape[0]
+    }
+    choices = {other: list(_meanings(value, shape[1], texts)) for other, value in values.items() if other != name}
+    choices = {other: [*meanings, None] for other, meanings in choices.items() if meanings}
+    last = 'the tokens in another order give another result, whatever follows them'
+    for combination in itertools.islice(itertools.product(*choices.values()), _TRIALS):
+        chosen = {other: meaning for other, meaning in zip(choices, combination, strict=True) if meaning is not None}
+        trial = settings | _written(chosen)
+        try:
+            if trials.move_together(shape, trial):
+                return FoundSettings(trial, (*notes, *_questions(shape[1], trial)), trials.fault_in_training(trial))
+        except _FAILURES as error:
+            last = str(error).partition('\n')[0]
+    return FoundSettings(settings, tuple(notes), last)
+
+
+def _observed(
+    model: nn.Module, run: Callable[[nn.Module], Any], container: nn.ModuleList | nn.Sequential
+) -> tuple[tuple[dict[str, Any], Any] | None, list[Tensor]]:
+    """The named arguments and the output of an inner block's first call, and the model's output."""
+    calls: list[tuple[dict[str, Any], Any]] = []
+    block = container[min(1, len(container) - 1)]
+    signature = inspect.signature(bare(block).forward)
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        calls.append(({name: value for name, value in bound.items() if value is not None}, out))
+
+    handle = block.register_forward_hook(note, with_kwargs=True)
+    try:
+        out = _run(model, run)
+    finally:
+        handle.remove()
+    return (calls[0] if calls else None), out
+
+
+def _run(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # Torch's layers have another way without gradients, which takes a float mask for a bool one.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [leaf.detach().float() for leaf in _leaves(run(model)) if leaf.is_floating_point()]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    for member in members:
+        yield from _leaves(member)
+
+
+def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, list[str]] | None:
+    """The argument with the tokens and their position in the output: of several, the one with the most tokens."""
+    places = [(None, out)] if isinstance(out, Tensor) else list(enumerate(out)) if isinstance(out, tuple) else []
+    fits = [
+        (value.shape[1], name, position)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+        for position, member in places
+        if isinstance(member, Tensor) and member.shape == value.shape
+    ]
+    if not fits:
+        return None
+    most, name, position = max(fits, key=lambda fit: fit[0])
+    others = sorted({other for _, other, _ in fits if other != name})
+    notes = (
+        [f'{name!r} holds the tokens: {most} of them; {", ".join(map(repr, others))} would fit too'] if others else []
+    )
+    return name, position, notes
+
+
+def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
+    """What an argument may say of tokens, as ``token_arguments`` writes it; nothing for one that has no such length."""
+    if isinstance(value, Tensor):
+        yield from _of_tensor(value, num_tokens, texts)
+    elif type(value) in (tuple, list, dict):
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        each = {key: list(_of_tensor(one, num_tokens, texts)) for key, one in items if isinstance(one, Tensor)}
+        follow = [key for key, meanings in each.items() if meanings]
+        whole = len(follow) == sum(
+            member is not None for _, member in (items if isinstance(value, dict) else enumerate(value))
+        )
+        for meaning in each[follow[0]] if follow else ():
+            options = meaning if isinstance(meaning, dict) else {'dims': meaning}
+            yield meaning if whole else {**options, 'members': follow}
+
+
+def _of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
+    def at(length: int) -> list[int]:
+        return [dim if dim < 2 else dim - value.dim() for dim, size in enumerate(value.shape) if size == length]
+
+    dims = at(num_tokens)
+    for count in range(len(dims), 0, -1):  # all of them first: a mask [N, N]
+        for some in itertools.combinations(dims, count):
+            yield some[0] if count == 1 else list(some)
+    for text, length in texts.items():
+        for dim, side in itertools.product(at(num_tokens + length), ('after', 'before')):
+            yield {'dims': dim, side: text}
+    for missing in range(1, min(6, num_tokens)):
+        for dim in at(num_tokens - missing):
+            yield {'dims': dim, 'without_first': missing}
+
+
+def _written(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Settings of ``apply_tread`` for these token arguments."""
+    options = [one if isinstance(one, dict) else {'dims': one} for one in chosen.values()]
+    dims = [dim for one in options for dim in ([one['dims']] if isinstance(one['dims'], int) else one['dims'])]
+    missing = max((one.get('without_first', 0) for one in options), default=0)
+    plain = all(one == 1 for one in chosen.values())
+    settings: dict[str, Any] = {'token_arguments': list(chosen) if plain else chosen} if chosen else {}
+    return settings | ({'always_keep': missing} if missing else {}) | ({'shared': True} if 0 in dims else {})
+
+
+@dataclasses.dataclass
+class _Trials:
+    """Runs of the model with settings that may be right.
+
+    Args:
+        model: The model.
+        run: Makes a forward pass.
+        path: Path of the block list.
+        depth: Number of its blocks.
+        dense: The model's output without a route.
+    """
+
+    model: nn.Module
+    run: Callable[[nn.Module], Any]
+    path: str
+    depth: int
+    dense: list[Tensor]
+
+    def move_together(self, shape: torch.Size, settings: dict[str, Any]) -> bool:
+        """Whether all tokens, in another order on the route, give the dense output."""
+        fixed, samples = settings.get('always_keep', 0), 1 if settings.get('shared') else shape[0]
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(shape[1] - fixed, generator=generator) + fixed for _ in range(samples)]
+        kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])
+        kept = kept.to(next(self.model.parameters()).device)
+        remove_tread(self.model)
+        route = Route(0, self.depth - 1, 0.5)
+        routing = apply_tread(self.model, route, blocks=self.path, ordered=True, **settings)
+        with routing.forced([kept], num_tokens=shape[1]):
+            moved = _run(self.model, self.run)
+        close = [
+            x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
+            for x, y in zip(moved, self.dense, strict=True)
+        ]
+        return bool(close) and all(close)
+
+    def fault_in_training(self, settings: dict[str, Any]) -> str | None:
+        """What a routed forward pass in training mode, with all its checks, says against the settings."""
+        remove_tread(self.model)
+        start, end = (1, self.depth - 2) if self.depth > 2 else (0, self.depth - 1)
+        apply_tread(self.model, Route(start, end, 0.5), blocks=self.path, **settings)
+        self.model.train()
+        try:
+            _run(self.model, self.run)
+        except RoutingError as error:
+            return str(error)
+        finally:
+            self.model.eval()
+        return None
+
+
+def _questions(num_tokens: int, settings: dict[str, Any]) -> list[str]:
+    """What no trial can tell: whether the first tokens are part of the image."""
+    side = math.isqrt(num_tokens)
+    extra = num_tokens - side**2
+    if not extra or settings.get('always_keep'):
+        return []
+    return [
+        f'{num_tokens} tokens are {side} x {side} and {extra}: if these are a class token, registers or text, they '
+        f'should not skip: always_keep={extra}, or [0, {extra}] where they come last'
+    ]

@@ -1,0 +1,114 @@
+"""A block list that routes: an ordinary list of modules whose iterator, in a forward pass, yields callables.
+
+One callable for each block: the block itself outside of a route, a thin stand-in for it inside. The full sequence that
+waits for the end of the route lives in that one iteration, never on a shared object, so activation checkpointing,
+several forwards before one backward, and recomputation all stay exact. Whoever walks the list elsewhere (to shard,
+compile, wrap or count blocks) gets the blocks.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from tread_composer.routing.arguments import RoutingError
+from tread_composer.routing.callables import calls_of
+from tread_composer.routing.routing import Routing
+from tread_composer.routing.stack import in_forward
+from tread_composer.routing.taps import Slot
+
+__all__ = ['ROUTED', 'BlockList', 'RoutedList', 'RoutedModuleList', 'RoutedSequential']
+
+BlockList = nn.ModuleList | nn.Sequential
+
+
+class RoutedList:
+    """Mixin: routed callables in a forward pass while training with an armed route or inside of ``forced``.
+
+    Attributes:
+        routing: Whose routes; None where there is none.
+        list_number: Which of the lists of the routing this is.
+        first: Of a slice: number of its first block within the list.
+        step: Of a slice: its step.
+        slots: Where to leave what blocks return: those of all taps.
+    """
+
+    routing: Routing | None = None
+    list_number: int = 0
+    first: int = 0
+    step: int = 1
+    slots: tuple[Slot, ...] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._walked())
+
+    def children(self) -> Iterator[Any]:
+        """The blocks, or what a forward pass calls in their place: ``checkpoint_sequential`` walks over these."""
+        return iter(self._walked())
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)  # type: ignore[misc]
+        if isinstance(index, slice):
+            positions = range(len(self))[index]  # type: ignore[arg-type]
+            part.training = self.training  # type: ignore[attr-defined]
+            part.routing, part.list_number, part.slots = self.routing, self.list_number, self.slots
+            part.first, part.step = self.first + positions.start * self.step, self.step * positions.step
+        return part
+
+    def __add__(self, blocks: Any) -> Any:
+        if any(call is not block for call, block in zip(self._walked(), self._modules.values(), strict=True)):  # type: ignore[attr-defined]
+            raise RoutingError(
+                'the forward pass walks over a sum of lists, which does not route: walk over one list after the other, '
+                'and name both: blocks=[...]'
+            )
+        return super().__add__(blocks)  # type: ignore[misc]
+
+    def _walked(self) -> list[Any]:
+        blocks, routing = list(self._modules.values()), self.routing  # type: ignore[attr-defined]
+        training = self.training  # type: ignore[attr-defined]
+        routed = routing is not None and (training or routing.in_evaluation) and routing.armed
+        slots = [slot for slot in self.slots if training or slot.evaluation]
+        if not (routed or slots) or not blocks or not in_forward(blocks[0]):
+            return blocks
+        if not routed or routing is None:
+            return calls_of(blocks, self.first, {}, set(), slots if self.step == 1 else [])
+        if self.step != 1:
+            raise RoutingError(
+                f'{routing.paths[self.list_number]}: the model walks over a slice of it with step {self.step}: a route '
+                'is a stretch of neighbouring blocks in their order'
+            )
+        passes = routing.passes(self.list_number, self.first, len(blocks), training=training)
+        return calls_of(blocks, self.first, passes, routing.float32_blocks(self.list_number), slots)
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether this is a slice of the list that was routed or tapped."""
+        return 'first' in vars(self)
+
+    def unroute(self) -> None:
+        """Route no more; without taps, become the plain list again."""
+        self.routing = None
+        self._settle()
+
+    def untap(self, slots: Collection[Slot]) -> None:
+        """Give slots back; without a route and other taps, become the plain list again."""
+        self.slots = tuple(slot for slot in self.slots if slot not in slots)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.routing is None and not self.slots:
+            for name in ('routing', 'list_number', 'first', 'step', 'slots'):
+                self.__dict__.pop(name, None)
+            self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
+
+
+class RoutedModuleList(RoutedList, nn.ModuleList):
+    """An ``nn.ModuleList`` that routes."""
+
+
+class RoutedSequential(RoutedList, nn.Sequential):
+    """An ``nn.Sequential`` that routes; its own forward iterates over itself."""
+
+
+ROUTED: dict[type, type] = {nn.ModuleList: RoutedModuleList, nn.Sequential: RoutedSequential}
+_PLAIN: dict[type, type] = {routed: plain for plain, routed in ROUTED.items()}

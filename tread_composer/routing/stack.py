@@ -1,0 +1,65 @@
+"""Who is calling: questions about the present call stack that eager code can ask and compiled code never does."""
+
+import sys
+from types import FrameType
+
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+__all__ = ['in_forward', 'inside_reentrant']
+
+_CALL = nn.Module._call_impl.__code__
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+
+
+def in_forward(block: nn.Module) -> bool:
+    """Whether the present call belongs to a forward pass through a model that holds ``block``.
+
+    It does inside of any module's call, inside of torch's checkpointing (which runs parts of a forward pass again
+    during the backward pass, where no module is called), and inside of a method with tensors among its arguments of a
+    module that holds the block: ``model.forward_features(x)``. It does not in ``for b in model.blocks: shard(b)``,
+    wherever that stands.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    start = sys._getframe(1)
+    frame: FrameType | None = start
+    while frame is not None:
+        if frame.f_code is _CALL or frame.f_code.co_filename == _CHECKPOINT_FILE:
+            return True
+        frame = frame.f_back
+    # Only where no module was called, for reading another frame's variables is slow.
+    frame = start
+    while frame is not None:
+        if _is_forward_method(frame, block):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if not names:
+        return False
+    values = frame.f_locals
+    owner, arguments = values.get(names[0]), [values.get(name) for name in names[1:]]
+    if not isinstance(owner, nn.Module) or not (code.co_name == 'forward' or any(map(_has_tensor, arguments))):
+        return False
+    return any(module is block for module in owner.modules())
+
+
+def _has_tensor(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(member, Tensor) for member in value)
+    return isinstance(value, Tensor)
+
+
+def inside_reentrant() -> bool:
+    """Whether the present call is made by torch's reentrant checkpointing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False

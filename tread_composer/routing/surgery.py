@@ -1,0 +1,370 @@
+"""The surgery behind TREAD: a model's own block list is given a class whose iterator routes (see ``lists``).
+
+The blocks stay as they are and know nothing. State-dict keys, ``len``, indexing and evaluation do not change.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tread_composer.routing.arguments import Argument, TokenArguments, bare, find_argument, parse_token_arguments
+from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
+from tread_composer.routing.route import Route, check_routes
+from tread_composer.routing.routing import Routing
+from tread_composer.routing.settings import ListSettings, RoutingSettings
+from tread_composer.routing.taps import Slot, Taps
+from tread_composer.routing.tokens import AlwaysKeep, both_ends
+
+__all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of', 'tap_blocks']
+
+
+Blocks = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None
+"""Path of a block list; several; or a mapping from paths to what differs from the other settings in that list."""
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
+    """The list of blocks to route, with its path.
+
+    Args:
+        model: The model to look in.
+        path: Where the list is, for example ``'denoiser.blocks'``. If None, the model must hold exactly one outermost
+            ``nn.ModuleList`` or ``nn.Sequential`` of at least two children of one class that have parameters.
+
+    Raises:
+        ValueError: The path is wrong, or there is no candidate, or more than one.
+    """
+    kinds = (*ROUTED, *ROUTED.values())
+    if path is not None:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
+        if type(found) not in kinds:
+            raise ValueError(f'blocks: {path!r} is a {type(found).__name__}; a ModuleList or Sequential is needed')
+        return path, found  # type: ignore[return-value]
+    candidates: dict[str, BlockList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f'{other}.') or other == '' for other in candidates)
+        if type(module) in kinds and not inside_another and _is_stack(module):
+            candidates[name] = module  # type: ignore[assignment]
+    if len(candidates) == 1:
+        return next(iter(candidates.items()))
+    found_text = ', '.join(f'{name!r} ({len(module)} blocks)' for name, module in candidates.items()) or 'none'
+    raise ValueError(
+        f'blocks: the model must hold exactly one list of blocks to be found without help; found {found_text}. '
+        "Name the right one, for example blocks='transformer.blocks', or several, in the order in which the model runs "
+        'them'
+    )
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """The routing that ``apply_tread`` gave to the block lists of ``model``; None if it has none.
+
+    Raises:
+        ValueError: Parts of the model were routed one by one: ask for each part.
+    """
+    found = {id(one): one for one in _routings(model).values()}
+    if len(found) > 1:
+        raise ValueError(
+            f'the model has {len(found)} routings, of {", ".join(map(repr, _routings(model)))}: ask for the routing of '
+            'one part, or route these lists together: blocks=[...]'
+        )
+    return next(iter(found.values()), None)
+
+
+def apply_tread(
+    model: nn.Module,
+    routes: Route | Sequence[Route] = Route(),
+    *,
+    blocks: Blocks = None,
+    tokens: str | None = None,
+    tokens_out: int | None = None,
+    token_arguments: TokenArguments | None = None,
+    always_keep: AlwaysKeep = 0,
+    shared: bool = False,
+    ordered: bool = False,
+    float32_after: bool = False,
+) -> Routing:
+    """Let a random share of the tokens skip the blocks of a route while ``model`` trains (TREAD, arXiv 2501.04765).
+
+    In place, without a new parameter, and without effect on evaluation or on state-dict keys. Applied again with the
+    same settings it returns the routing that is there.
+
+    Some training forwards (the first, second, 16th and 128th that are not compiled) also try whether each block of a
+    route treats its tokens as a set, and raise ``RoutingError`` if not (see ``checks``); nothing else is changed by it.
+
+    Args:
+        model: Any module with a list of blocks that it iterates over.
+        routes: One route, or several disjoint ones in order of depth.
+        blocks: Path of the block list; found by itself if there is only one candidate (see ``find_blocks``). Several
+            paths, in the order in which the model runs the lists, are counted through like one list, and a route may
+            go from one into the next: its tokens are put back in between, and where no ids are given with ``arm``,
+            each list draws its own. A mapping from paths to settings says what differs in a list: ``{'joint': None,
+            'single': {'always_keep': 77, 'token_arguments': {'rope': 0}}}``; the same tokens of the rest are kept.
+        tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
+        tokens_out: Position of the tokens where a block returns a tuple, counted from 0.
+        token_arguments: Further block arguments that belong to their tokens (rotary tables, masks): they are reduced
+            to the kept tokens on the route. A list of names, for ``[B, N, ...]``, or a mapping from names to the
+            dimensions that count tokens: ``{'mask': [-2, -1]}``. Without a dimension for the samples (dimension 0
+            counts tokens) only with ``shared``. ``{'rope': {'dims': 0, 'after': 'text'}}`` says that the table begins
+            with the entries of other tokens, which stay: one for each token of the argument ``text`` (a number is
+            fine too), ``before`` that it ends with them, ``without_first: 1`` that the class token has no entry.
+            The members of a tuple or dict are reduced one by one, or those that ``members`` names. If None, what the
+            module around the list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
+        always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of trailing
+            ones. ``selection_rate`` is a share of the rest: ``always_keep + rest - int(rest * selection_rate)`` of
+            ``N = always_keep + rest`` are kept.
+        shared: One route for all samples of a batch.
+        ordered: The blocks need their tokens in ascending order and nothing else of position, as a scan does: leave
+            the check of each block away.
+        float32_after: Run the block right behind each route in float32, without autocast, as the paper's code does.
+
+    Returns:
+        The ``Routing``: arm it with ids of your own, disarm it, or leave it alone.
+
+    Raises:
+        ValueError: A list is not found, a route does not fit, an argument's name is unknown, or the model is
+            routed already with other settings.
+    """
+    routes = (routes,) if isinstance(routes, Route) else tuple(routes)
+    lists = _lists(model, blocks)
+    paths, depths = list(lists), [len(container) for container in lists.values()]
+    name = ' + '.join(paths)
+    try:
+        spans = check_routes(routes, sum(depths))
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from None
+    common = {'tokens': tokens, 'tokens_out': tokens_out, 'token_arguments': token_arguments}
+    common['always_keep'] = always_keep
+    listed = _listed(model, lists, spans, blocks, common, shared=shared)
+    flags = {'shared': shared, 'ordered': ordered, 'float32_after': float32_after}
+    settings = RoutingSettings(listed, routes, tuple(spans), **flags)
+    present = _present(model, settings)
+    if present is not None:
+        return present
+    _refuse_copies(model, lists)
+    routing = Routing(settings)
+    for number, container in enumerate(lists.values()):
+        container.__class__ = ROUTED.get(type(container), type(container))
+        container.routing, container.list_number = routing, number  # type: ignore[assignment]
+    return routing
+
+
+def remove_tread(model: nn.Module) -> None:
+    """Give the plain model back: its block lists become what they were before ``apply_tread``.
+
+    Parameters, optimizer state and checkpoints do not notice. Nothing happens to a model that is not routed.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedList):
+            module.unroute()
+
+
+def tap_blocks(
+    model: nn.Module,
+    at: int | Sequence[int],
+    *,
+    blocks: str | Sequence[str] | None = None,
+    tokens_out: int | None = None,
+    evaluation: bool = False,
+) -> Taps:
+    """Hand out what blocks returned in a forward pass, for losses on features: alignment, auxiliary heads.
+
+    On any model that walks over its list of blocks, routed or not, before or after ``apply_tread``; several taps stand
+    beside each other. Exact under activation checkpointing around the blocks or the whole list, compilation of the
+    model or of its blocks, and several forward passes before one backward pass: read after each of them.
+
+    Args:
+        model: Any module with a list of blocks that it iterates over.
+        at: Numbers of blocks from 0; negative counts from the end. What block ``k`` returned is the stream behind
+            ``k + 1`` blocks.
+        blocks: Path of the block list, or of several that are counted through; the routed ones, or the only candidate
+            (see ``find_blocks``), if None.
+        tokens_out: Position of the tokens where a block returns a tuple; that of the route if None.
+        evaluation: Also in evaluation mode: for heads that sampling uses, or a teacher.
+
+    Returns:
+        ``Taps``: ``read()`` gives tokens ``[B, K, D]`` with their kept ids ``[B, K]``, None where these are all.
+
+    Raises:
+        ValueError: The list is not found, or there is no such block.
+    """
+    lists = _lists(model, blocks) if blocks is not None or routing_of(model) is None else _routed_lists(model)
+    _refuse_copies(model, lists)
+    _check_position(tokens_out)
+    numbers = [at] if isinstance(at, int) else list(at)
+    places = [(container, index) for container in lists.values() for index in range(len(container))]
+    for number in numbers:
+        if type(number) is not int or not -len(places) <= number < len(places):
+            raise ValueError(f'at: {number!r} is no block; there are {len(places)}: 0 to {len(places) - 1}')
+    if not numbers or len({number % len(places) for number in numbers}) < len(numbers):
+        raise ValueError(f'at: {numbers} names no block, or one of them twice')
+    slots: dict[int, Slot] = {}
+    for number in numbers:
+        container, index = places[number]
+        if not isinstance(container, RoutedList):
+            container.__class__ = ROUTED[type(container)]
+        assert isinstance(container, RoutedList)
+        own = None if container.routing is None else container.routing.settings.lists[container.list_number].tokens_out
+        slots[number] = Slot(index, own if tokens_out is None else tokens_out, evaluation=evaluation)
+        container.slots = (*container.slots, slots[number])
+
+    def remove() -> None:
+        for container in lists.values():
+            if isinstance(container, RoutedList):
+                container.untap(slots.values())
+
+    return Taps(slots, remove)
+
+
+def _routed_lists(model: nn.Module) -> dict[str, BlockList]:
+    routed = {name: one for name, one in model.named_modules() if isinstance(one, RoutedList) and not one.is_slice}
+    return dict(sorted(routed.items(), key=lambda item: item[1].list_number))  # type: ignore[return-value]
+
+
+def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
+    """Refuse a model that holds the same blocks in another list too: walked there, they would not route.
+
+    Raises:
+        ValueError: Names the lists.
+    """
+    blocks = {id(block): path for path, container in lists.items() for block in container.children()}
+    # A slice of a routed list that the model keeps routes too.
+    slices = {id(one) for one in model.modules() if isinstance(one, RoutedList) and one.is_slice}
+    named = slices | {id(container) for container in lists.values()}
+    plain = set(vars(nn.Module()))
+    copies: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named:
+            copies.update((name, blocks[id(child)]) for child in module.children() if id(child) in blocks)
+        for attribute, value in vars(module).items():
+            members = value.values() if isinstance(value, dict) else value
+            if attribute not in plain and isinstance(value, (list, tuple, dict)):
+                dotted = f'{name}.{attribute}'.lstrip('.')
+                copies.update((dotted, blocks[id(one)]) for one in members if id(one) in blocks)
+    if copies:
+        raise ValueError(
+            f'blocks: {", ".join(f"{name!r} holds blocks of {path!r}" for name, path in copies.items())}. Walked there '
+            'they would run on all tokens, unnoticed: keep one list of the blocks in the model, and take slices of it '
+            'in the forward pass'
+        )
+
+
+def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
+    """The model's own routing, which must have these settings."""
+    attached = _routings(model)
+    if not attached:
+        return None
+    present = routing_of(model)
+    differences = ['of several parts'] if present is None else present.settings.differences(settings)
+    if differences:
+        raise ValueError(
+            f'{", ".join(attached)} is routed already with other settings ({"; ".join(differences)}). Call '
+            'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
+        )
+    return present
+
+
+_PER_LIST = ('tokens', 'tokens_out', 'token_arguments', 'always_keep')
+
+
+def _own(blocks: Any, path: str) -> Mapping[str, Any]:
+    """What ``blocks`` says of one list, where it is a mapping."""
+    own = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
+    if not isinstance(own, Mapping) or set(own) - set(_PER_LIST):
+        raise ValueError(
+            f'blocks: {path!r}: {own!r} is not understood; settings of one list are {", ".join(_PER_LIST)}'
+        )
+    return own
+
+
+def _listed(
+    model: nn.Module,
+    lists: dict[str, BlockList],
+    spans: Sequence[tuple[int, int]],
+    blocks: Blocks,
+    common: Mapping[str, Any],
+    *,
+    shared: bool,
+) -> tuple[ListSettings, ...]:
+    """The settings of each list: the common ones, and what ``blocks`` says differs."""
+    firsts = dict(_firsts(lists, spans))
+    return tuple(
+        _list_settings(model, path, len(container), firsts.get(path), {**common, **_own(blocks, path)}, shared=shared)
+        for path, container in lists.items()
+    )
+
+
+def _list_settings(
+    model: nn.Module, path: str, depth: int, block: nn.Module | None, asked: Mapping[str, Any], *, shared: bool
+) -> ListSettings:
+    """The settings of one list.
+
+    Args:
+        model: The model around it.
+        path: Its dotted name.
+        depth: Number of its blocks.
+        block: Its first block on a route; None if no route comes here.
+        asked: What the user said, under the names ``_PER_LIST``.
+        shared: Whether all samples have one route.
+    """
+    ends = both_ends(asked['always_keep'])
+    _check_position(asked['tokens_out'])
+    if block is None:
+        return ListSettings(path, depth, Argument('', 0), asked['tokens_out'], (), ends)
+    written = _declared(model, path) if asked['token_arguments'] is None else asked['token_arguments']
+    arguments = parse_token_arguments(written, block, shared=shared)
+    for one in arguments:
+        if one.without_first > ends[0]:
+            raise ValueError(
+                f'token_arguments: {one.argument.name!r} has no entry for the first {one.without_first} tokens, so '
+                f'these must never skip: always_keep={one.without_first}'
+            )
+    return ListSettings(
+        path, depth, find_argument(block, asked['tokens'], 'tokens'), asked['tokens_out'], arguments, ends
+    )
+
+
+def _check_position(tokens_out: int | None) -> None:
+    if tokens_out is not None and (type(tokens_out) is not int or tokens_out < 0):
+        raise ValueError(f'tokens_out: {tokens_out!r} is no position in a tuple; count from 0')
+
+
+def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
+    paths = [blocks] if blocks is None or isinstance(blocks, str) else list(blocks)
+    lists = dict(find_blocks(model, path) for path in paths)
+    if not paths or len({id(container) for container in lists.values()}) < len(paths):
+        raise ValueError(f'blocks: {paths} names no list, or one of them twice')
+    return lists
+
+
+def _firsts(lists: dict[str, BlockList], spans: Sequence[tuple[int, int]]) -> list[tuple[str, nn.Module]]:
+    """The first block on a route in each list that has one, with the path of the list."""
+    found, offset = [], 0
+    for path, container in lists.items():
+        here = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
+        found += [(path, bare(container[index])) for index in here[:1]]
+        offset += len(container)
+    return found
+
+
+def _declared(model: nn.Module, path: str) -> TokenArguments:
+    """What the module around a list says itself of the arguments of its blocks."""
+    found = getattr(model.get_submodule(path.rpartition('.')[0]), 'token_arguments', ())
+    return found if isinstance(found, (tuple, list, Mapping)) else ()
+
+
+def _routings(model: nn.Module) -> dict[str, Routing]:
+    """Routed lists by their paths."""
+    return {
+        name: module.routing
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedList) and module.routing is not None
+    }
+
+
+def _is_stack(module: nn.Module) -> bool:
+    children = list(module.children())
+    same_class = len({type(child) for child in children}) == 1
+    return len(children) > 1 and same_class and any(True for _ in module.parameters())
