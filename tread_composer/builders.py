@@ -26,7 +26,7 @@ from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import BACKBONES, Backbone
+from tread_composer.models import LatentTransformer
 from tread_composer.objectives import timesteps
 from tread_composer.protocols import Autoencoder, Objective
 from tread_composer.run_data import check_expectations, identity, planned_manifest, prepare_data
@@ -77,14 +77,14 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
     return autoencoder
 
 
-def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Backbone:
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> LatentTransformer:
     """The network, fitted to the data.
 
     Raises:
         UserError: The sizes do not fit together.
     """
     try:
-        return BACKBONES[config.model.name](
+        return config.model.backbone(
             latent_size=latent_size, in_channels=channels, num_classes=num_classes, **config.model.arguments()
         )  # fmt: skip
     except ValueError as error:
