@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tread_composer.algorithms.rules import cannot_work, conflict, never_resumes, without_checkpoints_only
+from tread_composer.config.attention import attention_problems
 from tread_composer.config.components import component_class, component_schema
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
@@ -343,7 +344,7 @@ def check_machine(config: Config, source: str = '') -> None:
         source: What to call it in the message.
 
     Raises:
-        ConfigError: The device is not there, or cannot compute in the precision or with the kernel asked for.
+        ConfigError: The device is not there, or cannot compute as precision, kernel or attention say.
     """
     has_gpu = torch.cuda.is_available()
     problems: list[Problem] = []
@@ -362,6 +363,7 @@ def check_machine(config: Config, source: str = '') -> None:
         if reason is not None:
             text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"
             problems.append(Problem(('model', 'kernel'), text))
+    problems += attention_problems(config, on_cpu)
     if on_cpu and precision is None and 'low_precision_layer_norm' in config.algorithms:
         text = 'does nothing here: without a precision, Composer trains in float32 on the CPU; take it out'
         problems.append(Problem(('algorithms', 'low_precision_layer_norm'), text))

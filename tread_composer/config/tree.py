@@ -118,10 +118,11 @@ class ModelSection(Strict):
         sizes = {name: getattr(self, name) for name in self.size_names}
         if self.preset is not None:
             sizes = dict(self.backbone.presets[self.preset])
-        settings = [name for name in type(self).model_fields if name not in ('name', 'preset', *self.size_names)]
+        settings = [name for name in type(self).model_fields if name not in (*_NO_ARGUMENTS, *self.size_names)]
         return {**sizes, **{name: getattr(self, name) for name in settings}}
 
 
+_NO_ARGUMENTS = ('name', 'preset', 'attention')
 _OF_THE_DATA = ('latent_size', 'in_channels', 'num_classes')
 
 
@@ -134,6 +135,8 @@ def _model_section(name: str, backbone: type[LatentTransformer]) -> type[ModelSe
     fields |= dict.fromkeys(size_names, (Positive | None, None))  # a preset may say it
     named = Literal[tuple(presets)] | None if presets else None  # type: ignore[valid-type]
     fields = {'name': (Literal[name], name), 'preset': (named, None), **fields}
+    if backbone.attentions:
+        fields['attention'] = (Literal[backbone.attentions], 'sdpa')  # chosen where the device is known
     section = create_model(f'{backbone.__name__}Model', __base__=ModelSection, __doc__=backbone.__doc__, **fields)
     section.backbone, section.size_names = backbone, size_names
     return section

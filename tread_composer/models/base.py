@@ -18,9 +18,11 @@ patch size.
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from tread_composer.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
+from tread_composer.models.attention import choose_attention
+from tread_composer.models.layers import Attention, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
 
 __all__ = ['LatentTransformer', 'check_sizes', 'initialise', 'size_table', 'unpatchify']
 
@@ -161,6 +163,40 @@ class LatentTransformer(nn.Module):
             return self.pos_embed
         square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
         return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
+
+    def use_attention(
+        self,
+        name: str,
+        device: torch.device,
+        *,
+        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        training: bool = True,
+    ) -> str:
+        """Compute attention otherwise from now on. Weights, their names and, up to rounding, results stay the same.
+
+        To be called before compilation. Probes on the device, see ``choose_attention``.
+
+        Args:
+            name: One of ``attentions``, or ``'sdpa'``, which is what a network starts with.
+            device: Where the network will run.
+            dtypes: What its attention will run in: that of autocast, and that of the weights where there is none.
+            training: Whether it will be trained.
+
+        Returns:
+            One line that says what runs.
+
+        Raises:
+            ValueError: The network has no such attention.
+            UserError: It cannot run there.
+        """
+        if name not in ('sdpa', *self.attentions):
+            raise ValueError(f'attention={name!r}: {type(self).__name__} has {", ".join(self.attentions) or "none"}')
+        layers = [module for module in self.modules() if isinstance(module, Attention)]
+        heads = tuple(dict.fromkeys((layer.num_heads, layer.head_size) for layer in layers))
+        attend, line = choose_attention(name, device, heads, tuple(dict.fromkeys(dtypes)), training)
+        for layer in layers:
+            layer.attend = attend
+        return line
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer's FSDP asks: is this module a unit of its own?"""

@@ -7,9 +7,11 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
+from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, Mlp, modulate
 
@@ -19,10 +21,12 @@ __all__ = ['DiT', 'DiTBlock', 'FinalLayer', 'without_sigma']
 class DiTBlock(nn.Module):
     """Attention and MLP, each behind a norm that the condition shifts and scales, and a gate (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: Literal[False, 'rms', 'layer'] = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -62,12 +66,15 @@ class DiT(LatentTransformer):
         num_heads: Attention heads of a block.
         mlp_ratio: Inner width of the MLPs over ``hidden_size``.
         learn_sigma: Predict 2C channels (the published checkpoints: noise, then variance fraction) instead of C.
+        qk_norm: Normalise the queries and keys of each head, by their root mean square or by mean and deviation;
+            the published checkpoints do not.
 
     Raises:
         ValueError: The sizes do not fit together.
     """
 
     block_class = DiTBlock
+    attentions = ATTENTIONS
     # S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
     presets = size_table(
         {
@@ -93,6 +100,7 @@ class DiT(LatentTransformer):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        qk_norm: Literal[False, 'rms', 'layer'] = False,
     ) -> None:
         super().__init__(
             latent_size=latent_size,
@@ -105,7 +113,7 @@ class DiT(LatentTransformer):
             mlp_ratio=mlp_ratio,
             learn_sigma=learn_sigma,
         )
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)
 

@@ -10,16 +10,20 @@ p patch size, A attention heads, E half the width of a head.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
-from tread_composer.models.layers import modulate
+from tread_composer.models.layers import Attention, RMSNorm, modulate
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
 
 _THETA = 10000.0
+
+QKNorm = Literal[False, True, 'rms', 'layer']  # True: as the authors' code writes 'rms'
 
 
 def rotary_table(grid: tuple[int, int], head_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -57,20 +61,6 @@ def rotate(x_BANF: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=4).flatten(3)
 
 
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467), in float32 at least."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
 class SwiGLU(nn.Module):
     """``w3(silu(a) * b)``, where ``w12`` gives a and b (arXiv 2002.05202, section 2): ``[B, N, D] -> [B, N, D]``."""
 
@@ -85,31 +75,18 @@ class SwiGLU(nn.Module):
         return self.w3(nn.functional.silu(a) * b)
 
 
-class RotaryAttention(nn.Module):
+class RotaryAttention(Attention):
     """Self-attention ``[B, N, D] -> [B, N, D]`` whose queries and keys are turned by their tokens' positions."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x_BND: Tensor, rope: Tensor) -> Tensor:
-        """See the class; ``rope`` is ``[B, N, 2, E]``."""
-        q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        # The table is float32 (FSDP in bfloat16 rounds its entries, not the positions): what it turns goes back to the
-        # precision of the rest.
-        q, k = (rotate(one, rope).to(v.dtype) for one in (self.q_norm(q), self.k_norm(k)))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, A, N, 2E]
-        return self.proj(out.transpose(1, 2).flatten(2))
+    def placed(self, x_BANF: Tensor, rope: Tensor) -> Tensor:
+        """Turned; ``rope`` is ``[B, N, 2, E]``."""
+        return rotate(x_BANF, rope)
 
 
 class LightningDiTBlock(nn.Module):
     """Rotary attention and SwiGLU, each behind an RMSNorm that the condition shifts and scales, and a gate."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
         self.attn = RotaryAttention(hidden_size, num_heads, qk_norm)
@@ -185,6 +162,7 @@ class LightningDiT(LatentTransformer):
 
     block_class = LightningDiTBlock
     token_arguments = ('rope',)
+    attentions = ATTENTIONS
     # The authors' code.
     presets = size_table(
         {
@@ -209,7 +187,7 @@ class LightningDiT(LatentTransformer):
         depth: int = 28,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = False,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(
