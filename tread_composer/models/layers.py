@@ -157,7 +157,8 @@ class Attention(nn.Module):
         # Norms and rotary tables are float32 (FSDP in bfloat16 rounds its entries, not the positions): what they make
         # goes back to the precision of the rest.
         q, k = (self.placed(x_BANF, *places).to(v.dtype) for x_BANF in (self.q_norm(q), self.k_norm(k)))
-        out_BANF = self.attend(q, k, v)
+        # The meta device has shapes only: there sdpa stands for the others, so that costs can be counted.
+        out_BANF = (sdpa if v.is_meta else self.attend)(q, k, v)
         return self.proj(out_BANF.transpose(1, 2).flatten(2))
 
     def placed(self, x_BANF: Tensor) -> Tensor:
