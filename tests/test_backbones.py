@@ -60,8 +60,12 @@ def test_a_model_without_a_name_is_a_dit():
 
 
 def test_settings_of_another_backbone_are_refused():
-    with pytest.raises(ConfigError, match=r"model\.qk_norm: belongs to 'lightning_dit', not to 'dit'"):
-        load_config(YAMLS / 'digits.yaml', ['model.qk_norm=true'])
+    with pytest.raises(ConfigError, match=r"model\.scan: belongs to 'mamba2_dit', not to 'dit'"):
+        load_config(YAMLS / 'digits.yaml', ['model.scan=raster'])
+    with pytest.raises(
+        ConfigError, match=r"model\.attention: belongs to 'dit' and 'lightning_dit', not to 'mamba2_dit'"
+    ):
+        load_config(YAMLS / 'digits_mamba2.yaml', ['model.attention=sdpa'])
     with pytest.raises(ConfigError, match=r"model\.preset: 'DiT-B/2' is not one of 'LightningDiT-B/1'"):
         load_config(YAMLS / 'digits_lightning.yaml', ['model={name: lightning_dit, preset: DiT-B/2}'])
     with pytest.raises(ConfigError, match=r"depth: is missing.*preset: 'LightningDiT-B/1'"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from composer import Algorithm, Callback, Evaluator, Trainer
-from composer.utils import dist, reproducibility
+from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader
 
 from tread_composer import objectives
@@ -20,13 +20,14 @@ from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import Config
+from tread_composer.config.attention import attention_dtypes
 from tread_composer.config.components import component_class
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import BACKBONES, Backbone
+from tread_composer.models import LatentTransformer
 from tread_composer.objectives import timesteps
 from tread_composer.protocols import Autoencoder, Objective
 from tread_composer.run_data import check_expectations, identity, planned_manifest, prepare_data
@@ -78,14 +79,14 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
     return autoencoder
 
 
-def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Backbone:
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> LatentTransformer:
     """The network, fitted to the data.
 
     Raises:
         UserError: The sizes do not fit together.
     """
     try:
-        return BACKBONES[config.model.name](
+        return config.model.backbone(
             latent_size=latent_size, in_channels=channels, num_classes=num_classes, **config.model.arguments()
         )  # fmt: skip
     except ValueError as error:
@@ -208,6 +209,7 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
     model = build_model(config, splits['train'])
+    _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     arguments = config.trainer_arguments()
     # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
@@ -249,6 +251,21 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
             if config.save_folder is not None:
                 logger.log_file(run_folder(config) / 'environment.json')
     return trainer
+
+
+def _choose_attention(config: Config, denoiser: LatentTransformer) -> None:
+    """``model.attention`` on the device of this rank, with a line that says what runs where it is not torch's own."""
+    name = getattr(config.model, 'attention', 'sdpa')
+    if name == 'sdpa':
+        return
+    kind = 'cuda' if get_device(config.device).name == 'gpu' else 'cpu'
+    device = torch.device(kind, dist.get_local_rank() if kind == 'cuda' else None)
+    try:
+        line = denoiser.use_attention(name, device, dtypes=attention_dtypes(config, device))
+    except UserError as error:
+        raise UserError(f'model.attention: {error}') from None
+    if dist.get_global_rank() == 0:
+        print(line, flush=True)
 
 
 @contextlib.contextmanager

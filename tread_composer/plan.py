@@ -20,7 +20,7 @@ from tread_composer.config import Config
 from tread_composer.config.components import Component, component_class, component_names
 from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
-from tread_composer.models import Backbone
+from tread_composer.models import LatentTransformer
 from tread_composer.routing import Route, apply_tread, find_blocks
 from tread_composer.run_data import planned_manifest
 
@@ -90,7 +90,7 @@ def _in_words(route: Route, depth: int) -> str:
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
 
 
-def _check_blocks(config: Config, denoiser: Backbone) -> None:
+def _check_blocks(config: Config, denoiser: LatentTransformer) -> None:
     """The names in ``algorithms.tread.blocks``, which training looks up in the model around the denoiser."""
     tread = config.algorithms.get('tread')
     named = None if tread is None else tread.kwargs.get('blocks')
@@ -112,7 +112,7 @@ def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, alway
     return counts
 
 
-def _mask(config: Config, denoiser: Backbone) -> tuple[Masking | None, int]:
+def _mask(config: Config, denoiser: LatentTransformer) -> tuple[Masking | None, int]:
     """Adds MaskDiT's decoder where the run has it, armed as at the start; with the tokens that the encoder sees."""
     component = config.algorithms.get('maskdit')
     if component is None:
@@ -180,7 +180,7 @@ def _limits(config: Config) -> dict[str, str]:
 
 
 def count_macs(
-    denoiser: Backbone,
+    denoiser: LatentTransformer,
     facts: dict[str, Any],
     routes: Sequence[Route] = (),
     masking: Masking | None = None,
@@ -195,7 +195,7 @@ def count_macs(
     return counter.get_total_flops() // 2
 
 
-def _forward(denoiser: Backbone, facts: dict[str, Any], savers: _Savers, batch_size: int = 1) -> Tensor:
+def _forward(denoiser: LatentTransformer, facts: dict[str, Any], savers: _Savers, batch_size: int = 1) -> Tensor:
     routes, masking, always_keep = savers
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
@@ -215,7 +215,9 @@ def _forward(denoiser: Backbone, facts: dict[str, Any], savers: _Savers, batch_s
     return out
 
 
-def _memory(config: Config, denoiser: Backbone, facts: dict[str, Any], savers: _Savers, micro: int) -> dict[str, float]:
+def _memory(
+    config: Config, denoiser: LatentTransformer, facts: dict[str, Any], savers: _Savers, micro: int
+) -> dict[str, float]:
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)

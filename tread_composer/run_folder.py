@@ -26,7 +26,7 @@ _DECISIVE = (
     'label_dropout', 'optimizer', 'scheduler', 'algorithms', 'precision',
 )  # fmt: skip
 """Settings that a continued run may not change; data by what they are, not by where they lie. Not among them: what
-must change with the machine (ranks, microbatch, sharding, compile) and what only looks on."""
+must change with the machine (ranks, microbatch, sharding, compile, ``model.attention``) and what only looks on."""
 
 
 def decisive_settings(config: Config) -> dict[str, Any]:
@@ -107,7 +107,13 @@ def check_load_path(config: Config) -> None:
 def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
     keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
     data = {key: tree['data'].get(key) for key in keys}
-    return {**{key: tree.get(key) for key in _DECISIVE}, 'data': data}
+    decisive = {key: tree.get(key) for key in _DECISIVE}
+    model = dict(tree.get('model') or {})
+    model.pop('attention', None)  # the same function, computed otherwise
+    # Newer than the first checkpoints: at the value that they had without it, it is left out.
+    if model.get('name', 'dit') == 'dit' and model.get('qk_norm') is False:
+        del model['qk_norm']
+    return {**decisive, 'model': model, 'data': data}
 
 
 def run_folder(config: Config) -> Path:

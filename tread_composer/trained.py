@@ -54,6 +54,7 @@ class Trained:
         routes: Of ``algorithms.tread``; none if the run was dense.
         always_keep: How many first tokens never skip on them.
         data: Facts of the training data.
+        attention: A line that says which implementation of attention runs.
     """
 
     model: LatentDiffusion
@@ -66,6 +67,7 @@ class Trained:
     routes: tuple[Route, ...]
     always_keep: int
     data: LatentFacts
+    attention: str
 
 
 def load_trained(
@@ -83,7 +85,7 @@ def load_trained(
             this width up to its last snapshot. Of an exported file that holds a post-hoc average, ``'ema'`` is that.
         device: Where the model goes.
         overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
-            such as ``{'autoencoder.path': '/other/place'}``.
+            such as ``{'autoencoder.path': '/other/place'}``. ``model.attention`` is ``sdpa`` unless it stands here.
 
     Raises:
         UserError: There is no such file, it has not these weights, or it contradicts its configuration.
@@ -94,6 +96,9 @@ def load_trained(
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
+    # Not that of the training: an exported file goes anywhere.
+    name = (overrides or {}).get('model.attention', 'sdpa')
+    attention = model.denoiser.use_attention(name, torch.device(device), training=False)
     return Trained(
         model=model,
         config=exported.config,
@@ -105,6 +110,7 @@ def load_trained(
         routes=tuple(exported.config.routes()),
         always_keep=exported.config.always_keep(),
         data=exported.data,
+        attention=attention,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.models import PRESETS, DiT, DiTBlock, preset, without_sigma
+from tread_composer.models import DiT, DiTBlock, preset, without_sigma
 from tread_composer.models.layers import sincos_positions
 
 SMALL = {'latent_size': 8, 'in_channels': 3, 'patch_size': 2, 'hidden_size': 24, 'depth': 2, 'num_heads': 3}
@@ -86,7 +86,7 @@ def test_positions_are_saved_and_never_trained() -> None:
 
 
 def test_presets() -> None:
-    assert len(PRESETS) == 15
+    assert len(DiT.presets) == 15
     assert preset('DiT-L/8') == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
     assert on_meta('DiT-B/4').num_tokens == 64
     preset('DiT-B/4')['depth'] = 1

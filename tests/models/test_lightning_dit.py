@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.lightning import SMALL, inputs, random_net, table
-from tread_composer.models import LIGHTNING_DIT_PRESETS, LightningDiT
+from tread_composer.models import LightningDiT
 from tread_composer.routing import Route, apply_tread
 
 # ---- sizes and cost
@@ -23,7 +23,7 @@ from tread_composer.routing import Route, apply_tread
     ],
 )
 def test_parameter_counts(name: str, latent_size: int, channels: int, learn_sigma: bool, count: int) -> None:
-    sizes = LIGHTNING_DIT_PRESETS[name]
+    sizes = LightningDiT.presets[name]
     with torch.device('meta'):
         model = LightningDiT(
             latent_size=latent_size, in_channels=channels, num_classes=1000, learn_sigma=learn_sigma, **sizes
@@ -39,7 +39,7 @@ def test_parameter_counts(name: str, latent_size: int, channels: int, learn_sigm
 def test_names_and_shapes_of_a_block_are_those_of_the_published_files() -> None:
     with torch.device('meta'):
         model = LightningDiT(
-            latent_size=16, in_channels=32, num_classes=1000, **LIGHTNING_DIT_PRESETS['LightningDiT-XL/1']
+            latent_size=16, in_channels=32, num_classes=1000, **LightningDiT.presets['LightningDiT-XL/1']
         )  # fmt: skip
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     layers = {
@@ -63,7 +63,7 @@ def test_names_and_shapes_of_a_block_are_those_of_the_published_files() -> None:
 def test_forward_cost_is_that_of_the_flop_model(rate: float | None) -> None:
     with torch.device('meta'):
         model = LightningDiT(
-            latent_size=16, in_channels=32, num_classes=1000, **LIGHTNING_DIT_PRESETS['LightningDiT-XL/1']
+            latent_size=16, in_channels=32, num_classes=1000, **LightningDiT.presets['LightningDiT-XL/1']
         )  # fmt: skip
         if rate is not None:
             routing = apply_tread(model, Route(2, -4, rate), token_arguments=model.token_arguments)

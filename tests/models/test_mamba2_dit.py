@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import randomised
 from tread_composer.errors import UserError
-from tread_composer.models import MAMBA2_DIT_PRESETS, PRESETS, DiT, Mamba2DiT
-from tread_composer.models.common import unpatchify
+from tread_composer.models import PRESETS, DiT, Mamba2DiT
+from tread_composer.models.base import unpatchify
 from tread_composer.models.mamba2_dit import Mamba2Block, scan_positions
 from tread_composer.routing import Route, RoutingError, apply_tread
 
@@ -35,7 +35,7 @@ def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 def on_meta(name: str, latent_size: int = 32, **changes: Any) -> Mamba2DiT:
     with torch.device('meta'):
-        sizes: dict[str, Any] = {**MAMBA2_DIT_PRESETS[name], **changes}
+        sizes: dict[str, Any] = {**Mamba2DiT.presets[name], **changes}
         return Mamba2DiT(latent_size=latent_size, in_channels=4, num_classes=1000, **sizes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tread_composer.algorithms.rules import cannot_work, conflict, never_resumes, without_checkpoints_only
+from tread_composer.config.attention import attention_problems
 from tread_composer.config.components import component_class, component_schema
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
@@ -17,7 +18,6 @@ from tread_composer.config.tree import Config, LatentsData
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.inception import find_weights
-from tread_composer.models import BACKBONES
 from tread_composer.models.ssd import fused_refusal
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import check_routes
@@ -75,7 +75,7 @@ def _model(config: Config) -> list[Problem]:
     if model.preset:
         rule = f'the preset {model.preset!r} has decided that; remove it, or the preset and give all sizes'
         return [Problem(('model', name), f'{value}: {rule}') for name, value in sizes.items() if value is not None]
-    example = next(name for name in model.presets if '-B/' in name)
+    example = next((name for name in model.backbone.presets if '-B/' in name), '')
     problems = [
         Problem(('model', name), f'is missing; give it, or all sizes by one name, for example preset: {example!r}')
         for name, value in sizes.items()
@@ -101,7 +101,7 @@ def _routes(config: Config) -> list[Problem]:
 
 def _token_arguments(config: Config) -> list[Problem]:
     """What belongs to the tokens of this network must follow those that a route keeps."""
-    tread, wanted = config.algorithms.get('tread'), BACKBONES[config.model.name].token_arguments
+    tread, wanted = config.algorithms.get('tread'), config.model.backbone.token_arguments
     if tread is None:
         return []
     given = tread.kwargs.get('token_arguments') or ()
@@ -245,13 +245,13 @@ def _learned_variance(config: Config) -> list[Problem]:
     """The variance channels of the network and the loss that trains them come together or not at all."""
     wanted = getattr(config.objective, 'learned_variance', False)
     here = ('model', 'learn_sigma')
-    if wanted and not config.model.learn_sigma:
+    if wanted and not config.model.arguments().get('learn_sigma'):
         text = (
             'false, but objective ddpm with learned_variance: true trains a variance that needs output channels; set '
             'it to true, or objective.learned_variance to false'
         )
         return [Problem(here, text)]
-    if config.model.learn_sigma and not wanted:
+    if config.model.arguments().get('learn_sigma') and not wanted:
         text = 'true adds output channels for a variance, which '
         if config.objective.name == 'ddpm':
             text += 'learned_variance: false does not train; set it to false, or objective.learned_variance to true'
@@ -370,7 +370,7 @@ def check_machine(config: Config, source: str = '') -> None:
         source: What to call it in the message.
 
     Raises:
-        ConfigError: The device is not there, or cannot compute in the precision or with the kernel asked for.
+        ConfigError: The device is not there, or cannot compute as precision, kernel or attention say.
     """
     has_gpu = torch.cuda.is_available()
     problems: list[Problem] = []
@@ -384,11 +384,12 @@ def check_machine(config: Config, source: str = '') -> None:
     if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
         text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
         problems.append(Problem(('precision',), text))
-    if config.model.name == 'mamba2_dit' and config.model.kernel == 'fused':
+    if getattr(config.model, 'kernel', None) == 'fused':
         reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
         if reason is not None:
             text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"
             problems.append(Problem(('model', 'kernel'), text))
+    problems += attention_problems(config, on_cpu)
     if on_cpu and precision is None and 'low_precision_layer_norm' in config.algorithms:
         text = 'does nothing here: without a precision, Composer trains in float32 on the CPU; take it out'
         problems.append(Problem(('algorithms', 'low_precision_layer_norm'), text))

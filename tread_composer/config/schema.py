@@ -308,7 +308,8 @@ def _problem(model: type[Strict], data: Any, base: Path, where: Path, details: l
 
 def _expected(detail: Any) -> str:
     if detail['type'] == 'literal_error':
-        return f'one of {detail["ctx"]["expected"].replace(" or ", ", ")}'
+        expected = detail['ctx']['expected'].replace(' or ', ', ')
+        return f'one of {expected.replace("False", "false").replace("True", "true")}'
     if detail['type'].startswith(('greater_than', 'less_than', 'too_', 'string_too')):
         return detail['msg'].replace('Input should be', '').replace('Input should', 'such that it').strip().lower()
     return _EXPECTED.get(detail['type'], '')

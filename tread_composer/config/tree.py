@@ -4,31 +4,28 @@ Sections that choose between kinds have a ``name``; the arguments of another kin
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema
+from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema, create_model
 
 from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
-from tread_composer.config.schema import Strict, plain
+from tread_composer.config.schema import Strict, plain, signature_fields
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.models.presets import LIGHTNING_DIT_PRESETS, MAMBA2_DIT_PRESETS, PRESETS
+from tread_composer.models import BACKBONES, LatentTransformer
 from tread_composer.routing import Route
 
 __all__ = [
     'Config',
     'DDPMObjective',
     'CosMapTimes',
-    'DiTModel',
     'DigitsData',
     'EDMObjective',
     'FlowMatchingObjective',
     'KLAutoencoder',
     'LatentsData',
-    'LightningDiTModel',
     'LogitNormalTimes',
-    'Mamba2DiTModel',
     'MinSNRWeighting',
     'ModeTimes',
     'ModelSection',
@@ -108,78 +105,44 @@ class KLAutoencoder(Strict):
 
 
 class ModelSection(Strict):
-    """Base of the sections of networks: a published size by ``preset``, or its sizes one by one, and settings.
+    """Base of the sections of networks: a published size by ``preset``, or its sizes one by one, and settings."""
 
-    The class behind a ``name`` is in ``tread_composer.models.BACKBONES``.
-    """
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    """Sizes by the names that ``preset`` may have."""
-    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth', 'num_heads')
+    backbone: ClassVar[type[LatentTransformer]]
+    size_names: ClassVar[tuple[str, ...]] = ()
     """What a preset decides; without one, all of them are to be given."""
+    name: str
+    preset: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The network's constructor arguments but for those that the data decide (latent size, channels, classes)."""
-        preset = getattr(self, 'preset', None)
-        sizes = self.presets[preset] if preset else {name: getattr(self, name) for name in self.size_names}
-        settings = [name for name in type(self).model_fields if name not in ('name', 'preset', *self.size_names)]
+        sizes = {name: getattr(self, name) for name in self.size_names}
+        if self.preset is not None:
+            sizes = dict(self.backbone.presets[self.preset])
+        settings = [name for name in type(self).model_fields if name not in (*_NO_ARGUMENTS, *self.size_names)]
         return {**sizes, **{name: getattr(self, name) for name in settings}}
 
 
-class DiTModel(ModelSection):
-    """A diffusion transformer."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = PRESETS
-    name: Literal['dit'] = 'dit'
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Above0 = 4.0
-    learn_sigma: bool = False
+_NO_ARGUMENTS = ('name', 'preset', 'attention')
+_OF_THE_DATA = ('latent_size', 'in_channels', 'num_classes')
 
 
-class LightningDiTModel(ModelSection):
-    """A DiT with rotary positions, RMSNorm and SwiGLU (arXiv 2501.01423)."""
+def _model_section(name: str, backbone: type[LatentTransformer]) -> type[ModelSection]:
+    """The constructor of a backbone as its section. All sizes and ratios of a network are above 0."""
+    presets = backbone.presets
+    size_names = tuple(next(iter(presets.values()), {}))
+    fields, _ = signature_fields(backbone, skip=_OF_THE_DATA)
+    fields = {key: ({int: Positive, float: Above0}.get(kind, kind), default) for key, (kind, default) in fields.items()}
+    fields |= dict.fromkeys(size_names, (Positive | None, None))  # a preset may say it
+    named = Literal[tuple(presets)] | None if presets else None  # type: ignore[valid-type]
+    fields = {'name': (Literal[name], name), 'preset': (named, None), **fields}
+    if backbone.attentions:
+        fields['attention'] = (Literal[backbone.attentions], 'sdpa')  # chosen where the device is known
+    section = create_model(f'{backbone.__name__}Model', __base__=ModelSection, __doc__=backbone.__doc__, **fields)
+    section.backbone, section.size_names = backbone, size_names
+    return section
 
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = LIGHTNING_DIT_PRESETS
-    name: Literal['lightning_dit'] = 'lightning_dit'
-    preset: Literal[tuple(LIGHTNING_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Above0 = 4.0
-    """Inner width of a SwiGLU over ``hidden_size``, times 3 / 2."""
-    qk_norm: bool = False
-    """Normalise queries and keys; the authors' cure for losses that become nan."""
-    learn_sigma: bool = False
 
-
-class Mamba2DiTModel(ModelSection):
-    """A DiT that mixes its tokens by bidirectional Mamba-2 scans; none of its sizes is published."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = MAMBA2_DIT_PRESETS
-    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth')
-    name: Literal['mamba2_dit'] = 'mamba2_dit'
-    preset: Literal[tuple(MAMBA2_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    expand: Positive = 2
-    """Inner width of a mixer over ``hidden_size``."""
-    head_size: Positive = 64
-    """Width of a head of the scan; divides ``expand * hidden_size``."""
-    state_size: Positive = 64
-    mlp_ratio: Above0 = 3.0
-    scan: Literal['raster', 'alternate'] = 'raster'
-    """Row by row in all blocks, or column by column in every second one; there and back in any case."""
-    chunk_size: Positive = 256
-    """Sequences of at most so many tokens are mixed by one matrix, longer ones in chunks of that length."""
-    kernel: Literal['torch', 'fused'] = 'torch'
-    """``fused`` is the package mamba_ssm's: an error where it is not installed or there is no GPU."""
-    learn_sigma: bool = False
+_MODELS = tuple(_model_section(name, backbone) for name, backbone in BACKBONES.items())
 
 
 def _named(section: Any) -> Any:
@@ -187,9 +150,10 @@ def _named(section: Any) -> Any:
     return {'name': 'dit', **section} if isinstance(section, dict) else section
 
 
-AnyModel = Annotated[
-    DiTModel | LightningDiTModel | Mamba2DiTModel, Field(discriminator='name'), BeforeValidator(_named)
-]
+if TYPE_CHECKING:
+    AnyModel = ModelSection
+else:
+    AnyModel = Annotated[Union[_MODELS], Field(discriminator='name'), BeforeValidator(_named)]  # noqa: UP007
 
 
 class UniformTimes(Strict):

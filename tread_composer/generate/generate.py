@@ -96,7 +96,12 @@ def _networks(request: SamplesRequest, device: torch.device) -> _Networks:
     trained = load_trained(request.path, weights=request.weights, device=device, overrides=request.overrides)
     weak = None
     if request.weak is not None:
-        weak = load_trained(request.weak, weights=request.weak_weights, device=device)
+        weak = load_trained(
+            request.weak,
+            weights=request.weak_weights,
+            device=device,
+            overrides={key: value for key, value in request.overrides.items() if key == 'model.attention'},
+        )
         _check_pair(trained, weak)
     if request.sampling.guidance == 'sparse':
         for one in (trained, weak):
@@ -209,6 +214,8 @@ def _begin(
     undone = folder.undone(count)
     sampling = request.sampling
     log(f'{trained.source}: {trained.weights} weights {_age(trained)}')
+    if 'model.attention' in request.overrides:
+        log(trained.attention)
     if networks.draws.rule == 'in turn':
         log(f'{count:,} images are no multiple of the {trained.model.num_classes} classes: the first classes have one '
             'more, and the protocol calls the labels "in turn", not "balanced"')  # fmt: skip

@@ -36,7 +36,8 @@ class SamplesRequest:
         batch_size: Images drawn together; no image depends on it, up to rounding.
         device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
         decode_dtype: What the autoencoder computes in.
-        overrides: Settings of the run's configuration that are otherwise now: only of the autoencoder.
+        overrides: Settings of the run's configuration that are otherwise now: of the autoencoder, and
+            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
 
     Raises:
         UserError: Values that exclude each other or are out of range.
@@ -84,11 +85,11 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
     Raises:
         UserError: A setting is not one of the autoencoder.
     """
-    foreign = [name for name in overrides if not name.startswith('autoencoder')]
+    foreign = [name for name in overrides if not name.startswith('autoencoder') and name != 'model.attention']
     if foreign:
         raise UserError(
             f'{", ".join(foreign)}: a trained model is sampled as it was trained; only the autoencoder can be another '
-            'one, for example autoencoder.path=/data/vae'
+            'one, for example autoencoder.path=/data/vae, and model.attention computed otherwise'
         )
 
 

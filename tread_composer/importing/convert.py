@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.errors import UserError
-from tread_composer.models import PRESETS, without_sigma
+from tread_composer.models import DiT, without_sigma
 from tread_composer.models.layers import sincos_positions
 
 __all__ = ['Sizes', 'converted', 'sizes_of']
@@ -102,7 +102,7 @@ def _heads(hidden_size: int, depth: int, num_heads: int | None, path: str) -> in
     """The number of heads is in no tensor; published sizes have published numbers."""
     published = {
         size['num_heads']
-        for size in PRESETS.values()
+        for size in DiT.presets.values()
         if (size['hidden_size'], size['depth']) == (hidden_size, depth)
     }  # fmt: skip
     if num_heads is not None:

@@ -7,20 +7,13 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor, nn
 
-from tread_composer.models.common import check_sizes, initialise, unpatchify
-from tread_composer.models.layers import (
-    Attention,
-    LabelEmbedder,
-    Mlp,
-    PatchEmbed,
-    TimestepEmbedder,
-    modulate,
-    sincos_positions,
-)
+from tread_composer.models.attention import ATTENTIONS
+from tread_composer.models.base import LatentTransformer, initialise, size_table
+from tread_composer.models.layers import Attention, Mlp, modulate
 
 __all__ = ['DiT', 'DiTBlock', 'FinalLayer', 'without_sigma']
 
@@ -28,10 +21,12 @@ __all__ = ['DiT', 'DiTBlock', 'FinalLayer', 'without_sigma']
 class DiTBlock(nn.Module):
     """Attention and MLP, each behind a norm that the condition shifts and scales, and a gate (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: Literal[False, 'rms', 'layer'] = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -58,8 +53,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_BND), shift, scale))
 
 
-class DiT(nn.Module):
-    """The diffusion transformer.
+class DiT(LatentTransformer):
+    """The diffusion transformer. Latents of another size than in training are refused.
 
     Args:
         latent_size: Height and width of the latents, H = W.
@@ -71,13 +66,27 @@ class DiT(nn.Module):
         num_heads: Attention heads of a block.
         mlp_ratio: Inner width of the MLPs over ``hidden_size``.
         learn_sigma: Predict 2C channels (the published checkpoints: noise, then variance fraction) instead of C.
+        qk_norm: Normalise the queries and keys of each head, by their root mean square or by mean and deviation;
+            the published checkpoints do not.
 
     Raises:
         ValueError: The sizes do not fit together.
     """
 
-    token_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of a block that belong to its tokens, ``[B, N, ...]``: none, positions are added at the input."""
+    block_class = DiTBlock
+    attentions = ATTENTIONS
+    # S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
+    presets = size_table(
+        {
+            'DiT-S': (384, 12, 6),
+            'DiT-B': (768, 12, 12),
+            'DiT-L': (1024, 24, 16),
+            'DiT-XL': (1152, 28, 16),
+            'DiT-H': (1280, 32, 16),
+        },
+        ('hidden_size', 'depth', 'num_heads'),
+        patch_sizes=(2, 4, 8),
+    )
 
     def __init__(
         self,
@@ -91,72 +100,35 @@ class DiT(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        qk_norm: Literal[False, 'rms', 'layer'] = False,
     ) -> None:
-        super().__init__()
-        sizes = {
-            'latent_size': latent_size,
-            'in_channels': in_channels,
-            'patch_size': patch_size,
-            'hidden_size': hidden_size,
-            'depth': depth,
-            'num_heads': num_heads,
-        }
-        check_sizes(sizes, num_classes, mlp_ratio)
-        self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
-        self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
-        self.null_label = num_classes
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_tokens = (latent_size // patch_size) ** 2
-
-        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        if num_classes:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        # A parameter, not a buffer: so it is in the published files' parameter count, and never trained.
-        positions_ND = sincos_positions(hidden_size, latent_size // patch_size)
-        self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        super().__init__(
+            latent_size=latent_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            learn_sigma=learn_sigma,
+        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Predict from noisy latents.
-
-        Args:
-            x_BCHW: Noisy latents.
-            t_B: What the objective says about the noise level, in any dtype; embedded in float32.
-            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
-                ``LabelEmbedder``. Ignored by an unconditional model.
-
-        Returns:
-            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
+    def grid_of(self, x_BCHW: Tensor) -> tuple[int, int]:
+        """``(h, w)`` of the patches: always those of training.
 
         Raises:
-            ValueError: The latents have another shape than the model was made for, or labels are missing.
+            ValueError: The latents have another shape than the model was made for.
         """
         expected = (self.in_channels, self.latent_size, self.latent_size)
         if tuple(x_BCHW.shape[1:]) != expected:
             raise ValueError(
                 f'this DiT was made for latents [B, {", ".join(map(str, expected))}], got {list(x_BCHW.shape)}'
             )
-        x = self.x_embedder(x_BCHW) + self.pos_embed
-        c = self.t_embedder(t_B)
-        if self.num_classes:
-            if labels_B is None:
-                raise ValueError(f'labels are missing; without a class, pass the null label {self.null_label}')
-            c = c + self.y_embedder(labels_B)
-        for block in self.blocks:
-            x = block(x, c)
-        side = self.latent_size // self.patch_size
-        return unpatchify(self.final_layer(x, c), (side, side), self.patch_size, self.out_channels)
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer's FSDP asks: is this module a unit of its own?"""
-        return isinstance(module, DiTBlock)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
-        return isinstance(module, DiTBlock)
+        return super().grid_of(x_BCHW)
 
 
 def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size: int) -> dict[str, Tensor]:

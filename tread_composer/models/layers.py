@@ -1,15 +1,27 @@
 """The small parts of a DiT, with the parameter names of the published checkpoints.
 
-Shapes: B samples, C channels, H x W latent pixels, N tokens, D width, T width of the timestep's sinusoid.
+Shapes: B samples, C channels, H x W latent pixels, N tokens, D width, T width of the timestep's sinusoid, A attention
+heads, F width of a head.
 """
 
 import math
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Attention', 'LabelEmbedder', 'Mlp', 'PatchEmbed', 'TimestepEmbedder', 'modulate', 'sincos_positions']
+from tread_composer.models.attention import Attend, sdpa
+
+__all__ = [
+    'Attention',
+    'LabelEmbedder',
+    'Mlp',
+    'PatchEmbed',
+    'RMSNorm',
+    'TimestepEmbedder',
+    'modulate',
+    'sincos_positions',
+]
 
 _MAX_PERIOD = 10000.0
 
@@ -91,20 +103,67 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels_B)
 
 
-class Attention(nn.Module):
-    """Self-attention ``[B, N, D] -> [B, N, D]``; the rows of ``qkv`` are q, then k, then v, each split into heads."""
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467), in float32 at least."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def _head_norm(kind: Literal['rms', 'layer'] | bool, size: int) -> nn.Module:
+    """The norm of queries or keys, over the width of a head; False is none, True is ``'rms'``."""
+    if kind not in (False, True, 'rms', 'layer'):
+        raise ValueError(f"qk_norm={kind!r}: must be False, 'rms' or 'layer'")
+    if kind is False:
+        return nn.Identity()
+    return nn.LayerNorm(size, eps=1e-6) if kind == 'layer' else RMSNorm(size)
+
+
+class Attention(nn.Module):
+    """Self-attention ``[B, N, D] -> [B, N, D]``; the rows of ``qkv`` are q, then k, then v, each split into heads.
+
+    Args:
+        hidden_size: D.
+        num_heads: A, divides D.
+        qk_norm: Normalise the queries and keys of each head (ViT-22B, arXiv 2302.05442, section 2): their products stay
+            bounded, which is the usual cure for a loss that becomes nan in bfloat16.
+
+    Raises:
+        ValueError: There is no such norm.
+    """
+
+    attend: Attend
+    """Chosen by ``LatentTransformer.use_attention``; no part of the weights."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: Literal['rms', 'layer'] | bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = num_heads, hidden_size // num_heads
+        self.attend = sdpa
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = _head_norm(qk_norm, self.head_size)
+        self.k_norm = _head_norm(qk_norm, self.head_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x_BND: Tensor, *places: Tensor) -> Tensor:
+        """See the class; ``places`` are what ``placed`` takes."""
         q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D / heads]
-        return self.proj(out.transpose(1, 2).flatten(2))
+        # Norms and rotary tables are float32 (FSDP in bfloat16 rounds its entries, not the positions): what they make
+        # goes back to the precision of the rest.
+        q, k = (self.placed(x_BANF, *places).to(v.dtype) for x_BANF in (self.q_norm(q), self.k_norm(k)))
+        # The meta device has shapes only: there sdpa stands for the others, so that costs can be counted.
+        out_BANF = (sdpa if v.is_meta else self.attend)(q, k, v)
+        return self.proj(out_BANF.transpose(1, 2).flatten(2))
+
+    def placed(self, x_BANF: Tensor) -> Tensor:
+        """Queries or keys with their tokens' positions, where a backbone brings them in here."""
+        return x_BANF
 
 
 class Mlp(nn.Module):

@@ -9,17 +9,21 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 p patch size, A attention heads, E half the width of a head.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tread_composer.models.common import check_sizes, initialise, unpatchify
-from tread_composer.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+from tread_composer.models.attention import ATTENTIONS
+from tread_composer.models.base import LatentTransformer, initialise, size_table
+from tread_composer.models.layers import Attention, RMSNorm, modulate
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
 
 _THETA = 10000.0
+
+QKNorm = Literal[False, True, 'rms', 'layer']  # True: as the authors' code writes 'rms'
 
 
 def rotary_table(grid: tuple[int, int], head_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -57,20 +61,6 @@ def rotate(x_BANF: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=4).flatten(3)
 
 
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467), in float32 at least."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
 class SwiGLU(nn.Module):
     """``w3(silu(a) * b)``, where ``w12`` gives a and b (arXiv 2002.05202, section 2): ``[B, N, D] -> [B, N, D]``."""
 
@@ -85,31 +75,18 @@ class SwiGLU(nn.Module):
         return self.w3(nn.functional.silu(a) * b)
 
 
-class RotaryAttention(nn.Module):
+class RotaryAttention(Attention):
     """Self-attention ``[B, N, D] -> [B, N, D]`` whose queries and keys are turned by their tokens' positions."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x_BND: Tensor, rope: Tensor) -> Tensor:
-        """See the class; ``rope`` is ``[B, N, 2, E]``."""
-        q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        # The table is float32 (FSDP in bfloat16 rounds its entries, not the positions): what it turns goes back to the
-        # precision of the rest.
-        q, k = (rotate(one, rope).to(v.dtype) for one in (self.q_norm(q), self.k_norm(k)))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, A, N, 2E]
-        return self.proj(out.transpose(1, 2).flatten(2))
+    def placed(self, x_BANF: Tensor, rope: Tensor) -> Tensor:
+        """Turned; ``rope`` is ``[B, N, 2, E]``."""
+        return rotate(x_BANF, rope)
 
 
 class LightningDiTBlock(nn.Module):
     """Rotary attention and SwiGLU, each behind an RMSNorm that the condition shifts and scales, and a gate."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
         self.attn = RotaryAttention(hidden_size, num_heads, qk_norm)
@@ -160,7 +137,7 @@ class LightningFinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_BND), shift, scale))
 
 
-class LightningDiT(nn.Module):
+class LightningDiT(LatentTransformer):
     """The diffusion transformer of LightningDiT; called as ``DiT`` is.
 
     Positions are counted in patches: fixed sin-cos vectors are added to the tokens, and rotary tables go to the blocks.
@@ -183,8 +160,21 @@ class LightningDiT(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
-    token_arguments: ClassVar[tuple[str, ...]] = ('rope',)
-    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+    block_class = LightningDiTBlock
+    token_arguments = ('rope',)
+    attentions = ATTENTIONS
+    # The authors' code.
+    presets = size_table(
+        {
+            'LightningDiT-B': (768, 12, 12),
+            'LightningDiT-L': (1024, 24, 16),
+            'LightningDiT-XL': (1152, 28, 16),
+            'LightningDiT-1p0B': (1536, 24, 24),
+            'LightningDiT-1p6B': (1792, 28, 28),
+        },
+        ('hidden_size', 'depth', 'num_heads'),
+        patch_sizes=(1, 2),
+    )
 
     def __init__(
         self,
@@ -197,19 +187,20 @@ class LightningDiT(nn.Module):
         depth: int = 28,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = False,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        sizes = {
-            'latent_size': latent_size,
-            'in_channels': in_channels,
-            'patch_size': patch_size,
-            'hidden_size': hidden_size,
-            'depth': depth,
-            'num_heads': num_heads,
-        }
-        check_sizes(sizes, num_classes, mlp_ratio)
+        super().__init__(
+            latent_size=latent_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            learn_sigma=learn_sigma,
+        )
         self.head_size = hidden_size // num_heads
         if self.head_size % 4:
             raise ValueError(
@@ -218,72 +209,20 @@ class LightningDiT(nn.Module):
             )
         if 2 * int(hidden_size * mlp_ratio) < 3:
             raise ValueError(f'mlp_ratio={mlp_ratio}: leaves no inner width at hidden_size={hidden_size}; raise it')
-        self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
-        self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
-        self.null_label = num_classes
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_tokens = (latent_size // patch_size) ** 2
-
-        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        if num_classes:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        # A parameter, as in the published files; never trained.
-        positions_ND = sincos_positions(hidden_size, latent_size // patch_size)
-        self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList(
             LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )  # fmt: skip
         self.final_layer = LightningFinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Predict from noisy latents.
+    def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
+        """The rotary table, for all blocks the same.
 
         Args:
-            x_BCHW: Noisy latents, H and W divisible by p.
-            t_B: What the objective says about the noise level, in any dtype; embedded in float32.
-            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
-                ``LabelEmbedder``. Ignored by an unconditional model.
-
-        Returns:
-            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
-
-        Raises:
-            ValueError: The latents have other channels, patches do not tile them, or labels are missing.
+            x_BND: The tokens of all patches.
+            grid: h and w.
         """
-        channels, height, width = x_BCHW.shape[1:]
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f'this LightningDiT was made for latents [B, {self.in_channels}, H, W] with H and W divisible by '
-                f'{self.patch_size}, got {list(x_BCHW.shape)}'
-            )
-        grid = height // self.patch_size, width // self.patch_size
-        x = self.x_embedder(x_BCHW) + self._positions(grid)
-        c = self.t_embedder(t_B)
-        if self.num_classes:
-            if labels_B is None:
-                raise ValueError(f'labels are missing; without a class, pass the null label {self.null_label}')
-            c = c + self.y_embedder(labels_B)
         # One row for each sample, all the same memory: a route then takes other rows for each sample.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rope = rotary_table(grid, self.head_size, device=x.device, dtype=dtype).expand(len(x), -1, -1, -1)
-        for block in self.blocks:
-            x = block(x, c, rope)
-        return unpatchify(self.final_layer(x, c), grid, self.patch_size, self.out_channels)
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer's FSDP asks: is this module a unit of its own?"""
-        return isinstance(module, LightningDiTBlock)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
-        return isinstance(module, LightningDiTBlock)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
-        side = self.latent_size // self.patch_size
-        if grid == (side, side):
-            return self.pos_embed
-        square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
-        return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
+        dtype = torch.promote_types(x_BND.dtype, torch.float32)
+        rope = rotary_table(grid, self.head_size, device=x_BND.device, dtype=dtype).expand(len(x_BND), -1, -1, -1)
+        return ((rope,),)

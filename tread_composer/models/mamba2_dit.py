@@ -14,14 +14,15 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 p patch size.
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tread_composer.models.common import check_sizes, initialise, unpatchify
+from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
-from tread_composer.models.layers import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+from tread_composer.models.layers import Mlp, modulate
 from tread_composer.models.ssd import BidirectionalSSD
 
 __all__ = ['Mamba2Block', 'Mamba2DiT', 'scan_positions']
@@ -84,7 +85,7 @@ def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
     return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))
 
 
-class Mamba2DiT(nn.Module):
+class Mamba2DiT(LatentTransformer):
     """The state-space counterpart of ``DiT``; called as that is.
 
     Fixed sin-cos positions and the scan are made for the grid that comes, so that latents of any height and width work
@@ -111,8 +112,19 @@ class Mamba2DiT(nn.Module):
         ValueError: The sizes do not fit together, or there is no such scan or kernel.
     """
 
-    token_arguments: ClassVar[tuple[str, ...]] = ('positions',)
-    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+    block_class = Mamba2Block
+    token_arguments = ('positions',)
+    # None is published: width and depth of the DiT of the same letter.
+    presets = size_table(
+        {
+            'Mamba2-DiT-S': (384, 12),
+            'Mamba2-DiT-B': (768, 12),
+            'Mamba2-DiT-L': (1024, 24),
+            'Mamba2-DiT-XL': (1152, 28),
+        },
+        ('hidden_size', 'depth'),
+        patch_sizes=(2, 4, 8),
+    )
 
     def __init__(
         self,
@@ -132,31 +144,19 @@ class Mamba2DiT(nn.Module):
         kernel: Literal['torch', 'fused'] = 'torch',
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        sizes = {
-            'latent_size': latent_size,
-            'in_channels': in_channels,
-            'patch_size': patch_size,
-            'hidden_size': hidden_size,
-            'depth': depth,
-        }
-        check_sizes(sizes, num_classes, mlp_ratio)
+        super().__init__(
+            latent_size=latent_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            depth=depth,
+            mlp_ratio=mlp_ratio,
+            learn_sigma=learn_sigma,
+        )
         if scan not in ('raster', 'alternate'):
             raise ValueError(f"scan={scan!r}: must be 'raster' or 'alternate'")
-        self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
-        self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
-        self.null_label = num_classes
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_tokens = (latent_size // patch_size) ** 2
         self.orders = ('raster', 'column') if scan == 'alternate' else ('raster',)
-
-        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        if num_classes:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        # A parameter that is never trained, as DiT's.
-        positions_ND = sincos_positions(hidden_size, latent_size // patch_size)
-        self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
         mixer = {
             'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size
         }  # fmt: skip
@@ -167,53 +167,12 @@ class Mamba2DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)  # the scans' own parameters have their first values already
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Predict from noisy latents.
+    def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
+        """Where the tokens stand in each block's scan.
 
         Args:
-            x_BCHW: Noisy latents, H and W divisible by p.
-            t_B: What the objective says about the noise level, in any dtype; embedded in float32.
-            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
-                ``LabelEmbedder``. Ignored by an unconditional model.
-
-        Returns:
-            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
-
-        Raises:
-            ValueError: The latents have other channels, patches do not tile them, or labels are missing.
-            UserError: ``kernel='fused'`` cannot run here.
+            x_BND: The tokens of all patches.
+            grid: h and w.
         """
-        channels, height, width = x_BCHW.shape[1:]
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f'this Mamba2DiT was made for latents [B, {self.in_channels}, H, W] with H and W divisible by '
-                f'{self.patch_size}, got {list(x_BCHW.shape)}'
-            )
-        grid = height // self.patch_size, width // self.patch_size
-        x = self.x_embedder(x_BCHW) + self._positions(grid)
-        c = self.t_embedder(t_B)
-        if self.num_classes:
-            if labels_B is None:
-                raise ValueError(f'labels are missing; without a class, pass the null label {self.null_label}')
-            c = c + self.y_embedder(labels_B)
         # One row for each sample, all the same memory: a route then takes other tokens of each sample.
-        scans = [scan_positions(grid, order, device=x.device).expand(len(x), -1) for order in self.orders]
-        for index, block in enumerate(self.blocks):
-            x = block(x, c, scans[index % len(scans)])
-        return unpatchify(self.final_layer(x, c), grid, self.patch_size, self.out_channels)
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer's FSDP asks: is this module a unit of its own?"""
-        return isinstance(module, Mamba2Block)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
-        return isinstance(module, Mamba2Block)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
-        side = self.latent_size // self.patch_size
-        if grid == (side, side):
-            return self.pos_embed
-        square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
-        return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
+        return [(scan_positions(grid, order, device=x_BND.device).expand(len(x_BND), -1),) for order in self.orders]
