@@ -3,39 +3,19 @@
 Sections that choose between kinds have a ``name``; the arguments of another kind are errors.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema
+from pydantic import Field, InstanceOf, WithJsonSchema
 
 from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
+from tread_composer.config.registry import resolve
 from tread_composer.config.schema import Strict, plain
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.models.presets import LIGHTNING_DIT_PRESETS, MAMBA2_DIT_PRESETS, PRESETS
 from tread_composer.routing import Route
 
-__all__ = [
-    'Config',
-    'DDPMObjective',
-    'CosMapTimes',
-    'DiTModel',
-    'DigitsData',
-    'EDMObjective',
-    'FlowMatchingObjective',
-    'KLAutoencoder',
-    'LatentsData',
-    'LightningDiTModel',
-    'LogitNormalTimes',
-    'Mamba2DiTModel',
-    'MinSNRWeighting',
-    'ModeTimes',
-    'ModelSection',
-    'PerChannelNormalization',
-    'PixelsAutoencoder',
-    'UniformTimes',
-]
+__all__ = ['Config', 'DigitsData', 'LatentsData', 'PerChannelNormalization', 'backbone_arguments']
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -87,195 +67,12 @@ class LatentsData(Strict):
     download_timeout: Above0 = 60.0
 
 
-class PixelsAutoencoder(Strict):
-    """None: the data are pixels."""
-
-    name: Literal['pixels'] = 'pixels'
-
-
-class KLAutoencoder(Strict):
-    """A diffusers ``AutoencoderKL``."""
-
-    name: Literal['kl'] = 'kl'
-    path: str
-    """A folder, a hub id such as ``stabilityai/sd-vae-ft-ema``, or one file of the original latent-diffusion layout."""
-    id: str | None = None
-    """What the manifest of the data calls it; ``path`` if null."""
-    subfolder: str | None = None
-    revision: str | None = None
-    other_weights: bool = False
-    """Decode with weights that are not those of the data, such as a fine-tuned decoder."""
-
-
-class ModelSection(Strict):
-    """Base of the sections of networks: a published size by ``preset``, or its sizes one by one, and settings.
-
-    The class behind a ``name`` is in ``tread_composer.models.BACKBONES``.
-    """
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    """Sizes by the names that ``preset`` may have."""
-    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth', 'num_heads')
-    """What a preset decides; without one, all of them are to be given."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The network's constructor arguments but for those that the data decide (latent size, channels, classes)."""
-        preset = getattr(self, 'preset', None)
-        sizes = self.presets[preset] if preset else {name: getattr(self, name) for name in self.size_names}
-        settings = [name for name in type(self).model_fields if name not in ('name', 'preset', *self.size_names)]
-        return {**sizes, **{name: getattr(self, name) for name in settings}}
-
-
-class DiTModel(ModelSection):
-    """A diffusion transformer."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = PRESETS
-    name: Literal['dit'] = 'dit'
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Above0 = 4.0
-    learn_sigma: bool = False
-
-
-class LightningDiTModel(ModelSection):
-    """A DiT with rotary positions, RMSNorm and SwiGLU (arXiv 2501.01423)."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = LIGHTNING_DIT_PRESETS
-    name: Literal['lightning_dit'] = 'lightning_dit'
-    preset: Literal[tuple(LIGHTNING_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Above0 = 4.0
-    """Inner width of a SwiGLU over ``hidden_size``, times 3 / 2."""
-    qk_norm: bool = False
-    """Normalise queries and keys; the authors' cure for losses that become nan."""
-    learn_sigma: bool = False
-
-
-class Mamba2DiTModel(ModelSection):
-    """A DiT that mixes its tokens by bidirectional Mamba-2 scans; none of its sizes is published."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, int]]] = MAMBA2_DIT_PRESETS
-    size_names: ClassVar[tuple[str, ...]] = ('patch_size', 'hidden_size', 'depth')
-    name: Literal['mamba2_dit'] = 'mamba2_dit'
-    preset: Literal[tuple(MAMBA2_DIT_PRESETS)] | None = None  # type: ignore[valid-type]
-    patch_size: Positive | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    expand: Positive = 2
-    """Inner width of a mixer over ``hidden_size``."""
-    head_size: Positive = 64
-    """Width of a head of the scan; divides ``expand * hidden_size``."""
-    state_size: Positive = 64
-    mlp_ratio: Above0 = 3.0
-    scan: Literal['raster', 'alternate'] = 'raster'
-    """Row by row in all blocks, or column by column in every second one; there and back in any case."""
-    chunk_size: Positive = 256
-    """Sequences of at most so many tokens are mixed by one matrix, longer ones in chunks of that length."""
-    kernel: Literal['torch', 'fused'] = 'torch'
-    """``fused`` is the package mamba_ssm's: an error where it is not installed or there is no GPU."""
-    learn_sigma: bool = False
-
-
-def _named(section: Any) -> Any:
-    """A ``model`` without a name is a DiT: there was no other when such files were written."""
-    return {'name': 'dit', **section} if isinstance(section, dict) else section
-
-
-AnyModel = Annotated[
-    DiTModel | LightningDiTModel | Mamba2DiTModel, Field(discriminator='name'), BeforeValidator(_named)
-]
-
-
-class UniformTimes(Strict):
-    """All training times alike."""
-
-    name: Literal['uniform'] = 'uniform'
-
-
-class LogitNormalTimes(Strict):
-    """More of the middle: ``logit(t) ~ N(mean, std^2)``."""
-
-    name: Literal['logit_normal'] = 'logit_normal'
-    mean: float = 0.0
-    std: Above0 = 1.0
-
-
-class ModeTimes(Strict):
-    """SD3's mode sampling: more of the middle above 0, more of both ends below."""
-
-    name: Literal['mode'] = 'mode'
-    scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
-
-
-class CosMapTimes(Strict):
-    """SD3's CosMap."""
-
-    name: Literal['cosmap'] = 'cosmap'
-
-
-class MinSNRWeighting(Strict):
-    """Min-SNR-gamma: the weight of the data's error stops to grow at a signal-to-noise ratio of ``gamma``."""
-
-    name: Literal['min_snr'] = 'min_snr'
-    gamma: Above0 = 5.0
-
-
-class FlowMatchingObjective(Strict):
-    """Velocity of the straight line between data and noise."""
-
-    name: Literal['flow_matching'] = 'flow_matching'
-    time_distribution: UniformTimes | LogitNormalTimes | ModeTimes | CosMapTimes = Field(
-        default=LogitNormalTimes(), discriminator='name'
-    )
-    time_shift: Above0 = 1.0
-    """Moves the training times: above 1 towards noise (SD3, eq. 23, with t = 1 at the noise)."""
-    sampling_shift: Above0 = 1.0
-    """Likewise the times of sampling."""
-    weighting: MinSNRWeighting | None = None
-    direction_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of FasterDiT's velocity-direction loss beside the squared error; the paper takes 1."""
-    direction_patch: Positive = 1
-    """Side of the square of pixels whose values are one direction; 1 is the paper's, one channel needs more."""
-
-
 class PerChannelNormalization(Strict):
     """Each channel to mean 0 and one standard deviation, from what the manifest of the training data says."""
 
     name: Literal['per_channel'] = 'per_channel'
     std: Above0 = 1.0
     """The standard deviation that the network sees: the latent strength."""
-
-
-class EDMObjective(Strict):
-    """Preconditioned denoiser (Karras et al. 2022)."""
-
-    name: Literal['edm'] = 'edm'
-    P_mean: float = -1.2
-    P_std: Above0 = 1.2
-    sigma_data: Above0 = 0.5
-    sigma_min: Above0 = 0.002
-    sigma_max: Above0 = 80.0
-    rho: Above0 = 7.0
-
-
-class DDPMObjective(Strict):
-    """Noise at discrete timesteps, and the variance of the reverse steps (DiT's own recipe)."""
-
-    name: Literal['ddpm'] = 'ddpm'
-    num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    beta_start: Above0 = 1e-4
-    """This and the next: first and last beta of the linear schedule."""
-    beta_end: Above0 = 0.02
-    schedule: Literal['linear', 'cosine'] = 'linear'
-    learned_variance: bool = True
-    """Needs ``model.learn_sigma: true``; without it sampling takes the variance of the forward steps."""
-    weighting: MinSNRWeighting | None = None
 
 
 class Config(TrainerSettings):
@@ -286,9 +83,9 @@ class Config(TrainerSettings):
     global_train_batch_size: Positive
     global_eval_batch_size: Positive
     data: DigitsData | LatentsData = Field(discriminator='name')
-    autoencoder: PixelsAutoencoder | KLAutoencoder = Field(discriminator='name')
-    model: AnyModel
-    objective: FlowMatchingObjective | EDMObjective | DDPMObjective = Field(discriminator='name')
+    autoencoder: ComponentField
+    model: ComponentField
+    objective: ComponentField
     latent_scale: OneOrPerChannel = 1.0
     latent_shift: OneOrPerChannel = 0.0
     latent_normalization: PerChannelNormalization | None = None
@@ -302,21 +99,12 @@ class Config(TrainerSettings):
     loggers: dict[str, ComponentField] = Field(default={})
 
     def routes(self) -> list[Route]:
-        """The routes of ``algorithms.tread``; none where it is absent.
-
-        Raises:
-            ValueError: A value of a route is out of range.
-        """
-        tread = self.algorithms.get('tread')
-        if tread is None:
-            return []
-        single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
-        return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
+        """The routes of ``algorithms.tread``; none where it is absent."""
+        return [] if 'tread' not in self.algorithms else list(self.algorithms['tread'].instance.routes)
 
     def always_keep(self) -> int:
         """How many first positions never skip (``algorithms.tread.always_keep``)."""
-        tread = self.algorithms.get('tread')
-        return 0 if tread is None else tread.kwargs.get('always_keep', 0)
+        return 0 if 'tread' not in self.algorithms else self.algorithms['tread'].instance.always_keep
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
         """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.
@@ -356,6 +144,17 @@ class Config(TrainerSettings):
     def to_yaml(self) -> str:
         """``to_dict`` as YAML text."""
         return dump_yaml(self.to_dict())
+
+
+def backbone_arguments(model: Component) -> dict[str, Any]:
+    """A network's constructor arguments but for those that the data decide (latent size, channels, classes).
+
+    Args:
+        model: The component; a ``preset`` stands for the sizes that it decides.
+    """
+    arguments = {key: value for key, value in model.kwargs.items() if key != 'preset'}
+    preset = model.kwargs.get('preset')
+    return {**arguments, **resolve('backbone', model.name).presets[preset]} if preset else arguments  # type: ignore[attr-defined]
 
 
 def _tree_of(value: Any) -> Any:

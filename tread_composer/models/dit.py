@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.common import check_sizes, initialise, unpatchify
 from tread_composer.models.layers import (
     Attention,
@@ -21,6 +22,7 @@ from tread_composer.models.layers import (
     modulate,
     sincos_positions,
 )
+from tread_composer.models.presets import PRESETS
 
 __all__ = ['DiT', 'DiTBlock', 'FinalLayer', 'without_sigma']
 
@@ -76,6 +78,8 @@ class DiT(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = PRESETS
+    """Published sizes by name: what ``preset`` in a configuration stands for."""
     token_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of a block that belong to its tokens, ``[B, N, ...]``: none, positions are added at the input."""
 
@@ -85,11 +89,11 @@ class DiT(nn.Module):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 2,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
+        patch_size: AtLeast1 = 2,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        num_heads: AtLeast1 = 16,
+        mlp_ratio: Positive = 4.0,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()

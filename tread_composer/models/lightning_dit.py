@@ -9,13 +9,16 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 p patch size, A attention heads, E half the width of a head.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.common import check_sizes, initialise, unpatchify
 from tread_composer.models.layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+from tread_composer.models.presets import LIGHTNING_DIT_PRESETS
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
 
@@ -183,6 +186,8 @@ class LightningDiT(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = LIGHTNING_DIT_PRESETS
+    """Published sizes by name: what ``preset`` in a configuration stands for."""
     token_arguments: ClassVar[tuple[str, ...]] = ('rope',)
     """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
 
@@ -192,11 +197,11 @@ class LightningDiT(nn.Module):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 1,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
+        patch_size: AtLeast1 = 1,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        num_heads: AtLeast1 = 16,
+        mlp_ratio: Positive = 4.0,
         qk_norm: bool = False,
         learn_sigma: bool = False,
     ) -> None:

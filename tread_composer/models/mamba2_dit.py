@@ -14,14 +14,17 @@ Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N 
 p patch size.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.common import check_sizes, initialise, unpatchify
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_positions
+from tread_composer.models.presets import MAMBA2_DIT_PRESETS
 from tread_composer.models.ssd import BidirectionalSSD
 
 __all__ = ['Mamba2Block', 'Mamba2DiT', 'scan_positions']
@@ -111,6 +114,8 @@ class Mamba2DiT(nn.Module):
         ValueError: The sizes do not fit together, or there is no such scan or kernel.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, int]]] = MAMBA2_DIT_PRESETS
+    """Published sizes by name: what ``preset`` in a configuration stands for."""
     token_arguments: ClassVar[tuple[str, ...]] = ('positions',)
     """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
 
@@ -120,15 +125,15 @@ class Mamba2DiT(nn.Module):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 2,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        expand: int = 2,
-        head_size: int = 64,
-        state_size: int = 64,
-        mlp_ratio: float = 3.0,
+        patch_size: AtLeast1 = 2,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        expand: AtLeast1 = 2,
+        head_size: AtLeast1 = 64,
+        state_size: AtLeast1 = 64,
+        mlp_ratio: Positive = 3.0,
         scan: Literal['raster', 'alternate'] = 'raster',
-        chunk_size: int = 256,
+        chunk_size: AtLeast1 = 256,
         kernel: Literal['torch', 'fused'] = 'torch',
         learn_sigma: bool = False,
     ) -> None:
