@@ -11,10 +11,11 @@ from tests.trained_runs import SMALL, Run, predict, run
 from tread_composer.builders import build_denoiser
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, json_schema, load_config, restore_config
-from tread_composer.config.tree import FlowMatchingObjective
 from tread_composer.export_file import read_exported
 from tread_composer.exporting import export
 from tread_composer.models import BACKBONES, LightningDiT
+from tread_composer.objectives import FlowMatching
+from tread_composer.routing import apply_tread
 from tread_composer.trained import load_trained
 
 YAMLS = ROOT / 'yamls'
@@ -25,13 +26,21 @@ LIGHTNING = f'model={{name: lightning_dit, {SIZES}}}'
 # ---- configuration
 
 
-def test_a_route_must_name_what_belongs_to_the_tokens():
-    expected = r"algorithms\.tread\.token_arguments: \[\], but a block of model 'lightning_dit' is also given rope"
-    with pytest.raises(ConfigError, match=rf'{expected}.* Write token_arguments: \[rope\]'):
-        load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING])
-    with pytest.raises(ConfigError, match=r"\['x'\], but .*Write token_arguments: \[x, rope\]"):
+def test_a_route_follows_what_the_network_declares_unless_it_is_written_out_wrongly():
+    for words in ([], ['algorithms.tread.token_arguments=[rope]']):
+        config = load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, *words])
+        network = build_denoiser(config, channels=1, latent_size=8, num_classes=10)
+        tread = config.algorithms['tread'].instance
+        apply_tread(network, tread.routes, token_arguments=tread.token_arguments)
+        seen = []
+        network.blocks[2].register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.extend(x.shape[1] for x in inputs[::2])
+        )
+        network.train()(*(torch.empty(4, 1, 8, 8), torch.empty(4), torch.zeros(4, dtype=torch.int64)))
+        assert seen == [8, 8]  # the tokens of the route, and their rotary rows
+    expected = r"algorithms\.tread\.token_arguments: \['x'\], but a block of model 'lightning_dit' is also given rope"
+    with pytest.raises(ConfigError, match=rf'{expected}.* write token_arguments: \[x, rope\]'):
         load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[x]'])
-    load_config(YAMLS / 'digits_tread.yaml', [LIGHTNING, 'algorithms.tread.token_arguments=[rope]'])
     load_config(YAMLS / 'digits.yaml', [LIGHTNING])
 
 
@@ -46,9 +55,9 @@ def test_tables_that_do_not_fit_the_route_end_a_run_with_the_reason(tmp_path):
 
 
 def test_every_backbone_says_what_belongs_to_its_tokens_and_has_a_section():
-    sections = json_schema()['properties']['model']['discriminator']['mapping']
-    assert sections.keys() == BACKBONES.keys()
-    assert all(isinstance(one.token_arguments, tuple) for one in BACKBONES.values())
+    sections = json_schema()['properties']['model']['oneOf']
+    assert {section['properties']['name']['const'] for section in sections} == BACKBONES.keys()
+    assert all(isinstance(backbone.token_arguments, tuple) for backbone in BACKBONES.values())
     assert BACKBONES['lightning_dit'].token_arguments == ('rope',)
 
 
@@ -93,8 +102,8 @@ def test_the_recipe_is_the_published_one():
     config = load_config(YAMLS / 'lightning_dit_xl.yaml')
     assert config.optimizer.kwargs == {'lr': 2e-4, 'betas': [0.9, 0.95], 'eps': 1e-8, 'weight_decay': 0.0}
     assert (config.global_train_batch_size, config.max_duration) == (1024, '80000ba')
-    objective = config.objective
-    assert isinstance(objective, FlowMatchingObjective) and objective.direction_weight == 1
+    objective = config.objective.instance
+    assert isinstance(objective, FlowMatching) and objective.direction_weight == 1
     assert objective.sampling_shift == pytest.approx(1 / 0.3)
     assert 'gradient_clipping' not in config.algorithms and config.algorithms['ema'].kwargs == {'decay': 0.9999}
     with torch.device('meta'):

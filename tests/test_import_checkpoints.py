@@ -62,7 +62,7 @@ def test_dit_predicts_noise_and_variance(tmp_path):
         ours = trained.model.denoiser(x, t, labels)
     assert ours.shape[1] == 8
     close(ours, [network(weights, *one) for one in zip(x, t, LABELS, strict=True)])
-    assert (trained.config.objective.name, trained.config.objective.learned_variance) == ('ddpm', True)
+    assert (trained.config.objective.name, trained.config.objective.instance.learned_variance) == ('ddpm', True)
     assert trained.model.sample([1], [0], sampler='ddpm', num_steps=3).isfinite().all()
 
 
@@ -119,7 +119,7 @@ def test_what_is_known_of_imported_weights(tmp_path, layout):
     assert trained.class_names[1] == 'goldfish'
     assert trained.model.null_label == 5
     assert trained.model.latent_scale == pytest.approx(0.18215)
-    assert trained.config.autoencoder.path == trained.data.autoencoder == 'some/vae'
+    assert trained.config.autoencoder.instance.path == trained.data.autoencoder == 'some/vae'
     assert trained.batch == 0
     images = trained.model.sample([1, 2, 5], [7, 7, 7], num_steps=2, sampler='euler')
     assert (images[0] - images[1]).abs().max() > 1e-2 < (images[0] - images[2]).abs().max()

@@ -23,7 +23,7 @@ from tread_composer.advisor import (
     recommended_route,
     token_similarity,
 )
-from tread_composer.advisor.noising import network_call, noise_level
+from tread_composer.advisor.noising import network_call
 from tread_composer.builders import build_denoiser
 from tread_composer.config import load_config, restore_config
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
@@ -318,7 +318,7 @@ def test_the_network_sees_what_training_would_show_it(objective, time):
     objective(model.denoiser, x, labels, noise, quantile.expand(3))
     for ours, training in zip(*seen, strict=True):
         torch.testing.assert_close(ours, training, atol=1e-5, rtol=1e-5)
-    assert noise_level(objective, time) > 0
+    assert objective.noise_level(time) > 0
 
 
 @pytest.fixture(scope='module')

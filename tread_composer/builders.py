@@ -13,23 +13,22 @@ from composer import Algorithm, Callback, Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader
 
-from tread_composer import objectives
-from tread_composer.autoencoders import KL, Pixels, open_autoencoder
+from tread_composer.autoencoders import KL
 from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import Config
 from tread_composer.config.attention import attention_dtypes
-from tread_composer.config.components import component_class
+from tread_composer.config.registry import resolve
+from tread_composer.config.tree import backbone_arguments
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import LatentTransformer
-from tread_composer.objectives import timesteps
-from tread_composer.protocols import Autoencoder, Objective
+from tread_composer.protocols import Autoencoder
 from tread_composer.run_data import check_expectations, identity, planned_manifest, prepare_data
 from tread_composer.run_folder import check_run_folder, decisive_settings, run_folder, write_run_files
 from tread_composer.weights.saver import WholeCheckpointSaver
@@ -39,42 +38,16 @@ __all__ = [
     'build_denoiser',
     'build_loaders',
     'build_model',
-    'build_objective',
     'build_trainer',
     'check_fit',
     'compile_blocks',
 ]
 
 
-def build_objective(config: Config) -> Objective:
-    """The objective of the configuration."""
-    settings = config.objective.model_dump(exclude={'name'})
-    if config.objective.name == 'edm':
-        return objectives.EDM(**settings)
-    weighting = config.objective.weighting
-    settings['weighting'] = None if weighting is None else objectives.MinSNR(weighting.gamma)
-    if config.objective.name == 'ddpm':
-        return objectives.DDPM(**settings)
-    distribution, shift = settings.pop('time_distribution'), settings.pop('time_shift')
-    times = _TIMES[distribution.pop('name')](**distribution)
-    return objectives.FlowMatching(times if shift == 1 else timesteps.Shifted(times, shift), **settings)
-
-
-_TIMES = {
-    'uniform': timesteps.Uniform,
-    'logit_normal': timesteps.LogitNormal,
-    'mode': timesteps.Mode,
-    'cosmap': timesteps.CosMap,
-}
-
-
 def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = None) -> Autoencoder:
     """The autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
-    if config.autoencoder.name == 'pixels':
-        return Pixels()
-    settings = config.autoencoder
-    autoencoder = open_autoencoder(settings.path, subfolder=settings.subfolder, revision=settings.revision)
-    if manifest is not None and not settings.other_weights:
+    autoencoder = config.autoencoder.instance
+    if isinstance(autoencoder, KL) and manifest is not None and not autoencoder.other_weights:
         autoencoder.expected_hash = manifest.autoencoder_hash
     return autoencoder
 
@@ -86,9 +59,8 @@ def build_denoiser(config: Config, *, channels: int, latent_size: int, num_class
         UserError: The sizes do not fit together.
     """
     try:
-        return config.model.backbone(
-            latent_size=latent_size, in_channels=channels, num_classes=num_classes, **config.model.arguments()
-        )  # fmt: skip
+        sizes = {'latent_size': latent_size, 'in_channels': channels, 'num_classes': num_classes}
+        return resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
     except ValueError as error:
         raise UserError(f'model: {error}') from None
 
@@ -113,7 +85,7 @@ def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: b
     try:
         model = LatentDiffusion(
             denoiser,
-            build_objective(config),
+            config.objective.instance,
             latent_shape=manifest.latent_shape,
             num_classes=manifest.num_classes,
             class_names=manifest.class_names,
@@ -124,8 +96,8 @@ def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: b
         )
         # What an algorithm adds to the model is there before the optimizer and the compilation of its blocks.
         for name, component in config.algorithms.items():
-            if hasattr(component_class('algorithm', name), 'prepare'):
-                _prepare(name, component.build(), model, config.seed)
+            if hasattr(component.instance, 'prepare'):
+                _prepare(name, component.instance, model, config.seed)
         return model
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -253,13 +225,13 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     return trainer
 
 
-def _choose_attention(config: Config, denoiser: LatentTransformer) -> None:
+def _choose_attention(config: Config, denoiser: Any) -> None:
     """``model.attention`` on the device of this rank, with a line that says what runs where it is not torch's own."""
-    name = getattr(config.model, 'attention', 'sdpa')
+    name = config.model.kwargs.get('attention', 'sdpa')
     if name == 'sdpa':
         return
-    kind = 'cuda' if get_device(config.device).name == 'gpu' else 'cpu'
-    device = torch.device(kind, dist.get_local_rank() if kind == 'cuda' else None)
+    on_gpu = get_device(config.device).name == 'gpu'
+    device = torch.device('cuda', dist.get_local_rank()) if on_gpu else torch.device('cpu')
     try:
         line = denoiser.use_attention(name, device, dtypes=attention_dtypes(config, device))
     except UserError as error:

@@ -27,16 +27,6 @@ __all__ = ['Exported', 'digest_of', 'read_exported', 'write_exported']
 
 _FORMAT = 'tread_composer 1'
 _ONLOOKERS = ('callbacks', 'loggers')  # they decide nothing, may not be installed elsewhere, and may hold addresses
-_PREDICTIONS = {
-    'flow_matching': 'velocity: noise - data',
-    'edm': "EDM's network F; the denoised latents are c_skip x + c_out F(c_in x, ln(sigma) / 4)",
-    'ddpm': 'noise',
-}
-_TIMES = {
-    'flow_matching': 't=0 data, t=1 noise; the network is told t',
-    'edm': 't=0 data, t=1 noise; the network is told ln(sigma) / 4, sigma = 0 is data',
-    'ddpm': 't=0 data, t=1 noise; the network is told the timestep, 0 .. T - 1 from data to noise',
-}
 
 
 @dataclass(frozen=True)
@@ -90,10 +80,7 @@ def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapp
 
 def _metadata(exported: Exported) -> dict[str, str]:
     config, data = exported.config, exported.data
-    objective = config.objective.name
-    prediction = _PREDICTIONS[objective]
-    if getattr(config.objective, 'learned_variance', False):
-        prediction += ', then where the variance of a reverse step lies'
+    objective = config.objective.instance
     return {
         'format': _FORMAT,
         'tool_version': tread_composer.__version__,
@@ -101,9 +88,9 @@ def _metadata(exported: Exported) -> dict[str, str]:
         **({} if exported.average is None else {'average': json.dumps(exported.average)}),
         'batch': str(exported.batch),
         'origin': exported.origin,
-        'objective': objective,
-        'prediction': prediction,
-        'time_convention': _TIMES[objective],
+        'objective': objective.name,
+        'prediction': objective.prediction,
+        'time_convention': objective.time_convention,
         'labels': f'0 .. {data.num_classes - 1}, null label {data.num_classes}' if data.num_classes else 'none',
         'class_names': json.dumps(data.class_names),
         'latent_scale': json.dumps(config.latent_scale),

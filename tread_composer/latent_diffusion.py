@@ -23,7 +23,6 @@ from tread_composer.batch import (
     RAW_LATENTS,
     TIME_QUANTILES,
 )
-from tread_composer.objectives import FlowMatching
 from tread_composer.protocols import Autoencoder, Objective, StepNoise
 from tread_composer.randomness import KeyedRandom
 from tread_composer.samplers import (
@@ -87,8 +86,7 @@ class LatentDiffusion(ComposerModel):
         super().__init__()
         if not 0 <= label_dropout < 1:
             raise ValueError(f'label_dropout: {label_dropout!r} is not in [0, 1)')
-        if isinstance(objective, FlowMatching):
-            objective.check_latents(latent_shape)
+        objective.check_latents(latent_shape)
         self.denoiser = denoiser
         self.objective = objective
         self.latent_shape = tuple(latent_shape)

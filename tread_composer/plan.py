@@ -4,7 +4,6 @@ The network is built and run on torch's meta device: shapes only, no memory, no 
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from tread_composer.algorithms.maskdit import MaskDiT, Masking, num_kept
 from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
 from tread_composer.builders import build_denoiser
 from tread_composer.config import Config
-from tread_composer.config.components import Component, component_class, component_names
+from tread_composer.config.components import Component
+from tread_composer.config.registry import part_names, resolve
 from tread_composer.config.tree import LatentsData
 from tread_composer.errors import UserError
 from tread_composer.models import LatentTransformer
@@ -92,8 +92,7 @@ def _in_words(route: Route, depth: int) -> str:
 
 def _check_blocks(config: Config, denoiser: LatentTransformer) -> None:
     """The names in ``algorithms.tread.blocks``, which training looks up in the model around the denoiser."""
-    tread = config.algorithms.get('tread')
-    named = None if tread is None else tread.kwargs.get('blocks')
+    named = config.algorithms['tread'].instance.blocks if 'tread' in config.algorithms else None
     model = torch.nn.Module()
     model.denoiser = denoiser
     for path in [named] if isinstance(named, str) else named or []:
@@ -117,7 +116,7 @@ def _mask(config: Config, denoiser: LatentTransformer) -> tuple[Masking | None, 
     component = config.algorithms.get('maskdit')
     if component is None:
         return None, denoiser.num_tokens
-    algorithm: MaskDiT = component.build()
+    algorithm: MaskDiT = component.instance
     try:
         masking = algorithm.attach(denoiser)
     except ValueError as error:
@@ -152,10 +151,10 @@ def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _rules(config: Config) -> dict[str, dict[str, str]]:
     """What each algorithm of the run may not stand beside, with the reasons; names as YAML has them."""
-    known = {component_class('algorithm', name): name for name in component_names('algorithm')}
+    known = {resolve('algorithm', name): name for name in part_names('algorithm')}
     rules = {}
-    for name in config.algorithms:
-        own = component_class('algorithm', name)
+    for name, component in config.algorithms.items():
+        own = type(component.instance)
         declared = getattr(own, 'incompatible_with', {})
         rules[name] = {
             known[other]: declared[other.__name__]
@@ -169,9 +168,7 @@ def _limits(config: Config) -> dict[str, str]:
     """What a run with an algorithm of Composer's cannot do, with the reasons."""
     limits = {}
     for name, component in config.algorithms.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of Composer's, which say less
-            algorithm = component.build()
+        algorithm = component.instance
         found = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
         texts = [f'cannot be {verb}: {reason}' for verb, reason in found.items() if reason is not None]
         if texts:
@@ -223,7 +220,7 @@ def _memory(
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
     averages = sum(name in config.algorithms for name in ('ema', 'composer_ema'))
     if 'power_ema' in config.algorithms:
-        averages += len(config.algorithms['power_ema'].build().widths)
+        averages += len(config.algorithms['power_ema'].instance.widths)
     precision = str(getattr(config.precision, 'value', config.precision))
     network = denoiser.to(torch.bfloat16) if precision.startswith('amp') else denoiser
     saved: dict[int, int] = {}
@@ -265,7 +262,7 @@ def _snapshots(config: Config, parameters: int, length: dict[str, Any]) -> dict[
     """How many files ``power_ema`` will write and their GiB; None without it, or if the run's length is unknown."""
     if 'power_ema' not in config.algorithms or length['batches'] is None:
         return None
-    settings = config.algorithms['power_ema'].build()
+    settings = config.algorithms['power_ema'].instance
     interval = Time.from_timestring(settings.interval)
     batches = {
         TimeUnit.BATCH: interval.value,
@@ -309,7 +306,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
             f' = {plan["epochs"]:.1f} epochs of {plan["batches_per_epoch"]} batches ({plan["num_samples"]:,} samples)'
         )
     tread = config.algorithms.get('tread')
-    window = {key: tread.kwargs.get(key) for key in ('start_time', 'end_time')} if tread else {}
+    window = {key: getattr(tread.instance, key) for key in ('start_time', 'end_time')} if tread else {}
     schedule = ''.join(f', {key} {value}' for key, value in window.items() if value)
     maskdit = config.algorithms.get('maskdit')
     route = '; '.join(plan['routes']) + schedule if tread else 'none' if maskdit else 'none: dense'
@@ -341,7 +338,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
 
 
 def _masking_in_words(maskdit: Component, plan: dict[str, Any]) -> str:
-    settings, kept = maskdit.build(), plan['tokens_per_block'][0]
+    settings, kept = maskdit.instance, plan['tokens_per_block'][0]
     text = f'the encoder sees {kept} of {plan["num_tokens"]} tokens, the decoder all'
     if settings.unmask_time is None:
         return text

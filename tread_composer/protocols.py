@@ -3,7 +3,7 @@
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     'StochasticSampler',
     'TimeDistribution',
     'Transition',
+    'Weighting',
 ]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
@@ -56,8 +57,57 @@ class TimeDistribution(Protocol):
         ...
 
 
+class Weighting(Protocol):
+    """A weight on the squared error of what the network predicts, by signal-to-noise ratio."""
+
+    def __call__(self, snr_B: Tensor, prediction: Any, /) -> Tensor:
+        """``[B]``; ``prediction`` is ``'x0'``, ``'eps'``, ``'v'`` or ``'flow'`` (``objectives.weighting``)."""
+        ...
+
+
 class Objective(Protocol):
-    """What is learnt, and the differential equation that turns noise into data with it."""
+    """What is learnt, and the differential equation that turns noise into data with it.
+
+    Everything that others want to know about an objective is asked of it: nobody else keeps a list of objectives.
+    """
+
+    name: str
+    """As configurations, protocols and exported files call it."""
+
+    @property
+    def prediction(self) -> str:
+        """What the network puts out, in words: for whoever reads an exported file."""
+        ...
+
+    @property
+    def time_convention(self) -> str:
+        """Which end of the time is data, and what the network is given as its time, in words."""
+        ...
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network needs twice the channels of the latents: the second half for a variance."""
+        ...
+
+    def time_grid(self) -> Mapping[str, Any]:
+        """The settings that decide, besides the number of steps, at which times it is sampled: part of a protocol."""
+        ...
+
+    def target(self) -> Mapping[str, Any]:
+        """The settings that decide what the network predicts: two networks that share them may guide each other."""
+        ...
+
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        """Raise ``ValueError`` for latents (C, H, W) that it cannot work with."""
+        ...
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
+        """The point of the sampling equation at ``time`` in (0, 1), 0 being data: x and the equation's own time."""
+        ...
+
+    def noise_level(self, time: float) -> float:
+        """Standard deviation of the noise over the factor of the data, at ``time`` in (0, 1)."""
+        ...
 
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /

@@ -66,9 +66,7 @@ def check_expectations(config: Config, manifest: Manifest) -> None:
         UserError: Lists the contradictions.
     """
     data = config.data
-    encoder = config.autoencoder
-    autoencoder = 'pixels' if encoder.name == 'pixels' else encoder.id or encoder.path
-    expected: dict[str, Any] = {'autoencoder': autoencoder}
+    expected: dict[str, Any] = {'autoencoder': config.autoencoder.instance.id}
     if data.name == 'latents':
         size = None if data.latent_size is None else (data.latent_size, data.latent_size)
         expected |= {'kind': data.kind, 'channels': data.channels, 'latent_size': size, 'num_classes': data.num_classes}

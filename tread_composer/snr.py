@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tread_composer.builders import build_objective
 from tread_composer.callbacks.files import write_atomically
 from tread_composer.config import Config
 from tread_composer.data.manifest import Manifest
 from tread_composer.errors import UserError
-from tread_composer.objectives.snr import SNRDistribution, snr_distribution
+from tread_composer.objectives.snr import SNRDistribution
 from tread_composer.run_data import planned_manifest
 
 __all__ = ['RECOMMENDED', 'SNRCurve', 'draw_snr', 'format_snr', 'latent_std', 'make_snr']
@@ -74,9 +73,13 @@ def make_snr(config: Config, std: float | None = None) -> SNRCurve:
         source = 'from --std, not from data'
     else:
         raise UserError(f'--std: {std} is not a positive number')
-    return SNRCurve(
-        config.run_name, config.objective.name, std, source, snr_distribution(build_objective(config), std)
-    )  # fmt: skip
+    objective = config.objective.instance
+    if not hasattr(objective, 'snr'):
+        raise UserError(
+            f'objective.name: {config.objective.name} does not say what signal-to-noise ratios it trains on: it has no '
+            'method snr(data_std)'
+        )
+    return SNRCurve(config.run_name, objective.name, std, source, objective.snr(std))
 
 
 def latent_std(config: Config, manifest: Manifest) -> float:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_dit, tiny_model, weights
 from tread_composer.algorithms.tread import Route, Tread
-from tread_composer.config.schema import check, native, signature_model
+from tread_composer.config.schema import native, signature_model
+from tread_composer.config.validation import check
 from tread_composer.errors import ResumeError, UserError
 from tread_composer.routing import Routing, RoutingError
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from composer.core import Algorithm, Callback, Event
 
-from tread_composer.config import Component, component_names, load_config
-from tread_composer.config.components import KINDS, check_component, component_class, component_schema
+from tread_composer.config import Component, load_config, part_names
+from tread_composer.config.components import check_component, component_schema
+from tread_composer.config.registry import KINDS, resolve
 from tread_composer.routing import Route
 
-EVERY = [(kind, name) for kind in KINDS for name in component_names(kind)]
+EVERY = [(kind, name) for kind in KINDS for name in part_names(kind)]
 
 
 def classes(module, base):
@@ -30,12 +31,12 @@ def classes(module, base):
     ],
 )
 def test_every_class_of_composer_has_a_name(kind, module, base):
-    assert classes(module, base) <= {component_class(kind, name) for name in component_names(kind)}
+    assert classes(module, base) <= {resolve(kind, name) for name in part_names(kind)}
 
 
 def test_every_scheduler_of_composer_has_a_name():
     expected = {name for name in composer.optim.__all__ if name.endswith('Scheduler')} - {'ComposerScheduler'}
-    assert {component_class('scheduler', name).__name__ for name in component_names('scheduler')} == expected
+    assert {resolve('scheduler', name).__name__ for name in part_names('scheduler')} == expected
 
 
 @pytest.mark.parametrize(('kind', 'name'), EVERY)
@@ -45,14 +46,12 @@ def test_unknown_arguments_are_refused(kind, name):
 
 
 def test_names():
-    assert {'mix_up', 'ema', 'composer_ema', 'tread', 'swa'} <= set(component_names('algorithm'))
-    assert {'lr_monitor', 'nan_monitor', 'oom_observer', 'sample_grid', 'digits_quality'} <= set(
-        component_names('callback')
-    )
-    assert {'mlflow', 'composer_mlflow', 'wandb_logger', 'tensorboard_logger'} <= set(component_names('logger'))
-    assert {'adam', 'adamw', 'sgd', 'decoupled_adamw', 'decoupled_sgdw'} == set(component_names('optimizer'))
-    assert component_class('algorithm', 'ema').__module__.startswith('tread_composer.')
-    assert component_class('algorithm', 'composer_ema') is composer.algorithms.EMA
+    assert {'mix_up', 'ema', 'composer_ema', 'tread', 'swa'} <= set(part_names('algorithm'))
+    assert {'lr_monitor', 'nan_monitor', 'oom_observer', 'sample_grid', 'digits_quality'} <= set(part_names('callback'))
+    assert {'mlflow', 'composer_mlflow', 'wandb_logger', 'tensorboard_logger'} <= set(part_names('logger'))
+    assert {'adam', 'adamw', 'sgd', 'decoupled_adamw', 'decoupled_sgdw'} == set(part_names('optimizer'))
+    assert resolve('algorithm', 'ema').__module__.startswith('tread_composer.')
+    assert resolve('algorithm', 'composer_ema') is composer.algorithms.EMA
 
 
 @pytest.mark.parametrize(

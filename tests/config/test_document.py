@@ -25,7 +25,7 @@ def test_another_name_starts_afresh(base, write):
     child = write('child.yaml', 'extends: base.yaml\noptimizer: {name: sgd, lr: 0.1}\nobjective: {name: edm}\n')
     config = load_config(child, ['optimizer={name: adam, lr: 2e-3}'])
     assert config.optimizer.kwargs == {'lr': 2e-3}
-    assert config.objective.sigma_data == 0.5
+    assert config.objective.instance.sigma_data == 0.5
 
 
 def test_circle_and_missing_base_are_refused(base, write, message):

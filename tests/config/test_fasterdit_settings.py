@@ -2,9 +2,8 @@
 
 import pytest
 
-from tread_composer.builders import build_objective
 from tread_composer.config import load_config
-from tread_composer.objectives import CosMap, FlowMatching, LogitNormal, MinSNR, Mode, Shifted, Uniform
+from tread_composer.objectives import CosMap, FlowMatching, LogitNormal, MinSNR, Mode, Uniform
 
 FLOW = 'objective={name: flow_matching, time_distribution: '
 
@@ -16,7 +15,7 @@ FLOW = 'objective={name: flow_matching, time_distribution: '
         (FLOW + '{name: logit_normal, mean: -1.2, std: 1.2}}', FlowMatching(LogitNormal(-1.2, 1.2))),
         (FLOW + '{name: mode, scale: 0.8}}', FlowMatching(Mode(0.8))),
         (FLOW + '{name: mode}}', FlowMatching(Mode(1.29))),
-        (FLOW + '{name: cosmap}, time_shift: 3.0}', FlowMatching(Shifted(CosMap(), 3.0))),
+        (FLOW + '{name: cosmap}, time_shift: 3.0}', FlowMatching(CosMap(), time_shift=3.0)),
         ('objective.sampling_shift=0.5', FlowMatching(sampling_shift=0.5)),
         ('objective.weighting={name: min_snr}', FlowMatching(weighting=MinSNR(5.0))),
         ('objective.weighting={name: min_snr, gamma: 2.0}', FlowMatching(weighting=MinSNR(2.0))),
@@ -28,7 +27,7 @@ FLOW = 'objective={name: flow_matching, time_distribution: '
 )
 def test_a_setting_builds_its_class_and_survives_the_resolved_file(base, write, override, objective):
     config = load_config(base, [override])
-    assert build_objective(config) == objective
+    assert config.objective.instance == objective
     assert load_config(write('again.yaml', config.to_yaml())) == config
 
 
@@ -41,7 +40,7 @@ def test_a_setting_builds_its_class_and_survives_the_resolved_file(base, write, 
         ('objective.time_shift=0.0', 'objective.time_shift: 0.0 is not greater than 0'),
         ('objective.sampling_shift=-1.0', 'objective.sampling_shift: -1.0 is not greater than 0'),
         ('objective.weighting={name: min_snr, gamma: 0.0}', 'objective.weighting.gamma: 0.0 is not greater than 0'),
-        ('objective.weighting={name: p2}', "objective.weighting.name: 'p2' is not one of 'min_snr'"),
+        ('objective.weighting={name: p2}', "objective.weighting.name: 'p2' is unknown."),
         ('objective.direction_weight=-1.0', 'objective.direction_weight: -1.0 is not greater than or equal to 0'),
         ('objective.direction_patch=0', 'objective.direction_patch: 0 is not greater than or equal to 1'),
         ('objective={name: edm, direction_weight: 1.0}', "direction_weight: belongs to 'flow_matching', not to 'edm'"),

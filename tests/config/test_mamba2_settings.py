@@ -6,6 +6,7 @@ import pytest
 
 from tread_composer.config import check_machine, load_config
 from tread_composer.config.errors import ConfigError
+from tread_composer.config.tree import backbone_arguments
 
 YAMLS = pathlib.Path(__file__).parents[2] / 'yamls'
 
@@ -14,7 +15,7 @@ def test_the_preset_gives_the_sizes_and_the_section_the_rest():
     model = load_config(YAMLS / 'mamba2_dit_b.yaml', ['model.scan=alternate']).model
     sizes = {'patch_size': 2, 'hidden_size': 768, 'depth': 12}
     mixer = {'expand': 2, 'head_size': 64, 'state_size': 64, 'chunk_size': 256, 'kernel': 'torch'}
-    assert model.arguments() == {**sizes, **mixer, 'mlp_ratio': 3.0, 'scan': 'alternate', 'learn_sigma': False}
+    assert backbone_arguments(model) == {**sizes, **mixer, 'mlp_ratio': 3.0, 'scan': 'alternate', 'learn_sigma': False}
 
 
 @pytest.mark.parametrize(

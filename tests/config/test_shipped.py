@@ -1,6 +1,5 @@
 """The shipped recipes: each loads, round-trips, and differs from its twin by the route alone."""
 
-import inspect
 import os
 import pathlib
 import subprocess
@@ -10,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from tread_composer.builders import build_denoiser, build_objective
+from tread_composer.builders import build_denoiser
 from tread_composer.config import load_config
-from tread_composer.config.tree import DDPMObjective, EDMObjective, FlowMatchingObjective, LogitNormalTimes
-from tread_composer.objectives import DDPM, EDM, FlowMatching, LogitNormal, Uniform
+from tread_composer.config.tree import backbone_arguments
+from tread_composer.objectives import DDPM, FlowMatching, LogitNormal, Uniform
 
 YAMLS = pathlib.Path(__file__).parents[2] / 'yamls'
 FILES = sorted(YAMLS.glob('*.yaml'))
@@ -70,23 +69,23 @@ def test_the_dit_and_sit_recipes_differ_by_size_and_objective_only(size):
     assert same == common == recipe('dit_b')[0]
     assert edm == recipe('dit_b')[1] and edm['name'] == 'edm'
     assert model == network and model['preset'] == f'DiT-{size.upper()}/2'
-    assert build_objective(load_config(YAMLS / f'sit_{size}.yaml')) == FlowMatching(Uniform())
+    assert load_config(YAMLS / f'sit_{size}.yaml').objective.instance == FlowMatching(Uniform())
     assert flow['time_distribution'] == {'name': 'uniform'}
 
 
 def test_fasterdit_is_what_its_paper_says():
     config = load_config(YAMLS / 'dit_xl_fasterdit.yaml')
-    assert build_objective(config) == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0)
+    assert config.objective.instance == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0)
     assert config.latent_scale == 0.18215 and 'gradient_clipping' not in config.algorithms
     digits = load_config(YAMLS / 'digits_fasterdit.yaml')
-    assert build_objective(digits) == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0, direction_patch=2)
+    assert digits.objective.instance == FlowMatching(LogitNormal(0.0, 1.0), direction_weight=1.0, direction_patch=2)
 
 
 def test_published_hyperparameters():
     config = load_config(YAMLS / 'dit_xl_tread.yaml')
     assert config.global_train_batch_size == 256
     assert config.optimizer.kwargs['lr'] == 1e-4
-    assert config.model.arguments()['depth'] == 28
+    assert backbone_arguments(config.model)['depth'] == 28
     assert config.algorithms['ema'].kwargs['decay'] == 0.9999
     assert config.algorithms['tread'].kwargs['float32_after'] is True
     assert 'gradient_clipping' not in config.algorithms
@@ -95,26 +94,13 @@ def test_published_hyperparameters():
 def test_dit_s_own_recipe():
     config = load_config(YAMLS / 'dit_xl_ddpm.yaml')
     dense = load_config(YAMLS / 'dit_xl.yaml')
-    assert build_objective(config) == DDPM(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, learned_variance=True)
+    assert config.objective.instance == DDPM(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, learned_variance=True)
     assert (config.optimizer, config.algorithms, config.label_dropout) == (
         dense.optimizer, dense.algorithms, dense.label_dropout,
     )  # fmt: skip
     with torch.device('meta'):
         network = build_denoiser(config, channels=4, latent_size=32, num_classes=1000)
     assert sum(p.numel() for p in network.parameters()) == 675_129_632
-
-
-def test_objective_sections_have_the_defaults_of_their_classes():
-    fields = {name: field.default for name, field in EDMObjective.model_fields.items() if name != 'name'}
-    assert fields == {name: parameter.default for name, parameter in inspect.signature(EDM).parameters.items()}
-    fields = {name: field.default for name, field in DDPMObjective.model_fields.items() if name != 'name'}
-    assert fields == {name: parameter.default for name, parameter in inspect.signature(DDPM).parameters.items()}
-    fields = {name: field.default for name, field in FlowMatchingObjective.model_fields.items() if name != 'name'}
-    times = FlowMatching().time_distribution
-    assert fields.pop('time_distribution') == LogitNormalTimes(mean=times.mean, std=times.std)
-    assert fields.pop('time_shift') == 1  # a class of its own in Python, `Shifted`
-    settings = {name: parameter.default for name, parameter in inspect.signature(FlowMatching).parameters.items()}
-    assert fields == {name: default for name, default in settings.items() if name != 'time_distribution'}
 
 
 def test_loading_imports_nothing_heavy_and_writes_nothing(tmp_path):

@@ -108,7 +108,7 @@ DDPM = 'objective={name: ddpm}'
 
 def test_learned_variance_and_its_channels_come_together_or_not_at_all(base, message):
     assert load_config(base, [DDPM, 'model.learn_sigma=true']).objective.name == 'ddpm'
-    assert not load_config(base, [DDPM, 'objective.learned_variance=false']).model.learn_sigma
+    assert not load_config(base, [DDPM, 'objective.learned_variance=false']).model.kwargs['learn_sigma']
     text = message(DDPM, 'model.learn_sigma=true', 'objective.learned_variance=false')
     assert 'learned_variance: false does not train; set it to false, or objective.learned_variance to true' in text
 

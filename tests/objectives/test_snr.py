@@ -12,32 +12,31 @@ from tread_composer.objectives.snr import (
     LinearPath,
     SNRDistribution,
     from_path,
-    snr_distribution,
     to_decibels,
 )
 
 # Mean, standard deviation, 5 %, 50 %, 95 % in dB for data of standard deviation 1, from two million drawn times
 # (methods.md, section 2.1). lognorm(m, s) is written there with t = 1 at the data: here the mean's sign is the other.
 TABLE = {
-    'DDPM linear': (snr_distribution(DDPM(), 1.0), (-11.7, 16.9, -39.7, -10.7, 15.3)),
-    'DDPM cosine': (snr_distribution(DDPM(schedule='cosine'), 1.0), (-0.4, 13.3, -22.3, -0.1, 20.9)),
-    'flow, uniform': (snr_distribution(FlowMatching(Uniform()), 1.0), (0.0, 15.7, -25.6, 0.0, 25.6)),
-    'flow, lognorm(0, 1)': (snr_distribution(FlowMatching(), 1.0), (0.0, 8.7, -14.3, 0.0, 14.3)),
+    'DDPM linear': (DDPM().snr(1.0), (-11.7, 16.9, -39.7, -10.7, 15.3)),
+    'DDPM cosine': (DDPM(schedule='cosine').snr(1.0), (-0.4, 13.3, -22.3, -0.1, 20.9)),
+    'flow, uniform': (FlowMatching(Uniform()).snr(1.0), (0.0, 15.7, -25.6, 0.0, 25.6)),
+    'flow, lognorm(0, 1)': (FlowMatching().snr(1.0), (0.0, 8.7, -14.3, 0.0, 14.3)),
     'flow, lognorm(-0.5, 1)': (
-        snr_distribution(FlowMatching(LogitNormal(0.5, 1.0)), 1.0),
+        FlowMatching(LogitNormal(0.5, 1.0)).snr(1.0),
         (-4.3, 8.7, -18.6, -4.4, 10.0),
     ),
     'flow, lognorm(0.5, 0.6)': (
-        snr_distribution(FlowMatching(LogitNormal(-0.5, 0.6)), 1.0),
+        FlowMatching(LogitNormal(-0.5, 0.6)).snr(1.0),
         (4.3, 5.2, -4.2, 4.3, 12.9),
     ),
     'cosine path, uniform': (from_path(CosinePath(), Uniform()), (0.0, 13.6, -22.1, 0.0, 22.1)),
-    'EDM': (snr_distribution(EDM(), 1.0), (10.4, 10.4, -6.7, 10.4, 27.6)),
+    'EDM': (EDM().snr(1.0), (10.4, 10.4, -6.7, 10.4, 27.6)),
 }
 MORE = [
-    snr_distribution(FlowMatching(Shifted(Mode(0.9), 2.0), weighting=MinSNR()), 0.6),
-    snr_distribution(FlowMatching(Uniform(), weighting=MinSNR(3.0)), 1.0),
-    snr_distribution(DDPM(weighting=MinSNR()), 0.82),
+    FlowMatching(Shifted(Mode(0.9), 2.0), weighting=MinSNR()).snr(0.6),
+    FlowMatching(Uniform(), weighting=MinSNR(3.0)).snr(1.0),
+    DDPM(weighting=MinSNR()).snr(0.82),
 ]
 
 
@@ -67,15 +66,15 @@ def test_the_drawn_density_is_that_of_the_figures(found: SNRDistribution) -> Non
 
 @pytest.mark.parametrize('objective', [FlowMatching(Uniform()), FlowMatching(CosMap()), EDM(), DDPM()])
 def test_the_strength_of_the_data_moves_all_of_it(objective: FlowMatching | EDM | DDPM) -> None:
-    plain, strong = snr_distribution(objective, 1.0), snr_distribution(objective, 0.5)
+    plain, strong = objective.snr(1.0), objective.snr(0.5)
     for before, after in zip([plain.mean, *plain.quantiles], [strong.mean, *strong.quantiles], strict=True):
         assert after - before == pytest.approx(20 * math.log10(0.5))
     assert strong.std == pytest.approx(plain.std)
 
 
 def test_a_time_shift_and_a_weaker_signal_are_the_same_on_the_straight_path() -> None:
-    shifted = snr_distribution(FlowMatching(Shifted(LogitNormal(), 2.0)), 1.0)
-    weaker = snr_distribution(FlowMatching(), 0.5)
+    shifted = FlowMatching(Shifted(LogitNormal(), 2.0)).snr(1.0)
+    weaker = FlowMatching().snr(0.5)
     assert [shifted.mean, *shifted.quantiles] == pytest.approx([weaker.mean, *weaker.quantiles], abs=1e-6)
 
 
@@ -86,7 +85,7 @@ def test_cosmap_spreads_the_snr_as_the_cosine_path_does() -> None:
 
 def test_a_weight_counts_like_more_samples() -> None:
     """The mean under a weight, from its definition: sums over the chain, in plain Python."""
-    found = snr_distribution(DDPM(weighting=MinSNR(5.0)), 1.0)
+    found = DDPM(weighting=MinSNR(5.0)).snr(1.0)
     total = weights = 0.0
     alpha_bar = 1.0
     for step in range(1000):
@@ -107,8 +106,6 @@ def test_paths_and_their_inverses() -> None:
     assert float(to_decibels(torch.tensor(math.log(3.0)), 2.0)) == pytest.approx(20 * math.log10(6.0), rel=1e-6)
 
 
-def test_what_is_not_known_is_refused() -> None:
+def test_a_data_std_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r'data_std=0\.0'):
-        snr_distribution(FlowMatching(), 0.0)
-    with pytest.raises(ValueError, match='str: the SNR of this objective is not known'):
-        snr_distribution('flow', 1.0)  # type: ignore[arg-type]
+        FlowMatching().snr(0.0)

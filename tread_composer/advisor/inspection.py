@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tread_composer.advisor.architecture import RouteAdvice, propose_route
 from tread_composer.advisor.latents import RealLatents, read_latents
-from tread_composer.advisor.noising import network_call, noise_level
+from tread_composer.advisor.noising import network_call
 from tread_composer.advisor.placement import candidate_spans
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
@@ -116,7 +116,7 @@ def inspect_run(request: Request) -> Inspection:
         trained = load_trained(request.path, weights=request.weights, device=device)
         data = read_latents(trained.config, trained.data, request.samples, request.data)
         try:
-            levels = [noise_level(trained.model.objective, time) for time in request.times]
+            levels = [trained.model.objective.noise_level(time) for time in request.times]
             maps = {
                 time: token_similarity(
                     trained.model.denoiser, _calls(trained, data, time, request.batch_size), blocks=_BLOCKS

@@ -10,28 +10,8 @@ import torch
 from torch import Tensor
 
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.objectives import DDPM, EDM, FlowMatching
-from tread_composer.objectives.timesteps import DiscreteUniform
 
-__all__ = ['network_call', 'noise_level']
-
-
-def noise_level(objective: object, time: float) -> float:
-    """Standard deviation of the noise over that of what multiplies the data, at ``time`` in (0, 1).
-
-    ``t / (1 - t)`` for flow matching, and for EDM, whose noise levels are those of the same straight path; for DDPM
-    that of timestep ``floor(t T)``.
-
-    Raises:
-        ValueError: The objective is none of this package's.
-    """
-    if isinstance(objective, FlowMatching | EDM):
-        return time / (1 - time)
-    if isinstance(objective, DDPM):
-        step = DiscreteUniform(objective.num_timesteps).step(torch.tensor(time, dtype=torch.float64))
-        alpha_bar = objective.alphas_cumprod[step]
-        return float(((1 - alpha_bar) / alpha_bar).sqrt())
-    raise ValueError(f'{type(objective).__name__}: how this objective adds noise is not known here')
+__all__ = ['network_call']
 
 
 def network_call(
@@ -47,10 +27,6 @@ def network_call(
         noise_BCHW: Standard normal noise.
     """
     x, noise = latents_BCHW.double(), noise_BCHW.double()
-    if isinstance(model.objective, FlowMatching):
-        noisy, at = (1 - time) * x + time * noise, time
-    else:  # the time of these sampling equations is the noise level, and their x is data + level noise
-        at = noise_level(model.objective, time)
-        noisy = x + at * noise
+    noisy, at = model.objective.noised(x, noise, time)
     drift = model.objective.drift(model.denoiser, labels_B)  # type: ignore[arg-type]
     return functools.partial(drift, noisy, torch.tensor(at, dtype=torch.float64))

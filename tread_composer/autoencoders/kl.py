@@ -29,6 +29,8 @@ class KL:
         revision: Commit of a hub id; name one for results that can be repeated.
 
     Attributes:
+        id: What the manifest of the data calls it.
+        other_weights: Whether weights that are not those of the data may decode.
         expected_hash: Set it to the ``weight_hash()`` that the weights must have, for example a manifest's.
 
     Raises:
@@ -38,6 +40,7 @@ class KL:
 
     def __init__(self, path: str, *, subfolder: str | None = None, revision: str | None = None) -> None:
         self.path, self.subfolder, self.revision = str(path), subfolder, revision
+        self.id, self.other_weights = self.path, False
         self.expected_hash: str | None = None
         self._network: Any = None
 

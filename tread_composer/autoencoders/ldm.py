@@ -64,22 +64,35 @@ class LDM(KL):
         return network
 
 
-def open_autoencoder(path: str, *, subfolder: str | None = None, revision: str | None = None) -> KL:
+def open_autoencoder(
+    path: str,
+    *,
+    id: str | None = None,  # noqa: A002 - as configurations have always written it
+    subfolder: str | None = None,
+    revision: str | None = None,
+    other_weights: bool = False,
+) -> KL:
     """The autoencoder at ``path``: a file is an ``LDM``, a folder or a hub id a ``KL``. Loads nothing yet.
 
     Args:
-        path: A file of the latent-diffusion layout, a folder of diffusers, or a hub id.
+        path: A file of the latent-diffusion layout, a folder of diffusers, or a hub id such as
+            ``stabilityai/sd-vae-ft-ema``.
+        id: What the manifest of the data calls it. (Default: ``path``.)
         subfolder: Of a folder or hub id.
         revision: Of a hub id.
+        other_weights: Decode with weights that are not those of the data, such as a fine-tuned decoder.
 
     Raises:
         UserError: ``subfolder`` or ``revision`` with a file.
     """
     if not Path(path).is_file() and Path(path).suffix not in _SUFFIXES:
-        return KL(path, subfolder=subfolder, revision=revision)
-    if subfolder is not None or revision is not None:
+        autoencoder = KL(path, subfolder=subfolder, revision=revision)
+    elif subfolder is not None or revision is not None:
         raise UserError(f'autoencoder {path!r} is one file, which has no subfolder and no revision; leave them out')
-    return LDM(path)
+    else:
+        autoencoder = LDM(path)
+    autoencoder.id, autoencoder.other_weights = id or autoencoder.path, other_weights
+    return autoencoder
 
 
 def _read(path: str) -> dict[str, Tensor]:

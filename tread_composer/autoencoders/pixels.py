@@ -12,6 +12,9 @@ __all__ = ['Pixels', 'to_uint8']
 class Pixels:
     """Identity: the raw latents are the pixels."""
 
+    id = 'pixels'
+    """What the manifest of the data calls it."""
+
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """The pixels themselves."""
         return pixels_BCHW

@@ -45,7 +45,7 @@ def training_teraflops(config_file: Path, data_file: Path | None = None) -> tupl
     except UserError as error:
         return not_recorded, f'FLOPs not recorded: {error}'
     masking = config.algorithms.get('maskdit')
-    unmask_time = None if masking is None else masking.kwargs.get('unmask_time')
+    unmask_time = None if masking is None else masking.instance.unmask_time
     if unmask_time is not None:
         return not_recorded, f'FLOPs not recorded: masking changes during the run (unmask_time {unmask_time})'
     factor = _FLOPS_PER_MAC * plan['samples_per_step'] / 1000
@@ -73,8 +73,7 @@ def _data_overrides(path: Path) -> list[str]:
 def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:
     """From which step to which tokens are saved; (0, inf) if always, or if nothing is ever saved."""
     tread = config.algorithms.get('tread')
-    times = {} if tread is None else tread.kwargs
-    start, end = times.get('start_time'), times.get('end_time')
+    start, end = (None, None) if tread is None else (tread.instance.start_time, tread.instance.end_time)
     return (
         0.0 if start is None else _in_steps(start, 'start_time', plan),
         math.inf if end is None else _in_steps(end, 'end_time', plan),

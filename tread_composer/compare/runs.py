@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from tread_composer.builders import build_objective
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
 from tread_composer.compare.entries import Curve, by_history, curves_of, is_of_digits, read_entries, read_json
 from tread_composer.compare.store import MLFLOW, SPEED, artifacts, changes, find, histories, store_of
@@ -175,7 +174,7 @@ def _grid(config_file: Path | None) -> dict[str, Any] | str:
     if config_file is None:
         return UNKNOWN
     try:
-        return time_grid(build_objective(restore_config(config_file)))
+        return time_grid(restore_config(config_file).objective.instance)
     except UserError:
         return UNKNOWN  # of another version; the files that need it will compare with nothing
 

@@ -1,10 +1,11 @@
 """The configuration of a run: strict YAML in, a typed and resolved tree out."""
 
 from tread_composer.config.checks import check_files, check_machine
-from tread_composer.config.components import Component, component_names
+from tread_composer.config.components import Component
 from tread_composer.config.errors import ConfigError
 from tread_composer.config.json_schema import json_schema
 from tread_composer.config.loading import load_config, restore_config
+from tread_composer.config.registry import part_names
 from tread_composer.config.tree import Config
 
 __all__ = [
@@ -13,8 +14,8 @@ __all__ = [
     'ConfigError',
     'check_files',
     'check_machine',
-    'component_names',
     'json_schema',
     'load_config',
+    'part_names',
     'restore_config',
 ]

@@ -5,7 +5,7 @@ import os
 import torch
 
 from tread_composer.config.errors import Problem
-from tread_composer.config.tree import Config
+from tread_composer.config.tree import Config, backbone_arguments
 from tread_composer.errors import UserError
 from tread_composer.models.attention import choose_attention
 
@@ -21,7 +21,7 @@ def attention_problems(config: Config, on_cpu: bool) -> list[Problem]:
         config: A loaded configuration.
         on_cpu: Whether the run would be on the CPU.
     """
-    name, sizes = getattr(config.model, 'attention', 'sdpa'), config.model.arguments()
+    name, sizes = config.model.kwargs.get('attention', 'sdpa'), backbone_arguments(config.model)
     if name == 'sdpa' or not {'hidden_size', 'num_heads'} <= sizes.keys():
         return []
     if name == 'flex' and on_cpu and config.compile:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,22 +10,21 @@ import torch
 
 from tread_composer.algorithms.rules import cannot_work, conflict, never_resumes, without_checkpoints_only
 from tread_composer.config.attention import attention_problems
-from tread_composer.config.components import component_class, component_schema
+from tread_composer.config.components import component_schema
 from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.registry import resolve
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
-from tread_composer.config.tree import Config, LatentsData
+from tread_composer.config.tree import Config, LatentsData, backbone_arguments
 from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.inception import find_weights
 from tread_composer.models.ssd import fused_refusal
-from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import check_routes
 from tread_composer.samplers import check_sampler
 
 __all__ = ['check_files', 'check_machine', 'joint_problems']
 
 _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
-_OBJECTIVES = {'ddpm': DDPM, 'edm': EDM, 'flow_matching': FlowMatching}
 
 
 def joint_problems(config: Config, world_size: int) -> list[Problem]:
@@ -70,18 +68,22 @@ def _batches(config: Config, world_size: int) -> list[Problem]:
 
 
 def _model(config: Config) -> list[Problem]:
+    """A published size by ``preset``, or all sizes one by one."""
     model = config.model
-    sizes = {name: getattr(model, name) for name in model.size_names}
-    if model.preset:
-        rule = f'the preset {model.preset!r} has decided that; remove it, or the preset and give all sizes'
+    presets = getattr(resolve('backbone', model.name), 'presets', {})
+    if not presets:
+        return []
+    sizes = {name: model.kwargs.get(name) for name in next(iter(presets.values()))}
+    if 'preset' in model.kwargs:
+        rule = f'the preset {model.kwargs["preset"]!r} has decided that; remove it, or the preset and give all sizes'
         return [Problem(('model', name), f'{value}: {rule}') for name, value in sizes.items() if value is not None]
-    example = next((name for name in model.backbone.presets if '-B/' in name), '')
+    example = next((name for name in presets if '-B/' in name), next(iter(presets)))
     problems = [
         Problem(('model', name), f'is missing; give it, or all sizes by one name, for example preset: {example!r}')
         for name, value in sizes.items()
         if value is None
     ]
-    if not problems and 'num_heads' in sizes and sizes['hidden_size'] % sizes['num_heads']:
+    if not problems and 'num_heads' in sizes and sizes['hidden_size'] % sizes['num_heads']:  # type: ignore[operator]
         text = f'{sizes["hidden_size"]} does not divide among {sizes["num_heads"]} heads; take a multiple'
         problems.append(Problem(('model', 'hidden_size'), text))
     return problems
@@ -91,27 +93,27 @@ def _routes(config: Config) -> list[Problem]:
     if _model(config):
         return []
     try:
-        routes = config.routes()
-        if routes:
-            check_routes(routes, config.model.arguments()['depth'])
+        depth = backbone_arguments(config.model).get('depth')
+        if config.routes() and depth is not None:
+            check_routes(config.routes(), depth)
     except ValueError as error:
         return [Problem(('algorithms', 'tread'), f'{error}; change the route or model.depth')]
     return _token_arguments(config)
 
 
 def _token_arguments(config: Config) -> list[Problem]:
-    """What belongs to the tokens of this network must follow those that a route keeps."""
-    tread, wanted = config.algorithms.get('tread'), config.model.backbone.token_arguments
-    if tread is None:
+    """Where they are written out: what belongs to the tokens of this network must follow those that a route keeps."""
+    written = config.algorithms['tread'].instance.token_arguments if 'tread' in config.algorithms else None
+    if written is None:  # then the network itself says what they are
         return []
-    given = tread.kwargs.get('token_arguments') or ()
-    missing = [name for name in wanted if name not in given]
+    needed = resolve('backbone', config.model.name).token_arguments  # type: ignore[attr-defined]
+    missing = [name for name in needed if name not in written]
     if not missing:
         return []
     text = (
-        f'{list(given)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with a row for '
-        f'each token that says where it is in the image; the rows must follow the tokens that a route keeps. Write '
-        f'token_arguments: [{", ".join(dict.fromkeys([*given, *wanted]))}]'
+        f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with a row '
+        f'for each token that says where it is in the image; the rows must follow the tokens that a route keeps. Leave '
+        f'token_arguments out, or write token_arguments: [{", ".join(dict.fromkeys([*written, *needed]))}]'
     )
     return [Problem(('algorithms', 'tread', 'token_arguments'), text)]
 
@@ -119,11 +121,11 @@ def _token_arguments(config: Config) -> list[Problem]:
 def _combinations(config: Config) -> list[Problem]:
     """Algorithms that may not stand beside each other, and what one of them needs from the rest of the run."""
     problems = []
-    for one, other in itertools.combinations(config.algorithms, 2):
-        reason = conflict(component_class('algorithm', one), component_class('algorithm', other))
+    for (name, component), (other_name, other) in itertools.combinations(config.algorithms.items(), 2):
+        reason = conflict(type(component.instance), type(other.instance))
         if reason is not None:
-            text = f'cannot stand beside algorithms.{other}: {reason}. Take one of them out, e.g. algorithms.{one}=null'
-            problems.append(Problem(('algorithms', one), text))
+            text = f'cannot stand beside algorithms.{other_name}: {reason}. '
+            problems.append(Problem(('algorithms', name), f'{text}Take one of them out, e.g. algorithms.{name}=null'))
     if 'maskdit' in config.algorithms and config.objective.name != 'edm':
         text = (
             f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of EDM '
@@ -143,9 +145,7 @@ def _composers(config: Config) -> Iterator[Problem]:
     """What Composer's own algorithms cannot do; beside one of ours, a Trainer written by hand refuses the same."""
     for name, component in config.algorithms.items():
         here, remedy = ('algorithms', name), f'take it out (algorithms.{name}=null)'
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what Composer would warn of is said here
-            algorithm = component.build()
+        algorithm = component.instance
         reason = conflict(LatentDiffusion, type(algorithm)) or cannot_work(algorithm)
         if reason is not None:
             yield Problem(here, f'cannot work in this run: {reason}; {remedy}')
@@ -220,7 +220,7 @@ def _averages(config: Config) -> list[Problem]:
 
 def _direction(config: Config) -> list[Problem]:
     """A window for a loss that is not there would be silently without effect."""
-    weight = getattr(config.objective, 'direction_weight', None)
+    weight = getattr(config.objective.instance, 'direction_weight', None)
     if 'direction_schedule' not in config.algorithms or weight:
         return []
     text = 'opens and closes the velocity-direction loss, and '
@@ -243,15 +243,15 @@ def _normalization(config: Config) -> list[Problem]:
 
 def _learned_variance(config: Config) -> list[Problem]:
     """The variance channels of the network and the loss that trains them come together or not at all."""
-    wanted = getattr(config.objective, 'learned_variance', False)
+    wanted, learn_sigma = config.objective.instance.learned_variance, config.model.kwargs.get('learn_sigma', False)
     here = ('model', 'learn_sigma')
-    if wanted and not config.model.arguments().get('learn_sigma'):
+    if wanted and not learn_sigma:
         text = (
             'false, but objective ddpm with learned_variance: true trains a variance that needs output channels; set '
             'it to true, or objective.learned_variance to false'
         )
         return [Problem(here, text)]
-    if config.model.arguments().get('learn_sigma') and not wanted:
+    if learn_sigma and not wanted:
         text = 'true adds output channels for a variance, which '
         if config.objective.name == 'ddpm':
             text += 'learned_variance: false does not train; set it to false, or objective.learned_variance to true'
@@ -270,10 +270,10 @@ def _samplers(config: Config) -> list[Problem]:
             continue
         sampler, num_steps = (callback.kwargs.get(key, fields[key].default) for key in ('sampler', 'num_steps'))
         try:
-            check_sampler(sampler, _OBJECTIVES[config.objective.name])
+            check_sampler(sampler, config.objective.instance)
         except ValueError as error:
             problems.append(Problem(('callbacks', name, 'sampler'), str(error)))
-        most = getattr(config.objective, 'num_timesteps', None)
+        most = getattr(config.objective.instance, 'num_timesteps', None)
         if most is not None and num_steps > most:
             text = f'{num_steps} steps, but the objective has {most} timesteps; take at most {most}'
             problems.append(Problem(('callbacks', name, 'num_steps'), text))
@@ -287,12 +287,6 @@ def _rest(config: Config) -> list[Problem]:
             f'measures the ten digits, and the data are {config.data.name!r}; remove it (callbacks.digits_quality=null)'
         )
         problems.append(Problem(('callbacks', 'digits_quality'), text))
-    if config.objective.name in ('ddpm', 'edm'):
-        objective = _OBJECTIVES[config.objective.name]
-        try:
-            objective(**config.objective.model_dump(exclude={'name', 'weighting'}))
-        except ValueError as error:
-            problems.append(Problem(('objective',), str(error).removeprefix(f'{objective.__name__}: ')))
     scales = config.latent_scale if isinstance(config.latent_scale, list) else [config.latent_scale]
     if any(scale <= 0 for scale in scales):
         problems.append(
@@ -384,7 +378,7 @@ def check_machine(config: Config, source: str = '') -> None:
     if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
         text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
         problems.append(Problem(('precision',), text))
-    if getattr(config.model, 'kernel', None) == 'fused':
+    if config.model.kwargs.get('kernel') == 'fused':
         reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
         if reason is not None:
             text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"

@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from tread_composer.config.components import component_names, component_schema
+from tread_composer.config.components import component_schema
+from tread_composer.config.registry import part_names
 from tread_composer.config.tree import Config
 
 __all__ = ['json_schema']
 
+SECTIONS = {
+    'autoencoder': 'autoencoder',
+    'model': 'backbone',
+    'objective': 'objective',
+    'optimizer': 'optimizer',
+    'scheduler': 'scheduler',
+}
 _TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 
 
@@ -20,12 +28,10 @@ def json_schema() -> dict[str, Any]:
     properties['extends'] = {'type': 'string', 'description': 'Base file, relative to this one'}
     shared = schema['$defs']
     for table, kind in _TABLES.items():
-        entries = {
-            name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in component_names(kind)
-        }
+        entries = {name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in part_names(kind)}
         properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': False}
-    for kind in ('optimizer', 'scheduler'):
-        properties[kind] = {'oneOf': [_named(kind, name, shared) for name in component_names(kind)]}
+    for section, kind in SECTIONS.items():
+        properties[section] = {'oneOf': [_named(kind, name, shared) for name in part_names(kind)]}
     return schema
 
 

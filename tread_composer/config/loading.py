@@ -5,16 +5,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tread_composer.config.checks import joint_problems
-from tread_composer.config.components import Component, check_component
+from tread_composer.config.components import Component, check_component, check_section
 from tread_composer.config.document import Document, document_of, read_document
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.schema import check
+from tread_composer.config.registry import is_reference, part_names
 from tread_composer.config.tree import Config
+from tread_composer.config.validation import check
 
 __all__ = ['load_config', 'restore_config']
 
 _TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
-_SINGLE = ('optimizer', 'scheduler')
+_SECTIONS = {
+    'autoencoder': 'autoencoder',
+    'model': 'backbone',
+    'objective': 'objective',
+    'optimizer': 'optimizer',
+    'scheduler': 'scheduler',
+}
+"""Sections that name a part, and its kind."""
 _REMEDIES = {
     'optimizer': 'without it Composer would silently train with SGD at 0.1; write for example '
     'optimizer: {name: adamw, lr: 1.0e-4}',
@@ -92,20 +100,12 @@ def _validated(document: Document) -> tuple[Config | None, list[Problem]]:
         if isinstance(tree.get(table), dict):
             tree[table], found = _table(kind, table, tree[table])
             problems += found
-    for kind in _SINGLE:
-        if isinstance(tree.get(kind), dict):
-            kwargs = {key: value for key, value in tree[kind].items() if key != 'name'}
-            if 'name' not in tree[kind]:
-                problems.append(Problem((kind, 'name'), f'is missing; say which {kind}'))
-                tree[kind] = Component(kind, '')
-            else:
-                tree[kind], found = check_component(kind, tree[kind]['name'], kwargs, (kind,), (kind, 'name'))
-                problems += found
-        elif tree.get(kind) is None:
-            tree.pop(kind, None)
+    for section, kind in _SECTIONS.items():
+        if tree.get(section) is None:
+            tree.pop(section, None)
         else:
-            problems.append(Problem((kind,), f'{tree[kind]!r} is not a mapping with a name and arguments'))
-            tree[kind] = Component(kind, '')
+            tree[section], found = check_section(kind, tree[section], (section,))
+            problems += found
     if tree.get('autoresume') is None:
         tree['autoresume'] = tree.get('save_folder') is not None
     config, found = check(Config, tree)
@@ -120,7 +120,10 @@ def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Co
     components: dict[str, Component] = {}
     problems: list[Problem] = []
     for name, kwargs in entries.items():
-        component, found = check_component(kind, name, kwargs, (table, name), (table, name))
+        reference = kwargs.get('name') if isinstance(kwargs, dict) and name not in part_names(kind) else None
+        if is_reference(reference):  # a part of another package, under a name of the user's choice
+            kwargs = {key: value for key, value in kwargs.items() if key != 'name'}
+        component, found = check_component(kind, reference or name, kwargs, (table, name), (table, name))
         components[name] = component
         problems += found
     return components, problems

@@ -1,4 +1,4 @@
-"""A constructor's signature as a strict schema, and pydantic's complaints in the words of a YAML author.
+"""A constructor's signature as a strict schema.
 
 ``signature_model`` reads names from ``inspect.signature`` and types from the annotations: what YAML can write is
 checked, what it cannot write (functions, modules, open files) is refused by name with that reason.
@@ -9,23 +9,42 @@ import dataclasses
 import enum
 import inspect
 import pathlib
-import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from composer.core import Time, TimeUnit
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.errors import Path, Problem, did_you_mean
+from tread_composer.protocols import TimeDistribution, Weighting
 
-__all__ = ['Strict', 'TimeString', 'check', 'native', 'plain', 'signature_fields', 'signature_model', 'yaml_type']
+__all__ = [
+    'Strict',
+    'TimeString',
+    'native',
+    'part_kind',
+    'plain',
+    'signature_fields',
+    'signature_model',
+    'yaml_type',
+]
 
 # Arguments annotated as mere text that are times all the same.
 _TIME_NAMES = {'interval', 'update_interval', 'half_life', 'start_time', 'end_time'}
 _UNITS = ', '.join(f"'{unit.value}'" for unit in TimeUnit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Marks an argument that is a part with a name of its own."""
+
+    kind: str
+
+
+# Arguments of these types are sections: a name and the arguments of what it names.
+_PARTS: dict[Any, str] = {TimeDistribution: 'time_distribution', Weighting: 'weighting'}
 
 
 class Strict(BaseModel):
@@ -41,7 +60,7 @@ class Strict(BaseModel):
     )
     refused: ClassVar[dict[str, str]] = {}
     """Names that exist but are not for YAML, with the reason."""
-    target: ClassVar[type | None] = None
+    target: ClassVar[Callable[..., Any] | None] = None
     """The dataclass that this section stands for, where it is one argument of a constructor."""
 
 
@@ -80,6 +99,12 @@ def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
         name: The argument's name: some are times though annotated as text.
         default: Its default: one that is a time string makes the argument a time.
     """
+    if typing.get_origin(annotation) is Annotated:
+        base, *bounds = typing.get_args(annotation)
+        kind = yaml_type(base, name, default)
+        return None if kind is None else Annotated[(kind, *bounds)]
+    if typing.get_origin(annotation) is None and not isinstance(annotation, str) and annotation in _PARTS:
+        return Annotated[Any, _Part(_PARTS[annotation])]
     if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
         return (
             Any
@@ -161,14 +186,21 @@ def signature_fields(target: Callable[..., Any], skip: tuple[str, ...] = ()) -> 
     """
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
     except NameError:  # a name that exists for type checkers only
         hints = {}
     fields: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for name, parameter in inspect.signature(target).parameters.items():
+    factories = {
+        entry.name: entry.default_factory
+        for entry in (dataclasses.fields(target) if dataclasses.is_dataclass(target) else ())  # type: ignore[arg-type]
+        if entry.default_factory is not dataclasses.MISSING
+    }
+    for name, parameter in inspect.signature(target).parameters.items():  # type: ignore[arg-type]
         if name in skip or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        if name in factories:
+            parameter = parameter.replace(default=factories[name]())
         annotation = hints.get(name, parameter.annotation)
         # torch marks a required argument behind an optional one with an object of its own
         required = parameter.default is parameter.empty or repr(parameter.default) == '<required parameter>'
@@ -182,7 +214,20 @@ def signature_fields(target: Callable[..., Any], skip: tuple[str, ...] = ()) -> 
     return fields, refused
 
 
-def signature_model(target: type, skip: tuple[str, ...] = (), *, is_argument: bool = False) -> type[Strict]:
+def part_kind(annotation: Any, metadata: Sequence[Any] = ()) -> str | None:
+    """The kind of part that a field of this annotation holds; None for plain values."""
+    for mark in metadata:
+        if isinstance(mark, _Part):
+            return mark.kind
+    if typing.get_origin(annotation) is Annotated:
+        return part_kind(None, typing.get_args(annotation)[1:])
+    kinds = (part_kind(argument) for argument in typing.get_args(annotation))
+    return next((kind for kind in kinds if kind is not None), None)
+
+
+def signature_model(
+    target: Callable[..., Any], skip: tuple[str, ...] = (), *, is_argument: bool = False
+) -> type[Strict]:
     """The constructor of ``target`` as a strict section; ``skip`` names the arguments that the builders give."""
     fields, refused = signature_fields(target, skip)
     model = create_model(target.__name__, __base__=Strict, **fields)
@@ -198,7 +243,7 @@ def native(value: Any) -> Any:
         return value.target(**arguments) if value.target else arguments
     if isinstance(value, (list, tuple)):
         return type(value)(native(item) for item in value)
-    return value
+    return value.build() if hasattr(value, 'to_plain') else value  # a part within a part
 
 
 def plain(value: Any) -> Any:
@@ -207,6 +252,8 @@ def plain(value: Any) -> Any:
         return {
             name: plain(getattr(value, name)) for name in type(value).model_fields if name in value.model_fields_set
         }
+    if hasattr(value, 'to_plain'):  # a part within a part
+        return value.to_plain()
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):
@@ -214,163 +261,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value
-
-
-def check(model: type[Strict], data: Any, path: Path = ()) -> tuple[Strict | None, list[Problem]]:
-    """Validate; a section with no problems, or None with all of them.
-
-    Args:
-        model: The section's class.
-        data: What YAML holds for it.
-        path: Where the section stands in the tree.
-    """
-    try:
-        return model.model_validate(data), []
-    except ValidationError as error:
-        found: dict[Path, list[Any]] = {}
-        for detail in error.errors(include_url=False):
-            found.setdefault(_real_path(detail['loc'], detail['type'], data), []).append(detail)
-        wheres = [where for where in found if not any(_within(other, where) for other in found)]
-        return None, [_problem(model, data, path, where, found[where]) for where in wheres]
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    """Whether a problem lies deeper: of a union, the member that fits the data best complains the deepest."""
-    return len(inner) > len(outer) and inner[: len(outer)] == outer
-
-
-def _real_path(location: tuple[Any, ...], kind: str, data: Any) -> Path:
-    """Pydantic's location without the names of union members that it mixes in."""
-    path: list[str | int] = []
-    node = data
-    for index, part in enumerate(location):
-        absent_key = index == len(location) - 1 and kind == 'missing'
-        if isinstance(node, dict) and (part in node or absent_key):
-            path.append(part)
-            node = node.get(part)
-        elif isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
-            path.append(part)
-            node = node[part]
-    return tuple(path)
-
-
-_NUMBER_OR_BOOL = re.compile(r'true|false|[-+]?[0-9.]+([eE][-+]?[0-9]+)?', re.IGNORECASE)
-_EXPECTED = {
-    'bool_type': 'true or false',
-    'dict_type': 'a mapping',
-    'finite_number': 'a finite number',
-    'float_type': 'a number',
-    'int_type': 'a whole number',
-    'list_type': 'a list',
-    'model_type': 'a mapping',
-    'model_attributes_type': 'a mapping',
-    'none_required': 'null',
-    'string_type': 'text',
-    'tuple_type': 'a list',
-}
-
-
-def _problem(model: type[Strict], data: Any, base: Path, where: Path, details: list[Any]) -> Problem:
-    path = (*base, *where)
-    kinds = [detail['type'] for detail in details]
-    value = _at(data, where)
-    if 'extra_forbidden' in kinds:
-        section = _section(model, data, where[:-1])
-        known = tuple(section.model_fields) if section else ()
-        reason = section.refused.get(str(where[-1])) if section else None
-        if reason:
-            return Problem(path, reason)
-        owner = _other_owner(model, data, where)
-        text = (
-            f'belongs to {owner}, not to {section.model_fields["name"].default!r}'
-            if owner and section
-            else 'unknown setting'
-        )
-        return Problem(path, f'{text}.{did_you_mean(where[-1], known)}', known)
-    if 'missing' in kinds:
-        return Problem(path, 'is missing and has no default; give it')
-    if kinds[0] in ('union_tag_invalid', 'union_tag_not_found'):
-        names = tuple(tag.strip().strip("'") for tag in details[0]['ctx'].get('expected_tags', '').split(','))
-        if kinds[0] == 'union_tag_not_found':
-            return Problem((*path, 'name'), 'is missing; say which kind this is, for example name: edm')
-        name = value.get('name') if isinstance(value, dict) else value
-        return Problem((*path, 'name'), f'{name!r} is unknown.{did_you_mean(name, names)}', names)
-    # Of a union the most telling member: a message of our own, else all that would have been right.
-    for detail in details:
-        if detail['type'] in ('time', 'one_of'):
-            return Problem(path, detail['msg'])
-    expected = [_expected(detail) for detail in details]
-    rules = dict.fromkeys(rule for rule in expected if rule)
-    if rules:
-        return Problem(path, f'{_shown(value)} is not {" or ".join(rules)}{_type_remedy(value, kinds)}')
-    return Problem(path, f'{_shown(value)}: {details[0]["msg"].removeprefix("Value error, ")}')
-
-
-def _expected(detail: Any) -> str:
-    if detail['type'] == 'literal_error':
-        expected = detail['ctx']['expected'].replace(' or ', ', ')
-        return f'one of {expected.replace("False", "false").replace("True", "true")}'
-    if detail['type'].startswith(('greater_than', 'less_than', 'too_', 'string_too')):
-        return detail['msg'].replace('Input should be', '').replace('Input should', 'such that it').strip().lower()
-    return _EXPECTED.get(detail['type'], '')
-
-
-def _type_remedy(value: Any, kinds: list[str]) -> str:
-    if value is None:
-        return '; leave the key away for its default'
-    wants = {'int_type', 'float_type', 'bool_type'} & set(kinds)
-    if wants and isinstance(value, str) and _NUMBER_OR_BOOL.fullmatch(value):
-        return '; write it without quotes (from the environment: ${oc.decode:${oc.env:NAME}})'
-    if 'bool_type' in wants and str(value).lower() in ('yes', 'no', 'on', 'off'):
-        return '; write true or false'
-    if 'string_type' in kinds and isinstance(value, (int, float)):
-        return '; write it in quotes'
-    return ''
-
-
-def _shown(value: Any) -> str:
-    text = {True: 'true', False: 'false', None: 'null'}.get(value) if value is None or isinstance(value, bool) else None
-    return text or repr(value)
-
-
-def _at(data: Any, where: Path) -> Any:
-    for part in where:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
-
-
-def _section(model: type[Strict], data: Any, where: Path) -> type[Strict] | None:
-    """The section's class at a path: where several may stand, the one that the data's ``name`` picks."""
-    here: type[Strict] | None = model
-    for depth, part in enumerate(where, 1):
-        if isinstance(part, int):
-            continue
-        candidates = _candidates(here, part)
-        value = _at(data, where[:depth])
-        name = value.get('name') if isinstance(value, dict) else None
-        named = [one for one in candidates if 'name' in one.model_fields and one.model_fields['name'].default == name]
-        here = (named or candidates or [None])[0]
-    return here
-
-
-def _candidates(section: type[Strict] | None, key: str) -> list[type[Strict]]:
-    entry = section.model_fields.get(key) if section else None
-    return _sections_in(entry.annotation) if entry else []
-
-
-def _other_owner(model: type[Strict], data: Any, where: Path) -> str:
-    """The ``name`` of a sibling kind that does have this setting."""
-    if len(where) < 2 or isinstance(where[-2], int):
-        return ''
-    siblings = _candidates(_section(model, data, where[:-2]), where[-2])
-    owners = [one.model_fields['name'].default for one in siblings if where[-1] in one.model_fields]
-    return ' and '.join(repr(owner) for owner in owners)
-
-
-def _sections_in(annotation: Any) -> list[type[Strict]]:
-    if inspect.isclass(annotation) and issubclass(annotation, Strict):
-        return [annotation]
-    return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]

@@ -3,36 +3,19 @@
 Sections that choose between kinds have a ``name``; the arguments of another kind are errors.
 """
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema, create_model
+from pydantic import Field, InstanceOf, WithJsonSchema
 
 from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
-from tread_composer.config.schema import Strict, plain, signature_fields
+from tread_composer.config.registry import resolve
+from tread_composer.config.schema import Strict, plain
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.models import BACKBONES, LatentTransformer
 from tread_composer.routing import Route
 
-__all__ = [
-    'Config',
-    'DDPMObjective',
-    'CosMapTimes',
-    'DigitsData',
-    'EDMObjective',
-    'FlowMatchingObjective',
-    'KLAutoencoder',
-    'LatentsData',
-    'LogitNormalTimes',
-    'MinSNRWeighting',
-    'ModeTimes',
-    'ModelSection',
-    'PerChannelNormalization',
-    'PixelsAutoencoder',
-    'UniformTimes',
-]
+__all__ = ['Config', 'DigitsData', 'LatentsData', 'PerChannelNormalization', 'backbone_arguments']
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -84,162 +67,12 @@ class LatentsData(Strict):
     download_timeout: Above0 = 60.0
 
 
-class PixelsAutoencoder(Strict):
-    """None: the data are pixels."""
-
-    name: Literal['pixels'] = 'pixels'
-
-
-class KLAutoencoder(Strict):
-    """A diffusers ``AutoencoderKL``."""
-
-    name: Literal['kl'] = 'kl'
-    path: str
-    """A folder, a hub id such as ``stabilityai/sd-vae-ft-ema``, or one file of the original latent-diffusion layout."""
-    id: str | None = None
-    """What the manifest of the data calls it; ``path`` if null."""
-    subfolder: str | None = None
-    revision: str | None = None
-    other_weights: bool = False
-    """Decode with weights that are not those of the data, such as a fine-tuned decoder."""
-
-
-class ModelSection(Strict):
-    """Base of the sections of networks: a published size by ``preset``, or its sizes one by one, and settings."""
-
-    backbone: ClassVar[type[LatentTransformer]]
-    size_names: ClassVar[tuple[str, ...]] = ()
-    """What a preset decides; without one, all of them are to be given."""
-    name: str
-    preset: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """The network's constructor arguments but for those that the data decide (latent size, channels, classes)."""
-        sizes = {name: getattr(self, name) for name in self.size_names}
-        if self.preset is not None:
-            sizes = dict(self.backbone.presets[self.preset])
-        settings = [name for name in type(self).model_fields if name not in (*_NO_ARGUMENTS, *self.size_names)]
-        return {**sizes, **{name: getattr(self, name) for name in settings}}
-
-
-_NO_ARGUMENTS = ('name', 'preset', 'attention')
-_OF_THE_DATA = ('latent_size', 'in_channels', 'num_classes')
-
-
-def _model_section(name: str, backbone: type[LatentTransformer]) -> type[ModelSection]:
-    """The constructor of a backbone as its section. All sizes and ratios of a network are above 0."""
-    presets = backbone.presets
-    size_names = tuple(next(iter(presets.values()), {}))
-    fields, _ = signature_fields(backbone, skip=_OF_THE_DATA)
-    fields = {key: ({int: Positive, float: Above0}.get(kind, kind), default) for key, (kind, default) in fields.items()}
-    fields |= dict.fromkeys(size_names, (Positive | None, None))  # a preset may say it
-    named = Literal[tuple(presets)] | None if presets else None  # type: ignore[valid-type]
-    fields = {'name': (Literal[name], name), 'preset': (named, None), **fields}
-    if backbone.attentions:
-        fields['attention'] = (Literal[backbone.attentions], 'sdpa')  # chosen where the device is known
-    section = create_model(f'{backbone.__name__}Model', __base__=ModelSection, __doc__=backbone.__doc__, **fields)
-    section.backbone, section.size_names = backbone, size_names
-    return section
-
-
-_MODELS = tuple(_model_section(name, backbone) for name, backbone in BACKBONES.items())
-
-
-def _named(section: Any) -> Any:
-    """A ``model`` without a name is a DiT: there was no other when such files were written."""
-    return {'name': 'dit', **section} if isinstance(section, dict) else section
-
-
-if TYPE_CHECKING:
-    AnyModel = ModelSection
-else:
-    AnyModel = Annotated[Union[_MODELS], Field(discriminator='name'), BeforeValidator(_named)]  # noqa: UP007
-
-
-class UniformTimes(Strict):
-    """All training times alike."""
-
-    name: Literal['uniform'] = 'uniform'
-
-
-class LogitNormalTimes(Strict):
-    """More of the middle: ``logit(t) ~ N(mean, std^2)``."""
-
-    name: Literal['logit_normal'] = 'logit_normal'
-    mean: float = 0.0
-    std: Above0 = 1.0
-
-
-class ModeTimes(Strict):
-    """SD3's mode sampling: more of the middle above 0, more of both ends below."""
-
-    name: Literal['mode'] = 'mode'
-    scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
-
-
-class CosMapTimes(Strict):
-    """SD3's CosMap."""
-
-    name: Literal['cosmap'] = 'cosmap'
-
-
-class MinSNRWeighting(Strict):
-    """Min-SNR-gamma: the weight of the data's error stops to grow at a signal-to-noise ratio of ``gamma``."""
-
-    name: Literal['min_snr'] = 'min_snr'
-    gamma: Above0 = 5.0
-
-
-class FlowMatchingObjective(Strict):
-    """Velocity of the straight line between data and noise."""
-
-    name: Literal['flow_matching'] = 'flow_matching'
-    time_distribution: UniformTimes | LogitNormalTimes | ModeTimes | CosMapTimes = Field(
-        default=LogitNormalTimes(), discriminator='name'
-    )
-    time_shift: Above0 = 1.0
-    """Moves the training times: above 1 towards noise (SD3, eq. 23, with t = 1 at the noise)."""
-    sampling_shift: Above0 = 1.0
-    """Likewise the times of sampling."""
-    weighting: MinSNRWeighting | None = None
-    direction_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of FasterDiT's velocity-direction loss beside the squared error; the paper takes 1."""
-    direction_patch: Positive = 1
-    """Side of the square of pixels whose values are one direction; 1 is the paper's, one channel needs more."""
-
-
 class PerChannelNormalization(Strict):
     """Each channel to mean 0 and one standard deviation, from what the manifest of the training data says."""
 
     name: Literal['per_channel'] = 'per_channel'
     std: Above0 = 1.0
     """The standard deviation that the network sees: the latent strength."""
-
-
-class EDMObjective(Strict):
-    """Preconditioned denoiser (Karras et al. 2022)."""
-
-    name: Literal['edm'] = 'edm'
-    P_mean: float = -1.2
-    P_std: Above0 = 1.2
-    sigma_data: Above0 = 0.5
-    sigma_min: Above0 = 0.002
-    sigma_max: Above0 = 80.0
-    rho: Above0 = 7.0
-
-
-class DDPMObjective(Strict):
-    """Noise at discrete timesteps, and the variance of the reverse steps (DiT's own recipe)."""
-
-    name: Literal['ddpm'] = 'ddpm'
-    num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    beta_start: Above0 = 1e-4
-    """This and the next: first and last beta of the linear schedule."""
-    beta_end: Above0 = 0.02
-    schedule: Literal['linear', 'cosine'] = 'linear'
-    learned_variance: bool = True
-    """Needs ``model.learn_sigma: true``; without it sampling takes the variance of the forward steps."""
-    weighting: MinSNRWeighting | None = None
 
 
 class Config(TrainerSettings):
@@ -250,9 +83,9 @@ class Config(TrainerSettings):
     global_train_batch_size: Positive
     global_eval_batch_size: Positive
     data: DigitsData | LatentsData = Field(discriminator='name')
-    autoencoder: PixelsAutoencoder | KLAutoencoder = Field(discriminator='name')
-    model: AnyModel
-    objective: FlowMatchingObjective | EDMObjective | DDPMObjective = Field(discriminator='name')
+    autoencoder: ComponentField
+    model: ComponentField
+    objective: ComponentField
     latent_scale: OneOrPerChannel = 1.0
     latent_shift: OneOrPerChannel = 0.0
     latent_normalization: PerChannelNormalization | None = None
@@ -266,21 +99,12 @@ class Config(TrainerSettings):
     loggers: dict[str, ComponentField] = Field(default={})
 
     def routes(self) -> list[Route]:
-        """The routes of ``algorithms.tread``; none where it is absent.
-
-        Raises:
-            ValueError: A value of a route is out of range.
-        """
-        tread = self.algorithms.get('tread')
-        if tread is None:
-            return []
-        single = {key: tread.kwargs[key] for key in ('start', 'end', 'selection_rate') if key in tread.kwargs}
-        return [Route(**route) for route in tread.kwargs.get('routes') or [single]]
+        """The routes of ``algorithms.tread``; none where it is absent."""
+        return [] if 'tread' not in self.algorithms else list(self.algorithms['tread'].instance.routes)
 
     def always_keep(self) -> int:
         """How many first positions never skip (``algorithms.tread.always_keep``)."""
-        tread = self.algorithms.get('tread')
-        return 0 if tread is None else tread.kwargs.get('always_keep', 0)
+        return 0 if 'tread' not in self.algorithms else self.algorithms['tread'].instance.always_keep
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
         """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.
@@ -320,6 +144,18 @@ class Config(TrainerSettings):
     def to_yaml(self) -> str:
         """``to_dict`` as YAML text."""
         return dump_yaml(self.to_dict())
+
+
+def backbone_arguments(model: Component) -> dict[str, Any]:
+    """A network's constructor arguments but for those that the data decide (latent size, channels, classes).
+
+    Args:
+        model: The component; a ``preset`` stands for the sizes that it decides.
+    """
+    # The implementation of attention is chosen where the device is known (``use_attention``).
+    arguments = {key: value for key, value in model.kwargs.items() if key not in ('preset', 'attention')}
+    preset = model.kwargs.get('preset')
+    return {**arguments, **resolve('backbone', model.name).presets[preset]} if preset else arguments  # type: ignore[attr-defined]
 
 
 def _tree_of(value: Any) -> Any:

@@ -13,9 +13,9 @@ from tread_composer.config import restore_config
 from tread_composer.conversion.files import read_json
 from tread_composer.errors import UserError
 from tread_composer.generate.folder import IMAGES, RECORD
-from tread_composer.metrics.drawing import GRID_OF
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.protocol import UNKNOWN
+from tread_composer.objectives import OBJECTIVES
 from tread_composer.samplers import SamplingSettings
 from tread_composer.trained import exported_run
 
@@ -27,9 +27,10 @@ _DESCRIBED = (
     'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',
     'uint8_rule',
 )  # fmt: skip
+_GRIDS = {name: tuple(objective().time_grid()) for name, objective in OBJECTIVES.items()}
 _SECTIONS = {
     'sampling': (*(entry.name for entry in dataclasses.fields(SamplingSettings)), 'routes'),
-    'time_grid': ('objective', *dict.fromkeys(name for names in GRID_OF.values() for name in names)),
+    'time_grid': ('objective', *dict.fromkeys(name for names in _GRIDS.values() for name in names)),
 }
 
 
@@ -145,9 +146,9 @@ def _whole_sampling(said: dict[str, Any]) -> dict[str, Any]:
 
 def _whole_grid(said: dict[str, Any]) -> dict[str, Any]:
     objective = said.get('objective', UNKNOWN)
-    if objective not in (UNKNOWN, *GRID_OF):
-        raise UserError(f'--describe: time_grid.objective={objective}: choose one of {", ".join(GRID_OF)}')
-    needed = [name for name in GRID_OF.get(objective, ()) if said.get('schedule') != 'cosine' or 'beta' not in name]
+    if objective not in (UNKNOWN, *_GRIDS):
+        raise UserError(f'--describe: time_grid.objective={objective}: choose one of {", ".join(_GRIDS)}')
+    needed = [name for name in _GRIDS.get(objective, ()) if said.get('schedule') != 'cosine' or 'beta' not in name]
     foreign = [name for name in said if objective != UNKNOWN and name not in ('objective', *needed)]
     if foreign:
         raise UserError(f'--describe: time_grid.{foreign[0]}: of no meaning here; {objective} has {", ".join(needed)}')

@@ -139,12 +139,8 @@ def _check_pair(trained: Trained, weak: Trained) -> None:
     """What is predicted must be the same thing, in the same units, or the difference of predictions means nothing."""
     facts = [
         {
-            'objective': one.config.objective.name,
-            **{
-                name: getattr(one.model.objective, name)
-                for name in ('sigma_data', 'num_timesteps', 'schedule', 'beta_start', 'beta_end', 'learned_variance')
-                if hasattr(one.model.objective, name)
-            },
+            'objective': one.model.objective.name,
+            **one.model.objective.target(),
             'latent_shape': tuple(one.model.latent_shape),
             'num_classes': one.model.num_classes,
             'latent_scale': one.model.latent_scale.flatten().tolist(),

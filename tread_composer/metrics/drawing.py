@@ -7,35 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from tread_composer.metrics.protocol import UINT8_RULE, UNKNOWN
-from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import Route
 from tread_composer.samplers import SamplingSettings
 
-__all__ = ['GRID_OF', 'drawing_facts', 'time_grid']
-
-GRID_OF = {
-    'flow_matching': ('sampling_shift',),
-    'edm': ('sigma_min', 'sigma_max', 'rho'),
-    'ddpm': ('num_timesteps', 'schedule', 'beta_start', 'beta_end'),
-}
-"""What decides, besides the number of steps, at which times an objective is sampled."""
-
-_NAMES = {FlowMatching: 'flow_matching', EDM: 'edm', DDPM: 'ddpm'}
+__all__ = ['drawing_facts', 'time_grid']
 
 
 def time_grid(objective: Any) -> dict[str, Any] | str:
     """The objective and its settings that decide where the steps of a sampler lie.
 
     Args:
-        objective: Of the model; ``'unknown'`` is the answer for None, and for one whose grid is not known here.
+        objective: Of the model; ``'unknown'`` is the answer for None, and for one that says nothing of its grid.
     """
-    name = next((name for kind, name in _NAMES.items() if isinstance(objective, kind)), None)
-    if name is None:
+    if not hasattr(objective, 'time_grid'):
         return UNKNOWN
-    settings = {setting: getattr(objective, setting) for setting in GRID_OF[name]}
-    if settings.get('schedule') == 'cosine':
-        del settings['beta_start'], settings['beta_end']  # of the linear schedule
-    return {'objective': name, **settings}
+    return {'objective': objective.name, **objective.time_grid()}
 
 
 def drawing_facts(

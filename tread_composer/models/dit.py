@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, Mlp, modulate
@@ -94,11 +95,11 @@ class DiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 2,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
+        patch_size: AtLeast1 = 2,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        num_heads: AtLeast1 = 16,
+        mlp_ratio: Positive = 4.0,
         learn_sigma: bool = False,
         qk_norm: Literal[False, 'rms', 'layer'] = False,
     ) -> None:

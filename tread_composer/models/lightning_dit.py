@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, RMSNorm, modulate
@@ -182,11 +183,11 @@ class LightningDiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 1,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
+        patch_size: AtLeast1 = 1,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        num_heads: AtLeast1 = 16,
+        mlp_ratio: Positive = 4.0,
         qk_norm: QKNorm = False,
         learn_sigma: bool = False,
     ) -> None:

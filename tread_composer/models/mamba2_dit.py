@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tread_composer.bounds import AtLeast1, Positive
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import Mlp, modulate
@@ -132,15 +133,15 @@ class Mamba2DiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: int = 2,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        expand: int = 2,
-        head_size: int = 64,
-        state_size: int = 64,
-        mlp_ratio: float = 3.0,
+        patch_size: AtLeast1 = 2,
+        hidden_size: AtLeast1 = 1152,
+        depth: AtLeast1 = 28,
+        expand: AtLeast1 = 2,
+        head_size: AtLeast1 = 64,
+        state_size: AtLeast1 = 64,
+        mlp_ratio: Positive = 3.0,
         scan: Literal['raster', 'alternate'] = 'raster',
-        chunk_size: int = 256,
+        chunk_size: AtLeast1 = 256,
         kernel: Literal['torch', 'fused'] = 'torch',
         learn_sigma: bool = False,
     ) -> None:

@@ -9,18 +9,20 @@ Shapes: B samples, C channels, H x W latent pixels, T timesteps.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tread_composer.bounds import AtLeast2, Positive
 from tread_composer.objectives.prediction import predict, squared_error
+from tread_composer.objectives.snr import SNRDistribution, from_steps
 from tread_composer.objectives.timesteps import DiscreteUniform
-from tread_composer.objectives.weighting import MinSNR
-from tread_composer.protocols import Denoiser, Drift, Transition
+from tread_composer.protocols import Denoiser, Drift, Transition, Weighting
 
 __all__ = ['DDPM', 'evenly_spaced']
 
@@ -47,12 +49,17 @@ class DDPM:
         ValueError: A setting is out of range, or betas are given to the cosine schedule.
     """
 
-    num_timesteps: int = 1000
-    beta_start: float = _DEFAULT_BETAS[0]
-    beta_end: float = _DEFAULT_BETAS[1]
+    name: ClassVar[str] = 'ddpm'
+    time_convention: ClassVar[str] = (
+        't=0 data, t=1 noise; the network is told the timestep, 0 .. T - 1 from data to noise'
+    )
+
+    num_timesteps: AtLeast2 = 1000
+    beta_start: Positive = _DEFAULT_BETAS[0]
+    beta_end: Positive = _DEFAULT_BETAS[1]
     schedule: Literal['linear', 'cosine'] = 'linear'
     learned_variance: bool = True
-    weighting: MinSNR | None = None
+    weighting: Weighting | None = None
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
     """``alpha_bar``, float64 ``[T]`` on the CPU; the signal-to-noise ratio is ``alpha_bar / (1 - alpha_bar)``."""
     _table: Tensor = field(init=False, repr=False, compare=False)
@@ -79,6 +86,25 @@ class DDPM:
             ('_levels', np.sqrt((1 - alpha_bar) / alpha_bar)),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def prediction(self) -> str:
+        """See ``protocols.Objective``."""
+        return 'noise' + (', then where the variance of a reverse step lies' if self.learned_variance else '')
+
+    def time_grid(self) -> dict[str, Any]:
+        """See ``protocols.Objective``; the cosine schedule has no betas to choose."""
+        betas = {'beta_start': self.beta_start, 'beta_end': self.beta_end} if self.schedule == 'linear' else {}
+        return {'num_timesteps': self.num_timesteps, 'schedule': self.schedule, **betas}
+
+    def target(self) -> dict[str, Any]:
+        """See ``protocols.Objective``: the network is given timesteps, which mean other noise in another schedule."""
+        names = ('num_timesteps', 'schedule', 'beta_start', 'beta_end', 'learned_variance')
+        return {name: getattr(self, name) for name in names}
+
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        """Any will do."""
+        del latent_shape
 
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
@@ -110,6 +136,23 @@ class DDPM:
             terms['vlb'] = _bound_in_bits(x, error, log_least, log_variance, t_B == 0)
             terms['loss'] = terms['loss'] + terms['vlb']
         return terms
+
+    def noise_level(self, time: float) -> float:
+        """``sqrt((1 - alpha_bar) / alpha_bar)`` of timestep ``floor(t T)``."""
+        step = DiscreteUniform(self.num_timesteps).step(torch.tensor(time, dtype=torch.float64))
+        alpha_bar = self.alphas_cumprod[step]
+        return float(((1 - alpha_bar) / alpha_bar).sqrt())
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
+        """``x + sigma noise``, and sigma, which is the time of the sampling equation."""
+        sigma = self.noise_level(time)
+        return latents_BCHW + sigma * noise_BCHW, sigma
+
+    def snr(self, data_std: float) -> SNRDistribution:
+        """What signal-to-noise ratios it trains on, for latents of this standard deviation."""
+        alpha_bar = self.alphas_cumprod
+        weights = None if self.weighting is None else self.weighting(alpha_bar / (1 - alpha_bar), 'eps')
+        return from_steps(alpha_bar, data_std=data_std, weights=weights)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dsigma = eps``, float64, for x scaled to ``data + sigma noise``.

@@ -5,12 +5,17 @@ The time of its sampling equation is the noise level sigma itself: 0 is data, ``
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tread_composer.bounds import Positive
 from tread_composer.objectives.prediction import predict, squared_error
+from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
+from tread_composer.objectives.timesteps import LogitNormal
 from tread_composer.protocols import Denoiser, Drift
 
 __all__ = ['EDM']
@@ -33,12 +38,17 @@ class EDM:
         ValueError: A setting is not positive, or ``sigma_min`` is not below ``sigma_max``.
     """
 
+    name: ClassVar[str] = 'edm'
+    prediction: ClassVar[str] = "EDM's network F; the denoised latents are c_skip x + c_out F(c_in x, ln(sigma) / 4)"
+    time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told ln(sigma) / 4, sigma = 0 is data'
+    learned_variance: ClassVar[bool] = False
+
     P_mean: float = -1.2
-    P_std: float = 1.2
-    sigma_data: float = 0.5
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    P_std: Positive = 1.2
+    sigma_data: Positive = 0.5
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -48,6 +58,18 @@ class EDM:
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f'EDM: sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}')
 
+    def time_grid(self) -> dict[str, Any]:
+        """See ``protocols.Objective``."""
+        return {'sigma_min': self.sigma_min, 'sigma_max': self.sigma_max, 'rho': self.rho}
+
+    def target(self) -> dict[str, Any]:
+        """See ``protocols.Objective``: the preconditioning decides what F is."""
+        return {'sigma_data': self.sigma_data}
+
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        """Any will do."""
+        del latent_shape
+
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
     ) -> dict[str, Tensor]:
@@ -56,10 +78,10 @@ class EDM:
         See ``protocols.Objective``. The weight makes the effective weight on the network's own output 1 (appendix B.6).
         """
         x = latents_BCHW.float()
-        noisy, sigma_B = self.noised(x, noise_BCHW, quantiles_B)
+        noisy, sigma_B = self.training_noise(x, noise_BCHW, quantiles_B)
         return {'loss': self.weight(sigma_B) * squared_error(self.denoise(denoiser, noisy, sigma_B, labels_B), x)}
 
-    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor) -> tuple[Tensor, Tensor]:
+    def training_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy latents ``x + sigma noise`` of a training batch and their noise levels ``[B]``, both float32."""
         sigma_B = torch.exp(self.P_mean + self.P_std * torch.special.ndtri(quantiles_B.float()))
         return latents_BCHW.float() + sigma_B.view(-1, 1, 1, 1) * noise_BCHW.float(), sigma_B
@@ -83,6 +105,19 @@ class EDM:
         c_in = variance_B.rsqrt().view(-1, 1, 1, 1)
         c_noise_B = sigma_B.log() / 4
         return c_skip * x_BCHW + c_out * predict(denoiser, c_in * x_BCHW, c_noise_B, labels_B).to(x_BCHW.dtype)
+
+    def noise_level(self, time: float) -> float:
+        """``t / (1 - t)``: the noise levels are those of the straight path."""
+        return time / (1 - time)
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
+        """``x + sigma noise``, and sigma, which is the time of the sampling equation."""
+        sigma = self.noise_level(time)
+        return latents_BCHW + sigma * noise_BCHW, sigma
+
+    def snr(self, data_std: float) -> SNRDistribution:
+        """What signal-to-noise ratios it trains on: the weight on the network's own output is 1 (appendix B.6)."""
+        return from_path(LinearPath(), LogitNormal(self.P_mean, self.P_std), data_std=data_std)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dsigma = (x - D(x; sigma)) / sigma`` in float64 (eq. 3 with eq. 4)."""

@@ -9,15 +9,17 @@ Shapes: B samples, C channels, H x W latent pixels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tread_composer.bounds import AtLeast1, NonNegative, Positive
 from tread_composer.objectives.prediction import predict, squared_error
-from tread_composer.objectives.timesteps import LogitNormal, shift_times
-from tread_composer.objectives.weighting import MinSNR
-from tread_composer.protocols import Denoiser, Drift, TimeDistribution
+from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
+from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
+from tread_composer.protocols import Denoiser, Drift, TimeDistribution, Weighting
 
 __all__ = ['FlowMatching', 'direction_error']
 
@@ -30,24 +32,30 @@ class FlowMatching:
 
     Args:
         time_distribution: How training times are spread. The default is that of TREAD's code (logit-normal, 0 and 1).
-            ``timesteps.Shifted`` moves them for another resolution.
+        time_shift: Moves the training times, above 1 towards noise (SD3, arXiv 2403.03206, eq. 23); 1 leaves them.
+        sampling_shift: Moves the equidistant times of sampling in the same way; 1 leaves them.
         weighting: Weight on the squared error; none if None.
         direction_weight: Weight of FasterDiT's velocity-direction loss beside the squared error; 1 in the paper, 0
             without it.
         direction_patch: Side of the square of latent pixels whose values are one vector of the direction loss. 1, the
             paper's, compares over the channels of each pixel; more is ours, for latents of one channel, whose
             "direction" would be a mere sign that no gradient moves.
-        sampling_shift: Moves the equidistant times of sampling (``timesteps.shift_times``); 1 leaves them.
 
     Raises:
         ValueError: A setting is out of range.
     """
 
+    name: ClassVar[str] = 'flow_matching'
+    prediction: ClassVar[str] = 'velocity: noise - data'
+    time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told t'
+    learned_variance: ClassVar[bool] = False
+
     time_distribution: TimeDistribution = field(default_factory=LogitNormal)
-    weighting: MinSNR | None = None
-    direction_weight: float = 0.0
-    direction_patch: int = 1
-    sampling_shift: float = 1.0
+    time_shift: Positive = 1.0
+    sampling_shift: Positive = 1.0
+    weighting: Weighting | None = None
+    direction_weight: NonNegative = 0.0
+    direction_patch: AtLeast1 = 1
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -55,8 +63,23 @@ class FlowMatching:
             raise ValueError(f'FlowMatching: direction_weight={self.direction_weight} must not be negative')
         if self.direction_patch < 1:
             raise ValueError(f'FlowMatching: direction_patch={self.direction_patch} must be at least 1')
-        if not (math.isfinite(self.sampling_shift) and self.sampling_shift > 0):
-            raise ValueError(f'FlowMatching: sampling_shift={self.sampling_shift} must be positive; 1 is no shift')
+        for setting in ('time_shift', 'sampling_shift'):
+            shift = getattr(self, setting)
+            if not (math.isfinite(shift) and shift > 0):
+                raise ValueError(f'FlowMatching: {setting}={shift} must be positive; 1 is no shift')
+
+    @property
+    def times(self) -> TimeDistribution:
+        """The distribution of the training times, after ``time_shift``."""
+        return self.time_distribution if self.time_shift == 1 else Shifted(self.time_distribution, self.time_shift)
+
+    def time_grid(self) -> dict[str, Any]:
+        """See ``protocols.Objective``."""
+        return {'sampling_shift': self.sampling_shift}
+
+    def target(self) -> dict[str, Any]:
+        """See ``protocols.Objective``: a velocity is the same whatever the settings."""
+        return {}
 
     def check_latents(self, latent_shape: Sequence[int]) -> None:
         """Refuse latents (C, H and W) that the direction loss cannot work with.
@@ -106,7 +129,7 @@ class FlowMatching:
             unweighted and also while it is off.
         """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
-        t_B = self.time_distribution.quantile(quantiles_B.float())
+        t_B = self.times.quantile(quantiles_B.float())
         t = t_B.view(-1, 1, 1, 1)
         velocity, target = predict(denoiser, (1 - t) * x + t * noise, t_B, labels_B), noise - x
         mse_B = squared_error(velocity, target)
@@ -120,6 +143,18 @@ class FlowMatching:
             weight = self.direction_weight if direction_switch_B is None else self.direction_weight * direction_switch_B
             losses['loss'] = losses['loss'] + weight * losses['direction']
         return losses
+
+    def noise_level(self, time: float) -> float:
+        """``t / (1 - t)``."""
+        return time / (1 - time)
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
+        """``(1 - t) x + t noise``, and t."""
+        return (1 - time) * latents_BCHW + time * noise_BCHW, time
+
+    def snr(self, data_std: float) -> SNRDistribution:
+        """What signal-to-noise ratios it trains on, for latents of this standard deviation."""
+        return from_path(LinearPath(), self.times, data_std=data_std, weighting=self.weighting)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dt = velocity``: what the denoiser predicts, in float64."""

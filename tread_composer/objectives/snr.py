@@ -16,14 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tread_composer.objectives.ddpm import DDPM
-from tread_composer.objectives.edm import EDM
-from tread_composer.objectives.flow_matching import FlowMatching
-from tread_composer.objectives.timesteps import LogitNormal
-from tread_composer.objectives.weighting import MinSNR, Prediction
-from tread_composer.protocols import Objective, TimeDistribution
+from tread_composer.objectives.weighting import Prediction
+from tread_composer.protocols import TimeDistribution, Weighting
 
-__all__ = ['CosinePath', 'LinearPath', 'SNRDistribution', 'from_path', 'from_steps', 'snr_distribution', 'to_decibels']
+__all__ = ['CosinePath', 'LinearPath', 'SNRDistribution', 'from_path', 'from_steps', 'to_decibels']
 
 _PER_NEPER = 20 / math.log(10)  # dB for a factor e in alpha / sigma
 _NUM_QUANTILES = 200_000
@@ -115,7 +111,7 @@ def from_path(
     times: TimeDistribution,
     *,
     data_std: float = 1.0,
-    weighting: MinSNR | None = None,
+    weighting: Weighting | None = None,
     prediction: Prediction = 'flow',
 ) -> SNRDistribution:
     """The distribution of a continuous path: ``f(dB) = f_t(t) w(t) |dt / d dB| / E[w]``.
@@ -161,24 +157,6 @@ def from_steps(alphas_cumprod: Tensor, *, data_std: float = 1.0, weights: Tensor
     masses = (weights[1:] + weights[:-1]) / 2 / weights.sum()
     middles = (decibels[1:] + decibels[:-1]) / 2
     return _summary(middles, masses / decibels.diff(), decibels, weights)
-
-
-def snr_distribution(objective: Objective, data_std: float) -> SNRDistribution:
-    """What SNR an objective trains on, for latents of this standard deviation.
-
-    Raises:
-        ValueError: The objective is none of this package's.
-    """
-    if isinstance(objective, FlowMatching):
-        times, weighting = objective.time_distribution, objective.weighting
-        return from_path(LinearPath(), times, data_std=data_std, weighting=weighting)
-    if isinstance(objective, EDM):
-        return from_path(LinearPath(), LogitNormal(objective.P_mean, objective.P_std), data_std=data_std)
-    if isinstance(objective, DDPM):
-        alpha_bar, weighting = objective.alphas_cumprod, objective.weighting
-        weights = None if weighting is None else weighting(alpha_bar / (1 - alpha_bar), 'eps')
-        return from_steps(alpha_bar, data_std=data_std, weights=weights)
-    raise ValueError(f'{type(objective).__name__}: the SNR of this objective is not known here')
 
 
 def _summary(decibels: Tensor, density: Tensor, drawn: Tensor, weights: Tensor) -> SNRDistribution:

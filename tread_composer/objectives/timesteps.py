@@ -10,10 +10,13 @@ they are ``LogitNormal(P_mean, P_std)``.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
+from tread_composer.bounds import Positive
 from tread_composer.protocols import TimeDistribution
 
 __all__ = ['CosMap', 'DiscreteUniform', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
@@ -48,7 +51,7 @@ class LogitNormal:
     """
 
     mean: float = 0.0
-    std: float = 1.0
+    std: Positive = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -83,7 +86,7 @@ class Mode:
         ValueError: ``scale`` is outside of this range.
     """
 
-    scale: float = 1.29
+    scale: Annotated[float, Ge(-1), Le(_LARGEST_MODE_SCALE)] = 1.29
 
     def __post_init__(self) -> None:
         """Check the setting."""

@@ -23,6 +23,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from tread_composer.bounds import Positive
+
 __all__ = ['MinSNR', 'Prediction', 'min_snr_weight']
 
 Prediction = Literal['x0', 'eps', 'v', 'flow']
@@ -65,7 +67,7 @@ class MinSNR:
         ValueError: ``gamma`` is not positive.
     """
 
-    gamma: float = 5.0
+    gamma: Positive = 5.0
 
     def __post_init__(self) -> None:
         """Check the setting."""

@@ -163,7 +163,7 @@ def guidance_cost(
     check_sampler(settings.sampler, objective, settings.sampler_settings)
     check_guidance(settings, denoiser, channels=latent_shape[0], num_classes=null_label, weak=weak)
     times, clock, spent = objective.sampling_times(settings.num_steps), Clock(), _Spent()
-    learned = getattr(objective, 'learned_variance', False)
+    learned = objective.learned_variance
     strong = _Counting(denoiser, spent, latent_shape, learned)
     second = None if weak is None else _Counting(weak, spent, latent_shape, learned)
     guided = guided_denoiser(

@@ -54,7 +54,7 @@ class MaskedEDM(EDM):
             losses = super().__call__(denoiser, latents_BCHW, labels_B, noise_BCHW, quantiles_B)
             return {**losses, 'dsm': losses['loss']} if training else losses
         x = latents_BCHW.float()
-        noisy, sigma_B = self.noised(x, noise_BCHW, quantiles_B)
+        noisy, sigma_B = self.training_noise(x, noise_BCHW, quantiles_B)
         denoised = self.denoise(denoiser, noisy, sigma_B, labels_B)
         errors_BN = patches((denoised - x).square(), self.patch_size).mean(2)
         dsm_B = self.weight(sigma_B) * take_kept(errors_BN, kept_BK).mean(1)

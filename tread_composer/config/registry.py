@@ -1,0 +1,136 @@
+"""Names that a YAML file may use for a part of a run, and the classes behind them.
+
+Each room keeps the table of its own parts (``objectives.OBJECTIVES``, ``models.BACKBONES``, ...). Composer's
+algorithms, callbacks, loggers, optimizers and schedulers have their class name in snake_case; a scheduler's goes
+without the word "scheduler". A name of ours wins over Composer's, which is then reachable as ``composer_<name>``. A
+part of another package is named ``package.module:Class``.
+"""
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+import composer.optim
+import torch
+from composer.core import Algorithm, Callback
+
+from tread_composer.autoencoders import AUTOENCODERS
+from tread_composer.models import BACKBONES
+from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
+
+__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'is_reference', 'part_names', 'resolve']
+
+SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    'autoencoder': AUTOENCODERS,
+    'backbone': BACKBONES,
+    'objective': OBJECTIVES,
+    'time_distribution': TIME_DISTRIBUTIONS,
+    'weighting': WEIGHTINGS,
+}
+"""Kinds that only we have, by the tables of their rooms: a run has one of each, in a section that says its ``name``."""
+
+KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler', *SECTIONS)
+
+# Imported when they are used, so that loading a configuration never imports MLflow or diffusers.
+_OURS = {
+    'algorithm': {
+        'direction_schedule': 'tread_composer.algorithms.direction_schedule:DirectionSchedule',
+        'ema': 'tread_composer.algorithms.ema:EMA',
+        'maskdit': 'tread_composer.algorithms.maskdit:MaskDiT',
+        'power_ema': 'tread_composer.algorithms.power_ema:PowerEMA',
+        'tread': 'tread_composer.algorithms.tread:Tread',
+    },
+    'callback': {
+        'digits_quality': 'tread_composer.callbacks.digits_quality:DigitsQuality',
+        'evaluation': 'tread_composer.callbacks.evaluation:Evaluation',
+        'sample_grid': 'tread_composer.callbacks.sample_grid:SampleGrid',
+    },
+    'logger': {'mlflow': 'tread_composer.callbacks.mlflow_run:MLflowRun'},
+}
+# Words that a rule for capital letters would tear apart.
+_WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
+          'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
+
+
+def is_reference(name: object) -> bool:
+    """Whether a name is of the form ``package.module:Class``."""
+    return isinstance(name, str) and ':' in name
+
+
+def is_ours(kind: str, name: str) -> bool:
+    """Whether this is a part of this project."""
+    return kind in SECTIONS or name in _OURS.get(kind, {})
+
+
+def part_names(kind: str) -> list[str]:
+    """All names of a kind, sorted; of a kind of our own, in the order of its table."""
+    return list(SECTIONS[kind]) if kind in SECTIONS else sorted(_table(kind))
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """The class (or function that makes an object) behind a name.
+
+    Raises:
+        KeyError: The name is unknown.
+        ImportError: A package that it needs is not installed, or ``package.module:Class`` names nothing.
+    """
+    target = name if is_reference(name) else _table(kind)[name]
+    return _imported(target) if isinstance(target, str) else target
+
+
+def _imported(reference: str) -> Any:
+    module, _, attribute = reference.partition(':')
+    if os.getcwd() not in sys.path:
+        # A part that lies where the command is started is meant to be used; `python train.py` looks beside train.py.
+        sys.path.append(os.getcwd())
+    target = importlib.import_module(module)
+    if not hasattr(target, attribute):
+        raise ImportError(f'{module} has no {attribute!r}')
+    return getattr(target, attribute)
+
+
+@functools.cache
+def _table(kind: str) -> Mapping[str, Callable[..., Any] | str]:
+    if kind in SECTIONS:
+        return SECTIONS[kind]
+    ours = _OURS.get(kind, {})
+    theirs = {_snake(target.__name__.removesuffix('Scheduler')): target for target in _classes(kind)}
+    theirs = {f'composer_{name}' if name in ours else name: target for name, target in theirs.items()}
+    if kind == 'logger':  # `mlflow` is ours; the other keeps the pattern of composer_ema
+        theirs['composer_mlflow'] = theirs.pop('mlflow_logger')
+    return {**theirs, **ours}
+
+
+def _classes(kind: str) -> Iterable[type]:
+    if kind == 'algorithm':
+        return _subclasses(composer.algorithms, Algorithm)
+    if kind == 'callback':
+        return _subclasses(composer.callbacks, Callback)
+    if kind == 'logger':
+        base = composer.loggers.LoggerDestination
+        return [target for target in _subclasses(composer.loggers, base) if target is not base]
+    if kind == 'optimizer':
+        own = _subclasses(composer.optim, torch.optim.Optimizer)
+        return [*own, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]
+    base = composer.optim.ComposerScheduler
+    schedulers = _subclasses(composer.optim, object)
+    return [target for target in schedulers if target.__name__.endswith('Scheduler') and target is not base]
+
+
+def _subclasses(module: Any, base: type) -> list[type]:
+    exported = [getattr(module, name) for name in module.__all__]
+    return [target for target in exported if inspect.isclass(target) and issubclass(target, base)]
+
+
+def _snake(name: str) -> str:
+    for word, plain_word in _WORDS.items():
+        name = name.replace(word, plain_word)
+    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', name).lower()
