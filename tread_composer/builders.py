@@ -250,13 +250,13 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     return trainer
 
 
-def _choose_attention(config: Config, denoiser: LatentTransformer) -> None:
+def _choose_attention(config: Config, denoiser: Any) -> None:
     """``model.attention`` on the device of this rank, with a line that says what runs where it is not torch's own."""
     name = getattr(config.model, 'attention', 'sdpa')
     if name == 'sdpa':
         return
-    kind = 'cuda' if get_device(config.device).name == 'gpu' else 'cpu'
-    device = torch.device(kind, dist.get_local_rank() if kind == 'cuda' else None)
+    on_gpu = get_device(config.device).name == 'gpu'
+    device = torch.device('cuda', dist.get_local_rank()) if on_gpu else torch.device('cpu')
     try:
         line = denoiser.use_attention(name, device, dtypes=attention_dtypes(config, device))
     except UserError as error:

@@ -98,7 +98,8 @@ def load_trained(
         raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
     # Not that of the training: an exported file goes anywhere.
     name = (overrides or {}).get('model.attention', 'sdpa')
-    attention = model.denoiser.use_attention(name, torch.device(device), training=False)
+    denoiser: Any = model.denoiser
+    attention = denoiser.use_attention(name, torch.device(device), training=False)
     return Trained(
         model=model,
         config=exported.config,
