@@ -123,7 +123,7 @@ def test_a_compiled_run_with_flex_on_a_cpu_is_refused() -> None:
 # ---- a run
 
 
-def test_a_run_trains_resumes_and_samples_with_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_trains_and_samples_with_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flex = run(tmp_path / 'flex', 'digits_tread.yaml', 'model.attention=flex')
     assert 'attention: flex of torch' in capsys.readouterr().out
     plain = run(tmp_path / 'plain', 'digits_tread.yaml')
