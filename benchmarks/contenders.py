@@ -19,14 +19,16 @@ from composer.loggers import Logger
 from composer.utils import get_device
 from torch import Tensor, nn
 
-from tread_composer.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
-from tread_composer.builders import build_model, build_objective, compile_blocks
+from tread_composer.builders.model import build_model
+from tread_composer.builders.trainer import compile_blocks
 from tread_composer.config import Config, load_config
+from tread_composer.config.tree import backbone_arguments
+from tread_composer.core.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.facts import LatentFacts
-from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.plan import make_plan
-from tread_composer.randomness import KeyedRandom
+from tread_composer.run.plan import make_plan
 
 __all__ = ['Contender', 'Problem', 'Routed', 'compile_contender', 'make_contenders', 'read_problem']
 
@@ -40,7 +42,7 @@ class Problem:
     Args:
         config: With ``algorithms.tread``.
         facts: Of the latents.
-        plan: The figures of ``tread_composer.plan``; GMACs per image of the dense and the routed forward pass.
+        plan: The figures of ``tread_composer.run.plan``; GMACs per image of the dense and the routed forward pass.
         batch_size: B.
         dtype: ``'fp32'``, or ``'bf16'`` for autocast over float32 weights, as ``precision: amp_bf16`` trains.
         device: Where.
@@ -125,7 +127,7 @@ def read_problem(
 
 
 def _latent_size(config: Config, tokens: int) -> int:
-    side, patch = math.isqrt(tokens), config.model.arguments().get('patch_size')
+    side, patch = math.isqrt(tokens), backbone_arguments(config.model).get('patch_size')
     if config.data.name != 'latents' or patch is None:
         raise UserError(f'--tokens: the data of {config.run_name!r} have a fixed size; choose a recipe with latents')
     if side * side != tokens:
@@ -262,7 +264,7 @@ def _peer(name: str, problem: Problem) -> Contender:
     config, facts = problem.config, problem.facts
     model = LatentDiffusion(
         FirstChannels(network, facts.channels),
-        build_objective(config),
+        config.objective.instance,
         latent_shape=facts.latent_shape,
         num_classes=facts.num_classes,
         label_dropout=config.label_dropout,

@@ -5,7 +5,6 @@ In one run, in turns, with the same number of threads: (A) the encoder alone on 
 ratio B / A is the figure. The autoencoder has random weights; its widths set how expensive it is against a JPEG.
 """
 
-# ruff: noqa: E402
 
 import argparse
 import platform
@@ -24,9 +23,10 @@ import torch
 from PIL import Image
 
 from tread_composer.conversion.convert import convert
-from tread_composer.conversion.encoding import Encoder, choose_device, machine_for
+from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import decode_image
-from tread_composer.conversion.settings import Settings, available_cores
+from tread_composer.conversion.settings import Settings
+from tread_composer.io.device import available_cores, choose_device, machine_for
 
 
 def make_images(folder: Path, count: int) -> None:

@@ -11,11 +11,15 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import torch
 from contenders import Contender, make_contenders, read_problem
 from measuring import Rows, environment
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 
 def fits(contender: Contender, size: int) -> bool:

@@ -18,13 +18,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import torch
 from contenders import Contender, Problem, compile_contender, make_contenders, read_problem
 from measuring import DTYPES, EventClock, Rows, ThreadClock, clock_of, environment, product_rate, spread
 from torch import Tensor, nn
 
-from tread_composer.errors import UserError
-from tread_composer.routing.passes import in_float32
+from tread_composer.core.errors import UserError
+from tread_composer.routing.callables import in_float32
 
 Clock = ThreadClock | EventClock
 GIB = 2**30

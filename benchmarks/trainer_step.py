@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import numpy as np
 import torch
 from composer import Callback, State
@@ -25,12 +29,12 @@ from contenders import make_contenders, read_problem
 from measuring import Rows, clock_of, environment
 from streaming import MDSWriter
 
-from tread_composer.builders import build_trainer
+from tread_composer.builders.run_data import prepare_data
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import Config, load_config
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import Manifest
-from tread_composer.errors import UserError
-from tread_composer.run_data import prepare_data
 
 QUIET = ('loggers=null', 'callbacks.sample_grid=null', 'data.eval_split=null')
 UNSAVED = ('save_folder=null', 'progress_bar=false')

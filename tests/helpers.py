@@ -11,8 +11,8 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tread_composer.batch import LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
 from tread_composer.callbacks.keyed_draws import KeyedDraws
+from tread_composer.core.batch import LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching

@@ -27,8 +27,8 @@ from tread_composer.algorithms.averages import shards_of
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.tread import Tread
-from tread_composer.builders import compile_blocks
-from tread_composer.errors import UserError
+from tread_composer.builders.trainer import compile_blocks
+from tread_composer.core.errors import UserError
 from tread_composer.models.lightning_dit import LightningDiT
 from tread_composer.objectives import DDPM
 

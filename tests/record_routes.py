@@ -15,7 +15,7 @@ def main(folder: str, keyed_by: str) -> None:
     """Train 6 batches of 8 samples on all ranks together."""
     dist.initialize_dist(get_device('cpu'))
     from tests import helpers
-    from tread_composer.batch import SAMPLE_IDS
+    from tread_composer.core.batch import SAMPLE_IDS
 
     model, recorder, kept = tiny_model(), Recorder(), []
     if keyed_by == 'rank':  # as in a foreign batch: nothing says which sample a row is

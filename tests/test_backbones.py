@@ -8,15 +8,15 @@ import torch
 
 from tests.runs import ROOT, launch_here
 from tests.trained_runs import SMALL, Run, predict, run
-from tread_composer.builders import build_denoiser
+from tread_composer.builders.model import build_denoiser
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, json_schema, load_config, restore_config
-from tread_composer.export_file import read_exported
-from tread_composer.exporting import export
 from tread_composer.models import BACKBONES, LightningDiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import apply_tread
-from tread_composer.trained import load_trained
+from tread_composer.weights.export import export
+from tread_composer.weights.exported import read_exported
+from tread_composer.weights.trained import load_trained
 
 YAMLS = ROOT / 'yamls'
 SIZES = 'patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2'

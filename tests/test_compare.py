@@ -26,7 +26,7 @@ from tread_composer.compare import (
     write_comparison,
 )
 from tread_composer.compare.cost import recorded_seconds, training_teraflops
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.protocol import Protocol
 
 ROOT = Path(__file__).parent.parent

@@ -161,7 +161,7 @@ def test_what_commands_write_stays_out_of_the_image(tmp_path):
         'tread_composer/__pycache__/cli.pyc', 'tread_composer.egg-info/PKG-INFO', 'samples/grid.png',
         'sweep/sweep.png', 'comparison/page.html', 'inspection/inspection.json', 'model.safetensors', 'snr.png',
     ]  # fmt: skip
-    needed = ['train.py', 'tread_composer/data/digits.py', 'tread_composer/sweep/cli.py', 'docs/digits_tread.png']
+    needed = ['train.py', 'tread_composer/data/digits.py', 'tread_composer/cli/sweep.py', 'docs/digits_tread.png']
     for name in (*junk, *needed):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -14,11 +14,11 @@ from tests.trained_runs import run
 from tread_composer import cli
 from tread_composer.config import restore_config
 from tread_composer.data.digits import prepare_digits
-from tread_composer.export_file import write_exported
 from tread_composer.metrics.inception import INCEPTION_SHA256, INCEPTION_VARIABLE
 from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
 from tread_composer.samplers import SamplingSettings
-from tread_composer.trained import read_trained
+from tread_composer.weights.exported import write_exported
+from tread_composer.weights.trained import read_trained
 
 SAMPLING = ['--steps', '2', '--batch-size', '16', '--device', 'cpu']
 

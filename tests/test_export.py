@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.trained_runs import predict, run
 from tread_composer.cli import main
-from tread_composer.errors import UserError
-from tread_composer.exporting import export
+from tread_composer.core.errors import UserError
 from tread_composer.models import DiT
-from tread_composer.plan import make_plan
-from tread_composer.trained import load_trained
+from tread_composer.run.plan import make_plan
+from tread_composer.weights.export import export
+from tread_composer.weights.trained import load_trained
 
 
 @pytest.fixture(scope='module')

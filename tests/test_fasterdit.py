@@ -4,13 +4,13 @@ import pytest
 import yaml
 
 from tests.runs import ROOT, SMALL, history, train
-from tread_composer.builders import build_trainer
+from tread_composer.builders.run_folder import check_run_folder
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.cli import main
 from tread_composer.config import load_config
+from tread_composer.core.errors import ResumeError
 from tread_composer.data.digits import load_digits_arrays
-from tread_composer.errors import ResumeError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.run_folder import check_run_folder
 
 YAMLS = ROOT / 'yamls'
 QUIET = (*SMALL, 'loggers.mlflow=null', 'progress_bar=false', 'device=cpu')

@@ -22,13 +22,13 @@ from tests.runs import environment
 from tests.trained_runs import run
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
+from tread_composer.cli.sample import add_arguments
 from tread_composer.config import restore_config
-from tread_composer.export_file import write_exported
-from tread_composer.generate.cli import add_arguments
-from tread_composer.generate.request import DECODE_DTYPES, FORMATS
+from tread_composer.sample.request import DECODE_DTYPES, FORMATS
 from tread_composer.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from tread_composer.samplers.settings import Guidance, GuidedChannels, RateSchedule, WeakLabel
-from tread_composer.trained import load_trained, read_trained
+from tread_composer.weights.exported import write_exported
+from tread_composer.weights.trained import load_trained, read_trained
 
 
 @pytest.fixture(scope='module')

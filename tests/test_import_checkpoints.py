@@ -9,10 +9,10 @@ import torch
 
 from tests.published import DECODER, SIZES, edm_denoised, make_weights, network, sit_velocity
 from tread_composer.cli import main
-from tread_composer.errors import UserError
-from tread_composer.importing import Said, import_weights
-from tread_composer.randomness import KeyedRandom
-from tread_composer.trained import load_trained
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
+from tread_composer.weights.foreign import Said, import_weights
+from tread_composer.weights.trained import load_trained
 
 SHAPE = (SIZES['channels'], SIZES['side'], SIZES['side'])
 SAID = Said(autoencoder='some/vae', latent_scale=0.18215, class_names='numbers', num_heads=SIZES['heads'])

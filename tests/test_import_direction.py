@@ -1,4 +1,4 @@
-"""The house's levels (docs/architecture): a file imports lower levels and its own folder only."""
+"""The rooms of the package stand in one order: a file imports its own room and rooms before it, nothing else."""
 
 import ast
 import subprocess
@@ -9,95 +9,59 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'tread_composer'
-# From the bottom up; what stands in one row does not import its neighbours. `data/__init__` re-exports two files.
-LEVELS = [
-    ('core',),
-    ('routing', 'batch', 'protocols', 'randomness', 'errors', 'precision', 'tensor_file'),
-    ('models', 'objectives', 'samplers', 'autoencoders', 'data', 'snapshots'),
-    (
-        'data.mapped',
-        'data.registration',
-        'data.latents',
-        'data.in_memory',
-        'data.loaders',
-        'data.digits',
-        'data.checks',
-    ),
-    ('conversion',),
-    ('metrics',),
-    ('weights', 'checkpoint'),
-    ('algorithms', 'callbacks'),
-    ('latent_diffusion',),
-    ('config',),
-    ('run_data',),
-    ('run_folder',),
-    ('builders',),
-    ('plan', 'snr', 'train'),
-    ('export_file', 'posthoc'),
-    ('trained',),
-    ('exporting', 'report'),
-    ('generate', 'importing', 'compare'),
-    ('evaluate', 'advisor'),
-    ('sweep',),
-    ('cli',),
-    ('__main__',),
-]
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+# From the ground up.
+ROOMS = (
+    'core', 'io', 'routing', 'models', 'objectives', 'samplers', 'autoencoders', 'data', 'metrics', 'algorithms',
+    'latent_diffusion', 'callbacks', 'config', 'builders', 'weights', 'run', 'sample', 'compare', 'evaluate', 'advisor',
+    'conversion', 'cli',
+)  # fmt: skip
+# The converters read no model and no run, and nobody but their command lines needs them.
+LEAVES = {'conversion': ('cli',)}
+FILES = [path for path in sorted(PACKAGE.rglob('*.py')) if path.parent != PACKAGE or path.stem in ROOMS]
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix('').parts
-    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix('').parts[0]
 
 
-def level_of(module: str) -> int:
-    while module and module not in LEVEL_OF:
-        module = module.rpartition('.')[0]
-    assert module, 'a file of no level'
-    return LEVEL_OF[module]
-
-
-def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports; of `from package import name`, the name where that is a module."""
-    found = set()
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a file imports, at its head or within a function."""
+    rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f'{path}: relative import'
-            for alias in node.names:
-                full = f'{node.module}.{alias.name}'
-                at = ROOT / full.replace('.', '/')
-                found.add(full if at.is_dir() or at.with_suffix('.py').exists() else str(node.module))
-    return {name for name in found if name.split('.')[0] in ('tread_composer', 'streaming_data')}
+            names = [f'{node.module}.{alias.name}' for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for parts in (name.split('.') for name in names):
+            assert parts[0] != 'streaming_data', f'{path} imports a script'
+            if parts[0] == 'tread_composer' and parts[1:] not in ([], ['__version__']):
+                rooms.add(parts[1])
+    return rooms
 
 
-FILES = sorted(PACKAGE.rglob('*.py'))
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_its_own_room_and_rooms_below(path):
+    floor = ROOMS.index(room_of(path))
+    for room in imported_rooms(path):
+        assert ROOMS.index(room) <= floor, f'{path.relative_to(ROOT)} imports {room}'
+        assert room_of(path) in (room, *LEAVES.get(room, ROOMS)), f'{path.relative_to(ROOT)} imports {room}'
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downwards(path):
-    module = module_of(path)
-    if not module:  # the package itself names its doors, and imports them when they are used (test_startup)
-        return
-    for name in imported(path):
-        assert not name.startswith('streaming_data'), f'{module} imports {name}'
-        target = name.removeprefix('tread_composer').lstrip('.')
-        if not target:
-            continue  # the package: its version
-        same_folder = module.split('.')[0] == target.split('.')[0] and '.' in target
-        one_algorithm = not (module.startswith('algorithms.') and target.startswith('algorithms.')) or (
-            target in ('algorithms.averages', 'algorithms.bound', 'algorithms.rules', 'algorithms.schedule')
-            or module.split('.')[1] == target.split('.')[1]
-        )
-        assert one_algorithm, f'{module} imports another algorithm: {name}'
-        assert level_of(target) < level_of(module) or same_folder, f'{module} imports {name}'
+def test_every_file_stands_in_a_room():
+    loose = {path.stem for path in PACKAGE.glob('*.py')} - {'__init__', '__main__'}
+    assert loose <= set(ROOMS), loose
+    assert {path.name for path in PACKAGE.iterdir() if (path / '__init__.py').exists()} <= set(ROOMS)
 
 
-def test_every_file_has_a_level():
-    for path in FILES:
-        if module_of(path):
-            level_of(module_of(path))
+def test_an_algorithm_imports_no_other_algorithm():
+    for path in PACKAGE.glob('algorithms/*/*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith('tread_composer.algorithms.'):
+                part = str(node.module).split('.')[2]
+                assert part == path.parent.name or (PACKAGE / 'algorithms' / f'{part}.py').exists(), f'{path}: {part}'
 
 
 @pytest.mark.parametrize(

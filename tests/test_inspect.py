@@ -24,15 +24,15 @@ from tread_composer.advisor import (
     token_similarity,
 )
 from tread_composer.advisor.noising import network_call
-from tread_composer.builders import build_denoiser
+from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config, restore_config
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
 from tread_composer.data.digits import digits_manifest, load_digits_arrays, prepare_digits
 from tread_composer.objectives import DDPM, EDM, FlowMatching
-from tread_composer.plan import make_plan
-from tread_composer.randomness import KeyedRandom
 from tread_composer.routing import Route, apply_tread
-from tread_composer.trained import load_trained
+from tread_composer.run.plan import make_plan
+from tread_composer.weights.trained import load_trained
 
 
 def inputs(count: int = 5) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from composer import Callback
 from tests.helpers import fit, loader, make_trainer, tiny_dit, tiny_model
 from tread_composer.algorithms.tread import Tread
 from tread_composer.autoencoders import Pixels
-from tread_composer.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
+from tread_composer.core.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import EDM, FlowMatching
 

@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.helpers import make_trainer, tiny_model
 from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, snapshots_of, train
 from tests.runs import ROOT, launch
-from tread_composer.checkpoint import checkpoint_batch, checkpoint_weights, read_checkpoint
+from tread_composer.algorithms.power_ema.snapshots import snapshot_path
+from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.objectives.ddpm import evenly_spaced
-from tread_composer.snapshots import snapshot_path
+from tread_composer.weights.checkpoint import checkpoint_batch, checkpoint_weights
 
 pytestmark = pytest.mark.timeout(2000)  # of the launches, on a busy machine; a quiet one needs a twentieth
 

@@ -11,12 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.trained_runs import predict, run
-from tread_composer.cli import main
-from tread_composer.config import ConfigError, load_config
-from tread_composer.errors import UserError
-from tread_composer.plan import make_plan
-from tread_composer.posthoc import LARGEST_RESIDUAL, fit_profile, inner_products, reconstruct
-from tread_composer.snapshots import (
+from tread_composer.algorithms.power_ema.posthoc import LARGEST_RESIDUAL, fit_profile, inner_products, reconstruct
+from tread_composer.algorithms.power_ema.snapshots import (
     WIDEST,
     list_snapshots,
     posthoc_width,
@@ -25,7 +21,11 @@ from tread_composer.snapshots import (
     snapshot_path,
     write_snapshot,
 )
-from tread_composer.trained import load_trained
+from tread_composer.cli import main
+from tread_composer.config import ConfigError, load_config
+from tread_composer.core.errors import UserError
+from tread_composer.run.plan import make_plan
+from tread_composer.weights.trained import load_trained
 
 STEPS, EVERY = 400, 50
 ROOT = Path(__file__).parent.parent

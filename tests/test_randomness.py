@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.randomness import KeyedRandom
 
 
 def test_the_same_key_gives_the_same_numbers_and_any_other_gives_others():

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from tests.pages import Page, assert_self_contained, png
-from tread_composer.errors import UserError
-from tread_composer.report import Chart, Curve, Report
+from tread_composer.core.errors import UserError
+from tread_composer.io.chart import Chart, Curve
+from tread_composer.io.page import Report
 
 EVIL = '<script>alert("x")</script> & \'quoted\' "twice"'
 

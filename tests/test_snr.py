@@ -10,7 +10,7 @@ from tests.runs import ROOT
 from tread_composer.cli import main
 from tread_composer.config import load_config
 from tread_composer.data.digits import digits_manifest, load_digits_arrays
-from tread_composer.snr import latent_std, make_snr
+from tread_composer.run.snr import latent_std, make_snr
 
 YAMLS = ROOT / 'yamls'
 

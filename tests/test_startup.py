@@ -115,12 +115,13 @@ def test_no_import_of_ours_nor_our_mlflow_logger_in_a_users_script_looks_up_a_fo
     assert done.foreign_hosts == set()
 
 
-_SCRIPTS = sorted(str(path) for folder in ('streaming_data', 'benchmarks') for path in (ROOT / folder).glob('*.py'))
+_FILES = [path for folder in ('streaming_data', 'benchmarks') for path in sorted((ROOT / folder).glob('*.py'))]
+_SCRIPTS = [str(path) for path in _FILES if "__name__ == '__main__'" in path.read_text()]
 _PROGRAMS = {
     'module': [*PROGRAM, 'plan', YAML],
     'console script': [str(Path(sys.executable).parent / 'tread_composer'), 'plan', YAML],
-    # benchmarks/startup.py loads no torch, and its children are to be as they are
-    **{Path(script).stem: [script, '--help'] for script in _SCRIPTS if Path(script).stem != 'startup'},
+    # These two load no torch, and what they start settles its own.
+    **{Path(script).stem: [script, '--help'] for script in _SCRIPTS if Path(script).stem not in ('startup', 'gpu')},
 }
 
 

@@ -13,14 +13,14 @@ from tests.helpers import tiny_model
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import assert_self_contained
 from tread_composer.cli import main
-from tread_composer.conversion.ranks import Ranks
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.evaluate.sweep.drawn import SweepRequest, sampling_of, sweep
+from tread_composer.evaluate.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
+from tread_composer.io.ranks import Ranks
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
 from tread_composer.samplers import SamplingSettings
-from tread_composer.sweep.drawn import SweepRequest, sampling_of, sweep
-from tread_composer.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
 
 CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}
 SCALES = combinations(weights=['ema'], guidance_scale=[1.0, 1.5, 2.0])
@@ -186,7 +186,7 @@ def trained(tmp_path_factory) -> Path:
     """A run folder as training leaves it, and real digits as PNGs to compare with."""
     from PIL import Image
 
-    from tread_composer.builders import build_trainer
+    from tread_composer.builders.trainer import build_trainer
     from tread_composer.config import load_config
 
     root = tmp_path_factory.mktemp('sweep')

@@ -11,11 +11,11 @@ import yaml
 
 from tests.trained_runs import predict, run
 from tread_composer.config import ConfigError
+from tread_composer.core.errors import UserError
 from tread_composer.data.digits import digits_manifest
 from tread_composer.data.manifest import Manifest
-from tread_composer.errors import UserError
 from tread_composer.routing import Route
-from tread_composer.trained import load_trained
+from tread_composer.weights.trained import load_trained
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from composer import Trainer
 from torch import Tensor, nn
 
 from tests.helpers import randomised
-from tread_composer.builders import build_trainer
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import load_config
 
 YAMLS = Path(__file__).parent.parent / 'yamls'

@@ -59,7 +59,7 @@ def _supervise(connection: socket.socket) -> dict[str, Any]:
 if __name__ == '__main__':
     prepare_process()
     import tread_composer.cli
-    import tread_composer.train  # noqa: F401
+    import tread_composer.run.train  # noqa: F401
 
     asked = serve(sys.argv[1])
     os.chdir(asked['folder'])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tread_composer.autoencoders import sample_moments
-from tread_composer.batch import (
+from tread_composer.core.batch import (
     DIRECTION_SWITCH,
     LABEL_DROPPED,
     LABELS,
@@ -23,8 +23,8 @@ from tread_composer.batch import (
     RAW_LATENTS,
     TIME_QUANTILES,
 )
-from tread_composer.protocols import Autoencoder, Objective, StepNoise
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.protocols import Autoencoder, Objective, StepNoise
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (
     Clock,
     SamplingSettings,
@@ -43,8 +43,8 @@ _TIME_QUARTERS = 4
 class LatentDiffusion(ComposerModel):
     """A latent diffusion model that Composer can train.
 
-    Its batches are dicts (see ``tread_composer.batch``). Noise, times and label dropout must be in them: the callback
-    ``KeyedDraws`` puts them there. ``latents = (raw_latents - latent_shift) * latent_scale``.
+    Its batches are dicts (see ``tread_composer.core.batch``). Noise, times and label dropout must be in them: the
+    callback ``KeyedDraws`` puts them there. ``latents = (raw_latents - latent_shift) * latent_scale``.
 
     Args:
         denoiser: The network, ``(x_BCHW, t_B, labels_B) -> prediction``.

@@ -40,8 +40,8 @@ from tread_composer.algorithms.tread import Tread
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import load_config
 from tread_composer.config.errors import ConfigError
-from tread_composer.errors import ResumeError, UserError
-from tread_composer.plan import format_plan, make_plan
+from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.run.plan import format_plan, make_plan
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # Composer's, of what is tried here on purpose
 

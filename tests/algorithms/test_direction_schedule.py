@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.helpers import assert_equal_weights, fit, loader, make_trainer, tiny_dit, weights
 from tread_composer.algorithms.direction_schedule import DirectionSchedule
 from tread_composer.algorithms.tread import Tread
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import FlowMatching
 

@@ -7,7 +7,7 @@ from composer.algorithms import EMA as ComposerEMA
 
 from tests.helpers import assert_equal_weights, fit, loader, make_trainer, tiny_model, weights
 from tread_composer.algorithms.ema import EMA
-from tread_composer.errors import ResumeError
+from tread_composer.core.errors import ResumeError
 
 DECAY = 0.7
 

@@ -18,13 +18,14 @@ from tests.runs import ROOT
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.maskdit import MaskDiT, MaskedEDM
 from tread_composer.algorithms.tread import Tread
-from tread_composer.batch import UNMASKED_TOKENS
-from tread_composer.builders import build_model, build_trainer
+from tread_composer.builders.model import build_model
+from tread_composer.builders.run_data import planned_manifest
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import ConfigError, load_config
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.core.batch import UNMASKED_TOKENS
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.objectives import EDM, FlowMatching
-from tread_composer.plan import make_plan
-from tread_composer.run_data import planned_manifest
+from tread_composer.run.plan import make_plan
 
 YAMLS = ROOT / 'yamls'
 

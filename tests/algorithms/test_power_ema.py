@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tests.helpers import fit, loader, make_trainer, tiny_model
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.power_ema import PowerEMA
+from tread_composer.algorithms.power_ema.posthoc import reconstruct
+from tread_composer.algorithms.power_ema.snapshots import list_snapshots, power_exponent, snapshot_path
 from tread_composer.algorithms.tread import Tread
-from tread_composer.errors import ResumeError, UserError
-from tread_composer.posthoc import reconstruct
-from tread_composer.snapshots import list_snapshots, power_exponent, snapshot_path
+from tread_composer.core.errors import ResumeError, UserError
 
 WIDTHS = (0.05, 0.2)
 NAME = 'denoiser.blocks.2.attn.qkv.weight'

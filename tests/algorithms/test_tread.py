@@ -15,7 +15,7 @@ from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_train
 from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.config.schema import native, signature_model
 from tread_composer.config.validation import check
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.routing import Routing, RoutingError
 
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}

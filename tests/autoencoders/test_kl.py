@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tread_composer.autoencoders import KL, sample_moments
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 diffusers = pytest.importorskip('diffusers')
 

@@ -20,8 +20,8 @@ from tread_composer.algorithms.ema import EMA
 from tread_composer.autoencoders import Pixels
 from tread_composer.callbacks.evaluation import Evaluation, class_labels
 from tread_composer.config import check_files, load_config
+from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
-from tread_composer.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.features import extract, open_extractor
 from tread_composer.metrics.fidelity import measure, statistics

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.callbacks.small import trainer
-from tread_composer.callbacks.environment import environment, write_environment
+from tread_composer.builders.environment import environment, write_environment
 from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
-from tread_composer.callbacks.files import write_atomically
 from tread_composer.callbacks.progress import ProgressLines
+from tread_composer.io.files import write_atomically
 
 
 class Streamed(IterableDataset):

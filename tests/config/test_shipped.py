@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tread_composer.builders import build_denoiser
+from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config
 from tread_composer.config.tree import backbone_arguments
 from tread_composer.objectives import DDPM, FlowMatching, LogitNormal, Uniform

@@ -21,7 +21,7 @@ import pytest
 
 from tests.conversion.worlds import SCRIPT, digests, make_images, make_vae, manifest, read, words
 from tests.runs import COMPOSER, launch
-from tread_composer.conversion import cli
+from tread_composer.cli import convert as cli
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 

@@ -11,11 +11,11 @@ from tests.conversion.worlds import make_images
 from tread_composer.conversion.decoding import Batch, decoded_batches
 from tread_composer.conversion.parts import PartWriter
 from tread_composer.conversion.plan import make_plans, permutation
-from tread_composer.conversion.progress import Progress
 from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources import open_sources
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
-from tread_composer.errors import UserError
+from tread_composer.io.progress import Progress
 
 
 def write_part(folder: Path, value: float) -> PartWriter:

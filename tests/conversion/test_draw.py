@@ -8,7 +8,7 @@ from PIL import Image
 from tests.conversion.small_sets import SAMPLES, make_rows, write_split
 from tread_composer.autoencoders import KL, to_uint8
 from tread_composer.conversion.draw import draw, main
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 
 @pytest.fixture(scope='module')

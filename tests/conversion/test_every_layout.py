@@ -6,7 +6,7 @@ import pytest
 
 from tests.conversion.layouts import pictures
 from tests.conversion.test_sources import LAYOUTS
-from tread_composer.conversion.cli import main
+from tread_composer.cli.convert import main
 
 SPLITS = pictures(train_per_class=3, val_per_class=2)
 

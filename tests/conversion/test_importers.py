@@ -19,8 +19,8 @@ from streaming import StreamingDataset
 from tread_composer.conversion.importers import Facts, Layout, import_latents, main, open_layout
 from tread_composer.conversion.importers.pickled import array_from_pickle
 from tread_composer.conversion.verify import verify
+from tread_composer.core.errors import UserError
 from tread_composer.data import Manifest
-from tread_composer.errors import UserError
 
 SAMPLES, CHANNELS, SIDE = 60, 3, 4
 HASH = 'sha256:' + 64 * '0'

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, without, write_tar
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
 from tread_composer.conversion import Source
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 
 def _ilsvrc(root: Path, splits: dict[str, Pictures], truth: str) -> dict[str, Any]:

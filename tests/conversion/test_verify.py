@@ -7,9 +7,9 @@ import pytest
 
 from tests.conversion.small_sets import SAMPLES, make_rows, write_split
 from tread_composer.conversion.verify import main, verify
+from tread_composer.core.errors import UserError
 from tread_composer.data import Manifest
 from tread_composer.data.digits import prepare_digits
-from tread_composer.errors import UserError
 
 SHARD = '00001/shard.00002.mds'
 

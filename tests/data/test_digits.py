@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from tests.data.worlds import prepare_many_times, start
-from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.checks import check_shards
 from tread_composer.data.digits import SPLITS, load_digits_arrays, prepare_digits
 from tread_composer.data.loaders import eval_loader, train_loader

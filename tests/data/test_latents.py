@@ -24,7 +24,7 @@ from tests.data.worlds import (
     start,
     trained_ids,
 )
-from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import columns
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader

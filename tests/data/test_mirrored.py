@@ -12,7 +12,7 @@ import torch
 from streaming import MDSWriter
 
 from tests.data.worlds import on_ranks, read_mirrors, resumed_mirrors
-from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.latents import LatentDataset, mirror_choices
 from tread_composer.data.loaders import train_loader

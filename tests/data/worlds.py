@@ -17,7 +17,7 @@ from composer import Callback, ComposerModel, Trainer
 from composer.utils import dist
 from torchmetrics import MeanMetric
 
-from tread_composer.batch import RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.digits import prepare_digits
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader

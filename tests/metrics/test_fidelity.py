@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.metrics.small import Means, as_batch, random_images
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import FeatureSet, extract, joined
 from tread_composer.metrics.fidelity import METRICS, Statistics, check_metrics, measure, statistics
 

@@ -10,7 +10,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.metrics.small import as_batch, random_images, write_folder
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import extract, open_extractor
 from tread_composer.metrics.fidelity import measure
 from tread_composer.metrics.inception import (

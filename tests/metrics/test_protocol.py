@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.protocol import (
     UNKNOWN,
     Protocol,

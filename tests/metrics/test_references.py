@@ -7,8 +7,8 @@ from PIL import Image
 from streaming import MDSWriter
 
 from tests.metrics.small import CountingDigits, Means, as_batch, grey_images, random_images, write_folder
+from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
-from tread_composer.errors import UserError
 from tread_composer.metrics.digits import real_digits
 from tread_composer.metrics.features import DigitsFeatures, open_extractor
 from tread_composer.metrics.fidelity import statistics

@@ -14,13 +14,13 @@ from tests.models.lightning import SMALL
 from tests.runs import ROOT, environment
 from tests.trained_runs import SMALL as SMALL_RUN
 from tests.trained_runs import YAMLS, predict, run
+from tread_composer.builders.run_folder import decisive_settings
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, load_config
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, LightningDiT, Mamba2DiT
 from tread_composer.routing import Route, apply_tread
-from tread_composer.run_folder import decisive_settings
-from tread_composer.trained import load_trained
+from tread_composer.weights.trained import load_trained
 
 CPU = torch.device('cpu')
 BACKBONES = pytest.mark.parametrize('backbone', [DiT, LightningDiT])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import randomised
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.models import PRESETS, DiT, Mamba2DiT
 from tread_composer.models.base import unpatchify
 from tread_composer.models.mamba2_dit import Mamba2Block, scan_positions

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.helpers import fit, loader, randomised
 from tests.runs import ROOT, SMALL
-from tread_composer.builders import build_trainer
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import load_config
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT

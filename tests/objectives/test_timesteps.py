@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from tread_composer.core.protocols import TimeDistribution
 from tread_composer.objectives import CosMap, DiscreteUniform, LogitNormal, Mode, Shifted, Uniform
 from tread_composer.objectives.timesteps import shift_times
-from tread_composer.protocols import TimeDistribution
 
 CONTINUOUS = [
     Uniform(),

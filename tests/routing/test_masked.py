@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from tests.routing.foreign import noise
+from tests.routing.foreign import TRANSFORMERS_5, noise
 from tread_composer.routing import Route, apply_tread
 
 B, TEXT = 2, 5
@@ -189,7 +189,7 @@ CASES = {
         dinov3, lambda: {'pixel_values': noise(B, 3, 16, 16)},
         {'always_keep': 3, 'shared': True,
          'token_arguments': {'position_embeddings': {'dims': 0, 'without_first': 3}}},
-        (1, 2), ('layer',), tokens=19, fixed=((3, 0),),
+        (1, 2), ('model.layer' if TRANSFORMERS_5 else 'layer',), tokens=19, fixed=((3, 0),),
     ),
     'eva02': Case(
         eva, lambda: {'x': noise(B, 3, 16, 16)},

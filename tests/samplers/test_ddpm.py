@@ -12,11 +12,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from tests.helpers import randomised, tiny_dit
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.objectives.ddpm import evenly_spaced
-from tread_composer.randomness import KeyedRandom
 from tread_composer.samplers import check_sampler, ddim, ddpm, euler, heun, integrate
 
 MEAN, STD = 0.4, 0.7

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tread_composer.core.protocols import Objective
 from tread_composer.objectives import EDM, FlowMatching
-from tread_composer.protocols import Objective
 from tread_composer.samplers import SAMPLERS, euler, heun
 
 MEAN, STD = 0.4, 0.7

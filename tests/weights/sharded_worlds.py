@@ -14,8 +14,8 @@ from composer.callbacks import CheckpointSaver
 from composer.utils import dist, get_device
 
 from tests.parallel_worlds import train
-from tread_composer.errors import UserError
-from tread_composer.weights.saver import WholeCheckpointSaver
+from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
+from tread_composer.core.errors import UserError
 
 LENGTH = 6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.runs import ROOT, launch
-from tread_composer.weights.store import damage
+from tread_composer.io.checkpoints import damage
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tread_composer.errors import UserError
-from tread_composer.weights.store import (
+from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoints import (
     DIGESTS,
     check_whole,
     checkpoints_in,

@@ -17,15 +17,15 @@ from tread_composer.advisor.noising import network_call
 from tread_composer.advisor.placement import candidate_spans
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
-from tread_composer.batch import POSTERIOR_NOISE, RAW_LATENTS
-from tread_composer.builders import build_denoiser
-from tread_composer.conversion.encoding import choose_device, machine_for
-from tread_composer.errors import UserError
-from tread_composer.plan import count_macs
-from tread_composer.precision import plain_float32
-from tread_composer.randomness import KeyedRandom
+from tread_composer.builders.cost import count_macs
+from tread_composer.builders.model import build_denoiser
+from tread_composer.core.batch import POSTERIOR_NOISE, RAW_LATENTS
+from tread_composer.core.errors import UserError
+from tread_composer.core.precision import plain_float32
+from tread_composer.core.randomness import KeyedRandom
+from tread_composer.io.device import choose_device, machine_for
 from tread_composer.routing import Route
-from tread_composer.trained import Trained, load_trained
+from tread_composer.weights.trained import Trained, load_trained
 
 __all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run']
 

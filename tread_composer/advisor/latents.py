@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tread_composer.config import Config
+from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.digits import digits_manifest, load_digits_arrays
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.errors import UserError
 
 __all__ = ['RealLatents', 'read_latents']
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tread_composer.advisor.architecture import format_advice
 from tread_composer.advisor.inspection import Inspection
 from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
-from tread_composer.callbacks.files import write_atomically
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import write_atomically
 
 __all__ = ['draw_inspection', 'format_inspection', 'write_inspection']
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard as _reshard_fsdp1
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['Shard', 'refuse_hidden_weights', 'shards_of']
 

@@ -6,7 +6,7 @@ from typing import Any
 from composer.core import Algorithm, State
 
 from tread_composer.algorithms.rules import refuse_resume
-from tread_composer.errors import ResumeError
+from tread_composer.core.errors import ResumeError
 
 __all__ = ['BoundAlgorithm']
 

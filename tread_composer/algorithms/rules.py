@@ -13,7 +13,7 @@ from composer.core import State, TimeUnit
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.core.errors import ResumeError, UserError
 
 __all__ = [
     'cannot_work',

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['KL', 'network_class']
 

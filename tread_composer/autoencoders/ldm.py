@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders.kl import KL, network_class
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['LDM', 'open_autoencoder']
 

@@ -9,9 +9,9 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
-from tread_composer.callbacks.files import write_atomically
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import write_atomically
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
 from tread_composer.metrics.protocol import Protocol

@@ -7,7 +7,7 @@ on with part of the data, and nothing in its curves would say so.
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['EpochIsWhole']
 

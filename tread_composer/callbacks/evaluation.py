@@ -16,12 +16,12 @@ from torch import Tensor
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.metrics.features import FEATURES, Extractor, FeatureSet, joined, look, open_extractor
 from tread_composer.metrics.fidelity import Figure, Statistics, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol, append_results, load_results, metric_name, result, series_name
 from tread_composer.metrics.references import Reference, default_cache, open_reference
-from tread_composer.randomness import KeyedRandom
 
 __all__ = ['Evaluation']
 

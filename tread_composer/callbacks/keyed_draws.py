@@ -7,16 +7,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
 
-from tread_composer.batch import (
-    LABEL_DROPPED,
-    NOISE,
-    POSTERIOR_NOISE,
-    RAW_LATENTS,
-    SAMPLE_IDS,
-    TIME_QUANTILES,
-)
 from tread_composer.callbacks.sampling import bare_model
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.batch import LABEL_DROPPED, NOISE, POSTERIOR_NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
+from tread_composer.core.randomness import KeyedRandom
 
 __all__ = ['KeyedDraws']
 

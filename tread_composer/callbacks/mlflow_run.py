@@ -30,8 +30,8 @@ from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
 from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
+from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
-from tread_composer.errors import UserError
 
 __all__ = ['MLflowRun']
 

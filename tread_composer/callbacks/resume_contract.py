@@ -4,7 +4,7 @@ from typing import Any
 
 from composer.core import Callback
 
-from tread_composer.errors import ResumeError
+from tread_composer.core.errors import ResumeError
 
 __all__ = ['ResumeContract']
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
-from tread_composer.callbacks.files import write_atomically
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import write_atomically
 
 __all__ = ['SampleGrid', 'draw_grid', 'keep_grid', 'shown_in_grid']
 

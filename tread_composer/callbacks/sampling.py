@@ -11,9 +11,9 @@ from composer.core import State
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.core.precision import plain_float32
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.precision import plain_float32
 from tread_composer.samplers import SamplingSettings
 
 __all__ = ['Sampling', 'bare_model']

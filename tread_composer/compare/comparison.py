@@ -24,10 +24,10 @@ from tread_composer.compare.curves import (
 )
 from tread_composer.compare.entries import Curve
 from tread_composer.compare.runs import Run
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.chart import short
+from tread_composer.io.page import flat
 from tread_composer.metrics.protocol import differences
-from tread_composer.report.chart import short
-from tread_composer.report.page import flat
 
 __all__ = [
     'LINES_RULE',

@@ -9,9 +9,9 @@ from typing import Any
 from composer.core import Time, TimeUnit
 
 from tread_composer.config import Config, restore_config
+from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import Manifest
-from tread_composer.errors import UserError
-from tread_composer.plan import make_plan
+from tread_composer.run.plan import make_plan
 
 __all__ = ['Cost', 'recorded_seconds', 'training_teraflops']
 

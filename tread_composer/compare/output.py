@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tread_composer.callbacks.files import write_atomically
 from tread_composer.compare.comparison import (
     LINES_RULE,
     ONE_RUN_RULE,
@@ -23,9 +22,11 @@ from tread_composer.compare.comparison import (
     speed_up_rows,
 )
 from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point, direction
-from tread_composer.errors import UserError
-from tread_composer.report import Chart, Report
-from tread_composer.report import Curve as Line
+from tread_composer.core.errors import UserError
+from tread_composer.io.chart import Chart
+from tread_composer.io.chart import Curve as Line
+from tread_composer.io.files import write_atomically
+from tread_composer.io.page import Report
 
 __all__ = ['draw', 'write_comparison']
 

@@ -15,7 +15,7 @@ from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, tr
 from tread_composer.compare.entries import Curve, by_history, curves_of, is_of_digits, read_entries, read_json
 from tread_composer.compare.store import MLFLOW, SPEED, artifacts, changes, find, histories, store_of
 from tread_composer.config import restore_config
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.drawing import time_grid
 from tread_composer.metrics.protocol import UNKNOWN
 

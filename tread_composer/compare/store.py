@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
-from tread_composer.errors import UserError
 
 __all__ = ['MLFLOW', 'SPEED', 'artifacts', 'changes', 'find', 'histories', 'store_of']
 

@@ -6,7 +6,7 @@ import torch
 
 from tread_composer.config.errors import Problem
 from tread_composer.config.tree import Config, backbone_arguments
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.models.attention import choose_attention
 
 __all__ = ['attention_dtypes', 'attention_problems']

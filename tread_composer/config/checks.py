@@ -15,7 +15,7 @@ from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.registry import resolve
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
 from tread_composer.config.tree import Config, LatentsData, backbone_arguments
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.inception import find_weights
 from tread_composer.models.ssd import fused_refusal

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['ConfigError', 'Path', 'Problem', 'did_you_mean', 'dotted']
 

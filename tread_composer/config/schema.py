@@ -18,7 +18,7 @@ from composer.core import Time, TimeUnit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
-from tread_composer.protocols import TimeDistribution, Weighting
+from tread_composer.core.protocols import TimeDistribution, Weighting
 
 __all__ = [
     'Strict',

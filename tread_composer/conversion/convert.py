@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tread_composer.conversion.decoding import Batch, decoded_batches
-from tread_composer.conversion.encoding import Encoder, choose_device, machine_for
+from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.estimate import (
     Estimate,
     bytes_in,
@@ -25,19 +25,20 @@ from tread_composer.conversion.estimate import (
     refuse_if_too_large,
     size_in_words,
 )
-from tread_composer.conversion.files import full_disk_in_words
 from tread_composer.conversion.merging import finish_split
 from tread_composer.conversion.output import Output, Uploader, scratch_of
 from tread_composer.conversion.parts import done_parts, remove_unfinished
 from tread_composer.conversion.plan import SplitPlan, make_plans
-from tread_composer.conversion.progress import Progress
-from tread_composer.conversion.ranks import Ranks
 from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources import open_sources
 from tread_composer.conversion.writing import BackgroundWriter, Rows
+from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.errors import UserError
+from tread_composer.io.device import choose_device, machine_for
+from tread_composer.io.files import full_disk_in_words
+from tread_composer.io.progress import Progress
+from tread_composer.io.ranks import Ranks
 
 __all__ = ['convert']
 

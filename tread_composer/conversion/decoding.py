@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.images import UnreadableImage, decode_image
 from tread_composer.conversion.sources import Source
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['Batch', 'decoded_batches']
 

@@ -7,9 +7,7 @@ Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
 import argparse
 import io
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,10 @@ from torch import Tensor
 
 from tread_composer.autoencoders import KL, Pixels, open_autoencoder, to_uint8
 from tread_composer.conversion.shards import Content, read_index
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import Manifest
-from tread_composer.errors import UserError
+from tread_composer.io.files import write_atomically
 
 __all__ = ['Drawn', 'draw', 'main']
 
@@ -102,7 +101,7 @@ def draw(
     picture = _grid(_to_tiles(pixels_NCHW).numpy(), drawn, manifest.class_names, ', '.join(words), 1 + mirrored)
     content = io.BytesIO()
     picture.save(content, format='PNG')
-    _write(Path(out), content.getvalue())
+    write_atomically(Path(out), content.getvalue())
     return drawn
 
 
@@ -212,20 +211,6 @@ def _text(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: int
         kept = kept[:-1]
         text = f'{kept}...'
     pen.text(place, text, fill=colour, font=font)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

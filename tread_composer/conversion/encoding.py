@@ -3,9 +3,7 @@
 Legend: B images, C channels of the latent (S stored channels: 2C for moments), R resolution, h x w latent pixels.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders import KL, open_autoencoder, sample_moments
-from tread_composer.conversion.settings import Settings, available_cores
+from tread_composer.conversion.settings import Settings
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import columns, stored_shape
-from tread_composer.errors import UserError
-from tread_composer.randomness import KeyedRandom
 
-__all__ = ['Encoded', 'Encoder', 'choose_device', 'machine_for']
+__all__ = ['Encoded', 'Encoder']
 
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clamps to the same; other autoencoders might not
 _DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
@@ -138,48 +136,3 @@ class Encoder:
         random = KeyedRandom(self._settings.seed, 0, positions)
         noise = random.normal(f'conversion/{purpose}', *self.latent_shape)
         return sample_moments(moments, noise.to(moments.device))
-
-
-def choose_device(name: str | None, local_rank: int) -> torch.device:
-    """The rank's own GPU, or the CPU.
-
-    Args:
-        name: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-        local_rank: Of this process on its node.
-
-    Raises:
-        UserError: More ranks than GPUs, or no GPU where one is asked for.
-    """
-    count = torch.cuda.device_count()
-    if name == 'cpu' or (name is None and count == 0):
-        return torch.device('cpu')
-    if local_rank >= count:
-        raise UserError(
-            f'rank {local_rank} of this machine finds no GPU for itself, there are {count}: start as many ranks as '
-            f'there are GPUs (composer -n {max(count, 1)} ...), or encode with --device cpu'
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device('cuda', local_rank)
-
-
-@contextlib.contextmanager
-def machine_for(device: torch.device, workers: int, ranks_here: int) -> Iterator[None]:
-    """Set up torch so that fp32 means float32 and the encoder leaves cores to the decoders; restores it.
-
-    Args:
-        device: Of the encoder.
-        workers: Decoding processes of this rank.
-        ranks_here: Ranks that share this machine.
-    """
-    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    # By default cuDNN rounds the inputs of float32 convolutions to the 10 bits of TF32, on GPUs that have it.
-    torch.backends.cudnn.allow_tf32 = False
-    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-        # One thread for each core that no worker keeps busy. With more, a convolution waits for the one thread that
-        # shares its core with a decoder.
-        torch.set_num_threads(max(1, available_cores() // ranks_here - workers))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = tf32

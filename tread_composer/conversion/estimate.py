@@ -22,8 +22,8 @@ from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.parts import SHARD_BYTES, part_name
 from tread_composer.conversion.plan import SplitPlan
 from tread_composer.conversion.settings import Settings
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
-from tread_composer.errors import UserError
 
 __all__ = ['Estimate', 'bytes_in', 'compressed_share', 'estimate', 'refuse_if_too_large', 'size_in_words']
 

@@ -17,14 +17,14 @@ from streaming.base.util import merge_index
 
 import tread_composer
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.files import replace, write_json
 from tread_composer.conversion.output import Uploader
 from tread_composer.conversion.parts import part_name
 from tread_composer.conversion.plan import SplitPlan
 from tread_composer.conversion.settings import Settings
+from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
-from tread_composer.errors import UserError
+from tread_composer.io.files import replace, write_json
 
 __all__ = ['REPORT', 'allowed_unreadable', 'finish_split', 'report_unreadable', 'too_many_unreadable']
 

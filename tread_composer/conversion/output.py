@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tread_composer.conversion.files import read_json, write_json
 from tread_composer.conversion.settings import Settings
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import MANIFEST_NAME
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.io.files import read_json, write_json
 
 __all__ = ['Output', 'Uploader', 'scratch_of']
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from tread_composer.conversion.files import read_json, to_disk, write_json
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
-from tread_composer.errors import ResumeError, UserError
+from tread_composer.io.files import read_json, to_disk, write_json
 
 __all__ = ['PART_FILE', 'SHARD_BYTES', 'PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources import Source
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['SplitPlan', 'make_plans', 'permutation']
 

@@ -1,13 +1,13 @@
 """What a conversion was asked to do: everything the command line of ``convert_imagenet.py`` says, checked once."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind
-from tread_composer.errors import UserError
+from tread_composer.io.device import available_cores
 
-__all__ = ['PRECISIONS', 'STORES', 'Settings', 'available_cores']
+__all__ = ['PRECISIONS', 'STORES', 'Settings']
 
 STORES = ('moments', 'mean', 'sample')
 PRECISIONS = ('fp32', 'bf16')
@@ -164,11 +164,6 @@ class Settings:
         if scheme not in (*UPLOADERS, 'file'):
             known = ', '.join(sorted({name.split(':')[0] for name in UPLOADERS if name} | {'file'}))
             raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {known}')
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _option(name: str) -> str:

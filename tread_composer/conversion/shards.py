@@ -16,7 +16,7 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash, is_hash
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['Content', 'Shard', 'read_index', 'sample_numbers']
 

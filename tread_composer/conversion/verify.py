@@ -16,11 +16,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tread_composer.conversion.countdown import Countdown
 from tread_composer.conversion.shards import Content, Shard, read_index, sample_numbers
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.errors import UserError
+from tread_composer.io.countdown import Countdown
 
 __all__ = ['STATISTICS_TOLERANCE', 'main', 'verify']
 
@@ -166,7 +166,7 @@ class _SplitCheck:
         numbers = np.array(list(rows))
         labels = np.array([row[LABEL] for row in rows.values()], np.int64)
         self.labels[shard.first + numbers] = labels
-        self.names[shard.first + numbers] = [xxhash.xxh64_intdigest(row[NAME]) for row in rows.values()]
+        self.names[shard.first + numbers] = [xxhash.xxh64_intdigest(row[NAME].encode()) for row in rows.values()]
         known = (labels >= 0) & (labels < max(manifest.num_classes, 1))
         for number, label in zip(numbers[~known].tolist(), labels[~known].tolist(), strict=True):
             problems[f'label {label} is not one of the {manifest.num_classes} classes of the manifest'].append(number)

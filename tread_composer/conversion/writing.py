@@ -12,12 +12,12 @@ from typing import Any
 
 from tread_composer.conversion.decoding import Batch
 from tread_composer.conversion.encoding import Encoded
-from tread_composer.conversion.files import full_disk_in_words
 from tread_composer.conversion.merging import allowed_unreadable, report_unreadable, too_many_unreadable
 from tread_composer.conversion.output import Uploader
 from tread_composer.conversion.parts import PartWriter
 from tread_composer.conversion.plan import SplitPlan
 from tread_composer.conversion.settings import Settings
+from tread_composer.io.files import full_disk_in_words
 
 __all__ = ['BackgroundWriter', 'Rows']
 

@@ -22,7 +22,7 @@ import tread_composer
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['EVAL_SAMPLES', 'SPLITS', 'SPLIT_SEED', 'digits_manifest', 'load_digits_arrays', 'prepare_digits']
 

@@ -17,7 +17,7 @@ from streaming.base.dataset import _ShardState
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from tread_composer.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
 from tread_composer.data.mapped import MappedShard
 from tread_composer.data.registration import registering_alone

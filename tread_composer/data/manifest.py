@@ -6,14 +6,14 @@ than this file knows, is refused.
 """
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tread_composer.data.columns import Kind, stored_shape
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import whole_file
 
 __all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'Manifest']
 
@@ -129,19 +129,8 @@ class Manifest(BaseModel):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` atomically: after a crash the old file or the new one is there, never half."""
-        path = Path(folder) / MANIFEST_NAME
-        descriptor, temporary = tempfile.mkstemp(prefix=f'.{MANIFEST_NAME}.', dir=path.parent)
-        try:
-            with open(descriptor, 'w', encoding='utf-8') as file:
-                file.write(self.model_dump_json(indent=2) + '\n')
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files that only their owner can read; data are often shared.
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(Path(folder) / MANIFEST_NAME) as unfinished:
+            unfinished.write_text(self.model_dump_json(indent=2) + '\n', encoding='utf-8')
 
 
 def _in_words(error: ValidationError) -> str:

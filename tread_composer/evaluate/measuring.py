@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from tread_composer.conversion.encoding import choose_device
-from tread_composer.conversion.ranks import Ranks
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.evaluate.samples import facts_of, facts_said, folder_of, open_samples, run_name
-from tread_composer.export_file import digest_of
-from tread_composer.generate.folder import RECORD
-from tread_composer.generate.generate import generate
-from tread_composer.generate.request import SamplesRequest
+from tread_composer.io.device import choose_device
+from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import Extractor, FeatureSet, extract, open_extractor
 from tread_composer.metrics.fidelity import check_metrics, measure
 from tread_composer.metrics.protocol import Protocol, metric_name, result
 from tread_composer.metrics.references import Reference, default_cache, open_reference
-from tread_composer.trained import image_size, model_of, read_trained
+from tread_composer.sample.folder import RECORD
+from tread_composer.sample.generate import generate
+from tread_composer.sample.request import SamplesRequest
+from tread_composer.weights.exported import digest_of
+from tread_composer.weights.trained import image_size, model_of, read_trained
 
 __all__ = ['Measurement', 'evaluate_model', 'evaluate_samples']
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.config import restore_config
-from tread_composer.conversion.files import read_json
+from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
-from tread_composer.errors import UserError
+from tread_composer.evaluate.page import evaluation_page
 from tread_composer.evaluate.samples import folder_of, run_name
+from tread_composer.io.files import read_json
 from tread_composer.metrics.protocol import append_results, load_results, series_name
-from tread_composer.report import evaluation_page
 
 __all__ = ['format_entries', 'log_to_mlflow', 'publish']
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.config import restore_config
-from tread_composer.conversion.files import read_json
-from tread_composer.errors import UserError
-from tread_composer.generate.folder import IMAGES, RECORD
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import read_json
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.protocol import UNKNOWN
 from tread_composer.objectives import OBJECTIVES
+from tread_composer.sample.folder import IMAGES, RECORD
 from tread_composer.samplers import SamplingSettings
-from tread_composer.trained import exported_run
+from tread_composer.weights.trained import exported_run
 
 __all__ = ['facts_of', 'facts_said', 'folder_of', 'is_model', 'open_samples', 'run_name']
 

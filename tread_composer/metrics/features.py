@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.inception import InceptionFeatures
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import FeatureSet
 
 __all__ = ['METRICS', 'Figure', 'Statistics', 'check_metrics', 'measure', 'statistics']

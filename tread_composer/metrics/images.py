@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.errors import UserError
 
 __all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpzImages', 'file_hash', 'open_images', 'tree_hash']
 

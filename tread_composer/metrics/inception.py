@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tread_composer.errors import UserError
-from tread_composer.precision import plain_float32
+from tread_composer.core.errors import UserError
+from tread_composer.core.precision import plain_float32
 
 __all__ = [
     'INCEPTION_FILE',

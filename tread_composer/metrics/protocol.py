@@ -16,8 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from tread_composer.conversion.files import write_json
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import write_json
 
 __all__ = [
     'FULL_COUNT',

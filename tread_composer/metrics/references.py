@@ -8,7 +8,6 @@ recall take its images ``arr_0``, of which there are 10,000. ``mu_s`` and ``sigm
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tread_composer.conversion.files import replace
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import whole_file
 from tread_composer.metrics.features import Extractor, FeatureSet, extract
 from tread_composer.metrics.fidelity import Statistics, statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
@@ -177,15 +176,8 @@ def _save(path: Path, found: FeatureSet, label: str) -> None:
         'digests': np.frombuffer(b''.join(found.digests), np.uint8).reshape(len(found), -1),
         'label': np.array(label),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            np.savez(file, **arrays)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, and a cache is often shared
-        replace(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as unfinished, unfinished.open('wb') as file:
+        np.savez(file, **arrays)
 
 
 def _load(path: Path, label: str) -> FeatureSet:

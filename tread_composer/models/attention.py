@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['ATTENTIONS', 'Attend', 'choose_attention', 'sdpa']
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tread_composer.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, Mlp, modulate

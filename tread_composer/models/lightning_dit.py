@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tread_composer.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, RMSNorm, modulate

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tread_composer.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import Mlp, modulate

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['BidirectionalSSD', 'bidirectional_ssd', 'fused_bidirectional_ssd', 'fused_refusal']
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tread_composer.bounds import AtLeast2, Positive
+from tread_composer.core.bounds import AtLeast2, Positive
+from tread_composer.core.protocols import Denoiser, Drift, Transition, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_steps
 from tread_composer.objectives.timesteps import DiscreteUniform
-from tread_composer.protocols import Denoiser, Drift, Transition, Weighting
 
 __all__ = ['DDPM', 'evenly_spaced']
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tread_composer.bounds import Positive
+from tread_composer.core.bounds import Positive
+from tread_composer.core.protocols import Denoiser, Drift
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
 from tread_composer.objectives.timesteps import LogitNormal
-from tread_composer.protocols import Denoiser, Drift
 
 __all__ = ['EDM']
 

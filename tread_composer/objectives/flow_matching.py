@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tread_composer.bounds import AtLeast1, NonNegative, Positive
+from tread_composer.core.bounds import AtLeast1, NonNegative, Positive
+from tread_composer.core.protocols import Denoiser, Drift, TimeDistribution, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
 from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
-from tread_composer.protocols import Denoiser, Drift, TimeDistribution, Weighting
 
 __all__ = ['FlowMatching', 'direction_error']
 

@@ -5,7 +5,7 @@ Shapes: B samples, C channels, H x W latent pixels.
 
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser
+from tread_composer.core.protocols import Denoiser
 
 __all__ = ['predict', 'squared_error']
 

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tread_composer.core.protocols import TimeDistribution, Weighting
 from tread_composer.objectives.weighting import Prediction
-from tread_composer.protocols import TimeDistribution, Weighting
 
 __all__ = ['CosinePath', 'LinearPath', 'SNRDistribution', 'from_path', 'from_steps', 'to_decibels']
 

@@ -16,8 +16,8 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from tread_composer.bounds import Positive
-from tread_composer.protocols import TimeDistribution
+from tread_composer.core.bounds import Positive
+from tread_composer.core.protocols import TimeDistribution
 
 __all__ = ['CosMap', 'DiscreteUniform', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
 

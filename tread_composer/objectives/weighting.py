@@ -23,7 +23,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tread_composer.bounds import Positive
+from tread_composer.core.bounds import Positive
 
 __all__ = ['MinSNR', 'Prediction', 'min_snr_weight']
 

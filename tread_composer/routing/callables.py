@@ -41,7 +41,7 @@ def calls_of(
     calls: list[Callable[..., Any]] = []
     passed: list[Pass] = []
     for index, block in enumerate(blocks, first):
-        call: Callable[..., Any] = _in_float32(block) if index in float32 else block
+        call: Callable[..., Any] = in_float32(block) if index in float32 else block
         place, here = passes.get(index), [slot for slot in slots if slot.index == index]
         if place is not None:
             if here or place.wraps(index):
@@ -177,7 +177,7 @@ def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return [*zip(names, args, strict=False), *kwargs.items()]
 
 
-def _in_float32(block: Callable[..., Any]) -> Callable[..., Any]:
+def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:
     """The block without autocast and with float32 inputs, as the paper's code runs the one behind a route."""
 
     def widen(value: Any) -> Any:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser, ReverseChain, StepNoise
+from tread_composer.core.protocols import Denoiser, ReverseChain, StepNoise
 
 __all__ = ['ddim', 'ddpm']
 

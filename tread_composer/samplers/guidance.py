@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser
+from tread_composer.core.protocols import Denoiser
 from tread_composer.samplers.settings import GuidedChannels
 
 __all__ = ['Clock', 'autoguidance', 'classifier_free', 'clocked', 'guide', 'within_interval', 'without_label']

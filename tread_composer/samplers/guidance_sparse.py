@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.protocols import Denoiser
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Routing, keep_lowest
 from tread_composer.samplers.guidance import Clock, autoguidance
 from tread_composer.samplers.settings import GuidedChannels, SamplingSettings

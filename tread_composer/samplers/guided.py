@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.protocols import Denoiser
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.protocols import Denoiser
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Routing, routing_of
 from tread_composer.samplers.guidance import (
     Clock,

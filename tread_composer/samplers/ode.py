@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from tread_composer.protocols import Drift, Sampler
+from tread_composer.core.protocols import Drift, Sampler
 
 __all__ = ['SAMPLERS', 'euler', 'heun']
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser, Objective, StepNoise, StochasticSampler
+from tread_composer.core.protocols import Denoiser, Objective, StepNoise, StochasticSampler
 from tread_composer.samplers.ddpm import ddim, ddpm
 from tread_composer.samplers.ode import SAMPLERS
 from tread_composer.samplers.stochastic import edm_heun, sde

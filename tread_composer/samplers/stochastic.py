@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.protocols import Denoiser, StepNoise
+from tread_composer.core.protocols import Denoiser, StepNoise
 
 __all__ = ['edm_heun', 'sde']
 

@@ -14,8 +14,8 @@ from composer.loggers import Logger
 from tread_composer.algorithms.bound import BoundAlgorithm
 from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
-from tread_composer.batch import DIRECTION_SWITCH, RAW_LATENTS
-from tread_composer.errors import UserError
+from tread_composer.core.batch import DIRECTION_SWITCH, RAW_LATENTS
+from tread_composer.core.errors import UserError
 
 __all__ = ['DirectionSchedule']
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tread_composer.algorithms.averages import Shard, refuse_hidden_weights, shards_of
 from tread_composer.algorithms.rules import refuse_conflicts, refuse_resume
 from tread_composer.algorithms.schedule import parse_time
-from tread_composer.errors import ResumeError
+from tread_composer.core.errors import ResumeError
 
 __all__ = ['EMA']
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.errors import ResumeError
+from tread_composer.core.errors import ResumeError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.models import DiT, DiTBlock
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import sincos_positions
-from tread_composer.randomness import KeyedRandom
 from tread_composer.routing.tokens import put_back, take_kept
 
 __all__ = ['Decoder', 'MaskedModuleList', 'Masking', 'attach_decoder', 'num_kept']

@@ -15,11 +15,11 @@ from tread_composer.algorithms.maskdit.decoder import Masking, attach_decoder, n
 from tread_composer.algorithms.maskdit.objective import MaskedEDM
 from tread_composer.algorithms.rules import refuse_conflicts, refuse_unfit
 from tread_composer.algorithms.schedule import parse_time, reached
-from tread_composer.batch import SAMPLE_IDS, UNMASKED_TOKENS
-from tread_composer.errors import UserError
+from tread_composer.core.batch import SAMPLE_IDS, UNMASKED_TOKENS
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.models import DiT
 from tread_composer.objectives import EDM
-from tread_composer.randomness import KeyedRandom
 from tread_composer.routing.tokens import keep_lowest
 
 __all__ = ['MaskDiT', 'cosine_ratio']

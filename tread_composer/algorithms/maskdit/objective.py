@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tread_composer.algorithms.maskdit.decoder import Masking
+from tread_composer.core.protocols import Denoiser
 from tread_composer.objectives import EDM
-from tread_composer.protocols import Denoiser
 from tread_composer.routing.tokens import take_kept
 
 __all__ = ['MaskedEDM', 'patches']

@@ -2,7 +2,7 @@
 
 How long the weights should be averaged is known only once images have been drawn, and a run keeps one length. Two
 power-function averages, written down now and then, are enough to put any length together afterwards
-(``tread_composer.posthoc``).
+(``tread_composer.algorithms.power_ema.posthoc``).
 """
 
 import logging
@@ -18,10 +18,15 @@ from torch import Tensor
 
 from tread_composer.algorithms.averages import Shard, refuse_hidden_weights, shards_of
 from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.power_ema.snapshots import (
+    list_snapshots,
+    power_exponent,
+    refuse_other_run,
+    write_snapshot,
+)
 from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time
-from tread_composer.errors import ResumeError
-from tread_composer.snapshots import list_snapshots, power_exponent, refuse_other_run, write_snapshot
+from tread_composer.core.errors import ResumeError
 
 __all__ = ['PowerEMA']
 

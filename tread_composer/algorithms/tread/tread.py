@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tread_composer.algorithms.bound import BoundAlgorithm
 from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
-from tread_composer.batch import KEPT_TOKENS, SAMPLE_IDS
-from tread_composer.errors import UserError
-from tread_composer.randomness import KeyedRandom
+from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
+from tread_composer.core.errors import UserError
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 

@@ -26,7 +26,7 @@ from tread_composer.conversion.importers.pickled import array_from_pickle
 from tread_composer.conversion.sources.base import Progress
 from tread_composer.conversion.sources.ranges import OpenFiles
 from tread_composer.conversion.sources.tars import Archive
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['LAYOUTS', 'Layout', 'open_layout']
 

@@ -18,12 +18,12 @@ from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
 
 import tread_composer
-from tread_composer.conversion.countdown import Countdown
-from tread_composer.conversion.files import to_disk
 from tread_composer.conversion.importers.layouts import Layout
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, Kind, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
-from tread_composer.errors import UserError
+from tread_composer.io.countdown import Countdown
+from tread_composer.io.files import to_disk
 
 __all__ = ['Facts', 'import_latents']
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = [
     'IMAGE_SUFFIXES',

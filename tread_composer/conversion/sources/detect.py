@@ -11,7 +11,7 @@ from tread_composer.conversion.sources.numbered import PLACES, split_files
 from tread_composer.conversion.sources.tars import role_of
 from tread_composer.conversion.sources.webdataset import open_webdataset
 from tread_composer.conversion.sources.zips import open_zip
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['open_sources']
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tread_composer.conversion.sources.base import Listed, Progress, Source, arrange, is_image, is_litter
 from tread_composer.conversion.sources.ranges import refuse_giant
 from tread_composer.conversion.sources.tree import Branch, Listing, lay_out
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['FolderSource', 'holds_images', 'open_folders']
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tread_composer.conversion.sources.base import check_same_classes, few, is_image
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['assign_classes', 'read_ground_truth']
 

@@ -18,7 +18,7 @@ from tread_composer.conversion.sources.base import (
 from tread_composer.conversion.sources.ground_truth import assign_classes
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.conversion.sources.tars import Archive, Member
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['open_ilsvrc']
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tread_composer.conversion.sources.base import SPLITS, few, is_litter
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['PLACES', 'classes_of_numbers', 'split_files']
 

@@ -7,10 +7,8 @@ once, in order, into a spool file for each parquet file.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ import pyarrow.parquet
 from tread_composer.conversion.sources.base import Ignored, Progress, Source, arrange
 from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import whole_file
 
 __all__ = ['open_parquet']
 
@@ -254,14 +253,5 @@ def _copy(file: Path, columns: _Columns, target: Path) -> _Spool:
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Complete or absent, whatever happens."""
-    descriptor, partial = tempfile.mkstemp(prefix='.partial-', dir=path.parent)
-    try:
-        with open(descriptor, 'wb') as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as unfinished, unfinished.open('wb') as stream:
+        write(stream)

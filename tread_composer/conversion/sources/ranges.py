@@ -10,7 +10,7 @@ import numpy as np
 
 from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources.base import Listed
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['MAX_FILE_BYTES', 'OpenFiles', 'RangeSource', 'refuse_giant']
 

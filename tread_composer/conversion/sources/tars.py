@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from tread_composer.conversion.sources.base import check_member, is_image, is_litter
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['Archive', 'Member', 'role_of']
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tread_composer.conversion.sources.base import SPLITS, Ignored, check_same_classes, few, is_image, is_litter
 from tread_composer.conversion.sources.ground_truth import assign_classes
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['Branch', 'Listing', 'lay_out']
 

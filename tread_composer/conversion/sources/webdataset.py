@@ -11,7 +11,7 @@ from tread_composer.conversion.sources.base import Ignored, Progress, Source, ar
 from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.conversion.sources.tars import Archive, Member
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['open_webdataset']
 

@@ -13,7 +13,7 @@ from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources.base import Progress, Source, arrange, check_member
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource, refuse_giant
 from tread_composer.conversion.sources.tree import Listing, lay_out
-from tread_composer.errors import UserError
+from tread_composer.core.errors import UserError
 
 __all__ = ['ZipSource', 'open_zip']
 

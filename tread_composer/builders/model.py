@@ -1,0 +1,105 @@
+"""From a resolved configuration to the model that Composer trains."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from tread_composer.autoencoders import KL
+from tread_composer.builders.run_data import check_expectations, planned_manifest
+from tread_composer.config import Config
+from tread_composer.config.registry import resolve
+from tread_composer.config.tree import backbone_arguments
+from tread_composer.core.errors import UserError
+from tread_composer.core.protocols import Autoencoder
+from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import Manifest
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.models import LatentTransformer
+
+__all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']
+
+
+def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = None) -> Autoencoder:
+    """The autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
+    autoencoder = config.autoencoder.instance
+    if isinstance(autoencoder, KL) and manifest is not None and not autoencoder.other_weights:
+        autoencoder.expected_hash = manifest.autoencoder_hash
+    return autoencoder
+
+
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> LatentTransformer:
+    """The network, fitted to the data.
+
+    Raises:
+        UserError: The sizes do not fit together.
+    """
+    try:
+        sizes = {'latent_size': latent_size, 'in_channels': channels, 'num_classes': num_classes}
+        return resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
+    except ValueError as error:
+        raise UserError(f'model: {error}') from None
+
+
+def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: bool = False) -> LatentDiffusion:
+    """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it.
+
+    Args:
+        config: The configuration.
+        manifest: Of the training data.
+        unfilled: Leave the network's weights on the meta device, for ``load_state_dict(..., assign=True)``: to draw
+            those of a large network takes longer than to read them.
+    """
+    config = config.normalized(manifest.mean, manifest.std)
+    with torch.device('meta') if unfilled else contextlib.nullcontext():
+        denoiser = build_denoiser(
+            config,
+            channels=manifest.channels,
+            latent_size=manifest.latent_height,
+            num_classes=manifest.num_classes,
+        )
+    try:
+        model = LatentDiffusion(
+            denoiser,
+            config.objective.instance,
+            latent_shape=manifest.latent_shape,
+            num_classes=manifest.num_classes,
+            class_names=manifest.class_names,
+            label_dropout=config.label_dropout,
+            latent_scale=config.latent_scale,
+            latent_shift=config.latent_shift,
+            autoencoder=build_autoencoder(config, manifest),
+        )
+        # What an algorithm adds to the model is there before the optimizer and the compilation of its blocks.
+        for name, component in config.algorithms.items():
+            if hasattr(component.instance, 'prepare'):
+                _prepare(name, component.instance, model, config.seed)
+        return model
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _prepare(name: str, algorithm: Any, model: LatentDiffusion, seed: int) -> None:
+    try:
+        algorithm.prepare(model, seed)
+    except ValueError as error:
+        raise UserError(f'algorithms.{name}: {error}') from None
+
+
+def check_fit(config: Config) -> None:
+    """Refuse what cannot work with the data, as far as is known before any are made. Writes nothing.
+
+    Raises:
+        UserError: The data contradict the configuration, the model does not fit them, or an epoch would be empty.
+    """
+    manifest = planned_manifest(config)
+    if manifest is None:
+        return
+    check_expectations(config, manifest)
+    with torch.device('meta'):
+        build_model(config, manifest)
+    if config.global_train_batch_size > manifest.num_samples:
+        raise UserError(
+            f'global_train_batch_size: {config.global_train_batch_size} is more than the {manifest.num_samples} '
+            f'samples of the training data, so an epoch would be empty; take at most {manifest.num_samples}'
+        )

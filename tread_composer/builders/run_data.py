@@ -1,0 +1,90 @@
+"""The data of a run: made or found, held against the configuration, before anything is built."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tread_composer.config import Config
+from tread_composer.core.errors import UserError
+from tread_composer.data.checks import check_agreement, check_shards, fetch_descriptions
+from tread_composer.data.digits import digits_manifest, prepare_digits
+from tread_composer.data.manifest import Manifest
+
+__all__ = ['check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'with_planned_numbers']
+
+
+def planned_manifest(config: Config) -> Manifest | None:
+    """What the training data say about themselves, or will when they are made; None if that cannot be known yet.
+
+    Raises:
+        UserError: There is a manifest, and it is broken.
+    """
+    if config.data.name == 'digits':
+        return digits_manifest('train')
+    folder = Path(config.data.local) / config.data.train_split
+    return Manifest.load(folder) if (folder / 'manifest.json').exists() else None
+
+
+def with_planned_numbers(config: Config) -> Config:
+    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is.
+
+    Raises:
+        UserError: There is a manifest, and it is broken.
+    """
+    manifest = None if config.latent_normalization is None else planned_manifest(config)
+    return config if manifest is None else config.normalized(manifest.mean, manifest.std)
+
+
+def prepare_data(config: Config) -> dict[str, Manifest]:
+    """Make the digits if they are not there; check every split before a step is taken. Manifests by split.
+
+    Raises:
+        UserError: A split is missing or damaged, or contradicts the configuration.
+    """
+    data = config.data
+    if data.name == 'digits':
+        prepare_digits(data.local)
+        splits, remote = {'train': 'train', 'eval': 'eval'}, None
+    else:
+        splits = {'train': data.train_split} | ({'eval': data.eval_split} if data.eval_split else {})
+        remote = data.remote
+    manifests = {}
+    for split, name in splits.items():
+        folder = os.path.join(data.local, name)
+        if remote is not None:
+            fetch_descriptions(f'{remote.rstrip("/")}/{name}', folder)
+        manifests[split] = Manifest.load(folder)
+        check_shards(folder, manifests[split], remote=remote is not None)
+        check_expectations(config, manifests[split])
+    return manifests
+
+
+def check_expectations(config: Config, manifest: Manifest) -> None:
+    """Refuse data that are not what the configuration is written for.
+
+    Raises:
+        UserError: Lists the contradictions.
+    """
+    data = config.data
+    expected: dict[str, Any] = {'autoencoder': config.autoencoder.instance.id}
+    if data.name == 'latents':
+        size = None if data.latent_size is None else (data.latent_size, data.latent_size)
+        expected |= {'kind': data.kind, 'channels': data.channels, 'latent_size': size, 'num_classes': data.num_classes}
+    check_agreement(manifest, **expected)
+    if data.name == 'latents' and data.mirror and not manifest.mirrored:
+        raise UserError(
+            f'data.mirror: true, but {data.local} holds no mirrored latents (mirrored: false), and a latent cannot be '
+            f'mirrored afterwards; convert the images again with their mirrors, or drop the setting'
+        )
+    if manifest.latent_height != manifest.latent_width:
+        shape = f'{manifest.latent_height} x {manifest.latent_width}'
+        raise UserError(f'{data.local}: latents of {shape}; this model takes square ones')
+
+
+def identity(manifest: Manifest) -> dict[str, Any]:
+    """What makes data other data: positions and ids of samples mean nothing in those."""
+    names = (
+        'source', 'kind', 'autoencoder', 'autoencoder_hash', 'mirrored', 'num_samples', 'num_classes',
+        'permutation_seed',
+    )  # fmt: skip
+    return {**{name: getattr(manifest, name) for name in names}, 'latent_shape': list(manifest.latent_shape)}

@@ -1,0 +1,143 @@
+"""The folder of a run: what binds its checkpoints to a configuration, and what is written beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer.utils import dist, is_compressed_pt, is_tar
+
+from tread_composer.builders.environment import write_environment
+from tread_composer.builders.run_data import with_planned_numbers
+from tread_composer.config import Config
+from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.data.manifest import Manifest
+from tread_composer.io.checkpoint_reader import read_checkpoint
+from tread_composer.io.checkpoints import check_whole, checkpoints_in, newest_whole
+from tread_composer.io.files import write_atomically
+
+__all__ = ['DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+
+DATA_NAME = 'data.json'
+"""The manifest of the training data, in the run's folder: what samples a checkpoint needs no data."""
+
+_DECISIVE = (
+    'seed', 'global_train_batch_size', 'autoencoder', 'model', 'objective', 'latent_scale', 'latent_shift',
+    'label_dropout', 'optimizer', 'scheduler', 'algorithms', 'precision',
+)  # fmt: skip
+"""Settings that a continued run may not change; data by what they are, not by where they lie. Not among them: what
+must change with the machine (ranks, microbatch, sharding, compile, ``model.attention``) and what only looks on."""
+
+
+def decisive_settings(config: Config) -> dict[str, Any]:
+    """The part of the configuration that decides what is trained: what a checkpoint is bound to."""
+    return _decisive_part(config.to_dict())
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse a run folder that another configuration has begun: its checkpoints would be continued or overwritten.
+
+    Raises:
+        ResumeError: ``save_folder`` holds a run with other decisive settings; lists each difference.
+    """
+    if config.save_folder is None:
+        return
+    folder = run_folder(config)
+    path = folder / 'config.yaml'
+    # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
+    if not path.exists() or not checkpoints_in(folder):
+        return
+    config = with_planned_numbers(config)
+    if config.latent_normalization is not None:
+        return  # the data are not described here yet; compared once they are
+    saved = _saved_settings(path)
+    now = decisive_settings(config)
+    if saved != now:
+        raise ResumeError.from_differences(
+            str(path),
+            saved,
+            now,
+            'To continue that run, give its settings; to start another, give it a name of its own: run_name=...',
+        )
+
+
+def _saved_settings(path: Path) -> dict[str, Any]:
+    try:
+        return _decisive_part(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f'{path}: no configuration of a run, or a damaged one ({reason}); it says what the checkpoints beside it '
+            f'are of. Put a copy of it back (MLflow keeps one with the run), or take another run_name'
+        ) from None
+
+
+def check_load_path(config: Config) -> None:
+    """Refuse a ``load_path`` that is damaged or no checkpoint of a run, before anything is written.
+
+    It is not read where it is not used, because the run has a checkpoint of its own, nor where it is not here (a URI).
+
+    Raises:
+        UserError: Nothing can be loaded from there.
+    """
+    text = config.load_path
+    if text is None or '://' in text or '{' in text or is_tar(text) or is_compressed_pt(text):
+        return
+    if config.autoresume and newest_whole(run_folder(config))[0] is not None:
+        return
+    path, remedy = Path(text), 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
+    try:
+        check_whole(path)
+        if path.is_file():
+            read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f'load_path: {error}\n{remedy}') from None
+    fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp
+    kind, wanted = (
+        'sharded' if sharded else 'full'
+        for sharded in (path.is_dir(), fsdp is not None and fsdp.state_dict_type == 'sharded')
+    )
+    if kind != wanted:
+        raise UserError(
+            f'load_path: {text} is a {kind} checkpoint, and this run reads {wanted} ones; '
+            f'set parallelism_config.fsdp.state_dict_type={kind}'
+        )
+
+
+def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
+    data = {key: tree['data'].get(key) for key in keys}
+    decisive = {key: tree.get(key) for key in _DECISIVE}
+    model = dict(tree.get('model') or {})
+    model.pop('attention', None)  # the same function, computed otherwise
+    # Newer than the first checkpoints: at the value that they had without it, it is left out.
+    if model.get('name', 'dit') == 'dit' and model.get('qk_norm') is False:
+        del model['qk_norm']
+    return {**decisive, 'model': model, 'data': data}
+
+
+def run_folder(config: Config) -> Path:
+    """``save_folder`` with Composer's placeholder filled in."""
+    return Path(config.save_folder.replace('{run_name}', config.run_name))
+
+
+def write_run_files(config: Config, manifest: Manifest) -> None:
+    """Write ``config.yaml``, ``data.json`` and ``environment.json`` into the run's folder, on the first rank.
+
+    Args:
+        config: With ``latent_normalization`` as numbers.
+        manifest: Of the training data.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    if config.save_folder is None or dist.get_global_rank() != 0:
+        return
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
+    write_atomically(folder / 'config.yaml', config.to_yaml().encode())
+    write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
+    write_environment(folder / 'environment.json')

@@ -1,0 +1,182 @@
+"""From a resolved configuration to the Composer ``Trainer``."""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from composer import Algorithm, Callback, Evaluator, Trainer
+from composer.utils import dist, get_device, reproducibility
+
+from tread_composer.autoencoders import KL
+from tread_composer.builders.data import build_loaders
+from tread_composer.builders.model import build_model
+from tread_composer.builders.run_data import identity, prepare_data
+from tread_composer.builders.run_folder import check_run_folder, decisive_settings, run_folder, write_run_files
+from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
+from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
+from tread_composer.callbacks.keyed_draws import KeyedDraws
+from tread_composer.callbacks.progress import ProgressLines
+from tread_composer.callbacks.resume_contract import ResumeContract
+from tread_composer.config import Config
+from tread_composer.config.attention import attention_dtypes
+from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import Manifest
+
+__all__ = ['build_trainer', 'compile_blocks']
+
+
+def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) -> Trainer:
+    """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
+
+    Args:
+        config: A loaded configuration.
+        splits: What ``prepare_data`` returned; it is called if None.
+
+    Raises:
+        UserError: Data, checkpoint or run folder contradict the configuration.
+    """
+    check_run_folder(config)
+    splits = prepare_data(config) if splits is None else splits
+    if config.latent_normalization is not None:
+        config = config.normalized(splits['train'].mean, splits['train'].std)
+        check_run_folder(config)
+    # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
+    reproducibility.seed_all(config.seed)
+    model = build_model(config, splits['train'])
+    _choose_attention(config, model.denoiser)
+    train, evaluation = build_loaders(config, splits)
+    arguments = config.trainer_arguments()
+    # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
+    bar = arguments.pop('progress_bar')
+    contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
+    if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
+        contract['ranks'] = dist.get_world_size()
+    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
+    callbacks += [_build_callback(config, name) for name in config.callbacks]
+    if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
+        _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
+    if config.save_folder is not None and '://' not in config.save_folder:
+        callbacks.append(_build_saver(config))
+    loggers = [component.build() for component in config.loggers.values()]
+    if bar and not sys.stderr.isatty():
+        loggers.append(ProgressLines())
+    if config.compile and dist.get_world_size() == 1:
+        arguments['compile_config'] = {}
+    elif config.compile:
+        compile_blocks(model.denoiser)
+    with _misfit_in_words(config):
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train,
+            eval_dataloader=None if evaluation is None else Evaluator(label='eval', dataloader=evaluation),
+            optimizers=config.optimizer.build(model.parameters()),
+            schedulers=config.scheduler.build(),
+            algorithms=[_build_algorithm(config, name, contract) for name in config.algorithms],
+            callbacks=callbacks,
+            loggers=loggers,
+            progress_bar=bar and sys.stderr.isatty(),
+            **arguments,
+        )
+    # Only now: a run that Composer refuses leaves no configuration behind.
+    write_run_files(config, splits['train'])
+    for logger in loggers:
+        if hasattr(logger, 'log_config'):
+            logger.log_config(_flat(config.to_dict()), config.to_yaml())
+            if config.save_folder is not None:
+                logger.log_file(run_folder(config) / 'environment.json')
+    return trainer
+
+
+def _choose_attention(config: Config, denoiser: Any) -> None:
+    """``model.attention`` on the device of this rank, with a line that says what runs where it is not torch's own."""
+    name = config.model.kwargs.get('attention', 'sdpa')
+    if name == 'sdpa':
+        return
+    on_gpu = get_device(config.device).name == 'gpu'
+    device = torch.device('cuda', dist.get_local_rank()) if on_gpu else torch.device('cpu')
+    try:
+        line = denoiser.use_attention(name, device, dtypes=attention_dtypes(config, device))
+    except UserError as error:
+        raise UserError(f'model.attention: {error}') from None
+    if dist.get_global_rank() == 0:
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _misfit_in_words(config: Config) -> Iterator[None]:
+    """Weights of another network are the user's to exchange: a message, not a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if config.load_path is None or 'loading state_dict' not in str(error):
+            raise
+        raise UserError(
+            f'load_path: the weights in {config.load_path!r} do not fit the model of this run. Give it the model '
+            f'section and the algorithms that change the network (maskdit) of the run that saved them.\n{error}'
+        ) from None
+
+
+# Where ours write if the YAML does not say: within the run's folder.
+_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.', 'evaluation': '.', 'power_ema': 'snapshots'}
+
+
+def _build_algorithm(config: Config, name: str, contract: Mapping[str, Any]) -> Algorithm:
+    component, given = config.algorithms[name], {}
+    if name == 'power_ema':
+        text = json.dumps(contract, sort_keys=True, default=str)
+        given['settings_digest'] = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
+    if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
+        given['folder'] = str(run_folder(config) / _FOLDERS[name])
+    return component.build(**given)
+
+
+def _build_callback(config: Config, name: str) -> Callback:
+    component = config.callbacks[name]
+    if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
+        return component.build(folder=str(run_folder(config) / _FOLDERS[name]))
+    return component.build()
+
+
+def _build_saver(config: Config) -> WholeCheckpointSaver:
+    """What the Trainer would make of ``save_*`` itself, but of our class, which it then takes for autoresume too."""
+    folder, names = config.save_folder, (config.save_filename, config.save_latest_filename)
+    remote, latest_remote = (None if name is None else f'{folder}/{name}' for name in names)
+    return WholeCheckpointSaver(
+        folder=folder,
+        filename=config.save_filename,
+        remote_file_name=remote,
+        latest_filename=config.save_latest_filename,
+        latest_remote_file_name=latest_remote,
+        save_interval=config.save_interval,
+        overwrite=config.save_overwrite,
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        weights_only=config.save_weights_only,
+        ignore_keys=config.save_ignore_keys,
+    )
+
+
+def compile_blocks(denoiser: Any, **how: Any) -> None:
+    """Compile each block of a network in place: parameters and their names stay as they are.
+
+    For several processes, whose DDP and FSDP break a graph of the whole forward pass.
+
+    Args:
+        denoiser: A backbone of ours; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
+        how: Settings of ``torch.compile``.
+    """
+    for module in denoiser.modules():
+        if denoiser.fsdp_wrap_fn(module):
+            module.compile(**how)
+
+
+def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
+    """Dotted keys, for loggers that take a flat table."""
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f'{path}{key}'
+        rows |= _flat(value, f'{name}.') if isinstance(value, Mapping) else {name: value}
+    return rows

@@ -1,0 +1,246 @@
+"""Saves checkpoints so that a kill or a full disk at any moment leaves the last whole one to go on from."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoints import (
+    DIGESTS,
+    checkpoints_in,
+    file_digests,
+    newest_whole,
+    point_to,
+    publish,
+    remove,
+    remove_unfinished,
+    set_aside,
+    synced,
+    write_digests,
+)
+from tread_composer.io.files import UNFINISHED
+
+__all__ = ['WholeCheckpointSaver', 'checkpoint_names']
+
+
+def checkpoint_names(template: str) -> re.Pattern[str]:
+    """What the names of a run's checkpoints match, without ``.pt``.
+
+    Args:
+        template: ``save_filename``, or ``sharded_ckpt_prefix_dir``: with ``{batch}`` and other names of Composer.
+    """
+    pattern = re.escape(template.removesuffix('.pt')).replace(r'\{batch\}', r'(?P<batch>\d+)')
+    return re.compile(re.sub(r'\\\{(\w+)\\\}', r'[^/]+', pattern))
+
+
+class WholeCheckpointSaver(CheckpointSaver):
+    """Composer's saver, with the same arguments, for a local folder; add it to the callbacks of a ``Trainer``.
+
+    What differs: a checkpoint is written under another name and renamed when it is whole; ``latest`` changes in one
+    step; the number to keep counts what is in the folder, not what this process has saved; a disk that is full is
+    said in words. When training starts, what a killed write left is removed, damaged checkpoints are set aside, and
+    ``latest``, from which ``autoresume`` goes on, is made to name the newest whole one.
+    """
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            super().init(state, logger)
+        except OSError as error:
+            raise UserError(f'save_folder: {self.folder!r} cannot be made: {error}') from None
+        self._root = Path(format_name_with_dist(self.folder, state.run_name))
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Put right what is in the folder: the model is sharded by now, and the checkpoint not chosen yet.
+
+        Raises:
+            UserError: The folder cannot be written to, or its newest checkpoint is of the other kind, file or folder.
+        """
+        self._on_first_rank(lambda: self._put_right(state))
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuse to train where checkpoints of later batches are; with ``overwrite`` those are renamed.
+
+        By their batch they would be taken for the newest of this run.
+
+        Raises:
+            UserError: There are some, and ``overwrite`` is false.
+        """
+        self._on_first_rank(lambda: self._make_way(state))
+        super().fit_start(state, logger)
+
+    def _make_way(self, state: State) -> None:
+        batch = int(state.timestamp.batch)
+        for path in checkpoints_in(self._root, self._names(state), after=batch):
+            if not self.overwrite:
+                raise UserError(
+                    f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '
+                    f'(autoresume=true), take another run_name, or let it be replaced (save_overwrite=true)'
+                )
+            aside = set_aside(path, '.replaced')
+            print(f'{path}: now {aside.name}, as this run begins at batch {batch}', file=sys.stderr, flush=True)
+
+    def _put_right(self, state: State) -> None:
+        latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
+        leftovers = remove_unfinished(self._root)
+        newest, damaged = newest_whole(self._root, self._names(state))
+        for path, reason in damaged.items():
+            print(f'{path}: damaged, now {set_aside(path).name}: {reason}', file=sys.stderr, flush=True)
+        if newest is None:
+            if latest is not None and latest.is_symlink():
+                latest.unlink()
+            if damaged or leftovers:
+                text = 'holds no whole checkpoint, so the run starts from its beginning'
+                print(f'{self._root}: {text}', file=sys.stderr, flush=True)
+            return
+        if newest.is_dir() != state.fsdp_sharded_state_dict_enabled:
+            kind, wanted = ('sharded', 'full') if newest.is_dir() else ('full', 'sharded')
+            raise UserError(
+                f'save_folder: {newest} is a {kind} checkpoint, and this run reads and writes {wanted} ones; go on '
+                f'with parallelism_config.fsdp.state_dict_type={kind}, or take another run_name'
+            )
+        if latest is not None and newest != latest:
+            point_to(latest, newest)
+
+    def _names(self, state: State) -> list[re.Pattern[str]]:
+        """Of both kinds: a run that was sharded before must not begin anew without a word."""
+        prefix = getattr(state.fsdp_config, 'sharded_ckpt_prefix_dir', None) or 'ep{epoch}-ba{batch}'
+        return [checkpoint_names(self.filename.filename), checkpoint_names(prefix)]
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""
+        began = time.monotonic()
+        self.last_checkpoint_batch = state.timestamp.batch
+        asked = self.filename.format(state, keep_placeholders=True)
+        file = Path(checkpoint.get_save_filename(state, asked))
+        # Before it is saved: each checkpoint lists those before it and itself.
+        self.all_saved_checkpoints_to_timestamp[str(file)] = state.timestamp
+        sharded = state.fsdp_sharded_state_dict_enabled
+        path = file.parent if sharded else file
+        # Sharded, Composer makes a folder of its own within the folder of the name that is asked for.
+        unfinished = path.with_name(f'{UNFINISHED}{path.name}')
+        wrote = self._write(state, unfinished / file.name if sharded else unfinished)
+        if sharded:
+            self._add_digests(unfinished / path.name)
+        self._on_first_rank(lambda: self._publish(state, unfinished, path))
+        if wrote:
+            self._upload_saved(state, logger, file)
+            self.saved_checkpoints.append(str(file))
+        logger.log_metrics({'time/checkpoint': time.monotonic() - began})
+
+    def _write(self, state: State, unfinished: Path) -> bool:
+        """Composer's own writing, to another place; returns whether this rank has written anything."""
+        problem, saved = None, None
+        try:
+            saved = checkpoint.save_checkpoint(
+                state, str(unfinished), weights_only=self.weights_only, ignore_keys=self.ignore_keys
+            )
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = _disk_fault(error)
+            if problem is None:
+                raise
+            dist.barrier()  # the one behind the writing, where ranks that had nothing to write wait
+        self._agree(problem)
+        return saved is not None
+
+    def _add_digests(self, folder: Path) -> None:
+        """Each rank reads its share of the files, whoever has written them."""
+        names = dist.all_gather_object(sorted(os.listdir(folder)))[0]
+        problem, digests = None, {}
+        try:
+            digests = file_digests(folder, names[dist.get_global_rank() :: dist.get_world_size()])
+        except OSError as error:
+            problem = str(error)
+        self._agree(problem)
+        merged = {name: digest for share in dist.all_gather_object(digests) for name, digest in share.items()}
+        self._on_first_rank(lambda: write_digests(folder, merged))
+
+    def _publish(self, state: State, unfinished: Path, path: Path) -> None:
+        if state.fsdp_sharded_state_dict_enabled:
+            publish(unfinished / path.name, path)  # its files have been synced by torch's writer
+            unfinished.rmdir()
+        else:
+            synced(unfinished)
+            publish(unfinished, path)
+        if self.latest_filename is not None:
+            point_to(Path(self.latest_filename.format(state)), path)
+        if self.num_checkpoints_to_keep > 0:
+            for old in checkpoints_in(self._root, self._names(state))[self.num_checkpoints_to_keep :]:
+                remove(old)
+
+    def _upload_saved(self, state: State, logger: Logger, file: Path) -> None:
+        """Hand what this rank has written to the loggers that store files, under Composer's names."""
+        if self.remote_file_name is None:
+            return
+        remote = self.remote_file_name.format(state).lstrip('/')
+        pairs = [(file, remote)]
+        if state.fsdp_sharded_state_dict_enabled:
+            remote = os.path.join(os.path.dirname(remote), file.parent.name)
+            names = [file.name, *(['.metadata', DIGESTS] if dist.get_global_rank() == 0 else [])]
+            pairs = [(file.with_name(name), f'{remote}/{name}') for name in names]
+        for local, name in pairs:
+            self._upload_checkpoint(name, str(local), [], logger)
+        if self.latest_remote_file_name is not None and dist.get_global_rank() == 0:
+            self.symlink_count += 1
+            link = os.path.join(self.tmp_dir_for_symlink.name, f'latest.{self.symlink_count}.symlink')
+            create_symlink_file(remote, link)
+            name = f'{self.latest_remote_file_name.format(state).lstrip("/")}.symlink'
+            logger.upload_file(remote_file_name=name, file_path=link, overwrite=True)
+
+    def _on_first_rank(self, step: Callable[[], Any]) -> None:
+        """Do a step on one rank while the others wait; if it cannot be done, all ranks say so."""
+        problem = None
+        if dist.get_global_rank() == 0:
+            try:
+                step()
+            except UserError as error:
+                problem = error
+            except OSError as error:
+                problem = str(error)
+        self._agree(problem)
+
+    def _agree(self, problem: str | UserError | None) -> None:
+        problems = [text for text in dist.all_gather_object(problem) if text is not None]
+        if not problems:
+            return
+        if isinstance(problems[0], UserError):
+            raise problems[0]
+        if dist.get_global_rank() == 0:
+            with contextlib.suppress(OSError):
+                remove_unfinished(self._root)  # it takes the space that the user is asked to make
+        raise UserError(
+            f'save_folder: a checkpoint could not be written to {self._root}: {problems[0]}. Those that were saved '
+            f'before are whole: make room, or make the folder writable, and the same command goes on from them'
+        )
+
+
+# The key of its state within a checkpoint: those saved before, by Composer's own, have it too.
+WholeCheckpointSaver.__qualname__ = CheckpointSaver.__qualname__
+
+
+def _disk_fault(error: Any) -> str | None:
+    """What the disk said, if it was the disk; torch's writers wrap that in errors of their own."""
+    if isinstance(error, CheckpointException):
+        failures = [_disk_fault(failure[0]) for failure in error.failures.values()]
+        return next((text for text in failures if text is not None), None)
+    if isinstance(error, OSError):
+        return str(error)
+    if isinstance(error.__context__, OSError):
+        return str(error.__context__)
+    is_writer = 'PytorchStreamWriter' in str(error) or 'inline_container' in str(error)
+    return str(error).splitlines()[0] if is_writer else None

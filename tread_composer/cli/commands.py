@@ -1,0 +1,294 @@
+"""The commands of ``python -m tread_composer`` (its ``--help`` lists them). ``composer train.py x.yaml`` is ``train``.
+
+The parser needs the standard library alone. A command's modules are imported inside of it, once its words are right.
+
+Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback); 1 a fault of ours (traceback).
+"""
+
+import argparse
+import functools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tread_composer.cli.evaluate import add_arguments as add_evaluate_arguments
+from tread_composer.cli.evaluate import evaluate_command
+from tread_composer.cli.inspect import add_arguments as add_inspect_arguments
+from tread_composer.cli.inspect import inspect_command
+from tread_composer.cli.sample import WEIGHTS
+from tread_composer.cli.sample import add_arguments as add_sample_arguments
+from tread_composer.cli.sweep import add_arguments as add_sweep_arguments
+from tread_composer.cli.sweep import sweep_command
+from tread_composer.core.errors import UserError
+from tread_composer.core.process import global_rank, importing, prepare_process
+
+__all__ = ['main']
+
+_PATIENCE = 20.0  # seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    Args:
+        arguments: What stands behind the program's name; that of this process if None.
+    """
+    prepare_process()
+    try:
+        return _run(arguments)
+    except UserError as error:
+        return _refused(error)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
+    options, rest = parser.parse_known_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
+    unknown = [word for word in rest if word.startswith('-') or '=' not in word]
+    if unknown or (rest and not hasattr(options, 'overrides')):
+        hint = '; a setting is written key=value, without dashes' if any('=' in word for word in unknown) else ''
+        parser.error(f'unrecognized arguments: {" ".join(unknown or rest)}{hint}')
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options.command(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong words are refused as everything else is: with several ranks, by one message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{self.format_usage().rstrip()}\n{message}')
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of processes; give 1 or more')
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='tread_composer', description='Train diffusion transformers with token routing.')
+    commands = parser.add_subparsers(required=True, metavar='command')
+
+    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        return command
+
+    for name, function, text in (
+        ('train', _train, 'train what a YAML file describes; several ranks: composer -n 2 train.py x.yaml'),
+        ('plan', _plan, 'print what a YAML file would do, and write nothing'),
+    ):
+        command = add(name, function, text)
+        command.add_argument('yaml', help='the file, for example yamls/digits_tread.yaml')
+        command.add_argument('overrides', nargs='*', metavar='key=value', help='for example optimizer.lr=2e-4')
+        if name == 'plan':
+            command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
+            command.add_argument('--ranks', type=_ranks, help='plan for this many processes (default: as launched)')
+    command = add('snr', _snr, 'draw what signal-to-noise ratios YAML files train on, and print their figures')
+    command.add_argument('yamls', nargs='+', metavar='yaml', help='files, then key=value settings for all of them')
+    command.add_argument('--out', default='snr.png', help='the PNG to write (default: snr.png)')
+    command.add_argument('--std', type=float, help='of the latents as the network sees them, where the data are absent')
+    command.set_defaults(overrides=[])
+    command = add(
+        'compare', _compare, 'hold runs against the first one: at equal steps, FLOPs, time, and equal quality'
+    )
+    command.add_argument(
+        'runs', nargs='+', metavar='run', help='folder, results.json[#RUN] or mlflow:RUN[@tracking uri]'
+    )
+    command.add_argument('--metric', nargs='+', default=[], help='(default: all that the runs have in common)')
+    command.add_argument('--out', default='comparison', help='folder for table, PNG and page (default: comparison)')
+    add_sample_arguments(add('sample', _sample, 'draw images from a trained model; the same command again goes on'))
+    command = add(
+        'sweep', sweep_command, 'measure a model for each combination of sampling settings, and mark the best'
+    )
+    add_sweep_arguments(command)
+    command = add('evaluate', evaluate_command, 'measure samples, or a model: FID, KID, precision, ...')
+    add_evaluate_arguments(command)
+    command = add('inspect', inspect_command, 'draw how alike tokens are from block to block, and propose a route')
+    add_inspect_arguments(command)
+    command = add('prefetch', _prefetch, "say which weights Inception's metrics need, fetch them, check them")
+    command.add_argument('--check', metavar='FILE', help='whether FILE is the published one')
+    command.add_argument('--allow-download', action='store_true', help='fetch it to where torch looks')
+    add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
+    command = add('export', _export, 'write the weights of a run as one safetensors file that says what they are')
+    command.add_argument('path', help="a run's folder (its latest checkpoint), or a checkpoint in one")
+    _file_options(command, 'which weights to write; posthoc:0.13 is the average of this width (power_ema)', WEIGHTS)
+    command.add_argument(
+        '--allow-inexact', action='store_true', help='a post-hoc average that the snapshots do not come close to'
+    )
+    command = add('import', _import, 'convert weights of DiT, SiT, CompVis/tread or MaskDiT to such a file')
+    command.add_argument('path', help='.pt or .safetensors, as published or as their training saves it')
+    _file_options(command, 'which weights to take; of a file with one set, what it holds (published ones: ema)')
+    _import_options(command)
+    return parser
+
+
+def _file_options(command: argparse.ArgumentParser, weights: str, choices: Sequence[str] = ('ema', 'raw')) -> None:
+    command.add_argument('--out', default='model.safetensors', help='the file to write (default: model.safetensors)')
+    command.add_argument('--weights', choices=choices, default='ema', help=f'{weights} (default: ema)')
+    command.add_argument('--overwrite', action='store_true', help='replace a file that is there')
+
+
+def _import_options(command: argparse.ArgumentParser) -> None:
+    layouts = ('auto', 'dit', 'sit', 'tread', 'maskdit')
+    command.add_argument('--layout', choices=layouts, default='auto', help='whose file it is (dit or sit must be said)')
+    command.add_argument('--autoencoder', help="what made the latents: hub id, folder, file, or 'pixels'")
+    command.add_argument('--autoencoder-hash', help='sha256:... of its weights, if others are to be refused')
+    command.add_argument('--latent-scale', type=float, help='factor on raw latents in training (0.18215 in all four)')
+    command.add_argument('--latent-shift', type=float, default=0.0, help='subtracted before (default: 0)')
+    command.add_argument('--class-names', help="file with one name a line or a JSON list, or 'numbers'")
+    command.add_argument('--objective', choices=('edm', 'flow_matching'), help='of a file of CompVis/tread')
+    command.add_argument('--num-heads', type=int, help='attention heads, for other than published sizes')
+    command.add_argument('--route', type=_route, help='START,END,RATE that the weights were trained with: 2,-4,0.5')
+    command.add_argument('--batch', type=int, default=0, help='batches that the weights were trained on, if known')
+
+
+def _route(text: str) -> tuple[int, int, float]:
+    try:
+        start, end, rate = text.split(',')
+        return int(start), int(end), float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not START,END,RATE, such as 2,-4,0.5') from None
+
+
+def _train(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.run.train import train
+
+    train(options.yaml, options.overrides)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.builders.run_data import with_planned_numbers
+        from tread_composer.config import load_config
+        from tread_composer.run.plan import format_plan, make_plan
+        from tread_composer.run.train import data_state, world_size
+
+    ranks = world_size() if options.ranks is None else options.ranks
+    config = load_config(options.yaml, options.overrides, world_size=ranks)
+    state, problem = data_state(config)
+    plan = make_plan(config, ranks)
+    config = with_planned_numbers(config)
+    if options.json:
+        print(json.dumps({**plan, 'data': state, 'config': config.to_dict()}, indent=2))
+    else:
+        print(format_plan(config, plan, state))
+    if problem is not None:
+        raise problem
+    return 0
+
+
+def _snr(options: argparse.Namespace) -> int:
+    files = [word for word in options.yamls if '=' not in word]
+    overrides = [*(word for word in options.yamls if '=' in word), *options.overrides]
+    if not files:
+        raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
+    with importing():
+        from tread_composer.config import load_config
+        from tread_composer.run.snr import draw_snr, format_snr, make_snr
+
+    curves = [make_snr(load_config(file, overrides), options.std) for file in files]
+    draw_snr(curves, options.out)
+    print(format_snr(curves, options.out))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if len(options.runs) < 2:
+        raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
+    with importing():
+        from tread_composer.compare import compare, format_comparison, open_run, write_comparison
+
+    comparison = compare([open_run(run) for run in options.runs], options.metric)
+    metric = ['--metric', *options.metric] if options.metric else []
+    words = ['compare', *options.runs, *metric, '--out', options.out]
+    files = write_comparison(comparison, options.out, f'python -m tread_composer {shlex.join(words)}')
+    print(format_comparison(comparison))
+    print('\n'.join(['', *(f'written: {file}' for file in files)]))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.allow_inexact and options.weights in ('ema', 'raw'):
+        raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {options.weights}; leave it out')
+    with importing():
+        from tread_composer.weights.export import export, export_in_words
+
+    how = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
+    done = export(options.path, options.out, **how)
+    print(export_in_words(done))
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.weights.export import export_in_words
+        from tread_composer.weights.foreign import Said, import_weights
+
+    names = (
+        'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
+        'route', 'batch',
+    )  # fmt: skip
+    said = Said(**{name: getattr(options, name) for name in names})
+    how = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
+    done = import_weights(options.path, options.out, said, **how)
+    print(export_in_words(done))
+    print(f'layout    {done["layout"]}')
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.cli.sample import request_of
+
+    request = request_of(options)
+    with importing():
+        from tread_composer.sample.generate import generate
+
+    generate(request, log=functools.partial(print, flush=True))
+    return 0
+
+
+def _prefetch(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.metrics.inception import check_weights, describe_weights, download_weights
+
+    if options.check:
+        check_weights(options.check)
+        print(f'{options.check}: is the published file')
+    elif options.allow_download:
+        print(f'{download_weights()}: is there, and its hash is right')
+    else:
+        print(describe_weights())
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _refused(error: UserError) -> int:
+    if global_rank() == 0:
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+    else:
+        # The launcher stops all ranks as soon as one of them ends, and rank 0 must have printed before. It is stopped
+        # within this wait; if not, rank 0 was not refused, and this rank ends the run.
+        time.sleep(_PATIENCE)
+        print(f'rank {global_rank()}: {error}', file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,6 +1,0 @@
-"""Weights of other projects, brought into the form and the conventions of this one; nowhere else are they converted."""
-
-from tread_composer.importing.command import Said, import_weights, read_class_names
-from tread_composer.importing.files import LAYOUTS
-
-__all__ = ['LAYOUTS', 'Said', 'import_weights', 'read_class_names']

@@ -1,0 +1,277 @@
+"""The checkpoints in the folder of a run: which is the newest whole one, and what a killed write left behind.
+
+A checkpoint is a file of ``torch.save`` or, sharded, a folder with files of each rank. Both are written under a name
+that begins with ``UNFINISHED`` and renamed when every byte is on the disk, so under its own name a checkpoint is whole
+unless the disk itself has changed it. Checksums show that: a file carries those of ``torch.save``, one for each tensor
+(all zip archives have them, so those of earlier versions are checked too); a folder has them in ``DIGESTS``.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tread_composer.core.errors import UserError
+from tread_composer.io.files import UNFINISHED
+
+__all__ = [
+    'DIGESTS',
+    'check_whole',
+    'checkpoints_in',
+    'damage',
+    'file_digests',
+    'find_checkpoint',
+    'newest_whole',
+    'point_to',
+    'publish',
+    'remove',
+    'remove_unfinished',
+    'set_aside',
+    'synced',
+    'write_digests',
+]
+
+DIGESTS = 'digests.json'
+"""In the folder of a sharded checkpoint: size and sha256 of each of its files."""
+
+_ASIDE = ('.damaged', '.replaced')
+_ANY_NAME = (re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:\D.*)?'),)
+_LATEST = 'latest-rank0.pt'
+_CHUNK = 2**22
+_DIRECTORY = 0x10  # torch's reader leaves the memory of an entry with this attribute unfilled, without a word
+
+
+def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    """The newest whole checkpoint of a run that is one file; damaged ones are passed over with a line on stderr.
+
+    Only reads: it is ``WholeCheckpointSaver`` that sets damaged ones aside, when the run itself starts again.
+
+    Raises:
+        UserError: There is none, all are damaged, or the newest is sharded.
+    """
+    folder = Path(folder)
+    newest, damaged = newest_whole(folder)
+    for path, reason in damaged.items():
+        print(f'{path}: passed over, it is damaged: {reason}', file=sys.stderr)
+    if newest is not None and newest.is_dir():
+        raise UserError(
+            f'{newest}: a sharded checkpoint, a folder with files of each rank, which only training under FSDP reads. '
+            f'Make one file of it, and give that: python -m torch.distributed.checkpoint.format_utils dcp_to_torch '
+            f'{newest} {folder / "whole-rank0.pt"} (a run with parallelism_config.fsdp.state_dict_type=full saves one)'
+        )
+    if newest is not None:
+        return newest
+    if damaged:
+        lines = '\n'.join(f'  {path.name}: {reason}' for path, reason in damaged.items())
+        raise UserError(f'{folder}: each checkpoint in it is damaged. Was it copied to its end?\n{lines}')
+    raise UserError(
+        f'{folder}: holds no checkpoint (latest-rank0.pt or ep*-ba*-rank0.pt); the run has not saved one yet, or this '
+        f'is not the folder of a run. Give the folder with config.yaml, a checkpoint, or an exported .safetensors'
+    )
+
+
+def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and the damaged ones that are newer, each with what is wrong with it.
+
+    Args:
+        folder: Of a run; it may be missing.
+        names: What the name of a checkpoint, without ``.pt``, may match; each with a group ``batch``.
+    """
+    damaged: dict[Path, str] = {}
+    for path in checkpoints_in(folder, names):
+        reason = damage(path)
+        if reason is None:
+            return path, damaged
+        if path.exists():  # a run that goes on meanwhile removes its oldest
+            damaged[path] = reason
+    return None, damaged
+
+
+def checkpoints_in(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME, after: int = -1) -> list[Path]:
+    """Checkpoints of batches later than ``after``, by the batch in their name, the newest first, whole or not.
+
+    A ``latest-rank0.pt`` that is no link to one of them comes before all: it was copied without the file it named.
+    """
+    entries: list[tuple[float, bool, Path]] = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = path.stem if path.suffix == '.pt' else path.name
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+        if path.name.startswith('.') or path.name.endswith(_ASIDE) or not path.exists():
+            continue
+        if path.name == _LATEST and not (path.is_symlink() and path.resolve().parent == folder.resolve()):
+            entries.append((float('inf'), path.is_file(), path))
+        elif match and (path.is_file() if path.suffix == '.pt' else _is_sharded(path)):
+            entries.append((int(match['batch']), path.is_file(), path))
+    return [path for batch, _, path in sorted(entries, reverse=True) if batch > after]
+
+
+def _is_sharded(path: Path) -> bool:
+    return path.is_dir() and ((path / '.metadata').exists() or any(path.glob('*.distcp')))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every byte is as it was written.
+
+    Reads all of it: half a second of computing for each gigabyte, and what the disk takes.
+
+    Raises:
+        UserError: It may not be read.
+    """
+    try:
+        return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
+    except PermissionError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}; make it readable for this user') from None
+    except Exception as error:  # changed bytes make the readers of an archive raise nearly anything
+        return f'it cannot be read ({str(error) or type(error).__name__})'
+
+
+def check_whole(path: Path) -> Path:
+    """The path itself, if the checkpoint there is whole.
+
+    Raises:
+        UserError: It is damaged, or no checkpoint.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise UserError(f'{path}: damaged, or no checkpoint: {reason}. Was it copied to its end?')
+    return path
+
+
+def _damage_of_file(path: Path) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return f'it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes)'
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith('/data.pkl') for name in archive.namelist()):
+            return 'it is an archive, but none of torch.save'
+        # Entry by entry: `testzip` goes by name, and a changed name can be that of a neighbour, which it reads twice.
+        for entry in archive.infolist():
+            if entry.external_attr & _DIRECTORY:
+                return f'bytes have changed since it was written ({entry.filename} says that it is a folder)'
+            try:
+                with archive.open(entry) as part:
+                    while part.read(_CHUNK):
+                        pass
+            except zipfile.BadZipFile as error:
+                return f'bytes have changed since it was written ({error})'
+    with contextlib.suppress(pickle.UnpicklingError):  # whole, but it holds what only Composer reads
+        # Bytes between the parts have no checksum, and torch is stricter about them. Mapped: no tensor is read again.
+        torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    return None
+
+
+def _damage_of_folder(path: Path) -> str | None:
+    # torch's writer renames it into place last, when each rank has written its files.
+    if not (path / '.metadata').is_file():
+        return 'it has no .metadata: not all ranks have written their files'
+    if not (path / DIGESTS).exists():  # saved before these were written: that it is complete is all that can be seen
+        return None
+    digests = json.loads((path / DIGESTS).read_text())
+    present = file_digests(path, [name for name in digests if (path / name).is_file()])
+    different = sorted(name for name in digests if digests[name] != present.get(name))
+    return f'{different[0]} is missing or has changed since it was written' if different else None
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """``'<bytes>:sha256:...'`` of files in a folder; four at once, as hashing leaves the interpreter free."""
+    names = list(names)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: _file_digest(folder / name), names), strict=True))
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for piece in iter(lambda: file.read(_CHUNK), b''):
+            digest.update(piece)
+    return f'{path.stat().st_size}:sha256:{digest.hexdigest()}'
+
+
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``DIGESTS`` into the folder of a sharded checkpoint that is still unfinished."""
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True))
+    synced(folder / DIGESTS)
+    synced(folder)
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
+
+    Raises:
+        OSError: They cannot be written there.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a checkpoint, of which every byte is on the disk, its name.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    if path.is_dir():  # only with save_overwrite: a folder cannot take the place of a full one
+        remove(path)
+    os.replace(unfinished, path)
+    synced(path.parent)
+
+
+def point_to(link: Path, path: Path) -> None:
+    """Make ``link`` name a checkpoint beside it, in one step: there is no moment without a latest checkpoint.
+
+    Raises:
+        OSError: It cannot be written, for example because a folder has its name.
+    """
+    if link.is_symlink() and os.readlink(link) == os.path.relpath(path, link.parent):
+        return
+    beside = link.with_name(f'{UNFINISHED}{link.name}')
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(os.path.relpath(path, link.parent))
+    os.replace(beside, link)
+    synced(link.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a folder loses its name first, so that half of one never looks like a checkpoint."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    leaving = path.with_name(f'{UNFINISHED}{path.name}-removed')
+    os.replace(path, leaving)
+    shutil.rmtree(leaving)
+
+
+def set_aside(path: Path, ending: Literal['.damaged', '.replaced'] = '.damaged') -> Path:
+    """Rename a checkpoint so that it is none any more, and return its new name. It is not deleted."""
+    # The same batch may be set aside twice.
+    names = (path.with_name(f'{path.name}{number}{ending}') for number in ('', *(f'.{n}' for n in range(2, 10_000))))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.replace(path, aside)
+    return aside
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Delete what writes that were killed left anywhere in the folder of a run, and say what that was.
+
+    Only while nobody else writes there: also the file that a running process is at has such a name.
+    """
+    leftovers = sorted(folder.rglob(f'{UNFINISHED}*'))
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # gone already with a folder that is one itself
+    return leftovers

@@ -1,0 +1,61 @@
+"""The device of a rank, and torch set up for it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from tread_composer.core.errors import UserError
+
+__all__ = ['available_cores', 'choose_device', 'machine_for']
+
+
+def choose_device(name: str | None, local_rank: int) -> torch.device:
+    """The rank's own GPU, or the CPU.
+
+    Args:
+        name: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
+        local_rank: Of this process on its node.
+
+    Raises:
+        UserError: More ranks than GPUs, or no GPU where one is asked for.
+    """
+    count = torch.cuda.device_count()
+    if name == 'cpu' or (name is None and count == 0):
+        return torch.device('cpu')
+    if local_rank >= count:
+        raise UserError(
+            f'rank {local_rank} of this machine finds no GPU for itself, there are {count}: start as many ranks as '
+            f'there are GPUs (composer -n {max(count, 1)} ...), or take --device cpu'
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
+
+
+@contextlib.contextmanager
+def machine_for(device: torch.device, workers: int, ranks_here: int) -> Iterator[None]:
+    """Set up torch so that fp32 means float32 and the encoder leaves cores to the decoders; restores it.
+
+    Args:
+        device: Of the encoder.
+        workers: Decoding processes of this rank.
+        ranks_here: Ranks that share this machine.
+    """
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    # By default cuDNN rounds the inputs of float32 convolutions to the 10 bits of TF32, on GPUs that have it.
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        # One thread for each core that no worker keeps busy. With more, a convolution waits for the one thread that
+        # shares its core with a decoder.
+        torch.set_num_threads(max(1, available_cores() // ranks_here - workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -1,0 +1,109 @@
+"""Files that are whole or absent, also after a crash: what every promise of going on with the same command rests on."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tread_composer.core.errors import UserError
+
+__all__ = [
+    'UNFINISHED',
+    'full_disk_in_words',
+    'read_json',
+    'replace',
+    'to_disk',
+    'whole_file',
+    'write_atomically',
+    'write_json',
+]
+
+
+UNFINISHED = '.unfinished-'
+"""How the name of a file begins while it is being written. What a killed process left under such a name in the folder
+of a run is removed when the run starts again."""
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a name to write under; behind the block its content replaces ``path`` in one step, durably.
+
+    After a crash the old file or the new one is there, never half. If the block raises, nothing is left of it.
+
+    Raises:
+        OSError: The file cannot be written; what was there is unchanged.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f'{UNFINISHED}{path.name}.', dir=path.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        os.chmod(unfinished, 0o644)  # mkstemp hides it from the other users of a shared folder
+        replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` as a ``whole_file``; makes the folder if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write as a ``whole_file``, into a folder that exists."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+
+
+def read_json(path: Path) -> Any:
+    """A file that ``write_json`` wrote.
+
+    Raises:
+        UserError: It is not one, so somebody else has been at work.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f'{path}: not written by this program ({error}); move {path.parent} away') from error
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place, on the disk and not only in the page cache."""
+    to_disk(temporary)
+    os.replace(temporary, path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def full_disk_in_words(place: Path) -> Iterator[None]:
+    """A full or read-only disk is for the user to put right, not a fault of the program.
+
+    Raises:
+        UserError: In place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f'{place}: cannot be written ({error}). What is finished is kept: make room or give leave, then run the '
+            f'same command again'
+        ) from error

@@ -1,0 +1,103 @@
+"""Several processes of one conversion: who they are, agreeing on refusals, waiting for each other.
+
+They exchange a few Python objects and no tensors, so the process group is gloo whatever encodes; without a launcher
+there is none.
+"""
+
+import datetime
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from tread_composer.core.errors import UserError
+
+__all__ = ['Ranks']
+
+Result = TypeVar('Result')
+
+# Ranks finish hours apart: their numbers of parts differ by one, a GPU may be slower, and reading the list of images of
+# a large source (which the first rank does alone) can take long, too. A rank that dies is noticed at once all the same:
+# its connections break, and the launcher stops the others of its node. So the limit only has to be longer than a job.
+_TIMEOUT = datetime.timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that the ``composer`` launcher started, or the only one.
+
+    Args:
+        rank: Of this process, over all nodes.
+        world: How many there are.
+        local_rank: On this node.
+        local_world: On this node.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @classmethod
+    def start(cls) -> 'Ranks':
+        """Join the others."""
+        names = {'rank': 'RANK', 'world': 'WORLD_SIZE', 'local_rank': 'LOCAL_RANK', 'local_world': 'LOCAL_WORLD_SIZE'}
+        found = cls(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
+        if found.world > 1 and not dist.is_initialized():
+            # What composer.utils.dist.initialize_dist('cpu') does, without importing all of Composer on every rank.
+            dist.init_process_group('gloo', timeout=_TIMEOUT)
+        return found
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one plans, reports and merges."""
+        return self.rank == 0
+
+    def agreed(self, step: Callable[[], Result]) -> Result:
+        """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
+
+        Otherwise one rank would leave while the others wait for it.
+
+        Raises:
+            UserError: Of this rank or another.
+        """
+        if self.world == 1:
+            return step()
+        result, problem = None, None
+        try:
+            result = step()
+        except UserError as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self.world
+        dist.all_gather_object(problems, problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
+        return result  # type: ignore[return-value]
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on all ranks."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+        """Return when every rank has come here.
+
+        Args:
+            meanwhile: Called every now and then; may raise, to end the waiting.
+        """
+        if self.world == 1:
+            return
+        # A plain barrier waits in C++, deaf to what another rank has written about its failure.
+        work = dist.barrier(async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            meanwhile()
+            time.sleep(0.2)
+        work.wait()  # raises if a connection broke

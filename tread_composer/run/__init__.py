@@ -1,0 +1,1 @@
+"""A run from its configuration: training, the plan of it, what it trains on."""

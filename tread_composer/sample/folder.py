@@ -1,0 +1,174 @@
+"""The folder that ``sample`` writes: whose it is, the lock, finished parts, and what stands beside the images.
+
+``samples.json`` says what the images are made with. While there is work to do, ``.samples`` holds finished parts: a few
+images each, as bytes. An image in one of them is never drawn again.
+Legend: B images of a part, H x W pixels, C channels.
+"""
+
+import fcntl
+import io
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.io.files import read_json, write_atomically, write_json
+
+__all__ = ['IMAGES', 'PART_SIZE', 'RECORD', 'SamplesFolder']
+
+RECORD, IMAGES = 'samples.json', 'images'
+PART_SIZE = 16
+"""Images that are finished, or after an interruption drawn anew, together. Not the batch, which may change."""
+
+_LOCK, _SCRATCH = '.lock', '.samples'
+
+
+class SamplesFolder:
+    """A folder of images; a context manager that holds its lock.
+
+    The lock is the kernel's (flock): it is gone as soon as its holder is, however that ends.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: On entering: it holds something else, or another process is writing it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.scratch = path, path / _SCRATCH
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> 'SamplesFolder':
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f'--out {self.path}: is a file; give a folder')
+        own = {RECORD, _LOCK, _SCRATCH}
+        foreign = sorted(one.name for one in self.path.iterdir() if one.name not in own) if self.path.is_dir() else []
+        if foreign and not (self.path / RECORD).exists():
+            raise UserError(
+                f'--out {self.path}: holds {", ".join(foreign[:5])}, which no run of sample wrote; choose a folder '
+                'that is empty or does not exist yet'
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise UserError(f'--out {self.path}: cannot be written: {error}') from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+        if not any(self.path.iterdir()):
+            self.path.rmdir()  # refused before anything was written
+
+    def begin(self, made_with: dict[str, Any], about: dict[str, Any]) -> bool:
+        """Make the folder that of these images, or see that it is.
+
+        Args:
+            made_with: What decides the images and their files.
+            about: What else is worth knowing of them.
+
+        Returns:
+            Whether all is finished already.
+
+        Raises:
+            ResumeError: It holds images that were made with something else; lists the differences.
+            UserError: It is finished, but something of it is gone.
+        """
+        path = self.path / RECORD
+        if path.exists():
+            saved = read_json(path)
+            if not isinstance(saved, dict) or 'made_with' not in saved:
+                raise UserError(f'{path}: not written by sample; choose another folder')
+            if saved['made_with'] != made_with:
+                raise ResumeError.from_differences(
+                    str(path), saved['made_with'], made_with, 'Sample with the same settings, or choose another --out.'
+                )
+            if saved['complete']:
+                self._check_complete(made_with)
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                return True
+        else:
+            write_json(path, {'version': 1, 'complete': False, 'made_with': made_with, **about})
+        self.scratch.mkdir(exist_ok=True)
+        for unfinished in (*self.scratch.glob('.part-*'), *(self.path / IMAGES).glob('.*')):
+            unfinished.unlink(missing_ok=True)
+        return False
+
+    def finish(self) -> None:
+        """All is there: say so, and remove the parts."""
+        path = self.path / RECORD
+        write_json(path, {**read_json(path), 'complete': True})
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def undone(self, count: int) -> list[int]:
+        """Numbers of the parts of ``count`` images that are not finished."""
+        return [part for part in range(-(-count // PART_SIZE)) if not self._part(part).exists()]
+
+    def write_part(self, part: int, images_BHWC: np.ndarray) -> None:
+        """Keep a part's images."""
+        content = io.BytesIO()
+        np.save(content, images_BHWC, allow_pickle=False)
+        write_atomically(self._part(part), content.getvalue())
+
+    def read_part(self, part: int) -> np.ndarray:
+        """A finished part's images, uint8 ``[B, H, W, C]``.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        path = self._part(part)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f'{path}: damaged ({error}); remove it and run the same command again') from error
+
+    def _part(self, part: int) -> Path:
+        return self.scratch / f'part-{part:06d}.npy'
+
+    def _check_complete(self, made_with: dict[str, Any]) -> None:
+        places = {'png': IMAGES, 'npz': 'samples.npz', 'mds': 'mds/index.json'}
+        missing = [places[name] for name in made_with['formats'] if not (self.path / places[name]).exists()]
+        if 'png' in made_with['formats'] and not missing:
+            there = sum(1 for _ in (self.path / IMAGES).glob('*.png'))
+            missing = [] if there == made_with['num_samples'] else [f'images of {IMAGES} ({there} are there)']
+        if missing:
+            raise UserError(
+                f'{self.path}: was finished, but {", ".join(missing)} is no longer complete; choose another --out, or '
+                f'remove the folder to draw all images again'
+            )
+
+    def _lock(self) -> None:
+        path = self.path / _LOCK
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.read(descriptor, 1000).decode(errors='replace').strip() or 'unknown'
+                os.close(descriptor)
+                raise UserError(
+                    f'--out {self.path}: is being written by another process ({holder}); wait for it, or stop it'
+                ) from error
+            if _same_file(descriptor, path):  # else the last holder has just removed it
+                break
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
+        self._descriptor = descriptor
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        now = os.stat(path)
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(descriptor)
+    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)

@@ -1,0 +1,152 @@
+"""What ``sample`` was asked for, and which labels and seeds that makes."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tread_composer.core.errors import UserError
+from tread_composer.samplers import SamplingSettings
+
+__all__ = ['DECODE_DTYPES', 'FORMATS', 'Draws', 'SamplesRequest', 'check_overrides', 'draws_of']
+
+FORMATS = ('png', 'npz', 'mds')
+DECODE_DTYPES = ('float32', 'bfloat16')
+_COUNT = 64  # images, if nobody says how many
+
+
+@dataclass(frozen=True)
+class SamplesRequest:
+    """One call of ``sample``.
+
+    Args:
+        path: Run folder, checkpoint or exported file.
+        out: Folder of the images.
+        weights: ``'ema'`` or ``'raw'``.
+        sampling: How to draw.
+        weak: The second network for guidance ``'auto'`` and ``'sparse'``, as ``path``.
+        weak_weights: Which weights of it.
+        classes: Classes to draw, all if None. Image i is of class ``classes[i % len(classes)]``.
+        per_class: Images of each class.
+        count: Images in all, instead.
+        labels_file: A text file with one label for each image, instead of all three.
+        seed: Image i has the seed ``seed + i``.
+        formats: Of ``FORMATS``.
+        batch_size: Images drawn together; no image depends on it, up to rounding.
+        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
+        decode_dtype: What the autoencoder computes in.
+        overrides: Settings of the run's configuration that are otherwise now: of the autoencoder, and
+            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
+
+    Raises:
+        UserError: Values that exclude each other or are out of range.
+    """
+
+    path: str
+    out: Path
+    weights: str = 'ema'
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    weak: str | None = None
+    weak_weights: str = 'ema'
+    classes: tuple[int, ...] | None = None
+    per_class: int | None = None
+    count: int | None = None
+    labels_file: str | None = None
+    seed: int = 0
+    formats: tuple[str, ...] = ('png',)
+    batch_size: int = 64
+    device: str | None = None
+    decode_dtype: str = 'float32'
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
+        if len(given) > 1 or (self.labels_file is not None and self.classes is not None):
+            both = ', '.join(f'--{name.replace("_", "-")}' for name in (*given, *(['classes'] if self.classes else [])))
+            raise UserError(f'{both}: each of them says how many images of which class there are; give one')
+        for name in ('per_class', 'count', 'batch_size'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f'--{name.replace("_", "-")}: {value} must be at least 1')
+        if self.seed < 0:
+            raise UserError(f'--seed: {self.seed} must not be negative')
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise UserError(f'--format: {", ".join(unknown) or "none"}; choose of {", ".join(FORMATS)}')
+        if self.decode_dtype not in DECODE_DTYPES:
+            raise UserError(f'--decode-dtype: {self.decode_dtype!r}; choose of {", ".join(DECODE_DTYPES)}')
+        check_overrides(self.overrides)
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse settings that would make a trained model another one.
+
+    Raises:
+        UserError: A setting is not one of the autoencoder.
+    """
+    foreign = [name for name in overrides if not name.startswith('autoencoder') and name != 'model.attention']
+    if foreign:
+        raise UserError(
+            f'{", ".join(foreign)}: a trained model is sampled as it was trained; only the autoencoder can be another '
+            'one, for example autoencoder.path=/data/vae, and model.attention computed otherwise'
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Labels and seeds of all images, and by which rule.
+
+    Attributes:
+        labels: One for each image.
+        first_seed: Image i has the seed ``first_seed + i``.
+        rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
+            ``'classes'``: some in turn; ``'file'``; ``'none'`` without classes.
+    """
+
+    labels: tuple[int, ...]
+    first_seed: int
+    rule: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the labels, in order."""
+        return f'sha256:{hashlib.sha256(" ".join(map(str, self.labels)).encode()).hexdigest()}'
+
+    def seed(self, index: int) -> int:
+        """Of image ``index``."""
+        return self.first_seed + index
+
+
+def draws_of(request: SamplesRequest, num_classes: int) -> Draws:
+    """The labels that are asked for, of a model with so many classes.
+
+    Raises:
+        UserError: A label is no class of the model, or the file of labels cannot be read.
+    """
+    if request.labels_file is not None:
+        labels, rule = _read_labels(request.labels_file), 'file'
+    else:
+        classes = request.classes or tuple(range(num_classes)) or (0,)
+        count = request.count or (request.per_class or 0) * len(classes) or _COUNT
+        labels = tuple(classes[index % len(classes)] for index in range(count))
+        rule = 'in turn' if num_classes and count % num_classes else 'balanced'
+        rule = 'none' if not num_classes else 'classes' if request.classes is not None else rule
+    wrong = sorted({label for label in labels if not 0 <= label <= num_classes})
+    if wrong:
+        allowed = f'0 to {num_classes - 1}, or {num_classes} for no class' if num_classes else '0, it has no classes'
+        raise UserError(f'labels {wrong[:5]}: this model knows {allowed}')
+    return Draws(labels, request.seed, rule)
+
+
+def _read_labels(name: str) -> tuple[int, ...]:
+    try:
+        words = Path(name).read_text(encoding='utf-8').split()
+        labels = tuple(int(word) for word in words)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'--labels-file {name}: must be a text file of whole numbers, one for each image: {error}'
+        ) from error
+    if not labels:
+        raise UserError(f'--labels-file {name}: holds no labels')
+    return labels

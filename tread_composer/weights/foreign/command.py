@@ -1,0 +1,188 @@
+"""``python -m tread_composer import``: published weights as one of our exported files.
+
+A file of weights says little of itself; what it cannot say is asked of the user, by name and with the reason.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tread_composer.config import Config, restore_config
+from tread_composer.core.errors import UserError
+from tread_composer.data.facts import LatentFacts
+from tread_composer.weights.export import write_with_cost
+from tread_composer.weights.exported import Exported
+from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
+from tread_composer.weights.foreign.files import LAYOUTS, layout_of, read_weights
+
+__all__ = ['Said', 'import_weights', 'read_class_names']
+
+_OBJECTIVES = {
+    'edm': {'name': 'edm'},
+    'flow_matching': {'name': 'flow_matching'},
+}
+_KNOWN_OBJECTIVES: dict[str, dict[str, Any]] = {
+    'sit': {'name': 'flow_matching', 'time_distribution': {'name': 'uniform'}},
+    'maskdit': {'name': 'edm'},
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the user says of a file, because the file does not.
+
+    Attributes:
+        autoencoder: ``'pixels'``, a folder, a hub id or a file; what the weights' latents are of.
+        latent_scale: The factor on raw latents that the network was trained with: 0.18215 in all four projects.
+        class_names: A file with one name a line or a JSON list, or ``'numbers'``.
+        latent_shift: What was subtracted from the raw latents before.
+        autoencoder_hash: ``'sha256:...'`` of the autoencoder, if decoding with another is to be refused.
+        objective: ``'edm'`` or ``'flow_matching'``, for files of CompVis/tread, which trains both.
+        num_heads: For other than published sizes.
+        route: ``(start, end, selection_rate)`` that the weights were trained with.
+        batch: Batches that they were trained on.
+    """
+
+    autoencoder: str | None = None
+    latent_scale: float | None = None
+    class_names: str | None = None
+    latent_shift: float = 0.0
+    autoencoder_hash: str | None = None
+    objective: str | None = None
+    num_heads: int | None = None
+    route: tuple[int, int, float] | None = None
+    batch: int = 0
+
+
+def import_weights(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    said: Said,
+    *,
+    layout: str = 'auto',
+    weights: str = 'ema',
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Convert a file of DiT, SiT, CompVis/tread or MaskDiT to one that ``load_trained`` reads.
+
+    Names, the label table, the sign and the direction of time are converted, so that the network predicts what
+    this project's objectives expect. SiT's files are taken for those of its linear path and velocity.
+
+    Args:
+        path: ``.pt`` or ``.safetensors``.
+        out: The file to write, ``.safetensors``.
+        said: What the file does not say.
+        layout: ``'dit'``, ``'sit'``, ``'tread'``, ``'maskdit'``, or ``'auto'`` where the file shows it.
+        weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
+        overwrite: Replace a file that is there.
+
+    Returns:
+        As ``exporting.export``, and the ``layout``.
+
+    Raises:
+        UserError: Something is missing or contradicts the file.
+    """
+    if layout not in (*LAYOUTS, 'auto') or weights not in ('ema', 'raw'):
+        raise UserError(f'layout {layout!r} or weights {weights!r} unknown; layouts: {", ".join(LAYOUTS)}, auto')
+    source = str(path)
+    tensors, container = read_weights(path, weights)
+    layout = layout_of(layout, tensors, container, source)
+    _ask_for_missing(said, layout)
+    sizes = sizes_of(tensors, layout, said.num_heads, source)
+    facts = LatentFacts(
+        channels=sizes.in_channels,
+        latent_height=sizes.latent_size,
+        latent_width=sizes.latent_size,
+        num_classes=sizes.num_classes,
+        class_names=read_class_names(str(said.class_names), sizes.num_classes),
+        autoencoder=None if said.autoencoder == 'pixels' else said.autoencoder,
+        autoencoder_hash=said.autoencoder_hash,
+    )
+    exported = Exported(
+        tensors=converted(tensors, layout, sizes),
+        config=_config(Path(path).stem, layout, sizes, said),
+        data=facts,
+        weights=weights,
+        batch=said.batch,
+        origin=f'imported from {Path(path).name} in the layout of {layout}; of the configuration only model, '
+        'objective, latent_scale, latent_shift, autoencoder and algorithms are known, the rest are placeholders',
+    )
+    return {**write_with_cost(exported, source, out, overwrite), 'layout': layout}
+
+
+def _ask_for_missing(said: Said, layout: str) -> None:
+    wanted = {
+        '--autoencoder': (said.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
+        '--latent-scale': (said.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'),
+        '--class-names': (said.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
+    }
+    if layout == 'tread':
+        text = f'CompVis/tread trains both and saves them alike: {" or ".join(_OBJECTIVES)}'
+        wanted['--objective'] = (said.objective, text)
+    lines = [f'  {option}: {reason}' for option, (value, reason) in wanted.items() if value is None]
+    if lines:
+        raise UserError('\n'.join(['import: the file does not say what sampling needs to know; give', *lines]))
+    if layout == 'tread' and said.objective not in _OBJECTIVES:
+        raise UserError(f'--objective {said.objective}: CompVis/tread has {" and ".join(_OBJECTIVES)}')
+    if layout != 'tread' and said.objective is not None:
+        raise UserError(f'--objective {said.objective}: the layout {layout} has decided that; leave it away')
+    if layout == 'maskdit' and said.route is not None:
+        raise UserError('--route: MaskDiT masks tokens and routes none; leave it away')
+
+
+def read_class_names(said: str, num_classes: int) -> tuple[str, ...]:
+    """Names from a file with one a line or a JSON list, or the numbers of the classes for ``'numbers'``.
+
+    Raises:
+        UserError: The file cannot be read, or has another number of names.
+    """
+    if said == 'numbers':
+        return tuple(str(number) for number in range(num_classes))
+    try:
+        text = Path(said).read_text(encoding='utf-8')
+        names = json.loads(text) if said.endswith('.json') else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f'--class-names {said}: cannot be read: {error}') from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'--class-names {said}: holds no list of texts; give one name a class, in the order of labels')
+    if len(names) != num_classes:
+        raise UserError(
+            f'--class-names {said}: {len(names)} names for the {num_classes} classes that the label table shows (its '
+            f'last row is the null label)'
+        )
+    return tuple(names)
+
+
+def _config(name: str, layout: str, sizes: Sizes, said: Said) -> Config:
+    """A configuration of the network and its conventions. What training would need and nobody has said is nominal."""
+    model = {
+        key: getattr(sizes, key)
+        for key in ('patch_size', 'hidden_size', 'depth', 'num_heads', 'mlp_ratio', 'learn_sigma')
+    }  # fmt: skip
+    if layout == 'sit':
+        model['learn_sigma'] = False  # its forward gives the first half of the channels alone
+    objective = _KNOWN_OBJECTIVES.get(layout) or _OBJECTIVES.get(str(said.objective))
+    algorithms: dict[str, Any] = {}
+    if sizes.decoder is not None:
+        algorithms['maskdit'] = {f'decoder_{key}': value for key, value in sizes.decoder.items()}
+    if said.route is not None:
+        algorithms['tread'] = dict(zip(('start', 'end', 'selection_rate'), said.route, strict=True))
+    autoencoder = {'name': 'pixels'} if said.autoencoder == 'pixels' else {'name': 'kl', 'path': said.autoencoder}
+    shape = {'channels': sizes.in_channels, 'latent_size': sizes.latent_size, 'num_classes': sizes.num_classes}
+    tree = {
+        'run_name': name,
+        'max_duration': '1ba',
+        'global_train_batch_size': 1,
+        'global_eval_batch_size': 1,
+        'data': {'name': 'latents', 'local': 'unknown', **shape},
+        'autoencoder': autoencoder,
+        'model': {'name': 'dit', **model},
+        'objective': objective or {'name': 'ddpm', 'learned_variance': sizes.learn_sigma},
+        'latent_scale': said.latent_scale,
+        'latent_shift': said.latent_shift,
+        'optimizer': {'name': 'adamw', 'lr': 0.0},
+        'algorithms': algorithms,
+    }
+    return restore_config(tree, source='import')

@@ -1,0 +1,199 @@
+"""Tensors of other projects to those of our network: other names, other orders, other meanings of time.
+
+Shapes: D width, E width of MaskDiT's decoder, N tokens, C latent channels, p patch size, K classes.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.core.errors import UserError
+from tread_composer.models import DiT, without_sigma
+from tread_composer.models.layers import sincos_positions
+
+__all__ = ['Sizes', 'converted', 'sizes_of']
+
+_POSITION_TOLERANCE = 1e-4  # of sines and cosines: other ways to compute them differ by 1e-6, another table by 1
+_MAX_PERIOD = 10000.0
+_TIME_WEIGHT = 't_embedder.mlp.0.weight'
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the tensors say of the network.
+
+    ``decoder`` are the sizes of MaskDiT's; None elsewhere.
+    """
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    in_channels: int
+    latent_size: int
+    num_classes: int
+    mlp_ratio: float
+    learn_sigma: bool
+    decoder: Mapping[str, int] | None = None
+
+
+def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, path: str) -> Sizes:
+    """Read the sizes off the tensors, and check the positions.
+
+    Args:
+        tensors: Under the names of the layout.
+        layout: One of ``LAYOUTS``.
+        num_heads: What no tensor shows; None for the published sizes.
+        path: What to call the file in messages.
+
+    Raises:
+        UserError: A tensor is missing or contradicts the others, or the positions are not the fixed ones.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f'{path}: {name!r} is missing, so these are not the weights of a {layout} network')
+        return tuple(tensors[name].shape)
+
+    patch_weight, table = shape('x_embedder.proj.weight'), shape('y_embedder.embedding_table.weight')
+    if len(patch_weight) != 4 or len(table) != 2:
+        raise UserError(f'{path}: the patch embedding {list(patch_weight)} or the label table {list(table)} is flat')
+    hidden_size, in_channels, patch_size, _ = patch_weight
+    depth = 1 + max((int(found[1]) for name in tensors if (found := re.match(r'blocks\.(\d+)\.', name))), default=-1)
+    mlp_ratio = shape('blocks.0.mlp.fc1.weight')[0] / hidden_size
+    if table[0 if layout == 'maskdit' else 1] != hidden_size:
+        raise UserError(
+            f'{path}: the label table is {list(table)} for a width of {hidden_size}; {layout} has '
+            f'{"[width, classes]" if layout == "maskdit" else "[classes + 1, width]"}. Is it of another layout?'
+        )
+    rows, one = shape('final_layer.linear.weight')[0], patch_size**2 * in_channels
+    allowed = (one,) if layout in ('tread', 'maskdit') else (one, 2 * one)
+    if rows not in allowed:
+        raise UserError(
+            f'{path}: the head has {rows} rows; a {layout} network with {in_channels} channels and patches of '
+            f'{patch_size} has {" or ".join(map(str, allowed))}'
+        )
+    sizes = Sizes(
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=_heads(hidden_size, depth, num_heads, path),
+        patch_size=patch_size,
+        in_channels=in_channels,
+        latent_size=patch_size * _grid(tensors, shape('pos_embed'), 'pos_embed', path),
+        num_classes=table[1] if layout == 'maskdit' else table[0] - 1,
+        mlp_ratio=mlp_ratio,
+        learn_sigma=rows != one,
+    )
+    if layout != 'maskdit':
+        return sizes
+    _grid(tensors, shape('decoder_pos_embed'), 'decoder_pos_embed', path)
+    blocks = {found[1] for name in tensors if (found := re.match(r'decoder_blocks\.(\d+)\.', name))}
+    decoder = {'depth': len(blocks), 'hidden_size': shape('decoder_pos_embed')[2], 'num_heads': 16}
+    return dataclasses.replace(sizes, decoder=decoder)
+
+
+def _heads(hidden_size: int, depth: int, num_heads: int | None, path: str) -> int:
+    """The number of heads is in no tensor; published sizes have published numbers."""
+    published = {
+        size['num_heads']
+        for size in DiT.presets.values()
+        if (size['hidden_size'], size['depth']) == (hidden_size, depth)
+    }  # fmt: skip
+    if num_heads is not None:
+        if hidden_size % num_heads:
+            raise UserError(f'--num-heads {num_heads}: does not divide the width {hidden_size} of {path}')
+        return num_heads
+    if not published:
+        raise UserError(
+            f'{path}: width {hidden_size} and {depth} blocks are no published size, and no tensor shows the number of '
+            f'attention heads; give it: --num-heads'
+        )
+    return published.pop()
+
+
+def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path: str) -> int:
+    """Side of the grid; the positions must be the fixed sines and cosines of a square one."""
+    if len(shape) != 3 or shape[0] != 1 or math.isqrt(shape[1]) ** 2 != shape[1]:
+        raise UserError(
+            f'{path}: {name} is {list(shape)}; [1, N, width] with N tokens of a square grid can be read. A class token '
+            f'or another grid has no place in our network'
+        )
+    side = math.isqrt(shape[1])
+    apart = float((tensors[name][0] - sincos_positions(shape[2], side)).abs().max())
+    if not apart <= _POSITION_TOLERANCE:
+        raise UserError(
+            f'{path}: {name} differs by {apart:.2g} from the fixed sines and cosines of a {side} x {side} grid: these '
+            f'positions are learned, or stretched from another grid, and sampling would be of another network'
+        )
+    return side
+
+
+def converted(tensors: Mapping[str, Tensor], layout: str, sizes: Sizes) -> dict[str, Tensor]:
+    """Our network's weights, which predict in our conventions what the file's predict in theirs.
+
+    Args:
+        tensors: Under the names of the layout.
+        layout: One of ``LAYOUTS``.
+        sizes: Of ``sizes_of``.
+    """
+    out = dict(tensors)
+    if layout == 'sit':
+        out = _with_time_reversed(without_sigma(out, sizes.in_channels, sizes.patch_size) if sizes.learn_sigma else out)
+    if layout == 'maskdit':
+        out = _maskdit(out, sizes)
+    return out
+
+
+def _with_time_reversed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SiT's velocity, data - noise with data at t = 1, as ours: ``v(x, t) = -v_SiT(x, 1 - t)``.
+
+    The sign goes into the head. ``1 - t`` goes into the first layer of the timestep embedding: its inputs are
+    ``cos(w t)`` and ``sin(w t)``, and by the addition theorems ``cos(w (1 - t)) = cos w cos wt + sin w sin wt`` and
+    ``sin(w (1 - t)) = sin w cos wt - cos w sin wt``, which is a linear map of them. So the network stays a plain DiT
+    under the same names, can be trained further, and is equal but for the rounding of that one layer.
+    """
+    out = dict(tensors)
+    for name in ('final_layer.linear.weight', 'final_layer.linear.bias'):
+        out[name] = -out[name]
+    weight = out[_TIME_WEIGHT].double()
+    half = weight.shape[1] // 2
+    # In float32, as both networks compute them, then on in float64.
+    omega = torch.exp(-math.log(_MAX_PERIOD) * (torch.arange(half, dtype=torch.float32) / half)).double()
+    cosines, sines = weight[:, :half], weight[:, half:]
+    turned = [cosines * omega.cos() + sines * omega.sin(), cosines * omega.sin() - sines * omega.cos()]
+    out[_TIME_WEIGHT] = torch.cat(turned, dim=1).float()
+    return out
+
+
+_MASKDIT_NAMES = (
+    ('decoder_layer.', 'final_layer.bridge.'),
+    ('decoder_blocks.', 'final_layer.blocks.'),
+    ('decoder_pos_embed', 'final_layer.positions'),
+    ('mask_token', 'final_layer.mask_token'),
+    ('final_layer.', 'final_layer.head.'),
+)
+
+
+def _maskdit(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Decoder and head under our names; the linear layer on one-hot labels as a table, with its null label: zero."""
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in _MASKDIT_NAMES:
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+                break
+        out[name] = tensor
+    assert sizes.decoder is not None
+    out['final_layer.positions'] = out['final_layer.positions'][0]
+    # Trained without the reconstruction, their network has no mask token, and puts zeros where masked tokens were.
+    mask_token = out.get('final_layer.mask_token', torch.zeros(sizes.decoder['hidden_size']))
+    out['final_layer.mask_token'] = mask_token.flatten()
+    rows = out['y_embedder.embedding_table.weight'].T
+    out['y_embedder.embedding_table.weight'] = torch.cat([rows, torch.zeros_like(rows[:1])])
+    return out

@@ -1,0 +1,103 @@
+"""Files of other projects: found in them are the weights asked for, under bare names, and whose layout it is.
+
+Layouts: facebookresearch/DiT and willisma/SiT (a flat state dict, or ``model`` and ``ema``), CompVis/tread
+(``model_state_dict`` and ``ema_state_dict``), Anima-Lab/MaskDiT (``model`` and ``ema``, with a decoder).
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoint_reader import read_pickled
+
+__all__ = ['LAYOUTS', 'layout_of', 'read_weights']
+
+LAYOUTS = ('dit', 'sit', 'tread', 'maskdit')
+_CONTAINERS = {'ema': ('ema', 'ema_state_dict'), 'raw': ('model', 'model_state_dict')}
+_ANCHOR = 'x_embedder.proj.weight'  # what stands before it is the prefix that wrappers have given to all names
+
+
+def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, Tensor], str | None]:
+    """The weights asked for, float32, without the prefixes of wrappers (``model.``, ``module.``, ``_orig_mod.``).
+
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save`` (read without running code that it may name).
+        weights: ``'ema'`` or ``'raw'``: which of them to take where the file has both. A flat file has one; what it
+            is, only its publisher knows.
+
+    Returns:
+        The tensors, and the key of the file that they were under; None for a flat file.
+
+    Raises:
+        UserError: No such file, a damaged one, or no weights of a diffusion transformer in it.
+    """
+    path = Path(path)
+    content = _read(path)
+    names = [name for name in _CONTAINERS[weights] if isinstance(content.get(name), Mapping)]
+    others = [name for both in _CONTAINERS.values() for name in both if isinstance(content.get(name), Mapping)]
+    if others and not names:
+        raise UserError(f'{path}: holds no {weights} weights, only {", ".join(others)}; take the other: --weights')
+    container = names[0] if names else None
+    found = content if container is None else content[container]
+    anchors = [name for name in found if isinstance(name, str) and name.endswith(_ANCHOR)]
+    if len(anchors) != 1:
+        raise UserError(
+            f'{path}: holds {len(anchors) or "no"} tensors named {_ANCHOR!r}, so it is no diffusion transformer of the '
+            f'layouts {", ".join(LAYOUTS)}. It has: {", ".join(map(str, list(found)[:5]))}'
+        )
+    prefix = anchors[0].removesuffix(_ANCHOR)
+    foreign = [name for name, value in found.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
+    if foreign:
+        raise UserError(f'{path}: {foreign[0]!r} stands beside the network {prefix!r} and is not a tensor of it')
+    return {name.removeprefix(prefix): value.float() for name, value in found.items()}, container
+
+
+def _read(path: Path) -> Mapping[Any, Any]:
+    if path.suffix == '.safetensors':
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            raise UserError(f'{path}: there is no such file; give the path of published weights') from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f'{path}: no safetensors file, or a damaged one: {error}') from None
+    content = read_pickled(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f'{path}: holds a {type(content).__name__}; weights are a mapping of names to tensors')
+    if isinstance(content.get('state'), Mapping):
+        raise UserError(f'{path}: a checkpoint of a run of this project needs no import; use it, or export it')
+    return content
+
+
+def layout_of(asked: str, tensors: Mapping[str, Tensor], container: str | None, path: str) -> str:
+    """The layout, if the file shows it; the one asked for, if the file does not contradict it.
+
+    Args:
+        asked: One of ``LAYOUTS`` or ``'auto'``.
+        tensors: Of ``read_weights``.
+        container: Of ``read_weights``.
+        path: What to call the file in messages.
+
+    Raises:
+        UserError: It cannot be told, or the file is of another layout.
+    """
+    has_decoder = any(name.startswith('decoder_layer.') for name in tensors)
+    shown = 'maskdit' if has_decoder else 'tread' if (container or '').endswith('_state_dict') else None
+    if asked == 'auto':
+        if shown is None:
+            raise UserError(
+                f'{path}: DiT and SiT name their tensors alike, and what their networks predict differs; say which it '
+                f'is: --layout dit, or --layout sit'
+            )
+        return shown
+    if asked == 'maskdit' and shown != 'maskdit':
+        raise UserError(f'{path}: --layout maskdit, but it has no decoder (decoder_layer.linear.weight is missing)')
+    if shown is not None and shown != asked:
+        why = 'it has a decoder (decoder_layer)' if has_decoder else f'its weights lie under {container!r}'
+        raise UserError(f'{path}: --layout {asked}, but {why}, as in files of {shown}; take --layout {shown}')
+    return asked

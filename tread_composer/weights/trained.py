@@ -1,0 +1,268 @@
+"""``load_trained``: a trained model, ready to sample, from whatever a user may name.
+
+The one door for the commands that use weights (sample, evaluate, export, ...).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
+from tread_composer.algorithms.power_ema.snapshots import posthoc_width
+from tread_composer.builders.model import build_model
+from tread_composer.builders.run_data import identity, planned_manifest
+from tread_composer.builders.run_folder import DATA_NAME
+from tread_composer.config import Config, restore_config
+from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import Manifest
+from tread_composer.io.checkpoint_reader import read_checkpoint
+from tread_composer.io.checkpoints import check_whole, find_checkpoint
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.routing import Route
+from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
+from tread_composer.weights.exported import Exported, digest_of, read_exported
+
+__all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained']
+
+_WEIGHTS = ('ema', 'raw')
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what is known of it.
+
+    Attributes:
+        model: In evaluation mode, on the device asked for; the autoencoder's weights are loaded when first used.
+        config: Of the run.
+        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``: which weights the model holds.
+        batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
+        source: What the user named.
+        digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
+        class_names: One for each class.
+        routes: Of ``algorithms.tread``; none if the run was dense.
+        always_keep: How many first tokens never skip on them.
+        data: Facts of the training data.
+        attention: A line that says which implementation of attention runs.
+    """
+
+    model: LatentDiffusion
+    config: Config
+    weights: str
+    batch: int
+    source: str
+    digest: str
+    class_names: tuple[str, ...]
+    routes: tuple[Route, ...]
+    always_keep: int
+    data: LatentFacts
+    attention: str
+
+
+def load_trained(
+    path: str | os.PathLike[str],
+    *,
+    weights: str = 'ema',
+    device: str | torch.device = 'cpu',
+    overrides: Mapping[str, Any] | None = None,
+) -> Trained:
+    """A trained model.
+
+    Args:
+        path: A run's folder (its latest checkpoint is taken), a checkpoint in one, or an exported ``.safetensors``.
+        weights: ``'ema'``, ``'raw'``, or of a run with ``algorithms.power_ema`` ``'posthoc:0.13'``, its average of
+            this width up to its last snapshot. Of an exported file that holds a post-hoc average, ``'ema'`` is that.
+        device: Where the model goes.
+        overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
+            such as ``{'autoencoder.path': '/other/place'}``. ``model.attention`` is ``sdpa`` unless it stands here.
+
+    Raises:
+        UserError: There is no such file, it has not these weights, or it contradicts its configuration.
+    """
+    exported = read_trained(path, weights=weights, overrides=overrides)
+    model = model_of(exported, str(path))
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
+    # Not that of the training: an exported file goes anywhere.
+    name = (overrides or {}).get('model.attention', 'sdpa')
+    denoiser: Any = model.denoiser
+    attention = denoiser.use_attention(name, torch.device(device), training=False)
+    return Trained(
+        model=model,
+        config=exported.config,
+        weights=exported.weights,
+        batch=exported.batch,
+        source=str(path),
+        digest=digest_of(exported.tensors),
+        class_names=exported.data.class_names,
+        routes=tuple(exported.config.routes()),
+        always_keep=exported.config.always_keep(),
+        data=exported.data,
+        attention=attention,
+    )
+
+
+def read_trained(
+    path: str | os.PathLike[str],
+    *,
+    weights: str = 'ema',
+    overrides: Mapping[str, Any] | None = None,
+    allow_inexact: bool = False,
+) -> Exported:
+    """Weights and facts of what ``load_trained`` loads, without the model; ``allow_inexact`` as ``reconstruct``."""
+    width = posthoc_width(weights)
+    if weights not in _WEIGHTS and width is None:
+        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")
+    weights = weights if width is None else f'posthoc:{width}'
+    path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
+    if path.suffix == '.safetensors':
+        exported = read_exported(path, texts)
+        if exported.weights != weights and (weights != 'ema' or exported.average is None):
+            raise UserError(
+                f'{path}: holds the {exported.weights} weights alone; take weights={exported.weights}, or export the '
+                f'run again with --weights {weights}'
+            )
+        return exported
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported .safetensors')
+    file = find_checkpoint(path) if path.is_dir() else check_whole(path)
+    folder = file.parent
+    if not (folder / 'config.yaml').is_file():
+        raise UserError(
+            f'{folder}: no config.yaml beside the checkpoint, which says what the weights are of; copy it there from '
+            f"the run's folder. Weights of another project: python -m tread_composer import"
+        )
+    config = restore_config(folder / 'config.yaml')
+    state = read_checkpoint(file)
+    contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
+    _check_config(config, contract, file)
+    facts = LatentFacts.of(_manifest(config, contract, folder))
+    average = None if width is None else _posthoc(state, config, file, width, allow_inexact)
+    return Exported(
+        tensors=(
+            checkpoint_weights(state, weights, str(file))
+            if average is None
+            else averaged_weights(state, average.tensors, str(folder))
+        ),
+        config=restore_config(folder / 'config.yaml', texts) if texts else config,
+        data=facts,
+        weights=weights,
+        batch=checkpoint_batch(state) if average is None else average.facts['batch'],
+        average=None if average is None else average.facts,
+        origin=f'run {config.run_name}, {file.resolve().name}',
+    )
+
+
+def model_of(exported: Exported, source: str) -> LatentDiffusion:
+    """The model that these weights and facts describe, on the CPU, in evaluation mode.
+
+    Args:
+        exported: Weights and facts; the model takes the tensors over as they are.
+        source: What to call them in messages.
+
+    Raises:
+        UserError: The weights do not fit the model; names what is missing, unknown or of another shape.
+    """
+    model = build_model(exported.config, exported.data, unfilled=True)
+    _fill(model.denoiser, exported.tensors, source)
+    return model.eval()
+
+
+def image_size(model: LatentDiffusion) -> int:
+    """The side of its images in pixels, found by decoding one."""
+    return model.decode(torch.zeros(1, *model.latent_shape, device=model.latent_scale.device)).shape[-1]
+
+
+def exported_run(path: str | os.PathLike[str]) -> str | None:
+    """The run that an exported file says it is of; None if it says none, or is no such file. Reads no weights."""
+    try:
+        with safe_open(path, framework='pt') as file:
+            config = json.loads((file.metadata() or {}).get('config', '{}'))
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return config.get('run_name') if isinstance(config, dict) else None
+
+
+def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Average:
+    """The average of this width that ends with the last snapshot before the checkpoint."""
+    kept = dict(state.get('algorithms', {})).get('PowerEMA')
+    if kept is None:
+        raise UserError(
+            f'{file}: the run kept no averages to choose from afterwards; train with algorithms.power_ema, or take '
+            f'weights=ema or raw'
+        )
+    if kept['previous'] is None:
+        raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
+    given = config.algorithms['power_ema'].kwargs.get('folder') if 'power_ema' in config.algorithms else None
+    folder = file.parent / 'snapshots' if given is None else given.replace('{run_name}', config.run_name)
+    return reconstruct(folder, width, last=kept['previous'], allow_inexact=allow_inexact)
+
+
+def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> None:
+    """The configuration in the folder must be the one that the checkpoint was trained with."""
+    tree = config.to_dict()
+    saved = {
+        name: contract[name] for name in ('model', 'objective', 'latent_scale', 'latent_shift') if name in contract
+    }  # fmt: skip
+    now = _of_these(tree, saved)
+    if saved != now:
+        raise ResumeError.from_differences(
+            f'{file.parent / "config.yaml"}', saved, now, f'Put back the config.yaml that {file.name} was trained with.'
+        )
+
+
+def _of_these(tree: Any, saved: Any) -> Any:
+    """What a newer version has as a setting had its default before: only what the checkpoint knows is compared."""
+    if not isinstance(tree, Mapping) or not isinstance(saved, Mapping):
+        return tree
+    return {name: _of_these(tree[name], value) for name, value in saved.items() if name in tree}
+
+
+def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Manifest:
+    """``data.json`` of the run; runs that are older than it: of the training data, if they are still those."""
+    path = folder / DATA_NAME
+    if path.exists():
+        return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
+    manifest = planned_manifest(config)
+    if manifest is None:
+        raise UserError(
+            f'{path}: there is no such file (the run is older than it), and no manifest of the data at '
+            f'{config.data.local!r}; copy manifest.json of the training data to {path}'
+        )
+    trained_on = contract.get('training_data')
+    if trained_on is not None and trained_on != identity(manifest):
+        raise ResumeError.from_differences(
+            config.data.local,
+            trained_on,
+            identity(manifest),
+            f'Copy manifest.json of the data that the run was trained on to {path}.',
+        )
+    return manifest
+
+
+def _fill(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    wrong = [
+        f'{name} is {list(tensors[name].shape)}, the model has {list(shape)}'
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    complaints = {
+        'not in the weights': sorted(wanted.keys() - tensors.keys()),
+        'not in the model': sorted(tensors.keys() - wanted.keys()),
+        'of another shape': wrong,
+    }
+    lines = [f'  {words}: {", ".join(found[:5])}' for words, found in complaints.items() if found]
+    if lines:
+        text = '\n'.join(lines)
+        raise UserError(f'{path}: the weights do not fit the model that its configuration describes:\n{text}')
+    denoiser.load_state_dict(dict(tensors), strict=True, assign=True)
