@@ -2,7 +2,7 @@
 # may be run again, and survive an interrupted first run.
 #   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
 #   make lint            ruff and pyright
-#   make matrix          the tests on every stack, each in a .venv of its own (about 6 GB each)
+#   make matrix          the tests on every stack, each in a .venv of its own (6 to 7 GB each)
 #   make lock            resolve every package of every stack anew into constraints/
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
@@ -54,7 +54,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml
 	@if [ -e $(VENV) ] && [ ! -e $(STAMP) ]; then \
 	  echo "$(VENV) is unfinished or of another stack: making it anew"; rm -rf $(VENV); fi
 	@rm -f $(STAMP)
-	@echo "Installing into $(VENV) (about 6 GB, under a minute on a fast line): $(CONSTRAINTS)"
+	@echo "Installing into $(VENV) (6 to 7 GB, under a minute on a fast line): $(CONSTRAINTS)"
 	@if [ ! -e $(VENV) ]; then mkdir -p $(VENV) && touch $(VENV)/.made-by-make && $(PYTHON) -m venv $(VENV); fi
 	@# pip alone searches for more than ten minutes for a set that fits; uv takes seconds
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv

@@ -74,7 +74,7 @@ class LatentsInMemory(LatentDataset):
 
     def gather(self, ids_B: NDArray[np.int64]) -> dict[str, Tensor]:
         """A batch by positions, image or mirror as the current epoch has it."""
-        rows_B = self._latents.shape[1] * ids_B + (0 if self._mirrored is None else self._mirrored[ids_B])
+        rows_B = len(self._latents[0]) * ids_B + (0 if self._mirrored is None else self._mirrored[ids_B])
         return {
             RAW_LATENTS: torch.from_numpy(self._flat.take(rows_B, axis=0, mode='clip')),  # clip: needs no buffer
             LABELS: torch.from_numpy(self._labels.take(ids_B)),
