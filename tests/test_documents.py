@@ -101,6 +101,8 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
                 monkeypatch.setattr(sys, 'argv', words[1:])
                 runpy.run_module(words[1], run_name='__main__')
             else:
+                # As `python FILE` does: what lies beside it can be imported.
+                monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
                 runpy.run_path(str(ROOT / words[0]), run_name='__main__')
     except Parsed:
         return ''
