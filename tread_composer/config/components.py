@@ -81,7 +81,7 @@ def component_schema(kind: str, name: str) -> type[Strict]:
     target = resolve(kind, name)
     if kind == 'backbone':
         return _backbone_schema(target)
-    schema = signature_model(target, skip=_GIVEN.get(kind, ()))
+    schema = signature_model(target, skip=(*_GIVEN.get(kind, ()), *getattr(target, 'given_by_run', ())))
     if name not in _NARROWER:
         return schema
     return create_model(target.__name__, __base__=schema, **_NARROWER[name])

@@ -8,7 +8,7 @@ power-function averages, written down now and then, are enough to put any length
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from composer.core import Event, State
@@ -60,6 +60,9 @@ class PowerEMA(BoundAlgorithm):
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), arXiv 2312.02696,
     section 3.1.
     """
+
+    given_by_run: ClassVar[tuple[str, ...]] = ('settings_digest',)
+    """Arguments that a configuration does not write: the builder knows them."""
 
     def __init__(
         self,
