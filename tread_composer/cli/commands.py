@@ -18,6 +18,8 @@ from tread_composer.cli.evaluate import add_arguments as add_evaluate_arguments
 from tread_composer.cli.evaluate import evaluate_command
 from tread_composer.cli.inspect import add_arguments as add_inspect_arguments
 from tread_composer.cli.inspect import inspect_command
+from tread_composer.cli.inspect_model import add_arguments as add_inspect_model_arguments
+from tread_composer.cli.inspect_model import inspect_model_command
 from tread_composer.cli.sample import WEIGHTS
 from tread_composer.cli.sample import add_arguments as add_sample_arguments
 from tread_composer.cli.sweep import add_arguments as add_sweep_arguments
@@ -111,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_arguments(command)
     command = add('inspect', inspect_command, 'draw how alike tokens are from block to block, and propose a route')
     add_inspect_arguments(command)
+    command = add('inspect-model', inspect_model_command, 'find out how to route a model of yours, by running it')
+    add_inspect_model_arguments(command)
     command = add('prefetch', _prefetch, "say which weights Inception's metrics need, fetch them, check them")
     command.add_argument('--check', metavar='FILE', help='whether FILE is the published one')
     command.add_argument('--allow-download', action='store_true', help='fetch it to where torch looks')

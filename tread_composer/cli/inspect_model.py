@@ -1,0 +1,61 @@
+"""The words of ``python -m tread_composer inspect-model``: how to route somebody's model, found by running it."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from tread_composer.core.errors import UserError
+from tread_composer.core.process import importing
+
+__all__ = ['add_arguments', 'inspect_model_command']
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of the command."""
+    add = parser.add_argument
+    add(
+        'function',
+        help='package.module:function, called without arguments. It returns a small model on the CPU and run(model), '
+        'which makes one forward pass and returns its output',
+    )
+    add('--blocks', metavar='PATH', help='the block list, where the model has several (default: the only one)')
+
+
+def inspect_model_command(options: argparse.Namespace) -> int:
+    """Run the model densely and routed, and print the call of ``Tread`` that routes it, or why there is none.
+
+    Raises:
+        UserError: The function is not there or does not return these two, or the model cannot be routed.
+    """
+    with importing():
+        from tread_composer.routing import RoutingError, find_settings
+
+    model, run = _made(options.function)
+    try:
+        settings = find_settings(model, run, blocks=options.blocks)
+    except (ValueError, RoutingError) as error:
+        raise UserError(f'{options.function}: {error}') from None
+    if settings.fault is not None:
+        raise UserError(f'{options.function}: {settings}')
+    print(settings)
+    return 0
+
+
+def _made(reference: str) -> tuple:
+    module, colon, name = reference.partition(':')
+    if not colon or not module or not name:
+        raise UserError(f'{reference}: write package.module:function, for example my_package.models:small_model')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # what lies where the command is started is meant to be used
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f'{reference}: {error}; Python must be able to import it: start the command in its folder, or set '
+            f'PYTHONPATH'
+        ) from None
+    made = function()
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
+        raise UserError(f'{reference}: returns {type(made).__name__}; it must return the model and run(model), a pair')
+    return made
