@@ -16,7 +16,8 @@ import pytest
 import torch
 from streaming import StreamingDataset
 
-from tread_composer.conversion.importers import Facts, Layout, import_latents, main, open_layout
+from tread_composer.cli.import_latents import main
+from tread_composer.conversion.importers import Facts, Layout, import_latents, open_layout
 from tread_composer.conversion.importers.pickled import array_from_pickle
 from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
