@@ -19,8 +19,8 @@ from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.metrics.features import FEATURES, Extractor, FeatureSet, joined, look, open_extractor
-from tread_composer.metrics.fidelity import Figure, Statistics, check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, append_results, load_results, metric_name, result, series_name
+from tread_composer.metrics.metric import Comparison, Figure, build_metrics, check_metrics, measure
+from tread_composer.metrics.protocol import Protocol, append_results, load_results, result, series_name
 from tread_composer.metrics.references import Reference, default_cache, open_reference
 
 __all__ = ['Evaluation']
@@ -47,7 +47,7 @@ class Evaluation(Callback):
     Args:
         reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
         interval: A Composer time string. (Default: only at the end.)
-        metrics: Of ``fid``, ``kid``, ``is``, ``prc`` (precision and recall).
+        metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
         features: ``'inception'``; or ``'digits'``, whose metrics are called ``fd_digits``, ``kd_digits``, ...
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
@@ -98,24 +98,19 @@ class Evaluation(Callback):
                 'the first three must be at least 2, and seed must not be negative'
             )
         # The reference is opened later; here it counts as large enough.
-        logits = 0 if features == 'digits' else 1
-        check_metrics(
-            metrics,
-            num_logits=logits,
-            num_samples=num_samples,
-            num_reference=num_samples,
-            kid_subset_size=kid_subset_size,
-        )
-        self.reference, self.metrics, self.features = reference, tuple(metrics), features
+        self.metrics = build_metrics(metrics, {'kid_subset_size': kid_subset_size})
+        logits = FEATURES[features].num_logits
+        check_metrics(self.metrics, num_logits=logits, num_samples=num_samples, num_reference=num_samples)
+        self.reference, self.features = reference, features
         self.inception, self.inception_sha256 = inception, inception_sha256
         self.num_samples, self.labels, self.seed = num_samples, labels, seed
-        self.batch_size, self.kid_subset_size, self.folder = batch_size, kid_subset_size, folder
+        self.batch_size, self.folder = batch_size, folder
         self.cache = Path(cache) if cache else default_cache()
         self.sampling = Sampling(sampler, num_steps, guidance_scale, weights)
         self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
         self._last_batch = self._batch = -1
         self._spent: dict[int, float] = {}  # batch -> seconds of the measurement after it
-        self._tools: tuple[Extractor, Reference, FeatureSet | None, Statistics | None, Protocol] | None = None
+        self._tools: tuple[Extractor, Comparison, Protocol] | None = None
 
     # --- when ---
 
@@ -186,16 +181,16 @@ class Evaluation(Callback):
                 num_logits=extractor.num_logits,
                 num_samples=self.num_samples,
                 num_reference=reference.count,
-                kid_subset_size=self.kid_subset_size,
             )
             return extractor, reference
 
         extractor, reference = _agreed(open_tools)
         found = None
-        if {'kid', 'prc'} & set(self.metrics) or ('fid' in self.metrics and reference.given is None):
+        if any(reference.must_be_looked_at(metric.compares_with) for metric in self.metrics):
             found = self._reference_features(reference, extractor)
-        fitted = reference.statistics(found) if 'fid' in self.metrics and dist.get_global_rank() == 0 else None
-        self._tools = extractor, reference, found, fitted, self._protocol(state, extractor, reference, size)
+        fitted = any(metric.compares_with == 'statistics' for metric in self.metrics) and dist.get_global_rank() == 0
+        against = Comparison(reference.statistics(found) if fitted else None, found)
+        self._tools = extractor, against, self._protocol(state, extractor, reference, size)
 
     def _reference_features(self, reference: Reference, extractor: Extractor) -> FeatureSet:
         world = dist.get_world_size()
@@ -224,7 +219,7 @@ class Evaluation(Callback):
 
     def _measure(self, state: State, logger: Logger) -> None:
         assert self._tools is not None
-        extractor, _, reference_features, reference_statistics, protocol = self._tools
+        extractor, against, protocol = self._tools
         labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
         pictured, rows = shown_in_grid(labels)
         broken, parts, kept, wanted = 0, [], {}, set(pictured)
@@ -248,14 +243,7 @@ class Evaluation(Callback):
         samples = _gathered(_agreed(lambda: joined(parts)))
         if dist.get_global_rank() != 0:
             return
-        figures = measure(
-            self.metrics,
-            samples,
-            reference_statistics,
-            reference_features,
-            kid_subset_size=self.kid_subset_size,
-            device='cuda' if state.device.name == 'gpu' else 'cpu',
-        )
+        figures = measure(self.metrics, samples, against, 'cuda' if state.device.name == 'gpu' else 'cpu')
         self._report(state, logger, figures, protocol)
 
     def _drawn(self, state: State, labels: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
@@ -285,7 +273,7 @@ class Evaluation(Callback):
         seconds = state.timestamp.total_wct.total_seconds() - self._seconds()
         path, entries = self._path(state), []
         for figure in figures:
-            name = metric_name(figure.metric, self.features, self.num_samples)
+            name = figure.quantity.reported(self.features, self.num_samples)
             own = dataclasses.replace(protocol, settings=figure.settings)
             where: dict[str, Any] = {'source': str(path.parent), 'run': state.run_name, 'batch': self._batch}
             entries.append(result(name, figure.value, own, spread=figure.spread, seconds=seconds, **where))

@@ -6,20 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from tread_composer.cli.sample import add_sampling, add_weak, pairs_of, sampling_of
+from tread_composer.cli.sample import OrReference, add_sampling, add_weak, pairs_of, sampling_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
+from tread_composer.metrics import METRICS
 
 __all__ = ['add_arguments', 'add_measuring', 'evaluate_command', 'measuring_of']
-
-_METRICS = ('fid', 'kid', 'is', 'prc')
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """The options of what is measured, and with what."""
     add = parser.add_argument
     add('--reference', required=True, help='folder of images, npz of the ADM suite, or MDS images')
-    add('--metrics', nargs='+', choices=_METRICS, default=['fid'], help='prc: precision and recall (fid)')
+    add('--metrics', nargs='+', choices=OrReference(METRICS), default=['fid'], help='prc: precision and recall (fid)')
     add('--features', choices=('inception', 'digits'), default='inception', help='(%(default)s)')
     add('--inception', metavar='FILE', help="Inception's weights; prefetch says what that is")
     add('--inception-sha256', metavar='HASH', help='of other weights than the published ones')

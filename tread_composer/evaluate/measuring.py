@@ -6,7 +6,7 @@ A model is first sampled, as ``sample`` does it, on all ranks; one process measu
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from tread_composer.evaluate.samples import facts_of, facts_said, folder_of, ope
 from tread_composer.io.device import choose_device
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import Extractor, FeatureSet, extract, open_extractor
-from tread_composer.metrics.fidelity import check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, metric_name, result
+from tread_composer.metrics.metric import Comparison, Metric, build_metrics, check_metrics, measure
+from tread_composer.metrics.protocol import Protocol, result
 from tread_composer.metrics.references import Reference, default_cache, open_reference
 from tread_composer.sample.folder import RECORD
 from tread_composer.sample.generate import generate
@@ -88,17 +88,15 @@ def evaluate_samples(
     else:
         facts = facts_of(record)
     device = choose_device(measurement.device, 0)
-    extractor, reference = _tools(measurement, device, images.count)
+    metrics, extractor, reference = _tools(measurement, device, images.count)
     reference.check(extractor, images.resolution)
-    found = _looked_at(reference, extractor, measurement, log)
+    found = _looked_at(metrics, reference, extractor, measurement, log)
     log(f'{images.path}: looking at {images.count:,} images')
     figures = measure(
-        measurement.metrics,
+        metrics,
         extract(images.batches(measurement.batch_size), extractor),
-        reference.statistics(found) if 'fid' in measurement.metrics else None,
-        found,
-        kid_subset_size=measurement.kid_subset_size,
-        device=device,
+        _comparison(metrics, reference, found),
+        device,
     )
     protocol = Protocol(
         **facts,
@@ -115,7 +113,7 @@ def evaluate_samples(
         where['weights_digest'] = record['made_with']['weights_digest']
     return [
         result(
-            metric_name(figure.metric, extractor.name, images.count),
+            figure.quantity.reported(extractor.name, images.count),
             figure.value,
             dataclasses.replace(protocol, settings=figure.settings),
             spread=figure.spread,
@@ -163,9 +161,9 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, samples:
     count = request.count or (request.per_class or 0) * len(request.classes or range(model.data.num_classes))
     if request.labels_file is not None:
         count = len(Path(request.labels_file).read_text(encoding='utf-8').split())
-    extractor, reference = _tools(measurement, choose_device(measurement.device, 0), count)
+    metrics, extractor, reference = _tools(measurement, choose_device(measurement.device, 0), count)
     reference.check(extractor, model.data.resolution or image_size(model_of(model, request.path)))
-    _looked_at(reference, extractor, measurement, log)
+    _looked_at(metrics, reference, extractor, measurement, log)
     if samples is not None:
         return str(samples)
     drawn = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NO_MATTER}
@@ -176,17 +174,26 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, samples:
     return str(folder_of(request.path) / 'evaluation_samples' / f'{request.weights}-ba{model.batch}-{key}')
 
 
-def _looked_at(reference: Reference, extractor: Extractor, measurement: Measurement, log: Log) -> FeatureSet | None:
+def _comparison(metrics: Sequence[Metric], reference: Reference, found: FeatureSet | None) -> Comparison:
+    needed = any(metric.compares_with == 'statistics' for metric in metrics)
+    return Comparison(reference.statistics(found) if needed else None, found)
+
+
+def _looked_at(
+    metrics: Sequence[Metric], reference: Reference, extractor: Extractor, measurement: Measurement, log: Log
+) -> FeatureSet | None:
     """Features of the reference's images, if they are needed; looks at all of them, unless an earlier call did."""
-    of_images = {'kid', 'prc'} if reference.given is not None else {'fid', 'kid', 'prc'}
-    if not of_images & set(measurement.metrics):
+    if not any(reference.must_be_looked_at(metric.compares_with) for metric in metrics):
         return None
     if not reference.is_cached(extractor, measurement.cache):
         log(f'{reference.path}: looking at {reference.count:,} reference images, once')
     return reference.features(extractor, measurement.cache, batch_size=measurement.batch_size)
 
 
-def _tools(measurement: Measurement, device: torch.device, num_samples: int) -> tuple[Extractor, Reference]:
+def _tools(
+    measurement: Measurement, device: torch.device, num_samples: int
+) -> tuple[list[Metric], Extractor, Reference]:
+    metrics = build_metrics(measurement.metrics, {'kid_subset_size': measurement.kid_subset_size})
     extractor = open_extractor(
         measurement.features,
         inception=measurement.inception,
@@ -196,10 +203,9 @@ def _tools(measurement: Measurement, device: torch.device, num_samples: int) -> 
     )
     reference = open_reference(measurement.reference)
     check_metrics(
-        measurement.metrics,
+        metrics,
         num_logits=extractor.num_logits,
         num_samples=num_samples,
         num_reference=reference.count,
-        kid_subset_size=measurement.kid_subset_size,
     )
-    return extractor, reference
+    return metrics, extractor, reference

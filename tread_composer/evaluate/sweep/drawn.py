@@ -23,8 +23,8 @@ from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, look, open_extractor
-from tread_composer.metrics.fidelity import Statistics, check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, append_results, metric_name, result
+from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
+from tread_composer.metrics.protocol import Protocol, append_results, result
 from tread_composer.metrics.references import Reference, default_cache, open_reference
 from tread_composer.routing import apply_tread
 from tread_composer.sample.request import check_overrides
@@ -60,7 +60,7 @@ class SweepRequest:
         num_steps: Its steps.
         num_samples: Images of each row, as many of each class.
         seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
-        metrics: Of ``metrics.fidelity.METRICS``.
+        metrics: Of ``metrics.METRICS``.
         features: ``'inception'`` or ``'digits'``.
         inception: File of Inception's weights.
         inception_sha256: Its hash, if it is not the published file.
@@ -191,15 +191,15 @@ class _Bench:
             device=device,
         )
         self.reference: Reference = open_reference(request.reference)
+        self.metrics = build_metrics(request.metrics, {'kid_subset_size': request.kid_subset_size})
         check_metrics(
-            request.metrics,
+            self.metrics,
             num_logits=self.extractor.num_logits,
             num_samples=request.num_samples,
             num_reference=self.reference.count,
-            kid_subset_size=request.kid_subset_size,
         )
         self._trained: Trained | None = None
-        self._against: tuple[FeatureSet | None, Statistics | None] | None = None
+        self._against: Comparison | None = None
         trained = self._load(request.weights[0])
         self._check_classes(trained)
         self.size = image_size(trained.model)
@@ -231,21 +231,14 @@ class _Bench:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        features, fitted = self._compared_with()  # before the first row is drawn: an image of it may be damaged
+        against = self._compared_with()  # before the first row is drawn: an image of it may be damaged
         samples = self._features(trained, sampling)
         if not self.ranks.is_first:
             return {}
-        figures = measure(
-            self.request.metrics,
-            samples,
-            fitted,
-            features,
-            kid_subset_size=self.request.kid_subset_size,
-            device=self.device,
-        )
+        figures = measure(self.metrics, samples, against, self.device)
         protocol, entries = self._protocol(trained, sampling), []
         for one in figures:
-            name = metric_name(one.metric, self.extractor.name, self.request.num_samples)
+            name = one.quantity.reported(self.extractor.name, self.request.num_samples)
             own = dataclasses.replace(protocol, settings=one.settings)
             about: dict[str, Any] = {'run': trained.config.run_name, 'batch': trained.batch or None}
             about |= {'weights_digest': trained.digest, 'spread': one.spread}
@@ -305,18 +298,18 @@ class _Bench:
             raise UserError(f'sweep: {error}') from None
         return model.decode(latents).float()
 
-    def _compared_with(self) -> tuple[FeatureSet | None, Statistics | None]:
+    def _compared_with(self) -> Comparison:
         """Features and statistics of the reference; looked at once, by the first rank."""
         if self._against is None:
 
-            def look_at_it() -> tuple[FeatureSet | None, Statistics | None]:
+            def look_at_it() -> Comparison:
                 if not self.ranks.is_first:
-                    return None, None
+                    return Comparison()
                 request, found = self.request, None
-                wanted = {'kid', 'prc'} & set(request.metrics)
-                if wanted or ('fid' in request.metrics and self.reference.given is None):
+                if any(self.reference.must_be_looked_at(metric.compares_with) for metric in self.metrics):
                     found = self.reference.features(self.extractor, request.cache, batch_size=request.batch_size)
-                return found, self.reference.statistics(found) if 'fid' in request.metrics else None
+                fitted = any(metric.compares_with == 'statistics' for metric in self.metrics)
+                return Comparison(self.reference.statistics(found) if fitted else None, found)
 
             self._against = self.ranks.agreed(look_at_it)
         return self._against
