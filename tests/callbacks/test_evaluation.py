@@ -213,7 +213,7 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
         setting = f'callbacks.evaluation={{reference: {reference}, num_samples: 500, interval: 350ba, {settings}}}'
         return load_config(YAML, ['callbacks.digits_quality=null', setting, *more])
 
-    assert load().callbacks['evaluation'].build().features == 'digits'
+    assert load().callbacks['evaluation'].build().measurement.features == 'digits'
     check_files(load())  # the digits are made before training
     refusals = {
         'num_sampels: unknown': lambda: load('num_sampels: 5'),

@@ -38,7 +38,7 @@ def measuring_of(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f'--batch-size {options.batch_size}, --kid-subset-size {options.kid_subset_size}: at least 1 and 2'
         )
-    names = ('reference', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size', 'device')
+    names = ('reference', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size')
     given = {name: getattr(options, name) for name in names}
     if options.cache:
         given['cache'] = Path(options.cache)
@@ -71,9 +71,10 @@ def evaluate_command(options: argparse.Namespace) -> int:
         UserError: The words contradict each other, or what they name is at fault.
     """
     with importing():
-        from tread_composer.evaluate.measuring import Measurement, evaluate_model, evaluate_samples
+        from tread_composer.evaluate.measuring import evaluate_model, evaluate_samples
         from tread_composer.evaluate.publish import format_entries, publish
         from tread_composer.evaluate.samples import folder_of, is_model
+        from tread_composer.metrics.measurer import Measurement
         from tread_composer.sample.request import SamplesRequest
         from tread_composer.samplers import SamplingSettings
 
@@ -107,7 +108,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
         if own:
             raise UserError(f'{", ".join(own)}: of a model that is sampled first, and {options.path} holds images')
         entries = evaluate_samples(
-            options.path, measurement, describe=pairs_of(options.describe, '--describe'), log=log
+            options.path, measurement, describe=pairs_of(options.describe, '--describe'), device=options.device, log=log
         )
         place = folder_of(options.path)
     if entries:

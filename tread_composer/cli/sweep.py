@@ -59,6 +59,7 @@ def sweep_command(options: argparse.Namespace) -> int:
         from tread_composer.evaluate.sweep.drawn import SweepRequest, sweep
         from tread_composer.evaluate.sweep.rows import format_sweep, write_sweep
         from tread_composer.io.ranks import Ranks
+        from tread_composer.metrics.measurer import Measurement
 
     if options.samples < 2 or options.seed < 0:
         raise UserError(
@@ -77,7 +78,8 @@ def sweep_command(options: argparse.Namespace) -> int:
         num_samples=options.samples,
         seed=options.seed,
         overrides=pairs_of(options.overrides, 'settings'),
-        **measuring_of(options),
+        device=options.device,
+        measurement=Measurement(**measuring_of(options)),
     )
     ranks = Ranks.start()
     rows, contract = sweep(request, ranks)

@@ -138,7 +138,10 @@ def _judge_hash() -> str:
     return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
 
 
-FEATURES: Mapping[str, type[Extractor]] = {'inception': InceptionFeatures, 'digits': DigitsFeatures}
+FEATURES: Mapping[str, type[InceptionFeatures] | type[DigitsFeatures]] = {
+    'inception': InceptionFeatures,
+    'digits': DigitsFeatures,
+}
 """Feature networks by the name that configurations and commands use."""
 
 

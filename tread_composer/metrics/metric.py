@@ -24,6 +24,7 @@ __all__ = [
     'direction',
     'measure',
     'refuse_few',
+    'used_settings',
 ]
 
 
@@ -112,6 +113,12 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
         except (ImportError, TypeError) as error:
             raise UserError(f'metrics: {name}: cannot be used: {error}') from error
     return metrics
+
+
+def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a measurement, None where none of these metrics takes it."""
+    taken = {parameter for name in names for parameter in inspect.signature(_metric_class(name)).parameters}
+    return {key: value if key in taken else None for key, value in settings.items()}
 
 
 def check_metrics(metrics: Sequence[Metric], *, num_logits: int, num_samples: int, num_reference: int) -> None:

@@ -103,12 +103,10 @@ class Reference:
         """Features of one rank's share of its images.
 
         Raises:
-            UserError: It has statistics alone, an image is damaged, or there are fewer images than ranks.
+            UserError: It has statistics alone, or an image is damaged.
         """
         if self.images is None:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
-        if self.count < world:
-            raise UserError(f'{self.path}: {self.count} images are fewer than the {world} ranks that share them')
         return extract(self.images.batches(batch_size, rank, world), extractor)
 
     def keep(self, found: FeatureSet, extractor: Extractor, cache: Path) -> None:
