@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from tread_composer.cli.sample import OrReference, add_sampling, add_weak, pairs_of, sampling_of
+from tread_composer.cli.sample import WEIGHTS, OrReference, add_sampling, add_weak, pairs_of, sampling_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
 from tread_composer.metrics import METRICS
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=64, help='images in one call of a network (%(default)s)')
     model = parser.add_argument_group('of a model, which is sampled first')
     model.add_argument('--count', type=int, metavar='N', help='images, classes in turn; published numbers are of 50000')
-    model.add_argument('--weights', choices=('ema', 'raw'), help='(ema)')
+    model.add_argument('--weights', choices=WEIGHTS, help='(ema)')
     model.add_argument('--seed', type=int, help='of the first image; the next ones count on (0)')
     model.add_argument('--samples', metavar='FOLDER', help='of the images (one in the folder of the run)')
     add_weak(model)

@@ -118,5 +118,8 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, samples:
     drawn['path'] = digest_of(model.tensors)
     if request.weak is not None:
         drawn['weak'] = digest_of(read_trained(request.weak, weights=request.weak_weights).tensors)
+    drawn['weights'] = model.weights  # in its one spelling
     key = hashlib.sha256(json.dumps(drawn, default=str, sort_keys=True).encode()).hexdigest()[:8]
-    return str(folder_of(request.path) / 'evaluation_samples' / f'{request.weights}-ba{model.batch}-{key}')
+    return str(
+        folder_of(request.path) / 'evaluation_samples' / f'{model.weights.replace(":", "-")}-ba{model.batch}-{key}'
+    )

@@ -26,13 +26,14 @@ from tread_composer.routing import apply_tread
 from tread_composer.sample.request import check_overrides
 from tread_composer.samplers import SamplingSettings, guidance_cost
 from tread_composer.weights.exported import digest_of
-from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained
+from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained, weights_name
 
 __all__ = ['SweepRequest', 'sampling_of', 'sweep']
 
 Pair = tuple[float, float]
 
 _TALK_EVERY = 60.0  # seconds
+_KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SweepRequest:
         guidance_scales: 1 is no guidance.
         intervals: ``(low, high)`` in the objective's time, None for everywhere.
         rates: ``(strong, weak)`` of sparse guidance, None for classifier-free guidance.
-        weights: Of ``'ema'`` and ``'raw'``.
+        weights: Of ``'ema'``, ``'raw'`` and, of a run with ``algorithms.power_ema``, ``'posthoc:0.13'``.
         sampler: Of all rows.
         num_steps: Its steps.
         num_samples: Images of each row, as many of each class.
@@ -85,8 +86,11 @@ class SweepRequest:
         """
         rows = []
         choices = combinations(
-            weights=self.weights, rates=self.rates, interval=self.intervals, scale=self.guidance_scales
-        )  # fmt: skip
+            weights=[weights_name(word) for word in self.weights],
+            rates=self.rates,
+            interval=self.intervals,
+            scale=self.guidance_scales,
+        )
         for one in choices:
             row = {
                 'weights': one['weights'],
@@ -160,13 +164,15 @@ class _Bench:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
         self.measurer = Measurer(request.measurement, device, ranks, log)
         self._trained: Trained | None = None
-        trained = self._load(request.weights[0])
+        self._loaded = ''  # which weights it has, as the rows call them
+        trained = self._load(weights_name(request.weights[0]))
         self._check_classes(trained)
         self.size = image_size(trained.model)
         self.measurer.check(request.num_samples, self.size)
         facts = self._facts(trained, SamplingSettings())
         self.contract: dict[str, Any] = {
-            'weights_digests': dict(digests),
+            # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
+            'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
             'sampler': request.sampler,
             'num_steps': request.num_steps,
             'num_samples': request.num_samples,
@@ -208,7 +214,7 @@ class _Bench:
         return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost.gmacs}
 
     def _load(self, weights: str) -> Trained:
-        if self._trained is None or self._trained.weights != weights:
+        if self._trained is None or self._loaded != weights:
             self._trained = None  # two models need not fit
             request = self.request
             found = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
@@ -219,7 +225,7 @@ class _Bench:
                     'its checkpoints (a file ep*-ba*-rank0.pt, which stays as it is), with another --out. Finished '
                     'rows stay'
                 )
-            self._trained = found
+            self._trained, self._loaded = found, weights
         return self._trained
 
     def _check_classes(self, trained: Trained) -> None:
@@ -270,12 +276,12 @@ class _Bench:
 
 def _digests(request: SweepRequest) -> dict[str, str]:
     """Of all weights that the file holds, so that a sweep of others may be added and one of a later checkpoint not."""
-    found = {}
-    for weights in ('ema', 'raw'):
+    found, wanted = {}, [weights_name(word) for word in request.weights]
+    for weights in dict.fromkeys((*_KEPT, *wanted)):
         try:
             found[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
         except UserError:
-            if weights in request.weights:
+            if weights in wanted:
                 raise
     return found
 
