@@ -1,5 +1,6 @@
 """``python -m tread_composer evaluate`` and ``prefetch``, from their words to what they write."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -199,6 +200,50 @@ def test_images_that_say_nothing_compare_with_none_until_they_are_described(digi
     assert differences(described['protocol'], described['protocol']) == []
     assert described['protocol']['sampling'] == SamplingSettings().to_dict()
     assert described['value'] == pytest.approx(fid['value'], rel=1e-9)
+
+
+STRANGERS_METRIC = """
+from types import SimpleNamespace
+
+from tread_composer.metrics.quantity import Quantity
+
+
+class Spread:
+    name = 'spread'
+    quantities = (Quantity('spread', 'higher', 'units of a feature'),)
+    needs_logits = False
+    compares_with = 'images'
+
+    def check(self, num_samples, num_reference):
+        assert num_reference
+
+    def measure(self, samples, reference, device):
+        value = float(samples.features_ND.std() / reference.features.features_ND.std())
+        return [SimpleNamespace(quantity=self.quantities[0], value=value, spread=None, settings={'by': 'a stranger'})]
+"""
+
+
+def test_a_metric_of_another_package_is_measured_by_its_name(trained, digits, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'strangers_metric.py').write_text(STRANGERS_METRIC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ['--metrics', 'fid', 'strangers_metric:Spread', '--out', str(tmp_path / 'r.json')]
+    assert evaluate(digits, digits, *words) == 0
+    entries = {entry['metric']: entry for entry in load_results(tmp_path / 'r.json')}
+    assert entries['spread_digits_297']['value'] == 1.0
+    assert entries['spread_digits_297']['protocol']['settings'] == {'by': 'a stranger'}
+    places = ['--reference', str(digits), '--features', 'digits', '--out', str(tmp_path / 'sweep')]
+    scales = ['--guidance-scale', '1', '3', '--samples', '20', '--metrics', 'strangers_metric:Spread']
+    assert cli.main(['sweep', str(trained), *places, *scales, *SAMPLING]) == 0
+    with (tmp_path / 'sweep' / 'sweep.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    values = [float(row['spread_digits_20']) for row in rows]
+    assert [row['best'] for row in rows].index('spread_digits_20') == values.index(max(values))
+    for name, message in (
+        ('strangers_metric:Spred', "has no 'Spred'"),
+        ('nowhere:Spread', "No module named 'nowhere'"),
+    ):
+        assert message in refused(capsys, digits, digits, '--metrics', name)
 
 
 def test_a_set_against_itself(tmp_path, digits):

@@ -24,6 +24,8 @@ from tread_composer.algorithms.power_ema.snapshots import (
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, load_config
 from tread_composer.core.errors import UserError
+from tread_composer.data.digits import prepare_digits
+from tread_composer.metrics.protocol import differences, load_results
 from tread_composer.run.plan import make_plan
 from tread_composer.weights.trained import load_trained
 
@@ -288,6 +290,58 @@ def test_sample_takes_the_width(trained, tmp_path):
     words = ['sample', str(trained.folder), '--weights', 'posthoc:0.12', '--count', '10', '--steps', '1']
     assert main([*words, '--out', str(tmp_path / 'drawn')]) == 0
     assert '"posthoc:0.12"' in (tmp_path / 'drawn' / 'samples.json').read_text()
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('digits') / 'digits'
+    prepare_digits(folder)
+    return ['--reference', str(folder / 'eval'), '--features', 'digits', '--steps', '2', '--device', 'cpu', '--cache',
+            str(folder.parent / 'cache')]  # fmt: skip
+
+
+def test_evaluate_takes_the_width_and_measures_the_average_that_export_writes(trained, digits, tmp_path):
+    out, file = str(tmp_path / 'r.json'), str(tmp_path / 'x.safetensors')
+    assert main(['export', str(trained.folder), '--weights', 'posthoc:0.1', '--out', file]) == 0
+    for path, weights in ((str(trained.folder), 'posthoc:0.1'), (file, 'ema'), (str(trained.folder), 'ema')):
+        assert main(['evaluate', path, *digits, '--weights', weights, '--count', '20', '--out', out]) == 0
+    direct, exported, usual = load_results(out)
+    assert (direct['protocol']['weights'], direct['batch'], direct['run']) == ('posthoc:0.1', 10, 'digits_tread')
+    assert direct['weights_digest'] == exported['weights_digest'] != usual['weights_digest']
+    assert direct['value'] == exported['value'] != usual['value']
+    assert differences(direct['protocol'], exported['protocol']) == []
+    assert differences(direct['protocol'], usual['protocol']) == ["weights: 'posthoc:0.1' and 'ema'"]
+    folders = trained.folder / 'evaluation_samples'
+    before = sorted(folders.iterdir())
+    assert any(folder.name.startswith('posthoc-0.1-ba10-') for folder in before)
+    again = ['--weights', 'posthoc:0.10', '--count', '20', '--out', out]
+    assert main(['evaluate', str(trained.folder), *digits, *again]) == 0
+    assert sorted(folders.iterdir()) == before, 'another spelling of the width draws nothing anew'
+
+
+def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, digits, tmp_path, capsys):
+    out = tmp_path / 'out'
+    words = ['sweep', str(trained.folder), *digits, '--samples', '20', '--out', str(out)]
+    words += ['--guidance-scale', '1', '3', '--interval', 'none', '0.1:0.8']
+    assert main([*words, '--weights', 'ema', 'posthoc:0.1']) == 0
+    rows = json.loads((out / 'sweep.json').read_text())['rows']
+    assert [row['settings']['weights'] for row in rows] == ['ema'] * 3 + ['posthoc:0.1'] * 3
+    assert len({row['values']['fd_digits_20'] for row in rows}) == 6
+    # Another width joins the table later, and nothing is measured twice, however it is spelled.
+    assert main([*words, '--weights', 'posthoc:0.100', 'posthoc:0.15', '--interval', 'none']) == 0
+    assert '2 of 4 rows are finished, and kept' in capsys.readouterr().out
+    widened = json.loads((out / 'sweep.json').read_text())['rows']
+    assert widened[:6] == rows and [row['settings']['weights'] for row in widened[6:]] == ['posthoc:0.15'] * 2
+    page = (out / 'sweep.html').read_text()
+    assert 'weights posthoc:0.1' in page and 'weights posthoc:0.15' in page
+    entries = load_results(out / 'results.json')
+    assert [entry['protocol']['weights'] for entry in entries] == [row['settings']['weights'] for row in widened]
+    assert len({entry['weights_digest'] for entry in entries}) == 3
+    before = (out / 'sweep.json').read_bytes()
+    for width, message in (('posthoc:0.5', 'names no width'), ('posthoc:0.004', 'come only within')):
+        assert main([*words, '--weights', width]) == 2
+        assert message in capsys.readouterr().err
+    assert (out / 'sweep.json').read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tread_composer.io.ranks import Ranks
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
+from tread_composer.metrics.measurer import Measurement
 from tread_composer.samplers import SamplingSettings
 
 CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}
@@ -127,7 +128,7 @@ def test_combinations():
 
 def test_the_rows_of_a_request():
     request = SweepRequest(
-        'x', 'r', 'o', guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), rates=(None, (0.5, 0.9))
+        'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), rates=(None, (0.5, 0.9))
     )
     said = []
     rows = request.rows(said.append)
@@ -137,7 +138,9 @@ def test_the_rows_of_a_request():
         ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
     ]  # fmt: skip
     assert said[0].startswith('8 combinations come to 5 rows: without guidance')
-    assert [row['guidance'] for row in SweepRequest('x', 'r', 'o', (2.0,), ((0.3, 0.3),)).rows()] == ['none']
+    assert [row['guidance'] for row in SweepRequest('x', 'o', Measurement('r'), (2.0,), ((0.3, 0.3),)).rows()] == [
+        'none'
+    ]
     assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
     drawn = sampling_of(rows[-1], request)
     assert (drawn.guidance, drawn.strong_rate, drawn.weak_rate, drawn.guidance_interval) == (
@@ -147,7 +150,7 @@ def test_the_rows_of_a_request():
         (0.1, 0.8),
     )
     with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
-        SweepRequest('x', 'r', 'o', rates=((0.5, 1.5),)).rows()
+        SweepRequest('x', 'o', Measurement('r'), rates=((0.5, 1.5),)).rows()
 
 
 def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
@@ -249,10 +252,10 @@ def test_kid_of_small_subsets_with_a_cache_of_its_own(trained, tmp_path):
     assert '--kid-subset-size 20' in (tmp_path / 'out' / 'sweep.html').read_text()
 
 
-def small_request(trained: Path, out: Path, **settings) -> SweepRequest:
-    places = {'path': str(trained / 'run'), 'reference': str(trained / 'reference'), 'cache': out.parent / 'cache'}
-    small = {'num_steps': 1, 'num_samples': 10, 'features': 'digits', 'device': 'cpu'}
-    return SweepRequest(**{**places, **small, 'out': str(out), **settings})
+def small_request(trained: Path, out: Path, reference: Path | None = None, **settings) -> SweepRequest:
+    against = Measurement(str(reference or trained / 'reference'), features='digits', cache=out.parent / 'cache')
+    small = {'path': str(trained / 'run'), 'num_steps': 1, 'num_samples': 10, 'device': 'cpu'}
+    return SweepRequest(**{**small, 'out': str(out), 'measurement': against, **settings})
 
 
 def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
@@ -298,7 +301,7 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     torch.backends.cudnn.allow_tf32 = True
     try:
         with pytest.raises(UserError, match=r'000003\.png'):
-            sweep(small_request(trained, tmp_path / 'no', reference=str(damaged)), Ranks(), quiet)
+            sweep(small_request(trained, tmp_path / 'no', reference=damaged), Ranks(), quiet)
         assert seen == []
         sweep(small_request(trained, tmp_path / 'out'), Ranks(), quiet)
         assert set(seen) == {('highest', False)}

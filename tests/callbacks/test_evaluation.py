@@ -24,8 +24,9 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.features import extract, open_extractor
-from tread_composer.metrics.fidelity import measure, statistics
+from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.inception import INCEPTION_VARIABLE
+from tread_composer.metrics.metric import Comparison, build_metrics, measure
 from tread_composer.metrics.protocol import differences, load_results, series_name
 from tread_composer.metrics.references import open_reference
 from tread_composer.objectives import FlowMatching
@@ -87,7 +88,9 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
     images = ((latents + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     extractor = open_extractor('digits')
     reference = open_reference(digits / 'eval').features(extractor, tmp_path / 'other cache')
-    figures = measure(['fid', 'prc'], extract([images], extractor), statistics(reference), reference)
+    figures = measure(
+        build_metrics(['fid', 'prc'], {}), extract([images], extractor), Comparison(statistics(reference), reference)
+    )
     # Drawn in other batches than in training: a byte may differ by one.
     assert [e['value'] for e in entries] == pytest.approx([figure.value for figure in figures], rel=2e-3, abs=0.051)
     assert entries[0]['value'] > 10
@@ -210,7 +213,7 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
         setting = f'callbacks.evaluation={{reference: {reference}, num_samples: 500, interval: 350ba, {settings}}}'
         return load_config(YAML, ['callbacks.digits_quality=null', setting, *more])
 
-    assert load().callbacks['evaluation'].build().features == 'digits'
+    assert load().callbacks['evaluation'].build().measurement.features == 'digits'
     check_files(load())  # the digits are made before training
     refusals = {
         'num_sampels: unknown': lambda: load('num_sampels: 5'),

@@ -12,7 +12,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from tests.metrics.small import as_batch, random_images, write_folder
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import extract, open_extractor
-from tread_composer.metrics.fidelity import measure
 from tread_composer.metrics.inception import (
     INCEPTION_FILE,
     INCEPTION_SHA256,
@@ -23,6 +22,7 @@ from tread_composer.metrics.inception import (
     find_weights,
     hub_path,
 )
+from tread_composer.metrics.metric import Comparison, build_metrics, measure
 from tread_composer.metrics.references import open_reference
 
 
@@ -85,10 +85,10 @@ def test_the_whole_path_with_the_real_network(extractor, weights, tmp_path):
     reference.check(extractor, 16)
     found = reference.features(extractor, tmp_path / 'cache', batch_size=5)
     assert torch.allclose(found.features_ND, samples.features_ND, rtol=1e-4, atol=1e-5)
-    figures = measure(['kid', 'is', 'prc'], samples, None, found, kid_subset_size=6)
-    values = {figure.metric: figure.value for figure in figures}
+    figures = measure(build_metrics(['kid', 'is', 'prc'], {'kid_subset_size': 6}), samples, Comparison(features=found))
+    values = {figure.quantity.name: figure.value for figure in figures}
     assert values['precision'] == values['recall'] == 1.0
-    assert 1 <= values['is'] < 12
+    assert 1 <= values['inception_score'] < 12
     assert extractor.identity()['weights_hash'] == f'sha256:{weights[1]}'
     assert extractor.identity()['version'].startswith('torch-fidelity 0.4')
     assert torch.get_num_threads() == threads

@@ -6,13 +6,13 @@ import threading
 import pytest
 
 from tread_composer.core.errors import UserError
+from tread_composer.metrics.metric import build_metrics, direction
 from tread_composer.metrics.protocol import (
     UNKNOWN,
     Protocol,
     append_results,
     differences,
     load_results,
-    metric_name,
     protocol_key,
     result,
     series_name,
@@ -106,18 +106,20 @@ def test_a_series_has_some_of_the_protocol_in_its_name():
 
 
 @pytest.mark.parametrize(
-    ('metric', 'features', 'count', 'name'),
+    ('metric', 'position', 'features', 'count', 'name'),
     [
-        ('fid', 'inception', 50_000, 'fid'),
-        ('fid', 'inception', 49_999, 'fid_49999'),
-        ('is', 'inception', 10_000, 'inception_score_10000'),
-        ('fid', 'digits', 500, 'fd_digits_500'),
-        ('kid', 'digits', 50_000, 'kd_digits'),
-        ('recall', 'inception', 5_000, 'recall_5000'),
+        ('fid', 0, 'inception', 50_000, 'fid'),
+        ('fid', 0, 'inception', 49_999, 'fid_49999'),
+        ('is', 0, 'inception', 10_000, 'inception_score_10000'),
+        ('fid', 0, 'digits', 500, 'fd_digits_500'),
+        ('kid', 0, 'digits', 50_000, 'kd_digits'),
+        ('prc', 1, 'inception', 5_000, 'recall_5000'),
     ],
 )
-def test_a_name_says_how_many_samples_and_which_features(metric, features, count, name):
-    assert metric_name(metric, features, count) == name
+def test_a_name_says_how_many_samples_and_which_features(metric, position, features, count, name):
+    (built,) = build_metrics([metric], {})
+    assert built.quantities[position].reported(features, count) == name
+    assert direction(name) == ('lower' if metric in ('fid', 'kid') else 'higher')
 
 
 def test_results_are_appended_and_a_repeated_measurement_replaces_the_first(tmp_path):

@@ -11,7 +11,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.digits import real_digits
 from tread_composer.metrics.features import DigitsFeatures, open_extractor
-from tread_composer.metrics.fidelity import statistics
+from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import open_images
 from tread_composer.metrics.references import open_reference
 

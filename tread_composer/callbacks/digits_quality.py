@@ -12,13 +12,13 @@ from torch import Tensor
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
-from tread_composer.metrics.digits import digits_judge, real_digits
+from tread_composer.metrics.digits import QUANTITIES, digits_judge, real_digits
 from tread_composer.metrics.frechet import frechet_distance
 from tread_composer.metrics.protocol import Protocol
 
 __all__ = ['FIGURES', 'DigitsQuality']
 
-FIGURES = ('recognised', 'frechet_distance')
+FIGURES = tuple(quantity.name.removeprefix('digits/') for quantity in QUANTITIES)
 _CLASSES = 10
 # What the judge leaves no choice in.
 _JUDGED = {

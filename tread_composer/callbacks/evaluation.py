@@ -1,11 +1,11 @@
 """FID and its relatives while a run trains, on averaged weights and on all ranks, without a trace in the training."""
 
-import dataclasses
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import Callback, Event, State
@@ -18,10 +18,11 @@ from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.metrics.features import FEATURES, Extractor, FeatureSet, joined, look, open_extractor
-from tread_composer.metrics.fidelity import Figure, Statistics, check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, append_results, load_results, metric_name, result, series_name
-from tread_composer.metrics.references import Reference, default_cache, open_reference
+from tread_composer.io.ranks import Ranks
+from tread_composer.metrics.measurer import Measurement, Measurer
+from tread_composer.metrics.metric import Figure
+from tread_composer.metrics.protocol import append_results, load_results, series_name
+from tread_composer.metrics.references import default_cache
 
 __all__ = ['Evaluation']
 
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 Features = Literal['inception', 'digits']
 Labels = Literal['balanced', 'random']
-Result = TypeVar('Result')
 
 
 class Evaluation(Callback):
@@ -47,7 +47,7 @@ class Evaluation(Callback):
     Args:
         reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
         interval: A Composer time string. (Default: only at the end.)
-        metrics: Of ``fid``, ``kid``, ``is``, ``prc`` (precision and recall).
+        metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
         features: ``'inception'``; or ``'digits'``, whose metrics are called ``fd_digits``, ``kd_digits``, ...
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
@@ -89,33 +89,31 @@ class Evaluation(Callback):
         folder: str = 'runs/{run_name}',
         cache: str | None = None,
     ) -> None:
-        for name, value, allowed in (('features', features, FEATURES), ('labels', labels, get_args(Labels))):
-            if value not in allowed:
-                raise UserError(f'{name}: {value!r} is not known; choose one of {", ".join(allowed)}')
+        if labels not in get_args(Labels):
+            raise UserError(f'labels: {labels!r} is not known; choose one of {", ".join(get_args(Labels))}')
         if min(num_samples, batch_size, kid_subset_size) < 2 or seed < 0:
             raise UserError(
                 f'num_samples={num_samples}, batch_size={batch_size}, kid_subset_size={kid_subset_size}, seed={seed}: '
                 'the first three must be at least 2, and seed must not be negative'
             )
-        # The reference is opened later; here it counts as large enough.
-        logits = 0 if features == 'digits' else 1
-        check_metrics(
-            metrics,
-            num_logits=logits,
-            num_samples=num_samples,
-            num_reference=num_samples,
+        self.measurement = Measurement(
+            reference=reference,
+            metrics=tuple(metrics),
+            features=features,
+            inception=inception,
+            inception_sha256=inception_sha256,
             kid_subset_size=kid_subset_size,
+            batch_size=batch_size,
+            cache=Path(cache) if cache else default_cache(),
         )
-        self.reference, self.metrics, self.features = reference, tuple(metrics), features
-        self.inception, self.inception_sha256 = inception, inception_sha256
-        self.num_samples, self.labels, self.seed = num_samples, labels, seed
-        self.batch_size, self.kid_subset_size, self.folder = batch_size, kid_subset_size, folder
-        self.cache = Path(cache) if cache else default_cache()
+        self.measurement.check(num_samples)
+        self.num_samples, self.labels, self.seed, self.folder = num_samples, labels, seed, folder
         self.sampling = Sampling(sampler, num_steps, guidance_scale, weights)
         self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
         self._last_batch = self._batch = -1
         self._spent: dict[int, float] = {}  # batch -> seconds of the measurement after it
-        self._tools: tuple[Extractor, Reference, FeatureSet | None, Statistics | None, Protocol] | None = None
+        self._measurer: Measurer | None = None
+        self._resolution = 0  # side of an image in pixels, once one was drawn
 
     # --- when ---
 
@@ -169,62 +167,26 @@ class Evaluation(Callback):
     # --- what ---
 
     def _prepare(self, state: State) -> None:
-        size = self.sampling.images(state, [0], [0], num_steps=1).shape[-1]
-        device = torch.device('cuda') if state.device.name == 'gpu' else torch.device('cpu')
+        self._resolution = self.sampling.images(state, [0], [0], num_steps=1).shape[-1]
+        device = torch.device('cuda' if state.device.name == 'gpu' else 'cpu')
+        ranks = Ranks(dist.get_global_rank(), dist.get_world_size(), dist.get_local_rank(), dist.get_local_world_size())
 
-        def open_tools() -> tuple[Extractor, Reference]:
-            path = self._path(state)
-            if path.exists():
-                load_results(path)
-            extractor = open_extractor(
-                self.features, inception=self.inception, inception_sha256=self.inception_sha256, device=device
-            )
-            reference = open_reference(self.reference)
-            reference.check(extractor, size)
-            check_metrics(
-                self.metrics,
-                num_logits=extractor.num_logits,
-                num_samples=self.num_samples,
-                num_reference=reference.count,
-                kid_subset_size=self.kid_subset_size,
-            )
-            return extractor, reference
+        def opened() -> Measurer:
+            if self._path(state).exists():
+                load_results(self._path(state))
+            measurer = Measurer(self.measurement, device, ranks)
+            measurer.check(self.num_samples, self._resolution)
+            return measurer
 
-        extractor, reference = _agreed(open_tools)
-        found = None
-        if {'kid', 'prc'} & set(self.metrics) or ('fid' in self.metrics and reference.given is None):
-            found = self._reference_features(reference, extractor)
-        fitted = reference.statistics(found) if 'fid' in self.metrics and dist.get_global_rank() == 0 else None
-        self._tools = extractor, reference, found, fitted, self._protocol(state, extractor, reference, size)
-
-    def _reference_features(self, reference: Reference, extractor: Extractor) -> FeatureSet:
-        world = dist.get_world_size()
-        # All or none: a folder that not all ranks see would leave one of them waiting for the others.
-        cached = all(dist.all_gather_object(reference.is_cached(extractor, self.cache)))
-        if cached or world == 1:
-            return _agreed(lambda: reference.features(extractor, self.cache, batch_size=self.batch_size))
-        rank = dist.get_global_rank()
-        share = _agreed(lambda: reference.share(extractor, self.batch_size, rank, world))
-        found = _gathered(share)
-        if rank == 0:
-            reference.keep(found, extractor, self.cache)
-        return found
-
-    def _protocol(self, state: State, extractor: Extractor, reference: Reference, size: int) -> Protocol:
-        return Protocol(
-            **self.sampling.facts(state, labels=self.labels, seed=self.seed),
-            num_samples=self.num_samples,
-            reference=reference.described(),
-            reference_hash=reference.hash,
-            features=extractor.identity(),
-            resolution=size,
-        )
+        with _as_the_callbacks():
+            self._measurer = ranks.agreed(opened)
+            self._measurer.prepare()
 
     # --- measuring ---
 
     def _measure(self, state: State, logger: Logger) -> None:
-        assert self._tools is not None
-        extractor, _, reference_features, reference_statistics, protocol = self._tools
+        measurer = self._measurer
+        assert measurer is not None
         labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
         pictured, rows = shown_in_grid(labels)
         broken, parts, kept, wanted = 0, [], {}, set(pictured)
@@ -234,7 +196,7 @@ class Evaluation(Callback):
             finite = images_BCRR.isfinite().flatten(1).all(1)
             broken += int((~finite).sum())
             if finite.any():
-                parts.append(look(to_uint8(images_BCRR[finite]).expand(-1, 3, -1, -1), extractor))
+                parts += measurer.look([to_uint8(images_BCRR[finite])])
         found: dict[int, Tensor] = {}
         for share in dist.all_gather_object(kept):
             found |= share
@@ -245,18 +207,10 @@ class Evaluation(Callback):
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
             logger.log_metrics({'evaluation/images_not_finite': broken})
             return
-        samples = _gathered(_agreed(lambda: joined(parts)))
-        if dist.get_global_rank() != 0:
-            return
-        figures = measure(
-            self.metrics,
-            samples,
-            reference_statistics,
-            reference_features,
-            kid_subset_size=self.kid_subset_size,
-            device='cuda' if state.device.name == 'gpu' else 'cpu',
-        )
-        self._report(state, logger, figures, protocol)
+        with _as_the_callbacks():
+            figures = measurer.figures(parts)
+        if measurer.ranks.is_first:
+            self._report(state, logger, measurer, figures)
 
     def _drawn(self, state: State, labels: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's share of the images, batch by batch, with their numbers.
@@ -267,8 +221,9 @@ class Evaluation(Callback):
         share = -(-self.num_samples // world)
         indices = [min(rank + world * place, self.num_samples - 1) for place in range(share)]
         own = len(range(rank, self.num_samples, world))
-        for first in range(0, share, self.batch_size):
-            chunk = indices[first : first + self.batch_size]
+        size = self.measurement.batch_size
+        for first in range(0, share, size):
+            chunk = indices[first : first + size]
             own_labels, seeds = [labels[index] for index in chunk], [self.seed + index for index in chunk]
             images_BCRR = self.sampling.images(state, own_labels, seeds)
             last = max(0, own - first)
@@ -281,14 +236,18 @@ class Evaluation(Callback):
             images_NCRR, told, self.sampling, state, logger, self._path(state).parent / 'evaluation', 'evaluation'
         )
 
-    def _report(self, state: State, logger: Logger, figures: Sequence[Figure], protocol: Protocol) -> None:
-        seconds = state.timestamp.total_wct.total_seconds() - self._seconds()
-        path, entries = self._path(state), []
-        for figure in figures:
-            name = metric_name(figure.metric, self.features, self.num_samples)
-            own = dataclasses.replace(protocol, settings=figure.settings)
-            where: dict[str, Any] = {'source': str(path.parent), 'run': state.run_name, 'batch': self._batch}
-            entries.append(result(name, figure.value, own, spread=figure.spread, seconds=seconds, **where))
+    def _report(self, state: State, logger: Logger, measurer: Measurer, figures: Sequence[Figure]) -> None:
+        path = self._path(state)
+        entries = measurer.entries(
+            figures,
+            self.sampling.facts(state, labels=self.labels, seed=self.seed),
+            num_samples=self.num_samples,
+            resolution=self._resolution,
+            source=str(path.parent),
+            run=state.run_name,
+            batch=self._batch,
+            seconds=state.timestamp.total_wct.total_seconds() - self._seconds(),
+        )
         append_results(path, entries)
         logger.log_metrics({series_name(entry['metric'], entry['protocol']): entry['value'] for entry in entries})
         for destination in logger.destinations:
@@ -306,20 +265,10 @@ def class_labels(rule: str, count: int, num_classes: int, seed: int) -> list[int
     return (shares * num_classes).long().tolist()
 
 
-def _gathered(share: FeatureSet) -> FeatureSet:
-    if dist.get_world_size() == 1:
-        return joined([share])
-    return joined(dist.all_gather_object(share))
-
-
-def _agreed(step: Callable[[], Result]) -> Result:
-    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message."""
-    result, problem = None, None
+@contextlib.contextmanager
+def _as_the_callbacks() -> Iterator[None]:
+    """Say of a refusal whose setting it is."""
     try:
-        result = step()
+        yield
     except UserError as error:
-        problem = f'callbacks.evaluation: {error}'
-    for rank, text in enumerate(dist.all_gather_object(problem)):
-        if text is not None:
-            raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
-    return result  # type: ignore[return-value]
+        raise UserError(f'callbacks.evaluation: {error}') from error

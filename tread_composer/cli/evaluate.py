@@ -6,20 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from tread_composer.cli.sample import add_sampling, add_weak, pairs_of, sampling_of
+from tread_composer.cli.sample import WEIGHTS, OrReference, add_sampling, add_weak, pairs_of, sampling_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
+from tread_composer.metrics import METRICS
 
 __all__ = ['add_arguments', 'add_measuring', 'evaluate_command', 'measuring_of']
-
-_METRICS = ('fid', 'kid', 'is', 'prc')
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """The options of what is measured, and with what."""
     add = parser.add_argument
     add('--reference', required=True, help='folder of images, npz of the ADM suite, or MDS images')
-    add('--metrics', nargs='+', choices=_METRICS, default=['fid'], help='prc: precision and recall (fid)')
+    add('--metrics', nargs='+', choices=OrReference(METRICS), default=['fid'], help='prc: precision and recall (fid)')
     add('--features', choices=('inception', 'digits'), default='inception', help='(%(default)s)')
     add('--inception', metavar='FILE', help="Inception's weights; prefetch says what that is")
     add('--inception-sha256', metavar='HASH', help='of other weights than the published ones')
@@ -39,7 +38,7 @@ def measuring_of(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f'--batch-size {options.batch_size}, --kid-subset-size {options.kid_subset_size}: at least 1 and 2'
         )
-    names = ('reference', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size', 'device')
+    names = ('reference', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size')
     given = {name: getattr(options, name) for name in names}
     if options.cache:
         given['cache'] = Path(options.cache)
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=64, help='images in one call of a network (%(default)s)')
     model = parser.add_argument_group('of a model, which is sampled first')
     model.add_argument('--count', type=int, metavar='N', help='images, classes in turn; published numbers are of 50000')
-    model.add_argument('--weights', choices=('ema', 'raw'), help='(ema)')
+    model.add_argument('--weights', choices=WEIGHTS, help='(ema)')
     model.add_argument('--seed', type=int, help='of the first image; the next ones count on (0)')
     model.add_argument('--samples', metavar='FOLDER', help='of the images (one in the folder of the run)')
     add_weak(model)
@@ -72,9 +71,10 @@ def evaluate_command(options: argparse.Namespace) -> int:
         UserError: The words contradict each other, or what they name is at fault.
     """
     with importing():
-        from tread_composer.evaluate.measuring import Measurement, evaluate_model, evaluate_samples
+        from tread_composer.evaluate.measuring import evaluate_model, evaluate_samples
         from tread_composer.evaluate.publish import format_entries, publish
         from tread_composer.evaluate.samples import folder_of, is_model
+        from tread_composer.metrics.measurer import Measurement
         from tread_composer.sample.request import SamplesRequest
         from tread_composer.samplers import SamplingSettings
 
@@ -108,7 +108,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
         if own:
             raise UserError(f'{", ".join(own)}: of a model that is sampled first, and {options.path} holds images')
         entries = evaluate_samples(
-            options.path, measurement, describe=pairs_of(options.describe, '--describe'), log=log
+            options.path, measurement, describe=pairs_of(options.describe, '--describe'), device=options.device, log=log
         )
         place = folder_of(options.path)
     if entries:

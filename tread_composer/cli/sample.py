@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.named import is_reference
 
 if TYPE_CHECKING:
     from tread_composer.sample.request import SamplesRequest
     from tread_composer.samplers import SamplingSettings
 
-__all__ = ['WEIGHTS', 'add_arguments', 'add_sampling', 'add_weak', 'pairs_of', 'request_of', 'sampling_of']
+__all__ = [
+    'WEIGHTS',
+    'OrReference',
+    'add_arguments',
+    'add_sampling',
+    'add_weak',
+    'pairs_of',
+    'request_of',
+    'sampling_of',
+]
 
 
 class _Weights(tuple[str, ...]):
@@ -21,6 +31,13 @@ class _Weights(tuple[str, ...]):
 
     def __contains__(self, word: object) -> bool:
         return super().__contains__(word) or (isinstance(word, str) and word.startswith('posthoc:'))
+
+
+class OrReference(tuple[str, ...]):
+    """``argparse`` shows what is in it, and takes ``package.module:Class`` as well."""
+
+    def __contains__(self, word: object) -> bool:
+        return super().__contains__(word) or is_reference(word)
 
 
 WEIGHTS = _Weights(('ema', 'raw', 'posthoc:WIDTH'))

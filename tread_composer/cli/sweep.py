@@ -4,7 +4,7 @@ import argparse
 import shlex
 
 from tread_composer.cli.evaluate import add_measuring, measuring_of
-from tread_composer.cli.sample import pairs_of
+from tread_composer.cli.sample import WEIGHTS, pairs_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--interval', nargs='+', type=_interval, default=[None], metavar='LOW:HIGH', help='or the word none (none)')
     add('--rates', nargs='+', type=_rates, default=[None], metavar='STRONG:WEAK',
         help='of sparse guidance; the word none is classifier-free guidance (none)')  # fmt: skip
-    add('--weights', nargs='+', choices=('ema', 'raw'), default=['ema'], help='(ema)')
+    add('--weights', nargs='+', choices=WEIGHTS, default=['ema'], help='(ema)')
     add('--sampler', default='heun', help='(%(default)s)')
     add('--steps', type=int, default=50, help='of the sampler (%(default)s)')
     add('--samples', type=int, default=10_000, metavar='N', help='images of each row (%(default)s)')
@@ -59,6 +59,7 @@ def sweep_command(options: argparse.Namespace) -> int:
         from tread_composer.evaluate.sweep.drawn import SweepRequest, sweep
         from tread_composer.evaluate.sweep.rows import format_sweep, write_sweep
         from tread_composer.io.ranks import Ranks
+        from tread_composer.metrics.measurer import Measurement
 
     if options.samples < 2 or options.seed < 0:
         raise UserError(
@@ -77,7 +78,8 @@ def sweep_command(options: argparse.Namespace) -> int:
         num_samples=options.samples,
         seed=options.seed,
         overrides=pairs_of(options.overrides, 'settings'),
-        **measuring_of(options),
+        device=options.device,
+        measurement=Measurement(**measuring_of(options)),
     )
     ranks = Ranks.start()
     rows, contract = sweep(request, ranks)

@@ -3,22 +3,20 @@
 from tread_composer.compare.comparison import Comparison, compare, format_comparison
 from tread_composer.compare.curves import (
     AXES,
-    DIRECTIONS,
     Point,
     SpeedUp,
     Value,
     common_speed_up,
-    direction,
     speed_up,
     value_at,
 )
 from tread_composer.compare.entries import Curve
 from tread_composer.compare.output import write_comparison
 from tread_composer.compare.runs import Run, open_run
+from tread_composer.metrics.metric import direction
 
 __all__ = [
     'AXES',
-    'DIRECTIONS',
     'Comparison',
     'Curve',
     'Point',

@@ -18,7 +18,6 @@ from tread_composer.compare.curves import (
     Value,
     best_point,
     common_speed_up,
-    direction,
     speed_up,
     value_at,
 )
@@ -27,6 +26,7 @@ from tread_composer.compare.runs import Run
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import short
 from tread_composer.io.page import flat
+from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import differences
 
 __all__ = [

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tread_composer.metrics.metric import direction
+
 __all__ = [
     'AXES',
-    'DIRECTIONS',
     'Axis',
     'Point',
     'SpeedUp',
     'Value',
     'best_point',
     'common_speed_up',
-    'direction',
     'speed_up',
     'value_at',
 ]
@@ -35,36 +35,6 @@ AXES: dict[Axis, str] = {
     'teraflops': 'training TFLOPs',
     'seconds': 'seconds of training',
 }
-
-DIRECTIONS: dict[str, Literal['lower', 'higher']] = {
-    'fid': 'lower',
-    'kid': 'lower',
-    'inception_score': 'higher',
-    'fd': 'lower',
-    'kd': 'lower',
-    'score': 'higher',
-    'precision': 'higher',
-    'recall': 'higher',
-    'digits/frechet_distance': 'lower',
-    'digits/recognised': 'higher',
-}
-"""What is better, for every metric that can be compared. ``fd``, ``kd`` and ``score`` are those of other features."""
-
-
-def direction(metric: str) -> Literal['lower', 'higher']:
-    """Whether lower or higher values of a metric are better.
-
-    Args:
-        metric: As reported: behind the name may stand the features and the number of samples, as in ``fid_10000`` or
-            ``fd_digits_500``.
-
-    Raises:
-        ValueError: The metric is not in ``DIRECTIONS``.
-    """
-    for name, better in DIRECTIONS.items():
-        if metric == name or ('/' not in name and metric.startswith(f'{name}_')):
-            return better
-    raise ValueError(f'{metric!r} is no metric whose better direction is known; known: {sorted(DIRECTIONS)}')
 
 
 @dataclass(frozen=True)

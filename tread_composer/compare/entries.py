@@ -9,8 +9,9 @@ from typing import Any
 
 from tread_composer.callbacks.digits_quality import FIGURES
 from tread_composer.compare.cost import Cost
-from tread_composer.compare.curves import Point, direction
+from tread_composer.compare.curves import Point
 from tread_composer.core.errors import UserError
+from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import UNKNOWN, protocol_key
 
 __all__ = ['Curve', 'by_history', 'curves_of', 'is_of_digits', 'read_entries', 'read_json']

@@ -21,12 +21,13 @@ from tread_composer.compare.comparison import (
     ratio_in_words,
     speed_up_rows,
 )
-from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point, direction
+from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import Chart
 from tread_composer.io.chart import Curve as Line
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report
+from tread_composer.metrics.metric import direction
 
 __all__ = ['draw', 'write_comparison']
 

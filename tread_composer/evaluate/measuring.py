@@ -7,64 +7,34 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.evaluate.samples import facts_of, facts_said, folder_of, open_samples, run_name
 from tread_composer.io.device import choose_device
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import Extractor, FeatureSet, extract, open_extractor
-from tread_composer.metrics.fidelity import check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, metric_name, result
-from tread_composer.metrics.references import Reference, default_cache, open_reference
+from tread_composer.metrics.measurer import Measurement, Measurer
 from tread_composer.sample.folder import RECORD
 from tread_composer.sample.generate import generate
 from tread_composer.sample.request import SamplesRequest
 from tread_composer.weights.exported import digest_of
 from tread_composer.weights.trained import image_size, model_of, read_trained
 
-__all__ = ['Measurement', 'evaluate_model', 'evaluate_samples']
+__all__ = ['evaluate_model', 'evaluate_samples']
 
 Log = Callable[[str], None]
 
 _NO_MATTER = ('out', 'batch_size', 'device', 'formats')  # to what the images are
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What is measured, with which network, against what.
-
-    Args:
-        reference: A folder of images, an npz of ADM's suite, or MDS images.
-        metrics: Of ``fid``, ``kid``, ``is``, ``prc``.
-        features: ``'inception'`` or ``'digits'``.
-        inception: File of Inception's weights, if not where ``find_weights`` looks.
-        inception_sha256: Its hash, if it is not the published file.
-        allow_download: Fetch the weights if they are not here.
-        kid_subset_size: Images in each random subset of KID.
-        batch_size: Images in one call of the network.
-        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-        cache: Where the reference's features are kept.
-    """
-
-    reference: str
-    metrics: tuple[str, ...] = ('fid',)
-    features: str = 'inception'
-    inception: str | None = None
-    inception_sha256: str | None = None
-    allow_download: bool = False
-    kid_subset_size: int = 1000
-    batch_size: int = 64
-    device: str | None = None
-    cache: Path = field(default_factory=default_cache)
-
-
 def evaluate_samples(
-    path: str | Path, measurement: Measurement, *, describe: Mapping[str, Any] | None = None, log: Log = print
+    path: str | Path,
+    measurement: Measurement,
+    *,
+    describe: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    log: Log = print,
 ) -> list[dict[str, Any]]:
     """Measure images that are there. Writes nothing but the cache.
 
@@ -72,6 +42,7 @@ def evaluate_samples(
         path: A folder that ``sample`` wrote, or any images (``metrics.images.open_images``).
         measurement: What and how.
         describe: How images were made that do not say it themselves: parts of a ``Protocol``.
+        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
         log: Gets the lines for people.
 
     Returns:
@@ -87,42 +58,17 @@ def evaluate_samples(
         raise UserError(f'--describe: {path} says itself how it was made ({RECORD}); leave it out')
     else:
         facts = facts_of(record)
-    device = choose_device(measurement.device, 0)
-    extractor, reference = _tools(measurement, device, images.count)
-    reference.check(extractor, images.resolution)
-    found = _looked_at(reference, extractor, measurement, log)
+    measurer = Measurer(measurement, choose_device(device, 0), log=log)
+    measurer.check(images.count, images.resolution)
+    measurer.prepare()
     log(f'{images.path}: looking at {images.count:,} images')
-    figures = measure(
-        measurement.metrics,
-        extract(images.batches(measurement.batch_size), extractor),
-        reference.statistics(found) if 'fid' in measurement.metrics else None,
-        found,
-        kid_subset_size=measurement.kid_subset_size,
-        device=device,
-    )
-    protocol = Protocol(
-        **facts,
-        num_samples=images.count,
-        reference=reference.described(),
-        reference_hash=reference.hash,
-        features=extractor.identity(),
-        resolution=images.resolution,
-    )
+    figures = measurer.figures(measurer.look(images.batches(measurement.batch_size)))
     where: dict[str, Any] = {'source': str(path), 'run': None, 'batch': None, 'weights_digest': None}
     if record is not None:
         where['run'] = record.get('run') or run_name(record['source'])
         where['batch'] = record['batch'] or None  # 0: imported, and nobody has said it
         where['weights_digest'] = record['made_with']['weights_digest']
-    return [
-        result(
-            metric_name(figure.metric, extractor.name, images.count),
-            figure.value,
-            dataclasses.replace(protocol, settings=figure.settings),
-            spread=figure.spread,
-            **where,
-        )
-        for figure in figures
-    ]
+    return measurer.entries(figures, facts, num_samples=images.count, resolution=images.resolution, **where)
 
 
 def evaluate_model(
@@ -151,7 +97,7 @@ def evaluate_model(
     generate(request, log=log)
     if not ranks.is_first:
         return [], request.out
-    entries = evaluate_samples(place, measurement, log=log)
+    entries = evaluate_samples(place, measurement, device=request.device, log=log)
     return [{**entry, 'source': request.path} for entry in entries], request.out
 
 
@@ -163,43 +109,17 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, samples:
     count = request.count or (request.per_class or 0) * len(request.classes or range(model.data.num_classes))
     if request.labels_file is not None:
         count = len(Path(request.labels_file).read_text(encoding='utf-8').split())
-    extractor, reference = _tools(measurement, choose_device(measurement.device, 0), count)
-    reference.check(extractor, model.data.resolution or image_size(model_of(model, request.path)))
-    _looked_at(reference, extractor, measurement, log)
+    measurer = Measurer(measurement, choose_device(request.device, 0), log=log)
+    measurer.check(count, model.data.resolution or image_size(model_of(model, request.path)))
+    measurer.prepare()
     if samples is not None:
         return str(samples)
     drawn = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NO_MATTER}
     drawn['path'] = digest_of(model.tensors)
     if request.weak is not None:
         drawn['weak'] = digest_of(read_trained(request.weak, weights=request.weak_weights).tensors)
+    drawn['weights'] = model.weights  # in its one spelling
     key = hashlib.sha256(json.dumps(drawn, default=str, sort_keys=True).encode()).hexdigest()[:8]
-    return str(folder_of(request.path) / 'evaluation_samples' / f'{request.weights}-ba{model.batch}-{key}')
-
-
-def _looked_at(reference: Reference, extractor: Extractor, measurement: Measurement, log: Log) -> FeatureSet | None:
-    """Features of the reference's images, if they are needed; looks at all of them, unless an earlier call did."""
-    of_images = {'kid', 'prc'} if reference.given is not None else {'fid', 'kid', 'prc'}
-    if not of_images & set(measurement.metrics):
-        return None
-    if not reference.is_cached(extractor, measurement.cache):
-        log(f'{reference.path}: looking at {reference.count:,} reference images, once')
-    return reference.features(extractor, measurement.cache, batch_size=measurement.batch_size)
-
-
-def _tools(measurement: Measurement, device: torch.device, num_samples: int) -> tuple[Extractor, Reference]:
-    extractor = open_extractor(
-        measurement.features,
-        inception=measurement.inception,
-        inception_sha256=measurement.inception_sha256,
-        allow_download=measurement.allow_download,
-        device=device,
+    return str(
+        folder_of(request.path) / 'evaluation_samples' / f'{model.weights.replace(":", "-")}-ba{model.batch}-{key}'
     )
-    reference = open_reference(measurement.reference)
-    check_metrics(
-        measurement.metrics,
-        num_logits=extractor.num_logits,
-        num_samples=num_samples,
-        num_reference=reference.count,
-        kid_subset_size=measurement.kid_subset_size,
-    )
-    return extractor, reference

@@ -71,12 +71,18 @@ class Ranks:
             result = step()
         except UserError as error:
             problem = str(error)
-        problems: list[str | None] = [None] * self.world
-        dist.all_gather_object(problems, problem)
-        for rank, text in enumerate(problems):
+        for rank, text in enumerate(self.gathered(problem)):
             if text is not None:
                 raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
         return result  # type: ignore[return-value]
+
+    def gathered(self, value: Result) -> list[Result]:
+        """Every rank's value, in their order, on all ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on all ranks."""

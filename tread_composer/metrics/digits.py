@@ -14,7 +14,15 @@ from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-__all__ = ['DigitsJudge', 'digits_judge', 'real_digits']
+from tread_composer.metrics.quantity import Quantity
+
+__all__ = ['QUANTITIES', 'DigitsJudge', 'digits_judge', 'real_digits']
+
+QUANTITIES = (
+    Quantity('digits/recognised', 'higher', 'share of the samples'),
+    Quantity('digits/frechet_distance', 'lower', 'squared distance of features'),
+)
+"""What the callback ``digits_quality`` reports."""
 
 
 def real_digits() -> dict[str, tuple[Tensor, Tensor]]:

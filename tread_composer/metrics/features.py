@@ -5,7 +5,7 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels, D 
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -138,7 +138,11 @@ def _judge_hash() -> str:
     return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
 
 
-FEATURES = ('inception', 'digits')
+FEATURES: Mapping[str, type[InceptionFeatures] | type[DigitsFeatures]] = {
+    'inception': InceptionFeatures,
+    'digits': DigitsFeatures,
+}
+"""Feature networks by the name that configurations and commands use."""
 
 
 def open_extractor(

@@ -4,11 +4,43 @@ Which features make it an FID (Inception), and how many samples, is the caller's
 the number of samples even between sets of one distribution: never compare two of different counts.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['frechet_distance']
+from tread_composer.core.errors import UserError
+from tread_composer.metrics.features import FeatureSet
+
+__all__ = ['Statistics', 'frechet_distance', 'statistics']
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The Gaussian that FID fits.
+
+    Args:
+        mean_D: float64.
+        covariance_DD: float64.
+    """
+
+    mean_D: np.ndarray
+    covariance_DD: np.ndarray
+
+
+def statistics(features: FeatureSet) -> Statistics:
+    """Mean and covariance of the features.
+
+    Raises:
+        UserError: There are fewer than two.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    if len(features) < 2:
+        raise UserError(f'{len(features)} image has no covariance: an FID needs at least 2, a published one 50,000')
+    moments = fid_features_to_statistics(features.features_ND.double())
+    return Statistics(moments['mu'], moments['sigma'])
 
 
 def frechet_distance(features_a: Tensor | np.ndarray, features_b: Tensor | np.ndarray) -> float:

@@ -20,36 +20,22 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_json
 
 __all__ = [
-    'FULL_COUNT',
     'UINT8_RULE',
     'UNKNOWN',
     'Protocol',
     'append_results',
     'differences',
     'load_results',
-    'metric_name',
     'protocol_key',
     'result',
     'series_name',
 ]
-
-FULL_COUNT = 50_000
-"""Samples of a published FID. Below, the metric's name says how many there were."""
 
 UNKNOWN = 'unknown'
 """Stands in a protocol where nobody knows; such a number compares with nothing."""
 
 UINT8_RULE = 'round((x + 1) * 127.5), ties to even, clamped'
 """How pixels become bytes in this project (``autoencoders.pixels.to_uint8``)."""
-
-_NAMES = {
-    'fid': ('fid', 'fd'),
-    'kid': ('kid', 'kd'),
-    'is': ('inception_score', 'score'),
-    'precision': ('precision', 'precision'),
-    'recall': ('recall', 'recall'),
-}
-
 
 # Names of things that a hash identifies: they may lie elsewhere under another name.
 _NAMED_BY_HASH = {'reference.name': 'reference_hash', 'autoencoder': 'autoencoder_hash'}
@@ -182,21 +168,6 @@ def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
         # An empty section must differ from an absent one.
         rows |= _flat(value, f'{path}{key}.') if isinstance(value, dict) and value else {f'{path}{key}': value}
     return rows
-
-
-def metric_name(metric: str, features: str, num_samples: int) -> str:
-    """The name under which a number is reported: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``.
-
-    Only Inception's features make an FID, a KID or an Inception Score; others have names of their own.
-
-    Args:
-        metric: ``'fid'``, ``'kid'``, ``'is'``, ``'precision'`` or ``'recall'``.
-        features: Name of the feature network.
-        num_samples: Images measured.
-    """
-    published, other = _NAMES[metric]
-    name = published if features == 'inception' else f'{other}_{features}'
-    return name if num_samples >= FULL_COUNT else f'{name}_{num_samples}'
 
 
 def result(

@@ -20,7 +20,7 @@ import torch
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import whole_file
 from tread_composer.metrics.features import Extractor, FeatureSet, extract
-from tread_composer.metrics.fidelity import Statistics, statistics
+from tread_composer.metrics.frechet import Statistics, statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
 
 __all__ = ['Reference', 'default_cache', 'open_reference']
@@ -55,6 +55,10 @@ class Reference:
     def count(self) -> int:
         """Images that there are; 0 for statistics alone."""
         return 0 if self.images is None else self.images.count
+
+    def must_be_looked_at(self, compares_with: str) -> bool:
+        """Whether a metric that needs this (``Metric.compares_with``) needs features of the images."""
+        return compares_with == 'images' or (compares_with == 'statistics' and self.given is None)
 
     def described(self) -> dict[str, str]:
         """For the protocol."""
@@ -99,12 +103,10 @@ class Reference:
         """Features of one rank's share of its images.
 
         Raises:
-            UserError: It has statistics alone, an image is damaged, or there are fewer images than ranks.
+            UserError: It has statistics alone, or an image is damaged.
         """
         if self.images is None:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
-        if self.count < world:
-            raise UserError(f'{self.path}: {self.count} images are fewer than the {world} ranks that share them')
         return extract(self.images.batches(batch_size, rank, world), extractor)
 
     def keep(self, found: FeatureSet, extractor: Extractor, cache: Path) -> None:

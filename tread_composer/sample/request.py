@@ -23,7 +23,7 @@ class SamplesRequest:
     Args:
         path: Run folder, checkpoint or exported file.
         out: Folder of the images.
-        weights: ``'ema'`` or ``'raw'``.
+        weights: ``'ema'``, ``'raw'``, or ``'posthoc:0.13'`` of a run with ``algorithms.power_ema``.
         sampling: How to draw.
         weak: The second network for guidance ``'auto'`` and ``'sparse'``, as ``path``.
         weak_weights: Which weights of it.

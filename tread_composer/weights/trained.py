@@ -30,7 +30,7 @@ from tread_composer.routing import Route
 from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
 from tread_composer.weights.exported import Exported, digest_of, read_exported
 
-__all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained']
+__all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained', 'weights_name']
 
 _WEIGHTS = ('ema', 'raw')
 
@@ -119,10 +119,8 @@ def read_trained(
     allow_inexact: bool = False,
 ) -> Exported:
     """Weights and facts of what ``load_trained`` loads, without the model; ``allow_inexact`` as ``reconstruct``."""
+    weights = weights_name(weights)
     width = posthoc_width(weights)
-    if weights not in _WEIGHTS and width is None:
-        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")
-    weights = weights if width is None else f'posthoc:{width}'
     path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
     if path.suffix == '.safetensors':
         exported = read_exported(path, texts)
@@ -160,6 +158,18 @@ def read_trained(
         average=None if average is None else average.facts,
         origin=f'run {config.run_name}, {file.resolve().name}',
     )
+
+
+def weights_name(weights: str) -> str:
+    """``'ema'``, ``'raw'`` or ``'posthoc:0.13'`` in its one spelling, also of ``'posthoc:0.130'``.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    width = posthoc_width(weights)
+    if weights not in _WEIGHTS and width is None:
+        raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")
+    return weights if width is None else f'posthoc:{width}'
 
 
 def model_of(exported: Exported, source: str) -> LatentDiffusion:

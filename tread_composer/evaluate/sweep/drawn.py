@@ -4,15 +4,13 @@ On any number of ranks: each draws and looks at its share, the features are gath
 Shapes: B samples, C channels, R x R pixels.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.utils import dist
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
@@ -22,26 +20,20 @@ from tread_composer.evaluate.sweep.rows import combinations, run_sweep
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.metrics.features import Extractor, FeatureSet, joined, look, open_extractor
-from tread_composer.metrics.fidelity import Statistics, check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, append_results, metric_name, result
-from tread_composer.metrics.references import Reference, default_cache, open_reference
+from tread_composer.metrics.measurer import Measurement, Measurer, silent
+from tread_composer.metrics.protocol import append_results
 from tread_composer.routing import apply_tread
 from tread_composer.sample.request import check_overrides
 from tread_composer.samplers import SamplingSettings, guidance_cost
 from tread_composer.weights.exported import digest_of
-from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained
+from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained, weights_name
 
 __all__ = ['SweepRequest', 'sampling_of', 'sweep']
 
 Pair = tuple[float, float]
 
 _TALK_EVERY = 60.0  # seconds
-
-
-def silent(line: str) -> None:
-    """Say nothing, on ranks that must not."""
-    del line
+_KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
 
 
 @dataclass(frozen=True)
@@ -50,31 +42,23 @@ class SweepRequest:
 
     Args:
         path: Run folder, checkpoint or exported file.
-        reference: What samples are compared with.
         out: Folder of the rows.
+        measurement: What is measured; its ``batch_size`` is that of drawing, too.
         guidance_scales: 1 is no guidance.
         intervals: ``(low, high)`` in the objective's time, None for everywhere.
         rates: ``(strong, weak)`` of sparse guidance, None for classifier-free guidance.
-        weights: Of ``'ema'`` and ``'raw'``.
+        weights: Of ``'ema'``, ``'raw'`` and, of a run with ``algorithms.power_ema``, ``'posthoc:0.13'``.
         sampler: Of all rows.
         num_steps: Its steps.
         num_samples: Images of each row, as many of each class.
         seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
-        metrics: Of ``metrics.fidelity.METRICS``.
-        features: ``'inception'`` or ``'digits'``.
-        inception: File of Inception's weights.
-        inception_sha256: Its hash, if it is not the published file.
-        allow_download: Fetch these weights if they are not here.
-        kid_subset_size: Images in each random subset of KID.
-        cache: Where the reference's features are kept.
-        batch_size: Images drawn together.
         device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
         overrides: Settings of the run's configuration that are otherwise now: only of the autoencoder.
     """
 
     path: str
-    reference: str
     out: str
+    measurement: Measurement
     guidance_scales: tuple[float, ...] = (1.0,)
     intervals: tuple[Pair | None, ...] = (None,)
     rates: tuple[Pair | None, ...] = (None,)
@@ -83,14 +67,6 @@ class SweepRequest:
     num_steps: int = 50
     num_samples: int = 10_000
     seed: int = 0
-    metrics: tuple[str, ...] = ('fid',)
-    features: str = 'inception'
-    inception: str | None = None
-    inception_sha256: str | None = None
-    allow_download: bool = False
-    kid_subset_size: int = 1000
-    cache: Path = field(default_factory=default_cache)
-    batch_size: int = 64
     device: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
@@ -110,8 +86,11 @@ class SweepRequest:
         """
         rows = []
         choices = combinations(
-            weights=self.weights, rates=self.rates, interval=self.intervals, scale=self.guidance_scales
-        )  # fmt: skip
+            weights=[weights_name(word) for word in self.weights],
+            rates=self.rates,
+            interval=self.intervals,
+            scale=self.guidance_scales,
+        )
         for one in choices:
             row = {
                 'weights': one['weights'],
@@ -183,39 +162,23 @@ class _Bench:
         log: Callable[[str], None],
     ) -> None:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
-        self.extractor: Extractor = open_extractor(
-            request.features,
-            inception=request.inception,
-            inception_sha256=request.inception_sha256,
-            allow_download=request.allow_download,
-            device=device,
-        )
-        self.reference: Reference = open_reference(request.reference)
-        check_metrics(
-            request.metrics,
-            num_logits=self.extractor.num_logits,
-            num_samples=request.num_samples,
-            num_reference=self.reference.count,
-            kid_subset_size=request.kid_subset_size,
-        )
+        self.measurer = Measurer(request.measurement, device, ranks, log)
         self._trained: Trained | None = None
-        self._against: tuple[FeatureSet | None, Statistics | None] | None = None
-        trained = self._load(request.weights[0])
+        self._loaded = ''  # which weights it has, as the rows call them
+        trained = self._load(weights_name(request.weights[0]))
         self._check_classes(trained)
         self.size = image_size(trained.model)
-        self.reference.check(self.extractor, self.size)
+        self.measurer.check(request.num_samples, self.size)
         facts = self._facts(trained, SamplingSettings())
         self.contract: dict[str, Any] = {
-            'weights_digests': dict(digests),
+            # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
+            'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
             'sampler': request.sampler,
             'num_steps': request.num_steps,
             'num_samples': request.num_samples,
             **{name: value for name, value in facts.items() if name not in ('weights', 'sampling', 'weak')},
-            'metrics': sorted(set(request.metrics)),
-            'kid_subset_size': request.kid_subset_size if 'kid' in request.metrics else None,
-            'reference': self.reference.described(),
-            'reference_hash': self.reference.hash,
-            'features': self.extractor.identity(),
+            **request.measurement.contract(),
+            **self.measurer.facts(),
         }
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
@@ -231,30 +194,27 @@ class _Bench:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        features, fitted = self._compared_with()  # before the first row is drawn: an image of it may be damaged
-        samples = self._features(trained, sampling)
+        self.measurer.prepare()  # before the first row is drawn: an image of it may be damaged
+        # Refused together: a rank whose images are broken must not leave the others waiting.
+        parts = self.ranks.agreed(lambda: self.measurer.look(self._images(trained, sampling)))
+        figures = self.measurer.figures(parts)
         if not self.ranks.is_first:
             return {}
-        figures = measure(
-            self.request.metrics,
-            samples,
-            fitted,
-            features,
-            kid_subset_size=self.request.kid_subset_size,
-            device=self.device,
+        entries = self.measurer.entries(
+            figures,
+            self._facts(trained, sampling),
+            num_samples=self.request.num_samples,
+            resolution=self.size,
+            source=trained.source,
+            run=trained.config.run_name,
+            batch=trained.batch or None,
+            weights_digest=trained.digest,
         )
-        protocol, entries = self._protocol(trained, sampling), []
-        for one in figures:
-            name = metric_name(one.metric, self.extractor.name, self.request.num_samples)
-            own = dataclasses.replace(protocol, settings=one.settings)
-            about: dict[str, Any] = {'run': trained.config.run_name, 'batch': trained.batch or None}
-            about |= {'weights_digest': trained.digest, 'spread': one.spread}
-            entries.append(result(name, one.value, own, source=trained.source, **about))
         append_results(Path(self.request.out) / 'results.json', entries)
         return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost.gmacs}
 
     def _load(self, weights: str) -> Trained:
-        if self._trained is None or self._trained.weights != weights:
+        if self._trained is None or self._loaded != weights:
             self._trained = None  # two models need not fit
             request = self.request
             found = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
@@ -265,7 +225,7 @@ class _Bench:
                     'its checkpoints (a file ep*-ba*-rank0.pt, which stays as it is), with another --out. Finished '
                     'rows stay'
                 )
-            self._trained = found
+            self._trained, self._loaded = found, weights
         return self._trained
 
     def _check_classes(self, trained: Trained) -> None:
@@ -276,50 +236,32 @@ class _Bench:
                 f'alike; take {max(1, round(count / classes)) * classes}'
             )
 
-    def _features(self, trained: Trained, sampling: SamplingSettings) -> FeatureSet:
-        """Of all images of a row."""
-        count, mine = self.request.num_samples, range(self.ranks.rank, self.request.num_samples, self.ranks.world)
-        parts: list[FeatureSet] = []
-        problem, spoke = None, time.monotonic()
-        for first in range(0, len(mine), self.request.batch_size):
-            images_BCRR = self._draw(trained, sampling, mine[first : first + self.request.batch_size])
+    def _images(self, trained: Trained, sampling: SamplingSettings) -> Iterator[Tensor]:
+        """This rank's images of a row, uint8 ``[B, C, R, R]``.
+
+        Raises:
+            UserError: Some are not finite.
+        """
+        count, size = self.request.num_samples, self.request.measurement.batch_size
+        mine, spoke = range(self.ranks.rank, count, self.ranks.world), time.monotonic()
+        for first in range(0, len(mine), size):
+            images_BCRR = self._draw(trained, sampling, mine[first : first + size])
             if not images_BCRR.isfinite().all():
-                problem = 'images came out that are not finite: the model or the sampler has diverged'
-                break
-            parts.append(look(to_uint8(images_BCRR).expand(-1, 3, -1, -1), self.extractor))
+                raise UserError('images came out that are not finite: the model or the sampler has diverged')
+            yield to_uint8(images_BCRR)
             if time.monotonic() - spoke > _TALK_EVERY:
                 spoke = time.monotonic()
-                self.log(f'  {min((first + self.request.batch_size) * self.ranks.world, count):,} of {count:,} images')
-        self.ranks.agreed(lambda: _raise(problem))
-        # Without a launcher there is no process group, and this gives a list of the one.
-        shares: list[list[FeatureSet]] = dist.all_gather_object(parts)
-        return joined([part for share in shares for part in share])
+                self.log(f'  {min((first + size) * self.ranks.world, count):,} of {count:,} images')
 
     def _draw(self, trained: Trained, sampling: SamplingSettings, indices: range) -> Tensor:
         classes, model = trained.model.num_classes, trained.model
         labels = [index % classes if classes else 0 for index in indices]
         seeds = [self.request.seed + index for index in indices]
         try:
-            latents = model.draw(labels, seeds, sampling, batch_size=self.request.batch_size)
+            latents = model.draw(labels, seeds, sampling, batch_size=self.request.measurement.batch_size)
         except ValueError as error:
             raise UserError(f'sweep: {error}') from None
         return model.decode(latents).float()
-
-    def _compared_with(self) -> tuple[FeatureSet | None, Statistics | None]:
-        """Features and statistics of the reference; looked at once, by the first rank."""
-        if self._against is None:
-
-            def look_at_it() -> tuple[FeatureSet | None, Statistics | None]:
-                if not self.ranks.is_first:
-                    return None, None
-                request, found = self.request, None
-                wanted = {'kid', 'prc'} & set(request.metrics)
-                if wanted or ('fid' in request.metrics and self.reference.given is None):
-                    found = self.reference.features(self.extractor, request.cache, batch_size=request.batch_size)
-                return found, self.reference.statistics(found) if 'fid' in request.metrics else None
-
-            self._against = self.ranks.agreed(look_at_it)
-        return self._against
 
     def _facts(self, trained: Trained, sampling: SamplingSettings) -> dict[str, Any]:
         return drawing_facts(
@@ -331,32 +273,17 @@ class _Bench:
             routes=trained.routes,
         )
 
-    def _protocol(self, trained: Trained, sampling: SamplingSettings) -> Protocol:
-        return Protocol(
-            **self._facts(trained, sampling),
-            num_samples=self.request.num_samples,
-            reference=self.reference.described(),
-            reference_hash=self.reference.hash,
-            features=self.extractor.identity(),
-            resolution=self.size,
-        )
-
 
 def _digests(request: SweepRequest) -> dict[str, str]:
     """Of all weights that the file holds, so that a sweep of others may be added and one of a later checkpoint not."""
-    found = {}
-    for weights in ('ema', 'raw'):
+    found, wanted = {}, [weights_name(word) for word in request.weights]
+    for weights in dict.fromkeys((*_KEPT, *wanted)):
         try:
             found[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
         except UserError:
-            if weights in request.weights:
+            if weights in wanted:
                 raise
     return found
-
-
-def _raise(problem: str | None) -> None:
-    if problem is not None:
-        raise UserError(problem)
 
 
 def _route(trained: Trained) -> None:

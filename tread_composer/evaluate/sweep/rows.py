@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tread_composer.compare import direction
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.chart import Chart, Curve
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report, flat
 from tread_composer.io.ranks import Ranks
+from tread_composer.metrics.metric import direction
 
 __all__ = ['Measure', 'best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
 

@@ -4,8 +4,10 @@ import torch
 
 from tests.metrics.small import Means, as_batch, random_images
 from tread_composer.core.errors import UserError
+from tread_composer.metrics import METRICS
 from tread_composer.metrics.features import FeatureSet, extract, joined
-from tread_composer.metrics.fidelity import METRICS, Statistics, check_metrics, measure, statistics
+from tread_composer.metrics.frechet import Statistics, statistics
+from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
 
 
 def features(values: np.ndarray, logits: np.ndarray | None = None) -> FeatureSet:
@@ -16,8 +18,8 @@ def features(values: np.ndarray, logits: np.ndarray | None = None) -> FeatureSet
 
 
 def numbers(metrics, samples, reference, **settings):
-    found = measure(metrics, samples, statistics(reference), reference, **settings)
-    return {figure.metric: figure.value for figure in found}
+    found = measure(build_metrics(metrics, settings), samples, Comparison(statistics(reference), reference))
+    return {figure.quantity.name: figure.value for figure in found}
 
 
 def normal(count, seed, shift=0.0, width=5):
@@ -45,7 +47,7 @@ def test_the_fid_of_gaussians_with_known_moments():
     mean, deviations = np.array([3.0, 0.0]), np.array([2.0, 5.0])
     rows = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]] * 5) * np.sqrt(19 / 20)  # covariance exactly the identity
     samples = features(rows * deviations + mean)
-    found = measure(['fid'], samples, Statistics(np.zeros(2), np.eye(2)), None)
+    found = measure(build_metrics(['fid'], {}), samples, Comparison(Statistics(np.zeros(2), np.eye(2))))
     assert found[0].value == pytest.approx(9 + (2 - 1) ** 2 + (5 - 1) ** 2, rel=1e-6)
 
 
@@ -77,9 +79,9 @@ def test_kid_by_its_definition():
 
 def test_the_inception_score_of_certain_and_of_undecided_images():
     certain = np.tile(np.eye(4) * 100, (50, 1))
-    assert measure(['is'], features(certain, certain), None, None)[0].value == pytest.approx(4, rel=0.2)
+    assert measure(build_metrics(['is'], {}), features(certain, certain))[0].value == pytest.approx(4, rel=0.2)
     undecided = np.zeros((200, 4))
-    assert measure(['is'], features(undecided, undecided), None, None)[0].value == pytest.approx(1)
+    assert measure(build_metrics(['is'], {}), features(undecided, undecided))[0].value == pytest.approx(1)
 
 
 def test_numbers_depend_neither_on_order_nor_on_batch_size_nor_on_the_ranks():
@@ -87,14 +89,14 @@ def test_numbers_depend_neither_on_order_nor_on_batch_size_nor_on_the_ranks():
     reference = extract(as_batch(random_images(50, seed=1)).split(50), extractor)
 
     def found(batches):
-        return numbers(METRICS, extract(batches, extractor), reference, kid_subset_size=20)
+        return numbers([*METRICS], extract(batches, extractor), reference, kid_subset_size=20)
 
     whole = found(images.split(60))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for size in (1, 7, 16):
         assert found(images[order].split(size)) == pytest.approx(whole, rel=1e-6, abs=1e-9)
     parts = [extract(images[rank::2].split(8), extractor) for rank in (1, 0)]
-    assert numbers(METRICS, joined(parts), reference, kid_subset_size=20) == pytest.approx(whole, rel=1e-6, abs=1e-9)
+    assert numbers([*METRICS], joined(parts), reference, kid_subset_size=20) == pytest.approx(whole, rel=1e-6, abs=1e-9)
     assert len(set(whole.values())) == 5
 
 
@@ -102,14 +104,14 @@ def test_the_global_streams_and_the_log_stay_as_they_are(capsys):
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     extractor = Means()
     sets = [extract(as_batch(random_images(30, seed=seed)).split(9), extractor) for seed in (0, 1)]
-    numbers(METRICS, *sets, kid_subset_size=10)
+    numbers([*METRICS], *sets, kid_subset_size=10)
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert capsys.readouterr() == ('', '')
 
 
 def check(metrics, **changes):
-    facts = {'num_logits': 3, 'num_samples': 100, 'num_reference': 100, 'kid_subset_size': 50}
-    check_metrics(metrics, **{**facts, **changes})
+    facts = {'num_logits': 3, 'num_samples': 100, 'num_reference': 100}
+    check_metrics(build_metrics(metrics, {'kid_subset_size': 50}), **{**facts, **changes})
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,9 @@ def test_what_cannot_be_measured_is_refused_beforehand(metrics, changes, message
 
 
 def test_features_of_other_networks_and_broken_ones_are_refused():
+    against = Comparison(statistics(features(normal(10, 0))))
     with pytest.raises(UserError, match='5 features and the samples have 4'):
-        measure(['fid'], features(normal(10, 0, width=4)), statistics(features(normal(10, 0))), None)
+        measure(build_metrics(['fid'], {}), features(normal(10, 0, width=4)), against)
     with pytest.raises(UserError, match='not finite'):
         joined([features(np.full((3, 2), np.nan))])
     with pytest.raises(UserError, match='no images'):

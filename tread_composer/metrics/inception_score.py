@@ -1,0 +1,35 @@
+"""Inception Score; torch-fidelity does the arithmetic, in float64."""
+
+import torch
+
+from tread_composer.core.errors import UserError
+from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.metric import Comparison, Figure
+from tread_composer.metrics.quantity import Quantity
+
+__all__ = ['InceptionScore']
+
+_SCORE = Quantity('inception_score', 'higher', 'classes', other='score')
+_SPLITS = 10  # as published
+
+
+class InceptionScore:
+    """How certain and how different the images' classes are (Salimans et al. 2016, arXiv 1606.03498, section 4)."""
+
+    name = 'is'
+    quantities = (_SCORE,)
+    needs_logits = True
+    compares_with = 'nothing'
+
+    def check(self, num_samples: int, num_reference: int) -> None:
+        """See ``Metric``."""
+        if num_samples < _SPLITS:
+            raise UserError(f'metrics: is takes the mean over {_SPLITS} parts, and there are {num_samples} images')
+
+    def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
+        """See ``Metric``."""
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+        assert samples.logits_NK is not None
+        numbers = isc_features_to_metric(samples.logits_NK, splits=_SPLITS)
+        return [Figure(_SCORE, numbers[KEY_METRIC_ISC_MEAN], numbers[KEY_METRIC_ISC_STD], {'splits': _SPLITS})]

@@ -1,0 +1,208 @@
+"""What a metric says of itself, and what the rest of the project asks it: nobody else keeps a list of metrics."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from tread_composer.core.errors import UserError
+from tread_composer.core.named import import_named, is_reference
+from tread_composer.metrics import METRICS
+from tread_composer.metrics.digits import QUANTITIES as DIGITS_QUANTITIES
+from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.frechet import Statistics
+from tread_composer.metrics.quantity import Better, Quantity
+
+__all__ = [
+    'Comparison',
+    'Figure',
+    'Metric',
+    'build_metrics',
+    'check_metrics',
+    'direction',
+    'measure',
+    'refuse_few',
+    'used_settings',
+]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number.
+
+    Args:
+        quantity: What it is a number of.
+        value: The number.
+        spread: Standard deviation over the parts of which it is the mean, where it is one.
+        settings: What it depends on besides the images, for the protocol.
+    """
+
+    quantity: Quantity
+    value: float
+    spread: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the samples are held against; of the two, what the metrics need.
+
+    Args:
+        statistics: Mean and covariance of the reference.
+        features: Features of its images.
+    """
+
+    statistics: Statistics | None = None
+    features: FeatureSet | None = None
+
+
+class Metric(Protocol):
+    """One way to measure samples. Its constructor takes those settings of a measurement that it depends on."""
+
+    name: str
+    """For messages."""
+
+    quantities: Sequence[Quantity]
+    """The numbers that it gives."""
+
+    needs_logits: bool
+    """Whether it needs the classes of the feature network."""
+
+    compares_with: Literal['nothing', 'statistics', 'images']
+    """What it needs of the reference."""
+
+    def check(self, num_samples: int, num_reference: int) -> None:
+        """Refuse too few images with a ``UserError``, before any is looked at."""
+        ...
+
+    def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
+        """A number for each quantity. The global random streams stay as they are."""
+        ...
+
+
+_IMPORTED: dict[str, Any] = {}  # classes by name: those of METRICS, and others that this process has measured with
+
+
+def _metric_class(name: str) -> Callable[..., Metric]:
+    if name not in _IMPORTED:
+        _IMPORTED[name] = import_named(name if is_reference(name) else METRICS[name])
+    return _IMPORTED[name]
+
+
+def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
+    """The metrics of these names; each takes the settings that its constructor names.
+
+    Args:
+        names: Of ``METRICS``, or ``package.module:Class``.
+        settings: Of the measurement, such as ``kid_subset_size``.
+
+    Raises:
+        UserError: A name is unknown, or none is given.
+    """
+    unknown = [name for name in names if name not in METRICS and not is_reference(name)]
+    if unknown or not names:
+        raise UserError(f'metrics: {unknown or "none"} given; choose of {", ".join(METRICS)}')
+    metrics = []
+    for name in dict.fromkeys(names):
+        try:
+            target = _metric_class(name)
+            accepted = inspect.signature(target).parameters
+            metrics.append(target(**{key: value for key, value in settings.items() if key in accepted}))
+        except (ImportError, TypeError) as error:
+            raise UserError(f'metrics: {name}: cannot be used: {error}') from error
+    return metrics
+
+
+def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a measurement, None where none of these metrics takes it."""
+    taken = {parameter for name in names for parameter in inspect.signature(_metric_class(name)).parameters}
+    return {key: value if key in taken else None for key, value in settings.items()}
+
+
+def check_metrics(metrics: Sequence[Metric], *, num_logits: int, num_samples: int, num_reference: int) -> None:
+    """Refuse what cannot be measured, before any image is looked at.
+
+    Args:
+        metrics: What is to be measured.
+        num_logits: Classes of the feature network.
+        num_samples: Images to be measured.
+        num_reference: Images of the reference; 0 if it holds statistics alone.
+
+    Raises:
+        UserError: The network, the counts or the reference do not allow it.
+    """
+    for metric in metrics:
+        if metric.needs_logits and not num_logits:
+            raise UserError(
+                f'metrics: {metric.name} needs the classes of Inception, and these features have none; leave it out'
+            )
+        if metric.compares_with == 'images' and not num_reference:
+            raise UserError(f'metrics: {metric.name} compares with images, and the reference has statistics alone')
+        metric.check(num_samples, num_reference)
+
+
+def refuse_few(name: str, least: int, num_samples: int, num_reference: int, remedy: str = '') -> None:
+    """For metrics that compare images with images: refuse fewer than ``least`` on a side.
+
+    Raises:
+        UserError: There are fewer.
+    """
+    if min(num_samples, num_reference) < least:
+        raise UserError(
+            f'metrics: {name} needs {least} images on each side, and there are {num_samples} samples and '
+            f'{num_reference} reference images{remedy}'
+        )
+
+
+def measure(
+    metrics: Sequence[Metric],
+    samples: FeatureSet,
+    reference: Comparison = Comparison(),
+    device: str | torch.device = 'cpu',
+) -> list[Figure]:
+    """The numbers of all metrics. The global random streams stay as they are.
+
+    Args:
+        metrics: What to measure; ``check_metrics`` has seen them.
+        samples: Features of the samples.
+        reference: What they are held against.
+        device: Where large sums are computed.
+
+    Raises:
+        UserError: The two sides have features of other lengths.
+    """
+    width = samples.features_ND.shape[1]
+    for length in (
+        None if reference.statistics is None else len(reference.statistics.mean_D),
+        None if reference.features is None else reference.features.features_ND.shape[1],
+    ):
+        if length not in (None, width):
+            raise UserError(f'the reference has {length} features and the samples have {width}: of another network')
+    return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]
+
+
+def direction(reported: str) -> Better:
+    """Whether lower or higher values of a metric are better.
+
+    Args:
+        reported: Its name as reported: behind the name may stand the features and the number of samples, as in
+            ``fid_10000`` or ``fd_digits_500``.
+
+    Raises:
+        ValueError: No metric reports such a number.
+    """
+    for quantity in _quantities():
+        if quantity.reports(reported):
+            return quantity.better
+    known = sorted(name for quantity in _quantities() for name in quantity.names)
+    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {known}')
+
+
+def _quantities() -> Iterator[Quantity]:
+    for name in METRICS:
+        _metric_class(name)
+    for target in _IMPORTED.values():
+        yield from target.quantities
+    yield from DIGITS_QUANTITIES

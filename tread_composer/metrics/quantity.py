@@ -1,0 +1,49 @@
+"""A number that can be reported: under which name, in which unit, and which of two is better."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ['FULL_COUNT', 'Better', 'Quantity']
+
+Better = Literal['lower', 'higher']
+
+FULL_COUNT = 50_000
+"""Samples of a published FID. Below, the metric's name says how many there were."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number is a number of.
+
+    Args:
+        name: As it is published, with Inception's features.
+        better: Which values are better.
+        unit: What one of it is.
+        other: Its name with other features, whose own name follows: only Inception's make an FID, a KID or an
+            Inception Score. (Default: the same name.)
+    """
+
+    name: str
+    better: Better
+    unit: str
+    other: str = ''
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that it is reported under, without features and counts."""
+        return (self.name, self.other) if self.other not in ('', self.name) else (self.name,)
+
+    def reported(self, features: str, num_samples: int) -> str:
+        """The name of a number: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``.
+
+        Args:
+            features: Name of the feature network.
+            num_samples: Images measured.
+        """
+        name = self.name if features == 'inception' else f'{self.other or self.name}_{features}'
+        return name if num_samples >= FULL_COUNT else f'{name}_{num_samples}'
+
+    def reports(self, reported: str) -> bool:
+        """Whether a reported name is one of this quantity."""
+        # A name with a slash is that of a callback's own series, which nothing follows.
+        return any(reported == name or ('/' not in name and reported.startswith(f'{name}_')) for name in self.names)
