@@ -5,7 +5,6 @@ In one run, in turns, with the same number of threads: (A) the encoder alone on 
 ratio B / A is the figure. The autoencoder has random weights; its widths set how expensive it is against a JPEG.
 """
 
-
 import argparse
 import platform
 import statistics

@@ -7,7 +7,6 @@ interrupted comparison goes on. Seeds are in the outer loop: whatever else the m
 Every method of a seed sees the same samples, labels and noise. Writes ``results.json``, a table and a picture.
 """
 
-
 import argparse
 import json
 import os

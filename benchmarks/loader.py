@@ -6,7 +6,6 @@ Contenders read the same latents from the page cache, in turn, several rounds; t
 are taken within a round. What they hand out is a batch in memory, not yet on a device.
 """
 
-
 import argparse
 import io
 import os
