@@ -3,9 +3,9 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import Callback, Event, State
@@ -18,6 +18,7 @@ from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
+from tread_composer.io.ranks import agreed
 from tread_composer.metrics.features import FEATURES, Extractor, FeatureSet, joined, look, open_extractor
 from tread_composer.metrics.fidelity import Figure, Statistics, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol, append_results, load_results, metric_name, result, series_name
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Features = Literal['inception', 'digits']
 Labels = Literal['balanced', 'random']
-Result = TypeVar('Result')
+_PLACE = 'callbacks.evaluation: '
 
 
 class Evaluation(Callback):
@@ -190,7 +191,7 @@ class Evaluation(Callback):
             )
             return extractor, reference
 
-        extractor, reference = _agreed(open_tools)
+        extractor, reference = agreed(open_tools, _PLACE)
         found = None
         if {'kid', 'prc'} & set(self.metrics) or ('fid' in self.metrics and reference.given is None):
             found = self._reference_features(reference, extractor)
@@ -202,9 +203,9 @@ class Evaluation(Callback):
         # All or none: a folder that not all ranks see would leave one of them waiting for the others.
         cached = all(dist.all_gather_object(reference.is_cached(extractor, self.cache)))
         if cached or world == 1:
-            return _agreed(lambda: reference.features(extractor, self.cache, batch_size=self.batch_size))
+            return agreed(lambda: reference.features(extractor, self.cache, batch_size=self.batch_size), _PLACE)
         rank = dist.get_global_rank()
-        share = _agreed(lambda: reference.share(extractor, self.batch_size, rank, world))
+        share = agreed(lambda: reference.share(extractor, self.batch_size, rank, world), _PLACE)
         found = _gathered(share)
         if rank == 0:
             reference.keep(found, extractor, self.cache)
@@ -245,7 +246,7 @@ class Evaluation(Callback):
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
             logger.log_metrics({'evaluation/images_not_finite': broken})
             return
-        samples = _gathered(_agreed(lambda: joined(parts)))
+        samples = _gathered(agreed(lambda: joined(parts), _PLACE))
         if dist.get_global_rank() != 0:
             return
         figures = measure(
@@ -310,16 +311,3 @@ def _gathered(share: FeatureSet) -> FeatureSet:
     if dist.get_world_size() == 1:
         return joined([share])
     return joined(dist.all_gather_object(share))
-
-
-def _agreed(step: Callable[[], Result]) -> Result:
-    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message."""
-    result, problem = None, None
-    try:
-        result = step()
-    except UserError as error:
-        problem = f'callbacks.evaluation: {error}'
-    for rank, text in enumerate(dist.all_gather_object(problem)):
-        if text is not None:
-            raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
-    return result  # type: ignore[return-value]

@@ -8,15 +8,16 @@ for each other for ever. Here the first rank of each node looks and takes under 
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import streaming.base.dataset
-import torch.distributed as dist
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
 from tread_composer.core.errors import UserError
 from tread_composer.io.locks import locked, node_lock_path
+from tread_composer.io.ranks import gathered
 
 __all__ = ['numbered_in_turn']
 
@@ -24,14 +25,14 @@ __all__ = ['numbered_in_turn']
 @contextlib.contextmanager
 def numbered_in_turn() -> Iterator[None]:
     """A ``StreamingDataset`` that is built inside of this context takes its number in turn."""
-    # The release is pinned; another that has no such name would be a KeyError here, not a race.
-    names = vars(streaming.base.dataset)
-    original = names['get_shm_prefix']
-    names['get_shm_prefix'] = _take_number
+    # The release is pinned; another that has no such name would be an AttributeError here, not a race.
+    module: Any = streaming.base.dataset
+    original = module.get_shm_prefix
+    module.get_shm_prefix = _take_number
     try:
         yield
     finally:
-        names['get_shm_prefix'] = original
+        module.get_shm_prefix = original
 
 
 def _take_number(
@@ -52,10 +53,7 @@ def _take_number(
                 number, memory = _first_free(local, remote, retry)
         except (OSError, ValueError) as error:
             problem = f'{", ".join(local)}: cannot be registered on node {world.node}: {error}'
-    answers = [(world.node, number, problem)]
-    if dist.is_available() and dist.is_initialized():
-        answers *= dist.get_world_size()
-        dist.all_gather_object(answers, (world.node, number, problem))
+    answers = gathered((world.node, number, problem))
     for _, _, text in answers:
         if text is not None:
             raise UserError(text)
