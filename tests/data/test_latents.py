@@ -20,6 +20,7 @@ from tests.data.worlds import (
     read_all,
     read_and_wait,
     read_epochs,
+    refusal_of_a_cache,
     register_together,
     start,
     trained_ids,
@@ -230,9 +231,31 @@ def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_
     shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
 
 
-def test_runs_that_start_at_the_same_moment_do_not_take_each_others_number(split: Path):
+@pytest.mark.parametrize('own_temporary_folders', [False, True])
+def test_runs_that_start_at_the_same_moment_do_not_take_each_others_number(
+    split: Path, tmp_path: Path, own_temporary_folders: bool
+):
     moment = time.time() + 2
-    processes = [start(register_together, split, moment, 8) for _ in range(3)]
+    folders = [tmp_path / f'tmp{index}' if own_temporary_folders else None for index in range(4)]
+    processes = [start(register_together, split, moment, 12, folder) for folder in folders]
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_two_launchers_of_one_job_on_one_machine_do_not_wait_for_each_other(split: Path, tmp_path: Path):
+    """Each has a first rank that takes a number, and both are in the barriers of one job."""
+    ranks = on_ranks(4, read_epochs, tmp_path / 'out', split, 12, nodes=2)
+    (expected,) = read_epochs(split, 12)
+    for batch, rows in enumerate(expected):
+        assert sorted(rows) == sorted(row for (epoch,) in ranks for row in epoch[batch])
+
+
+def test_a_cache_in_use_is_refused_on_all_ranks(split: Path, tmp_path: Path):
+    """Not on the first rank of the node alone, for which the others would wait."""
+    cache = str(tmp_path / 'cache')
+    used = train_loader(cache, batch_size=4, remote=str(split))
+    messages = on_ranks(2, refusal_of_a_cache, tmp_path / 'out', cache, str(split))
+    assert 'Reused local directory' in messages[0]
+    assert messages[0] == messages[1]
+    del used

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from composer.utils import dist
 from torchmetrics import MeanMetric
 
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
@@ -26,14 +28,14 @@ CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'composer', 'streaming', 'sklearn.datasets', 'tests.data.worlds'])
 
 
-def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any) -> list[Any]:
-    """``function(*args)`` on that many ranks of one node, connected by gloo; the results by rank."""
+def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any, nodes: int = 1) -> list[Any]:
+    """``function(*args)`` on that many ranks, connected by gloo, of as many launchers as nodes; the results by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_rank, args=(rank, world_size, port, folder, function, args))
+        CONTEXT.Process(target=_rank, args=(rank, world_size, nodes, port, folder, function, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -46,9 +48,12 @@ def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any) -> l
     return [pickle.loads((folder / f'rank{rank}').read_bytes()) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable, args: tuple) -> None:
-    environment = {'RANK': rank, 'LOCAL_RANK': rank, 'NODE_RANK': 0, 'MASTER_PORT': port}
-    environment |= {'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size}
+def _rank(
+    rank: int, world_size: int, nodes: int, port: int, folder: Path, function: Callable, args: tuple
+) -> None:
+    node, local_rank = divmod(rank, world_size // nodes)
+    environment = {'RANK': rank, 'LOCAL_RANK': local_rank, 'NODE_RANK': node, 'MASTER_PORT': port}
+    environment |= {'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size // nodes}
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ['MASTER_ADDR'] = '127.0.0.1'
     torch.set_num_threads(1)
@@ -65,9 +70,12 @@ def start(function: Callable, *args: Any) -> multiprocessing.Process:
     return process
 
 
-def register_together(local: Path, moment: float, times: int) -> None:
-    """Build data sets from one moment on, as a run does that was started beside others."""
+def register_together(local: Path, moment: float, times: int, temporary: Path | None = None) -> None:
+    """Build data sets from one moment on, as a run does that was started beside others; may have its own TMPDIR."""
     torch.set_num_threads(1)
+    if temporary is not None:
+        temporary.mkdir()
+        tempfile.tempdir = str(temporary)
     while time.time() < moment:
         pass
     for _ in range(times):
@@ -89,6 +97,14 @@ def read_mirrors(local: Path, global_batch_size: int, num_workers: int, in_memor
     batch_size = global_batch_size // dist.get_world_size()
     loader = train_loader(local, batch_size=batch_size, num_workers=num_workers, in_memory=in_memory, mirror_seed=5)
     return [[batch[RAW_LATENTS][:, 0, 0, 0].tolist() for batch in loader] for _ in range(2)]
+
+
+def refusal_of_a_cache(local: str, remote: str) -> str:
+    try:
+        train_loader(local, batch_size=4, remote=remote)
+    except UserError as error:
+        return str(error)
+    raise AssertionError('a cache that another run is using was taken')
 
 
 def read_and_wait(local: Path, remote: str | None, ready: Path) -> None:

@@ -5,10 +5,7 @@
 """
 
 import contextlib
-import fcntl
-import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +15,7 @@ from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import read_json, write_json
+from tread_composer.io.locks import locked
 
 __all__ = ['Output', 'Uploader', 'scratch_of']
 
@@ -32,8 +30,6 @@ def scratch_of(folder: Path) -> Path:
 class Output:
     """An output folder under lock, as a context manager; a refusal leaves it as it was found.
 
-    The lock is the kernel's (flock): it is gone as soon as its holder is, however that ends.
-
     Args:
         settings: Of the conversion.
 
@@ -45,7 +41,7 @@ class Output:
         self._settings = settings
         self.folder = settings.state
         self._record_path = self.folder / _RECORD
-        self._descriptor: int | None = None
+        self._lock = contextlib.ExitStack()
         self._made: list[Path] = []  # folders that were not there before, outermost first
         self._made_scratch = self._began = False
         self._pending: dict[str, Any] | None = None  # a record that is still to be written
@@ -70,7 +66,8 @@ class Output:
         self.check()
         self._made = [path for path in (*reversed(self.folder.parents), self.folder) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        busy = f'{self.folder} is being written by another conversion ({{holder}}); wait for it, or stop it'
+        self._lock.enter_context(locked(self.folder / _LOCK, busy))
         try:
             self.check()  # somebody may have been here in between
             self._made_scratch = not scratch_of(self.folder).exists()
@@ -94,7 +91,7 @@ class Output:
             for path in reversed(self._made):
                 with contextlib.suppress(OSError):  # no longer empty: then it is not ours alone
                     path.rmdir()
-        self._close()
+        self._lock.close()
 
     def settle(self, content: dict[str, Any], splits: dict[str, dict[str, Any]]) -> None:
         """Record what the data are made with, or compare it with the record.
@@ -123,35 +120,6 @@ class Output:
         self._began = True
         if self._pending is not None:
             write_json(self._record_path, self._pending)
-
-    def _lock(self) -> None:
-        path = self.folder / _LOCK
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_file(descriptor, path):  # else a refused conversion has just removed it
-                    break
-            except BlockingIOError as error:
-                holder = os.read(descriptor, 1000).decode(errors='replace').strip() or 'unknown'
-                os.close(descriptor)
-                raise UserError(
-                    f'{self.folder} is being written by another conversion ({holder}); wait for it, or stop it'
-                ) from error
-            except OSError as error:
-                os.close(descriptor)
-                raise UserError(f'{path}: this file system has no locks ({error}); choose another folder') from error
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
-        self._descriptor = descriptor
-        # A forked decoding worker would hold the lock for as long as it outlives a main process that was killed.
-        os.register_at_fork(after_in_child=self._close)
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 class Uploader:
@@ -210,13 +178,3 @@ class Uploader:
                 f'{target}/{path.name}: upload failed: {type(error).__name__}: {error}. Finished parts are kept: run '
                 f'the same command again when it works'
             ) from error
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at ``path``."""
-    try:
-        now = os.stat(path)
-    except FileNotFoundError:
-        return False
-    opened = os.fstat(descriptor)
-    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)

@@ -5,13 +5,10 @@ Digits", test part), as pixels in [-1, 1]: ``value / 8 - 1`` is exact in half pr
 Legend: N images.
 """
 
-import contextlib
-import fcntl
 import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,8 @@ from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
 from tread_composer.core.errors import UserError
+from tread_composer.io.files import to_disk
+from tread_composer.io.locks import locked
 
 __all__ = ['EVAL_SAMPLES', 'SPLITS', 'SPLIT_SEED', 'digits_manifest', 'load_digits_arrays', 'prepare_digits']
 
@@ -65,7 +64,7 @@ def prepare_digits(folder: str | os.PathLike[str]) -> None:
         _check(target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent / f'.{target.name}.lock'):
+    with locked(target.parent / f'.{target.name}.lock'):
         # Whoever holds the lock is the only one writing: other unfinished folders are of processes that were killed.
         for left_over in target.parent.glob(f'.{glob.escape(target.name)}.partial-*'):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -123,7 +122,7 @@ def _write_and_rename(target: Path) -> None:
         for split in SPLITS:
             _write_split(partial / split, split)
         for path in [*partial.rglob('*'), partial]:
-            _to_disk(path)
+            to_disk(path)
         partial.chmod(0o755)  # mkdtemp made it for its owner alone
         try:
             partial.rename(target)
@@ -131,7 +130,7 @@ def _write_and_rename(target: Path) -> None:
             # Another process was first in spite of the lock (a file system without locks); its data are as good.
             if not _is_filled(target):
                 raise
-        _to_disk(target.parent)
+        to_disk(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,19 +167,3 @@ def _check(target: Path) -> None:
                 f'{folder}: holds other data ({found.source!r}, {found.num_samples} samples) than the digits '
                 f'({wanted.source!r}, {wanted.num_samples} samples). Choose another folder'
             )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The kernel lets go of the lock when its holder dies, however it dies; so the file may lie around for ever.
-    with open(path, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
 from tread_composer.data.mapped import MappedShard
-from tread_composer.data.registration import registering_alone
+from tread_composer.data.registration import numbered_in_turn
 
 __all__ = ['LatentDataset', 'mirror_choices']
 
@@ -89,7 +89,7 @@ class LatentDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._delivered = 0  # of this epoch, by this process
         self._prepared: set[int] = set()  # shards that are readable and stay so
-        with registering_alone():
+        with numbered_in_turn():
             super().__init__(
                 local=os.fspath(local),
                 remote=remote,

@@ -1,4 +1,4 @@
-"""Several processes of one conversion: who they are, agreeing on refusals, waiting for each other.
+"""Several processes of one job: who they are, agreeing on refusals, waiting for each other.
 
 They exchange a few Python objects and no tensors, so the process group is gloo whatever encodes; without a launcher
 there is none.
@@ -15,14 +15,47 @@ import torch.distributed as dist
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['Ranks']
+__all__ = ['Ranks', 'agreed', 'gathered']
 
 Result = TypeVar('Result')
+Value = TypeVar('Value')
 
 # Ranks finish hours apart: their numbers of parts differ by one, a GPU may be slower, and reading the list of images of
 # a large source (which the first rank does alone) can take long, too. A rank that dies is noticed at once all the same:
 # its connections break, and the launcher stops the others of its node. So the limit only has to be longer than a job.
 _TIMEOUT = datetime.timedelta(days=7)
+
+
+def gathered(value: Value) -> list[Value]:
+    """The values of all ranks, by rank; without a process group, this one's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agreed(step: Callable[[], Result], place: str = '') -> Result:
+    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
+
+    Otherwise one rank would leave while the others wait for it in the next collective.
+
+    Args:
+        step: What may be refused.
+        place: Begins a refusal, e.g. ``'callbacks.evaluation: '``.
+
+    Raises:
+        UserError: Of this rank or another.
+    """
+    result, problem = None, None
+    try:
+        result = step()
+    except UserError as error:
+        problem = f'{place}{error}'
+    for rank, text in enumerate(gathered(problem)):
+        if text is not None:
+            raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
+    return result  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -57,32 +90,12 @@ class Ranks:
         return self.rank == 0
 
     def agreed(self, step: Callable[[], Result]) -> Result:
-        """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
-
-        Otherwise one rank would leave while the others wait for it.
-
-        Raises:
-            UserError: Of this rank or another.
-        """
-        if self.world == 1:
-            return step()
-        result, problem = None, None
-        try:
-            result = step()
-        except UserError as error:
-            problem = str(error)
-        for rank, text in enumerate(self.gathered(problem)):
-            if text is not None:
-                raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
-        return result  # type: ignore[return-value]
+        """See the function ``agreed``; for the only process, the step alone."""
+        return agreed(step) if self.world > 1 else step()
 
     def gathered(self, value: Result) -> list[Result]:
         """Every rank's value, in their order, on all ranks."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return gathered(value) if self.world > 1 else [value]
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on all ranks."""

@@ -5,12 +5,10 @@ feature network move an FID by more than most methods do. So the protocol travel
 compare only if ``differences`` finds none.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_json
+from tread_composer.io.locks import locked
 
 __all__ = [
     'UINT8_RULE',
@@ -247,7 +246,7 @@ def append_results(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent / f'.{path.name}.lock'):
+    with locked(path.parent / f'.{path.name}.lock'):
         kept = {_identity(entry): entry for entry in load_results(path)} if path.exists() else {}
         write_json(path, list({**kept, **{_identity(entry): entry for entry in entries}}.values()))
 
@@ -255,11 +254,3 @@ def append_results(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> No
 def _identity(entry: Mapping[str, Any]) -> str:
     keys = ('metric', 'protocol', 'weights_digest', 'run', 'batch', 'source')
     return json.dumps([entry.get(key) for key in keys], sort_keys=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The kernel lets go of the lock when its holder dies; so the file may lie around for ever.
-    with open(path, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -5,8 +5,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 from composer import Trainer
 from composer.utils import dist, get_device
@@ -18,11 +17,10 @@ from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
+from tread_composer.io.ranks import agreed
 from tread_composer.routing import RoutingError
 
 __all__ = ['data_state', 'train', 'world_size']
-
-Result = TypeVar('Result')
 
 
 def world_size() -> int:
@@ -49,8 +47,8 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
             dist.initialize_dist(get_device(None))
         else:
             dist.initialize_dist(get_device(known.device), timeout=known.dist_timeout)
-    config = _agreed(lambda: known or _checked_config(path, overrides))
-    splits = _agreed(lambda: prepare_data(config))
+    config = agreed(lambda: known or _checked_config(path, overrides))
+    splits = agreed(lambda: prepare_data(config))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     trainer = build_trainer(config, splits)
@@ -78,27 +76,11 @@ def _fit(trainer: Trainer) -> None:
         raise UserError(f'algorithms.tread: {error}') from error
 
 
-def _agreed(step: Callable[[], Result]) -> Result:
-    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
-
-    Otherwise one rank would leave while the others wait for it in the next collective.
-    """
-    result, problem = None, None
-    try:
-        result = step()
-    except UserError as error:
-        problem = str(error)
-    for rank, text in enumerate(dist.all_gather_object(problem)):
-        if text is not None:
-            raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
-    return result  # type: ignore[return-value]
-
-
 def _config_if_sound(path: str, overrides: Sequence[str]) -> Config | None:
     try:
         return _checked_config(path, overrides)
     except UserError:
-        return None  # it is rank 0's to say; if rank 0 sees none, this node's files differ, and `_agreed` says so
+        return None  # it is rank 0's to say; if rank 0 sees none, this node's files differ, and `agreed` says so
 
 
 @contextlib.contextmanager

@@ -5,11 +5,9 @@ images each, as bytes. An image in one of them is never drawn again.
 Legend: B images of a part, H x W pixels, C channels.
 """
 
-import fcntl
+import contextlib
 import io
-import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.files import read_json, write_atomically, write_json
+from tread_composer.io.locks import locked
 
 __all__ = ['IMAGES', 'PART_SIZE', 'RECORD', 'SamplesFolder']
 
@@ -30,8 +29,6 @@ _LOCK, _SCRATCH = '.lock', '.samples'
 class SamplesFolder:
     """A folder of images; a context manager that holds its lock.
 
-    The lock is the kernel's (flock): it is gone as soon as its holder is, however that ends.
-
     Args:
         path: The folder.
 
@@ -41,7 +38,7 @@ class SamplesFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.scratch = path, path / _SCRATCH
-        self._descriptor: int | None = None
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> 'SamplesFolder':
         if self.path.exists() and not self.path.is_dir():
@@ -53,18 +50,17 @@ class SamplesFolder:
                 f'--out {self.path}: holds {", ".join(foreign[:5])}, which no run of sample wrote; choose a folder '
                 'that is empty or does not exist yet'
             )
+        busy = f'--out {self.path}: is being written by another process ({{holder}}); wait for it, or stop it'
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock.enter_context(locked(self.path / _LOCK, busy))
         except OSError as error:
             raise UserError(f'--out {self.path}: cannot be written: {error}') from error
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._descriptor is not None:
-            (self.path / _LOCK).unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.close()
         if not any(self.path.iterdir()):
             self.path.rmdir()  # refused before anything was written
 
@@ -144,31 +140,3 @@ class SamplesFolder:
                 f'{self.path}: was finished, but {", ".join(missing)} is no longer complete; choose another --out, or '
                 f'remove the folder to draw all images again'
             )
-
-    def _lock(self) -> None:
-        path = self.path / _LOCK
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.read(descriptor, 1000).decode(errors='replace').strip() or 'unknown'
-                os.close(descriptor)
-                raise UserError(
-                    f'--out {self.path}: is being written by another process ({holder}); wait for it, or stop it'
-                ) from error
-            if _same_file(descriptor, path):  # else the last holder has just removed it
-                break
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
-        self._descriptor = descriptor
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        now = os.stat(path)
-    except FileNotFoundError:
-        return False
-    opened = os.fstat(descriptor)
-    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)

@@ -3,13 +3,11 @@
 Legend: B samples, K stored channels, C latent channels (K is 2C for moments), H x W latent pixels.
 """
 
-import contextlib
 import errno
-import fcntl
 import glob
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, 
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
 from tread_composer.io.countdown import Countdown
 from tread_composer.io.files import to_disk
+from tread_composer.io.locks import locked
 
 __all__ = ['Facts', 'import_latents']
 
@@ -100,7 +99,8 @@ def import_latents(
     _refuse_existing(target)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out / f'.{split}.lock'):
+        busy = f'{out}: another import is writing this split; wait for it, or stop it'
+        with locked(out / f'.{split}.lock', busy):
             _refuse_existing(target)  # another import may have finished in the meantime
             for left_over in out.glob(f'.{glob.escape(split)}.partial-*'):
                 shutil.rmtree(left_over)  # of a run that was killed: whoever holds the lock is the only writer
@@ -293,14 +293,3 @@ def _manifest(
         tool_version=tread_composer.__version__,
         source=f'imported: {layout.description}',
     )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The kernel lets go of the lock when its holder dies, however it dies; so the file may lie around for ever.
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f'{path.parent}: another import is writing this split; wait for it, or stop it') from error
-        yield

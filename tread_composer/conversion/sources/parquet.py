@@ -4,7 +4,6 @@ Parquet cannot be read at random: one image costs the decoding of a row group of
 once, in order, into a spool file for each parquet file.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -24,6 +23,7 @@ from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import whole_file
+from tread_composer.io.locks import locked
 
 __all__ = ['open_parquet']
 
@@ -160,8 +160,7 @@ def _is_image(kind: pyarrow.DataType) -> bool:
 def _spool_all(files: list[Path], columns: _Columns, folder: Path, progress: bool) -> dict[Path, _Spool]:
     """Copy what is not yet copied. Any number of processes may call this at once; one copies, the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / '.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+    with locked(folder / '.lock'):
         for left_over in folder.glob('.partial-*'):
             left_over.unlink(missing_ok=True)
         targets = {file: _target(file, columns, folder) for file in files}

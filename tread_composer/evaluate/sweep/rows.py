@@ -6,7 +6,6 @@ the same kind may add combinations.
 
 import contextlib
 import csv
-import fcntl
 import io
 import itertools
 import json
@@ -19,6 +18,7 @@ from typing import Any
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.chart import Chart, Curve
 from tread_composer.io.files import write_atomically
+from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.metric import direction
@@ -192,16 +192,14 @@ def _checked(name: str, value: float, settings: Mapping[str, Any]) -> float:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time: each writes all rows that it knows of. A dead one's lock is gone with it."""
+    busy = f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another'
+    lock = contextlib.ExitStack()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / '.lock').open('w')
+        lock.enter_context(locked(folder / '.lock', busy))
     except OSError as error:
         raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another') from None
+    with lock:
         yield
 
 
