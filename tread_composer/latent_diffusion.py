@@ -27,10 +27,10 @@ from tread_composer.core.protocols import Autoencoder, Objective, StepNoise
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (
     Clock,
+    Equation,
     SamplingSettings,
     check_guidance,
     check_sampler,
-    clocked,
     guided_denoiser,
     integrate,
 )
@@ -233,10 +233,9 @@ class LatentDiffusion(ComposerModel):
                     self.denoiser, settings, null_label=self.null_label, random=random, clock=clock, times=times,
                     weak=weak,
                 )  # fmt: skip
-                x = integrate(
-                    settings.sampler, clocked(self.objective, clock), denoiser, labels_B, start, times,
-                    self._step_noise(random), settings.sampler_settings,
-                )  # fmt: skip
+                equation = Equation(self.objective, denoiser, labels_B, clock)
+                noise = self._step_noise(random)
+                x = integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
                 results.append(x.float())
         return torch.cat(results)
 

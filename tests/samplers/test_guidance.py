@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching
-from tread_composer.samplers import classifier_free, euler
+from tread_composer.samplers import Equation, classifier_free, euler
 
 
 def make_dit(channels: int = 4, learn_sigma: bool = False) -> DiT:
@@ -62,8 +62,8 @@ def test_changing_the_label_changes_the_sample_and_guidance_moves_it_further() -
     noise, _, labels = inputs()
 
     def sample(scale: float, labels: Tensor) -> Tensor:
-        drift = objective.drift(classifier_free(model, scale, null_label=5), labels)
-        return euler(drift, objective.prior(noise), objective.sampling_times(4))
+        equation = Equation(objective, classifier_free(model, scale, null_label=5), labels)
+        return euler(equation, objective.prior(noise), objective.sampling_times(4), lambda step: noise)
 
     other = torch.tensor([0, 2, 4])
     for scale in (1.0, 3.0):

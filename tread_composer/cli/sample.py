@@ -26,14 +26,13 @@ class _Weights(tuple[str, ...]):
 WEIGHTS = _Weights(('ema', 'raw', 'posthoc:WIDTH'))
 """Choices of ``--weights`` for a trained run."""
 
-_SAMPLERS = ('ddim', 'ddpm', 'edm_heun', 'euler', 'heun', 'sde')
 _GUIDANCE = ('none', 'classifier_free', 'sparse', 'auto')
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of how an image is drawn."""
     add = parser.add_argument
-    add('--sampler', choices=_SAMPLERS, default='heun', help='(%(default)s)')
+    add('--sampler', default='heun', help='by name, or package.module:function (%(default)s)')
     add('--steps', type=int, default=50, help='of the sampler (%(default)s)')
     add('--sampler-settings', nargs='+', default=[], metavar='KEY=VALUE', help='e.g. S_churn=40, eta=1, last_step=0.04')
     add('--guidance', choices=_GUIDANCE, help='(none; with --guidance-scale: classifier_free)')
@@ -81,13 +80,17 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
     Raises:
         UserError: They contradict each other.
     """
-    from tread_composer.samplers import SamplingSettings
+    from tread_composer.samplers import SamplingSettings, sampler_named
 
     scale = options.guidance_scale
     guidance = options.guidance or ('none' if scale is None or scale == 1 else 'classifier_free')
     if scale is None and guidance != 'none':
         raise UserError(f'--guidance {guidance} needs a --guidance-scale, for example 1.5')
     interval = options.guidance_interval
+    try:
+        sampler_named(options.sampler)  # refused before anything is loaded
+    except ValueError as error:
+        raise UserError(f'--sampler: {error}') from None
     try:
         return SamplingSettings(
             sampler=options.sampler,

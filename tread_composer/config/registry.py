@@ -7,11 +7,8 @@ part of another package is named ``package.module:Class``.
 """
 
 import functools
-import importlib
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,10 +20,11 @@ import torch
 from composer.core import Algorithm, Callback
 
 from tread_composer.autoencoders import AUTOENCODERS
+from tread_composer.core.references import imported, is_reference
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 
-__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'is_reference', 'part_names', 'resolve']
+__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'part_names', 'resolve']
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'autoencoder': AUTOENCODERS,
@@ -60,11 +58,6 @@ _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf'
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
 
 
-def is_reference(name: object) -> bool:
-    """Whether a name is of the form ``package.module:Class``."""
-    return isinstance(name, str) and ':' in name
-
-
 def is_ours(kind: str, name: str) -> bool:
     """Whether this is a part of this project."""
     return kind in SECTIONS or name in _OURS.get(kind, {})
@@ -83,18 +76,7 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
         ImportError: A package that it needs is not installed, or ``package.module:Class`` names nothing.
     """
     target = name if is_reference(name) else _table(kind)[name]
-    return _imported(target) if isinstance(target, str) else target
-
-
-def _imported(reference: str) -> Any:
-    module, _, attribute = reference.partition(':')
-    if os.getcwd() not in sys.path:
-        # A part that lies where the command is started is meant to be used; `python train.py` looks beside train.py.
-        sys.path.append(os.getcwd())
-    target = importlib.import_module(module)
-    if not hasattr(target, attribute):
-        raise ImportError(f'{module} has no {attribute!r}')
-    return getattr(target, attribute)
+    return imported(target) if isinstance(target, str) else target
 
 
 @functools.cache

@@ -1,21 +1,21 @@
 """Guidance: wrappers that make a denoiser out of a denoiser, so that objectives and samplers need not know.
 
 They nest freely. Two of them must know where sampling stands: an interval acts at some times only, and sparse guidance
-(``guidance_sparse``) draws new tokens for each evaluation. They look at a ``Clock``, which ``clocked`` keeps.
+(``guidance_sparse``) draws new tokens for each evaluation. They look at the ``Clock`` of the ``Equation``.
 
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tread_composer.core.protocols import Denoiser
+from tread_composer.samplers.equation import Clock
 from tread_composer.samplers.settings import GuidedChannels
 
-__all__ = ['Clock', 'autoguidance', 'classifier_free', 'clocked', 'guide', 'within_interval', 'without_label']
+__all__ = ['autoguidance', 'classifier_free', 'guide', 'within_interval', 'without_label']
 
 _FIRST = 3  # the channels that DiT's scripts guide, out of 4
 _ROUNDING = 1e-9
@@ -66,14 +66,14 @@ def without_label(denoiser: Denoiser, null_label: int) -> Denoiser:
     return _Unlabelled(denoiser, null_label)
 
 
-def within_interval(guided: Denoiser, plain: Denoiser, interval: tuple[float, float], clock: 'Clock') -> Denoiser:
+def within_interval(guided: Denoiser, plain: Denoiser, interval: tuple[float, float], clock: Clock) -> Denoiser:
     """Guide only in a band of times (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
     Args:
         guided: The denoiser where ``low < time <= high``.
         plain: The denoiser elsewhere.
         interval: ``(low, high)``, in the time of the objective's sampling equation.
-        clock: The one that ``clocked`` was given.
+        clock: That of the equation.
     """
     return _Within(guided, plain, interval, clock)
 
@@ -126,51 +126,6 @@ def check_channels(guided_channels: GuidedChannels, channels: int) -> None:
             f"guided_channels: 'first3' repeats what DiT does with latents of 4 channels; these have {channels}, take "
             "'all'"
         )
-
-
-class Clock:
-    """The times at which one run of a sampler has evaluated its denoiser so far, the present one last."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    @property
-    def time(self) -> float:
-        """The present evaluation's time, in the objective's sampling equation."""
-        if not self.times:
-            raise RuntimeError('the clock stands still: give the sampler clocked(objective, clock)')
-        return self.times[-1]
-
-    @property
-    def evaluation(self) -> int:
-        """The present evaluation's number, from 0."""
-        return len(self.times) - 1
-
-
-def clocked(objective: Any, clock: Clock) -> Any:
-    """An objective that samples like ``objective`` and tells ``clock`` the time before it calls the denoiser."""
-    return _Clocked(objective, clock)
-
-
-class _Clocked:
-    def __init__(self, objective: Any, clock: Clock) -> None:
-        self._objective, self._clock = objective, clock
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._objective, name)
-        return self._timed(value) if name in ('drift', 'transition') else value
-
-    def _timed(self, make: Any) -> Any:
-        def made(denoiser: Denoiser, labels_B: Tensor) -> Any:
-            step = make(denoiser, labels_B)
-
-            def timed(x_BCHW: Tensor, time: Tensor, *others: Tensor) -> Any:
-                self._clock.times.append(float(time))
-                return step(x_BCHW, time, *others)
-
-            return timed
-
-        return made
 
 
 class _ClassifierFree:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Routing, keep_lowest
-from tread_composer.samplers.guidance import Clock, autoguidance
+from tread_composer.samplers.equation import Clock
+from tread_composer.samplers.guidance import autoguidance
 from tread_composer.samplers.settings import GuidedChannels, SamplingSettings
 
 __all__ = ['Rates', 'kept_counts', 'rates_of', 'routed', 'sparse_guidance']

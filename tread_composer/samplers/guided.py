@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Routing, routing_of
+from tread_composer.samplers.equation import Clock, Equation
 from tread_composer.samplers.guidance import (
-    Clock,
     autoguidance,
     check_channels,
     classifier_free,
-    clocked,
     within_interval,
     without_label,
 )
@@ -109,7 +108,7 @@ def guided_denoiser(
         settings: What is asked for, checked by ``check_guidance``.
         null_label: The label that stands for no class.
         random: Keyed by the samples' seeds.
-        clock: The sampler gets ``clocked(objective, clock)``.
+        clock: That of the sampler's ``Equation``.
         times: The objective's sampling times.
         weak: The second network.
 
@@ -170,10 +169,8 @@ def guidance_cost(
         strong, settings, null_label=null_label, random=KeyedRandom(0, 0, [0]), clock=clock, times=times, weak=second
     )
     small = torch.zeros(1, latent_shape[0], 1, 1, dtype=torch.float64)  # the equation works on each pixel alone
-    integrate(
-        settings.sampler, clocked(objective, clock), _Noting(guided, strong, spent), torch.zeros(1, dtype=torch.int64),
-        small, times, lambda step: small, settings.sampler_settings,
-    )  # fmt: skip
+    equation = Equation(objective, _Noting(guided, strong, spent), torch.zeros(1, dtype=torch.int64), clock)
+    integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
     return SamplingCost(spent.macs / 1e9, len(clock.times), spent.guided)
 
 
