@@ -31,6 +31,7 @@ from tread_composer.samplers import (
     SamplingSettings,
     check_guidance,
     check_sampler,
+    default_guidance,
     guided_denoiser,
     integrate,
 )
@@ -186,7 +187,7 @@ class LatentDiffusion(ComposerModel):
             sampler=sampler,
             num_steps=num_steps,
             sampler_settings=sampler_settings or {},
-            guidance='none' if guidance_scale == 1 else 'classifier_free',
+            guidance=default_guidance(guidance_scale),
             guidance_scale=guidance_scale,
         )
         return self.draw(labels, seeds, settings, batch_size=batch_size)
@@ -210,7 +211,7 @@ class LatentDiffusion(ComposerModel):
             labels: One class each; ``null_label`` samples without a class.
             seeds: One non-negative seed each.
             settings: How.
-            weak: The second network, for guidance ``'auto'`` and ``'sparse'``: of the same objective, for the same
+            weak: The second network, for guidance that takes one: of the same objective, for the same
                 latents, on the same device. It is put into evaluation mode for as long.
             batch_size: Samples in one network call (guidance may double them).
 
