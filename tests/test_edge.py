@@ -35,7 +35,7 @@ from tread_composer.metrics.frechet import frechet_distance
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import Route, apply_tread
-from tread_composer.samplers import euler
+from tread_composer.samplers import Equation, euler
 
 torch.manual_seed(0)
 sizes = {'latent_size': 8, 'in_channels': 1, 'num_classes': 10, 'patch_size': 2}
@@ -56,8 +56,8 @@ assert all(parameter.grad is not None for parameter in model.blocks.parameters()
 
 seen.clear()
 with torch.no_grad():
-    drift = objective.drift(model.eval(), labels)
-    samples = euler(drift, objective.prior(noise), objective.sampling_times(2))
+    equation = Equation(objective, model.eval(), labels)
+    samples = euler(equation, objective.prior(noise), objective.sampling_times(2), lambda step: noise)
 assert samples.shape == latents.shape and samples.isfinite().all() and set(seen) == {16}
 
 images = Pixels().decode(samples.float())

@@ -25,8 +25,8 @@ from tread_composer.autoencoders import to_uint8
 from tread_composer.cli.sample import add_arguments
 from tread_composer.config import restore_config
 from tread_composer.sample.request import DECODE_DTYPES, FORMATS
-from tread_composer.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
-from tread_composer.samplers.settings import Guidance, GuidedChannels, RateSchedule, WeakLabel
+from tread_composer.samplers.guidance.provider import GuidedChannels, WeakLabel
+from tread_composer.samplers.guidance.sparse import RateSchedule
 from tread_composer.weights.exported import write_exported
 from tread_composer.weights.trained import load_trained, read_trained
 
@@ -279,7 +279,7 @@ def test_the_words_offer_what_the_code_knows():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     known = {
-        'sampler': sorted([*SAMPLERS, *STOCHASTIC_SAMPLERS]), 'guidance': get_args(Guidance), 'format': FORMATS,
+        'format': FORMATS,
         'guided-channels': get_args(GuidedChannels), 'rate-schedule': get_args(RateSchedule),
         'weak-label': get_args(WeakLabel), 'decode-dtype': DECODE_DTYPES,
     }  # fmt: skip

@@ -126,9 +126,13 @@ def test_combinations():
         combinations(a=[1], b=[])
 
 
+CFG = {'guidance': 'classifier_free'}
+
+
 def test_the_rows_of_a_request():
+    sparse = {'guidance': 'sparse', 'strong_rate': 0.5, 'weak_rate': 0.9}
     request = SweepRequest(
-        'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), rates=(None, (0.5, 0.9))
+        'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), guidances=(CFG, sparse)
     )
     said = []
     rows = request.rows(said.append)
@@ -143,14 +147,10 @@ def test_the_rows_of_a_request():
     ]
     assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
     drawn = sampling_of(rows[-1], request)
-    assert (drawn.guidance, drawn.strong_rate, drawn.weak_rate, drawn.guidance_interval) == (
-        'sparse',
-        0.5,
-        0.9,
-        (0.1, 0.8),
-    )
+    assert (drawn.guidance, drawn.guidance_interval) == ('sparse', (0.1, 0.8))
+    assert (drawn.guidance_settings['strong_rate'], drawn.guidance_settings['weak_rate']) == (0.5, 0.9)
     with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
-        SweepRequest('x', 'o', Measurement('r'), rates=((0.5, 1.5),)).rows()
+        SweepRequest('x', 'o', Measurement('r'), guidances=({'guidance': 'sparse', 'weak_rate': 1.5},)).rows()
 
 
 def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):

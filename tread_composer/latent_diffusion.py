@@ -27,10 +27,11 @@ from tread_composer.core.protocols import Autoencoder, Objective, StepNoise
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (
     Clock,
+    Equation,
     SamplingSettings,
     check_guidance,
     check_sampler,
-    clocked,
+    default_guidance,
     guided_denoiser,
     integrate,
 )
@@ -186,7 +187,7 @@ class LatentDiffusion(ComposerModel):
             sampler=sampler,
             num_steps=num_steps,
             sampler_settings=sampler_settings or {},
-            guidance='none' if guidance_scale == 1 else 'classifier_free',
+            guidance=default_guidance(guidance_scale),
             guidance_scale=guidance_scale,
         )
         return self.draw(labels, seeds, settings, batch_size=batch_size)
@@ -210,7 +211,7 @@ class LatentDiffusion(ComposerModel):
             labels: One class each; ``null_label`` samples without a class.
             seeds: One non-negative seed each.
             settings: How.
-            weak: The second network, for guidance ``'auto'`` and ``'sparse'``: of the same objective, for the same
+            weak: The second network, for guidance that takes one: of the same objective, for the same
                 latents, on the same device. It is put into evaluation mode for as long.
             batch_size: Samples in one network call (guidance may double them).
 
@@ -233,10 +234,9 @@ class LatentDiffusion(ComposerModel):
                     self.denoiser, settings, null_label=self.null_label, random=random, clock=clock, times=times,
                     weak=weak,
                 )  # fmt: skip
-                x = integrate(
-                    settings.sampler, clocked(self.objective, clock), denoiser, labels_B, start, times,
-                    self._step_noise(random), settings.sampler_settings,
-                )  # fmt: skip
+                equation = Equation(self.objective, denoiser, labels_B, clock)
+                noise = self._step_noise(random)
+                x = integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
                 results.append(x.float())
         return torch.cat(results)
 

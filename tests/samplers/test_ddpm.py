@@ -17,7 +17,7 @@ from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.objectives.ddpm import evenly_spaced
-from tread_composer.samplers import check_sampler, ddim, ddpm, euler, heun, integrate
+from tread_composer.samplers import Equation, check_sampler, ddim, ddpm, euler, heun, integrate
 
 MEAN, STD = 0.4, 0.7
 
@@ -88,7 +88,8 @@ def moments(sampler: str, num_steps: int, settings: dict[str, Any], v: float | N
     network = Gaussian(process, evenly_spaced(process.num_timesteps, num_steps), v)
     start = process.prior(normal(-1, *shape))
     times = process.sampling_times(num_steps)
-    out = integrate(sampler, process, network, LABELS, start, times, lambda step: normal(step, *shape), settings)
+    equation = Equation(process, network, LABELS)
+    out = integrate(sampler, equation, start, times, lambda step: normal(step, *shape), settings)
     assert out.dtype == torch.float64
     assert network.calls == {'heun': 2 * num_steps - 1}.get(sampler, num_steps)
     return out.mean().item(), out.std().item()
@@ -137,7 +138,8 @@ def test_fixed_variance_is_that_of_the_forward_steps() -> None:
     fixed, learned = DDPM(learned_variance=False), DDPM()
     start, times = fixed.prior(normal(-1)), fixed.sampling_times(20)
     torch.testing.assert_close(
-        ddpm(fixed, NoiseOnly(), LABELS, start, times, normal), ddpm(learned, Largest(), LABELS, start, times, normal)
+        ddpm(Equation(fixed, NoiseOnly(), LABELS), start, times, normal),
+        ddpm(Equation(learned, Largest(), LABELS), start, times, normal),
     )
 
 
@@ -162,9 +164,8 @@ def our_path(sampler: Callable, timesteps: list[int], noise: Callable, **setting
     x = normal(-1) * (1 + times[0] ** 2).sqrt()
     path = [normal(-1)]
     for step, (now, then) in enumerate(pairwise(times)):
-        x = sampler(
-            DDPM(), Wavy(), LABELS, x, torch.stack([now, then]), lambda _, step=step: noise(step), **settings
-        )  # fmt: skip
+        equation = Equation(DDPM(), Wavy(), LABELS)
+        x = sampler(equation, x, torch.stack([now, then]), lambda _, step=step: noise(step), **settings)
         path.append(x / (1 + then**2).sqrt())
     return path
 
@@ -200,21 +201,19 @@ def test_ddim_is_diffusers_scheduler_step_by_step(eta: float) -> None:
 def test_ddim_without_noise_is_euler_s_method_and_draws_nothing() -> None:
     objective = DDPM()
     start, times = objective.prior(normal(-1)), objective.sampling_times(30)
-    by_euler = euler(objective.drift(Wavy(), LABELS), start, times)
-    torch.testing.assert_close(
-        ddim(objective, Wavy(), LABELS, start, times, no_noise), by_euler, rtol=1e-12, atol=1e-12
-    )
+    equation = Equation(objective, Wavy(), LABELS)
+    by_euler = euler(equation, start, times, no_noise)
+    torch.testing.assert_close(ddim(equation, start, times, no_noise), by_euler, rtol=1e-12, atol=1e-12)
     # The other samplers of the package walk the same equation.
     fine = objective.sampling_times(1000)
-    exact = euler(objective.drift(Wavy(), LABELS), start, fine)
-    assert (heun(objective.drift(Wavy(), LABELS), start, times) - exact).abs().mean() < 0.5 * (
-        by_euler - exact
-    ).abs().mean()
+    exact = euler(equation, start, fine, no_noise)
+    by_heun = heun(equation, start, times, no_noise)
+    assert (by_heun - exact).abs().mean() < 0.5 * (by_euler - exact).abs().mean()
 
 
 def test_one_step_takes_the_network_s_word_and_draws_nothing() -> None:
     objective, x = DDPM(), normal(-1)
-    out = ddpm(objective, Wavy(), LABELS, objective.prior(x), objective.sampling_times(1), no_noise)
+    out = ddpm(Equation(objective, Wavy(), LABELS), objective.prior(x), objective.sampling_times(1), no_noise)
     bar = objective.alphas_cumprod[999]
     noise = Wavy()(x.float(), torch.full((3,), 999.0), LABELS)[:, :2]
     torch.testing.assert_close(out, (x - (1 - bar).sqrt() * noise) / bar.sqrt(), rtol=1e-5, atol=1e-4)
@@ -223,13 +222,13 @@ def test_one_step_takes_the_network_s_word_and_draws_nothing() -> None:
 def test_predicted_data_are_not_clipped() -> None:
     assert moments('ddpm', 5, {}, 0.0)[0] == pytest.approx(MEAN, abs=0.01)
     objective = DDPM()
-    assert ddim(objective, Wavy(), LABELS, 9 * normal(-1), our_times([3]), no_noise).abs().max() > 9
+    assert ddim(Equation(objective, Wavy(), LABELS), 9 * normal(-1), our_times([3]), no_noise).abs().max() > 9
 
 
 @pytest.mark.parametrize('eta', [-0.1, 1.1, math.nan])
 def test_impossible_eta_is_refused(eta: float) -> None:
     with pytest.raises(ValueError, match='eta='):
-        ddim(DDPM(), Wavy(), LABELS, normal(-1), DDPM().sampling_times(3), normal, eta=eta)
+        ddim(Equation(DDPM(), Wavy(), LABELS), normal(-1), DDPM().sampling_times(3), normal, eta=eta)
 
 
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim'])

@@ -49,7 +49,7 @@ def second() -> torch.nn.Module:
 
 
 def settings_of(mode: str, **more) -> SamplingSettings:
-    return SamplingSettings(**{'num_steps': 5, 'sampler': 'euler', **MODES[mode], **more})
+    return SamplingSettings.from_dict({'num_steps': 5, 'sampler': 'euler', **MODES[mode], **more})
 
 
 def draw(mode: str, labels=LABELS, seeds=SEEDS, batch_size: int = 16, made=None, **more) -> Tensor:
@@ -170,8 +170,8 @@ def test_first3_leaves_the_fourth_channel_conditional() -> None:
         settings = {**MODES[mode], **one}
         if mode == 'sparse and null':
             settings |= {'strong_rate': 0.0}  # then the strong branch is the plain one
-        every = model(4).draw([3], [5], SamplingSettings(**settings))
-        first3 = model(4).draw([3], [5], SamplingSettings(**settings, guided_channels='first3'))
+        every = model(4).draw([3], [5], SamplingSettings.from_dict(settings))
+        first3 = model(4).draw([3], [5], SamplingSettings.from_dict({**settings, 'guided_channels': 'first3'}))
         torch.testing.assert_close(first3[:, :3], every[:, :3], rtol=0, atol=1e-6)
         torch.testing.assert_close(first3[:, 3], plain[:, 3], rtol=0, atol=1e-5)
         assert (every - plain).abs().amax(dim=(0, 2, 3)).min() > 1e-3
@@ -246,7 +246,7 @@ def test_the_cost_is_what_the_published_model_has() -> None:
     apply_tread(denoiser, Route(2, -4, 0.5))
 
     def gmacs(**more) -> float:
-        settings = SamplingSettings(sampler='euler', num_steps=1, **more)
+        settings = SamplingSettings.from_dict({'sampler': 'euler', 'num_steps': 1, **more})
         return guidance_cost(
             denoiser, FlowMatching(), settings, latent_shape=(4, 32, 32), null_label=1000
         ).gmacs  # fmt: skip

@@ -1,6 +1,7 @@
 """Sampling, on data whose differential equation can be solved by hand: pixels that are all N(mean, std^2)."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tread_composer.core.protocols import Objective
 from tread_composer.objectives import EDM, FlowMatching
-from tread_composer.samplers import SAMPLERS, euler, heun
+from tread_composer.samplers import SAMPLERS, Equation, euler, heun
 
 MEAN, STD = 0.4, 0.7
 
@@ -65,10 +66,28 @@ def noise() -> Tensor:
     return torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(2))
 
 
+def unasked(step: int) -> Tensor:
+    raise AssertionError(f'step {step} drew noise')
+
+
+class Plain:
+    """An objective that is its drift."""
+
+    def __init__(self, drift: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._drift = drift
+
+    def drift(self, denoiser: object, labels_B: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return self._drift
+
+
+def plain(drift: Callable[[Tensor, Tensor], Tensor]) -> Equation:
+    return Equation(Plain(drift), GaussianVelocity(), LABELS)
+
+
 def error(name: str, sampler: str, num_steps: int) -> float:
     objective, network = CASES[name]
     start = objective.prior(noise())
-    end = SAMPLERS[sampler](objective.drift(network(), LABELS), start, objective.sampling_times(num_steps))
+    end = SAMPLERS[sampler](Equation(objective, network(), LABELS), start, objective.sampling_times(num_steps), unasked)
     assert end.dtype == torch.float64
     return float((end - solution(name, start)).abs().max())
 
@@ -85,7 +104,7 @@ def test_convergence_to_the_exact_solution_has_the_sampler_s_order(name: str, sa
 def test_samples_of_gaussian_data_have_its_mean_and_spread() -> None:
     for objective, network in CASES.values():
         start = objective.prior(torch.randn(3, 8, 64, 64, generator=torch.Generator().manual_seed(4)))
-        samples = heun(objective.drift(network(), LABELS), start, objective.sampling_times(40))
+        samples = heun(Equation(objective, network(), LABELS), start, objective.sampling_times(40), unasked)
         assert samples.mean() == pytest.approx(MEAN, abs=0.01)
         assert samples.std() == pytest.approx(STD, abs=0.01)
 
@@ -95,13 +114,14 @@ def test_samples_of_gaussian_data_have_its_mean_and_spread() -> None:
 def test_forty_steps_make_the_published_number_of_calls(name: str, sampler: str, calls: int) -> None:
     objective, network = CASES[name]
     denoiser = network()
-    SAMPLERS[sampler](objective.drift(denoiser, LABELS), objective.prior(noise()), objective.sampling_times(40))
-    assert denoiser.calls == calls
+    equation = Equation(objective, denoiser, LABELS)
+    SAMPLERS[sampler](equation, objective.prior(noise()), objective.sampling_times(40), unasked)
+    assert denoiser.calls == len(equation.clock.times) == calls
 
 
 def test_heun_is_second_order_where_the_last_time_is_not_zero() -> None:
     times = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    out = heun(lambda x, time: x * time, torch.ones(1, 1, 1, 1), times)
+    out = heun(plain(lambda x, time: x * time), torch.ones(1, 1, 1, 1), times, unasked)
     # slope 1 at time 1, ahead 0.5, slope 0.25 there: 1 - 0.5 * (1 + 0.25) / 2
     assert out.item() == 0.6875
 
@@ -110,7 +130,7 @@ def test_heun_is_second_order_where_the_last_time_is_not_zero() -> None:
 def test_one_step_to_zero_is_an_euler_step(sampler: object) -> None:
     times = torch.tensor([2.0, 0.0], dtype=torch.float64)
     assert SAMPLERS[sampler.__name__] is sampler  # type: ignore[attr-defined]
-    assert sampler(lambda x, time: 3 * x * time, torch.ones(1), times).item() == -11.0  # type: ignore[operator]
+    assert sampler(plain(lambda x, time: 3 * x * time), torch.ones(1), times, unasked).item() == -11.0  # type: ignore[operator]
 
 
 def test_edm_times_are_karras_sigmas_then_zero() -> None:

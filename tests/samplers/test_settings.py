@@ -14,8 +14,13 @@ from tread_composer.samplers import SamplingSettings
         SamplingSettings(),
         SamplingSettings(sampler='ddim', num_steps=9, sampler_settings={'eta': 0.5}),
         SamplingSettings(guidance='classifier_free', guidance_scale=1.5, guided_channels='first3'),
-        SamplingSettings(guidance='sparse', guidance_scale=2.0, guidance_interval=(0.1, 0.7), rate_schedule='cosine'),
-        SamplingSettings(guidance='auto', guidance_scale=2, weak_label='null'),
+        SamplingSettings(
+            guidance='sparse',
+            guidance_scale=2.0,
+            guidance_interval=(0.1, 0.7),
+            guidance_settings={'rate_schedule': 'cosine'},
+        ),
+        SamplingSettings(guidance='auto', guidance_scale=2, guidance_settings={'weak_label': 'null'}),
     ],
 )
 def test_they_survive_json(settings: SamplingSettings) -> None:
@@ -38,6 +43,7 @@ def test_what_has_no_effect_is_not_stored() -> None:
         ({'guidance_scale': 2.0}, "guidance is 'none'"),
         ({'guidance': 'classifier_free', 'guidance_scale': -1.0}, 'guidance_scale=-1.0'),
         ({'guidance': 'classifier_free', 'guidance_scale': math.nan}, 'guidance_scale=nan'),
+        ({'guidance': 'classifier_free', 'guidance_scale': math.inf}, 'guidance_scale=inf'),
         ({'guidance': 'cfg'}, "guidance: 'cfg' is none of"),
         ({'num_steps': 0}, 'num_steps: 0'),
         ({'num_steps': True}, 'num_steps: True'),

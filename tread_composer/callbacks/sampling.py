@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.samplers import SamplingSettings
+from tread_composer.samplers import SamplingSettings, default_guidance
 
 __all__ = ['Sampling', 'bare_model']
 
@@ -60,7 +60,7 @@ class Sampling:
         settings = SamplingSettings(
             sampler=self.sampler,
             num_steps=self.num_steps,
-            guidance='none' if self.guidance_scale == 1 else 'classifier_free',
+            guidance=default_guidance(self.guidance_scale),
             guidance_scale=self.guidance_scale,
         )
         return drawing_facts(bare_model(state), settings, weights=self.weights, labels=labels, seed=seed)

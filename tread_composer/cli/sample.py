@@ -43,32 +43,33 @@ class OrReference(tuple[str, ...]):
 WEIGHTS = _Weights(('ema', 'raw', 'posthoc:WIDTH'))
 """Choices of ``--weights`` for a trained run."""
 
-_SAMPLERS = ('ddim', 'ddpm', 'edm_heun', 'euler', 'heun', 'sde')
-_GUIDANCE = ('none', 'classifier_free', 'sparse', 'auto')
+# Settings of guidance that have a flag of their own; --guidance-settings takes those of any kind.
+_OF_GUIDANCE = ('strong_rate', 'weak_rate', 'rate_schedule', 'weak_label')
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of how an image is drawn."""
     add = parser.add_argument
-    add('--sampler', choices=_SAMPLERS, default='heun', help='(%(default)s)')
+    add('--sampler', default='heun', metavar='NAME', help='e.g. euler, ddim, sde (%(default)s)')
     add('--steps', type=int, default=50, help='of the sampler (%(default)s)')
     add('--sampler-settings', nargs='+', default=[], metavar='KEY=VALUE', help='e.g. S_churn=40, eta=1, last_step=0.04')
-    add('--guidance', choices=_GUIDANCE, help='(none; with --guidance-scale: classifier_free)')
+    add('--guidance', metavar='KIND', help='e.g. sparse, auto (none; with --guidance-scale: classifier_free)')
     add('--guidance-scale', type=float, help='weak + scale x (strong - weak); 1 is none')
     add('--guidance-interval', nargs=2, type=float, metavar=('LOW', 'HIGH'),
         help='guide where LOW < time <= HIGH: t of flow matching, noise level otherwise')  # fmt: skip
     add('--guided-channels', choices=('all', 'first3'), default='all', help="first3: as DiT's scripts do")
-    add('--strong-rate', type=float, default=0.5,
-        help='sparse: share of tokens that skip the routed blocks in the strong branch (%(default)s)')  # fmt: skip
-    add('--weak-rate', type=float, default=0.9, help='the same in the weak branch (%(default)s)')
-    add('--rate-schedule', choices=('constant', 'cosine'), default='constant', help='of both rates (%(default)s)')
-    add('--weak-label', choices=('same', 'null'), default='same', help='null: no class in the weak branch')
+    add('--guidance-settings', nargs='+', default=[], metavar='KEY=VALUE', help='of this kind, e.g. weak_rate=0.8')
+    add('--strong-rate', type=float,
+        help='sparse: share of tokens that skip the routed blocks in the strong branch (0.5)')  # fmt: skip
+    add('--weak-rate', type=float, help='the same in the weak branch (0.9)')
+    add('--rate-schedule', choices=('constant', 'cosine'), help='of both rates (constant)')
+    add('--weak-label', choices=('same', 'null'), help='null: no class in the weak branch (same)')
 
 
 def add_weak(parser: argparse._ActionsContainer) -> None:
     """The options of the second network."""
     add = parser.add_argument
-    add('--weak', metavar='PATH', help='second network for --guidance auto or sparse, e.g. an early checkpoint')
+    add('--weak', metavar='PATH', help='second network, for guidance that takes one, e.g. an early checkpoint')
     add('--weak-weights', choices=WEIGHTS, default='ema', help='of --weak (%(default)s)')
 
 
@@ -98,13 +99,19 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
     Raises:
         UserError: They contradict each other.
     """
-    from tread_composer.samplers import SamplingSettings
+    from tread_composer.samplers import SamplingSettings, default_guidance, sampler_named
 
     scale = options.guidance_scale
-    guidance = options.guidance or ('none' if scale is None or scale == 1 else 'classifier_free')
+    guidance = options.guidance or default_guidance(scale)
     if scale is None and guidance != 'none':
         raise UserError(f'--guidance {guidance} needs a --guidance-scale, for example 1.5')
     interval = options.guidance_interval
+    of_guidance = pairs_of(options.guidance_settings, '--guidance-settings')
+    of_guidance |= {name: getattr(options, name) for name in _OF_GUIDANCE if getattr(options, name) is not None}
+    try:
+        sampler_named(options.sampler)  # refused before anything is loaded
+    except ValueError as error:
+        raise UserError(f'--sampler: {error}') from None
     try:
         return SamplingSettings(
             sampler=options.sampler,
@@ -114,10 +121,7 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
             guidance_scale=1.0 if scale is None else scale,
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             guided_channels=options.guided_channels,
-            strong_rate=options.strong_rate,
-            weak_rate=options.weak_rate,
-            rate_schedule=options.rate_schedule,
-            weak_label=options.weak_label,
+            guidance_settings=of_guidance,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

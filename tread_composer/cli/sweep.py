@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from typing import Any
 
 from tread_composer.cli.evaluate import add_measuring, measuring_of
 from tread_composer.cli.sample import WEIGHTS, pairs_of
@@ -53,6 +54,13 @@ def _rates(text: str) -> tuple[float, float] | None:
         raise argparse.ArgumentTypeError(f'{text!r} are no rates; write STRONG:WEAK, or none') from None
 
 
+def _guidance(rates: tuple[float, float] | None) -> dict[str, Any]:
+    """The kind of guidance that ``--rates`` stands for, and its settings."""
+    if rates is None:
+        return {'guidance': 'classifier_free'}
+    return {'guidance': 'sparse', 'strong_rate': rates[0], 'weak_rate': rates[1]}
+
+
 def sweep_command(options: argparse.Namespace) -> int:
     """Measure, write, print."""
     with importing():
@@ -71,7 +79,7 @@ def sweep_command(options: argparse.Namespace) -> int:
         out=options.out,
         guidance_scales=tuple(options.guidance_scale),
         intervals=tuple(options.interval),
-        rates=tuple(options.rates),
+        guidances=tuple(_guidance(pair) for pair in options.rates),
         weights=tuple(options.weights),
         sampler=options.sampler,
         num_steps=options.steps,

@@ -11,9 +11,10 @@ import torch
 from pydantic import create_model
 
 from tread_composer.config.errors import Path, Problem, did_you_mean
-from tread_composer.config.registry import KINDS, SECTIONS, is_ours, is_reference, part_names, resolve
+from tread_composer.config.registry import KINDS, SECTIONS, is_ours, part_names, resolve
 from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, signature_model
 from tread_composer.config.validation import check
+from tread_composer.core.named import is_reference
 
 __all__ = ['KINDS', 'Component', 'check_component', 'check_section', 'component_schema']
 

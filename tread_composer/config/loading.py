@@ -8,9 +8,10 @@ from tread_composer.config.checks import joint_problems
 from tread_composer.config.components import Component, check_component, check_section
 from tread_composer.config.document import Document, document_of, read_document
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.registry import is_reference, part_names
+from tread_composer.config.registry import part_names
 from tread_composer.config.tree import Config
 from tread_composer.config.validation import check
+from tread_composer.core.named import is_reference
 
 __all__ = ['load_config', 'restore_config']
 

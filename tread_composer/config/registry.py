@@ -24,7 +24,7 @@ from tread_composer.core.named import import_named, is_reference
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 
-__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'is_reference', 'part_names', 'resolve']
+__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'part_names', 'resolve']
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'autoencoder': AUTOENCODERS,

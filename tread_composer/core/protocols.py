@@ -14,9 +14,7 @@ __all__ = [
     'Drift',
     'Objective',
     'ReverseChain',
-    'Sampler',
     'StepNoise',
-    'StochasticSampler',
     'TimeDistribution',
     'Transition',
     'Weighting',
@@ -142,35 +140,6 @@ class ReverseChain(Objective, Protocol):
 
     def transition(self, denoiser: Denoiser, labels_B: Tensor) -> Transition:
         """The chain's step for these labels; to time 0 its standard deviation is 0."""
-        ...
-
-
-class Sampler(Protocol):
-    """Integrates a drift from noise to data."""
-
-    def __call__(self, drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor:
-        """Walk from ``times[0]`` to ``times[-1]``."""
-        ...
-
-
-class StochasticSampler(Protocol):
-    """Walks from noise to data and adds fresh noise on the way; keyword arguments with defaults are its settings."""
-
-    def __call__(
-        self,
-        objective: Any,
-        denoiser: Denoiser,
-        labels_B: Tensor,
-        x_BCHW: Tensor,
-        times: Tensor,
-        noise: StepNoise,
-        /,
-    ) -> Tensor:
-        """Walk from ``times[0]`` to ``times[-1]``; x at the end, float64.
-
-        It takes from the objective the equation that it walks: the drift, or more than a drift says. Which objectives
-        have that is known to ``samplers.check_sampler``.
-        """
         ...
 
 

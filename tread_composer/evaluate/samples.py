@@ -4,7 +4,6 @@ Samples that ``sample`` wrote say themselves how they were made (``samples.json`
 their numbers compare with none.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ _DESCRIBED = (
 )  # fmt: skip
 _GRIDS = {name: tuple(objective().time_grid()) for name, objective in OBJECTIVES.items()}
 _SECTIONS = {
-    'sampling': (*(entry.name for entry in dataclasses.fields(SamplingSettings)), 'routes'),
+    'sampling': (*SamplingSettings.names(), 'routes'),
     'time_grid': ('objective', *dict.fromkeys(name for names in _GRIDS.values() for name in names)),
 }
 
@@ -134,12 +133,10 @@ def _whole_sampling(said: dict[str, Any]) -> dict[str, Any]:
             settings = SamplingSettings.from_dict(own)
         except (TypeError, ValueError) as error:
             raise UserError(f'--describe: sampling: {error}') from None
-        needed = settings.to_dict()
+        needed = settings.protocol()
         own = {name: needed.get(name, value) for name, value in own.items()}
-        if settings.guidance == 'none':
+        if settings.provider is None:
             own['guidance_scale'] = 1.0  # which is what none means
-        if settings.guidance == 'sparse':
-            needed['routes'] = None
     routes = {'routes': said['routes']} if 'routes' in said else {}
     return {**dict.fromkeys(needed, UNKNOWN), **own, **routes}
 

@@ -45,19 +45,16 @@ def drawing_facts(
         labels: How the classes were chosen; a model without classes makes it ``'none'``.
         seed: Image i has the seed ``seed + i``.
         decode_dtype: What the autoencoder computed in.
-        routes: Where the model was trained to do with fewer tokens; sparse guidance depends on them.
+        routes: Where the model was trained to do with fewer tokens; guidance may depend on them.
         weak: Of the second network, if there is one: which weights, and their digest.
     """
     autoencoder: Any = getattr(model, 'autoencoder', None)
     encoded = hasattr(autoencoder, 'weight_hash')
-    drawn = sampling.to_dict()
-    if sampling.guidance == 'sparse':
-        drawn['routes'] = [[route.start, route.end] for route in routes]
     return {
         'weights': weights,
         'labels': labels if model.num_classes else 'none',
         'seed': seed,
-        'sampling': drawn,
+        'sampling': sampling.protocol(routes),
         'time_grid': time_grid(getattr(model, 'objective', None)),
         'weak': 'none' if weak is None else f'{weak[0]} {weak[1]}',
         'autoencoder': autoencoder.path if encoded else 'pixels',

@@ -22,7 +22,6 @@ from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.progress import Progress
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.routing import apply_tread
 from tread_composer.sample.folder import PART_SIZE, SamplesFolder
 from tread_composer.sample.outputs import write_grid, write_mds, write_npz, write_pngs
 from tread_composer.sample.request import Draws, SamplesRequest, draws_of
@@ -103,10 +102,9 @@ def _networks(request: SamplesRequest, device: torch.device) -> _Networks:
             overrides={key: value for key, value in request.overrides.items() if key == 'model.attention'},
         )
         _check_pair(trained, weak)
-    if request.sampling.guidance == 'sparse':
-        for one in (trained, weak):
-            if one is not None:
-                _route(one)
+    for one in (trained, weak):
+        if one is not None:
+            one.prepare_for(request.sampling)
     model = trained.model
     try:
         cost = guidance_cost(
@@ -124,15 +122,6 @@ def _networks(request: SamplesRequest, device: torch.device) -> _Networks:
     elif request.decode_dtype != 'float32':
         raise UserError(f'--decode-dtype {request.decode_dtype}: this model has pixels, there is nothing to decode')
     return _Networks(trained, weak, draws_of(request, model.num_classes), cost)
-
-
-def _route(trained: Trained) -> None:
-    if not trained.routes:
-        raise UserError(
-            f'{trained.source}: was trained without routes (no tread under algorithms), so its blocks do not know what '
-            'to do with fewer tokens: --guidance sparse needs a model trained with them; take classifier_free'
-        )
-    apply_tread(trained.model.denoiser, trained.routes, always_keep=trained.always_keep)  # type: ignore[arg-type]
 
 
 def _check_pair(trained: Trained, weak: Trained) -> None:

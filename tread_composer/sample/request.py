@@ -25,7 +25,7 @@ class SamplesRequest:
         out: Folder of the images.
         weights: ``'ema'``, ``'raw'``, or ``'posthoc:0.13'`` of a run with ``algorithms.power_ema``.
         sampling: How to draw.
-        weak: The second network for guidance ``'auto'`` and ``'sparse'``, as ``path``.
+        weak: The second network for guidance that takes one, as ``path``.
         weak_weights: Which weights of it.
         classes: Classes to draw, all if None. Image i is of class ``classes[i % len(classes)]``.
         per_class: Images of each class.

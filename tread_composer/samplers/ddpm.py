@@ -12,20 +12,24 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from tread_composer.core.protocols import Denoiser, ReverseChain, StepNoise
+from tread_composer.core.protocols import StepNoise
+from tread_composer.samplers.equation import Equation, needs
 
 __all__ = ['ddim', 'ddpm']
 
+_of_a_chain = needs(
+    'transition',
+    "walks the discrete steps of the objective 'ddpm'",
+    "take 'heun', or 'euler', which is what DDIM is there",
+)
 
-def ddpm(
-    objective: ReverseChain, denoiser: Denoiser, labels_B: Tensor, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /
-) -> Tensor:
+
+@_of_a_chain
+def ddpm(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Ancestral sampling: each step draws from the reverse chain (Ho et al. 2020, arXiv 2006.11239, Algorithm 2).
 
     Args:
-        objective: Has the chain; its variances are those of the chain that visits ``times`` only.
-        denoiser: The network.
-        labels_B: Class ids.
+        equation: Has the chain; its variances are those of the chain that visits ``times`` only.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]`` noise levels, descending.
         noise: Fresh noise; step k is that from ``times[k]``. Not asked for a step to 0.
@@ -33,33 +37,21 @@ def ddpm(
     Returns:
         x at ``times[-1]``, float64.
     """
-    transition = objective.transition(denoiser, labels_B)
     x = x_BCHW.double()
     for step, (now, then) in enumerate(pairwise(times.double())):
-        mean, std = transition(x, now, then)
+        mean, std = equation.transition(x, now, then)
         x = mean if then == 0 else mean + std * noise(step).double()
     return x
 
 
-def ddim(
-    objective: ReverseChain,
-    denoiser: Denoiser,
-    labels_B: Tensor,
-    x_BCHW: Tensor,
-    times: Tensor,
-    noise: StepNoise,
-    /,
-    *,
-    eta: float = 0.0,
-) -> Tensor:
+@_of_a_chain
+def ddim(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /, *, eta: float = 0.0) -> Tensor:
     """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
 
     With ``eta`` 0 nothing is drawn, and in these coordinates it is Euler's method on the drift.
 
     Args:
-        objective: Has the drift.
-        denoiser: The network.
-        labels_B: Class ids.
+        equation: Has the drift.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]`` noise levels, descending.
         noise: Fresh noise; step k is that from ``times[k]``. Asked only with ``eta`` above 0, not for a step to 0.
@@ -73,11 +65,10 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta={eta} must be between 0 (draws nothing) and 1 (draws as much as the true posterior)')
-    drift = objective.drift(denoiser, labels_B)
     x = x_BCHW.double()
     for step, (now, then) in enumerate(pairwise(times.double())):
         fresh = eta * float(then / now) * math.sqrt(now**2 - then**2)  # 0 in a step to 0
-        x = x + (math.sqrt(then**2 - fresh**2) - float(now)) * drift(x, now)
+        x = x + (math.sqrt(then**2 - fresh**2) - float(now)) * equation.drift(x, now)
         if fresh:
             x = x + fresh * noise(step).double()
     return x

@@ -15,21 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.routing import Routing, routing_of
-from tread_composer.samplers.guidance import (
-    Clock,
-    autoguidance,
-    check_channels,
-    classifier_free,
-    clocked,
-    within_interval,
-    without_label,
-)
-from tread_composer.samplers.guidance_sparse import rates_of, sparse_guidance
+from tread_composer.routing import routing_of
+from tread_composer.samplers.equation import Clock, Equation
+from tread_composer.samplers.guidance import GUIDANCE
+from tread_composer.samplers.guidance.provider import Branches, SamplingRun, check_channels, guide
 from tread_composer.samplers.registry import check_sampler, integrate
 from tread_composer.samplers.settings import SamplingSettings
 
 __all__ = ['SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser']
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -62,34 +57,13 @@ def check_guidance(
     Raises:
         ValueError: Classes, routes or the second network are missing, or what is asked for guides backwards.
     """
-    kind = settings.guidance
+    provider, kind = settings.provider, settings.guidance
     check_channels(settings.guided_channels, channels)
-    if not num_classes and (kind == 'classifier_free' or settings.weak_label == 'null'):
-        raise ValueError(f'guidance: {kind!r} without a class needs classes, and this model has none')
-    if kind == 'auto' and weak is None:
-        raise ValueError("guidance: 'auto' needs a second, weaker network, such as an early checkpoint of the same run")
-    if weak is not None and kind not in ('auto', 'sparse'):
-        raise ValueError(f"guidance: {kind!r} has no use for a second network; take 'auto' or 'sparse'")
-    if kind != 'sparse':
-        return
-    for name, network in (('network', denoiser), ('weak network', weak)):
-        if network is not None and routing_of(network) is None:
-            raise ValueError(
-                f"guidance: 'sparse' needs the routes that the {name} was trained with, and it has none; call "
-                'apply_tread(network, routes) for one that was trained with them'
-            )
-    if weak is not None or settings.weak_label == 'null':
-        return
-    if settings.rate_schedule == 'cosine' and settings.strong_rate > 0:
-        raise ValueError(
-            f"strong_rate: {settings.strong_rate} with rate_schedule 'cosine' makes the strong branch the sparser one "
-            'towards the end, which guides backwards; set it to 0, or give a second network or weak_label null'
-        )
-    if settings.rate_schedule == 'constant' and settings.strong_rate > settings.weak_rate:
-        raise ValueError(
-            f'strong_rate: {settings.strong_rate} is above weak_rate {settings.weak_rate}, which guides backwards; '
-            'more tokens must skip the blocks in the weak branch'
-        )
+    if weak is not None and not (provider and provider.second_network):
+        takers = ' or '.join(repr(name) for name, taker in GUIDANCE.items() if taker.second_network)
+        raise ValueError(f'guidance: {kind!r} has no use for a second network; take {takers}')
+    if provider is not None:
+        provider.check(denoiser, num_classes=num_classes, weak=weak)
 
 
 def guided_denoiser(
@@ -109,30 +83,17 @@ def guided_denoiser(
         settings: What is asked for, checked by ``check_guidance``.
         null_label: The label that stands for no class.
         random: Keyed by the samples' seeds.
-        clock: The sampler gets ``clocked(objective, clock)``.
+        clock: That of the sampler's ``Equation``.
         times: The objective's sampling times.
         weak: The second network.
 
     Returns:
         ``denoiser`` itself where there is nothing to guide.
     """
-    if not settings.guides:
+    if settings.provider is None or not settings.guides:
         return denoiser
-    scale, channels = settings.guidance_scale, settings.guided_channels
-    if settings.guidance == 'classifier_free':
-        guided = classifier_free(denoiser, scale, null_label, guided_channels=channels)
-    else:
-        second = denoiser if weak is None else weak
-        branch = without_label(second, null_label) if settings.weak_label == 'null' else second
-        if settings.guidance == 'auto':
-            guided = autoguidance(denoiser, branch, scale, guided_channels=channels)
-        else:
-            pairs = (denoiser, _routing(denoiser)), (branch, _routing(second))
-            rates = rates_of(settings, times)
-            guided = sparse_guidance(*pairs, scale, rates, random, clock, guided_channels=channels)
-    if settings.guidance_interval is None:
-        return guided
-    return within_interval(guided, denoiser, settings.guidance_interval, clock)
+    run = SamplingRun(denoiser, weak, null_label, random, clock, times)
+    return _Guided(run, settings.provider.branches(run), settings)
 
 
 def guidance_cost(
@@ -170,51 +131,56 @@ def guidance_cost(
         strong, settings, null_label=null_label, random=KeyedRandom(0, 0, [0]), clock=clock, times=times, weak=second
     )
     small = torch.zeros(1, latent_shape[0], 1, 1, dtype=torch.float64)  # the equation works on each pixel alone
-    integrate(
-        settings.sampler, clocked(objective, clock), _Noting(guided, strong, spent), torch.zeros(1, dtype=torch.int64),
-        small, times, lambda step: small, settings.sampler_settings,
-    )  # fmt: skip
-    return SamplingCost(spent.macs / 1e9, len(clock.times), spent.guided)
+    equation = Equation(objective, guided, torch.zeros(1, dtype=torch.int64), clock)
+    integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
+    num_guided = guided.num_guided if isinstance(guided, _Guided) else 0
+    return SamplingCost(spent.macs / 1e9, len(clock.times), num_guided)
 
 
-def _routing(denoiser: Any) -> Routing:
-    routing = denoiser.routing if isinstance(denoiser, _Counting) else routing_of(denoiser)
-    assert routing is not None  # check_guidance was here
-    return routing
+class _Guided:
+    """A denoiser that guides where the interval says so, and counts how often."""
+
+    def __init__(self, run: SamplingRun, branches: Branches, settings: SamplingSettings) -> None:
+        self.run, self.branches, self.settings = run, branches, settings
+        self.num_tokens, self.num_guided = run.denoiser.num_tokens, 0
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
+        if not self._is_inside():
+            return self.run.denoiser(x_BCHW, t_B, labels_B)
+        strong, weak = self.branches(x_BCHW, t_B, labels_B)
+        if weak is None:
+            return strong
+        self.num_guided += 1
+        settings = self.settings
+        return guide(strong, weak, settings.guidance_scale, x_BCHW.shape[1], settings.guided_channels)
+
+    def _is_inside(self) -> bool:
+        if self.settings.guidance_interval is None:
+            return True
+        # Relax both bounds by a rounding tolerance: a step that is meant to lie on one (0.6 of a grid) may be off.
+        low, high = (end * (1 + _ROUNDING) for end in self.settings.guidance_interval)
+        return low < self.run.clock.time <= high
 
 
 class _Spent:
     def __init__(self) -> None:
-        self.macs = self.calls = self.guided = 0
+        self.macs = 0
 
 
-class _Noting:
-    """Notices which predictions were guided: those that were not one dense call of the strong network."""
-
-    def __init__(self, guided: Denoiser, strong: '_Counting', spent: _Spent) -> None:
-        self.guided, self.strong, self.spent, self.num_tokens = guided, strong, spent, strong.num_tokens
-
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
-        before = self.spent.calls
-        out = self.guided(x_BCHW, t_B, labels_B)
-        self.spent.guided += self.spent.calls - before > 1
-        return out
-
-
-class _Counting:
-    """Stands for a network: adds what a call would cost and predicts 0."""
+class _Counting(nn.Module):
+    """Stands for a network: adds what a call would cost and predicts 0. The network is inside, routes and all."""
 
     def __init__(self, network: Any, spent: _Spent, latent_shape: tuple[int, ...], learned_variance: bool) -> None:
-        self.routing, self.num_tokens = routing_of(network), network.num_tokens
+        super().__init__()
+        self.network, self.routing, self.num_tokens = network, routing_of(network), network.num_tokens
         self._spent, self._factor = spent, 2 if learned_variance else 1
         self._macs: Callable[[tuple[int, ...] | None], int] = cache(partial(_macs, network, latent_shape))
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
         counts = None
         if self.routing is not None and self.routing.in_evaluation and self.routing.kept is not None:
             counts = tuple(ids.shape[1] for ids in self.routing.kept)
-        self._spent.calls += x_BCHW.shape[0]  # a doubled batch is two calls for one image
-        self._spent.macs += x_BCHW.shape[0] * self._macs(counts)
+        self._spent.macs += x_BCHW.shape[0] * self._macs(counts)  # a doubled batch is two calls for one image
         return x_BCHW.repeat(1, self._factor, 1, 1)[:, : self._factor * x_BCHW.shape[1]] * 0
 
 

@@ -1,4 +1,4 @@
-"""Integrators of ``dx/dtime = drift(x, time)`` from noise to data, in float64 (``protocols.Sampler``).
+"""Integrators of ``dx/dtime = drift(x, time)`` from noise to data, in float64.
 
 They draw nothing: a sample depends on its starting noise and label alone. Call them under ``torch.no_grad()``.
 
@@ -9,47 +9,49 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from tread_composer.core.protocols import Drift, Sampler
+from tread_composer.core.protocols import StepNoise
+from tread_composer.samplers.equation import Equation
 
-__all__ = ['SAMPLERS', 'euler', 'heun']
+__all__ = ['euler', 'heun']
 
 
-def euler(drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor:
+def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Euler's method: one drift per step, first order.
 
     Args:
-        drift: The right-hand side.
+        equation: Has the drift.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]``, in the order to walk.
+        noise: Not asked.
 
     Returns:
         x at ``times[-1]``, float64.
     """
+    del noise
     x = x_BCHW.double()
     for now, then in pairwise(times.double()):
-        x = x + (then - now) * drift(x, now)
+        x = x + (then - now) * equation.drift(x, now)
     return x
 
 
-def heun(drift: Drift, x_BCHW: Tensor, times: Tensor, /) -> Tensor:
+def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Heun's method: two drifts per step, second order (EDM, arXiv 2206.00364, Algorithm 1 without churn).
 
     A step to time 0 is an Euler step, since EDM's drift divides by the time there: ``2 n - 1`` drifts for n steps.
 
     Args:
-        drift: The right-hand side.
+        equation: Has the drift.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]``, in the order to walk.
+        noise: Not asked.
 
     Returns:
         x at ``times[-1]``, float64.
     """
+    del noise
     x = x_BCHW.double()
     for now, then in pairwise(times.double()):
-        slope = drift(x, now)
+        slope = equation.drift(x, now)
         ahead = x + (then - now) * slope
-        x = ahead if then == 0 else x + (then - now) * (slope + drift(ahead, then)) / 2
+        x = ahead if then == 0 else x + (then - now) * (slope + equation.drift(ahead, then)) / 2
     return x
-
-
-SAMPLERS: dict[str, Sampler] = {'euler': euler, 'heun': heun}

@@ -1,4 +1,4 @@
-"""Samplers by the names that configurations use, and what each of them needs of an objective.
+"""Samplers by the names that configurations use; one of another package is ``package.module:function``.
 
 Shapes: B samples, C channels, H x W latent pixels.
 """
@@ -9,26 +9,34 @@ from typing import Any
 
 from torch import Tensor
 
-from tread_composer.core.protocols import Denoiser, Objective, StepNoise, StochasticSampler
+from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.protocols import StepNoise
 from tread_composer.samplers.ddpm import ddim, ddpm
-from tread_composer.samplers.ode import SAMPLERS
+from tread_composer.samplers.equation import Equation, Sampler
+from tread_composer.samplers.ode import euler, heun
 from tread_composer.samplers.stochastic import edm_heun, sde
 
-__all__ = ['STOCHASTIC_SAMPLERS', 'check_sampler', 'integrate']
+__all__ = ['SAMPLERS', 'check_sampler', 'integrate', 'sampler_named']
 
-STOCHASTIC_SAMPLERS: dict[str, StochasticSampler] = {'ddim': ddim, 'ddpm': ddpm, 'edm_heun': edm_heun, 'sde': sde}
-_CHAIN = (
-    'transition',
-    "walks the discrete steps of the objective 'ddpm'",
-    "take 'heun', or 'euler', which is what DDIM is there",
-)
-# What a sampler needs of an objective: the attribute that tells, what it does with it, and what to take without it.
-_NEEDS = {
-    'ddim': _CHAIN,
-    'ddpm': _CHAIN,
-    'edm_heun': ('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none"),
-    'sde': ('score', "follows the stochastic equation of the objective 'flow_matching'", "take 'heun' or 'euler'"),
-}
+SAMPLERS: dict[str, Sampler] = {
+    'ddim': ddim, 'ddpm': ddpm, 'edm_heun': edm_heun, 'euler': euler, 'heun': heun, 'sde': sde,
+}  # fmt: skip
+
+
+def sampler_named(name: str) -> Sampler:
+    """The sampler of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if is_reference(name):
+        try:
+            return import_named(name)
+        except ImportError as error:
+            raise ValueError(f'{name!r} cannot be imported: {error}') from None
+    if name not in SAMPLERS:
+        raise ValueError(f'{name!r} is none of {sorted(SAMPLERS)}')
+    return SAMPLERS[name]
 
 
 def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -42,23 +50,21 @@ def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None 
     Raises:
         ValueError: Says which, and what to take instead.
     """
-    known = sorted([*SAMPLERS, *STOCHASTIC_SAMPLERS])
-    if name not in known:
-        raise ValueError(f'{name!r} is none of {known}')
-    if name in _NEEDS and not hasattr(objective, _NEEDS[name][0]):
+    sampler = sampler_named(name)
+    attribute, does, instead = getattr(sampler, 'needs', (None, '', ''))
+    if attribute is not None and not hasattr(objective, attribute):
         kind = objective if isinstance(objective, type) else type(objective)
-        _, does, instead = _NEEDS[name]
         raise ValueError(f'{name!r} {does}, which {kind.__name__} does not have; {instead}')
-    unknown = sorted(set(settings or {}) - set(_settings_of(name)))
+    parameters = inspect.signature(sampler).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = sorted(set(settings or {}) - set(names))
     if unknown:
-        raise ValueError(f'{name!r} has no settings {unknown}; it has {_settings_of(name) or "none"}')
+        raise ValueError(f'{name!r} has no settings {unknown}; it has {names or "none"}')
 
 
 def integrate(
     name: str,
-    objective: Objective,
-    denoiser: Denoiser,
-    labels_B: Tensor,
+    equation: Equation,
     x_BCHW: Tensor,
     times: Tensor,
     noise: StepNoise,
@@ -69,15 +75,5 @@ def integrate(
     Raises:
         ValueError: As ``check_sampler``, or a setting is out of range.
     """
-    check_sampler(name, objective, settings)
-    if name in SAMPLERS:
-        return SAMPLERS[name](objective.drift(denoiser, labels_B), x_BCHW, times)
-    sampler: Any = STOCHASTIC_SAMPLERS[name]  # Any: each has settings of its own
-    return sampler(objective, denoiser, labels_B, x_BCHW, times, noise, **settings or {})
-
-
-def _settings_of(name: str) -> list[str]:
-    if name in SAMPLERS:
-        return []
-    parameters = inspect.signature(STOCHASTIC_SAMPLERS[name]).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    check_sampler(name, equation.objective, settings)
+    return sampler_named(name)(equation, x_BCHW, times, noise, **settings or {})

@@ -2,24 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any
 
-__all__ = ['GuidedChannels', 'Guidance', 'RateSchedule', 'SamplingSettings', 'WeakLabel']
+from tread_composer.routing import Route
+from tread_composer.samplers.guidance import GUIDANCE, guidance_defaults, guidance_named
+from tread_composer.samplers.guidance.provider import GuidanceProvider, GuidedChannels, check_choice
 
-Guidance = Literal['none', 'classifier_free', 'sparse', 'auto']
-GuidedChannels = Literal['all', 'first3']
-RateSchedule = Literal['constant', 'cosine']
-WeakLabel = Literal['same', 'null']
+__all__ = ['SamplingSettings']
 
-_CHOICES = {
-    'guidance': Guidance,
-    'guided_channels': GuidedChannels,
-    'rate_schedule': RateSchedule,
-    'weak_label': WeakLabel,
-}
-_SPARSE_ONLY = ('strong_rate', 'weak_rate', 'rate_schedule')
 _GUIDED_ONLY = ('guidance_interval', 'guided_channels')
 
 
@@ -31,19 +24,14 @@ class SamplingSettings:
         sampler: Name of a sampler (``samplers.check_sampler`` knows which fit an objective).
         num_steps: Its steps.
         sampler_settings: Its further settings, such as ``{'eta': 0.5}`` for ``'ddim'``.
-        guidance: What the weak branch is. ``'classifier_free'``: the same network without a class. ``'auto'``: a
-            second, weaker network. ``'sparse'``: more tokens skip the routed blocks than in the strong branch; a second
-            network may be given as well.
+        guidance: Where the weak prediction comes from, of ``samplers.GUIDANCE``; ``'none'`` is no guidance.
         guidance_scale: ``weak + guidance_scale * (strong - weak)``; 1 is no guidance.
         guidance_interval: ``(low, high)``: guide where ``low < time <= high``, in the time of the objective's sampling
             equation (t of flow matching, the noise level of EDM and DDPM); elsewhere nothing is guided. Everywhere if
-            None.
+            None. (Kynkaanniemi et al. 2024, arXiv 2404.07724.)
         guided_channels: ``'first3'`` leaves the fourth latent channel as conditional as DiT's scripts do.
-        strong_rate: Share of the tokens that skip the routed blocks in the strong branch of sparse guidance.
-        weak_rate: The same of the weak branch. (Defaults: the paper's SG_FLOPS.)
-        rate_schedule: ``'constant'``; or ``'cosine'``: over the steps the weak branch goes from ``weak_rate`` to 0 and
-            the strong one from 0 to ``strong_rate``.
-        weak_label: ``'null'`` takes the class away from the weak branch of ``'auto'`` and ``'sparse'``, too.
+        guidance_settings: Further settings of this guidance, such as ``{'weak_rate': 0.8}`` for ``'sparse'``; those
+            that are absent have their defaults. In ``to_dict`` they stand beside the others.
 
     Raises:
         ValueError: A value is out of range, or belongs to another kind of guidance.
@@ -52,49 +40,51 @@ class SamplingSettings:
     sampler: str = 'heun'
     num_steps: int = 50
     sampler_settings: Mapping[str, float] = field(default_factory=dict)
-    guidance: Guidance = 'none'
+    guidance: str = 'none'
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     guided_channels: GuidedChannels = 'all'
-    strong_rate: float = 0.5
-    weak_rate: float = 0.9
-    rate_schedule: RateSchedule = 'constant'
-    weak_label: WeakLabel = 'same'
+    guidance_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f'{name}: {getattr(self, name)!r} is none of {", ".join(get_args(kind))}')
+        check_choice('guided_channels', self.guided_channels, GuidedChannels)
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number, at least 1')
         self._check_numbers()
         object.__setattr__(self, 'sampler_settings', dict(self.sampler_settings))
         if self.guidance_interval is not None:
             object.__setattr__(self, 'guidance_interval', self._interval())
-        if self.guidance == 'none' and self.guidance_scale != 1:
-            raise ValueError(
-                f"guidance_scale: {self.guidance_scale} says how far to guide, but guidance is 'none'; set guidance to "
-                "'classifier_free', 'sparse' or 'auto', or leave the scale at 1"
-            )
-        self._refuse_misplaced(_GUIDED_ONLY, self.guidance != 'none', 'guidance')
-        self._refuse_misplaced(_SPARSE_ONLY, self.guidance == 'sparse', "guidance 'sparse'")
-        self._refuse_misplaced(('weak_label',), self.guidance in ('sparse', 'auto'), "guidance 'sparse' or 'auto'")
+        if self.guidance == 'none':
+            self._check_unguided()
+        defaults = guidance_defaults(self.guidance)
+        for name, value in self.guidance_settings.items():
+            if name not in defaults:
+                raise ValueError(self._misplaced(name, value))
+        object.__setattr__(self, 'guidance_settings', {**defaults, **self.guidance_settings})
+        _ = self.provider  # made now, so that it checks its settings
+
+    @cached_property
+    def provider(self) -> GuidanceProvider | None:
+        """What gives the weak prediction; None without guidance."""
+        return None if self.guidance == 'none' else guidance_named(self.guidance)(**self.guidance_settings)
 
     @property
     def guides(self) -> bool:
         """Whether any prediction can differ from the plain conditional one."""
         low, high = self.guidance_interval or (0.0, math.inf)
-        return self.guidance != 'none' and self.guidance_scale != 1 and low < high
+        return self.provider is not None and self.guidance_scale != 1 and low < high
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; what has no effect on this kind of guidance is left out."""
-        skipped = [name for name in _GUIDED_ONLY if self.guidance == 'none']
-        skipped += [name for name in _SPARSE_ONLY if self.guidance != 'sparse']
-        skipped += [name for name in ('weak_label',) if self.guidance not in ('sparse', 'auto')]
+        """Plain JSON, without nesting; what has no effect on this kind of guidance is left out."""
+        skipped = ['guidance_settings', *(_GUIDED_ONLY if self.provider is None else ())]
         tree = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         if tree.get('guidance_interval') is not None:
             tree['guidance_interval'] = list(tree['guidance_interval'])
-        return tree
+        return {**tree, **self.guidance_settings}
+
+    def protocol(self, routes: Sequence[Route] = ()) -> dict[str, Any]:
+        """``to_dict`` and what else decides the images of a model with these routes, for the protocol of a number."""
+        return {**self.to_dict(), **(self.provider.protocol_facts(routes) if self.provider else {})}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> 'SamplingSettings':
@@ -103,23 +93,28 @@ class SamplingSettings:
         Raises:
             ValueError: A key is unknown or a value not allowed.
         """
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        unknown = sorted(set(tree) - set(known))
+        own = {entry.name for entry in dataclasses.fields(cls)}
+        of_guidance = {name: value for name, value in tree.items() if name not in own}
+        known = [*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))]
+        unknown = sorted(set(of_guidance) - set(known))
         if unknown:
-            raise ValueError(f'sampling: {", ".join(unknown)}: unknown; known are {", ".join(known)}')
-        return cls(**tree)
+            raise ValueError(f'sampling: {", ".join(unknown)}: unknown; known are {", ".join(dict.fromkeys(known))}')
+        settings = {**tree.get('guidance_settings', {}), **of_guidance}
+        return cls(**{**{name: tree[name] for name in tree if name in own}, 'guidance_settings': settings})
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The keys that ``to_dict`` may have, of all kinds of guidance of this project."""
+        own = [entry.name for entry in dataclasses.fields(cls) if entry.name != 'guidance_settings']
+        return tuple(dict.fromkeys([*own, *(name for kind in GUIDANCE for name in guidance_defaults(kind))]))
 
     def _check_numbers(self) -> None:
-        for name in ('guidance_scale', 'strong_rate', 'weak_rate'):
-            if not _is_number(getattr(self, name)):
-                raise ValueError(f'{name}={getattr(self, name)!r}: must be a finite number')
+        if not _is_number(self.guidance_scale):
+            raise ValueError(f'guidance_scale={self.guidance_scale!r}: must be a finite number')
         if self.guidance_scale < 0:
             raise ValueError(
                 f'guidance_scale={self.guidance_scale}: must be 0 or more; 1 is no guidance, above 1 guides'
             )
-        for name in ('strong_rate', 'weak_rate'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name}: {getattr(self, name)} is not in [0, 1); 0 lets no token skip a block')
         for name, value in self.sampler_settings.items():
             if not _is_number(value):
                 raise ValueError(f'sampler_settings: {name}={value!r} must be a finite number; leave it out otherwise')
@@ -130,14 +125,31 @@ class SamplingSettings:
             raise ValueError(f'guidance_interval: {ends} must be two times, 0 <= low <= high (0 is data)')
         return float(ends[0]), float(ends[1])
 
-    def _refuse_misplaced(self, names: tuple[str, ...], used: bool, owner: str) -> None:
+    def _check_unguided(self) -> None:
+        if self.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale: {self.guidance_scale} says how far to guide, but guidance is 'none'; set guidance to "
+                f'{_either(list(GUIDANCE))}, or leave the scale at 1'
+            )
         defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        for name in names:
-            if not used and getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f'{name}: {getattr(self, name)!r} has no effect with guidance {self.guidance!r}; it belongs to '
-                    f'{owner}'
-                )
+        for name in _GUIDED_ONLY:
+            if getattr(self, name) != defaults[name]:
+                value = getattr(self, name)
+                raise ValueError(f"{name}: {value!r} has no effect with guidance 'none'; it belongs to guidance")
+
+    def _misplaced(self, name: str, value: object) -> str:
+        owners = [kind for kind in GUIDANCE if name in guidance_defaults(kind)]
+        if not owners:
+            has = ', '.join(guidance_defaults(self.guidance)) or 'none'
+            return f'guidance_settings: {name}: guidance {self.guidance!r} has no such setting; it has {has}'
+        return (
+            f'{name}: {value!r} has no effect with guidance {self.guidance!r}; it belongs to guidance {_either(owners)}'
+        )
+
+
+def _either(names: Sequence[str]) -> str:
+    *others, last = (repr(name) for name in names)
+    return f'{", ".join(others)} or {last}' if others else last
 
 
 def _is_number(value: object) -> bool:

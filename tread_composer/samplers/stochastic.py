@@ -5,22 +5,21 @@ Call them under ``torch.no_grad()``. Shapes: B samples, C channels, H x W latent
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tread_composer.core.protocols import Denoiser, StepNoise
+from tread_composer.core.protocols import StepNoise
+from tread_composer.samplers.equation import Equation, needs
 
 __all__ = ['edm_heun', 'sde']
 
 _MOST_CHURN = math.sqrt(2) - 1
 
 
+@needs('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none")
 def edm_heun(
-    objective: Any,
-    denoiser: Denoiser,
-    labels_B: Tensor,
+    equation: Equation,
     x_BCHW: Tensor,
     times: Tensor,
     noise: StepNoise,
@@ -36,9 +35,7 @@ def edm_heun(
     Without churn it is ``heun``. Names and defaults of the settings are the paper's.
 
     Args:
-        objective: Has the drift, over noise levels.
-        denoiser: The network.
-        labels_B: Class ids.
+        equation: Has the drift, over noise levels.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]`` noise levels, descending.
         noise: Fresh noise; asked only in steps that churn.
@@ -59,23 +56,21 @@ def edm_heun(
             f'S_churn={S_churn}, S_noise={S_noise} must be 0 or more, and 0 <= S_min={S_min} <= S_max={S_max}'
         )
     gamma = min(S_churn / (len(times) - 1), _MOST_CHURN)
-    drift = objective.drift(denoiser, labels_B)
     x = x_BCHW.double()
     for step, (now, then) in enumerate(pairwise(times.double())):
         if gamma and S_min <= float(now) <= S_max:
             raised = now * (1 + gamma)
             x = x + float((raised**2 - now**2).sqrt()) * S_noise * noise(step).double()
             now = raised
-        slope = drift(x, now)
+        slope = equation.drift(x, now)
         ahead = x + (then - now) * slope
-        x = ahead if then == 0 else x + (then - now) * (slope + drift(ahead, then)) / 2
+        x = ahead if then == 0 else x + (then - now) * (slope + equation.drift(ahead, then)) / 2
     return x
 
 
+@needs('score', "follows the stochastic equation of the objective 'flow_matching'", "take 'heun' or 'euler'")
 def sde(
-    objective: Any,
-    denoiser: Denoiser,
-    labels_B: Tensor,
+    equation: Equation,
     x_BCHW: Tensor,
     times: Tensor,
     noise: StepNoise,
@@ -92,9 +87,7 @@ def sde(
     ``last_step``. Each step is one network call.
 
     Args:
-        objective: Has the drift, which is the velocity, and the score that belongs to it.
-        denoiser: The network.
-        labels_B: Class ids.
+        equation: Has the drift, which is the velocity, and the score that belongs to it.
         x_BCHW: The start, at ``times[0]``.
         times: ``[num_steps + 1]`` times, descending to 0.
         noise: Fresh noise; not asked for the last step.
@@ -111,12 +104,11 @@ def sde(
         raise ValueError(f'last_step={last_step} must be above 0 and below the first time, {float(times[0]):g}')
     if diffusion < 0:
         raise ValueError(f'diffusion={diffusion} must be 0 or more')
-    drift = objective.drift(denoiser, labels_B)
     x = x_BCHW.double()
     for step, (now, then) in enumerate(pairwise(_squeezed(times.double(), last_step))):
         size, w = float(now - then), diffusion * float(now)
-        velocity = drift(x, now)
-        x = x + size * (w * objective.score(x, velocity, now) - velocity)
+        velocity = equation.drift(x, now)
+        x = x + size * (w * equation.score(x, velocity, now) - velocity)
         if then > 0 and w:
             x = x + math.sqrt(2 * w * size) * noise(step).double()
     return x

@@ -27,6 +27,7 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route
+from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
 from tread_composer.weights.exported import Exported, digest_of, read_exported
 
@@ -64,6 +65,20 @@ class Trained:
     always_keep: int
     data: LatentFacts
     attention: str
+
+    def prepare_for(self, sampling: SamplingSettings) -> None:
+        """Make the network ready for this guidance.
+
+        Raises:
+            UserError: It was not trained with what the guidance needs.
+        """
+        if sampling.provider is None:
+            return
+        denoiser: Any = self.model.denoiser
+        try:
+            sampling.provider.prepare(denoiser, routes=self.routes, always_keep=self.always_keep)
+        except ValueError as error:
+            raise UserError(f'{self.source}: {error}') from None
 
 
 def load_trained(

@@ -22,7 +22,6 @@ from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.metrics.measurer import Measurement, Measurer, silent
 from tread_composer.metrics.protocol import append_results
-from tread_composer.routing import apply_tread
 from tread_composer.sample.request import check_overrides
 from tread_composer.samplers import SamplingSettings, guidance_cost
 from tread_composer.weights.exported import digest_of
@@ -46,7 +45,7 @@ class SweepRequest:
         measurement: What is measured; its ``batch_size`` is that of drawing, too.
         guidance_scales: 1 is no guidance.
         intervals: ``(low, high)`` in the objective's time, None for everywhere.
-        rates: ``(strong, weak)`` of sparse guidance, None for classifier-free guidance.
+        guidances: Kinds of guidance, each as ``{'guidance': name}`` with its settings beside it.
         weights: Of ``'ema'``, ``'raw'`` and, of a run with ``algorithms.power_ema``, ``'posthoc:0.13'``.
         sampler: Of all rows.
         num_steps: Its steps.
@@ -61,7 +60,7 @@ class SweepRequest:
     measurement: Measurement
     guidance_scales: tuple[float, ...] = (1.0,)
     intervals: tuple[Pair | None, ...] = (None,)
-    rates: tuple[Pair | None, ...] = (None,)
+    guidances: tuple[Mapping[str, Any], ...] = ({'guidance': 'classifier_free'},)
     weights: tuple[str, ...] = ('ema',)
     sampler: str = 'heun'
     num_steps: int = 50
@@ -76,7 +75,7 @@ class SweepRequest:
     def rows(self, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
         """The settings of each row; those that come to the same images stand once.
 
-        Without guidance (scale 1, or an interval that is empty) neither rates nor interval mean anything.
+        Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
 
         Args:
             log: Told how many combinations came to rows that were there.
@@ -87,19 +86,18 @@ class SweepRequest:
         rows = []
         choices = combinations(
             weights=[weights_name(word) for word in self.weights],
-            rates=self.rates,
+            guidance=self.guidances,
             interval=self.intervals,
             scale=self.guidance_scales,
         )
         for one in choices:
             row = {
                 'weights': one['weights'],
-                'guidance': 'sparse' if one['rates'] else 'classifier_free',
+                'guidance': one['guidance']['guidance'],
                 'guidance_scale': one['scale'],
                 'guidance_interval': None if one['interval'] is None else list(one['interval']),
+                **one['guidance'],
             }
-            if one['rates']:
-                row['strong_rate'], row['weak_rate'] = one['rates']
             if not sampling_of(row, self).guides:
                 row = {'weights': one['weights'], 'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
             rows.append(row)
@@ -107,7 +105,7 @@ class SweepRequest:
         if len(different) < len(rows):
             log(
                 f'{len(rows)} combinations come to {len(different)} rows: without guidance (scale 1) the images are '
-                'the same whatever the rates and the interval'
+                'the same whatever its settings and the interval'
             )
         return different
 
@@ -185,8 +183,7 @@ class _Bench:
         """The numbers of a row, on the first rank; none on the others."""
         sampling = sampling_of(row, self.request)
         trained = self.ranks.agreed(lambda: self._load(row['weights']))
-        if sampling.guidance == 'sparse':
-            self.ranks.agreed(lambda: _route(trained))
+        self.ranks.agreed(lambda: trained.prepare_for(sampling))
         model = trained.model
         try:
             cost = guidance_cost(
@@ -284,13 +281,3 @@ def _digests(request: SweepRequest) -> dict[str, str]:
             if weights in wanted:
                 raise
     return found
-
-
-def _route(trained: Trained) -> None:
-    """Teach the blocks to do with fewer tokens."""
-    if not trained.routes:
-        raise UserError(
-            f'{trained.source}: was trained without routes (no tread under algorithms), so --rates has no meaning; '
-            'sweep over --guidance-scale alone'
-        )
-    apply_tread(trained.model.denoiser, trained.routes, always_keep=trained.always_keep)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.metric import direction
+from tread_composer.samplers import GUIDANCE, guidance_defaults
 
 __all__ = ['Measure', 'best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
 
@@ -235,7 +236,7 @@ def _unguided(row: Mapping[str, Any]) -> bool:
 
 
 def _of_guidance(name: str) -> bool:
-    return name.startswith('guidance') or name.endswith('_rate')
+    return name.startswith('guid') or any(name in guidance_defaults(kind) for kind in GUIDANCE)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Curve]]:

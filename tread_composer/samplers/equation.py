@@ -1,0 +1,88 @@
+"""``Equation``: what a sampler walks along, bound for one run on one batch; and what a sampler is.
+
+Shapes: B samples, C channels, H x W latent pixels.
+"""
+
+from collections.abc import Callable
+from typing import Any, Concatenate, TypeVar
+
+from torch import Tensor
+
+from tread_composer.core.protocols import Denoiser, StepNoise
+
+__all__ = ['Clock', 'Equation', 'Sampler', 'needs']
+
+
+class Clock:
+    """The times at which one run of a sampler has evaluated its denoiser so far, the present one last."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @property
+    def time(self) -> float:
+        """The present evaluation's time, in the objective's sampling equation."""
+        if not self.times:
+            raise RuntimeError('no evaluation recorded yet: give the denoiser the clock of its Equation')
+        return self.times[-1]
+
+    @property
+    def evaluation(self) -> int:
+        """The present evaluation's number, from 0."""
+        return len(self.times) - 1
+
+
+class Equation:
+    """An objective's sampling equation for one denoiser and the labels of one batch.
+
+    Whatever asks the denoiser first sets the clock, so that guidance knows where sampling stands.
+
+    Args:
+        objective: Has the equation (``protocols.Objective``); with ``transition`` or ``score``, the equation has them.
+        denoiser: The network, guided or not.
+        labels_B: Class ids.
+        clock: The one that the guidance of this denoiser looks at; a new one if None.
+    """
+
+    def __init__(self, objective: Any, denoiser: Denoiser, labels_B: Tensor, clock: Clock | None = None) -> None:
+        self.objective, self.clock = objective, clock or Clock()
+        self._denoiser, self._labels_B = denoiser, labels_B
+
+    def drift(self, x_BCHW: Tensor, time: Tensor) -> Tensor:
+        """``dx/dtime`` at a time, a float64 scalar; float64."""
+        self.clock.times.append(float(time))
+        return self.objective.drift(self._denoiser, self._labels_B)(x_BCHW, time)
+
+    def transition(self, x_BCHW: Tensor, time: Tensor, next_time: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of x at ``next_time``, float64, of a ``protocols.ReverseChain``."""
+        self.clock.times.append(float(time))
+        return self.objective.transition(self._denoiser, self._labels_B)(x_BCHW, time, next_time)
+
+    def score(self, x_BCHW: Tensor, drift_BCHW: Tensor, time: Tensor) -> Tensor:
+        """The score that belongs to a drift at this place; asks no network."""
+        return self.objective.score(x_BCHW, drift_BCHW, time)
+
+
+Sampler = Callable[Concatenate[Equation, Tensor, Tensor, StepNoise, ...], Tensor]
+"""``sampler(equation, x_BCHW, times, noise, /, **settings) -> x_BCHW`` at ``times[-1]``, float64.
+
+It walks from ``times[0]`` through the descending ``times``. Its settings are keyword-only arguments with defaults.
+"""
+
+_Marked = TypeVar('_Marked', bound=Callable[..., Tensor])
+
+
+def needs(attribute: str, does: str, instead: str) -> Callable[[_Marked], _Marked]:
+    """Says of a sampler what it needs of an objective; without it, it fits all.
+
+    Args:
+        attribute: What the objective must have.
+        does: What the sampler does with it, as the message to a user says it: "'sde' follows the ...".
+        instead: What to take for other objectives.
+    """
+
+    def mark(sampler: _Marked) -> _Marked:
+        sampler.needs = attribute, does, instead  # type: ignore[attr-defined]
+        return sampler
+
+    return mark
