@@ -56,6 +56,7 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
              'autoencoder_hash': None, 'decode_dtype': 'float32', 'uint8_rule': 'rounded'}  # fmt: skip
     (entry,) = measurer.entries(figures, drawn, num_samples=12, resolution=8, source='here', run='a run')
     assert (entry['metric'], entry['run'], entry['value']) == ('kd_digits_12', 'a run', figures[0].value)
+    assert entry['unit'] == 'squared MMD'
     protocol = entry['protocol']
     assert protocol['reference_hash'] == measurer.reference.hash and protocol['features']['name'] == 'digits'
     assert protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100} and protocol['num_samples'] == 12

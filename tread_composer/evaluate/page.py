@@ -28,7 +28,17 @@ def evaluation_page(
     page = Report(f'Evaluation of {runs or sources}', f'Measured: {sources}')
     page.tiles([(f'{entry["value"]:.4g}', _with_batch(entry)) for entry in entries])
     page.heading('Numbers').table(
-        ['metric', 'value', 'standard deviation', 'run', 'batch', 'training TFLOPs', 'seconds of training', 'measured'],
+        [
+            'metric',
+            'value',
+            'standard deviation',
+            'unit',
+            'run',
+            'batch',
+            'training TFLOPs',
+            'seconds of training',
+            'measured',
+        ],
         [_row(entry) for entry in entries],
     )
     page.text(
@@ -66,6 +76,7 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
     return [
         entry['metric'],
         *('' if value is None else f'{value:.5g}' for value in figures),
+        str(entry.get('unit') or 'not recorded'),
         str(entry.get('run') or 'not recorded'),
         *('not recorded' if value is None else f'{value:,.5g}' for value in costs),
         str(entry.get('created') or 'not recorded'),

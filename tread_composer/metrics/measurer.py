@@ -237,6 +237,7 @@ class Measurer:
                 figure.value,
                 dataclasses.replace(protocol, settings=figure.settings),
                 spread=figure.spread,
+                unit=figure.quantity.unit,
                 **about,
             )
             for figure in figures

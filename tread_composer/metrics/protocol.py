@@ -181,6 +181,7 @@ def result(
     seconds: float | None = None,
     weights_digest: str | None = None,
     spread: float | None = None,
+    unit: str | None = None,
 ) -> dict[str, Any]:
     """One entry of ``results.json``.
 
@@ -195,6 +196,7 @@ def result(
         seconds: Of training until there, if known.
         weights_digest: Of the weights, if known; not part of the protocol.
         spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
+        unit: What one of the value is.
 
     Raises:
         UserError: The value is not finite, so there is nothing to report.
@@ -205,6 +207,7 @@ def result(
         'metric': metric,
         'value': float(value),
         'spread': spread,
+        'unit': unit,
         'protocol': protocol.to_dict(),
         'weights_digest': weights_digest,
         'run': run,
