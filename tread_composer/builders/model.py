@@ -15,7 +15,6 @@ from tread_composer.core.protocols import Autoencoder
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.manifest import Manifest
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import LatentTransformer
 
 __all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']
 
@@ -28,17 +27,23 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
     return autoencoder
 
 
-def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> LatentTransformer:
-    """The network, fitted to the data.
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Any:
+    """The network, fitted to the data: a ``core.protocols.Backbone``.
 
     Raises:
         UserError: The sizes do not fit together.
     """
     try:
         sizes = {'latent_size': latent_size, 'in_channels': channels, 'num_classes': num_classes}
-        return resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
+        denoiser = resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
     except ValueError as error:
         raise UserError(f'model: {error}') from None
+    if not isinstance(getattr(denoiser, 'num_tokens', None), int):
+        raise UserError(
+            f'model.name: {config.model.name} has no attribute num_tokens, the number of tokens that its blocks '
+            f'see for one image (tread_composer.core.protocols.Backbone)'
+        )
+    return denoiser
 
 
 def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: bool = False) -> LatentDiffusion:

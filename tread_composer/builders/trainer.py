@@ -165,9 +165,17 @@ def compile_blocks(denoiser: Any, **how: Any) -> None:
     For several processes, whose DDP and FSDP break a graph of the whole forward pass.
 
     Args:
-        denoiser: A backbone of ours; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
+        denoiser: A backbone; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
         how: Settings of ``torch.compile``.
+
+    Raises:
+        UserError: It does not say what its blocks are.
     """
+    if not hasattr(denoiser, 'fsdp_wrap_fn'):
+        raise UserError(
+            f'compile: true on several ranks compiles block by block, and {type(denoiser).__name__} does not say what '
+            f'its blocks are (a method fsdp_wrap_fn(module) -> bool); set compile=false, or give it one'
+        )
     for module in denoiser.modules():
         if denoiser.fsdp_wrap_fn(module):
             module.compile(**how)

@@ -11,7 +11,17 @@ import torch
 from pydantic import create_model
 
 from tread_composer.config.errors import Path, Problem, did_you_mean
-from tread_composer.config.registry import KINDS, SECTIONS, is_ours, is_reference, part_names, resolve
+from tread_composer.config.registry import (
+    FROM_DATA,
+    KINDS,
+    SECTIONS,
+    is_ours,
+    is_reference,
+    lacks,
+    part_names,
+    resolve,
+    unkept,
+)
 from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, signature_model
 from tread_composer.config.validation import check
 
@@ -19,7 +29,7 @@ __all__ = ['KINDS', 'Component', 'check_component', 'check_section', 'component_
 
 # Arguments that are not for YAML: the data decide them, or the builders.
 _GIVEN = {
-    'backbone': ('latent_size', 'in_channels', 'num_classes'),
+    'backbone': FROM_DATA,
     'optimizer': ('params',),
 }
 # What a section without a name is.
@@ -143,6 +153,9 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     if not isinstance(kwargs, dict):
         return empty, [Problem(path, f'{kwargs!r} is not a mapping of arguments; write {name}: {{}} for the defaults')]
     try:
+        lacking = lacks(kind, resolve(kind, name)) if is_reference(name) else None
+        if lacking:
+            return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
         schema = component_schema(kind, name)
     except ImportError as error:
         remedy = (
@@ -211,7 +224,10 @@ def _try(component: Component, path: Path) -> list[Problem]:
             if component.kind == 'optimizer':
                 component.build([torch.nn.Parameter(torch.zeros(1))])
             else:
-                _ = component.instance
+                part = component.instance
+                broken = unkept(component.kind, part) if is_reference(component.name) else None
+                if broken:
+                    return [Problem(path, f'{component.name!r} is no {component.kind}: {broken}')]
     except ImportError as error:
         return [Problem(path, f'cannot be used here: {error}')]
     except Exception as error:  # a constructor may fail in any way (Composer's EMA with an AttributeError)

@@ -95,7 +95,10 @@ def load_trained(
     # Not that of the training: an exported file goes anywhere.
     name = (overrides or {}).get('model.attention', 'sdpa')
     denoiser: Any = model.denoiser
-    attention = denoiser.use_attention(name, torch.device(device), training=False)
+    if hasattr(denoiser, 'use_attention'):
+        attention = denoiser.use_attention(name, torch.device(device), training=False)
+    else:  # a network of another package; a setting `attention` is refused there like any that it does not have
+        attention = f"attention: {type(denoiser).__name__}'s own"
     return Trained(
         model=model,
         config=exported.config,
