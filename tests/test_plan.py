@@ -1,11 +1,14 @@
 """``python -m tread_composer plan``: figures against the published ones, and nothing written."""
 
 import json
+import re
 
 import pytest
 
 from tests.runs import ROOT
 from tread_composer.cli import main
+from tread_composer.config import part_names
+from tread_composer.config.registry import KINDS
 
 YAMLS = ROOT / 'yamls'
 
@@ -109,6 +112,18 @@ def test_the_schema_is_json(capsys):
     assert main(['schema']) == 0
     schema = json.loads(capsys.readouterr().out)
     assert 'run_name' in schema['properties']
+
+
+def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
+    assert main(['schema', '--components']) == 0
+    rows = [re.split(r' {2,}', line) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert [row[:2] for row in rows] == [[kind, name] for kind in KINDS for name in part_names(kind)]
+    listed = {(row[0], row[1]): row[2:] for row in rows}
+    assert listed['algorithm', 'ema'][0] == 'ours' and listed['algorithm', 'composer_ema'][0] == 'Composer'
+    assert listed['optimizer', 'adamw'][0] == 'torch'
+    purpose = 'Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).'
+    assert listed['algorithm', 'tread'] == ['ours', purpose]
+    assert [row for row in rows if row[2] == 'ours' and len(row) < 4] == []
 
 
 @pytest.mark.parametrize(

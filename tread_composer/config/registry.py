@@ -27,7 +27,18 @@ from tread_composer.core.protocols import Autoencoder, Backbone, Objective, Time
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 
-__all__ = ['FROM_DATA', 'KINDS', 'SECTIONS', 'is_ours', 'is_reference', 'lacks', 'part_names', 'resolve', 'unkept']
+__all__ = [
+    'FROM_DATA',
+    'KINDS',
+    'SECTIONS',
+    'is_ours',
+    'is_reference',
+    'lacks',
+    'list_parts',
+    'part_names',
+    'resolve',
+    'unkept',
+]
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'autoencoder': AUTOENCODERS,
@@ -74,6 +85,7 @@ _OURS = {
     },
     'logger': {'mlflow': 'tread_composer.callbacks.mlflow_run:MLflowRun'},
 }
+_OWNERS = {'tread_composer': 'ours', 'composer': 'Composer'}
 # Words that a rule for capital letters would tear apart.
 _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
@@ -92,6 +104,20 @@ def is_ours(kind: str, name: str) -> bool:
 def part_names(kind: str) -> list[str]:
     """All names of a kind, sorted; of a kind of our own, in the order of its table."""
     return list(SECTIONS[kind]) if kind in SECTIONS else sorted(_table(kind))
+
+
+def list_parts() -> list[tuple[str, str, str, str]]:
+    """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
+    rows = []
+    parts = ((kind, name) for kind in KINDS for name in part_names(kind))
+    for kind, name in parts:
+        try:
+            target = resolve(kind, name)
+            text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
+        except ImportError as error:
+            text, owner = f'cannot be used here: {error}', 'tread_composer'
+        rows.append((kind, name, _OWNERS.get(owner, owner), ' '.join(text.split())))
+    return rows
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
