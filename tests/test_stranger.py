@@ -1,5 +1,6 @@
 """Parts of another package (``tests/stranger``), named in a YAML file, through the commands of a run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -59,6 +60,19 @@ def test_a_strangers_parts_are_resumed_with_what_they_saved(trained):
 def test_their_settings_bind_the_checkpoints(trained, capsys):
     assert call(trained, 'train', YAML, 'algorithms.louder.rate=0.5') == 2
     assert 'algorithms.louder.rate: saved 0.25, now 0.5' in capsys.readouterr().err
+
+
+def test_they_write_into_the_folder_of_the_run_unless_told_otherwise(trained, tmp_path):
+    assert (trained / 'runs/stranger/counted/count.txt').read_text() == f'{9 * 64} digits'
+    elsewhere = f'callbacks.counter.folder={tmp_path}'
+    assert call(trained, 'train', YAML, 'run_name=elsewhere', 'max_duration=1ba', 'loggers=null', elsewhere) == 0
+    assert (tmp_path / 'count.txt').read_text() == '64 digits'
+
+
+def test_from_file_to_trainer_an_algorithm_is_made_once(trained, capsys):
+    made = importlib.import_module('stranger.parts').Louder.made
+    assert call(trained, 'train', YAML, 'run_name=once', 'max_duration=2ba', 'loggers=null') == 0
+    assert importlib.import_module('stranger.parts').Louder.made == made + 1
 
 
 def test_plan_counts_their_blocks(trained, capsys):

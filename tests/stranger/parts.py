@@ -4,6 +4,7 @@ Shapes: B samples, C channels, H x W latent pixels, N tokens of 2 x 2 pixels, D 
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -120,14 +121,19 @@ class Louder(Algorithm):
         if rate <= -1:
             raise ValueError(f'rate: {rate} would turn the loss round')
         type(self).made += 1
-        self.rate = rate
-        self.batches = 0
+        self.rate, self.batches = rate, 0
+        self.prepared: list[nn.Module] = []
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Adds nothing, but remembers the model, which must be the one in training."""
+        del seed
+        self.prepared.append(model)
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.AFTER_LOSS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        assert isinstance(state.loss, dict)
+        assert isinstance(state.loss, dict) and self.prepared == [state.model]
         state.loss['total'] = state.loss['total'] * (1 + self.rate)
         self.batches += 1
         logger.log_metrics({'louder/rate': self.rate})
@@ -144,10 +150,18 @@ class Counter(Callback):
 
     Args:
         words: What it calls them.
+        folder: Where ``count.txt`` goes.
     """
 
-    def __init__(self, words: str = 'samples') -> None:
-        self.words, self.count = words, 0
+    default_folder: ClassVar[str] = 'counted'
+
+    def __init__(self, words: str = 'samples', folder: str = '.') -> None:
+        self.words, self.folder, self.count = words, folder, 0
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        path = Path(self.folder) / 'count.txt'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{self.count} {self.words}')
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.count = int(state.timestamp.sample)

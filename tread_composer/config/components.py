@@ -27,8 +27,9 @@ from tread_composer.config.validation import check
 
 __all__ = ['KINDS', 'Component', 'check_component', 'check_section', 'component_schema']
 
-# Arguments that are not for YAML: the data decide them, or the builders.
+# Arguments that are not for YAML: the data or the run decide them, and the builders give them.
 _GIVEN = {
+    'algorithm': ('settings_digest',),
     'backbone': FROM_DATA,
     'optimizer': ('params',),
 }
@@ -70,10 +71,11 @@ class Component:
         return self.build()
 
     def take(self) -> Any:
-        """The object, for a Trainer to keep: a second Trainer of the same configuration gets another one."""
-        instance = self.instance
-        del self.__dict__['instance']
-        return instance
+        """The object, for a Trainer to keep; whoever asks goes on asking it. A second Trainer gets another one."""
+        if 'taken' in self.__dict__:
+            return self.build()
+        self.__dict__['taken'] = True
+        return self.instance
 
     def build(self, *args: Any, **extra: Any) -> Any:
         """A new object. ``args`` come first (an optimizer's parameters), ``extra`` adds what YAML cannot write."""

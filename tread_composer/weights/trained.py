@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.model import build_model
@@ -206,7 +207,7 @@ def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float,
     if kept['previous'] is None:
         raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
     given = config.algorithms['power_ema'].kwargs.get('folder') if 'power_ema' in config.algorithms else None
-    folder = file.parent / 'snapshots' if given is None else given.replace('{run_name}', config.run_name)
+    folder = file.parent / PowerEMA.default_folder if given is None else given.replace('{run_name}', config.run_name)
     return reconstruct(folder, width, last=kept['previous'], allow_inexact=allow_inexact)
 
 

@@ -8,7 +8,7 @@ power-function averages, written down now and then, are enough to put any length
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from composer.core import Event, State
@@ -60,6 +60,9 @@ class PowerEMA(BoundAlgorithm):
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), arXiv 2312.02696,
     section 3.1.
     """
+
+    default_folder: ClassVar[str] = 'snapshots'
+    """In the folder of a run that is described by a YAML file."""
 
     def __init__(
         self,
