@@ -88,9 +88,21 @@ def test_snapshots_are_counted_before_they_fill_the_disk(capsys, tmp_path, monke
 
 def test_a_list_of_blocks_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=denoiser.blocks')
+    for named in (
+        'denoiser.blocks',
+        '[denoiser.blocks]',
+        '{denoiser.blocks: {tokens_out: null}}',
+        '{denoiser.blocks: }',
+    ):
+        plan(capsys, 'digits_tread.yaml', f'algorithms.tread.blocks={named}')
     refused = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=nonsense.blocks', code=2).err
     assert "algorithms.tread.blocks: the model has no module 'nonsense.blocks'" in refused
+
+
+def test_tokens_at_both_ends_that_never_skip_are_counted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = figures(capsys, 'digits_tread.yaml', 'algorithms.tread.always_keep=[3, 1]')
+    assert found['tokens_per_block'] == [16, 16, 10, 10, 10, 16, 16, 16]  # 4 of 16, and half of the other 12
 
 
 def test_the_text_has_the_figures_and_the_resolved_configuration(capsys, tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.algorithms.maskdit import Masking
 from tread_composer.routing import Route, apply_tread, find_blocks
+from tread_composer.routing.tokens import AlwaysKeep
 
 __all__ = ['Savers', 'count_macs', 'run_with_shapes', 'depth_of', 'sampling_cost', 'tokens_per_block']
 
-Savers = tuple[Sequence[Route], Masking | None, Any]
+Savers = tuple[Sequence[Route], Masking | None, AlwaysKeep]
 """What a training forward saves tokens with, and how many positions it always keeps."""
 
 
@@ -24,7 +25,7 @@ def depth_of(denoiser: nn.Module) -> int:
         return 0
 
 
-def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: int = 0) -> list[int]:
+def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: AlwaysKeep = 0) -> list[int]:
     """How many tokens each block sees while routing is on; ``always_keep`` of them never skip."""
     counts = [num_tokens] * depth
     for route in routes:
@@ -60,7 +61,7 @@ def count_macs(
     facts: dict[str, Any],
     routes: Sequence[Route] = (),
     masking: Masking | None = None,
-    always_keep: int = 0,
+    always_keep: AlwaysKeep = 0,
 ) -> int:
     """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these).
 

@@ -28,6 +28,7 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
 from tread_composer.weights.exported import Exported, digest_of, read_exported
 
@@ -49,7 +50,7 @@ class Trained:
         digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
         class_names: One for each class.
         routes: Of ``algorithms.tread``; none if the run was dense.
-        always_keep: How many first tokens never skip on them.
+        always_keep: How many tokens never skip on them: leading ones, or a pair of leading and trailing ones.
         data: Facts of the training data.
         attention: A line that says which implementation of attention runs.
     """
@@ -62,7 +63,7 @@ class Trained:
     digest: str
     class_names: tuple[str, ...]
     routes: tuple[Route, ...]
-    always_keep: int
+    always_keep: AlwaysKeep
     data: LatentFacts
     attention: str
 
