@@ -1,11 +1,14 @@
 """``python -m tread_composer plan``: figures against the published ones, and nothing written."""
 
 import json
+import re
 
 import pytest
 
 from tests.runs import ROOT
 from tread_composer.cli import main
+from tread_composer.config import part_names
+from tread_composer.config.registry import KINDS
 
 YAMLS = ROOT / 'yamls'
 
@@ -85,9 +88,21 @@ def test_snapshots_are_counted_before_they_fill_the_disk(capsys, tmp_path, monke
 
 def test_a_list_of_blocks_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=denoiser.blocks')
+    for named in (
+        'denoiser.blocks',
+        '[denoiser.blocks]',
+        '{denoiser.blocks: {tokens_out: null}}',
+        '{denoiser.blocks: }',
+    ):
+        plan(capsys, 'digits_tread.yaml', f'algorithms.tread.blocks={named}')
     refused = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=nonsense.blocks', code=2).err
     assert "algorithms.tread.blocks: the model has no module 'nonsense.blocks'" in refused
+
+
+def test_tokens_at_both_ends_that_never_skip_are_counted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = figures(capsys, 'digits_tread.yaml', 'algorithms.tread.always_keep=[3, 1]')
+    assert found['tokens_per_block'] == [16, 16, 10, 10, 10, 16, 16, 16]  # 4 of 16, and half of the other 12
 
 
 def test_the_text_has_the_figures_and_the_resolved_configuration(capsys, tmp_path, monkeypatch):
@@ -109,6 +124,18 @@ def test_the_schema_is_json(capsys):
     assert main(['schema']) == 0
     schema = json.loads(capsys.readouterr().out)
     assert 'run_name' in schema['properties']
+
+
+def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
+    assert main(['schema', '--components']) == 0
+    rows = [re.split(r' {2,}', line) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert [row[:2] for row in rows] == [[kind, name] for kind in KINDS for name in part_names(kind)]
+    listed = {(row[0], row[1]): row[2:] for row in rows}
+    assert listed['algorithm', 'ema'][0] == 'ours' and listed['algorithm', 'composer_ema'][0] == 'Composer'
+    assert listed['optimizer', 'adamw'][0] == 'torch'
+    purpose = 'Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).'
+    assert listed['algorithm', 'tread'] == ['ours', purpose]
+    assert [row for row in rows if row[2] == 'ours' and len(row) < 4] == []
 
 
 @pytest.mark.parametrize(

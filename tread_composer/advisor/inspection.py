@@ -24,14 +24,13 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.io.device import choose_device, machine_for
-from tread_composer.routing import Route
+from tread_composer.routing import Route, find_blocks
 from tread_composer.weights.trained import Trained, load_trained
 
 __all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run']
 
 _SHOWN = 5
 _SEED = 0
-_BLOCKS = 'blocks'  # what every backbone of ours calls its list
 _FLAT = 0.99
 
 
@@ -116,10 +115,12 @@ def inspect_run(request: Request) -> Inspection:
         trained = load_trained(request.path, weights=request.weights, device=device)
         data = read_latents(trained.config, trained.data, request.samples, request.data)
         try:
+            fresh = _fresh(trained)
+            blocks = find_blocks(fresh, 'blocks' if hasattr(fresh, 'blocks') else None)[0]
             levels = [trained.model.objective.noise_level(time) for time in request.times]
             maps = {
                 time: token_similarity(
-                    trained.model.denoiser, _calls(trained, data, time, request.batch_size), blocks=_BLOCKS
+                    trained.model.denoiser, _calls(trained, data, time, request.batch_size), blocks=blocks
                 )
                 for time in request.times
             }
@@ -128,7 +129,7 @@ def inspect_run(request: Request) -> Inspection:
     mean = torch.stack([one.mean for one in maps.values()]).mean(0)
     depth = len(mean) - 1
     routes = tuple(route.span(depth) for route in trained.routes)
-    advice = propose_route(_fresh(trained), _BLOCKS)
+    advice = propose_route(fresh, blocks)
     ranked = rank_routes(mean)
     return Inspection(
         trained=trained,

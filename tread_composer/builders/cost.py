@@ -8,16 +8,24 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.algorithms.maskdit import Masking
-from tread_composer.models import LatentTransformer
-from tread_composer.routing import Route, apply_tread
+from tread_composer.routing import Route, apply_tread, find_blocks
+from tread_composer.routing.tokens import AlwaysKeep
 
-__all__ = ['Savers', 'count_macs', 'run_with_shapes', 'sampling_cost', 'tokens_per_block']
+__all__ = ['Savers', 'count_macs', 'run_with_shapes', 'depth_of', 'sampling_cost', 'tokens_per_block']
 
-Savers = tuple[Sequence[Route], Masking | None, Any]
+Savers = tuple[Sequence[Route], Masking | None, AlwaysKeep]
 """What a training forward saves tokens with, and how many positions it always keeps."""
 
 
-def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: int = 0) -> list[int]:
+def depth_of(denoiser: nn.Module) -> int:
+    """How many blocks a network has: as it says (``depth``), else in its only list of blocks; 0 without such a list."""
+    try:
+        return getattr(denoiser, 'depth', None) or len(find_blocks(denoiser)[1])
+    except ValueError:
+        return 0
+
+
+def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: AlwaysKeep = 0) -> list[int]:
     """How many tokens each block sees while routing is on; ``always_keep`` of them never skip."""
     counts = [num_tokens] * depth
     for route in routes:
@@ -44,16 +52,16 @@ def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     return {
         'parameters': sum(p.numel() for p in denoiser.parameters() if id(p) not in unused),
-        'gmacs': count_macs(denoiser, facts) / 1e9,  # type: ignore[arg-type]
+        'gmacs': count_macs(denoiser, facts) / 1e9,
     }
 
 
 def count_macs(
-    denoiser: LatentTransformer,
+    denoiser: nn.Module,
     facts: dict[str, Any],
     routes: Sequence[Route] = (),
     masking: Masking | None = None,
-    always_keep: int = 0,
+    always_keep: AlwaysKeep = 0,
 ) -> int:
     """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these).
 
@@ -64,7 +72,7 @@ def count_macs(
     return counter.get_total_flops() // 2
 
 
-def run_with_shapes(denoiser: LatentTransformer, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
+def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
     """The prediction, without arithmetic: its shape, and what autograd would save."""
     routes, masking, always_keep = savers
     dtype = next(denoiser.parameters()).dtype

@@ -1,6 +1,8 @@
 """From a resolved configuration to the model that Composer trains."""
 
 import contextlib
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from tread_composer.core.protocols import Autoencoder
 from tread_composer.data.facts import LatentFacts
 from tread_composer.data.manifest import Manifest
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import LatentTransformer
 
 __all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']
 
@@ -28,20 +29,32 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
     return autoencoder
 
 
-def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> LatentTransformer:
-    """The network, fitted to the data.
+def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Any:
+    """The network, fitted to the data: a ``core.protocols.Backbone``.
 
     Raises:
         UserError: The sizes do not fit together.
     """
     try:
         sizes = {'latent_size': latent_size, 'in_channels': channels, 'num_classes': num_classes}
-        return resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
+        denoiser = resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
     except ValueError as error:
         raise UserError(f'model: {error}') from None
+    if not isinstance(getattr(denoiser, 'num_tokens', None), int):
+        raise UserError(
+            f'model.name: {config.model.name} has no attribute num_tokens, the number of tokens that its blocks '
+            f'see for one image (tread_composer.core.protocols.Backbone)'
+        )
+    return denoiser
 
 
-def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: bool = False) -> LatentDiffusion:
+def build_model(
+    config: Config,
+    manifest: Manifest | LatentFacts,
+    *,
+    unfilled: bool = False,
+    algorithms: Mapping[str, Any] | None = None,
+) -> LatentDiffusion:
     """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it.
 
     Args:
@@ -49,6 +62,8 @@ def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: b
         manifest: Of the training data.
         unfilled: Leave the network's weights on the meta device, for ``load_state_dict(..., assign=True)``: to draw
             those of a large network takes longer than to read them.
+        algorithms: Those that will train it, by their names in the configuration. If None, copies of them add their
+            parts: a model that is only looked at leaves no trace in what trains another.
     """
     config = config.normalized(manifest.mean, manifest.std)
     with torch.device('meta') if unfilled else contextlib.nullcontext():
@@ -71,9 +86,10 @@ def build_model(config: Config, manifest: Manifest | LatentFacts, *, unfilled: b
             autoencoder=build_autoencoder(config, manifest),
         )
         # What an algorithm adds to the model is there before the optimizer and the compilation of its blocks.
-        for name, component in config.algorithms.items():
-            if hasattr(component.instance, 'prepare'):
-                _prepare(name, component.instance, model, config.seed)
+        parts = {name: component.instance for name, component in config.algorithms.items()}
+        for name, algorithm in (parts if algorithms is None else algorithms).items():
+            if hasattr(algorithm, 'prepare'):
+                _prepare(name, copy.deepcopy(algorithm) if algorithms is None else algorithm, model, config.seed)
         return model
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from composer import Algorithm, Callback, Evaluator, Trainer
+from composer import Callback, Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from tread_composer.autoencoders import KL
@@ -23,6 +23,7 @@ from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import Config
 from tread_composer.config.attention import attention_dtypes
+from tread_composer.config.components import Component
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import Manifest
 
@@ -46,22 +47,23 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
         check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
-    model = build_model(config, splits['train'])
+    contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
+    if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
+        contract['ranks'] = dist.get_world_size()
+    algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
+    model = build_model(config, splits['train'], algorithms=algorithms)
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     arguments = config.trainer_arguments()
     # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
     bar = arguments.pop('progress_bar')
-    contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
-    if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
-        contract['ranks'] = dist.get_world_size()
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
-    callbacks += [_build_callback(config, name) for name in config.callbacks]
+    callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
     if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
     if config.save_folder is not None and '://' not in config.save_folder:
         callbacks.append(_build_saver(config))
-    loggers = [component.build() for component in config.loggers.values()]
+    loggers = [component.take() for component in config.loggers.values()]
     if bar and not sys.stderr.isatty():
         loggers.append(ProgressLines())
     if config.compile and dist.get_world_size() == 1:
@@ -74,8 +76,8 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
             train_dataloader=train,
             eval_dataloader=None if evaluation is None else Evaluator(label='eval', dataloader=evaluation),
             optimizers=config.optimizer.build(model.parameters()),
-            schedulers=config.scheduler.build(),
-            algorithms=[_build_algorithm(config, name, contract) for name in config.algorithms],
+            schedulers=config.scheduler.take(),
+            algorithms=list(algorithms.values()),
             callbacks=callbacks,
             loggers=loggers,
             progress_bar=bar and sys.stderr.isatty(),
@@ -120,25 +122,19 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
         ) from None
 
 
-# Where ours write if the YAML does not say: within the run's folder.
-_FOLDERS = {'sample_grid': 'samples', 'digits_quality': '.', 'evaluation': '.', 'power_ema': 'snapshots'}
+def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> Any:
+    """An algorithm or callback, with what only the run can tell it, unless the user has.
 
-
-def _build_algorithm(config: Config, name: str, contract: Mapping[str, Any]) -> Algorithm:
-    component, given = config.algorithms[name], {}
-    if name == 'power_ema':
+    Where it writes, if it has a ``default_folder`` within that of the run; whose files those are, if it has a
+    ``settings_digest``.
+    """
+    part = component.take()
+    if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
+        part.folder = str(run_folder(config) / part.default_folder)
+    if getattr(part, 'settings_digest', '') is None:
         text = json.dumps(contract, sort_keys=True, default=str)
-        given['settings_digest'] = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
-    if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
-        given['folder'] = str(run_folder(config) / _FOLDERS[name])
-    return component.build(**given)
-
-
-def _build_callback(config: Config, name: str) -> Callback:
-    component = config.callbacks[name]
-    if name in _FOLDERS and 'folder' not in component.kwargs and config.save_folder is not None:
-        return component.build(folder=str(run_folder(config) / _FOLDERS[name]))
-    return component.build()
+        part.settings_digest = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
+    return part
 
 
 def _build_saver(config: Config) -> WholeCheckpointSaver:
@@ -165,9 +161,17 @@ def compile_blocks(denoiser: Any, **how: Any) -> None:
     For several processes, whose DDP and FSDP break a graph of the whole forward pass.
 
     Args:
-        denoiser: A backbone of ours; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
+        denoiser: A backbone; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
         how: Settings of ``torch.compile``.
+
+    Raises:
+        UserError: It does not say what its blocks are.
     """
+    if not hasattr(denoiser, 'fsdp_wrap_fn'):
+        raise UserError(
+            f'compile: true on several ranks compiles block by block, and {type(denoiser).__name__} does not say what '
+            f'its blocks are (a method fsdp_wrap_fn(module) -> bool); set compile=false, or give it one'
+        )
     for module in denoiser.modules():
         if denoiser.fsdp_wrap_fn(module):
             module.compile(**how)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
@@ -53,6 +53,9 @@ class DigitsQuality(Callback):
         UserError: ``num_samples`` is no multiple of 10, or at ``Event.FIT_START`` the model has not ten classes or
             there are no averaged weights.
     """
+
+    default_folder: ClassVar[str] = '.'
+    """In the folder of a run that is described by a YAML file."""
 
     def __init__(
         self,

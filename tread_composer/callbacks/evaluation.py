@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from composer.core import Callback, Event, State
@@ -67,6 +67,9 @@ class Evaluation(Callback):
         UserError: A setting is impossible; or at ``Event.FIT_START`` the reference or the weights of Inception are
             missing or not what they must be, or do not go with the model.
     """
+
+    default_folder: ClassVar[str] = '.'
+    """In the folder of a run that is described by a YAML file."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from composer.core import Callback, Event, State
@@ -48,6 +49,9 @@ class SampleGrid(Callback):
         UserError: a setting is impossible, or at ``Event.FIT_START`` a class is unknown or there are no averaged
             weights.
     """
+
+    default_folder: ClassVar[str] = 'samples'
+    """In the folder of a run that is described by a YAML file."""
 
     def __init__(
         self,

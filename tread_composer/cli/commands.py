@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add('prefetch', _prefetch, "say which weights Inception's metrics need, fetch them, check them")
     command.add_argument('--check', metavar='FILE', help='whether FILE is the published one')
     command.add_argument('--allow-download', action='store_true', help='fetch it to where torch looks')
-    add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
+    command = add('schema', _schema, 'print the JSON schema of a YAML file, for editors')
+    command.add_argument('--components', action='store_true', help='list the parts that a YAML file can name instead')
     command = add('export', _export, 'write the weights of a run as one safetensors file that says what they are')
     command.add_argument('path', help="a run's folder (its latest checkpoint), or a checkpoint in one")
     _file_options(command, 'which weights to write; posthoc:0.13 is the average of this width (power_ema)', WEIGHTS)
@@ -276,9 +277,16 @@ def _prefetch(options: argparse.Namespace) -> int:
 
 def _schema(options: argparse.Namespace) -> int:
     with importing():
-        from tread_composer.config import json_schema
+        from tread_composer.config import json_schema, list_parts
 
-    print(json.dumps(json_schema(), indent=2))
+    if not options.components:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    rows = list_parts()
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print('  '.join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
+    print("a part of another package is named 'package.module:Class'; its constructor says its arguments")
     return 0
 
 

@@ -5,7 +5,7 @@ from tread_composer.config.components import Component
 from tread_composer.config.errors import ConfigError
 from tread_composer.config.json_schema import json_schema
 from tread_composer.config.loading import load_config, restore_config
-from tread_composer.config.registry import part_names
+from tread_composer.config.registry import list_parts, part_names
 from tread_composer.config.tree import Config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     'check_files',
     'check_machine',
     'json_schema',
+    'list_parts',
     'load_config',
     'part_names',
     'restore_config',

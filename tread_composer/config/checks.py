@@ -10,9 +10,8 @@ import torch
 
 from tread_composer.algorithms.rules import cannot_work, conflict, never_resumes, without_checkpoints_only
 from tread_composer.config.attention import attention_problems
-from tread_composer.config.components import component_schema
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.registry import resolve
+from tread_composer.config.registry import is_ours, resolve
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
 from tread_composer.config.tree import Config, LatentsData, backbone_arguments
 from tread_composer.core.errors import UserError
@@ -106,7 +105,7 @@ def _token_arguments(config: Config) -> list[Problem]:
     written = config.algorithms['tread'].instance.token_arguments if 'tread' in config.algorithms else None
     if written is None:  # then the network itself says what they are
         return []
-    needed = resolve('backbone', config.model.name).token_arguments  # type: ignore[attr-defined]
+    needed = getattr(resolve('backbone', config.model.name), 'token_arguments', ())
     missing = [name for name in needed if name not in written]
     if not missing:
         return []
@@ -207,12 +206,8 @@ def _averages(config: Config) -> list[Problem]:
         text = "Composer's EMA fails under FSDP1 and corrupts training when resumed under FSDP2; take algorithms.ema"
         problems.append(Problem(('algorithms', 'composer_ema'), text))
     for name, callback in config.callbacks.items():
-        field = component_schema('callback', name).model_fields.get('weights')
-        if (
-            field is not None
-            and callback.kwargs.get('weights', field.default) == 'ema'
-            and 'ema' not in config.algorithms
-        ):
+        wanted = getattr(callback.settings, 'weights', None) if is_ours('callback', callback.name) else None
+        if wanted == 'ema' and not any(hasattr(one.instance, 'averaged') for one in config.algorithms.values()):
             text = "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
             problems.append(Problem(('callbacks', name, 'weights'), text))
     return problems
@@ -243,7 +238,12 @@ def _normalization(config: Config) -> list[Problem]:
 
 def _learned_variance(config: Config) -> list[Problem]:
     """The variance channels of the network and the loss that trains them come together or not at all."""
-    wanted, learn_sigma = config.objective.instance.learned_variance, config.model.kwargs.get('learn_sigma', False)
+    wanted, learn_sigma = (
+        config.objective.instance.learned_variance,
+        getattr(config.model.settings, 'learn_sigma', None),
+    )
+    if learn_sigma is None:  # a network of another package, whose channels only its prediction shows
+        return []
     here = ('model', 'learn_sigma')
     if wanted and not learn_sigma:
         text = (
@@ -265,10 +265,9 @@ def _samplers(config: Config) -> list[Problem]:
     """Callbacks that draw samples would find out at their first picture, after the data have been prepared."""
     problems = []
     for name, callback in config.callbacks.items():
-        fields = component_schema('callback', name).model_fields
-        if 'sampler' not in fields or 'num_steps' not in fields:
+        if not is_ours('callback', callback.name) or not hasattr(callback.settings, 'sampler'):
             continue
-        sampler, num_steps = (callback.kwargs.get(key, fields[key].default) for key in ('sampler', 'num_steps'))
+        sampler, num_steps = (getattr(callback.settings, key) for key in ('sampler', 'num_steps'))
         try:
             check_sampler(sampler, config.objective.instance)
         except ValueError as error:

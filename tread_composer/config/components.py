@@ -11,16 +11,26 @@ import torch
 from pydantic import create_model
 
 from tread_composer.config.errors import Path, Problem, did_you_mean
-from tread_composer.config.registry import KINDS, SECTIONS, is_ours, part_names, resolve
+from tread_composer.config.registry import (
+    FROM_DATA,
+    KINDS,
+    SECTIONS,
+    is_ours,
+    lacks,
+    part_names,
+    resolve,
+    unkept,
+)
 from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, signature_model
 from tread_composer.config.validation import check
 from tread_composer.core.named import is_reference
 
 __all__ = ['KINDS', 'Component', 'check_component', 'check_section', 'component_schema']
 
-# Arguments that are not for YAML: the data decide them, or the builders.
+# Arguments that are not for YAML: the data or the run decide them, and the builders give them.
 _GIVEN = {
-    'backbone': ('latent_size', 'in_channels', 'num_classes'),
+    'algorithm': ('settings_digest',),
+    'backbone': FROM_DATA,
     'optimizer': ('params',),
 }
 # What a section without a name is.
@@ -61,10 +71,11 @@ class Component:
         return self.build()
 
     def take(self) -> Any:
-        """The object, for a Trainer to keep: a second Trainer of the same configuration gets another one."""
-        instance = self.instance
-        del self.__dict__['instance']
-        return instance
+        """The object, for a Trainer to keep; whoever asks goes on asking it. A second Trainer gets another one."""
+        if 'taken' in self.__dict__:
+            return self.build()
+        self.__dict__['taken'] = True
+        return self.instance
 
     def build(self, *args: Any, **extra: Any) -> Any:
         """A new object. ``args`` come first (an optimizer's parameters), ``extra`` adds what YAML cannot write."""
@@ -82,7 +93,7 @@ def component_schema(kind: str, name: str) -> type[Strict]:
     target = resolve(kind, name)
     if kind == 'backbone':
         return _backbone_schema(target)
-    schema = signature_model(target, skip=(*_GIVEN.get(kind, ()), *getattr(target, 'given_by_run', ())))
+    schema = signature_model(target, skip=_GIVEN.get(kind, ()))
     if name not in _NARROWER:
         return schema
     return create_model(target.__name__, __base__=schema, **_NARROWER[name])
@@ -144,6 +155,9 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     if not isinstance(kwargs, dict):
         return empty, [Problem(path, f'{kwargs!r} is not a mapping of arguments; write {name}: {{}} for the defaults')]
     try:
+        lacking = lacks(kind, resolve(kind, name)) if is_reference(name) else None
+        if lacking:
+            return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
         schema = component_schema(kind, name)
     except ImportError as error:
         remedy = (
@@ -212,7 +226,10 @@ def _try(component: Component, path: Path) -> list[Problem]:
             if component.kind == 'optimizer':
                 component.build([torch.nn.Parameter(torch.zeros(1))])
             else:
-                _ = component.instance
+                part = component.instance
+                broken = unkept(component.kind, part) if is_reference(component.name) else None
+                if broken:
+                    return [Problem(path, f'{component.name!r} is no {component.kind}: {broken}')]
     except ImportError as error:
         return [Problem(path, f'cannot be used here: {error}')]
     except Exception as error:  # a constructor may fail in any way (Composer's EMA with an AttributeError)

@@ -15,6 +15,8 @@ SECTIONS = {
     'optimizer': 'optimizer',
     'scheduler': 'scheduler',
 }
+# A part of another package; what arguments it takes is not looked up for an editor.
+_REFERENCE = {'type': 'object', 'properties': {'name': {'type': 'string', 'pattern': ':'}}, 'required': ['name']}
 _TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 
 
@@ -29,9 +31,9 @@ def json_schema() -> dict[str, Any]:
     shared = schema['$defs']
     for table, kind in _TABLES.items():
         entries = {name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in part_names(kind)}
-        properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': False}
+        properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': _REFERENCE}
     for section, kind in SECTIONS.items():
-        properties[section] = {'oneOf': [_named(kind, name, shared) for name in part_names(kind)]}
+        properties[section] = {'oneOf': [*(_named(kind, name, shared) for name in part_names(kind)), _REFERENCE]}
     return schema
 
 

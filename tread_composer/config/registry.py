@@ -21,10 +21,21 @@ from composer.core import Algorithm, Callback
 
 from tread_composer.autoencoders import AUTOENCODERS
 from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.protocols import Autoencoder, Backbone, Objective, TimeDistribution, Weighting
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 
-__all__ = ['KINDS', 'SECTIONS', 'is_ours', 'part_names', 'resolve']
+__all__ = [
+    'FROM_DATA',
+    'KINDS',
+    'SECTIONS',
+    'is_ours',
+    'lacks',
+    'list_parts',
+    'part_names',
+    'resolve',
+    'unkept',
+]
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'autoencoder': AUTOENCODERS,
@@ -36,6 +47,24 @@ SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
 """Kinds that only we have, by the tables of their rooms: a run has one of each, in a section that says its ``name``."""
 
 KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler', *SECTIONS)
+
+FROM_DATA = ('latent_size', 'in_channels', 'num_classes')
+"""Arguments of a backbone that are not for YAML: the data decide them."""
+
+# What a part of another package has to be.
+_BASES: Mapping[str, type] = {
+    'algorithm': Algorithm,
+    'callback': Callback,
+    'logger': composer.loggers.LoggerDestination,
+    'optimizer': torch.optim.Optimizer,
+}
+_PROTOCOLS: Mapping[str, type] = {
+    'autoencoder': Autoencoder,
+    'backbone': Backbone,
+    'objective': Objective,
+    'time_distribution': TimeDistribution,
+    'weighting': Weighting,
+}
 
 # Imported when they are used, so that loading a configuration never imports MLflow or diffusers.
 _OURS = {
@@ -53,6 +82,7 @@ _OURS = {
     },
     'logger': {'mlflow': 'tread_composer.callbacks.mlflow_run:MLflowRun'},
 }
+_OWNERS = {'tread_composer': 'ours', 'composer': 'Composer'}
 # Words that a rule for capital letters would tear apart.
 _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
@@ -68,6 +98,20 @@ def part_names(kind: str) -> list[str]:
     return list(SECTIONS[kind]) if kind in SECTIONS else sorted(_table(kind))
 
 
+def list_parts() -> list[tuple[str, str, str, str]]:
+    """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
+    rows = []
+    parts = ((kind, name) for kind in KINDS for name in part_names(kind))
+    for kind, name in parts:
+        try:
+            target = resolve(kind, name)
+            text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
+        except ImportError as error:
+            text, owner = f'cannot be used here: {error}', 'tread_composer'
+        rows.append((kind, name, _OWNERS.get(owner, owner), ' '.join(text.split())))
+    return rows
+
+
 def resolve(kind: str, name: str) -> Callable[..., Any]:
     """The class (or function that makes an object) behind a name.
 
@@ -77,6 +121,41 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     """
     target = name if is_reference(name) else _table(kind)[name]
     return import_named(target) if isinstance(target, str) else target
+
+
+def lacks(kind: str, target: Any) -> str | None:
+    """What a class or function of another package lacks to be a part of this kind, in words; None if it may be one.
+
+    Args:
+        kind: One of ``KINDS``.
+        target: What ``package.module:Class`` names.
+    """
+    base = _BASES.get(kind)
+    if base is not None:
+        is_one = inspect.isclass(target) and issubclass(target, base)
+        return None if is_one else f'it does not inherit from {base.__module__}.{base.__qualname__}'
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return 'it is no class whose constructor says its arguments'
+    missing = [name for name in FROM_DATA if name not in parameters]
+    if kind == 'backbone' and missing:
+        return f'its constructor has no {", ".join(missing)}, which the data decide ({_promise(kind)})'
+    return None
+
+
+def unkept(kind: str, part: Any) -> str | None:
+    """Which promises of its protocol an object of another package does not keep, in words; None if it keeps all."""
+    if kind not in _PROTOCOLS:
+        return None
+    protocol = _PROTOCOLS[kind]
+    promised = sorted({*vars(protocol), *protocol.__annotations__})
+    missing = [name for name in promised if (name == '__call__' or name[0] != '_') and not hasattr(part, name)]
+    return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
+
+
+def _promise(kind: str) -> str:
+    return f'{_PROTOCOLS[kind].__module__}.{_PROTOCOLS[kind].__name__}'
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from tread_composer.config.registry import resolve
 from tread_composer.config.schema import Strict, plain
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 
 __all__ = ['Config', 'DigitsData', 'LatentsData', 'PerChannelNormalization', 'backbone_arguments']
 
@@ -102,8 +103,8 @@ class Config(TrainerSettings):
         """The routes of ``algorithms.tread``; none where it is absent."""
         return [] if 'tread' not in self.algorithms else list(self.algorithms['tread'].instance.routes)
 
-    def always_keep(self) -> int:
-        """How many first positions never skip (``algorithms.tread.always_keep``)."""
+    def always_keep(self) -> AlwaysKeep:
+        """How many positions never skip, leading or leading and trailing (``algorithms.tread.always_keep``)."""
         return 0 if 'tread' not in self.algorithms else self.algorithms['tread'].instance.always_keep
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     'Autoencoder',
+    'Backbone',
     'Denoiser',
     'Drift',
     'Objective',
@@ -40,6 +41,25 @@ class Denoiser(Protocol):
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
         """Predict; same shape as ``x_BCHW``, or twice its channels with ``learn_sigma``."""
+        ...
+
+
+class Backbone(Denoiser, Protocol):
+    """A denoiser that a configuration can name (``model.name``): an ``nn.Module`` that is built for its data.
+
+    Asked of those that have it, and never missed in the others:
+
+    - ``presets``: class attribute, published sizes by name: constructor arguments that ``model.preset`` stands for;
+    - ``token_arguments``: what of its blocks' arguments belongs to tokens (``routing.apply_tread``);
+    - ``depth``: the number of its blocks; else its only ``nn.ModuleList`` of blocks is counted;
+    - ``fsdp_wrap_fn(module)``, ``activation_checkpointing_fn(module)``: Composer's questions which modules are units;
+      blocks are compiled by the first;
+    - ``attentions`` and ``use_attention(name, device, dtypes=..., training=...)``: other implementations of attention;
+    - ``learn_sigma``, a constructor argument: whether it predicts a variance too.
+    """
+
+    def __init__(self, *, latent_size: int, in_channels: int, num_classes: int) -> None:
+        """Beside these three, which the data decide, arguments of its own; label ``num_classes`` is the null label."""
         ...
 
 
@@ -145,6 +165,11 @@ class ReverseChain(Objective, Protocol):
 
 class Autoencoder(Protocol):
     """Pixels in [-1, 1] <-> raw latents."""
+
+    @property
+    def id(self) -> str | None:
+        """What the manifest of its data calls it."""
+        ...
 
     def decode(self, raw_latents_BCHW: Tensor) -> Tensor:
         """``[B, C, H, W]`` raw latents to pixels ``[B, 1 or 3, H', W']`` in about [-1, 1]."""

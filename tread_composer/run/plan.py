@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tread_composer.algorithms.maskdit import MaskDiT, Masking, num_kept
 from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
-from tread_composer.builders.cost import Savers, count_macs, run_with_shapes, sampling_cost, tokens_per_block
+from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
 from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import planned_manifest
 from tread_composer.config import Config
@@ -20,7 +20,6 @@ from tread_composer.config.components import Component
 from tread_composer.config.registry import part_names, resolve
 from tread_composer.config.tree import LatentsData
 from tread_composer.core.errors import UserError
-from tread_composer.models import LatentTransformer
 from tread_composer.routing import Route, find_blocks
 
 __all__ = ['format_plan', 'make_plan']
@@ -58,13 +57,13 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     micro = config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
     length = _length(config, facts['num_samples'])
-    parameters = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    parameters, depth = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), depth_of(denoiser)
     return {
         'parameters': parameters,
         'num_tokens': denoiser.num_tokens,
-        'depth': denoiser.depth,
-        'tokens_per_block': tokens_per_block(routes, denoiser.depth, kept, always_keep),
-        'routes': [_in_words(route, denoiser.depth) for route in routes],
+        'depth': depth,
+        'tokens_per_block': tokens_per_block(routes, depth, kept, always_keep),
+        'routes': [_in_words(route, depth) for route in routes],
         'gmacs_dense': dense / 1e9,
         'gmacs_routed': routed / 1e9,
         # The backward pass scales as the forward pass does, so this is the ratio of whole steps.
@@ -88,7 +87,7 @@ def _in_words(route: Route, depth: int) -> str:
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
 
 
-def _check_blocks(config: Config, denoiser: LatentTransformer) -> None:
+def _check_blocks(config: Config, denoiser: Any) -> None:
     """The names in ``algorithms.tread.blocks``, which training looks up in the model around the denoiser."""
     named = config.algorithms['tread'].instance.blocks if 'tread' in config.algorithms else None
     model = torch.nn.Module()
@@ -100,7 +99,7 @@ def _check_blocks(config: Config, denoiser: LatentTransformer) -> None:
             raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
 
 
-def _mask(config: Config, denoiser: LatentTransformer) -> tuple[Masking | None, int]:
+def _mask(config: Config, denoiser: Any) -> tuple[Masking | None, int]:
     """Adds MaskDiT's decoder where the run has it, armed as at the start; with the tokens that the encoder sees."""
     component = config.algorithms.get('maskdit')
     if component is None:
@@ -143,9 +142,7 @@ def _limits(config: Config) -> dict[str, str]:
     return limits
 
 
-def _memory(
-    config: Config, denoiser: LatentTransformer, facts: dict[str, Any], savers: Savers, micro: int
-) -> dict[str, float]:
+def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, micro: int) -> dict[str, float]:
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)

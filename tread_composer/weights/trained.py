@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.model import build_model
@@ -27,6 +28,7 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
 from tread_composer.weights.exported import Exported, digest_of, read_exported
@@ -49,7 +51,7 @@ class Trained:
         digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
         class_names: One for each class.
         routes: Of ``algorithms.tread``; none if the run was dense.
-        always_keep: How many first tokens never skip on them.
+        always_keep: How many tokens never skip on them: leading ones, or a pair of leading and trailing ones.
         data: Facts of the training data.
         attention: A line that says which implementation of attention runs.
     """
@@ -62,7 +64,7 @@ class Trained:
     digest: str
     class_names: tuple[str, ...]
     routes: tuple[Route, ...]
-    always_keep: int
+    always_keep: AlwaysKeep
     data: LatentFacts
     attention: str
 
@@ -110,7 +112,10 @@ def load_trained(
     # Not that of the training: an exported file goes anywhere.
     name = (overrides or {}).get('model.attention', 'sdpa')
     denoiser: Any = model.denoiser
-    attention = denoiser.use_attention(name, torch.device(device), training=False)
+    if hasattr(denoiser, 'use_attention'):
+        attention = denoiser.use_attention(name, torch.device(device), training=False)
+    else:  # a network of another package; a setting `attention` is refused there like any that it does not have
+        attention = f"attention: {type(denoiser).__name__}'s own"
     return Trained(
         model=model,
         config=exported.config,
@@ -228,7 +233,7 @@ def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float,
     if kept['previous'] is None:
         raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
     given = config.algorithms['power_ema'].kwargs.get('folder') if 'power_ema' in config.algorithms else None
-    folder = file.parent / 'snapshots' if given is None else given.replace('{run_name}', config.run_name)
+    folder = file.parent / PowerEMA.default_folder if given is None else given.replace('{run_name}', config.run_name)
     return reconstruct(folder, width, last=kept['previous'], allow_inexact=allow_inexact)
 
 

@@ -61,8 +61,8 @@ class PowerEMA(BoundAlgorithm):
     section 3.1.
     """
 
-    given_by_run: ClassVar[tuple[str, ...]] = ('settings_digest',)
-    """Arguments that a configuration does not write: the builder knows them."""
+    default_folder: ClassVar[str] = 'snapshots'
+    """In the folder of a run that is described by a YAML file."""
 
     def __init__(
         self,

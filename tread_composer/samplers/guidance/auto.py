@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.guidance.provider import (
     Branches,
     SamplingRun,
@@ -51,7 +52,7 @@ class Autoguidance:
                 "guidance: 'auto' needs a second, weaker network, such as an early checkpoint of the same run"
             )
 
-    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: int) -> None:
+    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
         """Any network will do."""
 
     def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.guidance.provider import Branches, SamplingRun, needs_classes
 
 __all__ = ['ClassifierFree']
@@ -27,7 +28,7 @@ class ClassifierFree:
         del network, weak
         needs_classes('classifier_free', num_classes)
 
-    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: int) -> None:
+    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
         """Any network will do."""
 
     def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:

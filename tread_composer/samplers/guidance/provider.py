@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.equation import Clock
 
 __all__ = [
@@ -68,7 +69,7 @@ class GuidanceProvider(Protocol):
         """Refuse, with a ``ValueError`` in words, a model that cannot be guided like this."""
         ...
 
-    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: int) -> None:
+    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
         """Make a trained network ready; ``ValueError`` if its training lacked what the weak prediction needs."""
         ...
 

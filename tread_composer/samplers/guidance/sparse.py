@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tread_composer.core.protocols import Denoiser
 from tread_composer.routing import Route, Routing, apply_tread, keep_lowest, routing_of
+from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.guidance.provider import (
     Branches,
     SamplingRun,
@@ -87,7 +88,7 @@ class SparseGuidance:
                 'more tokens must skip the blocks in the weak branch'
             )
 
-    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: int) -> None:
+    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
         """Give the blocks the routes that they were trained with."""
         if not routes:
             raise ValueError(

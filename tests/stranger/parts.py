@@ -1,0 +1,174 @@
+"""One part of each kind, written against the protocols alone: no class here comes from ``tread_composer``.
+
+Shapes: B samples, C channels, H x W latent pixels, N tokens of 2 x 2 pixels, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from composer.core import Algorithm, Callback, Event, State
+from composer.loggers import Logger
+from torch import Tensor, nn
+
+
+class StraightLine:
+    """Velocity along the straight line from data to noise, with a sharper or duller error.
+
+    Args:
+        power: Of the absolute error.
+    """
+
+    name = 'straight_line'
+    prediction = 'the velocity noise - data'
+    time_convention = '0 is data, 1 is noise; the network is given the time itself'
+    learned_variance = False
+
+    def __init__(self, power: float = 2.0) -> None:
+        if power < 1:
+            raise ValueError(f'power: {power} is below 1')
+        self.power = power
+
+    def time_grid(self) -> Mapping[str, Any]:
+        return {}
+
+    def target(self) -> Mapping[str, Any]:
+        return {}
+
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        del latent_shape
+
+    def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
+        return (1 - time) * latents_BCHW + time * noise_BCHW, time
+
+    def noise_level(self, time: float) -> float:
+        return time / (1 - time)
+
+    def __call__(
+        self, denoiser: Any, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor
+    ) -> dict[str, Tensor]:
+        t_B = quantiles_B.float()
+        t = t_B.view(-1, 1, 1, 1)
+        velocity = denoiser((1 - t) * latents_BCHW + t * noise_BCHW, t_B, labels_B)
+        error = (velocity - (noise_BCHW - latents_BCHW)).abs()
+        return {'loss': error.pow(self.power).flatten(1).mean(1), 'mse': error.square().flatten(1).mean(1)}
+
+    def drift(self, denoiser: Any, labels_B: Tensor) -> Any:
+        return lambda x, time: denoiser(x.float(), time.float().expand(len(x)), labels_B).double()
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+
+    def prior(self, noise_BCHW: Tensor) -> Tensor:
+        return noise_BCHW.double()
+
+
+class Layer(nn.Module):
+    """Each token sees itself and the mean of all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 * width, width)
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        mean = x_BND.mean(1, keepdim=True).expand_as(x_BND)
+        return x_BND + torch.tanh(self.mix(torch.cat([x_BND, mean, c_BD[:, None].expand_as(x_BND)], dim=2)))
+
+
+class Mixer(nn.Module):
+    """A small network of means over tokens; it says of itself how many tokens it has, and nothing more.
+
+    Args:
+        latent_size: Side of the latents.
+        in_channels: Of the latents.
+        num_classes: Label ``num_classes`` is no class.
+        width: Of a token.
+        num_layers: How many.
+    """
+
+    def __init__(
+        self, *, latent_size: int, in_channels: int, num_classes: int, width: int = 16, num_layers: int = 6
+    ) -> None:
+        super().__init__()
+        self.num_tokens = (latent_size // 2) ** 2
+        self.into = nn.Conv2d(in_channels, width, 2, stride=2)
+        self.places = nn.Parameter(0.02 * torch.randn(1, self.num_tokens, width))
+        self.labels = nn.Embedding(num_classes + 1, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(num_layers))
+        self.out = nn.ConvTranspose2d(width, in_channels, 2, stride=2)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
+        x = self.into(x_BCHW)
+        side = x.shape[-1]
+        tokens = x.flatten(2).transpose(1, 2) + self.places
+        condition = self.labels(labels_B) + t_B.to(x)[:, None]
+        for layer in self.layers:
+            tokens = layer(tokens, condition)
+        return self.out(tokens.transpose(1, 2).unflatten(2, (side, side)))
+
+
+class Louder(Algorithm):
+    """Scales the loss.
+
+    Args:
+        rate: The loss counts ``1 + rate``.
+    """
+
+    made: ClassVar[int] = 0
+
+    def __init__(self, rate: float = 0.1) -> None:
+        if rate <= -1:
+            raise ValueError(f'rate: {rate} would turn the loss round')
+        type(self).made += 1
+        self.rate, self.batches = rate, 0
+        self.prepared: list[nn.Module] = []
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Adds nothing, but remembers the model, which must be the one in training."""
+        del seed
+        self.prepared.append(model)
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_LOSS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        assert isinstance(state.loss, dict) and self.prepared == [state.model]
+        state.loss['total'] = state.loss['total'] * (1 + self.rate)
+        self.batches += 1
+        logger.log_metrics({'louder/rate': self.rate})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), 'batches': self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state['batches']
+
+
+class Counter(Callback):
+    """Counts the samples of training.
+
+    Args:
+        words: What it calls them.
+        folder: Where ``count.txt`` goes.
+    """
+
+    default_folder: ClassVar[str] = 'counted'
+
+    def __init__(self, words: str = 'samples', folder: str = '.') -> None:
+        self.words, self.folder, self.count = words, folder, 0
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        path = Path(self.folder) / 'count.txt'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{self.count} {self.words}')
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.count = int(state.timestamp.sample)
+        logger.log_metrics({f'counter/{self.words}': self.count})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'count': self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state['count']

@@ -1,0 +1,133 @@
+"""Parts of another package (``tests/stranger``), named in a YAML file, through the commands of a run."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tests.runs import ROOT, environment
+from tread_composer.cli import main
+
+YAML = ROOT / 'tests' / 'stranger' / 'run.yaml'
+DRAWN = ('--count', '20', '--steps', '2')
+MEASURED = ('--features', 'digits', '--reference', 'data/digits/eval', *DRAWN)
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    monkeypatch.syspath_prepend(str(YAML.parent.parent))
+
+
+def call(folder, *words):
+    """The command in this process, started in ``folder``; its output."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return main([*map(str, words)])
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run that was begun in one process and resumed in another, far from the package's folder."""
+    folder = tmp_path_factory.mktemp('stranger')
+    env = environment(PYTHONPATH=f'{ROOT}{os.pathsep}{YAML.parent.parent}')
+    for words in ((), ('max_duration=9ba',)):
+        command = [sys.executable, '-m', 'tread_composer', 'train', str(YAML), *words]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert 'batches 6 to 9' in done.stdout
+    return folder
+
+
+def test_a_strangers_parts_are_resumed_with_what_they_saved(trained):
+    state = torch.load(trained / 'runs/stranger/latest-rank0.pt', weights_only=False)['state']
+    assert dict(state['algorithms'])['Louder']['batches'] == 9
+    assert state['callbacks']['Counter'] == {'count': 9 * 64}
+    saved = yaml.safe_load((trained / 'runs/stranger/config.yaml').read_text())
+    assert saved['algorithms']['louder'] == {'name': 'stranger.parts:Louder', 'rate': 0.25}
+    assert saved['callbacks']['counter'] == {'name': 'stranger.parts:Counter', 'words': 'digits'}
+    assert saved['objective'] == {'name': 'stranger.parts:StraightLine', 'power': 2.0}
+    assert saved['model'] == {'name': 'stranger.parts:Mixer', 'width': 16, 'num_layers': 6}
+
+
+def test_their_settings_bind_the_checkpoints(trained, capsys):
+    assert call(trained, 'train', YAML, 'algorithms.louder.rate=0.5') == 2
+    assert 'algorithms.louder.rate: saved 0.25, now 0.5' in capsys.readouterr().err
+
+
+def test_they_write_into_the_folder_of_the_run_unless_told_otherwise(trained, tmp_path):
+    assert (trained / 'runs/stranger/counted/count.txt').read_text() == f'{9 * 64} digits'
+    elsewhere = f'callbacks.counter.folder={tmp_path}'
+    assert call(trained, 'train', YAML, 'run_name=elsewhere', 'max_duration=1ba', 'loggers=null', elsewhere) == 0
+    assert (tmp_path / 'count.txt').read_text() == '64 digits'
+
+
+def test_from_file_to_trainer_an_algorithm_is_made_once(trained, capsys):
+    made = importlib.import_module('stranger.parts').Louder.made
+    assert call(trained, 'train', YAML, 'run_name=once', 'max_duration=2ba', 'loggers=null') == 0
+    assert importlib.import_module('stranger.parts').Louder.made == made + 1
+
+
+def test_plan_counts_their_blocks(trained, capsys):
+    assert call(trained, 'plan', YAML, '--json', 'model.num_layers=7') == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['tokens_per_block'] == [16, 8, 8, 8, 8, 8, 16]
+    assert found['gmacs_dense'] > found['gmacs_routed'] > 0
+    assert call(trained, 'plan', YAML) == 0
+    assert 'stranger.parts:Mixer, 6 blocks' in capsys.readouterr().out
+
+
+def test_they_take_interpolations(trained, capsys):
+    words = ('algorithms.louder.rate=0.5', 'objective.power=1.5')
+    assert call(trained, 'plan', YAML, '--json', *words, 'model.width=${global_eval_batch_size}') == 0
+    config = json.loads(capsys.readouterr().out)['config']
+    assert config['algorithms']['louder']['rate'] == 0.5 and config['objective']['power'] == 1.5
+    assert config['model']['width'] == 64
+
+
+def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
+    assert call(trained, 'export', 'runs/stranger', '--out', 'model.safetensors') == 0
+    assert call(trained, 'sample', 'runs/stranger', '--out', 'a', *DRAWN) == 0
+    assert call(trained, 'sample', 'model.safetensors', '--out', 'b', *DRAWN) == 0
+    for path in sorted((trained / 'a' / 'images').iterdir()):
+        assert path.read_bytes() == (trained / 'b' / 'images' / path.name).read_bytes()
+    assert call(trained, 'evaluate', 'runs/stranger', *MEASURED) == 0
+    dense = ('run_name=dense', 'algorithms.tread=null', 'loggers=null', 'progress_bar=false')
+    assert call(trained, 'train', YAML, *dense) == 0
+    assert call(trained, 'evaluate', 'runs/dense', *MEASURED) == 0
+    capsys.readouterr()
+    assert call(trained, 'compare', 'runs/stranger', 'runs/dense', '--out', 'c') == 0
+    assert 'TFLOPs a step' in capsys.readouterr().out
+    assert call(trained, 'inspect', 'runs/stranger', '--out', 'i') == 0
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('objective.powr=1', "objective.powr: unknown setting. Did you mean 'power'?"),
+        ('model.widht=8', "model.widht: unknown setting. Did you mean 'width'?"),
+        ('algorithms.louder.rat=1', "algorithms.louder.rat: unknown setting. Did you mean 'rate'?"),
+        ('callbacks.counter.word=x', "callbacks.counter.word: unknown setting. Did you mean 'words'?"),
+        ('algorithms.louder.rate=loud', "algorithms.louder.rate: 'loud' is not a number"),
+        ('algorithms.louder.rate=-3', 'algorithms.louder: Louder refuses these arguments: rate: -3'),
+        ('objective.power=0.5', 'objective: power: 0.5 is below 1'),
+        ('model.preset=S', "model.preset: belongs to 'dit' and"),
+        ('algorithms.louder.name=stranger.parts:Loud', "stranger.parts has no 'Loud'"),
+        ('algorithms.louder.name=nowhere.at_all:Loud', "No module named 'nowhere'"),
+        ('callbacks.counter.name=stranger.parts:Louder', "'stranger.parts:Louder' is no callback"),
+        ('model.name=stranger.parts:Layer', 'its constructor has no latent_size, in_channels, num_classes'),
+        ('objective={name: collections:OrderedDict}', 'is no class whose constructor says its arguments'),
+        ('objective={name: stranger.parts:Counter}', 'is no objective: it has no __call__, check_latents, drift, '),
+    ],
+)
+def test_their_slips_are_refused_in_the_words_of_ours(tmp_path, capsys, override, message):
+    assert call(tmp_path, 'train', YAML, override) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
