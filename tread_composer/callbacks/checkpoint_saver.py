@@ -26,10 +26,9 @@ from tread_composer.io.checkpoints import (
     remove,
     remove_unfinished,
     set_aside,
-    synced,
     write_digests,
 )
-from tread_composer.io.files import UNFINISHED
+from tread_composer.io.files import UNFINISHED, to_disk
 
 __all__ = ['WholeCheckpointSaver', 'checkpoint_names']
 
@@ -175,7 +174,7 @@ class WholeCheckpointSaver(CheckpointSaver):
             publish(unfinished / path.name, path)  # its files have been synced by torch's writer
             unfinished.rmdir()
         else:
-            synced(unfinished)
+            to_disk(unfinished)
             publish(unfinished, path)
         if self.latest_filename is not None:
             point_to(Path(self.latest_filename.format(state)), path)

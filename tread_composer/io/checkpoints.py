@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import UNFINISHED
+from tread_composer.io.files import UNFINISHED, to_disk
 
 __all__ = [
     'DIGESTS',
@@ -38,7 +38,6 @@ __all__ = [
     'remove',
     'remove_unfinished',
     'set_aside',
-    'synced',
     'write_digests',
 ]
 
@@ -200,21 +199,8 @@ def _file_digest(path: Path) -> str:
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
     """Write ``DIGESTS`` into the folder of a sharded checkpoint that is still unfinished."""
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True))
-    synced(folder / DIGESTS)
-    synced(folder)
-
-
-def synced(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
-
-    Raises:
-        OSError: They cannot be written there.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(folder / DIGESTS)
+    to_disk(folder)
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -226,7 +212,7 @@ def publish(unfinished: Path, path: Path) -> None:
     if path.is_dir():  # only with save_overwrite: a folder cannot take the place of a full one
         remove(path)
     os.replace(unfinished, path)
-    synced(path.parent)
+    to_disk(path.parent)
 
 
 def point_to(link: Path, path: Path) -> None:
@@ -241,7 +227,7 @@ def point_to(link: Path, path: Path) -> None:
     beside.unlink(missing_ok=True)
     beside.symlink_to(os.path.relpath(path, link.parent))
     os.replace(beside, link)
-    synced(link.parent)
+    to_disk(link.parent)
 
 
 def remove(path: Path) -> None:

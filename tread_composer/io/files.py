@@ -83,7 +83,11 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
+    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
+
+    Raises:
+        OSError: They cannot be written there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
