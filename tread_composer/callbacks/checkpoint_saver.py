@@ -85,7 +85,11 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _make_way(self, state: State) -> None:
         batch = int(state.timestamp.batch)
+        latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
         for path in checkpoints_in(self._root, self._names(state), after=batch):
+            # A sharded copy does not say its batch. This run has begun at it, or `point_to` will rename it.
+            if batch > 0 and path == latest and path.is_dir():
+                continue
             if not self.overwrite:
                 raise UserError(
                     f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.files import UNFINISHED, to_disk
 
 __all__ = [
@@ -100,19 +101,37 @@ def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> 
 def checkpoints_in(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME, after: int = -1) -> list[Path]:
     """Checkpoints of batches later than ``after``, by the batch in their name, the newest first, whole or not.
 
-    A ``latest-rank0.pt`` that is no link to one of them comes before all: it was copied without the file it named.
+    A ``latest-rank0.pt`` that is no link to one of them is a checkpoint itself, of the batch that it holds: it was
+    copied with links followed, or names a file whose name has no batch. If that cannot be read, it comes before all.
     """
     entries: list[tuple[float, bool, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         name = path.stem if path.suffix == '.pt' else path.name
-        match = next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+        match = _match(name, names)
         if path.name.startswith('.') or path.name.endswith(_ASIDE) or not path.exists():
             continue
-        if path.name == _LATEST and not (path.is_symlink() and path.resolve().parent == folder.resolve()):
-            entries.append((float('inf'), path.is_file(), path))
+        if path.name == _LATEST:
+            target = path.resolve()
+            counted = path.is_symlink() and target.parent == folder.resolve()
+            if not (counted and _match(target.name.removesuffix('.pt'), names)):
+                entries.append((_batch_in(path), path.is_file(), path))
         elif match and (path.is_file() if path.suffix == '.pt' else _is_sharded(path)):
             entries.append((int(match['batch']), path.is_file(), path))
     return [path for batch, _, path in sorted(entries, reverse=True) if batch > after]
+
+
+def _match(name: str, names: Iterable[re.Pattern[str]]) -> re.Match[str] | None:
+    return next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+
+
+def _batch_in(path: Path) -> float:
+    """The batch that a file was saved at; infinity where only reading all of it would show that, or nothing does."""
+    if not path.is_file():
+        return float('inf')
+    try:
+        return int(read_checkpoint(path)['timestamp']['Timestamp']['batch'])
+    except (UserError, LookupError, TypeError, ValueError):
+        return float('inf')
 
 
 def _is_sharded(path: Path) -> bool:
@@ -219,13 +238,15 @@ def point_to(link: Path, path: Path) -> None:
     """Make ``link`` name a checkpoint beside it, in one step: there is no moment without a latest checkpoint.
 
     Raises:
-        OSError: It cannot be written, for example because a folder has its name.
+        OSError: It cannot be written.
     """
     if link.is_symlink() and os.readlink(link) == os.path.relpath(path, link.parent):
         return
     beside = link.with_name(f'{UNFINISHED}{link.name}')
     beside.unlink(missing_ok=True)
     beside.symlink_to(os.path.relpath(path, link.parent))
+    if link.is_dir() and not link.is_symlink():  # a sharded checkpoint, copied with links followed
+        set_aside(link, '.replaced')
     os.replace(beside, link)
     to_disk(link.parent)
 
