@@ -114,6 +114,22 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(wh
     assert_ended_as(copy, whole)
 
 
+@pytest.mark.parametrize('lacking', ['memory', 'files'])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(whole, copy, lacking):
+    """A process that runs short where it begins to look at the checkpoints, as on a busy node."""
+    before = {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')}
+    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_short_of.py'), lacking]
+    done = launch(copy, [*program, str(YAML), *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false'])
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert f'{batch_of(12)}: cannot be read now' in message and 'nothing was renamed' in message
+    assert {'memory': 'Cannot allocate memory', 'files': 'Too many open files'}[lacking] in message
+    assert {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')} == before
+    done = again(copy)
+    assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
 def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(whole, copy):
     for batch in (3, 6, 9, 12):
         damage_it(folder_of(copy) / batch_of(batch), 'half')

@@ -7,6 +7,7 @@ unless the disk itself has changed it. Checksums show that: a file carries those
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -49,6 +50,8 @@ _ASIDE = ('.damaged', '.replaced')
 _ANY_NAME = (re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:\D.*)?'),)
 _LATEST = 'latest-rank0.pt'
 _CHUNK = 2**22
+_OF_BYTES = (errno.EIO, errno.ENOENT, errno.EINVAL)
+"""Errors of the system that are damage: the disk has lost bytes, or a file; a changed offset leads out of a file."""
 _DIRECTORY = 0x10  # torch's reader leaves the memory of an entry with this attribute unfilled, without a word
 
 
@@ -144,14 +147,34 @@ def damage(path: Path) -> str | None:
     Reads all of it: half a second of computing for each gigabyte, and what the disk takes.
 
     Raises:
-        UserError: It may not be read.
+        UserError: It cannot be read now, which says nothing of its bytes: no leave, no memory, no answer of a server.
     """
     try:
         return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
-    except PermissionError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}; make it readable for this user') from None
     except Exception as error:  # changed bytes make the readers of an archive raise nearly anything
-        return f'it cannot be read ({str(error) or type(error).__name__})'
+        hindrance = _hindrance(error)
+        if hindrance is None:
+            return f'it cannot be read ({str(error) or type(error).__name__})'
+        raise UserError(
+            f'{path}: cannot be read now: {hindrance}; nothing was renamed. Put that right (leave to read, memory, '
+            f'open files, the disk or its server), then run the same command again'
+        ) from error
+
+
+def _hindrance(error: BaseException) -> str | None:
+    """What kept a file from being read, if that was not its bytes."""
+    if isinstance(error, OSError):
+        return None if error.errno in _OF_BYTES else str(error)
+    if isinstance(error, MemoryError):
+        return 'there is not enough memory'
+    if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
+        return _hindrance(error.__context__)  # `zipfile` takes an error of the disk at the end of a file for no archive
+    # torch and threads raise it with the words of the system, without its number.
+    words = [os.strerror(code) for code in errno.errorcode if code not in _OF_BYTES]
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(word in text for word in (*words, 'unable to mmap', "can't start new")):
+        return text.splitlines()[0]
+    return None
 
 
 def check_whole(path: Path) -> Path:
@@ -167,9 +190,13 @@ def check_whole(path: Path) -> Path:
 
 
 def _damage_of_file(path: Path) -> str | None:
-    if not zipfile.is_zipfile(path):
-        return f'it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes)'
-    with zipfile.ZipFile(path) as archive:
+    with contextlib.ExitStack() as stack:
+        try:  # not `is_zipfile`: to that, a file which cannot be opened is none
+            archive = stack.enter_context(zipfile.ZipFile(path))
+        except zipfile.BadZipFile as error:
+            if _hindrance(error) is not None:
+                raise
+            return f'it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes)'
         if not any(name.endswith('/data.pkl') for name in archive.namelist()):
             return 'it is an archive, but none of torch.save'
         # Entry by entry: `testzip` goes by name, and a changed name can be that of a neighbour, which it reads twice.
