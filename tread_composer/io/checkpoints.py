@@ -48,6 +48,7 @@ DIGESTS = 'digests.json'
 
 _ASIDE = ('.damaged', '.replaced')
 _ANY_NAME = (re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:\D.*)?'),)
+_RUN_FILES = ('config.yaml.', 'data.json.', 'environment.json.')
 _LATEST = 'latest-rank0.pt'
 _CHUNK = 2**22
 _OF_BYTES = (errno.EIO, errno.ENOENT, errno.EINVAL)
@@ -298,14 +299,22 @@ def set_aside(path: Path, ending: Literal['.damaged', '.replaced'] = '.damaged')
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Delete what writes that were killed left anywhere in the folder of a run, and say what that was.
+    """Delete what a killed run left of its checkpoints, their link and its files, and say what that was.
 
-    Only while nobody else writes there: also the file that a running process is at has such a name.
+    What sampling, evaluation or an export is writing in the folder meanwhile has such a name too, and stays. Only
+    while no other process trains there.
     """
-    leftovers = sorted(folder.rglob(f'{UNFINISHED}*'))
+    leftovers = sorted(path for path in folder.glob(f'{UNFINISHED}*') if _is_of_the_run(path))
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)  # gone already with a folder that is one itself
+            path.unlink(missing_ok=True)
     return leftovers
+
+
+def _is_of_the_run(path: Path) -> bool:
+    name = path.name.removeprefix(UNFINISHED)
+    if path.is_symlink() or path.suffix == '.pt':  # `whole_file` makes no links, and puts letters behind the name
+        return True
+    return _match(name, _ANY_NAME) is not None if path.is_dir() else name.startswith(_RUN_FILES)

@@ -24,8 +24,8 @@ __all__ = [
 
 
 UNFINISHED = '.unfinished-'
-"""How the name of a file begins while it is being written. What a killed process left under such a name in the folder
-of a run is removed when the run starts again."""
+"""How the name of a file begins while it is being written. What a killed run left under such a name of its
+checkpoints and files is removed when it starts again."""
 
 
 @contextlib.contextmanager
