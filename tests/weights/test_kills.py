@@ -35,6 +35,11 @@ def batch_of(name):
     return f'ep{(int(name) - 1) // 11}-ba{name}-rank0.pt'
 
 
+def export(root):
+    words = ('-m', 'tread_composer', 'export', str(folder_of(root)), '--out', str(root / 'out.safetensors'))
+    return launch(root, [sys.executable, *words])
+
+
 def again(root, *words):
     return launch_here(root, YAML, *WORDS, *words)
 
@@ -109,6 +114,22 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(wh
     assert_ended_as(copy, whole)
 
 
+@pytest.mark.parametrize('lacking', ['memory', 'files'])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(whole, copy, lacking):
+    """A process that runs short where it begins to look at the checkpoints, as on a busy node."""
+    before = {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')}
+    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_short_of.py'), lacking]
+    done = launch(copy, [*program, str(YAML), *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false'])
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert f'{batch_of(12)}: cannot be read now' in message and 'nothing was renamed' in message
+    assert {'memory': 'Cannot allocate memory', 'files': 'Too many open files'}[lacking] in message
+    assert {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')} == before
+    done = again(copy)
+    assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
 def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(whole, copy):
     for batch in (3, 6, 9, 12):
         damage_it(folder_of(copy) / batch_of(batch), 'half')
@@ -124,6 +145,48 @@ def test_a_missing_latest_is_found_again(whole, copy):
     done = again(copy)
     assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
     assert names(copy) == {*before, 'latest-rank0.pt'}
+    assert_ended_as(copy, whole)
+
+
+@pytest.mark.parametrize('kept', ['all', 'latest'])
+def test_a_copy_with_links_followed_goes_on(whole, copy, kept):
+    """As ``cp -rL`` and ``rsync -L`` make it."""
+    for batch in (9, 12):
+        (folder_of(copy) / batch_of(batch)).unlink()
+    latest = folder_of(copy) / 'latest-rank0.pt'
+    latest.unlink()
+    shutil.copy(folder_of(copy) / batch_of(6), latest)
+    for batch in (3, 6) if kept == 'latest' else ():
+        (folder_of(copy) / batch_of(batch)).unlink()
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
+def test_a_latest_that_is_older_than_the_last_save_is_not_gone_on_from(whole, copy):
+    """The run was killed between a save and the link, behind a copy with links followed."""
+    latest = folder_of(copy) / 'latest-rank0.pt'
+    latest.unlink()
+    shutil.copy(folder_of(copy) / batch_of(6), latest)
+    (folder_of(copy) / batch_of(12)).unlink()
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 9 to 12' in done.stdout, done.stdout + done.stderr
+    assert_ended_as(copy, whole)
+
+
+def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, copy):
+    """Earlier versions took any ``save_filename``."""
+    for batch in (3, 9, 12):
+        (folder_of(copy) / batch_of(batch)).unlink()
+    (folder_of(copy) / batch_of(6)).rename(folder_of(copy) / 'ep0-rank0.pt')
+    (folder_of(copy) / 'latest-rank0.pt').unlink()
+    (folder_of(copy) / 'latest-rank0.pt').symlink_to('ep0-rank0.pt')
+    done = export(copy)
+    assert done.returncode == 0, done.stderr
+    done = again(copy, 'model.hidden_size=32')
+    assert done.returncode == 2 and 'hidden_size' in done.stderr, done.stderr
+    done = again(copy)
+    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
     assert_ended_as(copy, whole)
 
 

@@ -161,11 +161,14 @@ def test_leftovers_go_and_all_else_stays(tmp_path):
     save(tmp_path, 7, name='.unfinished-ep0-ba{}-rank0.pt')
     save_sharded(tmp_path, 8).rename(tmp_path / '.unfinished-ep0-ba8')
     (tmp_path / 'samples').mkdir()
-    (tmp_path / 'samples' / '.unfinished-grid.png.x').touch()
+    (tmp_path / 'samples' / '.unfinished-grid.png.x').touch()  # being written by another process, as the export
+    (tmp_path / '.unfinished-ep0-ba5.safetensors.x').touch()
+    (tmp_path / '.unfinished-config.yaml.x').touch()
     (tmp_path / '.unfinished-latest-rank0.pt').symlink_to('ep0-ba7-rank0.pt')
-    assert len(remove_unfinished(tmp_path)) >= 4
-    assert set(tmp_path.iterdir()) == {*kept, tmp_path / 'samples'} and not any((tmp_path / 'samples').iterdir())
+    assert len(remove_unfinished(tmp_path)) == 4
+    others = {tmp_path / 'samples', tmp_path / '.unfinished-ep0-ba5.safetensors.x'}
+    assert set(tmp_path.iterdir()) == {*kept, *others} and len(list((tmp_path / 'samples').iterdir())) == 1
     for path in kept:
         assert damage(path) is None
         remove(path)
-    assert set(tmp_path.iterdir()) == {tmp_path / 'samples'}
+    assert set(tmp_path.iterdir()) == others

@@ -26,10 +26,9 @@ from tread_composer.io.checkpoints import (
     remove,
     remove_unfinished,
     set_aside,
-    synced,
     write_digests,
 )
-from tread_composer.io.files import UNFINISHED
+from tread_composer.io.files import UNFINISHED, to_disk
 
 __all__ = ['WholeCheckpointSaver', 'checkpoint_names']
 
@@ -86,7 +85,11 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _make_way(self, state: State) -> None:
         batch = int(state.timestamp.batch)
+        latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
         for path in checkpoints_in(self._root, self._names(state), after=batch):
+            # A sharded copy does not say its batch. This run has begun at it, or `point_to` will rename it.
+            if batch > 0 and path == latest and path.is_dir():
+                continue
             if not self.overwrite:
                 raise UserError(
                     f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '
@@ -175,7 +178,7 @@ class WholeCheckpointSaver(CheckpointSaver):
             publish(unfinished / path.name, path)  # its files have been synced by torch's writer
             unfinished.rmdir()
         else:
-            synced(unfinished)
+            to_disk(unfinished)
             publish(unfinished, path)
         if self.latest_filename is not None:
             point_to(Path(self.latest_filename.format(state)), path)

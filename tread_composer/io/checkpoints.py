@@ -7,6 +7,7 @@ unless the disk itself has changed it. Checksums show that: a file carries those
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from typing import Literal
 import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import UNFINISHED
+from tread_composer.io.checkpoint_reader import read_checkpoint
+from tread_composer.io.files import UNFINISHED, to_disk
 
 __all__ = [
     'DIGESTS',
@@ -38,7 +40,6 @@ __all__ = [
     'remove',
     'remove_unfinished',
     'set_aside',
-    'synced',
     'write_digests',
 ]
 
@@ -47,8 +48,11 @@ DIGESTS = 'digests.json'
 
 _ASIDE = ('.damaged', '.replaced')
 _ANY_NAME = (re.compile(r'(?:.*[^a-z])?ba(?P<batch>\d+)(?:\D.*)?'),)
+_RUN_FILES = ('config.yaml.', 'data.json.', 'environment.json.')
 _LATEST = 'latest-rank0.pt'
 _CHUNK = 2**22
+_OF_BYTES = (errno.EIO, errno.ENOENT, errno.EINVAL)
+"""Errors of the system that are damage: the disk has lost bytes, or a file; a changed offset leads out of a file."""
 _DIRECTORY = 0x10  # torch's reader leaves the memory of an entry with this attribute unfilled, without a word
 
 
@@ -101,19 +105,37 @@ def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> 
 def checkpoints_in(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME, after: int = -1) -> list[Path]:
     """Checkpoints of batches later than ``after``, by the batch in their name, the newest first, whole or not.
 
-    A ``latest-rank0.pt`` that is no link to one of them comes before all: it was copied without the file it named.
+    A ``latest-rank0.pt`` that is no link to one of them is a checkpoint itself, of the batch that it holds: it was
+    copied with links followed, or names a file whose name has no batch. If that cannot be read, it comes before all.
     """
     entries: list[tuple[float, bool, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         name = path.stem if path.suffix == '.pt' else path.name
-        match = next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+        match = _match(name, names)
         if path.name.startswith('.') or path.name.endswith(_ASIDE) or not path.exists():
             continue
-        if path.name == _LATEST and not (path.is_symlink() and path.resolve().parent == folder.resolve()):
-            entries.append((float('inf'), path.is_file(), path))
+        if path.name == _LATEST:
+            target = path.resolve()
+            counted = path.is_symlink() and target.parent == folder.resolve()
+            if not (counted and _match(target.name.removesuffix('.pt'), names)):
+                entries.append((_batch_in(path), path.is_file(), path))
         elif match and (path.is_file() if path.suffix == '.pt' else _is_sharded(path)):
             entries.append((int(match['batch']), path.is_file(), path))
     return [path for batch, _, path in sorted(entries, reverse=True) if batch > after]
+
+
+def _match(name: str, names: Iterable[re.Pattern[str]]) -> re.Match[str] | None:
+    return next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+
+
+def _batch_in(path: Path) -> float:
+    """The batch that a file was saved at; infinity where only reading all of it would show that, or nothing does."""
+    if not path.is_file():
+        return float('inf')
+    try:
+        return int(read_checkpoint(path)['timestamp']['Timestamp']['batch'])
+    except (UserError, LookupError, TypeError, ValueError):
+        return float('inf')
 
 
 def _is_sharded(path: Path) -> bool:
@@ -126,14 +148,34 @@ def damage(path: Path) -> str | None:
     Reads all of it: half a second of computing for each gigabyte, and what the disk takes.
 
     Raises:
-        UserError: It may not be read.
+        UserError: It cannot be read now, which says nothing of its bytes: no leave, no memory, no answer of a server.
     """
     try:
         return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
-    except PermissionError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}; make it readable for this user') from None
     except Exception as error:  # changed bytes make the readers of an archive raise nearly anything
-        return f'it cannot be read ({str(error) or type(error).__name__})'
+        hindrance = _hindrance(error)
+        if hindrance is None:
+            return f'it cannot be read ({str(error) or type(error).__name__})'
+        raise UserError(
+            f'{path}: cannot be read now: {hindrance}; nothing was renamed. Put that right (leave to read, memory, '
+            f'open files, the disk or its server), then run the same command again'
+        ) from error
+
+
+def _hindrance(error: BaseException) -> str | None:
+    """What kept a file from being read, if that was not its bytes."""
+    if isinstance(error, OSError):
+        return None if error.errno in _OF_BYTES else str(error)
+    if isinstance(error, MemoryError):
+        return 'there is not enough memory'
+    if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
+        return _hindrance(error.__context__)  # `zipfile` takes an error of the disk at the end of a file for no archive
+    # torch and threads raise it with the words of the system, without its number.
+    words = [os.strerror(code) for code in errno.errorcode if code not in _OF_BYTES]
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(word in text for word in (*words, 'unable to mmap', "can't start new")):
+        return text.splitlines()[0]
+    return None
 
 
 def check_whole(path: Path) -> Path:
@@ -149,9 +191,13 @@ def check_whole(path: Path) -> Path:
 
 
 def _damage_of_file(path: Path) -> str | None:
-    if not zipfile.is_zipfile(path):
-        return f'it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes)'
-    with zipfile.ZipFile(path) as archive:
+    with contextlib.ExitStack() as stack:
+        try:  # not `is_zipfile`: to that, a file which cannot be opened is none
+            archive = stack.enter_context(zipfile.ZipFile(path))
+        except zipfile.BadZipFile as error:
+            if _hindrance(error) is not None:
+                raise
+            return f'it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes)'
         if not any(name.endswith('/data.pkl') for name in archive.namelist()):
             return 'it is an archive, but none of torch.save'
         # Entry by entry: `testzip` goes by name, and a changed name can be that of a neighbour, which it reads twice.
@@ -200,21 +246,8 @@ def _file_digest(path: Path) -> str:
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
     """Write ``DIGESTS`` into the folder of a sharded checkpoint that is still unfinished."""
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True))
-    synced(folder / DIGESTS)
-    synced(folder)
-
-
-def synced(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
-
-    Raises:
-        OSError: They cannot be written there.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(folder / DIGESTS)
+    to_disk(folder)
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -226,22 +259,24 @@ def publish(unfinished: Path, path: Path) -> None:
     if path.is_dir():  # only with save_overwrite: a folder cannot take the place of a full one
         remove(path)
     os.replace(unfinished, path)
-    synced(path.parent)
+    to_disk(path.parent)
 
 
 def point_to(link: Path, path: Path) -> None:
     """Make ``link`` name a checkpoint beside it, in one step: there is no moment without a latest checkpoint.
 
     Raises:
-        OSError: It cannot be written, for example because a folder has its name.
+        OSError: It cannot be written.
     """
     if link.is_symlink() and os.readlink(link) == os.path.relpath(path, link.parent):
         return
     beside = link.with_name(f'{UNFINISHED}{link.name}')
     beside.unlink(missing_ok=True)
     beside.symlink_to(os.path.relpath(path, link.parent))
+    if link.is_dir() and not link.is_symlink():  # a sharded checkpoint, copied with links followed
+        set_aside(link, '.replaced')
     os.replace(beside, link)
-    synced(link.parent)
+    to_disk(link.parent)
 
 
 def remove(path: Path) -> None:
@@ -264,14 +299,22 @@ def set_aside(path: Path, ending: Literal['.damaged', '.replaced'] = '.damaged')
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Delete what writes that were killed left anywhere in the folder of a run, and say what that was.
+    """Delete what a killed run left of its checkpoints, their link and its files, and say what that was.
 
-    Only while nobody else writes there: also the file that a running process is at has such a name.
+    What sampling, evaluation or an export is writing in the folder meanwhile has such a name too, and stays. Only
+    while no other process trains there.
     """
-    leftovers = sorted(folder.rglob(f'{UNFINISHED}*'))
+    leftovers = sorted(path for path in folder.glob(f'{UNFINISHED}*') if _is_of_the_run(path))
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)  # gone already with a folder that is one itself
+            path.unlink(missing_ok=True)
     return leftovers
+
+
+def _is_of_the_run(path: Path) -> bool:
+    name = path.name.removeprefix(UNFINISHED)
+    if path.is_symlink() or path.suffix == '.pt':  # `whole_file` makes no links, and puts letters behind the name
+        return True
+    return _match(name, _ANY_NAME) is not None if path.is_dir() else name.startswith(_RUN_FILES)

@@ -24,8 +24,8 @@ __all__ = [
 
 
 UNFINISHED = '.unfinished-'
-"""How the name of a file begins while it is being written. What a killed process left under such a name in the folder
-of a run is removed when the run starts again."""
+"""How the name of a file begins while it is being written. What a killed run left under such a name of its
+checkpoints and files is removed when it starts again."""
 
 
 @contextlib.contextmanager
@@ -83,7 +83,11 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
+    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
+
+    Raises:
+        OSError: They cannot be written there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
