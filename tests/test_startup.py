@@ -138,7 +138,11 @@ def test_every_program_settles_both_before_torch_and_mlflow_are_loaded(tmp_path,
     ('variables', 'expected'),
     [
         ({'GOMP_SPINCOUNT': '7', 'MLFLOW_DISABLE_TELEMETRY': 'false'}, ['7', 'false']),
-        ({'OMP_WAIT_POLICY': 'active', 'DO_NOT_TRACK': 'true'}, [None, None]),
+        ({'OMP_WAIT_POLICY': 'active', 'DO_NOT_TRACK': 'true'}, [None, 'true']),
+        # MLflow knows no DO_NOT_TRACK but `true`, so ours has to say it.
+        *(({'DO_NOT_TRACK': value}, ['100000', 'true']) for value in ('1', 'yes', '')),
+        *(({'DO_NOT_TRACK': value}, ['100000', None]) for value in ('0', 'false')),
+        ({'DO_NOT_TRACK': '1', 'MLFLOW_DISABLE_TELEMETRY': 'false'}, ['100000', 'false']),
     ],
 )
 def test_the_users_own_settings_win(tmp_path, variables, expected):
