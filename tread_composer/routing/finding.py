@@ -55,9 +55,11 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
         blocks: Path of the block list; if None, the only candidate (see ``find_blocks``).
 
     Raises:
-        ValueError: The list is not found, or the forward pass does not go through it.
+        ValueError: The list is not found, is empty, or the forward pass does not go through it.
     """
     path, container = find_blocks(model, blocks)
+    if len(container) == 0:
+        raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
     was_training = {module: module.training for module in model.modules()}
     try:
         model.eval()
