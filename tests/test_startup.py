@@ -151,6 +151,17 @@ def test_the_users_own_settings_win(tmp_path, variables, expected):
     assert [settings['GOMP_SPINCOUNT'], settings['MLFLOW_DISABLE_TELEMETRY']] == expected
 
 
+_ROOMS = ('routing', 'algorithms', 'data', 'autoencoders', 'advisor', 'models', 'objectives', 'samplers', 'callbacks')
+
+
+@pytest.mark.parametrize('name', _ROOMS)
+def test_the_package_alone_leads_to_its_rooms(tmp_path, name):
+    code = f'import tread_composer as t; assert t.{name}.__name__ == "tread_composer.{name}"; assert "{name}" in dir(t)'
+    done = watch(tmp_path, ['-c', code])
+    assert done.code == 0, done.out
+    assert name != 'routing' or not done.packages & (HEAVY - {'torch', 'numpy'})
+
+
 def test_a_process_that_has_torch_keeps_its_threads(tmp_path):
     code = "import torch; from tread_composer.cli import main; main(['prefetch'])"
     done = watch(tmp_path, ['-c', code])

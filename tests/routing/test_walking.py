@@ -250,10 +250,9 @@ class Trunk(Busy):
 
 
 BATCHES = {
-    'mapping': lambda model, x: model.of_mapping({'tokens': x, 'label': None}),
-    'nested': lambda model, x: model.of_mapping({'image': {'tokens': x}}),
-    'user dict': lambda model, x: model.of_mapping(collections.UserDict(tokens=x)),
-    'keywords': lambda model, x: model.of_keywords(tokens=x),
+    'mapping': lambda x: {'tokens': x, 'label': None},
+    'nested': lambda x: {'image': {'tokens': x}},
+    'user dict': lambda x: collections.UserDict(tokens=x),
 }
 
 
@@ -263,7 +262,10 @@ def test_a_method_that_takes_a_mapping_of_tensors_routes(batch):
     expected = explicit(list(model.blocks), tokens(), [(1, 4)], kept)
     routing = apply_tread(model, Route(1, 4, 0.5))
     routing.arm([kept], num_tokens=N)
-    assert torch.equal(BATCHES[batch](model, tokens()), expected) and routing.used
+    # No frame but the method's own has the model and a tensor among its arguments.
+    assert torch.equal(model.of_mapping(BATCHES[batch](tokens())), expected) and routing.used
+    routing.arm([kept], num_tokens=N)
+    assert torch.equal(model.of_keywords(tokens=tokens()), expected) and routing.used
 
 
 def test_a_method_that_takes_a_state_dict_walks_over_the_plain_blocks():
