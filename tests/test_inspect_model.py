@@ -32,12 +32,23 @@ def convolution():
 
 def lonely():
     return vit()[0]
+
+def empty():
+    model, run = vit()
+    model.none = nn.ModuleList()
+    return model, run
+
+def no_module():
+    return (lambda: None), print
+
+notfunc = 7
 """
 
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
     (tmp_path / 'their_models.py').write_text(MODULE)
+    (tmp_path / 'their_slip.py').write_text('def vit():\n    return (\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__('sys').modules, 'their_models', raising=False)
 
@@ -64,9 +75,15 @@ def test_the_printed_call_routes_the_model(capsys):
     ('words', 'message'),
     [
         (['their_models'], 'write package.module:function'),
-        (['their_models:nobody'], "has no attribute 'nobody'"),
+        (['their_models:nobody'], "has no 'nobody'"),
         (['nothing_here:vit'], 'Python must be able to import it'),
         (['their_models:lonely'], 'returns VisionTransformer; it must return the model and run(model)'),
+        (['their_models:notfunc'], 'their_models:notfunc is of type int, not a class or function'),
+        (['their_models:no_module'], 'the first of the two is of type function; it must be a torch.nn.Module'),
+        (['their_models:empty', '--blocks', 'none'], "blocks: 'none' is empty"),
+        (['their_slip:vit'], 'their_slip fails while it is imported: SyntaxError'),
+        ([':vit'], 'write package.module:function'),
+        (['their_models:'], 'write package.module:function'),
         (['their_models:convolution'], 'their_models:convolution: '),
         (['their_models:vit', '--blocks', 'layers'], "the model has no module 'layers'"),
     ],

@@ -138,13 +138,28 @@ def test_every_program_settles_both_before_torch_and_mlflow_are_loaded(tmp_path,
     ('variables', 'expected'),
     [
         ({'GOMP_SPINCOUNT': '7', 'MLFLOW_DISABLE_TELEMETRY': 'false'}, ['7', 'false']),
-        ({'OMP_WAIT_POLICY': 'active', 'DO_NOT_TRACK': 'true'}, [None, None]),
+        ({'OMP_WAIT_POLICY': 'active', 'DO_NOT_TRACK': 'true'}, [None, 'true']),
+        # MLflow knows no DO_NOT_TRACK but `true`, so ours has to say it.
+        *(({'DO_NOT_TRACK': value}, ['100000', 'true']) for value in ('1', 'yes', '')),
+        *(({'DO_NOT_TRACK': value}, ['100000', None]) for value in ('0', 'false')),
+        ({'DO_NOT_TRACK': '1', 'MLFLOW_DISABLE_TELEMETRY': 'false'}, ['100000', 'false']),
     ],
 )
 def test_the_users_own_settings_win(tmp_path, variables, expected):
     done = watch(tmp_path, [*PROGRAM, 'plan', YAML], variables, stop_at='torch')
     (settings,) = done.environment_at('torch')
     assert [settings['GOMP_SPINCOUNT'], settings['MLFLOW_DISABLE_TELEMETRY']] == expected
+
+
+_ROOMS = ('routing', 'algorithms', 'data', 'autoencoders', 'advisor', 'models', 'objectives', 'samplers', 'callbacks')
+
+
+@pytest.mark.parametrize('name', _ROOMS)
+def test_the_package_alone_leads_to_its_rooms(tmp_path, name):
+    code = f'import tread_composer as t; assert t.{name}.__name__ == "tread_composer.{name}"; assert "{name}" in dir(t)'
+    done = watch(tmp_path, ['-c', code])
+    assert done.code == 0, done.out
+    assert name != 'routing' or not done.packages & (HEAVY - {'torch', 'numpy'})
 
 
 def test_a_process_that_has_torch_keeps_its_threads(tmp_path):

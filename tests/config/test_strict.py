@@ -6,7 +6,7 @@ import composer
 import pytest
 import torch
 
-from tread_composer.config import check_files, check_machine, json_schema, load_config
+from tread_composer.config import check_files, check_machine, json_schema, load_config, part_names
 from tread_composer.config.errors import ConfigError
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
 
@@ -205,6 +205,22 @@ def test_json_schema_knows_components_and_keywords():
     # Parts of other packages: what their arguments are is not looked up for an editor.
     assert schema['properties']['optimizer']['oneOf'][-1]['properties']['name']['pattern'] == ':'
     assert schema['properties']['algorithms']['additionalProperties']['required'] == ['name']
+
+
+def test_json_schema_knows_the_parts_of_an_objective():
+    schema = json_schema()
+    sections = schema['properties']['objective']['oneOf']
+    (flow,) = [one for one in sections if one['properties']['name'].get('const') == 'flow_matching']
+    for key in ('time_distribution', 'weighting'):
+        options = flow['properties'][key]['oneOf']
+        names = [one['properties']['name'].get('const') for one in options if 'properties' in one]
+        assert names == [*part_names(key), None], key
+    (normal,) = [
+        one
+        for one in flow['properties']['time_distribution']['oneOf']
+        if one.get('properties', {}).get('name', {}).get('const') == 'logit_normal'
+    ]
+    assert {'mean', 'std'} <= set(normal['properties']) and normal['additionalProperties'] is False
 
 
 def test_composers_average_is_refused_where_it_is_wrong(base):

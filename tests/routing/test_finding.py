@@ -1,5 +1,7 @@
 """``find_settings`` on other people's models: what it proposes is what the oracles of the other files were held to."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -59,7 +61,10 @@ def test_the_settings_are_found_by_running_the_model(name):
     assert found.settings == {'blocks': path, **FOUND[name]}
     assert type(model.get_submodule(path)) in (nn.ModuleList, nn.Sequential) and torch.equal(run(model), before)
     written = str(found).partition('\n')[0]
-    assert written.startswith('Tread(start=2, end=-4, blocks=') and eval(written, {'Tread': dict})['blocks'] == path
+    printed = eval(written, {'Tread': dict})
+    assert printed['blocks'] == path
+    start, end = Route(printed['start'], printed['end']).span(len(model.get_submodule(path)))  # type: ignore[arg-type]
+    assert start <= end
     apply_tread(model, Route(1, -2, 0.5), **found.settings)
     assert ('always_keep=1, or [0, 1]' in str(found)) is (name == 'timm_vit')
 
@@ -68,7 +73,21 @@ def test_two_arguments_that_could_be_the_tokens_are_said():
     family = FAMILIES['diffusers_sd3']
     torch.manual_seed(0)
     found = find_settings(family.build(), lambda model: family.call(model, family.inputs()))
-    assert found.notes == ("'hidden_states' holds the tokens: 16 of them; 'encoder_hidden_states' would fit too",)
+    assert "'hidden_states' holds the tokens: 16 of them; 'encoder_hidden_states' would fit too" in found.notes
+
+
+@pytest.mark.parametrize(
+    ('depth', 'route'), [(1, (0, -1)), (2, (0, -1)), (3, (1, -2)), (6, (1, -2)), (7, (2, -4)), (8, (2, -4))]
+)
+def test_the_printed_route_fits_the_model(depth, route):
+    model = Busy()
+    model.blocks = nn.ModuleList(copy.deepcopy(model.blocks[0]) for _ in range(depth))
+    found = find_settings(model, lambda model: model(tokens()), blocks='blocks')
+    assert found.fault is None and found.route == route
+    assert str(found).startswith(f'Tread(start={route[0]}, end={route[1]}, ')
+    apply_tread(model, Route(*found.route), **found.settings)
+    model.train()(tokens())
+    assert (f'{depth} blocks are too few' in str(found)) is (depth < 7)
 
 
 def test_what_cannot_be_routed_says_why():

@@ -1,5 +1,6 @@
 """Walking over a routed list: slices and children route in a forward pass; elsewhere the plain blocks come out."""
 
+import collections
 import copy
 
 import pytest
@@ -226,3 +227,50 @@ def test_the_plain_model_comes_back():
     model(tokens())
     assert log.seen == [16, 16, 12, 12, 16, 16]
     remove_tread(nn.Linear(1, 1))
+
+
+class Trunk(Busy):
+    """Methods that walk over the blocks themselves, called beside any module's call."""
+
+    def of_mapping(self, batch):
+        x = batch['image']['tokens'] if 'image' in batch else batch['tokens']
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def of_keywords(self, **batch):
+        x = batch['tokens']
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def loaded(self, state):
+        assert state
+        return list(self.blocks)
+
+
+BATCHES = {
+    'mapping': lambda x: {'tokens': x, 'label': None},
+    'nested': lambda x: {'image': {'tokens': x}},
+    'user dict': lambda x: collections.UserDict(tokens=x),
+}
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+def test_a_method_that_takes_a_mapping_of_tensors_routes(batch):
+    model, kept = Trunk().train(), sample_kept(4, N, 0.5)
+    expected = explicit(list(model.blocks), tokens(), [(1, 4)], kept)
+    routing = apply_tread(model, Route(1, 4, 0.5))
+    routing.arm([kept], num_tokens=N)
+    # No frame but the method's own has the model and a tensor among its arguments.
+    assert torch.equal(model.of_mapping(BATCHES[batch](tokens())), expected) and routing.used
+    routing.arm([kept], num_tokens=N)
+    assert torch.equal(model.of_keywords(tokens=tokens()), expected) and routing.used
+
+
+def test_a_method_that_takes_a_state_dict_walks_over_the_plain_blocks():
+    model = Trunk().train()
+    plain = list(model.blocks)
+    apply_tread(model, Route(1, 4, 0.5))
+    walked = model.loaded(model.state_dict())
+    assert all(one is other for one, other in zip(walked, plain, strict=True))

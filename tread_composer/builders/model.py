@@ -22,8 +22,11 @@ __all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']
 
 
 def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = None) -> Autoencoder:
-    """The autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
-    autoencoder = config.autoencoder.instance
+    """A new autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
+    # Of its own for each model: one that is shared has been held against the data of another. And never on the meta
+    # device, for a constructor may compute.
+    with torch.device('cpu'):
+        autoencoder = config.autoencoder.build()
     if isinstance(autoencoder, KL) and manifest is not None and not autoencoder.other_weights:
         autoencoder.expected_hash = manifest.autoencoder_hash
     return autoencoder

@@ -1,11 +1,10 @@
 """The words of ``python -m tread_composer inspect-model``: how to route somebody's model, found by running it."""
 
 import argparse
-import importlib
-import os
-import sys
+from typing import Any
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.named import import_named
 from tread_composer.core.process import importing
 
 __all__ = ['add_arguments', 'inspect_model_command']
@@ -42,15 +41,16 @@ def inspect_model_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _made(reference: str) -> tuple:
-    module, colon, name = reference.partition(':')
-    if not colon or not module or not name:
+def _made(reference: str) -> tuple[Any, Any]:
+    """The model and what runs it."""
+    from torch import nn
+
+    module, _, name = reference.partition(':')
+    if not module or not name:
         raise UserError(f'{reference}: write package.module:function, for example my_package.models:small_model')
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # what lies where the command is started is meant to be used
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        function = import_named(reference)
+    except ImportError as error:
         raise UserError(
             f'{reference}: {error}; Python must be able to import it: start the command in its folder, or set '
             f'PYTHONPATH'
@@ -58,4 +58,9 @@ def _made(reference: str) -> tuple:
     made = function()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise UserError(f'{reference}: returns {type(made).__name__}; it must return the model and run(model), a pair')
+    if not isinstance(made[0], nn.Module):
+        raise UserError(
+            f'{reference}: returns a model and run(model), but the first of the two is of type '
+            f'{type(made[0]).__name__}; it must be a torch.nn.Module'
+        )
     return made

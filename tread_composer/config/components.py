@@ -173,7 +173,7 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     problems += own_problems
     if settings is None or problems:
         return empty, problems
-    if kind == 'optimizer' and 'lr' not in kwargs:
+    if kind == 'optimizer' and 'lr' in schema.model_fields and 'lr' not in kwargs:
         return empty, [Problem((*path, 'lr'), 'is missing; a run says its learning rate, for example lr: 1.0e-4')]
     component = Component(kind, name, _full(settings) if kind in SECTIONS else plain(settings))
     component.__dict__['settings'] = settings  # validated once

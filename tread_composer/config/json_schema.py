@@ -4,6 +4,7 @@ from typing import Any
 
 from tread_composer.config.components import component_schema
 from tread_composer.config.registry import part_names
+from tread_composer.config.schema import part_kind
 from tread_composer.config.tree import Config
 
 __all__ = ['json_schema']
@@ -33,15 +34,26 @@ def json_schema() -> dict[str, Any]:
         entries = {name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in part_names(kind)}
         properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': _REFERENCE}
     for section, kind in SECTIONS.items():
-        properties[section] = {'oneOf': [*(_named(kind, name, shared) for name in part_names(kind)), _REFERENCE]}
+        properties[section] = {'oneOf': _options(kind, shared)}
     return schema
+
+
+def _options(kind: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """A section of this kind for each name, and the part of another package."""
+    return [*(_named(kind, name, shared) for name in part_names(kind)), _REFERENCE]
 
 
 def _arguments(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
     try:
-        schema = component_schema(kind, name).model_json_schema()
+        fields = component_schema(kind, name)
     except ImportError:  # a package that this one component needs
         return {'type': 'object'}
+    schema = fields.model_json_schema()
+    for key, entry in fields.model_fields.items():  # an objective's times and weighting are parts themselves
+        part = part_kind(entry.annotation, entry.metadata)
+        if part is not None:
+            absent = [{'type': 'null'}] if entry.default is None else []
+            schema['properties'][key] = {'oneOf': [*_options(part, shared), *absent]}
     # References count from the root of the whole schema.
     shared.update(schema.pop('$defs', {}))
     schema.pop('description', None)

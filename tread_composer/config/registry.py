@@ -134,6 +134,8 @@ def lacks(kind: str, target: Any) -> str | None:
     if base is not None:
         is_one = inspect.isclass(target) and issubclass(target, base)
         return None if is_one else f'it does not inherit from {base.__module__}.{base.__qualname__}'
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        return 'it is no class or function'
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):

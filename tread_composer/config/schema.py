@@ -187,7 +187,7 @@ def signature_fields(target: Callable[..., Any], skip: tuple[str, ...] = ()) -> 
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(function, include_extras=True)
-    except NameError:  # a name that exists for type checkers only
+    except (NameError, AttributeError, SyntaxError, TypeError):  # for type checkers only, or for no one
         hints = {}
     fields: dict[str, Any] = {}
     refused: dict[str, str] = {}

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 from typing import Any
 
 __all__ = ['import_named', 'is_reference']
@@ -14,16 +15,42 @@ def is_reference(name: object) -> bool:
 
 
 def import_named(reference: str) -> Any:
-    """The object behind ``package.module:Class``.
+    """The class or function behind ``package.module:Class``.
 
     Raises:
-        ImportError: The module cannot be imported, or has no such attribute.
+        ImportError: A half of the reference is empty, the module cannot be imported, for whichever reason, or it has
+            no such class or function.
     """
     module, _, attribute = reference.partition(':')
+    if not module or not attribute:
+        raise ImportError(f'{reference!r} is not of the form package.module:Class')
     if os.getcwd() not in sys.path:
         # A part that lies where the command is started is meant to be used; `python train.py` looks beside train.py.
         sys.path.append(os.getcwd())
-    target = importlib.import_module(module)
-    if not hasattr(target, attribute):
+    try:
+        home = importlib.import_module(module)
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:  # somebody's module may fail in any way, or be a script
+        raise ImportError(f'{module} fails while it is imported: {_described(error)}') from error
+    if not hasattr(home, attribute):
         raise ImportError(f'{module} has no {attribute!r}')
-    return getattr(target, attribute)
+    target = getattr(home, attribute)
+    if not callable(target):
+        raise ImportError(f'{reference} is of type {type(target).__name__}, not a class or function')
+    return target
+
+
+def _described(error: BaseException) -> str:
+    """The error in a line, with the file and line of the module that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f'{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})'
+    # The import machinery's own frames say nothing about the user's module.
+    machinery = (importlib.__file__, __file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in machinery and not frame.filename.startswith('<frozen')
+    ]
+    place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
+    return f'{type(error).__name__}: {error}{place}'

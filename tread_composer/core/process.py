@@ -32,10 +32,12 @@ def prepare_process() -> None:
 def disable_mlflow_telemetry() -> None:
     """MLflow 3 looks up its makers' host at its first use and reports there, unless told otherwise before its import.
 
-    A value of the user's for ``MLFLOW_DISABLE_TELEMETRY`` or ``DO_NOT_TRACK`` wins, whichever it is. Where somebody has
-    imported MLflow already, nothing changes.
+    A value of the user's for ``MLFLOW_DISABLE_TELEMETRY`` wins, and so does a ``DO_NOT_TRACK`` of 0 or false, by which
+    the user wants it. Where somebody has imported MLflow already, nothing changes.
     """
-    if 'mlflow' not in sys.modules and 'DO_NOT_TRACK' not in os.environ:
+    # Of DO_NOT_TRACK, MLflow heeds the word `true` alone: it would report under 1 or yes.
+    wanted = os.environ.get('DO_NOT_TRACK', '').strip().lower() in ('0', 'false')
+    if 'mlflow' not in sys.modules and not wanted:
         os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
 
 

@@ -32,15 +32,18 @@ class FoundSettings:
         settings: Arguments of ``apply_tread`` and ``Tread`` beside the route.
         notes: What a person must decide or should know.
         fault: Why the model cannot be routed so; None if it can.
+        route: First and last block of a route that fits the model: the paper's, if it is deep enough.
     """
 
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
     fault: str | None = None
+    route: tuple[int, int] = (2, -4)
 
     def __str__(self) -> str:
         written = ''.join(f', {name}={value!r}' for name, value in self.settings.items())
-        lines = [f'cannot be routed: {self.fault}'] if self.fault else [f'Tread(start=2, end=-4{written})']
+        call = f'Tread(start={self.route[0]}, end={self.route[1]}{written})'
+        lines = [f'cannot be routed: {self.fault}'] if self.fault else [call]
         return '\n'.join([*lines, *(f'- {note}' for note in self.notes)])
 
 
@@ -55,9 +58,11 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
         blocks: Path of the block list; if None, the only candidate (see ``find_blocks``).
 
     Raises:
-        ValueError: The list is not found, or the forward pass does not go through it.
+        ValueError: The list is not found, is empty, or the forward pass does not go through it.
     """
     path, container = find_blocks(model, blocks)
+    if len(container) == 0:
+        raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
     was_training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -65,7 +70,9 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
         if calls is None:
             raise ValueError(f'blocks: the forward pass does not go through {path!r}')
         found = _searched(_Trials(model, run, path, len(container), dense), *calls)
-        return dataclasses.replace(found, settings={'blocks': path, **found.settings})
+        route, notes = _route(len(container))
+        notes = found.notes if found.fault else (*found.notes, *notes)
+        return dataclasses.replace(found, settings={'blocks': path, **found.settings}, notes=notes, route=route)
     finally:
         remove_tread(model)
         for module, training in was_training.items():
@@ -241,8 +248,7 @@ class _Trials:
     def fault_in_training(self, settings: dict[str, Any]) -> str | None:
         """What a routed forward pass in training mode, with all its checks, says against the settings."""
         remove_tread(self.model)
-        start, end = (1, self.depth - 2) if self.depth > 2 else (0, self.depth - 1)
-        apply_tread(self.model, Route(start, end, 0.5), blocks=self.path, **settings)
+        apply_tread(self.model, Route(*_inner(self.depth), 0.5), blocks=self.path, **settings)
         self.model.train()
         try:
             _run(self.model, self.run)
@@ -251,6 +257,20 @@ class _Trials:
         finally:
             self.model.eval()
         return None
+
+
+def _inner(depth: int) -> tuple[int, int]:
+    """All blocks but the first and the last, where others are left."""
+    return (1, -2) if depth > 2 else (0, -1)
+
+
+def _route(depth: int) -> tuple[tuple[int, int], list[str]]:
+    """Start and end to propose, with a note where they are not the paper's."""
+    if depth >= 7:  # at least two blocks to skip
+        return (2, -4), []
+    start, end = _inner(depth)
+    note = f"{depth} blocks are too few for the paper's route, start=2 and end=-4, so this is from {start} to {end}"
+    return (start, end), [note]
 
 
 def _questions(num_tokens: int, settings: dict[str, Any]) -> list[str]:

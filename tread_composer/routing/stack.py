@@ -1,6 +1,8 @@
 """Who is calling: questions about the present call stack that eager code can ask and compiled code never does."""
 
+import inspect
 import sys
+from collections.abc import Mapping
 from types import FrameType
 
 import torch.utils.checkpoint
@@ -16,9 +18,9 @@ def in_forward(block: nn.Module) -> bool:
     """Whether the present call belongs to a forward pass through a model that holds ``block``.
 
     It does inside of any module's call, inside of torch's checkpointing (which runs parts of a forward pass again
-    during the backward pass, where no module is called), and inside of a method with tensors among its arguments of a
-    module that holds the block: ``model.forward_features(x)``. It does not in ``for b in model.blocks: shard(b)``,
-    wherever that stands.
+    during the backward pass, where no module is called), and inside of a method with tensors among its arguments (in
+    tuples, lists and mappings too) of a module that holds the block: ``model.forward_features(x)``. It does not in
+    ``for b in model.blocks: shard(b)``, wherever that stands.
     """
     if torch.compiler.is_compiling():
         return True
@@ -39,7 +41,9 @@ def in_forward(block: nn.Module) -> bool:
 
 def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
     code = frame.f_code
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    # Behind the named arguments come *args and **kwargs, where the function has them.
+    catching = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + catching]
     if not names:
         return False
     values = frame.f_locals
@@ -49,9 +53,15 @@ def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
     return any(module is block for module in owner.modules())
 
 
-def _has_tensor(value: object) -> bool:
+def _has_tensor(value: object, depth: int = 3) -> bool:
+    """Whether a value is a tensor or a batch of them, nested at most ``depth`` times."""
+    if isinstance(value, Mapping):
+        # A state dict is no batch: its keys are paths. What walks over the blocks to load it wants the plain ones.
+        if any(isinstance(key, str) and '.' in key for key in value):
+            return False
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
-        return any(isinstance(member, Tensor) for member in value)
+        return depth > 0 and any(_has_tensor(member, depth - 1) for member in value)
     return isinstance(value, Tensor)
 
 
