@@ -3,6 +3,7 @@
 Every program calls ``prepare_process`` first. Someone else's process, which has torch before it has us, stays as it is.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -63,3 +64,5 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # Else triton's bindings (torch 2.15) report at the exit, in dozens of lines, that their objects were never collected.
+        atexit.register(gc.unfreeze)
