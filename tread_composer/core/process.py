@@ -64,5 +64,5 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        # Else triton's bindings (torch 2.15) report at the exit, in dozens of lines, that their objects were never collected.
+        # Else triton's bindings (torch 2.15) report at the exit, in dozens of lines, that their objects leaked.
         atexit.register(gc.unfreeze)
