@@ -7,6 +7,7 @@ for each other for ever. Here the first rank of each node looks and takes under 
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def _take_number(
     if world.is_local_leader:
         try:
             with locked(node_lock_path('streaming')):
-                number, memory = _first_free(local, remote, retry)
+                number, memory = _free_number(local, remote, retry)
         except (OSError, ValueError) as error:
             problem = f'{", ".join(local)}: cannot be registered on node {world.node}: {error}'
     answers = gathered((world.node, number, problem))
@@ -61,6 +62,16 @@ def _take_number(
         number = max(answer for node, answer, _ in answers if node == world.node)
         memory = SharedMemory(prefix._get_path(number, LOCALS), False)
     return number, memory
+
+
+def _free_number(local: list[str], remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    """``_first_free``, looked for again where a program that does not know our lock was faster, or is just ending."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            return _first_free(local, remote, retry)
+        except FileExistsError:
+            time.sleep(pause)
+    return _first_free(local, remote, retry)
 
 
 def _first_free(local: list[str], remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
