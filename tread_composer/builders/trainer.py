@@ -25,6 +25,7 @@ from tread_composer.config import Config
 from tread_composer.config.attention import attention_dtypes
 from tread_composer.config.components import Component
 from tread_composer.core.errors import UserError
+from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
 
 __all__ = ['build_trainer', 'compile_blocks']
@@ -87,7 +88,7 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     write_run_files(config, splits['train'])
     for logger in loggers:
         if hasattr(logger, 'log_config'):
-            logger.log_config(_flat(config.to_dict()), config.to_yaml())
+            logger.log_config(flatten(config.to_dict()), config.to_yaml())
             if config.save_folder is not None:
                 logger.log_file(run_folder(config) / 'environment.json')
     return trainer
@@ -175,12 +176,3 @@ def compile_blocks(denoiser: Any, **how: Any) -> None:
     for module in denoiser.modules():
         if denoiser.fsdp_wrap_fn(module):
             module.compile(**how)
-
-
-def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
-    """Dotted keys, for loggers that take a flat table."""
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f'{path}{key}'
-        rows |= _flat(value, f'{name}.') if isinstance(value, Mapping) else {name: value}
-    return rows

@@ -278,14 +278,13 @@ def _prefetch(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.config import json_schema, list_parts
+        from tread_composer.io.table import text_table
 
     if not options.components:
         print(json.dumps(json_schema(), indent=2))
         return 0
     rows = list_parts()
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print('  '.join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
+    print(text_table((), rows, 'llll'))
     print("a part of another package is named 'package.module:Class'; its constructor says its arguments")
     return 0
 

@@ -26,6 +26,7 @@ from tread_composer.compare.runs import Run
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import short
 from tread_composer.io.page import flat
+from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import differences
 
@@ -38,7 +39,6 @@ __all__ = [
     'Comparison',
     'MetricTable',
     'Row',
-    'aligned',
     'cells_of',
     'compare',
     'figure',
@@ -295,19 +295,12 @@ def format_comparison(comparison: Comparison) -> str:
         for axis, name in AXES.items():
             head = [name, *comparison.names]
             lines += (
-                ['', *aligned([head, *cells_of(table, axis)])] if table.rows[axis] else ['', f'{name}: not recorded']
+                ['', text_table(head, cells_of(table, axis))] if table.rows[axis] else ['', f'{name}: not recorded']
             )
-        lines += ['', *aligned([SPEED_UP_HEAD, *speed_up_rows(comparison, table)])]
+        lines += ['', text_table(SPEED_UP_HEAD, speed_up_rows(comparison, table))]
     notes = [f'- {note}' for note in (*notes_of(comparison), LINES_RULE, SPEED_UP_RULE, ONE_RUN_RULE)]
     return '\n'.join([*lines, '', *notes])
 
 
 def _protocol_line(protocol: Mapping[str, Any]) -> str:
     return 'protocol: ' + ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is at the left and the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbered = [list(enumerate(zip(row, widths, strict=True))) for row in rows]
-    return ['  '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in row) for row in numbered]

@@ -1,6 +1,5 @@
 """Files of results as ``compare`` reads them: their entries, and the curves that these make."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from tread_composer.callbacks.digits_quality import FIGURES
 from tread_composer.compare.cost import Cost
 from tread_composer.compare.curves import Point
 from tread_composer.core.errors import UserError
+from tread_composer.io.files import read_json
 from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import UNKNOWN, protocol_key
 
-__all__ = ['Curve', 'by_history', 'curves_of', 'is_of_digits', 'read_entries', 'read_json']
+__all__ = ['Curve', 'by_history', 'curves_of', 'is_of_digits', 'read_entries']
 
 # What digits_quality did not write in earlier versions, because its code left no choice.
 _EARLIER = {
@@ -158,15 +158,3 @@ def curves_of(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) 
         for (metric, key), points in groups.items()
     )
     return curves, list(dict.fromkeys(notes))
-
-
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: cannot be read: {error}') from None

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
-from tread_composer.compare.entries import Curve, by_history, curves_of, is_of_digits, read_entries, read_json
+from tread_composer.compare.entries import Curve, by_history, curves_of, is_of_digits, read_entries
 from tread_composer.compare.store import MLFLOW, SPEED, artifacts, changes, find, histories, store_of
 from tread_composer.config import restore_config
 from tread_composer.core.errors import UserError
+from tread_composer.io.files import read_json
 from tread_composer.metrics.drawing import time_grid
 from tread_composer.metrics.protocol import UNKNOWN
 

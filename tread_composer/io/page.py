@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.flatten import flatten
 from tread_composer.io.chart import Chart, figure
 from tread_composer.io.files import write_atomically
 
@@ -204,12 +205,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[tu
     return f'<div class="scroll" tabindex="0"><table>{body}</table></div>'
 
 
-def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, str]:
+def flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """A tree of settings as dotted names and texts."""
-    found: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f'{prefix}{name}.')
-        else:
-            found[f'{prefix}{name}'] = 'none' if value is None or value == {} else str(value)
-    return found
+    return {name: 'none' if value in (None, {}) else str(value) for name, value in flatten(tree).items()}

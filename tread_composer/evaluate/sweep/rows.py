@@ -20,7 +20,9 @@ from tread_composer.io.chart import Chart, Curve
 from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
+from tread_composer.io.progress import duration
 from tread_composer.io.ranks import Ranks
+from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
 from tread_composer.samplers import GUIDANCE, guidance_defaults
 
@@ -100,7 +102,7 @@ def run_sweep(
                 write_atomically(folder / _STATE, json.dumps(state, indent=1).encode())
             rest = (time.monotonic() - began) / number * (len(left) - number)
             figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
-            log(f'{number} of {len(left)}: {_in_words(one)}: {figures} (about {rest / 60:.0f} min left)')
+            log(f'{number} of {len(left)}: {_in_words(one)}: {figures} (about {duration(rest)} left)')
     return rows
 
 
@@ -120,13 +122,8 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def format_sweep(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table for a terminal; ``*`` marks the best of each metric."""
     head, cells, best = _table(rows)
-    lines = [
-        head,
-        *([f'{"*" if (i, j) in best else ""}{cell}' for j, cell in enumerate(row)] for i, row in enumerate(cells)),
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ['  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return '\n'.join([*table, '* best of its column'])
+    marked = [[f'{"*" if (i, j) in best else ""}{cell}' for j, cell in enumerate(row)] for i, row in enumerate(cells)]
+    return f'{text_table(head, marked, "r")}\n* best of its column'
 
 
 def write_sweep(
