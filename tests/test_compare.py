@@ -9,7 +9,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from tests.pages import assert_self_contained, png
+from tests.pages import assert_self_contained, drawings, png
 from tread_composer.cli import main
 from tread_composer.compare import (
     Curve,
@@ -222,9 +222,9 @@ def test_the_files_of_a_comparison(tmp_path):
     paths = write_comparison(comparison, tmp_path, "compare 'a b' <c>")
     text = paths[2].read_text()
     page = assert_self_contained(text)
-    assert len(page.named('img')) == 1 and sum(a.get('class') == 'chart' for a in page.named('svg')) == 3
+    assert len(drawings(page)) == 3 and len(page.named('img')) == 4
     assert '<b>' not in text.replace('<div class="tile"><b>', '') and '&lt;i&gt;odd&lt;/i&gt;' in text
-    assert 'compare &#x27;a b&#x27; &lt;c&gt;' in text
+    assert 'compare &#39;a b&#39; &lt;c&gt;' in text
     assert 'Seconds do not compare: the runs were on different machines' in text
     assert {'dense (A)', 'dense (B)', '≈ 30', 'beyond its last', 'sampling.num_steps'} <= set(page.cells)
     assert paths[1].read_bytes().startswith(b'\x89PNG')

@@ -1,6 +1,5 @@
 """The files of a comparison: numbers as JSON, a picture, a page."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,8 +22,7 @@ from tread_composer.compare.comparison import (
 )
 from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
 from tread_composer.core.errors import UserError
-from tread_composer.io.chart import Chart
-from tread_composer.io.chart import Curve as Line
+from tread_composer.io.chart import Chart, Curve, figure_png, new_figure
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report
 from tread_composer.metrics.metric import direction
@@ -90,31 +88,18 @@ def _curve(table: MetricTable, axis: Axis, index: int) -> list[tuple[float, floa
 
 
 def draw(comparison: Comparison) -> bytes:
-    """A PNG: a row of three panels for each metric, against steps, FLOPs and seconds."""
-    from matplotlib.figure import Figure  # takes a second: not before there is something to draw
-
-    figure_ = Figure(figsize=(13, 0.6 + 3.7 * len(comparison.tables)), layout='constrained')
-    grid = figure_.subplots(len(comparison.tables), len(AXES), squeeze=False, sharey='row')
+    """A PNG: a row of panels for each metric, against steps, FLOPs and seconds."""
+    drawing = new_figure(13, 0.6 + 3.7 * len(comparison.tables))
+    grid = drawing.subplots(len(comparison.tables), len(AXES), squeeze=False)
     for row, table in zip(grid, comparison.tables, strict=True):
-        reference = best_point(table.points[0], table.metric)
-        for axes, (axis, label) in zip(row, AXES.items(), strict=True):
-            drawn = False
-            for index, name in enumerate(comparison.names):
-                curve = _curve(table, axis, index)
-                if curve:
-                    axes.plot(*zip(*curve, strict=True), marker='os^D'[index % 4], ms=4, label=name)
-                    drawn = True
-            if not drawn:
-                axes.text(0.5, 0.5, 'not recorded', ha='center', transform=axes.transAxes)
-            axes.axhline(reference.value, color='0.5', ls='--', lw=1, label=f'best of {comparison.names[0]}')
-            axes.set_xlabel(label)
-            axes.set_xlim(left=0)
-            axes.grid(alpha=0.25)
-        row[0].set_ylabel(f'{table.metric}\n({direction(table.metric)} is better)')
-        row[-1].legend(fontsize=9)
-    content = io.BytesIO()
-    figure_.savefig(content, format='png', dpi=110)
-    return content.getvalue()
+        charts = _charts(comparison, table)
+        for axes, axis in zip(row, AXES, strict=True):
+            if axis in charts:
+                charts[axis].plot(axes)
+            else:
+                axes.text(0.5, 0.5, f'{AXES[axis]}: not recorded', ha='center', transform=axes.transAxes)
+        charts['step'].legend(row[0], fontsize=9)  # steps are always known
+    return figure_png(drawing)
 
 
 def _page(comparison: Comparison, command: str) -> Report:
@@ -123,7 +108,7 @@ def _page(comparison: Comparison, command: str) -> Report:
     for table in comparison.tables:
         better = direction(table.metric)
         page.heading(f'{table.metric} ({better} is better)')
-        page.tiles(_tiles(comparison, table)).charts(_charts(comparison, table))
+        page.tiles(_tiles(comparison, table)).charts(list(_charts(comparison, table).values()))
         page.heading('Speed-up at equal quality', small=True)
         page.table(SPEED_UP_HEAD, speed_up_rows(comparison, table))
         page.tables(
@@ -157,7 +142,8 @@ def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
         pair = f'{comparison.names[0]} / {comparison.names[index]} at {quality} (the best of {comparison.names[owner]})'
         for axis, label in AXES.items():
             ratio, sign = found[axis].ratio, '≥ ' if found[axis].at_least else ''
-            tiles.append((f'{sign}{ratio:.2f}x' if ratio else ratio_in_words(found[axis]), f'{label}: {pair}'))
+            reason = '' if ratio else f' ({ratio_in_words(found[axis])})'
+            tiles.append((f'{sign}{ratio:.2f}x' if ratio else '-', f'{label}: {pair}{reason}'))
     return tiles
 
 
@@ -174,13 +160,14 @@ def _best(row: Row, metric: str) -> list[int]:
     return [i for value, i in values if value == best]
 
 
-def _charts(comparison: Comparison, table: MetricTable) -> list[Chart]:
+def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
+    """The curves against each cost that some run has recorded."""
     reference = best_point(table.points[0], table.metric)
-    charts = []
+    level_label = f'best of {comparison.names[0]}: {figure(reference.value)}'
+    charts: dict[Axis, Chart] = {}
     for axis, label in AXES.items():
-        lines = [Line(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
-        if any(line.points for line in lines):
-            text = f'best of {comparison.names[0]}: {figure(reference.value)}'
+        curves = [Curve(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
+        if any(curve.points for curve in curves):
             y_label = f'{table.metric} ({direction(table.metric)} is better)'
-            charts.append(Chart(label, y_label, lines, reference.value, text))
+            charts[axis] = Chart(label, y_label, curves, reference.value, level_label)
     return charts
