@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
+from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
 from tread_composer.config.attention import attention_dtypes
 from tread_composer.config.components import Component
@@ -31,12 +32,15 @@ from tread_composer.data.manifest import Manifest
 __all__ = ['build_trainer', 'compile_blocks']
 
 
-def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) -> Trainer:
+def build_trainer(
+    config: Config, splits: Mapping[str, Manifest] | None = None, skipped_batches: Collection[int] = ()
+) -> Trainer:
     """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
 
     Args:
         config: A loaded configuration.
         splits: What ``prepare_data`` returned; it is called if None.
+        skipped_batches: Batches, counted from 0, that leave the weights as they are (``on_nonfinite: rewind``).
 
     Raises:
         UserError: Data, checkpoint or run folder contradict the configuration.
@@ -59,6 +63,7 @@ def build_trainer(config: Config, splits: Mapping[str, Manifest] | None = None) 
     # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
     bar = arguments.pop('progress_bar')
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
+    callbacks.append(UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches))
     callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
     if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now

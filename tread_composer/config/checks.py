@@ -171,6 +171,9 @@ def _saving(config: Config) -> Iterator[Problem]:
             'true needs save_folder and save_latest_filename to find the checkpoint in; give both, or set it to false'
         )
         yield Problem(('autoresume',), text)
+    if config.on_nonfinite == 'rewind' and not config.autoresume:
+        text = "'rewind' goes back to the run's own last checkpoint, which needs save_folder and autoresume=true"
+        yield Problem(('on_nonfinite',), text)
     if config.save_folder is None:
         return
     if config.autoresume and config.save_weights_only:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, InstanceOf, WithJsonSchema
 
+from tread_composer.callbacks.update_guard import OnNonfinite
 from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
 from tread_composer.config.registry import resolve
@@ -93,6 +94,10 @@ class Config(TrainerSettings):
     """Instead of numbers for the two above: ``normalized`` puts them there."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     compile: bool = False
+    on_nonfinite: OnNonfinite = 'stop'
+    """What to do with a batch whose gradient is not finite; see ``callbacks.update_guard``."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm above this multiple of the running median counts as not finite; null accepts any."""
     optimizer: ComponentField
     scheduler: ComponentField = Component('scheduler', 'constant')
     algorithms: dict[str, ComponentField] = Field(default={})

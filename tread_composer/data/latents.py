@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
-from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.mapped import MappedShard
 from tread_composer.data.registration import numbered_in_turn
 
@@ -123,6 +123,10 @@ class LatentDataset(StreamingDataset):
             LABELS: torch.tensor(label, dtype=torch.int64),
             SAMPLE_IDS: torch.tensor(int(sample_id), dtype=torch.int64),
         }
+
+    def name_of(self, sample_id: int) -> str:
+        """The name of the image that a sample was made of; the empty text where the data have none."""
+        return str(super().get_item(sample_id).get(NAME, ''))
 
     def row(self, sample_id: int, name: str, retry: int = 7) -> tuple[NDArray[np.float16], int]:
         """One of the latents columns as it is stored (not to be written to), and the label."""

@@ -14,11 +14,13 @@ from tread_composer.builders.model import check_fit
 from tread_composer.builders.run_data import check_expectations, planned_manifest, prepare_data
 from tread_composer.builders.run_folder import check_load_path, check_run_folder
 from tread_composer.builders.trainer import build_trainer
+from tread_composer.callbacks.update_guard import RewindError
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.io.ranks import agreed
 from tread_composer.routing import RoutingError
+from tread_composer.run.rewind import rewind, skipped_batches
 
 __all__ = ['data_state', 'train', 'world_size']
 
@@ -51,12 +53,15 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     splits = agreed(lambda: prepare_data(config))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
-    trainer = build_trainer(config, splits)
+    trainer = build_trainer(config, splits, skipped_batches=skipped_batches(config))
     began = time.monotonic()
     assert trainer.state.max_duration is not None
     if trainer.state.timestamp < trainer.state.max_duration:
         first = int(trainer.state.timestamp.batch)
-        _fit(trainer)
+        try:
+            _fit(trainer)
+        except RewindError as request:
+            rewind(config, trainer, request, began_at=first)
         last, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
         status = f'batches {first} to {last} in {seconds:.0f} s, evaluation and samples included'
     else:

@@ -1,0 +1,197 @@
+"""A batch whose gradient is not finite, or far too large, never reaches the weights."""
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from composer import Callback, State
+from composer.loggers import Logger
+
+from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, command, launch, train
+from tests.trained_runs import SMALL as SMALL_HERE
+from tests.trained_runs import YAMLS
+from tread_composer.builders.trainer import build_trainer
+from tread_composer.callbacks.update_guard import UpdateGuard
+from tread_composer.config import load_config
+from tread_composer.core.errors import UserError
+from tread_composer.data.digits import prepare_digits
+
+SAMPLE, BATCH = 700, 9  # with seed 17 the digits' 700th sample comes in the tenth batch
+NO_TRACKING = 'loggers.mlflow=null'
+
+
+def overwrite_latents(folder: Path, sample: int, value: float) -> None:
+    """Change one sample of the digits in place, and the hash that the index has of its shard."""
+    index = json.loads((folder / 'index.json').read_text())
+    shard = index['shards'][0]
+    path = folder / shard['raw_data']['basename']
+    content = bytearray(path.read_bytes())
+    (samples,) = np.frombuffer(content[:4], np.uint32)
+    offsets = np.frombuffer(content[4 : 4 + 4 * (int(samples) + 1)], np.uint32)
+    sizes = shard['column_sizes']
+    position = shard['column_names'].index('latents')
+    begin = int(offsets[sample]) + 4 * sizes.count(None) + sum(sizes[:position])
+    content[begin : begin + sizes[position]] = np.full(sizes[position] // 2, value, np.float16).tobytes()
+    path.write_bytes(content)
+    hashes = shard['raw_data']['hashes']
+    shard['raw_data']['hashes'] = {kind: getattr(xxhash, kind)(bytes(content)).hexdigest() for kind in hashes}
+    (folder / 'index.json').write_text(json.dumps(index))
+
+
+@pytest.fixture(scope='module')
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('poisoned')
+    prepare_digits(folder / 'data')
+    overwrite_latents(folder / 'data' / 'train', SAMPLE, float('nan'))
+    return folder
+
+
+def run_words(folder: Path, name: str, policy: str, *more: str) -> tuple[str, ...]:
+    places = (f'data.local={folder / "data"}', f'run_name={name}', NO_TRACKING)
+    return (*places, 'save_interval=3ba', f'on_nonfinite={policy}', *more)
+
+
+@pytest.fixture(scope='module')
+def skipped(poisoned: Path) -> dict[str, Any]:
+    done = train(poisoned, 'digits_tread.yaml', *run_words(poisoned, 'skip', 'skip'))
+    assert f'batch {BATCH}: the gradient is not finite' in done.stderr and 'Skipped: 1 so far' in done.stderr
+    return checkpoint(poisoned, 'skip')
+
+
+def test_stop_names_the_sample_and_leaves_the_checkpoints(poisoned: Path, skipped: dict[str, Any]) -> None:
+    words = run_words(poisoned, 'stop', 'stop')
+    done = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words))
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert f'Latents that are not finite: {SAMPLE} (digits)' in done.stderr
+    saved = checkpoint(poisoned, 'stop')
+    assert saved['timestamp']['Timestamp']['batch'] == BATCH
+    assert all(value.isfinite().all() for value in saved['model'].values())
+    # The same command goes on, meets the same batch, and says the same.
+    again = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words))
+    assert again.returncode == 2 and f'batch {BATCH}: ' in again.stderr
+
+
+def test_rewind_ends_where_skipping_does(poisoned: Path, skipped: dict[str, Any]) -> None:
+    """The checkpoint is at the faulty batch itself, so both leave out that one alone."""
+    words = command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *run_words(poisoned, 'rewind', 'rewind'))
+    # A process of its own: the run replaces its own program.
+    done = launch(poisoned, [sys.executable, '-u', *words[1:]])
+    assert done.returncode == 0, done.stderr
+    assert_same_training(skipped, checkpoint(poisoned, 'rewind'))
+
+
+def test_rewind_on_two_ranks_leaves_out_all_since_the_checkpoint(poisoned: Path) -> None:
+    words = run_words(poisoned, 'rewind2', 'rewind', 'save_interval=4ba')
+    done = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words, ranks=2, launcher=True))
+    assert done.returncode == 0, done.stderr
+    (entry,) = json.loads((poisoned / 'runs/rewind2/rewinds.json').read_text())
+    assert (entry['checkpoint'], entry['batch']) == (8, BATCH)
+    assert 'leaked' not in done.stderr
+    (optimizer,) = checkpoint(poisoned, 'rewind2')['optimizers'].values()
+    assert {float(entry['step']) for entry in optimizer['state'].values()} == {14 - 2}
+
+
+class Undo(Callback):
+    """Lets one batch's update happen, and then puts weights and moments back: a skip, done in another way."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self._kept = batch, None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == self.batch:
+            optimizer = state.optimizers[0].state_dict()
+            self._kept = copy.deepcopy((state.model.state_dict(), optimizer))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._kept is not None:
+            model, optimizer = self._kept
+            # The rate of the next batch has been set meanwhile.
+            optimizer['param_groups'] = state.optimizers[0].state_dict()['param_groups']
+            state.model.load_state_dict(model)
+            state.optimizers[0].load_state_dict(optimizer)
+            self._kept = None
+
+
+def trained_here(data: Path, *more: str, callback: Callback | None = None) -> State:
+    words = ('max_duration=14ba', 'save_folder=null', 'autoresume=false', f'data.local={data}')
+    trainer = build_trainer(load_config(YAMLS / 'digits.yaml', [*SMALL_HERE, *words, *more]))
+    if callback is not None:
+        trainer.state.callbacks.append(callback)
+    trainer.fit()
+    trainer.close()
+    return trainer.state
+
+
+def test_a_skipped_batch_is_as_if_its_update_had_been_undone(poisoned: Path, tmp_path: Path) -> None:
+    prepare_digits(tmp_path / 'data')
+    skipping = trained_here(poisoned / 'data', 'on_nonfinite=skip', 'global_train_batch_size=128')
+    undoing = trained_here(tmp_path / 'data', 'global_train_batch_size=128', callback=Undo(BATCH))
+    for name, value in undoing.model.state_dict().items():
+        assert torch.equal(skipping.model.state_dict()[name], value), name
+
+
+def test_a_spike_is_skipped_by_its_gradient_norm(tmp_path: Path) -> None:
+    prepare_digits(tmp_path / 'data')
+    words = ('on_nonfinite=skip', 'global_train_batch_size=32', 'max_duration=47ba')
+    norms = trained_here(tmp_path / 'data', *words, 'spike_factor=100')
+    calm = next(part for part in norms.callbacks if isinstance(part, UpdateGuard)).state_dict()
+    assert calm['skipped'] == 0 and len(calm['norms']) == 47
+    overwrite_latents(tmp_path / 'data' / 'train', late_sample(tmp_path / 'data'), 3000.0)
+    state = trained_here(tmp_path / 'data', *words, 'spike_factor=100')
+    spiked = next(part for part in state.callbacks if isinstance(part, UpdateGuard)).state_dict()
+    assert spiked['skipped'] == 1 and len(spiked['norms']) == 46 and max(spiked['norms']) < 10
+
+
+def late_sample(data: Path) -> int:
+    """A sample that comes when there are norms enough to compare with."""
+    words = ('save_folder=null', 'autoresume=false', f'data.local={data}', 'global_train_batch_size=32')
+    trainer = build_trainer(load_config(YAMLS / 'digits.yaml', [*SMALL_HERE, *words]))
+    batches = [batch['sample_ids'].tolist() for batch in trainer.state.train_dataloader]
+    trainer.close()
+    return batches[40][0]
+
+
+@pytest.mark.parametrize('words', [('global_train_batch_size=32',), ('device_train_microbatch_size=4',)])
+def test_the_logged_norm_is_that_of_the_whole_gradient(tmp_path: Path, words: tuple[str, ...]) -> None:
+    prepare_digits(tmp_path / 'data')
+    measured = []
+
+    class Norm(Callback):
+        def after_train_batch(self, state: State, logger: Logger) -> None:
+            parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+            measured.append(float(torch.nn.utils.clip_grad_norm_(parameters, float('inf'))))
+
+    state = trained_here(
+        tmp_path / 'data', *words, 'max_duration=4ba', 'algorithms.gradient_clipping=null', callback=Norm()
+    )
+    guard = next(part for part in state.callbacks if isinstance(part, UpdateGuard))
+    assert guard.state_dict()['norms'] == pytest.approx(measured, rel=1e-6) and len(measured) == 4
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (('on_nonfinite=rewind', 'autoresume=false'), "on_nonfinite: 'rewind' goes back to the run's own last"),
+        (('on_nonfinite=ignore',), "on_nonfinite: 'ignore' is not one of 'stop', 'skip'"),
+        (('spike_factor=1.0',), 'spike_factor: 1.0 is not greater than 1'),
+    ],
+)
+def test_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(YAMLS / 'digits.yaml', words)
+
+
+def test_a_damaged_list_of_rewinds_is_refused(poisoned: Path) -> None:
+    folder = poisoned / 'runs' / 'damaged'
+    folder.mkdir(parents=True)
+    (folder / 'rewinds.json').write_text('[{"batch": 3}]')
+    words = run_words(poisoned, 'damaged', 'rewind')
+    done = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words))
+    assert done.returncode == 2 and re.search(r'rewinds\.json: damaged', done.stderr), done.stderr
