@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -60,8 +59,8 @@ def build_trainer(
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     arguments = config.trainer_arguments()
-    # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
-    bar = arguments.pop('progress_bar')
+    # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
+    with_lines = arguments.pop('progress_bar')
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
     callbacks.append(UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches))
     callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
@@ -70,7 +69,7 @@ def build_trainer(
     if config.save_folder is not None and '://' not in config.save_folder:
         callbacks.append(_build_saver(config))
     loggers = [component.take() for component in config.loggers.values()]
-    if bar and not sys.stderr.isatty():
+    if with_lines:
         loggers.append(ProgressLines())
     if config.compile and dist.get_world_size() == 1:
         arguments['compile_config'] = {}
@@ -86,7 +85,7 @@ def build_trainer(
             algorithms=list(algorithms.values()),
             callbacks=callbacks,
             loggers=loggers,
-            progress_bar=bar and sys.stderr.isatty(),
+            progress_bar=False,
             **arguments,
         )
     # Only now: a run that Composer refuses leaves no configuration behind.
