@@ -27,8 +27,8 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.chart import short
 from tread_composer.io.page import flat
 from tread_composer.io.table import text_table
-from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import differences
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'LINES_RULE',
@@ -80,6 +80,7 @@ class MetricTable:
 
     Args:
         metric: Its name.
+        better: Which values are better.
         protocol: How it was measured; of runs with different objectives, ``time_grid`` has the grid of each by name.
         points: Each run's measurements, the reference first.
         rows: Values at equal cost, by what is counted; empty where no run has a record of it.
@@ -88,6 +89,7 @@ class MetricTable:
     """
 
     metric: str
+    better: Better
     protocol: Mapping[str, Any]
     points: tuple[tuple[Point, ...], ...]
     rows: Mapping[Axis, tuple[Row, ...]]
@@ -191,21 +193,22 @@ def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[Metr
 
 
 def _table(metric: str, curves: Sequence[Curve], names: Sequence[str]) -> MetricTable:
-    points = tuple(curve.points for curve in curves)
+    points, better = tuple(curve.points for curve in curves), curves[0].better
+    assert better is not None
     rows: dict[Axis, tuple[Row, ...]] = {axis: _rows(points, axis) for axis in AXES}
     speed_ups, common = [], []
-    for other in points[1:]:
-        found: dict[Axis, SpeedUp] = {axis: speed_up(points[0], other, metric, axis) for axis in AXES}
+    for run in points[1:]:
+        at_best: dict[Axis, SpeedUp] = {axis: speed_up(points[0], run, better, axis) for axis in AXES}
         instead: dict[Axis, SpeedUp] = {}
-        if found['step'].reason == 'not reached':
-            instead = {axis: common_speed_up(points[0], other, metric, axis) for axis in AXES}
-        speed_ups.append(found)
+        if at_best['step'].reason == 'not reached':
+            instead = {axis: common_speed_up(points[0], run, better, axis) for axis in AXES}
+        speed_ups.append(at_best)
         common.append(instead)
     protocol = curves[0].protocol
     grids = [curve.protocol['time_grid'] for curve in curves]
     if any(grid['objective'] != grids[0]['objective'] for grid in grids):
         protocol = {**protocol, 'time_grid': dict(zip(names, grids, strict=True))}
-    return MetricTable(metric, protocol, points, rows, tuple(speed_ups), tuple(common))
+    return MetricTable(metric, better, protocol, points, rows, tuple(speed_ups), tuple(common))
 
 
 def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
@@ -264,7 +267,7 @@ def speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
         for owner, found in ((0, speed_ups), (index, common)):
             if found:
-                best = best_point(table.points[owner], table.metric)
+                best = best_point(table.points[owner], table.better)
                 quality = f'best of {comparison.names[owner]}: {figure(best.value)} (step {best.step})'
                 rows.append([comparison.names[index], quality, *(ratio_in_words(found[axis]) for axis in AXES)])
     return rows
@@ -288,15 +291,18 @@ def notes_of(comparison: Comparison) -> list[str]:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The tables for a terminal."""
+    """The tables for a terminal; a protocol that several metrics share is printed once."""
     lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
+    shown = None
     for table in comparison.tables:
-        lines += ['', f'{table.metric} ({direction(table.metric)} is better)', _protocol_line(table.protocol)]
+        lines += ['', f'{table.metric} ({table.better} is better)']
+        if table.protocol != shown:
+            shown = table.protocol
+            lines.append(_protocol_line(table.protocol))
         for axis, name in AXES.items():
             head = [name, *comparison.names]
-            lines += (
-                ['', text_table(head, cells_of(table, axis))] if table.rows[axis] else ['', f'{name}: not recorded']
-            )
+            cells = cells_of(table, axis)
+            lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
         lines += ['', text_table(SPEED_UP_HEAD, speed_up_rows(comparison, table))]
     notes = [f'- {note}' for note in (*notes_of(comparison), LINES_RULE, SPEED_UP_RULE, ONE_RUN_RULE)]
     return '\n'.join([*lines, '', *notes])

@@ -25,7 +25,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.chart import Chart, Curve, figure_png, new_figure
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report
-from tread_composer.metrics.metric import direction
+from tread_composer.metrics.quantity import Better
 
 __all__ = ['draw', 'write_comparison']
 
@@ -66,7 +66,7 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
         metrics.append(
             {
                 'metric': table.metric,
-                'better': direction(table.metric),
+                'better': table.better,
                 'protocol': dict(table.protocol),
                 'points': dict(zip(comparison.names, points, strict=True)),
                 'speed_ups': _ratios(comparison, table.speed_ups),
@@ -106,8 +106,7 @@ def _page(comparison: Comparison, command: str) -> Report:
     names = comparison.names
     page = Report(' vs '.join(names), f'{names[0]} is the reference. {ONE_RUN_RULE}')
     for table in comparison.tables:
-        better = direction(table.metric)
-        page.heading(f'{table.metric} ({better} is better)')
+        page.heading(f'{table.metric} ({table.better} is better)')
         page.tiles(_tiles(comparison, table)).charts(list(_charts(comparison, table).values()))
         page.heading('Speed-up at equal quality', small=True)
         page.table(SPEED_UP_HEAD, speed_up_rows(comparison, table))
@@ -121,7 +120,8 @@ def _page(comparison: Comparison, command: str) -> Report:
         for axis, label in AXES.items():
             if not table.rows[axis]:
                 page.text(f'At equal {label}: not recorded in any run.')
-        page.heading('Protocol, the same for all runs', small=True).facts(table.protocol)
+    for protocol, metrics in _protocols(comparison):
+        page.heading(f'Protocol of {", ".join(metrics)}, the same for all runs').facts(protocol)
     page.heading('How to read this').text(SPEED_UP_RULE).text(LINES_RULE)
     grids = [(f'{name}: {run.source}', run.grid) for name, run in zip(names, comparison.runs, strict=True) if run.grid]
     if grids:
@@ -133,12 +133,24 @@ def _page(comparison: Comparison, command: str) -> Report:
     return page.heading('How to get this page again').command(command)
 
 
+def _protocols(comparison: Comparison) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Each protocol with the metrics that were measured by it."""
+    protocols: list[tuple[Mapping[str, Any], list[str]]] = []
+    for table in comparison.tables:
+        metrics = next((names for protocol, names in protocols if protocol == table.protocol), None)
+        if metrics is None:
+            protocols.append((table.protocol, [table.metric]))
+        else:
+            metrics.append(table.metric)
+    return protocols
+
+
 def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
     """The speed-ups that a reader looks for: at the reference's best value, else at the best that both reach."""
     tiles = []
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
         owner, found = (index, common) if common else (0, speed_ups)
-        quality = figure(best_point(table.points[owner], table.metric).value)
+        quality = figure(best_point(table.points[owner], table.better).value)
         pair = f'{comparison.names[0]} / {comparison.names[index]} at {quality} (the best of {comparison.names[owner]})'
         for axis, label in AXES.items():
             ratio, sign = found[axis].ratio, '≥ ' if found[axis].at_least else ''
@@ -148,26 +160,26 @@ def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
 
 
 def _best_cells(table: MetricTable, axis: Axis) -> list[tuple[int, int]]:
-    return [(i, j + 1) for i, row in enumerate(table.rows[axis]) for j in _best(row, table.metric)]
+    return [(i, j + 1) for i, row in enumerate(table.rows[axis]) for j in _best(row, table.better)]
 
 
-def _best(row: Row, metric: str) -> list[int]:
+def _best(row: Row, better: Better) -> list[int]:
     values = [(cell.value, i) for i, cell in enumerate(row.cells) if isinstance(cell, Value)]
     if len(values) < 2:
         return []
-    pick = min if direction(metric) == 'lower' else max
+    pick = min if better == 'lower' else max
     best = pick(value for value, _ in values)
     return [i for value, i in values if value == best]
 
 
 def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
     """The curves against each cost that some run has recorded."""
-    reference = best_point(table.points[0], table.metric)
+    reference = best_point(table.points[0], table.better)
     level_label = f'best of {comparison.names[0]}: {figure(reference.value)}'
     charts: dict[Axis, Chart] = {}
     for axis, label in AXES.items():
         curves = [Curve(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
         if any(curve.points for curve in curves):
-            y_label = f'{table.metric} ({direction(table.metric)} is better)'
+            y_label = f'{table.metric} ({table.better} is better)'
             charts[axis] = Chart(label, y_label, curves, reference.value, level_label)
     return charts
