@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from composer.core import Callback, Event, State
+from composer.core import State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_tiles
-from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
+from tread_composer.callbacks.sampling import AtInterval, Sampling, Weights, bare_model, log_file
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
 from tread_composer.io.picture_grid import picture_grid
@@ -22,7 +22,7 @@ __all__ = ['SampleGrid', 'draw_grid', 'keep_grid']
 _FEW_CLASSES, _SHOWN_CLASSES = 10, 8
 
 
-class SampleGrid(Callback):
+class SampleGrid(AtInterval):
     """Draws a labelled grid of samples at an interval and at the end of training.
 
     Writes ``<folder>/ba000800.png`` and the same picture as ``latest.png``, and hands both to every logger that has a
@@ -66,11 +66,10 @@ class SampleGrid(Callback):
     ) -> None:
         if samples_per_class < 1:
             raise UserError(f'samples_per_class: {samples_per_class} must be at least 1')
-        self.folder, self.classes, self.class_names = folder, classes, class_names
+        super().__init__(interval, folder)
+        self.classes, self.class_names = classes, class_names
         self.samples_per_class, self.seed = samples_per_class, seed
         self.sampling = Sampling(sampler, num_steps, guidance_scale, weights)
-        self._is_due = create_interval_scheduler(interval, include_end_of_training=False)
-        self._last_batch = -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first picture."""
@@ -81,34 +80,24 @@ class SampleGrid(Callback):
                 f'callbacks.sample_grid.class_names: {len(self.class_names)} names for the '
                 f'{bare_model(state).num_classes} classes of the model; give one for each'
             )
-        known = bare_model(state).num_classes
-        unknown = [label for label in self._rows(state) if not 0 <= label < max(known, 1)]
-        if unknown:
-            raise UserError(f'callbacks.sample_grid.classes: {unknown} are not classes of the model, which has {known}')
-
-    def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Draw when the interval says so, and at the end unless that batch has its picture already."""
-        super().run_event(event, state, logger)
-        at_end = event == Event.FIT_END and self._last_batch != int(state.timestamp.batch)
-        if at_end or (event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self._is_due(state, event)):
-            self._last_batch = int(state.timestamp.batch)
-            self._draw(state, logger)
+        count = bare_model(state).num_classes
+        absent = [label for label in self._rows(state) if not 0 <= label < max(count, 1)]
+        if absent:
+            raise UserError(f'callbacks.sample_grid.classes: {absent} are not classes of the model, which has {count}')
 
     def summary(self, state: State) -> list[tuple[str, str]]:
         """Where the latest picture is, if there is one."""
-        path = self._folder(state) / 'latest.png'
+        path = self.folder_of(state) / 'latest.png'
         return [('sample grid', str(path))] if path.exists() else []
 
-    def _folder(self, state: State) -> Path:
-        return Path(self.folder.format(run_name=state.run_name))
-
     def _rows(self, state: State) -> list[int]:
-        known = bare_model(state).num_classes
+        count = bare_model(state).num_classes
         if self.classes is not None:
             return list(self.classes)
-        return list(range(known if known <= _FEW_CLASSES else _SHOWN_CLASSES)) or [0]
+        return list(range(count if count <= _FEW_CLASSES else _SHOWN_CLASSES)) or [0]
 
-    def _draw(self, state: State, logger: Logger) -> None:
+    def act(self, state: State, logger: Logger) -> None:
+        """Draw; every rank draws, the first one writes."""
         rows, columns = self._rows(state), self.samples_per_class
         labels = [label for label in rows for _ in range(columns)]
         images = self.sampling.images(state, labels, [self.seed + column for _ in rows for column in range(columns)])
@@ -116,7 +105,7 @@ class SampleGrid(Callback):
             return
         all_names = self.class_names or getattr(bare_model(state), 'class_names', ())
         names = [str(all_names[label]) if all_names else str(label) for label in rows]
-        keep_grid(images, names, self.sampling, state, logger, self._folder(state), 'samples')
+        keep_grid(images, names, self.sampling, state, logger, self.folder_of(state), 'samples')
 
 
 def keep_grid(
@@ -149,9 +138,7 @@ def keep_grid(
     draw_grid(images_NCHW, row_names, title).save(content, format='PNG')
     for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
         write_atomically(path, content.getvalue())
-        for destination in logger.destinations:
-            if hasattr(destination, 'log_file'):
-                destination.log_file(path, artifacts)  # type: ignore[attr-defined]
+        log_file(logger, path, artifacts)
 
 
 def draw_grid(images_NCHW: Tensor, row_names: Sequence[str], title: str) -> Image.Image:

@@ -126,11 +126,11 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
     """
     if len(runs) < 2:
         raise UserError(f'compare: {len(runs)} run given; give two or more, the reference first')
-    known = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
-    unknown = [name for name in metrics if not any(_is(metric, name) for metric in known)]
-    if unknown:
-        raise UserError(f'--metric: no run has {", ".join(unknown)}; there are {", ".join(known) or "none"}')
-    asked = [metric for metric in known if not metrics or any(_is(metric, name) for name in metrics)]
+    measured = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
+    absent = [name for name in metrics if not any(_is(metric, name) for metric in measured)]
+    if absent:
+        raise UserError(f'--metric: no run has {", ".join(absent)}; there are {", ".join(measured) or "none"}')
+    asked = [metric for metric in measured if not metrics or any(_is(metric, name) for name in metrics)]
     shared = [metric for metric in asked if all(any(c.metric == metric for c in run.curves) for run in runs)]
     names = _names(runs)
     if not shared:
@@ -165,25 +165,26 @@ def _names(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[MetricTable]:
     """One for each protocol of the reference that every other run has too."""
-    owned = [[curve for curve in run.curves if curve.metric == metric] for run in runs]
+    candidates = [[c for c in run.curves if c.metric == metric] for run in runs]
     tables = []
-    for first in owned[0]:
-        if differences(first.protocol, first.protocol):
+    for curve in candidates[0]:
+        if differences(curve.protocol, curve.protocol):
             continue  # something of it is unknown
-        equal = [first]
-        for curves in owned[1:]:
+        equal = [curve]
+        for curves in candidates[1:]:
             # With all that are chosen, not with the first alone: runs of another objective have grids of their own.
-            fits = (c for c in curves if not any(differences(one.protocol, c.protocol) for one in equal))
-            equal += [found] if (found := next(fits, None)) is not None else []
-        if len(equal) == len(owned):
+            fits = (c for c in curves if not any(differences(e.protocol, c.protocol) for e in equal))
+            match = next(fits, None)
+            equal += [] if match is None else [match]
+        if len(equal) == len(candidates):
             tables.append(_table(metric, equal, names))
     if not tables:
         lines = []
-        for i, j in itertools.combinations(range(len(owned)), 2):
+        for i, j in itertools.combinations(range(len(candidates)), 2):
             if i and lines:
                 break  # those of the reference say it
-            pairs = [(one, other) for one in owned[i] for other in owned[j]]
-            nearest = min((differences(one.protocol, other.protocol) for one, other in pairs), key=len)
+            pairs = itertools.product(candidates[i], candidates[j])
+            nearest = min((differences(a.protocol, b.protocol) for a, b in pairs), key=len)
             lines += [f'  {names[i]} and {names[j]}:', *(f'    {line}' for line in nearest)] if nearest else []
         raise UserError(
             f'{metric}: was measured by different protocols, so the values do not compare.\n' + '\n'.join(lines) +
@@ -214,10 +215,10 @@ def _table(metric: str, curves: Sequence[Curve], names: Sequence[str]) -> Metric
 def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
     """At the costs where the reference was measured, and at the largest that all runs have reached."""
     costs = [[x for point in run if (x := getattr(point, axis)) is not None] for run in points]
-    known = [found for found in costs if found]
-    if not known:
+    recorded = [run for run in costs if run]
+    if not recorded:
         return ()
-    at = known[0] + ([min(found[-1] for found in known)] if len(known) > 1 else [])
+    at = recorded[0] + ([min(run[-1] for run in recorded)] if len(recorded) > 1 else [])
     rows: list[Row] = []
     for cost in sorted(at):
         if not rows or not math.isclose(rows[-1].cost, cost, rel_tol=1e-9):
@@ -226,11 +227,11 @@ def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
 
 
 def _cell(points: Sequence[Point], axis: Axis, cost: float) -> Value | str:
-    known = [x for point in points if (x := getattr(point, axis)) is not None]
-    found = value_at(points, axis, cost)
-    if found is not None:
-        return found
-    return 'not recorded' if not known else 'before its first' if cost < known[0] else 'beyond its last'
+    recorded = [x for point in points if (x := getattr(point, axis)) is not None]
+    value = value_at(points, axis, cost)
+    if value is not None:
+        return value
+    return 'not recorded' if not recorded else 'before its first' if cost < recorded[0] else 'beyond its last'
 
 
 # --- as text ---
@@ -245,15 +246,15 @@ def figure(value: float) -> str:
     return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
 
 
-def ratio_in_words(found: SpeedUp) -> str:
+def ratio_in_words(speed: SpeedUp) -> str:
     """``1.43x`` with the figure at the measured point, or why there is none."""
-    if found.ratio is None:
-        return found.reason or 'not known: it was as good before its first step'
-    if found.at_least:
-        return f'at least {found.ratio:.2f}x (as good at its first measurement)'
-    assert found.reference is not None and found.measured
-    at_point = found.reference / found.measured
-    return f'{found.ratio:.2f}x' + ('' if at_point == found.ratio else f' ({at_point:.2f}x at the measurement)')
+    if speed.ratio is None:
+        return speed.reason or 'not known: it was as good before its first step'
+    if speed.at_least:
+        return f'at least {speed.ratio:.2f}x (as good at its first measurement)'
+    assert speed.reference is not None and speed.measured
+    at_point = speed.reference / speed.measured
+    return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
 
 
 def cells_of(table: MetricTable, axis: Axis) -> list[list[str]]:
@@ -265,11 +266,11 @@ def speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]
     """The table of speed-ups; its head is `SPEED_UP_HEAD`."""
     rows = []
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
-        for owner, found in ((0, speed_ups), (index, common)):
-            if found:
+        for owner, by_axis in ((0, speed_ups), (index, common)):
+            if by_axis:
                 best = best_point(table.points[owner], table.better)
                 quality = f'best of {comparison.names[owner]}: {figure(best.value)} (step {best.step})'
-                rows.append([comparison.names[index], quality, *(ratio_in_words(found[axis]) for axis in AXES)])
+                rows.append([comparison.names[index], quality, *(ratio_in_words(by_axis[axis]) for axis in AXES)])
     return rows
 
 

@@ -102,9 +102,9 @@ def recorded_seconds(speeds: Mapping[int, float]) -> tuple[Cost, str]:
     Args:
         speeds: Batches in a second, by step, as the callback ``speed_monitor`` logs them.
     """
-    known = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
-    if not known:
+    usable = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
+    if not usable:
         return not_recorded, 'seconds not recorded: the run has no throughput/batches_per_sec (add speed_monitor: {})'
-    speed = statistics.median(known)
-    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(known)} logged speeds '
+    speed = statistics.median(usable)
+    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(usable)} logged speeds '
     return lambda step: step / speed, text + '(measuring and saving between them left out)'

@@ -78,7 +78,7 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
 
 def _ratios(comparison: Comparison, group: tuple[Mapping[Axis, SpeedUp], ...]) -> dict[str, Any]:
     return {
-        name: {axis: {**asdict(found), 'ratio': found.ratio} for axis, found in by_axis.items()}
+        name: {axis: {**asdict(speed), 'ratio': speed.ratio} for axis, speed in by_axis.items()}
         for name, by_axis in zip(comparison.names[1:], group, strict=True)
     }
 
@@ -149,12 +149,12 @@ def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
     """The speed-ups that a reader looks for: at the reference's best value, else at the best that both reach."""
     tiles = []
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
-        owner, found = (index, common) if common else (0, speed_ups)
+        owner, by_axis = (index, common) if common else (0, speed_ups)
         quality = figure(best_point(table.points[owner], table.better).value)
         pair = f'{comparison.names[0]} / {comparison.names[index]} at {quality} (the best of {comparison.names[owner]})'
         for axis, label in AXES.items():
-            ratio, sign = found[axis].ratio, '≥ ' if found[axis].at_least else ''
-            reason = '' if ratio else f' ({ratio_in_words(found[axis])})'
+            ratio, sign = by_axis[axis].ratio, '≥ ' if by_axis[axis].at_least else ''
+            reason = '' if ratio else f' ({ratio_in_words(by_axis[axis])})'
             tiles.append((f'{sign}{ratio:.2f}x' if ratio else '-', f'{label}: {pair}{reason}'))
     return tiles
 

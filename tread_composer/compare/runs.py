@@ -59,8 +59,8 @@ def open_run(word: str) -> Run:
     if word.startswith(MLFLOW):
         name, _, uri = word.removeprefix(MLFLOW).partition('@')
         return _from_mlflow(name, uri or f'sqlite:///{_STORE}')
-    file, _, wanted = word.partition('#')
-    for path, name in ((Path(word), None), (Path(file), wanted or None)):
+    file, _, run_name = word.partition('#')
+    for path, name in ((Path(word), None), (Path(file), run_name or None)):
         if path.is_dir():
             return _from_folder(path)
         if path.is_file():
@@ -71,16 +71,16 @@ def open_run(word: str) -> Run:
 # --- the three forms ---
 
 
-def _from_file(path: Path, wanted: str | None) -> Run:
+def _from_file(path: Path, run_name: str | None) -> Run:
     entries = read_entries(path)
     names = sorted({entry['run'] or '' for entry in entries})
-    if wanted is None and len(names) > 1:
+    if run_name is None and len(names) > 1:
         raise UserError(
             f'{path} holds results of several runs; say which one: {", ".join(f"{path}#{n}" for n in names)}'
         )
-    entries = [entry for entry in entries if wanted is None or entry['run'] == wanted]
+    entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
     if not entries:
-        raise UserError(f'{path}: no results of a run {wanted!r}; it holds {names or "none"}')
+        raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
     curves, notes = curves_of(entries, not_recorded, not_recorded)
     return Run(entries[0]['run'] or path.stem, str(path), curves, tuple(notes))
 
@@ -91,15 +91,15 @@ def _from_folder(folder: Path) -> Run:
         raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
     config = yaml.safe_load(config_file.read_text())
     data_file = folder / 'data.json'
-    flops, how = training_teraflops(config_file, data_file if data_file.is_file() else None)
-    notes = [how]
-    found, missing = store_of(config, folder)
+    flops, flops_note = training_teraflops(config_file, data_file if data_file.is_file() else None)
+    notes = [flops_note]
+    record, missing = store_of(config, folder)
     logged: dict[int, float] = {}
-    if found is None:
+    if record is None:
         notes.append(f'no MLflow record found ({missing}), so only what is in the folder is known')
     else:
-        logged = speeds(*found)
-    seconds, how = recorded_seconds(logged)
+        logged = speeds(*record)
+    seconds, seconds_note = recorded_seconds(logged)
     files = [folder / name for name in _RESULTS if (folder / name).is_file()]
     entries = [entry for file in files for entry in read_entries(file)]
     if not entries:
@@ -107,8 +107,8 @@ def _from_folder(folder: Path) -> Run:
             f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
             f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
         )
-    notes += changes(found[1]) if found is not None else []
-    notes.append(_seconds_note(entries, how))
+    notes += changes(record[1]) if record is not None else []
+    notes.append(_seconds_note(entries, seconds_note))
     curves, more = curves_of(entries, flops, seconds)
     grid, environment = folder / 'samples' / 'latest.png', folder / 'environment.json'
     return Run(
@@ -123,7 +123,7 @@ def _from_folder(folder: Path) -> Run:
 
 def _from_mlflow(name: str, uri: str) -> Run:
     client, run = find(name, uri)
-    seconds, how = recorded_seconds(speeds(client, run))
+    seconds, seconds_note = recorded_seconds(speeds(client, run))
     notes = []
     with tempfile.TemporaryDirectory() as temporary:
         files = artifacts(client, run, Path(temporary), _ARTIFACTS)
@@ -139,7 +139,7 @@ def _from_mlflow(name: str, uri: str) -> Run:
                 f'{MLFLOW}{name}: the run has no {" or ".join(_RESULTS)}, so it is not known how its numbers '
                 'were measured; measure it first'
             )
-        notes += [*changes(run), _seconds_note(entries, how)]
+        notes += [*changes(run), _seconds_note(entries, seconds_note)]
         curves, more = curves_of(entries, flops, seconds)
         grid = files['latest.png'].read_bytes() if 'latest.png' in files else None
         machine = _machine(read_json(files['environment.json'])) if 'environment.json' in files else None
@@ -149,11 +149,11 @@ def _from_mlflow(name: str, uri: str) -> Run:
 
 def _seconds_note(entries: Sequence[Mapping[str, Any]], derived: str) -> str:
     """Where the seconds of the points come from."""
-    own = sum(1 for entry in entries if (entry['training'] or {}).get('seconds') is not None)
+    timed = sum(1 for entry in entries if (entry['training'] or {}).get('seconds') is not None)
     written = 'seconds: as written with each result while training (the time of measuring left out)'
-    if not own:
+    if not timed:
         return derived
-    return written if own == len(entries) else f'{own} of {len(entries)} results: {written}; the others: {derived}'
+    return written if timed == len(entries) else f'{timed} of {len(entries)} results: {written}; the others: {derived}'
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

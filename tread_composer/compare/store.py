@@ -33,12 +33,12 @@ def find(name: str, uri: str) -> tuple[Any, Any]:
             pass  # a name may look like an id
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for tag in ('run_name', '`mlflow.runName`'):
-        found = client.search_runs(experiments, f'tags.{tag} = "{name}"')
-        if len(found) > 1:
-            ids = ', '.join(run.info.run_id for run in found)
-            raise UserError(f'{MLFLOW}{name}: {len(found)} runs have this name in {uri}; give one of their ids: {ids}')
-        if found:
-            return client, found[0]
+        runs = client.search_runs(experiments, f'tags.{tag} = "{name}"')
+        if len(runs) > 1:
+            ids = ', '.join(run.info.run_id for run in runs)
+            raise UserError(f'{MLFLOW}{name}: {len(runs)} runs have this name in {uri}; give one of their ids: {ids}')
+        if runs:
+            return client, runs[0]
     raise UserError(f'{MLFLOW}{name}: no run of this id or name in {uri}')
 
 

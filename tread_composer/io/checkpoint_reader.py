@@ -50,11 +50,11 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such file; give the path of a checkpoint') from None
     except pickle.UnpicklingError as error:
-        found = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if found is None:
+        name = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if name is None:
             raise UserError(f'{path}: no file of torch.save, or a damaged one: {_first_line(error)}') from None
         raise UserError(
-            f'{path}: refused: to read {found[1]} out of it could run code, and weights need no such thing. Nothing '
+            f'{path}: refused: to read {name[1]} out of it could run code, and weights need no such thing. Nothing '
             f'was run. If you trust the file, save its tensors again in a process of your own: torch.save({{name: '
             f'tensor, ...}})'
         ) from None
