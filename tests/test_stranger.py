@@ -117,6 +117,7 @@ def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
         ('callbacks.counter.word=x', "callbacks.counter.word: unknown setting. Did you mean 'words'?"),
         ('algorithms.louder.rate=loud', "algorithms.louder.rate: 'loud' is not a number"),
         ('algorithms.louder.rate=-3', 'algorithms.louder: Louder refuses these arguments: rate: -3'),
+        ('algorithms.louder.rate=2', 'algorithms.louder.rate: 2.0 above 1 needs label_dropout 0'),
         ('objective.power=0.5', 'objective: power: 0.5 is below 1'),
         ('model.preset=S', "model.preset: belongs to 'dit' and"),
         ('algorithms.louder.name=stranger.parts:Loud', "stranger.parts has no 'Loud'"),

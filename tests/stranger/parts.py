@@ -3,7 +3,7 @@
 Shapes: B samples, C channels, H x W latent pixels, N tokens of 2 x 2 pixels, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,6 +123,10 @@ class Louder(Algorithm):
         type(self).made += 1
         self.rate, self.batches = rate, 0
         self.prepared: list[nn.Module] = []
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        if self.rate > 1 and config.label_dropout:
+            yield 'rate', f'{self.rate} above 1 needs label_dropout 0'
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Adds nothing, but remembers the model, which must be the one in training."""

@@ -1,7 +1,7 @@
 """``MaskDiT``: draws the kept tokens of every batch, adds the decoder, and masks the loss."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -122,6 +122,27 @@ class MaskDiT(BoundAlgorithm):
     def required_on_load() -> bool:
         """True: the checkpoint's weights have a decoder that the model has only with this algorithm."""
         return True
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against this algorithm in a run: pairs of a setting ('' for the algorithm as such) and a text.
+
+        Args:
+            config: The run's ``tread_composer.config.Config``.
+        """
+        if config.objective.name != 'edm':
+            text = (
+                f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
+                f'EDM with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: '
+                'edm}'
+            )
+            yield '', text
+        if config.model.name != 'dit':
+            text = (
+                f"is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), "
+                f'and model.name is {config.model.name!r}; take model.name: dit, or route tokens instead '
+                '(algorithms.tread)'
+            )
+            yield '', text
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""

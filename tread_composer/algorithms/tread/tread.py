@@ -18,7 +18,7 @@ from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
+from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, check_routes, keep_lowest
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['Tread']
@@ -135,6 +135,31 @@ class Tread(BoundAlgorithm):
         """The call that makes an equal ``Tread``."""
         text = ', '.join(f'{name}={value!r}' for name, value in self._arguments().items())
         return f'Tread({text})'
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against this algorithm in a run: pairs of a setting ('' for the algorithm as such) and a text.
+
+        Args:
+            config: The run's ``tread_composer.config.Config``.
+        """
+        depth = config.depth()
+        try:
+            if depth is not None:
+                check_routes(self.routes, depth)
+        except ValueError as error:
+            yield '', f'{error}; change the route or model.depth'
+            return
+        written, needed = self.token_arguments, config.token_arguments()
+        # Without the setting, the network itself says which arguments follow the tokens.
+        missing = [] if written is None else [name for name in needed if name not in written]
+        if written is not None and missing:
+            text = (
+                f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with '
+                'a row for each token that says where it is in the image; the rows must follow the tokens that a route '
+                'keeps. Leave token_arguments out, or write token_arguments: '
+                f'[{", ".join(dict.fromkeys([*written, *needed]))}]'
+            )
+            yield 'token_arguments', text
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""
