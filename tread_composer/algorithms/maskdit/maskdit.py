@@ -1,5 +1,6 @@
 """``MaskDiT``: draws the kept tokens of every batch, adds the decoder, and masks the loss."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -143,6 +144,40 @@ class MaskDiT(BoundAlgorithm):
                 '(algorithms.tread)'
             )
             yield '', text
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        """Time strings from and until which tokens are saved: the whole run.
+
+        Raises:
+            UserError: Unmasking changes the cost step by step.
+        """
+        if self.unmask_time is not None:
+            raise UserError(f'masking changes during the run (unmask_time {self.unmask_time})')
+        return None, None
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> list[int]:
+        """How many tokens each block of the encoder sees before any is unmasked."""
+        return [num_kept(num_tokens, self.mask_ratio)] * depth
+
+    @contextlib.contextmanager
+    def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
+        """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.
+
+        Args:
+            denoiser: The network; it keeps the decoder.
+            batch_size: Samples of a forward.
+
+        Raises:
+            ValueError: The decoder does not fit the network.
+        """
+        masking = self.attach(denoiser)
+        kept = num_kept(denoiser.num_tokens, self.mask_ratio)
+        unmasked = kept == denoiser.num_tokens
+        masking.arm(None if unmasked else torch.empty(batch_size, kept, dtype=torch.int64, device='meta'))
+        try:
+            yield
+        finally:
+            masking.disarm()
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""

@@ -1,5 +1,6 @@
 """``Tread``: draws a fresh route for every batch and hands it to the model's block list."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -18,7 +19,16 @@ from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, check_routes, keep_lowest
+from tread_composer.routing import (
+    Route,
+    Routing,
+    RoutingError,
+    TokenArguments,
+    apply_tread,
+    check_routes,
+    find_blocks,
+    keep_lowest,
+)
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['Tread']
@@ -160,6 +170,48 @@ class Tread(BoundAlgorithm):
                 f'[{", ".join(dict.fromkeys([*written, *needed]))}]'
             )
             yield 'token_arguments', text
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        """Time strings from and until which tokens are saved; None: from the beginning, to the end."""
+        return self.start_time, self.end_time
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> list[int]:
+        """How many tokens each block sees while routing is on."""
+        counts = [num_tokens] * depth
+        for route in self.routes:
+            start, end = route.span(depth)
+            counts[start : end + 1] = [route.num_kept(num_tokens, self.always_keep)] * (end - start + 1)
+        return counts
+
+    @contextlib.contextmanager
+    def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
+        """Route the training forwards of a network on the meta device, so that their cost can be counted.
+
+        Args:
+            denoiser: The network alone; ``blocks`` are named as in the model around it.
+            batch_size: Samples of a forward.
+
+        Raises:
+            UserError: The network has no blocks of that name.
+        """
+        model = nn.Module()
+        model.denoiser = denoiser
+        for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
+            try:
+                find_blocks(model, path)
+            except ValueError as error:
+                raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
+        routing = apply_tread(denoiser, self.routes, always_keep=self.always_keep)
+        num_tokens = denoiser.num_tokens
+        kept_counts = [route.num_kept(num_tokens, self.always_keep) for route in self.routes]
+        routing.arm(
+            [torch.empty(batch_size, count, dtype=torch.int64, device='meta') for count in kept_counts],
+            num_tokens=num_tokens,
+        )
+        try:
+            yield
+        finally:
+            routing.disarm()
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""
