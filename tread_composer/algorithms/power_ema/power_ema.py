@@ -91,6 +91,11 @@ class PowerEMA(BoundAlgorithm):
         self._previous: str | None = None  # digest of the last snapshot
         self._written = 0  # its batch
 
+    @property
+    def num_averages(self) -> int:
+        """Copies of the trainable weights in float32."""
+        return len(self.widths)
+
     def __repr__(self) -> str:
         """The call that makes an equal ``PowerEMA``."""
         arguments = f'widths={self.widths!r}, interval={self.interval!r}, folder={self.folder!r}'
