@@ -31,7 +31,9 @@ class DigitsData(Strict):
 
     name: Literal['digits'] = 'digits'
     local: str
+    """Folder of the shards."""
     num_workers: Count = 0
+    """Reading processes per rank."""
     shuffle_seed: Count | None = None
     """Seed of the order of the samples; the run's seed if null."""
 
@@ -43,14 +45,19 @@ class LatentsData(Strict):
     local: str
     """Folder with one data set a split."""
     train_split: Annotated[str, Field(min_length=1)] = 'train'
+    """Name of the sub-folder to train on."""
     eval_split: Annotated[str, Field(min_length=1)] | None = 'val'
     """null trains without evaluation."""
     remote: str | None = None
+    """URI to stream from, such as ``s3://bucket/imagenet256``; ``local`` is then the cache."""
     kind: Literal['pixels', 'samples', 'moments'] | None = None
     """This and the next three: what the data must say of themselves; null takes what they say."""
     channels: Positive | None = None
+    """Channels of the latents."""
     latent_size: Positive | None = None
+    """Side of the latents in pixels."""
     num_classes: Count | None = None
+    """Number of classes; 0 is unconditional."""
     mirror: bool | None = None
     """Take the latents of the mirrored image half of the time; null does so where the data have them."""
     in_memory: bool = False
@@ -62,11 +69,15 @@ class LatentsData(Strict):
     cache_limit: Positive | str | None = None
     """Bytes kept on the local disk, as a number or such as ``200gb``; needs ``remote``."""
     predownload: Positive | None = None
+    """Samples fetched ahead per worker; needs ``remote``."""
     num_canonical_nodes: Positive = 1
     """Paths through the shards that the order is made of; see ``data.latents.LatentDataset``."""
     validate_hash: str | None = None
+    """Hash to check of each shard that is read, such as ``xxh64``."""
     download_retry: Count = 2
+    """Attempts after a failed download."""
     download_timeout: Above0 = 60.0
+    """Seconds before a download counts as failed."""
 
 
 class PerChannelNormalization(Strict):
@@ -81,28 +92,45 @@ class Config(TrainerSettings):
     """A whole run. Keywords of the Trainer stand beside the sections, under Composer's names."""
 
     run_name: Annotated[str, Field(min_length=1)]
+    """Identifies the run: its folder, its MLflow run, its checkpoints."""
     seed: Count = 17
+    """Of weights, batches, noise, times, routes and label dropout."""
     global_train_batch_size: Positive
+    """Samples per step over all ranks; must be a multiple of the ranks."""
     global_eval_batch_size: Positive
+    """Samples per evaluation step over all ranks."""
     data: DigitsData | LatentsData = Field(discriminator='name')
+    """What is trained on; see the two sections below."""
     autoencoder: ComponentField
+    """What made the latents and decodes samples."""
     model: ComponentField
+    """The network; ``dit`` without a name."""
     objective: ComponentField
+    """What the network learns."""
     latent_scale: OneOrPerChannel = 1.0
+    """``latents = (raw - shift) * scale``; one number or one per channel."""
     latent_shift: OneOrPerChannel = 0.0
+    """As ``latent_scale``."""
     latent_normalization: PerChannelNormalization | None = None
-    """Instead of numbers for the two above: ``normalized`` puts them there."""
+    """Instead of numbers for the two above: computed from the training data's manifest."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of labels replaced by the null label in training, for classifier-free guidance."""
     compile: bool = False
+    """``torch.compile``: the whole model in one process, each block in several."""
     on_nonfinite: OnNonfinite = 'stop'
     """What to do with a batch whose gradient is not finite; see ``callbacks.update_guard``."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A gradient norm above this multiple of the running median counts as not finite; null accepts any."""
     optimizer: ComponentField
+    """By name, with the constructor's own arguments."""
     scheduler: ComponentField = Component('scheduler', 'constant')
+    """Of the learning rate."""
     algorithms: dict[str, ComponentField] = Field(default={})
+    """Name to arguments."""
     callbacks: dict[str, ComponentField] = Field(default={})
+    """Name to arguments."""
     loggers: dict[str, ComponentField] = Field(default={})
+    """Name to arguments."""
 
     def routes(self) -> list[Route]:
         """The routes of all algorithms that have some."""

@@ -1,0 +1,126 @@
+"""Write ``docs/configuration_reference.md``: every setting of a YAML file, read from the constructors themselves.
+
+Run it after a change of a constructor or of its docstring: ``python docs/reference.py``.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from pydantic.fields import FieldInfo
+
+from tread_composer.config.components import component_schema
+from tread_composer.config.registry import KINDS, is_ours, part_names, resolve
+from tread_composer.config.tree import Config, DigitsData, LatentsData, PerChannelNormalization
+
+PAGE = Path(__file__).parent / 'configuration_reference.md'
+HEAD = """# Reference of the configuration
+
+Made by `python docs/reference.py` from the constructors and their docstrings; a test holds it equal to what that
+prints. Do not edit it. How they fit together: [configuration.md](configuration.md). Times are time strings of Composer
+(`200ba`, `80ep`, `0.92dur`). Torch's optimizers take the arguments that your torch documents; arguments of Composer's
+parts are explained in
+[Composer's documentation](https://docs.mosaicml.com/projects/composer/en/stable/).
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    sections = [HEAD, *_config(), *(line for kind in KINDS for line in _kind(kind))]
+    return '\n'.join(sections).rstrip() + '\n'
+
+
+def _config() -> Iterator[str]:
+    ours = {name: entry for name, entry in Config.model_fields.items() if name in Config.__annotations__}
+    yield '## Top level\n'
+    yield from _table(ours, _attribute_docs(Config))
+    for section in (DigitsData, LatentsData, PerChannelNormalization):
+        key = 'latent_normalization' if section is PerChannelNormalization else 'data'
+        yield f'\n## `{key}: {{name: {section.model_fields["name"].default}}}`\n\n{_summary(section)}\n'
+        yield from _table(section.model_fields, _attribute_docs(section))
+    keywords = {name: entry for name, entry in Config.model_fields.items() if name not in Config.__annotations__}
+    yield "\n## Keywords of Composer's Trainer\n"
+    yield from _table(keywords, _argument_docs(Trainer))
+
+
+def _kind(kind: str) -> Iterator[str]:
+    ours = [name for name in part_names(kind) if is_ours(kind, name)]
+    others = [name for name in part_names(kind) if not is_ours(kind, name)]
+    for name in ours:
+        target = resolve(kind, name)
+        yield f'\n## {kind} `{name}`\n\n{_summary(target)}\n'
+        yield from _table(component_schema(kind, name).model_fields, _argument_docs(target))
+    if not others:
+        return
+    yield f"\n## {kind}: Composer's and torch's\n\n| name | arguments and defaults |\n|---|---|"
+    for name in others:
+        is_torch = resolve(kind, name).__module__.startswith('torch.')
+        yield f'| `{name}` | {"as torch documents them" if is_torch else _signature(kind, name)} |'
+
+
+def _signature(kind: str, name: str) -> str:
+    try:
+        fields = component_schema(kind, name).model_fields
+    except ImportError as error:
+        return f'needs a package: {error}'
+    return ', '.join(f'`{key}` {_default(entry)}' for key, entry in fields.items()) or 'none'
+
+
+def _table(fields: dict[str, FieldInfo], docs: dict[str, str]) -> Iterator[str]:
+    if not fields:
+        yield 'No settings.'
+        return
+    yield '| key | default | purpose |\n|---|---|---|'
+    for name, entry in fields.items():
+        yield f'| `{name}` | {_default(entry)} | {_cell(docs.get(name, ""))} |'
+
+
+def _default(entry: FieldInfo) -> str:
+    if entry.is_required():
+        return 'required'
+    value = entry.default
+    if hasattr(value, 'to_plain'):
+        return f'`{value.name}`'
+    if hasattr(value, 'value'):  # an enumeration, written as its value
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return '`null`' if value is None else f'`{str(value).lower()}`'
+    return f'`{value}`' if isinstance(value, (int, float, str, list, tuple, dict)) else 'its own'
+
+
+def _summary(target: Any) -> str:
+    return ' '.join((inspect.getdoc(target) or '').split('\n\n')[0].replace('``', '`').split())
+
+
+def _argument_docs(target: Callable[..., Any]) -> dict[str, str]:
+    """Argument -> text of the ``Args`` of a class, its constructor and its bases, or of a function."""
+    owners: list[Any] = [target]
+    if inspect.isclass(target):  # what a class says of an argument goes before what its base says
+        owners = [owner for base in reversed(inspect.getmro(target)) for owner in (base, base.__init__)]
+    docs: dict[str, str] = {}
+    for owner in owners:
+        text = inspect.getdoc(owner) or ''
+        block = re.search(r'^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)', text, re.MULTILINE)
+        if block is None:
+            continue
+        entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[1], re.MULTILINE)
+        docs |= {name: body.partition('\n\n')[0] for name, body in entries}
+    return docs
+
+
+def _attribute_docs(target: type) -> dict[str, str]:
+    """Field -> the string below it in the source."""
+    source = inspect.getsource(target)
+    return dict(re.findall(r'^    (\w+): .*\n    """(.*?)"""', source, re.MULTILINE))
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r':\w+:`[~.]*([^`]+)`', r'`\1`', ' '.join(text.split()))
+    return text.replace('``', '`').replace('|', '\\|').strip()
+
+
+if __name__ == '__main__':
+    PAGE.write_text(reference())

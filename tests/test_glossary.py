@@ -1,0 +1,46 @@
+"""The glossary of metrics and the reference of the configuration hold: against real runs, and against the code."""
+
+import re
+import runpy
+
+import pytest
+from composer.loggers import InMemoryLogger
+
+from tests.runs import ROOT
+from tests.trained_runs import SMALL, YAMLS
+from tread_composer.builders.trainer import build_trainer
+from tread_composer.config import load_config
+
+# Composer's own counters of a run: its documentation explains them.
+COMPOSERS = re.compile(r'(?:trainer|time|throughput|wall_clock|lr-|optimizer_schedule)\b.*')
+SAMPLED = 'callbacks.digits_quality={num_samples: 10, num_steps: 1, sampler: euler}'
+RUNS = {
+    'digits_tread.yaml': {'loss/train/total', 'tread/kept_tokens', 'gradient_norm', 'digits/recognised'},
+    'digits_maskdit.yaml': {'maskdit/mask_ratio', 'maskdit/kept_tokens'},
+}
+
+
+def glossary() -> set[str]:
+    """The keys in the first column of the table."""
+    rows = re.findall(r'^\| (`.*?) \|', (ROOT / 'docs' / 'metrics.md').read_text(), re.MULTILINE)
+    return {key for row in rows for key in re.findall(r'`([^`]+)`', row)}
+
+
+@pytest.mark.parametrize('yaml', RUNS)
+def test_every_logged_number_is_in_the_glossary(yaml, tmp_path):
+    words = [f'data.local={tmp_path / "data"}', f'save_folder={tmp_path / "run"}', 'eval_interval=2ba']
+    settings = [word for word in SMALL if 'eval_interval' not in word and 'digits_quality' not in word]
+    config = load_config(YAMLS / yaml, [*settings, *words, SAMPLED, 'loggers.in_memory_logger={}'])
+    trainer = build_trainer(config)
+    trainer.fit()
+    (logger,) = (each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger))
+    logged = {key for key in logger.data if not COMPOSERS.fullmatch(key)}
+    trainer.close()
+    assert logged >= RUNS[yaml]
+    explained = glossary() | {f'metrics/eval/loss_time_quarter_{quarter}' for quarter in (2, 3)}
+    assert not logged - explained
+
+
+def test_the_reference_is_what_the_constructors_say():
+    made = runpy.run_path(str(ROOT / 'docs' / 'reference.py'))
+    assert (ROOT / 'docs' / 'configuration_reference.md').read_text() == made['reference']()
