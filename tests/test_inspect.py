@@ -23,7 +23,7 @@ from tread_composer.advisor import (
     recommended_route,
     token_similarity,
 )
-from tread_composer.advisor.noising import network_call
+from tread_composer.advisor.inspection import network_call
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config, restore_config
 from tread_composer.core.randomness import KeyedRandom
@@ -241,13 +241,13 @@ def test_a_route_is_read_off_its_row():
 class Block(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.mix = nn.Conv1d(width, width, 3, padding=1)
+        self.mix = nn.Linear(width, width)
 
-    def forward(self, hidden, temb, rope, encoder_hidden_states=None, attention_mask=None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden):
         raise AssertionError('advice runs nothing')
 
 
-def test_an_unknown_model_gets_a_route_its_reasons_and_questions():
+def test_an_unknown_model_gets_a_route_and_its_reasons():
     model = nn.Module()
     model.first, model.second = (nn.ModuleList(Block() for _ in range(depth)) for depth in (12, 4))
     with pytest.raises(ValueError, match=r"'first' \(12 blocks\), 'second' \(4 blocks\)"):
@@ -255,18 +255,8 @@ def test_an_unknown_model_gets_a_route_its_reasons_and_questions():
     advice = propose_route(model, 'first')
     assert advice.arguments == {'start': 2, 'end': -4, 'selection_rate': 0.5, 'blocks': 'first'}
     assert (advice.depth, advice.route, advice.rule) == (12, Route(2, -4, 0.5), 'authors')
-    text = format_advice(advice)
-    for words in (
-        'blocks 2 to 8 of 0 to 11',
-        "tokens: 'hidden'",
-        "token_arguments=['rope', 'attention_mask']",
-        'encoder_hidden_states: of another sequence',
-        'temb: one entry for each sample?',
-        'the blocks return a tuple',
-        'mix: a convolution mixes neighbours',
-    ):
-        assert words in ' '.join(text.split()), words
-    assert 'check' not in format_advice(advice, questions=False)
+    text = ' '.join(format_advice(advice).split())
+    assert 'blocks 2 to 8 of 0 to 11' in text and "because the authors' rule" in text
     assert propose_route(model, 'second').rule == 'scaled'
 
 
@@ -280,21 +270,16 @@ def test_each_backbone_of_ours_can_be_looked_at(yaml):
     assert token_similarity(denoiser, [lambda: denoiser(*inputs(2))]).mean[0, 8] < 0.999
 
 
-def test_what_the_model_tells_is_not_asked():
+def test_what_a_model_declares_is_taken():
     with torch.device('meta'):
         model = tiny_dit(depth=8).to('meta')
     advice = propose_route(model)
     assert advice.arguments == {'start': 2, 'end': -4, 'selection_rate': 0.5}
-    assert not any('tuple' in question for question in advice.questions)  # annotated: a tensor
     model.token_arguments = ('condition_BD',)
     told = propose_route(model)
     assert told.arguments['token_arguments'] == ('condition_BD',)
-    assert any('condition_BD' in one for one in advice.questions) and not any('condition' in o for o in told.questions)
     apply_tread(model, Route(1, 2, 0.5))
     assert any('routed already (blocks 1 to 2)' in reason for reason in propose_route(model).reasons)
-    mixed = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, width, batch_first=True) for width in (8, 8, 16, 8)))
-    questions = ' '.join(propose_route(mixed).questions)
-    assert 'src_mask' in questions and 'parameters: tokens must have one width' in questions
 
 
 @pytest.mark.parametrize(
