@@ -29,7 +29,6 @@ __all__ = ['Evaluation']
 
 log = logging.getLogger(__name__)
 
-Features = Literal['inception', 'digits']
 Labels = Literal['balanced', 'random']
 
 
@@ -49,7 +48,7 @@ class Evaluation(Callback):
         reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
         interval: A Composer time string. (Default: only at the end.)
         metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
-        features: ``'inception'``; or ``'digits'``, whose metrics are called ``fd_digits``, ``kd_digits``, ...
+        features: Of ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called ``fd_digits``.
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
@@ -78,7 +77,7 @@ class Evaluation(Callback):
         interval: str | None = None,
         *,
         metrics: Sequence[str] = ('fid',),
-        features: Features = 'inception',
+        features: str = 'inception',
         inception: str | None = None,
         inception_sha256: str | None = None,
         num_samples: int = 10_000,

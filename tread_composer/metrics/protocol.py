@@ -18,6 +18,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.io.files import write_json
 from tread_composer.io.locks import locked
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'UINT8_RULE',
@@ -175,6 +176,7 @@ def result(
     weights_digest: str | None = None,
     spread: float | None = None,
     unit: str | None = None,
+    better: Better | None = None,
 ) -> dict[str, Any]:
     """One entry of ``results.json``.
 
@@ -190,6 +192,7 @@ def result(
         weights_digest: Of the weights, if known; not part of the protocol.
         spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
         unit: What one of the value is.
+        better: Which of two values is better, for readers that do not have the metric.
 
     Raises:
         UserError: The value is not finite, so there is nothing to report.
@@ -201,6 +204,7 @@ def result(
         'value': float(value),
         'spread': spread,
         'unit': unit,
+        'better': better,
         'protocol': protocol.to_dict(),
         'weights_digest': weights_digest,
         'run': run,
