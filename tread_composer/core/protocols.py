@@ -166,7 +166,7 @@ class ReverseChain(Objective, Protocol):
 
 
 class AlgorithmFacts(Protocol):
-    """What a Composer ``Algorithm`` may say of itself; each method is optional, and an algorithm without them trains too.
+    """What a Composer ``Algorithm`` may say of itself. Each method is optional.
 
     The configuration asks for ``problems``; ``plan`` and ``compare`` ask for the others. Besides these methods:
     ``incompatible_with``, a class attribute (see ``algorithms.rules``); ``num_averages``, the copies of the trainable
