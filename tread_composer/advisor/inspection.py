@@ -17,6 +17,7 @@ from tread_composer.advisor.latents import RealLatents, read_latents
 from tread_composer.advisor.placement import candidate_spans
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+from tread_composer.algorithms.tread import Tread
 from tread_composer.builders.cost import count_macs
 from tread_composer.builders.model import build_denoiser
 from tread_composer.core.batch import POSTERIOR_NOISE, RAW_LATENTS
@@ -236,7 +237,7 @@ def _suggestions(
             continue
         candidate = ranked[spans.index(span)]
         alike = [float(similarity.mean[candidate.start, candidate.end + 1]) for similarity in maps.values()]
-        ratio = dense / count_macs(_fresh(trained), facts, [Route(*span, rate)])
+        ratio = dense / count_macs(_fresh(trained), facts, {'tread': Tread(*span, rate)})
         suggestions.append(Suggestion(candidate, spans.index(span) + 1, (min(alike), max(alike)), ratio))
     return tuple(suggestions)
 

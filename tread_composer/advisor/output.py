@@ -15,6 +15,7 @@ from tread_composer.advisor.inspection import Inspection
 from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
+from tread_composer.io.table import text_table
 
 __all__ = ['draw_inspection', 'format_inspection', 'write_inspection']
 
@@ -137,7 +138,8 @@ def _table(inspection: Inspection) -> list[str]:
         return ['no candidates: too few blocks']
     advice = inspection.advice
     proposed = None if advice.route is None else advice.route.span(advice.depth)
-    rows = [('rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', '')]
+    head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
+    rows = []
     for one in inspection.suggestions:
         span = one.candidate.start, one.candidate.end
         marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
@@ -152,14 +154,9 @@ def _table(inspection: Inspection) -> list[str]:
                 ', '.join(marks),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        '  '.join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'
-        for row in rows
-    ]
     return [
         f'what the map says of the {inspection.num_candidates} routes that keep to the guidelines',
-        *(line.rstrip() for line in table),
+        text_table(head, rows, 'rrrrrrl'),
         SCORE_RULE,
         'evidence, not truth: nobody has trained these routes to test the score',
     ]

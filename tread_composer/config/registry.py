@@ -21,10 +21,12 @@ from composer.core import Algorithm, Callback
 from composer.optim import ComposerScheduler
 
 from tread_composer.autoencoders import AUTOENCODERS
-from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.named import import_named, is_reference, part_named
 from tread_composer.core.protocols import Autoencoder, Backbone, Objective, TimeDistribution, Weighting
+from tread_composer.metrics import FEATURES, METRICS
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
+from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
     'FROM_DATA',
@@ -46,6 +48,14 @@ SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'weighting': WEIGHTINGS,
 }
 """Kinds that only we have, by the tables of their rooms: a run has one of each, in a section that says its ``name``."""
+
+MEASURING: Mapping[str, Mapping[str, Any]] = {
+    'sampler': SAMPLERS,
+    'guidance': GUIDANCE,
+    'metric': METRICS,
+    'features': FEATURES,
+}
+"""Kinds that callbacks and commands name in a setting, such as ``callbacks.evaluation.metrics``."""
 
 KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler', *SECTIONS)
 
@@ -102,15 +112,20 @@ def part_names(kind: str) -> list[str]:
 def list_parts() -> list[tuple[str, str, str, str]]:
     """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
     rows = []
-    parts = ((kind, name) for kind in KINDS for name in part_names(kind))
-    for kind, name in parts:
+    parts = [(kind, name, resolve) for kind in KINDS for name in part_names(kind)]
+    parts += [(kind, name, _measuring_part) for kind, table in MEASURING.items() for name in table]
+    for kind, name, find in parts:
         try:
-            target = resolve(kind, name)
+            target = find(kind, name)
             text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             text, owner = f'cannot be used here: {error}', 'tread_composer'
         rows.append((kind, name, _OWNERS.get(owner, owner), ' '.join(text.split())))
     return rows
+
+
+def _measuring_part(kind: str, name: str) -> Any:
+    return part_named(name, MEASURING[kind])
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
