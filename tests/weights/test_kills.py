@@ -10,11 +10,11 @@ import torch
 
 from tests.runs import ROOT, assert_same_training, checkpoint, launch
 from tests.weights.short_runs import NAME, WORDS, YAML, Trap, again, batch_of, folder_of, names, refused, sharded
+from tread_composer.cli import main
 
 
 def export(root):
-    words = ('-m', 'tread_composer', 'export', str(folder_of(root)), '--out', str(root / 'out.safetensors'))
-    return launch(root, [sys.executable, *words])
+    return main(['export', str(folder_of(root)), '--out', str(root / 'out.safetensors')])
 
 
 def assert_ended_as(root, whole):
@@ -139,8 +139,7 @@ def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, 
     (folder_of(copy) / batch_of(6)).rename(folder_of(copy) / 'ep0-rank0.pt')
     (folder_of(copy) / 'latest-rank0.pt').unlink()
     (folder_of(copy) / 'latest-rank0.pt').symlink_to('ep0-rank0.pt')
-    done = export(copy)
-    assert done.returncode == 0, done.stderr
+    assert export(copy) == 0
     done = again(copy, 'model.hidden_size=32')
     assert done.returncode == 2 and 'hidden_size' in done.stderr, done.stderr
     done = again(copy)

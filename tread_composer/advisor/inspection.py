@@ -128,7 +128,7 @@ def inspect_run(request: Request) -> Inspection:
             }
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
-    mean = torch.stack([one.mean for one in maps.values()]).mean(0)
+    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)
     depth = len(mean) - 1
     routes = tuple(route.span(depth) for route in trained.routes)
     advice = propose_route(fresh, blocks)
@@ -226,20 +226,20 @@ def _suggestions(
     advice: RouteAdvice,
     routes: Sequence[tuple[int, int]],
 ) -> tuple[Suggestion, ...]:
-    spans = [(one.start, one.end) for one in ranked]
-    wanted = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
+    spans = [(candidate.start, candidate.end) for candidate in ranked]
+    selected = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
     dense = count_macs(_fresh(trained), facts)
-    found = []
-    for span in dict.fromkeys(wanted):
+    suggestions = []
+    for span in dict.fromkeys(selected):
         if span not in spans:  # a route of the run that the guidelines would not have
             continue
-        one = ranked[spans.index(span)]
-        alike = [float(each.mean[one.start, one.end + 1]) for each in maps.values()]
+        candidate = ranked[spans.index(span)]
+        alike = [float(similarity.mean[candidate.start, candidate.end + 1]) for similarity in maps.values()]
         ratio = dense / count_macs(_fresh(trained), facts, {'tread': Tread(*span, rate)})
-        found.append(Suggestion(one, spans.index(span) + 1, (min(alike), max(alike)), ratio))
-    return tuple(found)
+        suggestions.append(Suggestion(candidate, spans.index(span) + 1, (min(alike), max(alike)), ratio))
+    return tuple(suggestions)
 
 
 def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> tuple[str, ...]:

@@ -110,13 +110,13 @@ def format_inspection(inspection: Inspection) -> str:
 
 
 def _yaml(inspection: Inspection) -> list[str]:
-    given = dict(inspection.advice.arguments)
-    if not given:
+    arguments = dict(inspection.advice.arguments)
+    if not arguments:
         return []
-    given.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
+    arguments.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
     words = [
         f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
-        for name, value in given.items()
+        for name, value in arguments.items()
     ]
     return [f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}']
 

@@ -254,13 +254,13 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.weights.export import export_in_words
-        from tread_composer.weights.foreign import Said, import_weights
+        from tread_composer.weights.foreign import Hints, import_weights
 
     names = (
         'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
         'route', 'batch',
     )  # fmt: skip
-    said = Said(**{name: getattr(options, name) for name in names})
+    said = Hints(**{name: getattr(options, name) for name in names})
     how = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
     done = import_weights(options.path, options.out, said, **how)
     print(export_in_words(done))
