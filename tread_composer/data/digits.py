@@ -17,10 +17,10 @@ from sklearn.datasets import load_digits
 from streaming import MDSWriter
 
 import tread_composer
+from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
-from tread_composer.core.errors import UserError
 from tread_composer.io.files import to_disk
 from tread_composer.io.locks import locked
 
