@@ -36,7 +36,7 @@ Each sample's numbers depend on its own seed and on ``step`` alone: not on the b
 
 
 class Denoiser(Protocol):
-    """The network: noisy latents, what it is told about the noise level, labels -> prediction."""
+    """The network: noisy latents, a number for the noise level, labels -> prediction."""
 
     num_tokens: int
     """Tokens that its blocks see for one image: lets ``Tread`` draw routes before the forward pass."""

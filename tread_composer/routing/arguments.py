@@ -88,20 +88,15 @@ class TokenArgument:
         return f'{self.argument.name}: {options}'
 
     def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, int], kept: Tensor) -> Any:
-        """The argument's value for the kept tokens; None if the call does not have it.
-
-        Args:
-            args: The arguments of the call by position.
-            kwargs: The arguments of the call by name.
-            shape: B and N of the full sequence.
-            kept: Kept ids.
+        """The argument's value for the kept tokens of a sequence of B samples x N tokens; None if the call lacks it.
 
         Raises:
-            RoutingError: The argument's shape is not what was said of it.
+            RoutingError: The argument's shape contradicts the setting.
         """
         value = self.argument.value(args, kwargs)
         if value is None:
             return None
+        # Entries of other tokens in the same table, such as text before the image: they all stay.
         around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
         return self._members(value, shape, around, kept)
 
@@ -145,6 +140,7 @@ class TokenArgument:
     ) -> Tensor:
         if not isinstance(value, Tensor):
             raise self._mismatch(value, shape, around, member)
+        # take_along counts dimensions from the front.
         dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
         length = shape[1] + sum(around) - self.without_first
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
@@ -154,11 +150,11 @@ class TokenArgument:
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
-        if 0 not in dims and value.shape[0] not in (1, shape[0]):
+        if 0 not in dims and value.shape[0] not in (1, shape[0]):  # 1: for all samples alike
             raise self._mismatch(value, shape, around, member)
-        if self.without_first:
+        if self.without_first:  # those tokens are always kept, so they are the first ids
             kept = kept[:, self.without_first :] - self.without_first
-        for dim in dims:
+        for dim in dims:  # a mask [B, 1, N, N] loses rows, then columns
             value = take_along(value, kept, dim, *around)
         return value
 
@@ -172,6 +168,7 @@ class TokenArgument:
             expected = f'a tensor with {count} tokens{beside} in dimension {" and ".join(map(str, self.dims))}'
         remedy = ''
         if self.dims == (1,) and isinstance(value, Tensor) and value.dim() > 0:
+            # Batch dimensions are counted from the front, the others from the back, as users write them.
             at = [dim - value.dim() if dim > 1 else dim for dim, size in enumerate(value.shape) if size == tokens]
             if at:
                 shared = ', shared=True' if 0 in at else ''

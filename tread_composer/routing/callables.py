@@ -46,6 +46,7 @@ def calls_of(
         if route is not None:
             if taps or route.wraps(index):
                 call = OnRoute(route, block, call, index, taps)
+            # From here on an error may come of what the route has shortened.
             if index == route.end and route.explains:
                 passed.append(route)
         elif taps or passed:
@@ -87,7 +88,7 @@ class OffRoute(_StandIn):
             _refuse_reentrant(self.with_grad, f'block {self.index}')
         out = self._explained(args, kwargs) if self.passed else self.call(*args, **kwargs)
         for slot in self.slots:
-            slot.put(out, None)
+            slot.put(out, None)  # all tokens
         return out
 
     def _explained(self, args: Any, kwargs: Any) -> Any:
@@ -108,7 +109,7 @@ class OnRoute(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route, starts = self.route, self.index == self.route.start
-        if starts:
+        if starts:  # again in a recomputation: the pass remembers its ids
             route.enter(args, kwargs)
         reduced_args, reduced_kwargs = route.reduced(args, kwargs, starts=starts)
         if route.watched:
@@ -116,6 +117,7 @@ class OnRoute(_StandIn):
         else:
             out = self.call(*reduced_args, **reduced_kwargs)
         for slot in self.slots:
+            # Before the tokens are put back: what the block itself returned.
             slot.put(route.tokens_of(out), route.ids)
         return route.leave(out) if self.index == route.end else out
 
@@ -183,6 +185,7 @@ def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        # Autocast is switched off for the device of the tokens.
         device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
         with torch.autocast(device.type, enabled=False):
             return block(*(widen(a) for a in args), **{name: widen(a) for name, a in kwargs.items()})

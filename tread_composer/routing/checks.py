@@ -60,14 +60,18 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
     moved, changed = run(order, False), run(None, True)
     if out is None or moved is None or changed is None:
         return Verdict(None, False)
+    # Tolerance: a sum over tokens in another order is off by some hundred roundings of the block's own contribution,
+    # out - x, and a residual stream adds some roundings of itself.
     eps = _rounding(x_BKD, out.dtype)
     out, moved, changed = out.float(), moved.float(), changed.float()
     scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
     tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
     if num_kept - sum(fixed) < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
         return Verdict(None, False)
+    # f(P x) = P f(x) for every permutation P of the tokens.
     if (moved - out[:, order]).abs().max().item() > tolerance:
         return Verdict(_BY_POSITION, True)
+    # Only the first sample was changed, so the others must not move.
     if batch_size > 1 and (changed - out)[1:].abs().max().item() > tolerance:
         return Verdict(_ACROSS_SAMPLES, True)
     return Verdict(None, True)
@@ -88,7 +92,7 @@ def _reordered(num_kept: int, leading: int, trailing: int) -> Tensor:
     """A permutation of the tokens between the fixed ones, always the same, that is not the identity."""
     moved = torch.randperm(num_kept - leading - trailing, generator=torch.Generator().manual_seed(0))
     if torch.equal(moved, torch.arange(len(moved))):
-        moved = moved.flip(0)
+        moved = moved.flip(0)  # few tokens: the drawn order may be the identity
     places = torch.arange(num_kept)
     return torch.cat([places[:leading], moved + leading, places[num_kept - trailing :]])
 
@@ -100,7 +104,7 @@ def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
     if torch.is_autocast_enabled(device):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if x_BKD.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != 'highest'):
-        eps = max(eps, 2.0**-10)
+        eps = max(eps, 2.0**-10)  # TF32 keeps 10 bits of each factor
     return eps
 
 
@@ -174,13 +178,9 @@ def copied(value: Any) -> Any:
 
 
 def explained(error: Exception, name: str, counts: tuple[int, int], values: Sequence[tuple[str, Any]]) -> Exception:
-    """The error of a block on some of its tokens, with what that may have to do with it.
+    """The error of a block (``name``) on K of N tokens (``counts``), with what that may have to do with it.
 
-    Args:
-        error: What the block raised.
-        name: The block, in words.
-        counts: Kept tokens and all tokens.
-        values: The call's arguments with their names.
+    ``values`` are the call's arguments with their names.
     """
     if 'out of memory' in str(error) or isinstance(error, RoutingError) or counts[0] == counts[1]:
         return error  # Composer reads the first; the last has nothing to do with routing
@@ -200,11 +200,7 @@ def explained_behind(
 ) -> Exception:
     """The error of a block behind a route, which runs on all tokens, where an argument still has the kept ones only.
 
-    Args:
-        error: What the block raised.
-        name: The block, in words.
-        counts: Kept tokens and all tokens of each route that was passed.
-        values: The call's arguments with their names.
+    ``counts`` are K and N of each route that was passed, ``values`` the call's arguments with their names.
     """
     if 'out of memory' in str(error) or isinstance(error, RoutingError):
         return error

@@ -1,4 +1,4 @@
-"""``find_settings``: what ``apply_tread`` must be told of a model, found by running it.
+"""``find_settings``: the arguments of ``apply_tread`` for a model, found by running it.
 
 The decisive trial keeps *all* tokens, in another order: the model's output is then the dense one if and only if
 everything that belongs to a token follows it and the blocks treat tokens as a set. No guess survives it unnoticed.
@@ -159,6 +159,7 @@ def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, list[str
     ]
     if not fits:
         return None
+    # Image tokens outnumber text in nearly every model; a person sees the note where both fit.
     most, name, position = max(fits, key=lambda fit: fit[0])
     rivals = sorted({rival for _, rival, _ in fits if rival != name})
     if not rivals:
@@ -189,10 +190,10 @@ def _of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterato
     for count in range(len(dims), 0, -1):  # all of them first: a mask [N, N]
         for subset in itertools.combinations(dims, count):
             yield subset[0] if count == 1 else list(subset)
-    for text, length in texts.items():
+    for text, length in texts.items():  # tables of text and image together, in either order
         for dim, side in itertools.product(at(num_tokens + length), ('after', 'before')):
             yield {'dims': dim, side: text}
-    for missing in range(1, min(6, num_tokens)):
+    for missing in range(1, min(6, num_tokens)):  # class token and up to four registers have no position
         for dim in at(num_tokens - missing):
             yield {'dims': dim, 'without_first': missing}
 
@@ -213,15 +214,7 @@ def _written(chosen: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Trials:
-    """Runs of the model with settings that may be right.
-
-    Args:
-        model: The model.
-        run: Makes a forward pass.
-        path: Path of the block list.
-        depth: Number of its blocks.
-        dense: The model's output without a route.
-    """
+    """Runs of the model with settings that may be right, compared with its ``dense`` output."""
 
     model: nn.Module
     run: Callable[[nn.Module], Any]
@@ -233,6 +226,7 @@ class _Trials:
         """Whether all tokens, in another order on the route, give the dense output."""
         fixed, samples = settings.get('always_keep', 0), 1 if settings.get('shared') else shape[0]
         generator = torch.Generator().manual_seed(0)
+        # A permutation of the tokens that may move, another for each sample.
         orders = [torch.randperm(shape[1] - fixed, generator=generator) + fixed for _ in range(samples)]
         kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])
         kept = kept.to(next(self.model.parameters()).device)
@@ -241,6 +235,7 @@ class _Trials:
         routing = apply_tread(self.model, route, blocks=self.path, ordered=True, **settings)
         with routing.forced([kept], num_tokens=shape[1]):
             moved = _run(self.model, self.run)
+        # Float32 sums in another order; a wrong setting is off by orders of magnitude more.
         close = [
             x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
             for x, y in zip(moved, self.dense, strict=True)
@@ -250,6 +245,7 @@ class _Trials:
     def fault_in_training(self, settings: dict[str, Any]) -> str | None:
         """What a routed forward pass in training mode, with all its checks, says against the settings."""
         remove_tread(self.model)
+        # Half of the tokens, so that whatever counts them fails.
         apply_tread(self.model, Route(*_inner(self.depth), 0.5), blocks=self.path, **settings)
         self.model.train()
         try:

@@ -106,7 +106,7 @@ class Pass:
                 self.record.forwards += 1
                 if self.probed and self.record.forwards in PROBED_FORWARDS:
                     self._begin_probe(x)
-        self.record.used = True
+        self.record.used = True  # in compiled passes too, hence a plain assignment
 
     def _begin_probe(self, x: Tensor) -> None:
         if type(x) is Tensor and x.device.type != 'meta':
@@ -117,9 +117,9 @@ class Pass:
     ) -> Call:
         """The call's arguments for the kept tokens, in another order if one is given."""
         original, kept, tokens = (args, kwargs), self.ids, self.settings.tokens
-        if order is not None:
+        if order is not None:  # the probe's: the kept tokens, and whatever follows them, in another order
             kept = kept[:, order]
-        if starts:
+        if starts:  # [B, N, D] -> [B, K, D]; later blocks are given [B, K, D] by the block before
             args, kwargs = tokens.replaced(args, kwargs, take_kept(self.full, kept.expand(len(self.full), -1)))
         elif order is not None:
             args, kwargs = tokens.replaced(args, kwargs, tokens.value(args, kwargs)[:, order])
@@ -144,9 +144,10 @@ class Pass:
                 'their places are not known: a block, or the model between two blocks, adds or drops tokens. End the '
                 'route before that block'
             )
-        restored = put_back(self.full, x, kept)
+        restored = put_back(self.full, x, kept)  # [B, K, D] -> [B, N, D]
         if self.probe is not None:
             self._end_probe(self.probe, restored)
+        # Other members of a tuple go on as they are: they are none of the tokens.
         if isinstance(out, Tensor):
             return restored
         assert position is not None

@@ -42,10 +42,7 @@ class Probe:
     def fault(self, block: nn.Module, call: Callable[..., Any], reduced: Callable[[Tensor | None], Call]) -> str | None:
         """Why this block cannot be routed, as far as trying shows it; None if nothing speaks against it.
 
-        Args:
-            block: The block's module.
-            call: Calls it.
-            reduced: The call's arguments for the kept tokens, in another order ``[K]`` if one is given.
+        ``reduced`` gives the call's arguments for the kept tokens, in another order ``[K]`` if one is given.
         """
         tokens = self.settings.tokens
         for name in hooks_of_users(block):
@@ -62,13 +59,14 @@ class Probe:
             args, kwargs = copied(args), copied(kwargs)  # a block may write into its arguments
             if changed:
                 x = tokens.value(args, kwargs).clone()
-                x[0] = 1 - x[0]
+                x[0] = 1 - x[0]  # other contents of the same size; x = 1/2 everywhere would be the one fixed point
                 args, kwargs = tokens.replaced(args, kwargs, x)
             return output_tokens(call(*args, **kwargs), self.settings.tokens_out)
 
         # Nothing before: a model that checkpoints its own blocks counts the tensors saved for the backward pass.
         with undisturbed(block, self.device):
             verdict = probe(run, tokens.value(*reduced(None)), self.settings.always_keep)
+        # One block whose work rounding hides, and the pass as a whole vouches for nothing.
         self.conclusive = self.conclusive and verdict.conclusive
         return verdict.fault
 
@@ -115,6 +113,7 @@ class Probe:
             return None
         with torch.no_grad():
             samples = torch.arange(len(restored_BND), device=self.device)[:, None]
+            # By indexing, so that put_back's scatter is not held against itself.
             expected = self.full.to(restored_BND.dtype)
             expected[samples, self.kept_BK] = self.previous.to(restored_BND.dtype)
             if _equal(restored_BND, expected):
@@ -134,5 +133,6 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     with torch.no_grad():
         if x.dtype == y.dtype:
             return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+        # A cast between two blocks may change the dtype: one rounding each way.
         eps = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
         return torch.allclose(x.float(), y.float(), rtol=2 * eps, atol=0, equal_nan=True)

@@ -104,6 +104,7 @@ class Routing:
             kept: For each route the kept ids ``[B, K]`` (or ``[1, K]``, see ``arm``), ascending.
             num_tokens: Length of the sequences that they were drawn for.
         """
+        # Sampling within training (a callback, sparse guidance) must leave no trace on the armed batch.
         before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
         records = self._records()
         used = [record.used for record in records]
@@ -141,9 +142,9 @@ class Routing:
         if fits and self.sampler is not None and not torch.compiler.is_compiling():
             # Two views or the frames of a video may be samples of the blocks: their ids are drawn anew.
             fits = self.kept is not None and self.kept[route].shape[0] in (1, batch_size)
-        if fits and self.kept is not None:
+        if fits and self.kept is not None:  # drawn for this batch
             kept = self.kept[route]
-        elif self.sampler is not None:
+        elif self.sampler is not None:  # nothing armed, or ids of another length
             kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
         else:
             raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
@@ -179,12 +180,14 @@ class Routing:
 
     def float32_blocks(self, number: int) -> set[int]:
         """The blocks of a list that run in float32: the one behind each route if that was asked for."""
+        # The paper's code leaves autocast for this one block, where both kinds of tokens meet again.
         ends = self.spans if self.settings.float32_after else ()
         return {end + 1 - self.offsets[number] for _, end in ends}
 
 
 def _moved_between(kept: Tensor, num_tokens: int, drawn_fixed: tuple[int, int], fixed: tuple[int, int]) -> Tensor:
     """Ids drawn for a list with ``drawn_fixed`` leading and trailing tokens that never skip, for one with ``fixed``."""
+    # Ids of tokens that may skip, moved from behind one head of fixed tokens to behind another.
     free = kept[:, drawn_fixed[0] : kept.shape[1] - drawn_fixed[1]] - drawn_fixed[0] + fixed[0]
     places = torch.arange(num_tokens - sum(drawn_fixed) + sum(fixed), device=kept.device).expand(len(kept), -1)
     return torch.cat([places[:, : fixed[0]], free, places[:, places.shape[1] - fixed[1] :]], dim=1)

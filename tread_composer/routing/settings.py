@@ -75,6 +75,7 @@ class RoutingSettings:
         """The part of each route in each list, list by list."""
         rows = []
         for settings, offset in zip(self.lists, self.offsets, strict=True):
+            # Counted within the list: negative where a route begins in a list before.
             within = [(route, start - offset, end - offset) for route, (start, end) in enumerate(self.spans)]
             rows.append(
                 tuple(
@@ -87,6 +88,7 @@ class RoutingSettings:
 
     def differences(self, requested: 'RoutingSettings') -> list[str]:
         """One line for each setting that differs: ``name: present value, requested: value``."""
+        # In words: users wrote numbers and names, not tuples of dataclasses.
         values = zip(self._words().items(), requested._words().values(), strict=True)
         return [f'{name}: {value!r}, requested: {target!r}' for (name, value), target in values if value != target]
 

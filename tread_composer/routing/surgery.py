@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
     Raises:
         ValueError: The path is wrong, or there is no candidate, or more than one.
     """
-    kinds = (*ROUTED, *ROUTED.values())
+    kinds = (*ROUTED, *ROUTED.values())  # exactly these: a subclass may iterate in its own way
     if path is not None:
         try:
             container = model.get_submodule(path)
@@ -144,6 +144,7 @@ def apply_tread(
     _refuse_copies(model, lists)
     routing = Routing(settings)
     for number, container in enumerate(lists.values()):
+        # A tapped list has its class already.
         container.__class__ = ROUTED.get(type(container), type(container))
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
@@ -192,6 +193,7 @@ def tap_blocks(
     _refuse_copies(model, lists)
     _check_position(tokens_out)
     numbers = [at] if isinstance(at, int) else list(at)
+    # Blocks of several lists are counted through.
     places = [(container, index) for container in lists.values() for index in range(len(container))]
     for number in numbers:
         if type(number) is not int or not -len(places) <= number < len(places):
@@ -233,7 +235,7 @@ def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
     # A slice of a routed list that the model keeps routes too.
     slices = {id(part) for part in model.modules() if isinstance(part, RoutedList) and part.is_slice}
     named = slices | {id(container) for container in lists.values()}
-    plain = set(vars(nn.Module()))
+    plain = set(vars(nn.Module()))  # torch's own attributes: the module's children stand in one of them
     copies: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named:
