@@ -1,14 +1,18 @@
 """``python -m tread_composer plan``: figures against the published ones, and nothing written."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, environment
 from tread_composer.cli import main
 from tread_composer.config import part_names
-from tread_composer.config.registry import KINDS
+from tread_composer.config.registry import KINDS, MEASURING
 
 YAMLS = ROOT / 'yamls'
 
@@ -129,7 +133,10 @@ def test_the_schema_is_json(capsys):
 def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
     assert main(['schema', '--components']) == 0
     rows = [re.split(r' {2,}', line) for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert [row[:2] for row in rows] == [[kind, name] for kind in KINDS for name in part_names(kind)]
+    assert [row[:2] for row in rows] == [
+        *([kind, name] for kind in KINDS for name in part_names(kind)),
+        *([kind, name] for kind, table in MEASURING.items() for name in table),
+    ]
     listed = {(row[0], row[1]): row[2:] for row in rows}
     assert listed['algorithm', 'ema'][0] == 'ours' and listed['algorithm', 'composer_ema'][0] == 'Composer'
     assert listed['optimizer', 'adamw'][0] == 'torch'
@@ -152,3 +159,20 @@ def test_wrong_words_are_refused(capsys, words, message):
     assert main(words) == 2
     output = capsys.readouterr()
     assert message in output.err and output.out == ''
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path):
+    command = [sys.executable, '-m', 'tread_composer', 'plan', str(YAMLS / 'digits_tread.yaml')]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=100,
+    )
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert b'Traceback' not in done.stderr and b'BrokenPipe' not in done.stderr

@@ -12,10 +12,14 @@ import yaml
 
 from tests.runs import ROOT, environment
 from tread_composer.cli import main
+from tread_composer.compare.cost import training_teraflops
 
 YAML = ROOT / 'tests' / 'stranger' / 'run.yaml'
-DRAWN = ('--count', '20', '--steps', '2')
-MEASURED = ('--features', 'digits', '--reference', 'data/digits/eval', *DRAWN)
+SAMPLING = ('--steps', '2', '--sampler', 'stranger.parts:midpoint')
+GUIDED = ('--guidance', 'stranger.parts:Blurred', '--guidance-scale', '2', '--guidance-settings', 'strength=0.4')
+DRAWN = ('--count', '20', *SAMPLING, '--sampler-settings', 'share=0.4', *GUIDED)
+NETWORK = ('--features', 'stranger.parts:Pixels', '--metrics', 'fid', 'stranger.parts:Spread')
+MEASURED = ('--reference', 'data/digits/eval', *NETWORK, *DRAWN)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +88,21 @@ def test_plan_counts_their_blocks(trained, capsys):
     assert 'stranger.parts:Mixer, 6 blocks' in capsys.readouterr().out
 
 
+def test_what_their_algorithm_saves_is_planned_and_compared(trained, capsys):
+    saving = 'algorithms={shallow: {name: stranger.parts:Shallow, count: 3, end_time: 4ba}}'
+    assert call(trained, 'plan', YAML, '--json', 'algorithms=null', saving, 'callbacks.sample_grid=null') == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures['tokens_per_block'] == [16, 16, 16, 0, 0, 0]
+    assert figures['gmacs_dense'] > figures['gmacs_routed'] > figures['gmacs_dense'] / 2
+    words = ('algorithms=null', saving, 'callbacks.sample_grid=null', 'run_name=shallow', 'loggers=null')
+    assert call(trained, 'train', YAML, *words) == 0
+    cost, text = training_teraflops(trained / 'runs/shallow/config.yaml')
+    assert 'routed from step 0 to 4, else ' in text
+    short, full = cost(1), cost(6) - cost(5)
+    assert full / short == pytest.approx(figures['gmacs_dense'] / figures['gmacs_routed'])
+    assert cost(6) == pytest.approx(4 * short + 2 * full)
+
+
 def test_they_take_interpolations(trained, capsys):
     words = ('algorithms.louder.rate=0.5', 'objective.power=1.5')
     assert call(trained, 'plan', YAML, '--json', *words, 'model.width=${global_eval_batch_size}') == 0
@@ -104,8 +123,37 @@ def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
     assert call(trained, 'evaluate', 'runs/dense', *MEASURED) == 0
     capsys.readouterr()
     assert call(trained, 'compare', 'runs/stranger', 'runs/dense', '--out', 'c') == 0
-    assert 'TFLOPs a step' in capsys.readouterr().out
+    compared = capsys.readouterr().out
+    assert 'TFLOPs a step' in compared and 'spread_pixels_20 (higher is better)' in compared
     assert call(trained, 'inspect', 'runs/stranger', '--out', 'i') == 0
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (('--sampler-settings', 'shar=0.4'), "'stranger.parts:midpoint' has no settings ['shar']; it has ['share']"),
+        (('--sampler-settings', 'share=2'), 'share: 2 is not between 0 and 1'),
+        ((*GUIDED[:4], '--guidance-settings', 'strenght=1'), 'has no such setting; it has strength'),
+        ((*GUIDED[:4], '--guidance-settings', 'strength=2'), 'strength: 2 is not a share'),
+        (('--guidance', 'stranger.parts:Blurry', '--guidance-scale', '2'), "stranger.parts has no 'Blurry'"),
+        (('--sampler', 'stranger.parts:mid'), "stranger.parts has no 'mid'"),
+        (('--metrics', 'stranger.parts:Spred'), "stranger.parts has no 'Spred'"),
+        (('--features', 'stranger.parts:Pixel'), "stranger.parts has no 'Pixel'"),
+        (('--inception', 'x.pth'), "features 'stranger.parts:Pixels' need no weights of Inception"),
+    ],
+)
+def test_slips_in_what_draws_and_measures_are_refused(trained, capsys, words, message):
+    plain = ('--count', '20', '--reference', 'data/digits/eval', *NETWORK, *SAMPLING)
+    assert call(trained, 'evaluate', 'runs/stranger', *plain, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_they_are_swept(trained):
+    words = ('--metrics', 'stranger.parts:Spread', '--features', 'stranger.parts:Pixels', '--samples', '20')
+    words += ('--reference', 'data/digits/eval', *SAMPLING, '--out', 'swept')
+    assert call(trained, 'sweep', 'runs/stranger', *words) == 0
+    (entry,) = json.loads((trained / 'swept' / 'results.json').read_text())
+    assert entry['metric'] == 'spread_pixels_20' and entry['better'] == 'higher'
 
 
 @pytest.mark.parametrize(
@@ -117,7 +165,11 @@ def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
         ('callbacks.counter.word=x', "callbacks.counter.word: unknown setting. Did you mean 'words'?"),
         ('algorithms.louder.rate=loud', "algorithms.louder.rate: 'loud' is not a number"),
         ('algorithms.louder.rate=-3', 'algorithms.louder: Louder refuses these arguments: rate: -3'),
+        ('algorithms.louder.rate=2', 'algorithms.louder.rate: 2.0 above 1 needs label_dropout 0'),
         ('objective.power=0.5', 'objective: power: 0.5 is below 1'),
+        ('callbacks.evaluation.sampler=stranger.parts:mid', "stranger.parts has no 'mid'"),
+        ("callbacks.evaluation.metrics=['stranger.parts:Spred']", "stranger.parts has no 'Spred'"),
+        ('callbacks.evaluation.features=stranger.parts:Pixel', "stranger.parts has no 'Pixel'"),
         ('model.preset=S', "model.preset: belongs to 'dit' and"),
         ('algorithms.louder.name=stranger.parts:Loud', "stranger.parts has no 'Loud'"),
         ('algorithms.louder.name=nowhere.at_all:Loud', "No module named 'nowhere'"),

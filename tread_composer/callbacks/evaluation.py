@@ -14,10 +14,11 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
-from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
+from tread_composer.callbacks.sample_grid import keep_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
+from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.measurer import Measurement, Measurer
 from tread_composer.metrics.metric import Figure
@@ -28,7 +29,6 @@ __all__ = ['Evaluation']
 
 log = logging.getLogger(__name__)
 
-Features = Literal['inception', 'digits']
 Labels = Literal['balanced', 'random']
 
 
@@ -48,7 +48,7 @@ class Evaluation(Callback):
         reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
         interval: A Composer time string. (Default: only at the end.)
         metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
-        features: ``'inception'``; or ``'digits'``, whose metrics are called ``fd_digits``, ``kd_digits``, ...
+        features: Of ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called ``fd_digits``.
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
@@ -77,7 +77,7 @@ class Evaluation(Callback):
         interval: str | None = None,
         *,
         metrics: Sequence[str] = ('fid',),
-        features: Features = 'inception',
+        features: str = 'inception',
         inception: str | None = None,
         inception_sha256: str | None = None,
         num_samples: int = 10_000,

@@ -9,7 +9,7 @@ from typing import Any
 from tread_composer.cli.sample import WEIGHTS, OrReference, add_sampling, add_weak, pairs_of, sampling_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
-from tread_composer.metrics import METRICS
+from tread_composer.metrics import FEATURES, METRICS
 
 __all__ = ['add_arguments', 'add_measuring', 'evaluate_command', 'measuring_of']
 
@@ -19,7 +19,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--reference', required=True, help='folder of images, npz of the ADM suite, or MDS images')
     add('--metrics', nargs='+', choices=OrReference(METRICS), default=['fid'], help='prc: precision and recall (fid)')
-    add('--features', choices=('inception', 'digits'), default='inception', help='(%(default)s)')
+    add('--features', choices=OrReference(FEATURES), default='inception', help='(%(default)s)')
     add('--inception', metavar='FILE', help="Inception's weights; prefetch says what that is")
     add('--inception-sha256', metavar='HASH', help='of other weights than the published ones')
     add('--allow-download', action='store_true', help="fetch Inception's weights if they are not here")

@@ -5,10 +5,10 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels, D 
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,20 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.named import part_named
+from tread_composer.metrics import FEATURES
 from tread_composer.metrics.digits import digits_judge, real_digits
-from tread_composer.metrics.inception import InceptionFeatures
 
-__all__ = ['FEATURES', 'DigitsFeatures', 'Extractor', 'FeatureSet', 'extract', 'joined', 'look', 'open_extractor']
+__all__ = [
+    'DigitsFeatures',
+    'Extractor',
+    'FeatureSet',
+    'extract',
+    'extractor_class',
+    'joined',
+    'look',
+    'open_extractor',
+]
 
 
 class Extractor(Protocol):
@@ -138,39 +148,38 @@ def _judge_hash() -> str:
     return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
 
 
-FEATURES: Mapping[str, type[InceptionFeatures] | type[DigitsFeatures]] = {
-    'inception': InceptionFeatures,
-    'digits': DigitsFeatures,
-}
-"""Feature networks by the name that configurations and commands use."""
+def extractor_class(name: str) -> Any:
+    """The class of a feature network, not opened yet: it knows its ``num_logits``.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    try:
+        return part_named(name, FEATURES)
+    except ValueError as error:
+        raise UserError(f'features: {error}') from None
 
 
-def open_extractor(
-    name: str,
-    *,
-    inception: str | Path | None = None,
-    inception_sha256: str | None = None,
-    allow_download: bool = False,
-    device: str | torch.device = 'cpu',
-) -> Extractor:
+def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings: Any) -> Extractor:
     """A feature network.
 
     Args:
-        name: One of ``FEATURES``.
-        inception: File of Inception's weights; looked for as ``inception.find_weights`` says if None.
-        inception_sha256: Its hash, if it is not the published one.
-        allow_download: Fetch the weights if they are not here.
-        device: Where Inception computes.
+        name: Of ``metrics.FEATURES``, or ``package.module:Class``.
+        device: Where it computes, if it takes a ``device``.
+        settings: ``inception``, ``inception_sha256``, ``allow_download``: a network takes those that its ``open``, or
+            else its constructor, names.
 
     Raises:
-        UserError: Unknown name, or the weights are missing or not those of this hash.
+        UserError: The name is unknown, a setting does not belong to this network, or its weights are missing or not
+            those of this hash.
     """
-    if name == 'digits':
-        if inception is not None or inception_sha256 is not None:
-            raise UserError("features 'digits' need no weights of Inception: leave its path out")
-        return DigitsFeatures()
-    if name == 'inception':
-        return InceptionFeatures.open(
-            inception, sha256=inception_sha256, allow_download=allow_download, device=device
-        )  # fmt: skip
-    raise UserError(f'features: {name!r} is not known; choose one of {", ".join(FEATURES)}')
+    target = extractor_class(name)
+    opener = getattr(target, 'open', target)
+    accepted = inspect.signature(opener).parameters
+    foreign = [
+        key for key in ('inception', 'inception_sha256') if settings.get(key) is not None and key not in accepted
+    ]
+    if foreign:
+        raise UserError(f'features {name!r} need no weights of Inception: leave {" and ".join(foreign)} out')
+    settings['device'] = device
+    return opener(**{key: value for key, value in settings.items() if key in accepted})

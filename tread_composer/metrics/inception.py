@@ -149,17 +149,17 @@ class InceptionFeatures:
     @classmethod
     def open(
         cls,
-        path: str | Path | None = None,
+        inception: str | Path | None = None,
         *,
-        sha256: str | None = None,
+        inception_sha256: str | None = None,
         allow_download: bool = False,
         device: str | torch.device = 'cpu',
     ) -> 'InceptionFeatures':
         """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
 
         Args:
-            path: The file; looked for as ``find_weights`` says if None.
-            sha256: Its hash, if it is not the published one.
+            inception: The file of weights; looked for as ``find_weights`` says if None.
+            inception_sha256: Its hash, if it is not the published one.
             allow_download: Fetch the file if it is not here.
             device: Where to compute.
 
@@ -168,8 +168,8 @@ class InceptionFeatures:
         """
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = find_weights(path, allow_download=allow_download)
-        content = check_weights(path, sha256)
+        path = find_weights(inception, allow_download=allow_download)
+        content = check_weights(path, inception_sha256)
         try:
             torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
             # Its layers draw initial weights, which the file replaces: training must not notice.

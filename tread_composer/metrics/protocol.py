@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.flatten import flatten
 from tread_composer.io.files import write_json
 from tread_composer.io.locks import locked
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'UINT8_RULE',
@@ -94,7 +96,7 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
     grids of two objectives are not held against each other: there is no equal grid in t and in noise levels, and which
     objective a model has belongs to the model.
     """
-    one, other = (_flat(_plain(protocol)) for protocol in (a, b))
+    one, other = (flatten(_plain(protocol)) for protocol in (a, b))
     objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (one, other)}
     lines = []
     for key in dict.fromkeys([*one, *other]):
@@ -120,7 +122,7 @@ def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
 
     It tells series of numbers of one model apart. Unlike there, what is unknown on both sides counts as the same.
     """
-    flat = _flat(_plain(protocol))
+    flat = flatten(_plain(protocol))
     for name, hashed in _NAMED_BY_HASH.items():
         if flat.get(hashed) not in (None, UNKNOWN):
             flat.pop(name, None)
@@ -161,14 +163,6 @@ def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
     return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
 
 
-def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        # An empty section must differ from an absent one.
-        rows |= _flat(value, f'{path}{key}.') if isinstance(value, dict) and value else {f'{path}{key}': value}
-    return rows
-
-
 def result(
     metric: str,
     value: float,
@@ -182,6 +176,7 @@ def result(
     weights_digest: str | None = None,
     spread: float | None = None,
     unit: str | None = None,
+    better: Better | None = None,
 ) -> dict[str, Any]:
     """One entry of ``results.json``.
 
@@ -197,6 +192,7 @@ def result(
         weights_digest: Of the weights, if known; not part of the protocol.
         spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
         unit: What one of the value is.
+        better: Which of two values is better, for readers that do not have the metric.
 
     Raises:
         UserError: The value is not finite, so there is nothing to report.
@@ -208,6 +204,7 @@ def result(
         'value': float(value),
         'spread': spread,
         'unit': unit,
+        'better': better,
         'protocol': protocol.to_dict(),
         'weights_digest': weights_digest,
         'run': run,
