@@ -4,6 +4,10 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from tests.helpers import tiny_model
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import assert_self_contained
+from tests.runs import environment
 from tread_composer.cli import main
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.evaluate.sweep.drawn import SweepRequest, sampling_of, sweep
@@ -210,10 +215,14 @@ def trained(tmp_path_factory) -> Path:
     return root
 
 
-def command(root: Path, *words: str) -> int:
+def full_command(root: Path, *words: str) -> list[str]:
     shown = ['--reference', str(root / 'reference'), '--features', 'digits', '--steps', '2', '--batch-size', '32',
              '--device', 'cpu']  # fmt: skip
-    return main(['sweep', str(root / 'run'), *shown, *words])
+    return ['sweep', str(root / 'run'), *shown, *words]
+
+
+def command(root: Path, *words: str) -> int:
+    return main(full_command(root, *words))
 
 
 def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, capsys, monkeypatch):
@@ -275,6 +284,31 @@ def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
     with pytest.raises(UserError, match=r'holds other raw weights than at the start .* still train\?'):
         sweep(request, Ranks(), train_on)
     assert len(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['rows']) == 1
+
+
+def test_killed_within_a_row_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
+    words = ['--samples', '330', '--sampler', 'euler', '--steps', '40', '--guidance-scale', '1', '2']
+    assert command(trained, *words, '--out', str(tmp_path / 'whole')) == 0
+    out = tmp_path / 'out'
+    child = subprocess.Popen(
+        [sys.executable, '-m', 'tread_composer', *full_command(trained, *words, '--out', str(out))],
+        env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(out.glob('.parts/*/part-*.npz')) and child.poll() is None:
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    parts = {path: path.stat().st_mtime_ns for path in out.glob('.parts/*/part-*.npz')}
+    assert 1 <= len(parts) < 6 and not (out / 'sweep.json').exists()
+    capsys.readouterr()
+    assert command(trained, *words, '--out', str(out)) == 0
+    assert f'going on: {64 * len(parts)} of 330 images of this row are there' in capsys.readouterr().out
+    assert not (out / '.parts').exists()
+    values = [
+        [row['values'] for row in json.loads((folder / 'sweep.json').read_text())['rows']]
+        for folder in (tmp_path / 'whole', out)
+    ]
+    assert values[0] == values[1]
 
 
 def shift(state):

@@ -12,14 +12,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import whole_file
-from tread_composer.metrics.features import Extractor, FeatureSet, extract
+from tread_composer.metrics.features import Extractor, FeatureSet, extract, load_features, save_features
 from tread_composer.metrics.frechet import Statistics, statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
 
@@ -94,7 +91,7 @@ class Reference:
         """
         path = self._cached(extractor, cache)
         if path.exists():
-            return _load(path, self._label(extractor))
+            return load_features(path, self._label(extractor))
         found = self.share(extractor, batch_size)
         self.keep(found, extractor, cache)
         return found
@@ -111,7 +108,7 @@ class Reference:
 
     def keep(self, found: FeatureSet, extractor: Extractor, cache: Path) -> None:
         """Put its features into the cache."""
-        _save(self._cached(extractor, cache), found, self._label(extractor))
+        save_features(self._cached(extractor, cache), found, self._label(extractor))
 
     def statistics(self, found: FeatureSet | None) -> Statistics:
         """Mean and covariance: the given ones, else those of ``found``, its features."""
@@ -169,25 +166,3 @@ def _given(path: Path) -> Statistics:
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f'{path}: mu or sigma is not finite')
     return Statistics(mean, covariance)
-
-
-def _save(path: Path, found: FeatureSet, label: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        'features': found.features_ND.numpy(),
-        'digests': np.frombuffer(b''.join(found.digests), np.uint8).reshape(len(found), -1),
-        'label': np.array(label),
-    }
-    with whole_file(path) as unfinished, unfinished.open('wb') as file:
-        np.savez(file, **arrays)
-
-
-def _load(path: Path, label: str) -> FeatureSet:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            features, digests, found = (arrays[name] for name in ('features', 'digests', 'label'))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
-    if str(found) != label:
-        raise UserError(f'{path}: this file of the cache is of another reference; delete it')
-    return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests])
