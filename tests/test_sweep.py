@@ -242,7 +242,22 @@ def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, ca
     # The same again measures nothing; more rows are added, sparse guidance and raw weights among them.
     assert command(trained, *words, '--guidance-scale', '1', '3') == 0
     assert json.loads((out / 'sweep.json').read_text()) == state
-    assert command(trained, *words, '--guidance-scale', '3', '--weights', 'raw', '--rates', '0.25:0.75') == 0
+    assert (
+        command(
+            trained,
+            *words,
+            '--guidance-scale',
+            '3',
+            '--weights',
+            'raw',
+            '--guidance',
+            'sparse',
+            '--guidance-settings',
+            'strong_rate=0.25',
+            'weak_rate=0.75',
+        )
+        == 0
+    )
     rows = json.loads((out / 'sweep.json').read_text())['rows']
     assert rows[:2] == state['rows'] and rows[2]['settings']['weak_rate'] == 0.75
     assert_self_contained((out / 'sweep.html').read_text())
@@ -358,6 +373,8 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
         (['optimizer.lr=3', '--samples', '40'], 'optimizer.lr: a trained model is sampled as it was trained'),
         (['autoencoder.path=/data/vae', '--samples', '40'], 'autoencoder'),
         (['--samples', '40', '--interval', '0.1'], 'write LOW:HIGH, or none'),
+        (['--count', '40', '--guidance', 'cfg'], "--guidance: 'cfg' is none of none, classifier_free"),
+        (['--count', '40', '--guidance-settings', 'weak_rate=1'], 'weak_rate: no setting of classifier_free'),
         (['--samples', '40', '--rates', 'half'], 'write STRONG:WEAK, or none'),
     ],
 )

@@ -38,14 +38,14 @@ class Reference:
         path: Where it is.
         kind: ``'adm'`` for a file with ``mu`` and ``sigma``, else the kind of its images.
         images: Its images; None if it has statistics alone.
-        given: ``mu`` and ``sigma`` of the file; None if they are to be computed.
+        published: ``mu`` and ``sigma`` of the file; None if they are to be computed.
         hash: SHA-256 of its content.
     """
 
     path: Path
     kind: str
     images: ImageSet | None
-    given: Statistics | None
+    published: Statistics | None
     hash: str
 
     @property
@@ -55,7 +55,7 @@ class Reference:
 
     def must_be_looked_at(self, compares_with: str) -> bool:
         """Whether a metric that needs this (``Metric.compares_with``) needs features of the images."""
-        return compares_with == 'images' or (compares_with == 'statistics' and self.given is None)
+        return compares_with == 'images' or (compares_with == 'statistics' and self.published is None)
 
     def described(self) -> dict[str, str]:
         """For the protocol."""
@@ -71,7 +71,7 @@ class Reference:
         Raises:
             UserError: The resolutions differ, or the statistics are of another network.
         """
-        if self.given is not None and extractor.name != 'inception':
+        if self.published is not None and extractor.name != 'inception':
             raise UserError(f'{self.path}: its mu and sigma are of Inception, and the features are {extractor.name!r}')
         if self.images is not None and self.images.resolution != resolution:
             raise UserError(
@@ -92,9 +92,9 @@ class Reference:
         path = self._cached(extractor, cache)
         if path.exists():
             return load_features(path, self._label(extractor))
-        found = self.share(extractor, batch_size)
-        self.keep(found, extractor, cache)
-        return found
+        features = self.share(extractor, batch_size)
+        self.keep(features, extractor, cache)
+        return features
 
     def share(self, extractor: Extractor, batch_size: int, rank: int = 0, world: int = 1) -> FeatureSet:
         """Features of one rank's share of its images.
@@ -106,16 +106,16 @@ class Reference:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
         return extract(self.images.batches(batch_size, rank, world), extractor)
 
-    def keep(self, found: FeatureSet, extractor: Extractor, cache: Path) -> None:
+    def keep(self, features: FeatureSet, extractor: Extractor, cache: Path) -> None:
         """Put its features into the cache."""
-        save_features(self._cached(extractor, cache), found, self._label(extractor))
+        save_features(self._cached(extractor, cache), features, self._label(extractor))
 
-    def statistics(self, found: FeatureSet | None) -> Statistics:
-        """Mean and covariance: the given ones, else those of ``found``, its features."""
-        if self.given is not None:
-            return self.given
-        assert found is not None
-        return statistics(found)
+    def statistics(self, features: FeatureSet | None) -> Statistics:
+        """Mean and covariance: the published ones, else those of its ``features``."""
+        if self.published is not None:
+            return self.published
+        assert features is not None
+        return statistics(features)
 
     def is_cached(self, extractor: Extractor, cache: Path) -> bool:
         """Whether ``features`` will not have to look at the images."""
@@ -139,10 +139,10 @@ def open_reference(path: str | Path) -> Reference:
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         names = _names(path)
-        given = _given(path) if {'mu', 'sigma'} <= set(names) else None
-        images = NpzImages(path) if given is None or 'arr_0' in names else None
+        published = _published(path) if {'mu', 'sigma'} <= set(names) else None
+        images = NpzImages(path) if published is None or 'arr_0' in names else None
         digest = file_hash(path) if images is None else images.hash
-        return Reference(path, 'npz' if given is None else 'adm', images, given, digest)
+        return Reference(path, 'npz' if published is None else 'adm', images, published, digest)
     images = open_images(path)
     return Reference(path, images.kind, images, None, images.hash)
 
@@ -155,7 +155,7 @@ def _names(path: Path) -> Sequence[str]:
         raise UserError(f'{path}: is no npz that can be read: {error}') from error
 
 
-def _given(path: Path) -> Statistics:
+def _published(path: Path) -> Statistics:
     with np.load(path, allow_pickle=False) as arrays:
         try:
             mean, covariance = (np.asarray(arrays[name], np.float64) for name in ('mu', 'sigma'))

@@ -77,9 +77,9 @@ def write_mds(folder: SamplesFolder, draws: Draws) -> Path:
 
 def write_grid(folder: SamplesFolder, draws: Draws, class_names: Sequence[str], title: str) -> Path:
     """``grid.png``: the images that ``shown_in_grid`` picks, a row for each class."""
-    shown, rows = shown_in_grid(draws.labels)
+    pictured, rows = shown_in_grid(draws.labels)
     names = ['' if label is None else _name(label, class_names) for label in rows]
-    images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in shown])
+    images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in pictured])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     content = io.BytesIO()
     draw_grid(pixels, names, title).save(content, format='PNG')

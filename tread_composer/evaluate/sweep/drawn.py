@@ -93,16 +93,22 @@ class SweepRequest:
             interval=self.intervals,
             scale=self.guidance_scales,
         )
-        for one in choices:
+        for choice in choices:
+            weights = choice['weights']
             row = {
-                'weights': one['weights'],
-                'guidance': one['guidance']['guidance'],
-                'guidance_scale': one['scale'],
-                'guidance_interval': None if one['interval'] is None else list(one['interval']),
-                **one['guidance'],
+                'weights': weights,
+                'guidance': choice['guidance']['guidance'],
+                'guidance_scale': choice['scale'],
+                'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
+                **choice['guidance'],
             }
             if not sampling_of(row, self).guides:
-                row = {'weights': one['weights'], 'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
+                row = {
+                    'weights': choice['weights'],
+                    'guidance': 'none',
+                    'guidance_scale': 1.0,
+                    'guidance_interval': None,
+                }
             rows.append(row)
         different = [entry['row'] for entry in combinations(row=rows)]
         if len(different) < len(rows):
@@ -119,9 +125,9 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
     Raises:
         UserError: The settings contradict each other.
     """
-    own = {name: value for name, value in row.items() if name != 'weights'}
+    sampling = {name: value for name, value in row.items() if name != 'weights'}
     try:
-        return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **own})
+        return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **sampling})
     except ValueError as error:
         raise UserError(f'sweep: {error}') from None
 
@@ -147,9 +153,9 @@ def sweep(
         # Of the first rank, for all: a run that still trains must not give each of them other weights.
         digests = ranks.from_first(ranks.agreed(lambda: _digests(request) if ranks.is_first else {}))
         bench = ranks.agreed(lambda: _Bench(request, device, ranks, digests, log))
-        done = run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks)
+        measured = run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks)
         bench.forget(rows)
-    return done, bench.contract
+    return measured, bench.contract
 
 
 class _Bench:
@@ -231,15 +237,15 @@ class _Bench:
         if self._trained is None or self._loaded != weights:
             self._trained = None  # two models need not fit
             request = self.request
-            found = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
-            if found.digest != self.digests[weights]:
+            loaded = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
+            if loaded.digest != self.digests[weights]:
                 raise UserError(
                     f'{request.path}: holds other {weights} weights than at the start of this sweep (now those after '
-                    f'{found.batch:,} batches), so its rows would not compare: does the run still train? Sweep one of '
+                    f'{loaded.batch:,} batches), so its rows would not compare: does the run still train? Sweep one of '
                     'its checkpoints (a file ep*-ba*-rank0.pt, which stays as it is), with another --out. Finished '
                     'rows stay'
                 )
-            self._trained, self._loaded = found, weights
+            self._trained, self._loaded = loaded, weights
         return self._trained
 
     def _check_classes(self, trained: Trained) -> None:
@@ -264,10 +270,10 @@ class _Bench:
         """
         features = [parts.read(part) for part in finished] if self.ranks.is_first else []
         undone = [part for part in range(len(parts)) if part not in set(finished)]
-        mine, batch_size = undone[self.ranks.rank :: self.ranks.world], self.request.measurement.batch_size
+        own_parts, batch_size = undone[self.ranks.rank :: self.ranks.world], self.request.measurement.batch_size
         together, reported = max(1, batch_size // len(parts.indices(0))), time.monotonic()
-        for start in range(0, len(mine), together):
-            chunk = mine[start : start + together]
+        for start in range(0, len(own_parts), together):
+            chunk = own_parts[start : start + together]
             images_BCRR = self._draw(trained, sampling, [index for part in chunk for index in parts.indices(part)])
             if not images_BCRR.isfinite().all():
                 raise UserError('images came out that are not finite: the model or the sampler has diverged')
@@ -278,8 +284,8 @@ class _Bench:
                     parts.write(part, features[-1])
             if time.monotonic() - reported > _TALK_EVERY:
                 reported = time.monotonic()
-                done = len(finished) + (start + len(chunk)) * self.ranks.world
-                self.log(f'  about {min(done / len(parts), 1):.0%} of {self.request.num_samples:,} images')
+                num_done = len(finished) + (start + len(chunk)) * self.ranks.world
+                self.log(f'  about {min(num_done / len(parts), 1):.0%} of {self.request.num_samples:,} images')
         return features
 
     def _draw(self, trained: Trained, sampling: SamplingSettings, indices: Sequence[int]) -> Tensor:
@@ -307,11 +313,11 @@ class _Bench:
 
 def _digests(request: SweepRequest) -> dict[str, str]:
     """Of all weights that the file holds, so that a sweep of others may be added and one of a later checkpoint not."""
-    found, wanted = {}, [weights_name(word) for word in request.weights]
-    for weights in dict.fromkeys((*_KEPT, *wanted)):
+    digests, requested = {}, [weights_name(word) for word in request.weights]
+    for weights in dict.fromkeys((*_KEPT, *requested)):
         try:
-            found[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
+            digests[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
         except UserError:
-            if weights in wanted:
+            if weights in requested:
                 raise
-    return found
+    return digests
