@@ -1,5 +1,6 @@
 """Reads the pages that the commands write, as a strict browser would."""
 
+import base64
 import io
 import re
 from html.parser import HTMLParser
@@ -50,8 +51,24 @@ def assert_self_contained(text: str) -> Page:
         assert name not in ('script', 'link', 'iframe', 'object', 'base')
         assert not any(key.startswith('on') for key in attributes)
         for key in ('src', 'href', 'srcset', 'xlink:href'):
-            assert (attributes.get(key) or 'data:image/png;base64,').startswith('data:image/png;base64,')
+            address = attributes.get(key) or 'data:image/png;base64,'
+            assert address.startswith(('data:image/png;base64,', 'data:image/svg+xml;base64,'))
+    for svg in drawings(page):
+        assert not re.search(r'<script|<foreignObject|@import|url\((?!#)|href="(?!#)', svg)
     return page
+
+
+def drawings(page: Page) -> list[str]:
+    """The charts of a page, each an SVG file."""
+    prefix = 'data:image/svg+xml;base64,'
+    sources = [attributes['src'] or '' for attributes in page.named('img')]
+    return [base64.b64decode(source[len(prefix) :]).decode() for source in sources if source.startswith(prefix)]
+
+
+def lines_of(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of the curves of a chart, in the drawing: y grows downwards."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*clip-path[^>]*stroke: var\(--c\d\)', svg)
+    return [[(float(x), float(y)) for x, y in re.findall(r'[ML] (\S+) (\S+)', path)] for path in paths]
 
 
 def png() -> bytes:

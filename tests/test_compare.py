@@ -9,7 +9,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from tests.pages import assert_self_contained, png
+from tests.pages import assert_self_contained, drawings, png
 from tread_composer.cli import main
 from tread_composer.compare import (
     Curve,
@@ -58,60 +58,60 @@ def test_the_papers_14x_and_37x_come_out_of_its_own_points():
     treads = [(55, 22.3), (73, 16.6), (91, 12.3), (113, 9.7), (146, 7.4), (256, 5.1)]
     tread = tuple(Point(i + 1, fid, seconds=hours) for i, (hours, fid) in enumerate(treads))
     dense = tuple(Point(i + 1, fid, seconds=hours) for i, (hours, fid) in enumerate([(239, 19.47), (1405, 10.67)]))
-    found = speed_up(dense, tread, 'fid', 'seconds')
+    found = speed_up(dense, tread, 'lower', 'seconds')
     assert found.reached == pytest.approx(91 + 22 * (12.3 - 10.67) / (12.3 - 9.7))
     assert found.ratio == pytest.approx(13.4, abs=0.05)
     assert found.measured == 113
     longer = (*dense, Point(3, 9.62, seconds=4182))
-    assert speed_up(longer, tread, 'fid', 'seconds').ratio == pytest.approx(37, abs=0.5)
+    assert speed_up(longer, tread, 'lower', 'seconds').ratio == pytest.approx(37, abs=0.5)
 
 
 def test_speed_up_by_hand_on_every_axis():
     dense = points((100, 40.0), (200, 20.0))
     routed = points((100, 30.0), (200, 10.0), (300, 5.0), flops=1.5, seconds=0.25)
-    steps = speed_up(dense, routed, 'fid', 'step')  # 20 lies in the middle of the first two: step 150
+    steps = speed_up(dense, routed, 'lower', 'step')  # 20 lies in the middle of the first two: step 150
     assert (steps.quality, steps.reference, steps.reached, steps.measured) == (20.0, 200, 150.0, 200)
     assert steps.ratio == pytest.approx(200 / 150)
-    assert speed_up(dense, routed, 'fid', 'teraflops').ratio == pytest.approx(400 / 225)
-    assert speed_up(dense, routed, 'fid', 'seconds').ratio == pytest.approx(100 / 37.5)
+    assert speed_up(dense, routed, 'lower', 'teraflops').ratio == pytest.approx(400 / 225)
+    assert speed_up(dense, routed, 'lower', 'seconds').ratio == pytest.approx(100 / 37.5)
 
 
 def test_where_higher_is_better_the_crossing_is_upwards():
     dense = points((100, 0.5), (200, 0.8))
     routed = points((100, 0.7), (200, 0.9))
-    assert speed_up(dense, routed, 'digits/recognised', 'step').reached == pytest.approx(150)
+    assert speed_up(dense, routed, 'higher', 'step').reached == pytest.approx(150)
     # Read as a distance the very first point would do: the direction is looked at.
-    assert speed_up(dense, routed, 'fid', 'step').reason == 'not reached'
+    assert speed_up(dense, routed, 'lower', 'step').reason == 'not reached'
 
 
 def test_the_best_value_of_the_reference_counts_not_its_last_and_the_first_crossing_of_the_other():
     dense = points((100, 40.0), (200, 20.0), (300, 25.0))
     wavy = points((100, 30.0), (200, 10.0), (300, 30.0), (400, 5.0))
-    found = speed_up(dense, wavy, 'fid', 'step')
+    found = speed_up(dense, wavy, 'lower', 'step')
     assert (found.reference, found.reached) == (200, 150)
 
 
 def test_not_reached_is_said():
-    found = speed_up(points((100, 10.0)), points((100, 30.0), (200, 11.0)), 'fid', 'step')
+    found = speed_up(points((100, 10.0)), points((100, 30.0), (200, 11.0)), 'lower', 'step')
     assert (found.ratio, found.reached, found.reason) == (None, None, 'not reached')
 
 
 def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
     dense, routed = points((100, 30.0), (200, 10.0)), points((100, 40.0), (150, 20.0), flops=1.0)
-    found = common_speed_up(dense, routed, 'fid', 'step')  # 20: the reference at step 150, the other at its 150
+    found = common_speed_up(dense, routed, 'lower', 'step')  # 20: the reference at step 150, the other at its 150
     assert (found.quality, found.ratio) == (20.0, 1.0)
-    assert common_speed_up(dense, routed, 'fid', 'teraflops').ratio == pytest.approx(2.0)
+    assert common_speed_up(dense, routed, 'lower', 'teraflops').ratio == pytest.approx(2.0)
     (table,) = compare([run('dense', dense), run('routed', routed)]).tables
     assert table.common[0]['step'] == found
     assert compare([run('a', routed), run('b', dense)]).tables[0].common == ({},)
-    worse = common_speed_up(points((100, 10.0)), points((100, 40.0)), 'fid', 'step')
+    worse = common_speed_up(points((100, 10.0)), points((100, 40.0)), 'lower', 'step')
     assert worse.ratio is None and 'better from its first measurement' in worse.reason
 
 
 def test_a_first_point_that_is_as_good_gives_a_lower_bound():
-    found = speed_up(points((100, 30.0), (200, 20.0)), points((50, 15.0)), 'fid', 'step')
+    found = speed_up(points((100, 30.0), (200, 20.0)), points((50, 15.0)), 'lower', 'step')
     assert (found.at_least, found.ratio) == (True, 4.0)
-    assert not speed_up(points((200, 20.0)), points((50, 30.0), (100, 20.0)), 'fid', 'step').at_least
+    assert not speed_up(points((200, 20.0)), points((50, 30.0), (100, 20.0)), 'lower', 'step').at_least
 
 
 def test_values_between_and_beyond_the_measurements():
@@ -222,9 +222,9 @@ def test_the_files_of_a_comparison(tmp_path):
     paths = write_comparison(comparison, tmp_path, "compare 'a b' <c>")
     text = paths[2].read_text()
     page = assert_self_contained(text)
-    assert len(page.named('img')) == 1 and sum(a.get('class') == 'chart' for a in page.named('svg')) == 3
+    assert len(drawings(page)) == 3 and len(page.named('img')) == 4
     assert '<b>' not in text.replace('<div class="tile"><b>', '') and '&lt;i&gt;odd&lt;/i&gt;' in text
-    assert 'compare &#x27;a b&#x27; &lt;c&gt;' in text
+    assert 'compare &#39;a b&#39; &lt;c&gt;' in text
     assert 'Seconds do not compare: the runs were on different machines' in text
     assert {'dense (A)', 'dense (B)', '≈ 30', 'beyond its last', 'sampling.num_steps'} <= set(page.cells)
     assert paths[1].read_bytes().startswith(b'\x89PNG')
@@ -252,7 +252,7 @@ def test_results_files(tmp_path):
     assert curve.points == (Point(100, 12.0, 3.0, None), Point(200, 8.0))
     assert found.name == 'dense'
     notes = '\n'.join(found.notes)
-    for said in ('measured more than once', 'not known after how many steps', 'is nan', "'speed' is no metric"):
+    for said in ('measured more than once', 'training step unknown', 'is nan', "'speed' is no metric"):
         assert said in notes
     path.write_text(json.dumps([entry(1, 2.0), entry(1, 3.0, run='routed')]))
     with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):
@@ -260,6 +260,24 @@ def test_results_files(tmp_path):
     assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
     with pytest.raises(UserError, match="no results of a run 'other'"):
         open_run(f'{path}#other')
+
+
+def test_a_metric_of_somebody_else_says_its_direction_in_the_file(tmp_path):
+    for name, values in (('dense', (0.2, 0.5)), ('routed', (0.4, 0.9))):
+        entries = [entry(100 * (i + 1), v, metric='acme', better='higher', run=name) for i, v in enumerate(values)]
+        (tmp_path / f'{name}.json').write_text(json.dumps(entries))
+    (table,) = compare([open_run(str(tmp_path / f'{name}.json')) for name in ('dense', 'routed')]).tables
+    assert table.better == 'higher'
+    assert table.speed_ups[0]['step'].reached == pytest.approx(120)  # 0.5 lies between 0.4 and 0.9
+
+
+def test_a_protocol_that_metrics_share_is_shown_once(tmp_path):
+    both = [Run(r.name, '', (*r.curves, Curve('recall_10000', PROTOCOL, points((100, 0.5))))) for r in two_runs()]
+    comparison = compare(both)
+    assert len(comparison.tables) == 2
+    assert format_comparison(comparison).count('protocol: ') == 1
+    page = write_comparison(comparison, tmp_path, 'compare')[2].read_text()
+    assert page.count('Protocol of fid_10000, recall_10000') == page.count('>sampling.num_steps<') == 1
 
 
 def test_a_curve_is_one_whatever_the_reference_is_called(tmp_path):
@@ -290,10 +308,6 @@ def test_files_that_are_no_results(tmp_path, content, message):
         open_run(str(path))
 
 
-DIGITS_PROTOCOL = {'num_samples': 500, 'labels': 'balanced', 'seed': 1, 'sampler': 'heun', 'num_steps': 25,
-                   'guidance_scale': 1.0, 'weights': 'ema'}  # fmt: skip
-
-
 def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float], **protocol) -> Path:
     """A run folder beside a store, as a training on the digits leaves them."""
     from tread_composer.config import load_config
@@ -302,19 +316,17 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
     folder.mkdir(parents=True)
     config = load_config(ROOT / 'yamls' / recipe, [f'run_name={name}'])
     (folder / 'config.yaml').write_text(config.to_yaml())
-    results = {'run_name': name, 'batch': max(values), 'recognised': 0.5, 'frechet_distance': values[max(values)],
-               'protocol': {**DIGITS_PROTOCOL, **protocol}}  # fmt: skip
-    (folder / 'results.json').write_text(json.dumps(results))
+    points = [{'batch': step, 'recognised': 0.5, 'frechet_distance': value} for step, value in values.items()]
+    results = {'run_name': name, 'protocol': {**PROTOCOL, **protocol}, 'points': points}
+    (folder / 'digits_quality.json').write_text(json.dumps(results))
     client = MlflowClient(f'sqlite:///{root}/runs/mlflow.db')
     experiment = client.get_experiment_by_name('digits')
     place = (root / 'runs' / 'mlflow_artifacts').as_uri()
     identity = experiment.experiment_id if experiment else client.create_experiment('digits', place)
     made = client.create_run(identity, tags={'run_name': name, 'mlflow.runName': name}).info.run_id
-    metrics = [Metric('digits/frechet_distance', value, 1, step) for step, value in values.items()]
-    metrics += [Metric('digits/recognised', 0.1 * index, 1, step) for index, step in enumerate(values)]
     speeds = [2.0, 4.0, 4.0, 0.5, 5.0]
-    client.log_batch(made, metrics + [Metric('throughput/batches_per_sec', v, 1, i) for i, v in enumerate(speeds)])
-    for file in ('config.yaml', 'results.json'):
+    client.log_batch(made, [Metric('throughput/batches_per_sec', v, 1, i) for i, v in enumerate(speeds)])
+    for file in ('config.yaml', 'digits_quality.json'):
         client.log_artifact(made, str(folder / file))
     return folder
 
@@ -324,7 +336,7 @@ def digits(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('digits')
     make_digits_run(root, 'dense', 'digits.yaml', {100: 40.0, 200: 20.0})
     make_digits_run(root, 'routed', 'digits_tread.yaml', {100: 30.0, 200: 10.0})
-    make_digits_run(root, 'guided', 'digits.yaml', {100: 30.0}, guidance_scale=2.0)
+    make_digits_run(root, 'guided', 'digits.yaml', {100: 30.0}, seed=2)
     return root
 
 
@@ -351,27 +363,10 @@ def test_the_same_run_from_mlflow_and_from_its_folder(digits):
     assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
 
 
-def test_the_file_of_digits_quality_holds_its_own_points(digits):
-    folder = make_digits_run(digits, 'both', 'digits.yaml', {100: 40.0, 200: 20.0})
-    earlier = {curve.metric: curve for curve in open_run(str(folder)).curves}['digits/frechet_distance']
-    assert earlier.protocol['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
-    figures = {'recognised': 0.5, 'frechet_distance': 7.0}
-    now = {'run_name': 'both', 'batch': 200, **figures, 'protocol': {**PROTOCOL, 'seed': 5},
-           'points': [{'batch': 150, **figures}, {'batch': 200, **figures}]}  # fmt: skip
-    (folder / 'digits_quality.json').write_text(json.dumps(now))
-    found = open_run(str(folder))
-    assert [curve.metric for curve in found.curves] == ['digits/recognised', 'digits/frechet_distance']
-    for curve in found.curves:
-        assert [point.step for point in curve.points] == [150, 200]  # and none of the history of the other protocol
-        assert curve.protocol['seed'] == 5
-    assert any('earlier version of digits_quality' in note for note in found.notes)
-    assert open_run(str(folder / 'digits_quality.json')).curves[0].points[0].value == 0.5
-
-
 def test_digits_runs_of_different_protocols_are_refused(digits, tmp_path, capsys):
     words = [str(digits / 'runs' / 'dense'), str(digits / 'runs' / 'guided')]
     assert main(['compare', *words, '--out', str(tmp_path / 'out')]) == 2
-    assert 'guidance_scale: 1.0 and 2.0' in capsys.readouterr().err
+    assert 'seed: 0 and 2' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
@@ -393,15 +388,12 @@ def test_names_that_are_not_there_or_not_unique(digits, tmp_path):
         open_run(f'mlflow:twin@{store}')
 
 
-def test_a_run_resumed_with_another_protocol_is_refused(digits):
-    client = MlflowClient(f'sqlite:///{digits}/runs/mlflow.db')
+def test_a_run_resumed_with_other_settings_says_so(digits):
     folder = make_digits_run(digits, 'resumed', 'digits.yaml', {100: 30.0})
-    made = open_run(f'mlflow:resumed@sqlite:///{digits}/runs/mlflow.db').source[len('mlflow:') :].partition('@')[0]
-    client.set_tag(made, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
+    store = f'sqlite:///{digits}/runs/mlflow.db'
+    made = open_run(f'mlflow:resumed@{store}').source.removeprefix('mlflow:').partition('@')[0]
+    MlflowClient(store).set_tag(made, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
     assert any('max_duration' in note for note in open_run(str(folder)).notes)
-    client.set_tag(made, 'tread_composer.changed_settings', 'callbacks.digits_quality.num_steps: 10 -> 25')
-    with pytest.raises(UserError, match='resumed with another protocol'):
-        open_run(str(folder))
 
 
 # --- costs ---

@@ -1,11 +1,15 @@
 """``python -m tread_composer plan``: figures against the published ones, and nothing written."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, environment
 from tread_composer.cli import main
 from tread_composer.config import part_names
 from tread_composer.config.registry import KINDS, MEASURING
@@ -157,3 +161,20 @@ def test_wrong_words_are_refused(capsys, words, message):
     assert main(words) == 2
     output = capsys.readouterr()
     assert message in output.err and output.out == ''
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path):
+    command = [sys.executable, '-m', 'tread_composer', 'plan', str(YAMLS / 'digits_tread.yaml')]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=100,
+    )
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert b'Traceback' not in done.stderr and b'BrokenPipe' not in done.stderr

@@ -12,6 +12,7 @@ import yaml
 
 from tests.runs import ROOT, environment
 from tread_composer.cli import main
+from tread_composer.compare.cost import training_teraflops
 
 YAML = ROOT / 'tests' / 'stranger' / 'run.yaml'
 SAMPLING = ('--steps', '2', '--sampler', 'stranger.parts:midpoint')
@@ -87,6 +88,21 @@ def test_plan_counts_their_blocks(trained, capsys):
     assert 'stranger.parts:Mixer, 6 blocks' in capsys.readouterr().out
 
 
+def test_what_their_algorithm_saves_is_planned_and_compared(trained, capsys):
+    saving = 'algorithms={shallow: {name: stranger.parts:Shallow, count: 3, end_time: 4ba}}'
+    assert call(trained, 'plan', YAML, '--json', 'algorithms=null', saving, 'callbacks.sample_grid=null') == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures['tokens_per_block'] == [16, 16, 16, 0, 0, 0]
+    assert figures['gmacs_dense'] > figures['gmacs_routed'] > figures['gmacs_dense'] / 2
+    words = ('algorithms=null', saving, 'callbacks.sample_grid=null', 'run_name=shallow', 'loggers=null')
+    assert call(trained, 'train', YAML, *words) == 0
+    cost, text = training_teraflops(trained / 'runs/shallow/config.yaml')
+    assert 'routed from step 0 to 4, else ' in text
+    short, full = cost(1), cost(6) - cost(5)
+    assert full / short == pytest.approx(figures['gmacs_dense'] / figures['gmacs_routed'])
+    assert cost(6) == pytest.approx(4 * short + 2 * full)
+
+
 def test_they_take_interpolations(trained, capsys):
     words = ('algorithms.louder.rate=0.5', 'objective.power=1.5')
     assert call(trained, 'plan', YAML, '--json', *words, 'model.width=${global_eval_batch_size}') == 0
@@ -149,6 +165,7 @@ def test_they_are_swept(trained):
         ('callbacks.counter.word=x', "callbacks.counter.word: unknown setting. Did you mean 'words'?"),
         ('algorithms.louder.rate=loud', "algorithms.louder.rate: 'loud' is not a number"),
         ('algorithms.louder.rate=-3', 'algorithms.louder: Louder refuses these arguments: rate: -3'),
+        ('algorithms.louder.rate=2', 'algorithms.louder.rate: 2.0 above 1 needs label_dropout 0'),
         ('objective.power=0.5', 'objective: power: 0.5 is below 1'),
         ('callbacks.evaluation.sampler=stranger.parts:mid', "stranger.parts has no 'mid'"),
         ("callbacks.evaluation.metrics=['stranger.parts:Spred']", "stranger.parts has no 'Spred'"),

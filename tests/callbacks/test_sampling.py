@@ -17,7 +17,8 @@ from tests.helpers import make_trainer, tiny_dit
 from tread_composer.algorithms.ema import EMA
 from tread_composer.autoencoders import Pixels
 from tread_composer.callbacks.digits_quality import DigitsQuality, measure
-from tread_composer.callbacks.sample_grid import SampleGrid, draw_grid, shown_in_grid
+from tread_composer.callbacks.sample_grid import SampleGrid, draw_grid
+from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import real_digits
 from tread_composer.metrics.protocol import Protocol, differences
@@ -238,6 +239,14 @@ def test_a_grid_of_colour_images_keeps_their_size_and_colours():
     images[:, 0] = 1.0
     picture = draw_grid(images, ['red', 'also red'], 'a title ' * 40)
     assert picture.size[0] > 512
-    assert picture.getpixel((picture.size[0] - 100, 100)) == (255, 0, 0)
+    assert picture.getpixel((picture.size[0] - 100, picture.size[1] - 100)) == (255, 0, 0)
     with pytest.raises(ValueError, match='do not fill'):
         draw_grid(images, ['a', 'b', 'c'], '')
+
+
+def test_names_beyond_ascii_are_no_boxes():
+    images = torch.zeros(6, 1, 8, 8)
+    rows = ['Åland', 'жираф', '猫', '犬', r'\u732b', 'ψ']
+    strips = [np.asarray(draw_grid(images, [name, *[''] * 5], ''))[:60] for name in rows]
+    # Boxes would be alike: two signs of one length that the font lacks must not be.
+    assert not np.array_equal(strips[2], strips[3]) and np.array_equal(strips[2], strips[4])

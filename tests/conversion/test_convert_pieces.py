@@ -15,7 +15,7 @@ from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources import open_sources
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import RankProgress
 
 
 def write_part(folder: Path, value: float) -> PartWriter:
@@ -93,7 +93,7 @@ def test_too_little_shared_memory_is_said_before_the_bus_error():
 def test_progress_adds_up_the_ranks(tmp_path):
     lines: list[str] = []
     first, second = (
-        Progress(tmp_path, rank, total=1000, done_before=100, log=lines.append, interval=0) for rank in range(2)
+        RankProgress(tmp_path, rank, total=1000, done_before=100, log=lines.append, interval=0) for rank in range(2)
     )
     second.add(300)
     second.tick()
@@ -102,6 +102,6 @@ def test_progress_adds_up_the_ranks(tmp_path):
     assert len(lines) == 1 and lines[0].startswith('600 of 1,000 images (60.0%), ') and lines[0].endswith(' left')
     second.tell_failure('the disk is full')
     with pytest.raises(UserError, match='on rank 1: the disk is full'):
-        Progress(tmp_path, 0, total=1, done_before=0, log=lines.append).tick()
-    Progress.clear(tmp_path)
+        RankProgress(tmp_path, 0, total=1, done_before=0, log=lines.append).tick()
+    RankProgress.clear(tmp_path)
     assert not any(tmp_path.iterdir())

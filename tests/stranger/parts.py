@@ -3,13 +3,14 @@
 Shapes: B samples, C channels, H x W latent pixels, N tokens of 2 x 2 pixels, D width.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from composer.core import Algorithm, Callback, Event, State
+from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
@@ -128,6 +129,10 @@ class Louder(Algorithm):
         self.rate, self.batches = rate, 0
         self.prepared: list[nn.Module] = []
 
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        if self.rate > 1 and config.label_dropout:
+            yield 'rate', f'{self.rate} above 1 needs label_dropout 0'
+
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Adds nothing, but remembers the model, which must be the one in training."""
         del seed
@@ -147,6 +152,46 @@ class Louder(Algorithm):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches = state['batches']
+
+
+class Shallow(Algorithm):
+    """Trains without the last layers of a ``Mixer``, in which a run saves work.
+
+    Args:
+        count: Layers that are left out.
+        end_time: Composer time string from which on all layers are trained.
+    """
+
+    def __init__(self, count: int = 2, end_time: str | None = None) -> None:
+        self.count, self.end_time = count, end_time
+        self.layers: nn.ModuleList | None = None
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        return None, self.end_time
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> list[int]:
+        return [num_tokens] * (depth - self.count) + [0] * self.count
+
+    @contextlib.contextmanager
+    def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
+        del batch_size
+        layers = denoiser.layers
+        denoiser.layers = layers[: -self.count]
+        yield
+        denoiser.layers = layers
+
+    def match(self, event: Event, state: State) -> bool:
+        if event == Event.BEFORE_FORWARD:
+            return self.end_time is None or state.timestamp < Time.from_timestring(self.end_time)
+        return event == Event.AFTER_BACKWARD and self.layers is not None
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        denoiser: Any = state.model.denoiser
+        if event == Event.BEFORE_FORWARD:
+            self.layers = denoiser.layers
+            denoiser.layers = self.layers[: -self.count]
+        else:
+            denoiser.layers, self.layers = self.layers, None
 
 
 class Counter(Callback):

@@ -15,6 +15,7 @@ from tread_composer.advisor.inspection import Inspection
 from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
+from tread_composer.io.table import text_table
 
 __all__ = ['draw_inspection', 'format_inspection', 'write_inspection']
 
@@ -67,7 +68,6 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
             'rule': advice.rule,
             'arguments': dict(advice.arguments),
             'reasons': list(advice.reasons),
-            'questions': list(advice.questions),
         },
         'score': SCORE_RULE,
         'num_candidates': inspection.num_candidates,
@@ -104,19 +104,19 @@ def format_inspection(inspection: Inspection) -> str:
         lines += _reading_in_words(reading)
     if not inspection.readings:
         lines.append('route of the run: none')
-    lines += ['', format_advice(inspection.advice, questions=False), *_yaml(inspection), '', *_table(inspection), '']
+    lines += ['', format_advice(inspection.advice), *_yaml(inspection), '', *_table(inspection), '']
     lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in inspection.notes]
     return '\n'.join(lines)
 
 
 def _yaml(inspection: Inspection) -> list[str]:
-    given = dict(inspection.advice.arguments)
-    if not given:
+    arguments = dict(inspection.advice.arguments)
+    if not arguments:
         return []
-    given.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
+    arguments.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
     words = [
         f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
-        for name, value in given.items()
+        for name, value in arguments.items()
     ]
     return [f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}']
 
@@ -138,7 +138,8 @@ def _table(inspection: Inspection) -> list[str]:
         return ['no candidates: too few blocks']
     advice = inspection.advice
     proposed = None if advice.route is None else advice.route.span(advice.depth)
-    rows = [('rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', '')]
+    head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
+    rows = []
     for one in inspection.suggestions:
         span = one.candidate.start, one.candidate.end
         marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
@@ -153,14 +154,9 @@ def _table(inspection: Inspection) -> list[str]:
                 ', '.join(marks),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        '  '.join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'
-        for row in rows
-    ]
     return [
         f'what the map says of the {inspection.num_candidates} routes that keep to the guidelines',
-        *(line.rstrip() for line in table),
+        text_table(head, rows, 'rrrrrrl'),
         SCORE_RULE,
         'evidence, not truth: nobody has trained these routes to test the score',
     ]

@@ -5,7 +5,6 @@ Raw latents are what the network gives: no scale, no shift. Those belong to the 
 Legend: B images, C channels of the latent, H x W pixels, h x w latent pixels.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.errors import UserError
+from tread_composer.io.tensors import digest_of
 
 __all__ = ['KL', 'network_class']
 
@@ -49,9 +49,10 @@ class KL:
         """The ``AutoencoderKL``: frozen, evaluation mode, float32."""
         if self._network is None:
             network = self._load().requires_grad_(False).eval()
-            if self.expected_hash is not None and _hash_of(network) != self.expected_hash:
+            digest = None if self.expected_hash is None else digest_of(network.state_dict())
+            if digest != self.expected_hash:
                 raise UserError(
-                    f'autoencoder {self.path!r}: its weights are not those that made the latents ({_hash_of(network)}, '
+                    f'autoencoder {self.path!r}: its weights are not those that made the latents ({digest}, '
                     f'the manifest of the data says {self.expected_hash}); name the one of the data, or set '
                     f'autoencoder.other_weights: true if only the decoder was tuned further'
                 )
@@ -73,7 +74,7 @@ class KL:
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and float32 values: the same for any file format, different for other weights."""
-        return _hash_of(self.network)
+        return digest_of(self.network.state_dict())
 
     def encode(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Pixels in [-1, 1] to moments ``[B, 2C, h, w]``, float32: means, then log-variances in -30..20.
@@ -142,14 +143,6 @@ def network_class(path: str) -> Any:
             f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"
         ) from error
     return AutoencoderKL
-
-
-def _hash_of(network: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return f'sha256:{digest.hexdigest()}'
 
 
 def _pretrained(path: str, subfolder: str | None, revision: str | None) -> Any:

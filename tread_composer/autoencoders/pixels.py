@@ -3,10 +3,13 @@
 Legend: B images, C channels, H x W pixels.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['Pixels', 'to_uint8']
+from tread_composer.core.errors import UserError
+
+__all__ = ['Pixels', 'to_tiles', 'to_uint8']
 
 
 class Pixels:
@@ -41,3 +44,18 @@ def to_uint8(pixels: Tensor) -> Tensor:
     if bool(pixels.isnan().any()):
         raise ValueError('pixels contain NaN, which has no byte: the model or the sampler has diverged')
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_tiles(pixels_NCHW: Tensor) -> np.ndarray:
+    """Colour bytes ``[N, H, W, 3]`` for a picture; values that are not finite become grey.
+
+    Args:
+        pixels_NCHW: Grey or colour, -1 to 1; what lies beyond is cut.
+
+    Raises:
+        UserError: Neither 1 nor 3 channels.
+    """
+    if pixels_NCHW.shape[1] not in (1, 3):
+        raise UserError(f'images of {pixels_NCHW.shape[1]} channels cannot be drawn; 1 (grey) and 3 (colour) can')
+    tiles_NHWC = to_uint8(pixels_NCHW.nan_to_num(0.0, 0.0, 0.0)).permute(0, 2, 3, 1)
+    return tiles_NHWC.expand(*tiles_NHWC.shape[:3], 3).numpy()

@@ -1,20 +1,25 @@
 """What a network costs: multiply-adds and parameters, found by running it with shapes alone on torch's meta device."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.algorithms.maskdit import Masking
-from tread_composer.routing import Route, apply_tread, find_blocks
-from tread_composer.routing.tokens import AlwaysKeep
+from tread_composer.core.errors import UserError
+from tread_composer.routing import find_blocks
 
 __all__ = ['Savers', 'count_macs', 'run_with_shapes', 'depth_of', 'sampling_cost', 'tokens_per_block']
 
-Savers = tuple[Sequence[Route], Masking | None, AlwaysKeep]
-"""What a training forward saves tokens with, and how many positions it always keeps."""
+Savers = Mapping[str, Any]
+"""Algorithms of a run by their names in the YAML, those alone that have a ``rehearse``: they save work in training.
+
+``rehearse(denoiser, batch_size)`` is a context in which a training forward on the meta device costs what it costs while
+the algorithm is on; ``tokens_per_block(depth, num_tokens)`` are the tokens that each block then sees.
+"""
 
 
 def depth_of(denoiser: nn.Module) -> int:
@@ -25,13 +30,11 @@ def depth_of(denoiser: nn.Module) -> int:
         return 0
 
 
-def tokens_per_block(routes: Sequence[Route], depth: int, num_tokens: int, always_keep: AlwaysKeep = 0) -> list[int]:
-    """How many tokens each block sees while routing is on; ``always_keep`` of them never skip."""
-    counts = [num_tokens] * depth
-    for route in routes:
-        start, end = route.span(depth)
-        counts[start : end + 1] = [route.num_kept(num_tokens, always_keep)] * (end - start + 1)
-    return counts
+def tokens_per_block(savers: Iterable[Any], depth: int, num_tokens: int) -> list[int]:
+    """How many tokens each block sees while the algorithms ``savers`` are on: the fewest that one of them leaves it."""
+    counting = [saver for saver in savers if hasattr(saver, 'tokens_per_block')]
+    counts = [[num_tokens] * depth, *(saver.tokens_per_block(depth, num_tokens) for saver in counting)]
+    return [min(tokens) for tokens in zip(*counts, strict=True)]
 
 
 def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
@@ -56,38 +59,31 @@ def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def count_macs(
-    denoiser: nn.Module,
-    facts: dict[str, Any],
-    routes: Sequence[Route] = (),
-    masking: Masking | None = None,
-    always_keep: AlwaysKeep = 0,
-) -> int:
+def count_macs(denoiser: nn.Module, facts: dict[str, Any], savers: Savers = MappingProxyType({})) -> int:
     """Multiply-adds of one forward pass for one image (what the DiT paper calls Gflops are 10^9 of these).
 
-    In evaluation mode; in training mode where there are routes, or a masking (as it is armed).
+    In evaluation mode; in training mode where algorithms save work.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run_with_shapes(denoiser, facts, (routes, masking, always_keep))
+        run_with_shapes(denoiser, facts, savers)
     return counter.get_total_flops() // 2
 
 
 def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
-    """The prediction, without arithmetic: its shape, and what autograd would save."""
-    routes, masking, always_keep = savers
+    """The prediction, without arithmetic: its shape, and what autograd would save.
+
+    Raises:
+        UserError: An algorithm does not fit the network.
+    """
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
     x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
     t, labels = x[:, 0, 0, 0], torch.zeros(batch_size, dtype=torch.int64, device='meta')
-    denoiser.train(bool(routes) or masking is not None)
-    if not routes:
+    denoiser.train(bool(savers))
+    with contextlib.ExitStack() as stack:
+        for name, algorithm in savers.items():
+            try:
+                stack.enter_context(algorithm.rehearse(denoiser, batch_size))
+            except ValueError as error:
+                raise UserError(f'algorithms.{name}: {error}') from None
         return denoiser(x, t, labels)
-    routing = apply_tread(denoiser, routes, always_keep=always_keep)
-    kept = [
-        torch.empty(batch_size, route.num_kept(denoiser.num_tokens, always_keep), dtype=torch.int64, device='meta')
-        for route in routes
-    ]
-    routing.arm(kept, num_tokens=denoiser.num_tokens)
-    out = denoiser(x, t, labels)
-    routing.disarm()
-    return out

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +25,9 @@ from tread_composer.config import Config
 from tread_composer.config.attention import attention_dtypes
 from tread_composer.config.components import Component
 from tread_composer.core.errors import UserError
+from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
+from tread_composer.io.restricted_loading import restricted_loading
 
 __all__ = ['build_trainer', 'compile_blocks']
 
@@ -59,8 +60,8 @@ def build_trainer(
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     arguments = config.trainer_arguments()
-    # Composer's bar has rate and remaining time; in a log file it would be thousands of lines of escapes.
-    bar = arguments.pop('progress_bar')
+    # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
+    with_lines = arguments.pop('progress_bar')
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
     callbacks.append(UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches))
     callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
@@ -69,13 +70,13 @@ def build_trainer(
     if config.save_folder is not None and '://' not in config.save_folder:
         callbacks.append(_build_saver(config))
     loggers = [component.take() for component in config.loggers.values()]
-    if bar and not sys.stderr.isatty():
+    if with_lines:
         loggers.append(ProgressLines())
     if config.compile and dist.get_world_size() == 1:
         arguments['compile_config'] = {}
     elif config.compile:
         compile_blocks(model.denoiser)
-    with _misfit_in_words(config):
+    with _misfit_in_words(config), restricted_loading():
         trainer = Trainer(
             model=model,
             train_dataloader=train,
@@ -85,14 +86,14 @@ def build_trainer(
             algorithms=list(algorithms.values()),
             callbacks=callbacks,
             loggers=loggers,
-            progress_bar=bar and sys.stderr.isatty(),
+            progress_bar=False,
             **arguments,
         )
     # Only now: a run that Composer refuses leaves no configuration behind.
     write_run_files(config, splits['train'])
     for logger in loggers:
         if hasattr(logger, 'log_config'):
-            logger.log_config(_flat(config.to_dict()), config.to_yaml())
+            logger.log_config(flatten(config.to_dict()), config.to_yaml())
             if config.save_folder is not None:
                 logger.log_file(run_folder(config) / 'environment.json')
     return trainer
@@ -180,12 +181,3 @@ def compile_blocks(denoiser: Any, **how: Any) -> None:
     for module in denoiser.modules():
         if denoiser.fsdp_wrap_fn(module):
             module.compile(**how)
-
-
-def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
-    """Dotted keys, for loggers that take a flat table."""
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f'{path}{key}'
-        rows |= _flat(value, f'{name}.') if isinstance(value, Mapping) else {name: value}
-    return rows

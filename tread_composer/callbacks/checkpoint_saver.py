@@ -112,9 +112,9 @@ class WholeCheckpointSaver(CheckpointSaver):
                 print(f'{self._root}: {text}', file=sys.stderr, flush=True)
             return
         if newest.is_dir() != state.fsdp_sharded_state_dict_enabled:
-            kind, wanted = ('sharded', 'full') if newest.is_dir() else ('full', 'sharded')
+            kind, expected = ('sharded', 'full') if newest.is_dir() else ('full', 'sharded')
             raise UserError(
-                f'save_folder: {newest} is a {kind} checkpoint, and this run reads and writes {wanted} ones; go on '
+                f'save_folder: {newest} is a {kind} checkpoint, and this run reads and writes {expected} ones; go on '
                 f'with parallelism_config.fsdp.state_dict_type={kind}, or take another run_name'
             )
         if latest is not None and newest != latest:
@@ -129,8 +129,8 @@ class WholeCheckpointSaver(CheckpointSaver):
         """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""
         began = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
-        asked = self.filename.format(state, keep_placeholders=True)
-        file = Path(checkpoint.get_save_filename(state, asked))
+        requested = self.filename.format(state, keep_placeholders=True)
+        file = Path(checkpoint.get_save_filename(state, requested))
         # Before it is saved: each checkpoint lists those before it and itself.
         self.all_saved_checkpoints_to_timestamp[str(file)] = state.timestamp
         sharded = state.fsdp_sharded_state_dict_enabled

@@ -14,10 +14,11 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
-from tread_composer.callbacks.sample_grid import keep_grid, shown_in_grid
+from tread_composer.callbacks.sample_grid import keep_grid
 from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
+from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.measurer import Measurement, Measurer
 from tread_composer.metrics.metric import Figure

@@ -156,13 +156,13 @@ class MLflowRun(MLFlowLogger):
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
-        found = [self._found]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is not None and int(state.timestamp.batch) == 0:
+        earlier = [self._found]
+        dist.broadcast_object_list(earlier, src=0)
+        if earlier[0] is not None and int(state.timestamp.batch) == 0:
             self._leave_found_run(state.run_name)
             self._begin(state, logger)
             if dist.get_global_rank() == 0:
-                self._client.set_tag(found[0]['id'], 'tread_composer.superseded_by', self._id)
+                self._client.set_tag(earlier[0]['id'], 'tread_composer.superseded_by', self._id)
         super().after_load(state, logger)
 
     def _begin(self, state: State, logger: Logger) -> None:
@@ -240,12 +240,14 @@ class MLflowRun(MLFlowLogger):
         """Log the parameters that the run does not have; returns ``name: old -> new`` for those that differ."""
         from mlflow.entities import Param
 
-        there = self._client.get_run(self._id).data.params
+        stored = self._client.get_run(self._id).data.params
         named = {re.sub(r'[^\w\-./ :]', '_', name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
-        new = [Param(name, value) for name, value in named.items() if name not in there]
+        new = [Param(name, value) for name, value in named.items() if name not in stored]
         for start in range(0, len(new), _PARAMS_A_REQUEST):
             self._client.log_batch(self._id, params=new[start : start + _PARAMS_A_REQUEST])
-        return [f'{name}: {there[name]} -> {value}' for name, value in named.items() if there.get(name, value) != value]
+        return [
+            f'{name}: {stored[name]} -> {value}' for name, value in named.items() if stored.get(name, value) != value
+        ]
 
     def log_file(self, path: str | Path, artifact_folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, under its own name; replaces one of that name."""

@@ -64,17 +64,17 @@ def _wait_for_the_end(parent: int) -> bytes:
 
     The pipe alone is not enough: data-loading workers are forked and hold its other end open for some seconds.
     """
-    said = b''
+    word = b''
     while os.getppid() == parent:
         readable, _, _ = select.select([0], [], [], _POLL_SECONDS)
         if readable:
             piece = os.read(0, 4096)
             if not piece:
                 break
-            said += piece
+            word += piece
     while select.select([0], [], [], 0)[0] and (piece := os.read(0, 4096)):
-        said += piece
-    return said
+        word += piece
+    return word
 
 
 def _mark_failed(tracking_uri: str, run_id: str, owner: str) -> None:
@@ -106,6 +106,6 @@ def _watch() -> None:
 
 if __name__ == '__main__':
     # Python put this file's folder first; its neighbours (progress.py, ...) must not stand for other packages.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path or '.') != here]
+    folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or '.') != folder]
     _watch()

@@ -3,11 +3,14 @@
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from composer.core import State
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +19,7 @@ from tread_composer.core.precision import plain_float32
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
 
-__all__ = ['Sampling', 'bare_model']
+__all__ = ['AtInterval', 'Sampling', 'bare_model', 'log_file']
 
 Weights = Literal['ema', 'raw']
 
@@ -24,6 +27,47 @@ Weights = Literal['ema', 'raw']
 def bare_model(state: State) -> Any:
     """The ComposerModel itself, out of the wrapper that data-parallel training puts around it."""
     return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+
+
+class AtInterval(Callback):
+    """Acts at an interval and at the end of training, into a folder whose files go to the loggers too.
+
+    Runs on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and on
+    ``Event.FIT_END`` unless it has acted on that batch already.
+
+    Args:
+        interval: A Composer time string; None for the end alone.
+        folder: Where files go. ``{run_name}`` is filled in.
+    """
+
+    def __init__(self, interval: str | None, folder: str) -> None:
+        self.folder = folder
+        self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
+        self._last_batch = -1
+
+    def act(self, state: State, logger: Logger) -> None:
+        """What is to be done, on all ranks."""
+        raise NotImplementedError
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Act when the interval says so, and at the end."""
+        super().run_event(event, state, logger)
+        batch = int(state.timestamp.batch)
+        at_end = event == Event.FIT_END and self._last_batch != batch
+        if at_end or (event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self._is_due(state, event)):
+            self._last_batch = batch
+            self.act(state, logger)
+
+    def folder_of(self, state: State) -> Path:
+        """The folder of this run."""
+        return Path(self.folder.format(run_name=state.run_name))
+
+
+def log_file(logger: Logger, path: Path, *artifact_folder: str) -> None:
+    """Hand a file to every logger that stores files."""
+    for destination in logger.destinations:
+        if hasattr(destination, 'log_file'):
+            destination.log_file(path, *artifact_folder)  # type: ignore[attr-defined]
 
 
 class Sampling:

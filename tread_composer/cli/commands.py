@@ -8,7 +8,10 @@ Exit codes: 0 done; 2 the input is at fault (one message on rank 0, no traceback
 import argparse
 import functools
 import json
+import os
+import select
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -42,9 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     prepare_process()
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()  # here, where a reader that is gone can still be handled
+        return code
     except UserError as error:
         return _refused(error)
+    except BrokenPipeError:
+        if arguments is not None or not _is_unread(sys.stdout.fileno()):
+            raise
+        # The reader has enough: `plan x.yaml | head`.
+        # The interpreter flushes at its exit once more, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether nobody reads this pipe any more: the error may come from a pipe of another library."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors and hang-ups are reported unasked
+    return bool(poll.poll(0))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -280,13 +299,13 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.weights.export import export_in_words
-        from tread_composer.weights.foreign import Said, import_weights
+        from tread_composer.weights.foreign import Hints, import_weights
 
     names = (
         'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
         'route', 'batch',
     )  # fmt: skip
-    facts = Said(**{name: getattr(options, name) for name in names})
+    facts = Hints(**{name: getattr(options, name) for name in names})
     choices = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
     result = import_weights(options.path, options.out, facts, **choices)
     print(export_in_words(result))
@@ -323,6 +342,7 @@ def _prefetch(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.config import json_schema, list_parts
+        from tread_composer.io.table import text_table
 
     if not options.components:
         with warnings.catch_warnings():
@@ -332,9 +352,7 @@ def _schema(options: argparse.Namespace) -> int:
         print(json.dumps(schema, indent=2))
         return 0
     rows = list_parts()
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print('  '.join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
+    print(text_table((), rows, 'llll'))
     print("a part of another package is named 'package.module:Class'; its constructor says its arguments")
     return 0
 

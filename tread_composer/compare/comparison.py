@@ -26,8 +26,9 @@ from tread_composer.compare.runs import Run
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import short
 from tread_composer.io.page import flat
-from tread_composer.metrics.metric import direction
+from tread_composer.io.table import text_table
 from tread_composer.metrics.protocol import differences
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'LINES_RULE',
@@ -38,7 +39,6 @@ __all__ = [
     'Comparison',
     'MetricTable',
     'Row',
-    'aligned',
     'cells_of',
     'compare',
     'figure',
@@ -80,6 +80,7 @@ class MetricTable:
 
     Args:
         metric: Its name.
+        better: Which values are better.
         protocol: How it was measured; of runs with different objectives, ``time_grid`` has the grid of each by name.
         points: Each run's measurements, the reference first.
         rows: Values at equal cost, by what is counted; empty where no run has a record of it.
@@ -88,6 +89,7 @@ class MetricTable:
     """
 
     metric: str
+    better: Better
     protocol: Mapping[str, Any]
     points: tuple[tuple[Point, ...], ...]
     rows: Mapping[Axis, tuple[Row, ...]]
@@ -124,11 +126,11 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
     """
     if len(runs) < 2:
         raise UserError(f'compare: {len(runs)} run given; give two or more, the reference first')
-    known = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
-    unknown = [name for name in metrics if not any(_is(metric, name) for metric in known)]
-    if unknown:
-        raise UserError(f'--metrics: no run has {", ".join(unknown)}; there are {", ".join(known) or "none"}')
-    asked = [metric for metric in known if not metrics or any(_is(metric, name) for name in metrics)]
+    measured = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
+    absent = [name for name in metrics if not any(_is(metric, name) for metric in measured)]
+    if absent:
+        raise UserError(f'--metrics: no run has {", ".join(absent)}; there are {", ".join(measured) or "none"}')
+    asked = [metric for metric in measured if not metrics or any(_is(metric, name) for name in metrics)]
     shared = [metric for metric in asked if all(any(c.metric == metric for c in run.curves) for run in runs)]
     names = _names(runs)
     if not shared:
@@ -163,25 +165,26 @@ def _names(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[MetricTable]:
     """One for each protocol of the reference that every other run has too."""
-    owned = [[curve for curve in run.curves if curve.metric == metric] for run in runs]
+    candidates = [[c for c in run.curves if c.metric == metric] for run in runs]
     tables = []
-    for first in owned[0]:
-        if differences(first.protocol, first.protocol):
+    for curve in candidates[0]:
+        if differences(curve.protocol, curve.protocol):
             continue  # something of it is unknown
-        equal = [first]
-        for curves in owned[1:]:
+        equal = [curve]
+        for curves in candidates[1:]:
             # With all that are chosen, not with the first alone: runs of another objective have grids of their own.
-            fits = (c for c in curves if not any(differences(one.protocol, c.protocol) for one in equal))
-            equal += [found] if (found := next(fits, None)) is not None else []
-        if len(equal) == len(owned):
+            fits = (c for c in curves if not any(differences(e.protocol, c.protocol) for e in equal))
+            match = next(fits, None)
+            equal += [] if match is None else [match]
+        if len(equal) == len(candidates):
             tables.append(_table(metric, equal, names))
     if not tables:
         lines = []
-        for i, j in itertools.combinations(range(len(owned)), 2):
+        for i, j in itertools.combinations(range(len(candidates)), 2):
             if i and lines:
                 break  # those of the reference say it
-            pairs = [(one, other) for one in owned[i] for other in owned[j]]
-            nearest = min((differences(one.protocol, other.protocol) for one, other in pairs), key=len)
+            pairs = itertools.product(candidates[i], candidates[j])
+            nearest = min((differences(a.protocol, b.protocol) for a, b in pairs), key=len)
             lines += [f'  {names[i]} and {names[j]}:', *(f'    {line}' for line in nearest)] if nearest else []
         raise UserError(
             f'{metric}: was measured by different protocols, so the values do not compare.\n' + '\n'.join(lines) +
@@ -191,30 +194,31 @@ def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[Metr
 
 
 def _table(metric: str, curves: Sequence[Curve], names: Sequence[str]) -> MetricTable:
-    points = tuple(curve.points for curve in curves)
+    points, better = tuple(curve.points for curve in curves), curves[0].better
+    assert better is not None
     rows: dict[Axis, tuple[Row, ...]] = {axis: _rows(points, axis) for axis in AXES}
     speed_ups, common = [], []
-    for other in points[1:]:
-        found: dict[Axis, SpeedUp] = {axis: speed_up(points[0], other, metric, axis) for axis in AXES}
+    for run in points[1:]:
+        at_best: dict[Axis, SpeedUp] = {axis: speed_up(points[0], run, better, axis) for axis in AXES}
         instead: dict[Axis, SpeedUp] = {}
-        if found['step'].reason == 'not reached':
-            instead = {axis: common_speed_up(points[0], other, metric, axis) for axis in AXES}
-        speed_ups.append(found)
+        if at_best['step'].reason == 'not reached':
+            instead = {axis: common_speed_up(points[0], run, better, axis) for axis in AXES}
+        speed_ups.append(at_best)
         common.append(instead)
     protocol = curves[0].protocol
     grids = [curve.protocol['time_grid'] for curve in curves]
     if any(grid['objective'] != grids[0]['objective'] for grid in grids):
         protocol = {**protocol, 'time_grid': dict(zip(names, grids, strict=True))}
-    return MetricTable(metric, protocol, points, rows, tuple(speed_ups), tuple(common))
+    return MetricTable(metric, better, protocol, points, rows, tuple(speed_ups), tuple(common))
 
 
 def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
     """At the costs where the reference was measured, and at the largest that all runs have reached."""
     costs = [[x for point in run if (x := getattr(point, axis)) is not None] for run in points]
-    known = [found for found in costs if found]
-    if not known:
+    recorded = [run for run in costs if run]
+    if not recorded:
         return ()
-    at = known[0] + ([min(found[-1] for found in known)] if len(known) > 1 else [])
+    at = recorded[0] + ([min(run[-1] for run in recorded)] if len(recorded) > 1 else [])
     rows: list[Row] = []
     for cost in sorted(at):
         if not rows or not math.isclose(rows[-1].cost, cost, rel_tol=1e-9):
@@ -223,11 +227,11 @@ def _rows(points: Sequence[Sequence[Point]], axis: Axis) -> tuple[Row, ...]:
 
 
 def _cell(points: Sequence[Point], axis: Axis, cost: float) -> Value | str:
-    known = [x for point in points if (x := getattr(point, axis)) is not None]
-    found = value_at(points, axis, cost)
-    if found is not None:
-        return found
-    return 'not recorded' if not known else 'before its first' if cost < known[0] else 'beyond its last'
+    recorded = [x for point in points if (x := getattr(point, axis)) is not None]
+    value = value_at(points, axis, cost)
+    if value is not None:
+        return value
+    return 'not recorded' if not recorded else 'before its first' if cost < recorded[0] else 'beyond its last'
 
 
 # --- as text ---
@@ -242,15 +246,15 @@ def figure(value: float) -> str:
     return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
 
 
-def ratio_in_words(found: SpeedUp) -> str:
+def ratio_in_words(speed: SpeedUp) -> str:
     """``1.43x`` with the figure at the measured point, or why there is none."""
-    if found.ratio is None:
-        return found.reason or 'not known: it was as good before its first step'
-    if found.at_least:
-        return f'at least {found.ratio:.2f}x (as good at its first measurement)'
-    assert found.reference is not None and found.measured
-    at_point = found.reference / found.measured
-    return f'{found.ratio:.2f}x' + ('' if at_point == found.ratio else f' ({at_point:.2f}x at the measurement)')
+    if speed.ratio is None:
+        return speed.reason or 'not known: it was as good before its first step'
+    if speed.at_least:
+        return f'at least {speed.ratio:.2f}x (as good at its first measurement)'
+    assert speed.reference is not None and speed.measured
+    at_point = speed.reference / speed.measured
+    return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
 
 
 def cells_of(table: MetricTable, axis: Axis) -> list[list[str]]:
@@ -262,11 +266,11 @@ def speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]
     """The table of speed-ups; its head is `SPEED_UP_HEAD`."""
     rows = []
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
-        for owner, found in ((0, speed_ups), (index, common)):
-            if found:
-                best = best_point(table.points[owner], table.metric)
+        for owner, by_axis in ((0, speed_ups), (index, common)):
+            if by_axis:
+                best = best_point(table.points[owner], table.better)
                 quality = f'best of {comparison.names[owner]}: {figure(best.value)} (step {best.step})'
-                rows.append([comparison.names[index], quality, *(ratio_in_words(found[axis]) for axis in AXES)])
+                rows.append([comparison.names[index], quality, *(ratio_in_words(by_axis[axis]) for axis in AXES)])
     return rows
 
 
@@ -288,26 +292,22 @@ def notes_of(comparison: Comparison) -> list[str]:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The tables for a terminal."""
+    """The tables for a terminal; a protocol that several metrics share is printed once."""
     lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
+    shown = None
     for table in comparison.tables:
-        lines += ['', f'{table.metric} ({direction(table.metric)} is better)', _protocol_line(table.protocol)]
+        lines += ['', f'{table.metric} ({table.better} is better)']
+        if table.protocol != shown:
+            shown = table.protocol
+            lines.append(_protocol_line(table.protocol))
         for axis, name in AXES.items():
             head = [name, *comparison.names]
-            lines += (
-                ['', *aligned([head, *cells_of(table, axis)])] if table.rows[axis] else ['', f'{name}: not recorded']
-            )
-        lines += ['', *aligned([SPEED_UP_HEAD, *speed_up_rows(comparison, table)])]
+            cells = cells_of(table, axis)
+            lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
+        lines += ['', text_table(SPEED_UP_HEAD, speed_up_rows(comparison, table))]
     notes = [f'- {note}' for note in (*notes_of(comparison), LINES_RULE, SPEED_UP_RULE, ONE_RUN_RULE)]
     return '\n'.join([*lines, '', *notes])
 
 
 def _protocol_line(protocol: Mapping[str, Any]) -> str:
     return 'protocol: ' + ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is at the left and the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbered = [list(enumerate(zip(row, widths, strict=True))) for row in rows]
-    return ['  '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in row) for row in numbered]

@@ -44,10 +44,6 @@ def training_teraflops(config_file: Path, data_file: Path | None = None) -> tupl
         window = _routed_steps(config, plan)
     except UserError as error:
         return not_recorded, f'FLOPs not recorded: {error}'
-    masking = config.algorithms.get('maskdit')
-    unmask_time = None if masking is None else masking.instance.unmask_time
-    if unmask_time is not None:
-        return not_recorded, f'FLOPs not recorded: masking changes during the run (unmask_time {unmask_time})'
     factor = _FLOPS_PER_MAC * plan['samples_per_step'] / 1000
     dense, routed = factor * plan['gmacs_dense'], factor * plan['gmacs_routed']
 
@@ -71,13 +67,22 @@ def _data_overrides(path: Path) -> list[str]:
 
 
 def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:
-    """From which step to which tokens are saved; (0, inf) if always, or if nothing is ever saved."""
-    tread = config.algorithms.get('tread')
-    start, end = (None, None) if tread is None else (tread.instance.start_time, tread.instance.end_time)
-    return (
-        0.0 if start is None else _in_steps(start, 'start_time', plan),
-        math.inf if end is None else _in_steps(end, 'end_time', plan),
-    )
+    """The steps in which work is saved; (0, inf) if always, or if nothing is ever saved.
+
+    Raises:
+        UserError: They are unknown, or several algorithms save work in different steps.
+    """
+    windows = {}
+    for name, component in config.algorithms.items():
+        if hasattr(component.instance, 'cost_window'):
+            start, end = component.instance.cost_window()
+            windows[name] = (
+                0.0 if start is None else _in_steps(start, f'{name}.start_time', plan),
+                math.inf if end is None else _in_steps(end, f'{name}.end_time', plan),
+            )
+    if len(set(windows.values())) > 1:
+        raise UserError(f'{" and ".join(windows)} save work in different steps of the run')
+    return next(iter(windows.values()), (0.0, math.inf))
 
 
 def _in_steps(text: str, name: str, plan: Mapping[str, Any]) -> float:
@@ -89,7 +94,7 @@ def _in_steps(text: str, name: str, plan: Mapping[str, Any]) -> float:
         TimeUnit.SAMPLE: 1 / plan['samples_per_step'],
     }.get(time.unit)
     if factor is None:
-        raise UserError(f'algorithms.tread.{name}: {text} is not known in steps without the size of the data')
+        raise UserError(f'algorithms.{name}: {text} is not known in steps without the size of the data')
     return math.ceil(time.value * factor - 1e-9)
 
 
@@ -102,9 +107,9 @@ def recorded_seconds(speeds: Mapping[int, float]) -> tuple[Cost, str]:
     Args:
         speeds: Batches in a second, by step, as the callback ``speed_monitor`` logs them.
     """
-    known = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
-    if not known:
+    usable = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
+    if not usable:
         return not_recorded, 'seconds not recorded: the run has no throughput/batches_per_sec (add speed_monitor: {})'
-    speed = statistics.median(known)
-    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(known)} logged speeds '
+    speed = statistics.median(usable)
+    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(usable)} logged speeds '
     return lambda step: step / speed, text + '(measuring and saving between them left out)'

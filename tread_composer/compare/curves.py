@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tread_composer.metrics.metric import direction
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'AXES',
@@ -90,13 +90,13 @@ class SpeedUp:
         return None if self.reference is None or not self.reached else self.reference / self.reached
 
 
-def best_point(points: Sequence[Point], metric: str) -> Point:
+def best_point(points: Sequence[Point], better: Better) -> Point:
     """The measured point of best value, the earliest of equals.
 
     Raises:
         ValueError: There is no point.
     """
-    sign = 1 if direction(metric) == 'lower' else -1
+    sign = 1 if better == 'lower' else -1
     return min(points, key=lambda point: (sign * point.value, point.step))
 
 
@@ -108,49 +108,51 @@ def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | None:
         axis: What ``cost`` is.
         cost: Where.
     """
-    known = [(x, point.value) for point in points if (x := getattr(point, axis)) is not None]
-    for x, value in known:
+    recorded = [(x, point.value) for point in points if (x := getattr(point, axis)) is not None]
+    for x, value in recorded:
         if math.isclose(x, cost, rel_tol=1e-9):
             return Value(value, measured=True)
-    for (x0, y0), (x1, y1) in itertools.pairwise(known):
+    for (x0, y0), (x1, y1) in itertools.pairwise(recorded):
         if x0 < cost < x1:
             return Value(y0 + (y1 - y0) * (cost - x0) / (x1 - x0), measured=False)
     return None
 
 
-def speed_up(reference: Sequence[Point], other: Sequence[Point], metric: str, axis: Axis) -> SpeedUp:
+def speed_up(reference: Sequence[Point], run: Sequence[Point], better: Better, axis: Axis) -> SpeedUp:
     """The ratio of what the reference and another run need for the reference's best value.
 
     Args:
         reference: Points of the run whose quality is to be reached, ascending in ``step``.
-        other: Points of the other run, likewise.
-        metric: Decides which direction is better.
+        run: Points of the other run, likewise.
+        better: Which values of the metric are better.
         axis: What is counted.
     """
-    target = best_point(reference, metric)
+    target = best_point(reference, better)
     cost: float | None = getattr(target, axis)
-    sign = 1 if direction(metric) == 'lower' else -1
-    index = next((i for i, point in enumerate(other) if sign * point.value <= sign * target.value), None)
+    sign = 1 if better == 'lower' else -1
+    index = next((i for i, point in enumerate(run) if sign * point.value <= sign * target.value), None)
     if cost is None:
         return SpeedUp(axis, target.value, reason='not recorded for the reference')
     if index is None:
         return SpeedUp(axis, target.value, cost, reason='not reached')
-    there: float | None = getattr(other[index], axis)
-    if there is None:
+    at_index: float | None = getattr(run[index], axis)
+    if at_index is None:
         return SpeedUp(axis, target.value, cost, reason='not recorded')
     if index == 0:
-        return SpeedUp(axis, target.value, cost, there, there, at_least=True)
-    before = other[index - 1]
+        return SpeedUp(axis, target.value, cost, at_index, at_index, at_least=True)
+    before = run[index - 1]
     x0: float | None = getattr(before, axis)
     if x0 is None:
         return SpeedUp(axis, target.value, cost, reason='not recorded')
-    share = (target.value - before.value) / (other[index].value - before.value)
-    return SpeedUp(axis, target.value, cost, x0 + (there - x0) * share, there)
+    share = (target.value - before.value) / (run[index].value - before.value)
+    return SpeedUp(axis, target.value, cost, x0 + (at_index - x0) * share, at_index)
 
 
-def common_speed_up(reference: Sequence[Point], other: Sequence[Point], metric: str, axis: Axis) -> SpeedUp:
+def common_speed_up(reference: Sequence[Point], run: Sequence[Point], better: Better, axis: Axis) -> SpeedUp:
     """The ratio at the other run's best value: for where `speed_up` says "not reached". Arguments as there."""
-    found = speed_up(other, reference, metric, axis)
-    if found.at_least:
-        return SpeedUp(axis, found.quality, reason='not known: the reference was better from its first measurement on')
-    return SpeedUp(axis, found.quality, found.reached, found.reference, found.reference, reason=found.reason)
+    inverse = speed_up(run, reference, better, axis)
+    if inverse.at_least:
+        return SpeedUp(
+            axis, inverse.quality, reason='not known: the reference was better from its first measurement on'
+        )
+    return SpeedUp(axis, inverse.quality, inverse.reached, inverse.reference, inverse.reference, reason=inverse.reason)

@@ -1,6 +1,5 @@
 """The files of a comparison: numbers as JSON, a picture, a page."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,11 +22,10 @@ from tread_composer.compare.comparison import (
 )
 from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
 from tread_composer.core.errors import UserError
-from tread_composer.io.chart import Chart
-from tread_composer.io.chart import Curve as Line
+from tread_composer.io.chart import Chart, Curve, figure_png, new_figure
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report
-from tread_composer.metrics.metric import direction
+from tread_composer.metrics.quantity import Better
 
 __all__ = ['draw', 'write_comparison']
 
@@ -68,7 +66,7 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
         metrics.append(
             {
                 'metric': table.metric,
-                'better': direction(table.metric),
+                'better': table.better,
                 'protocol': dict(table.protocol),
                 'points': dict(zip(comparison.names, points, strict=True)),
                 'speed_ups': _ratios(comparison, table.speed_ups),
@@ -80,7 +78,7 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
 
 def _ratios(comparison: Comparison, group: tuple[Mapping[Axis, SpeedUp], ...]) -> dict[str, Any]:
     return {
-        name: {axis: {**asdict(found), 'ratio': found.ratio} for axis, found in by_axis.items()}
+        name: {axis: {**asdict(speed), 'ratio': speed.ratio} for axis, speed in by_axis.items()}
         for name, by_axis in zip(comparison.names[1:], group, strict=True)
     }
 
@@ -90,40 +88,26 @@ def _curve(table: MetricTable, axis: Axis, index: int) -> list[tuple[float, floa
 
 
 def draw(comparison: Comparison) -> bytes:
-    """A PNG: a row of three panels for each metric, against steps, FLOPs and seconds."""
-    from matplotlib.figure import Figure  # takes a second: not before there is something to draw
-
-    figure_ = Figure(figsize=(13, 0.6 + 3.7 * len(comparison.tables)), layout='constrained')
-    grid = figure_.subplots(len(comparison.tables), len(AXES), squeeze=False, sharey='row')
+    """A PNG: a row of panels for each metric, against steps, FLOPs and seconds."""
+    drawing = new_figure(13, 0.6 + 3.7 * len(comparison.tables))
+    grid = drawing.subplots(len(comparison.tables), len(AXES), squeeze=False)
     for row, table in zip(grid, comparison.tables, strict=True):
-        reference = best_point(table.points[0], table.metric)
-        for axes, (axis, label) in zip(row, AXES.items(), strict=True):
-            drawn = False
-            for index, name in enumerate(comparison.names):
-                curve = _curve(table, axis, index)
-                if curve:
-                    axes.plot(*zip(*curve, strict=True), marker='os^D'[index % 4], ms=4, label=name)
-                    drawn = True
-            if not drawn:
-                axes.text(0.5, 0.5, 'not recorded', ha='center', transform=axes.transAxes)
-            axes.axhline(reference.value, color='0.5', ls='--', lw=1, label=f'best of {comparison.names[0]}')
-            axes.set_xlabel(label)
-            axes.set_xlim(left=0)
-            axes.grid(alpha=0.25)
-        row[0].set_ylabel(f'{table.metric}\n({direction(table.metric)} is better)')
-        row[-1].legend(fontsize=9)
-    content = io.BytesIO()
-    figure_.savefig(content, format='png', dpi=110)
-    return content.getvalue()
+        charts = _charts(comparison, table)
+        for axes, axis in zip(row, AXES, strict=True):
+            if axis in charts:
+                charts[axis].plot(axes)
+            else:
+                axes.text(0.5, 0.5, f'{AXES[axis]}: not recorded', ha='center', transform=axes.transAxes)
+        charts['step'].legend(row[0], fontsize=9)  # steps are always known
+    return figure_png(drawing)
 
 
 def _page(comparison: Comparison, command: str) -> Report:
     names = comparison.names
     page = Report(' vs '.join(names), f'{names[0]} is the reference. {ONE_RUN_RULE}')
     for table in comparison.tables:
-        better = direction(table.metric)
-        page.heading(f'{table.metric} ({better} is better)')
-        page.tiles(_tiles(comparison, table)).charts(_charts(comparison, table))
+        page.heading(f'{table.metric} ({table.better} is better)')
+        page.tiles(_tiles(comparison, table)).charts(list(_charts(comparison, table).values()))
         page.heading('Speed-up at equal quality', small=True)
         page.table(SPEED_UP_HEAD, speed_up_rows(comparison, table))
         page.tables(
@@ -136,7 +120,8 @@ def _page(comparison: Comparison, command: str) -> Report:
         for axis, label in AXES.items():
             if not table.rows[axis]:
                 page.text(f'At equal {label}: not recorded in any run.')
-        page.heading('Protocol, the same for all runs', small=True).facts(table.protocol)
+    for protocol, metrics in _protocols(comparison):
+        page.heading(f'Protocol of {", ".join(metrics)}, the same for all runs').facts(protocol)
     page.heading('How to read this').text(SPEED_UP_RULE).text(LINES_RULE)
     grids = [(f'{name}: {run.source}', run.grid) for name, run in zip(names, comparison.runs, strict=True) if run.grid]
     if grids:
@@ -148,39 +133,53 @@ def _page(comparison: Comparison, command: str) -> Report:
     return page.heading('How to get this page again').command(command)
 
 
+def _protocols(comparison: Comparison) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Each protocol with the metrics that were measured by it."""
+    protocols: list[tuple[Mapping[str, Any], list[str]]] = []
+    for table in comparison.tables:
+        metrics = next((names for protocol, names in protocols if protocol == table.protocol), None)
+        if metrics is None:
+            protocols.append((table.protocol, [table.metric]))
+        else:
+            metrics.append(table.metric)
+    return protocols
+
+
 def _tiles(comparison: Comparison, table: MetricTable) -> list[tuple[str, str]]:
     """The speed-ups that a reader looks for: at the reference's best value, else at the best that both reach."""
     tiles = []
     for index, (speed_ups, common) in enumerate(zip(table.speed_ups, table.common, strict=True), 1):
-        owner, found = (index, common) if common else (0, speed_ups)
-        quality = figure(best_point(table.points[owner], table.metric).value)
+        owner, by_axis = (index, common) if common else (0, speed_ups)
+        quality = figure(best_point(table.points[owner], table.better).value)
         pair = f'{comparison.names[0]} / {comparison.names[index]} at {quality} (the best of {comparison.names[owner]})'
         for axis, label in AXES.items():
-            ratio, sign = found[axis].ratio, '≥ ' if found[axis].at_least else ''
-            tiles.append((f'{sign}{ratio:.2f}x' if ratio else ratio_in_words(found[axis]), f'{label}: {pair}'))
+            ratio, sign = by_axis[axis].ratio, '≥ ' if by_axis[axis].at_least else ''
+            reason = '' if ratio else f' ({ratio_in_words(by_axis[axis])})'
+            tiles.append((f'{sign}{ratio:.2f}x' if ratio else '-', f'{label}: {pair}{reason}'))
     return tiles
 
 
 def _best_cells(table: MetricTable, axis: Axis) -> list[tuple[int, int]]:
-    return [(i, j + 1) for i, row in enumerate(table.rows[axis]) for j in _best(row, table.metric)]
+    return [(i, j + 1) for i, row in enumerate(table.rows[axis]) for j in _best(row, table.better)]
 
 
-def _best(row: Row, metric: str) -> list[int]:
+def _best(row: Row, better: Better) -> list[int]:
     values = [(cell.value, i) for i, cell in enumerate(row.cells) if isinstance(cell, Value)]
     if len(values) < 2:
         return []
-    pick = min if direction(metric) == 'lower' else max
+    pick = min if better == 'lower' else max
     best = pick(value for value, _ in values)
     return [i for value, i in values if value == best]
 
 
-def _charts(comparison: Comparison, table: MetricTable) -> list[Chart]:
-    reference = best_point(table.points[0], table.metric)
-    charts = []
+def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
+    """The curves against each cost that some run has recorded."""
+    reference = best_point(table.points[0], table.better)
+    level_label = f'best of {comparison.names[0]}: {figure(reference.value)}'
+    charts: dict[Axis, Chart] = {}
     for axis, label in AXES.items():
-        lines = [Line(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
-        if any(line.points for line in lines):
-            text = f'best of {comparison.names[0]}: {figure(reference.value)}'
-            y_label = f'{table.metric} ({direction(table.metric)} is better)'
-            charts.append(Chart(label, y_label, lines, reference.value, text))
+        curves = [Curve(name, _curve(table, axis, i), i) for i, name in enumerate(comparison.names)]
+        if any(curve.points for curve in curves):
+            y_label = f'{table.metric} ({table.better} is better)'
+            charts[axis] = Chart(label, y_label, curves, reference.value, level_label)
     return charts

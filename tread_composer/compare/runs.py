@@ -12,17 +12,14 @@ from typing import Any
 import yaml
 
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
-from tread_composer.compare.entries import Curve, by_history, curves_of, is_of_digits, read_entries, read_json
-from tread_composer.compare.store import MLFLOW, SPEED, artifacts, changes, find, histories, store_of
-from tread_composer.config import restore_config
+from tread_composer.compare.entries import Curve, curves_of, read_entries
+from tread_composer.compare.store import MLFLOW, artifacts, changes, find, speeds, store_of
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.drawing import time_grid
-from tread_composer.metrics.protocol import UNKNOWN
+from tread_composer.io.files import read_json
 
 __all__ = ['Run', 'open_run']
 
-# Earlier versions of digits_quality took the first name, so that `evaluate` took the second.
-_RESULTS = ('results.json', 'evaluation.json', 'digits_quality.json')
+_RESULTS = ('results.json', 'digits_quality.json')
 _ARTIFACTS = ('config.yaml', 'data.json', *_RESULTS, 'environment.json', 'samples/latest.png')
 _STORE = 'runs/mlflow.db'
 _FORMS = f"a run's folder, a results.json (FILE#RUN where it holds several), or {MLFLOW}RUN[@tracking uri]"
@@ -62,8 +59,8 @@ def open_run(word: str) -> Run:
     if word.startswith(MLFLOW):
         name, _, uri = word.removeprefix(MLFLOW).partition('@')
         return _from_mlflow(name, uri or f'sqlite:///{_STORE}')
-    file, _, wanted = word.partition('#')
-    for path, name in ((Path(word), None), (Path(file), wanted or None)):
+    file, _, run_name = word.partition('#')
+    for path, name in ((Path(word), None), (Path(file), run_name or None)):
         if path.is_dir():
             return _from_folder(path)
         if path.is_file():
@@ -74,16 +71,16 @@ def open_run(word: str) -> Run:
 # --- the three forms ---
 
 
-def _from_file(path: Path, wanted: str | None) -> Run:
+def _from_file(path: Path, run_name: str | None) -> Run:
     entries = read_entries(path)
     names = sorted({entry['run'] or '' for entry in entries})
-    if wanted is None and len(names) > 1:
+    if run_name is None and len(names) > 1:
         raise UserError(
             f'{path} holds results of several runs; say which one: {", ".join(f"{path}#{n}" for n in names)}'
         )
-    entries = [entry for entry in entries if wanted is None or entry['run'] == wanted]
+    entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
     if not entries:
-        raise UserError(f'{path}: no results of a run {wanted!r}; it holds {names or "none"}')
+        raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
     curves, notes = curves_of(entries, not_recorded, not_recorded)
     return Run(entries[0]['run'] or path.stem, str(path), curves, tuple(notes))
 
@@ -94,24 +91,24 @@ def _from_folder(folder: Path) -> Run:
         raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
     config = yaml.safe_load(config_file.read_text())
     data_file = folder / 'data.json'
-    flops, how = training_teraflops(config_file, data_file if data_file.is_file() else None)
-    notes = [how]
-    found, missing = store_of(config, folder)
-    logged: dict[str, dict[int, float]] = {}
-    if found is None:
+    flops, flops_note = training_teraflops(config_file, data_file if data_file.is_file() else None)
+    notes = [flops_note]
+    record, missing = store_of(config, folder)
+    logged: dict[int, float] = {}
+    if record is None:
         notes.append(f'no MLflow record found ({missing}), so only what is in the folder is known')
     else:
-        logged = histories(*found)
-    seconds, how = recorded_seconds(logged.get(SPEED, {}))
-    files = {name: folder / name for name in _RESULTS if (folder / name).is_file()}
-    entries, said = _results(files, logged, config_file)
+        logged = speeds(*record)
+    seconds, seconds_note = recorded_seconds(logged)
+    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
+    entries = [entry for file in files for entry in read_entries(file)]
     if not entries:
         raise UserError(
             f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
             f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
         )
-    notes += said + (changes(found[1], by_history(entries)) if found is not None else [])
-    notes.append(_seconds_note(entries, how))
+    notes += changes(record[1]) if record is not None else []
+    notes.append(_seconds_note(entries, seconds_note))
     curves, more = curves_of(entries, flops, seconds)
     grid, environment = folder / 'samples' / 'latest.png', folder / 'environment.json'
     return Run(
@@ -126,8 +123,7 @@ def _from_folder(folder: Path) -> Run:
 
 def _from_mlflow(name: str, uri: str) -> Run:
     client, run = find(name, uri)
-    logged = histories(client, run)
-    seconds, how = recorded_seconds(logged.get(SPEED, {}))
+    seconds, seconds_note = recorded_seconds(speeds(client, run))
     notes = []
     with tempfile.TemporaryDirectory() as temporary:
         files = artifacts(client, run, Path(temporary), _ARTIFACTS)
@@ -137,13 +133,13 @@ def _from_mlflow(name: str, uri: str) -> Run:
             notes.append(counted)
         else:
             notes.append('FLOPs not recorded: the MLflow run has no config.yaml')
-        entries, said = _results(files, logged, files.get('config.yaml'))
+        entries = [entry for name in _RESULTS if name in files for entry in read_entries(files[name])]
         if not entries:
             raise UserError(
                 f'{MLFLOW}{name}: the run has no {" or ".join(_RESULTS)}, so it is not known how its numbers '
                 'were measured; measure it first'
             )
-        notes += [*said, *changes(run, by_history(entries)), _seconds_note(entries, how)]
+        notes += [*changes(run), _seconds_note(entries, seconds_note)]
         curves, more = curves_of(entries, flops, seconds)
         grid = files['latest.png'].read_bytes() if 'latest.png' in files else None
         machine = _machine(read_json(files['environment.json'])) if 'environment.json' in files else None
@@ -151,41 +147,13 @@ def _from_mlflow(name: str, uri: str) -> Run:
     return Run(run.data.tags.get('run_name', run.info.run_name), source, curves, (*notes, *more), machine, grid)
 
 
-def _results(
-    files: Mapping[str, Path], logged: Mapping[str, Mapping[int, float]], config_file: Path | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries of a run's files, and what has to be said of them."""
-    entries, notes = [], []
-    for name in _RESULTS:
-        if name not in files:
-            continue
-        if name == 'results.json' and 'digits_quality.json' in files and is_of_digits(read_json(files[name])):
-            notes.append(
-                'left out: results.json is of an earlier version of digits_quality, and digits_quality.json is there; '
-                'the two draw with other seeds'
-            )
-            continue
-        entries += read_entries(files[name], logged, _grid(config_file))
-    return entries, notes
-
-
-def _grid(config_file: Path | None) -> dict[str, Any] | str:
-    """The time grid of a run, which its configuration decides."""
-    if config_file is None:
-        return UNKNOWN
-    try:
-        return time_grid(restore_config(config_file).objective.instance)
-    except UserError:
-        return UNKNOWN  # of another version; the files that need it will compare with nothing
-
-
 def _seconds_note(entries: Sequence[Mapping[str, Any]], derived: str) -> str:
     """Where the seconds of the points come from."""
-    own = sum(1 for entry in entries if (entry['training'] or {}).get('seconds') is not None)
+    timed = sum(1 for entry in entries if (entry['training'] or {}).get('seconds') is not None)
     written = 'seconds: as written with each result while training (the time of measuring left out)'
-    if not own:
+    if not timed:
         return derived
-    return written if own == len(entries) else f'{own} of {len(entries)} results: {written}; the others: {derived}'
+    return written if timed == len(entries) else f'{timed} of {len(entries)} results: {written}; the others: {derived}'
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

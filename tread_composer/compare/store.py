@@ -8,7 +8,7 @@ from typing import Any
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
 
-__all__ = ['MLFLOW', 'SPEED', 'artifacts', 'changes', 'find', 'histories', 'store_of']
+__all__ = ['MLFLOW', 'SPEED', 'artifacts', 'changes', 'find', 'speeds', 'store_of']
 
 MLFLOW = 'mlflow:'
 SPEED = 'throughput/batches_per_sec'
@@ -33,12 +33,12 @@ def find(name: str, uri: str) -> tuple[Any, Any]:
             pass  # a name may look like an id
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for tag in ('run_name', '`mlflow.runName`'):
-        found = client.search_runs(experiments, f'tags.{tag} = "{name}"')
-        if len(found) > 1:
-            ids = ', '.join(run.info.run_id for run in found)
-            raise UserError(f'{MLFLOW}{name}: {len(found)} runs have this name in {uri}; give one of their ids: {ids}')
-        if found:
-            return client, found[0]
+        runs = client.search_runs(experiments, f'tags.{tag} = "{name}"')
+        if len(runs) > 1:
+            ids = ', '.join(run.info.run_id for run in runs)
+            raise UserError(f'{MLFLOW}{name}: {len(runs)} runs have this name in {uri}; give one of their ids: {ids}')
+        if runs:
+            return client, runs[0]
     raise UserError(f'{MLFLOW}{name}: no run of this id or name in {uri}')
 
 
@@ -61,49 +61,33 @@ def store_of(config: Mapping[str, Any], folder: Path) -> tuple[tuple[Any, Any] |
     return None, '; '.join(reasons)
 
 
-def histories(client: Any, run: Any) -> dict[str, dict[int, float]]:
-    """Logged speeds and figures of digits_quality, by name and step."""
-    names = [name for name in run.data.metrics if name == SPEED or name.startswith('digits/')]
-    found = {}
-    for name in names:
-        points = sorted(client.get_metric_history(run.info.run_id, name), key=lambda point: point.timestamp)
-        found[name] = {point.step: point.value for point in points}  # a step repeated after a resume: the last
-    return found
+def speeds(client: Any, run: Any) -> dict[int, float]:
+    """Batches in a second, by step, as ``speed_monitor`` logged them."""
+    points = sorted(client.get_metric_history(run.info.run_id, SPEED), key=lambda point: point.timestamp)
+    return {point.step: point.value for point in points}  # a step repeated after a resume: the last
 
 
-def changes(run: Any, by_history: bool) -> list[str]:
-    """What a resumed run was given anew, as notes.
-
-    Args:
-        run: Of MLflow.
-        by_history: Whether points are taken from logged histories, which do not say by which protocol.
-
-    Raises:
-        UserError: They are, and the protocol of digits_quality changed on the way.
-    """
+def changes(run: Any) -> list[str]:
+    """What a resumed run was given anew, as notes."""
     changed = run.data.tags.get('tread_composer.changed_settings', '')
-    named = [change for change in changed.split('; ') if change.startswith('callbacks.digits_quality.')]
-    named = [change for change in named if not re.match(r'callbacks\.digits_quality\.(interval|folder):', change)]
-    if named and by_history:
-        raise UserError(
-            f'run {run.info.run_name!r}: was resumed with another protocol ({"; ".join(named)}), so its points do not '
-            'compare with each other; measure again with one protocol'
-        )
     return [f'resumed with changed settings: {changed}'] if changed else []
 
 
-def artifacts(client: Any, run: Any, folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
-    """Those that are there of some files, by their own names.
+def artifacts(client: Any, run: Any, folder: Path, paths: Sequence[str]) -> dict[str, Path]:
+    """Copies of those files that the run has, by their names.
 
     Args:
         client: Of MLflow.
         run: Of MLflow.
         folder: Where they are copied to.
-        wanted: Paths within the run's artifacts, ``samples/latest.png`` for example.
+        paths: Paths within the run's artifacts, ``samples/latest.png`` for example.
     """
     from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 
-    there = {file.path for place in ('', 'samples') for file in client.list_artifacts(run.info.run_id, place or None)}
-    paths = [path for path in wanted if path in there]
+    stored = {file.path for place in (None, 'samples') for file in client.list_artifacts(run.info.run_id, place)}
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # a bar for each small file would bury the tables
-    return {Path(path).name: Path(client.download_artifacts(run.info.run_id, path, str(folder))) for path in paths}
+    return {
+        Path(path).name: Path(client.download_artifacts(run.info.run_id, path, str(folder)))
+        for path in paths
+        if path in stored
+    }

@@ -13,12 +13,11 @@ from tread_composer.config.attention import attention_problems
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.registry import is_ours, resolve
 from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
-from tread_composer.config.tree import Config, LatentsData, backbone_arguments
+from tread_composer.config.tree import Config, LatentsData
 from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.inception import find_weights
 from tread_composer.models.ssd import fused_refusal
-from tread_composer.routing import check_routes
 from tread_composer.samplers import check_sampler
 
 __all__ = ['check_files', 'check_machine', 'joint_problems']
@@ -31,13 +30,12 @@ def joint_problems(config: Config, world_size: int) -> list[Problem]:
     return [
         *_batches(config, world_size),
         *_model(config),
-        *_routes(config),
+        *_algorithms(config),
         *_combinations(config),
         *_composers(config),
         *_saving(config),
         *sharding_problems(config, world_size),
         *_averages(config),
-        *_direction(config),
         *_normalization(config),
         *_learned_variance(config),
         *_samplers(config),
@@ -88,55 +86,25 @@ def _model(config: Config) -> list[Problem]:
     return problems
 
 
-def _routes(config: Config) -> list[Problem]:
-    if _model(config):
-        return []
-    try:
-        depth = backbone_arguments(config.model).get('depth')
-        if config.routes() and depth is not None:
-            check_routes(config.routes(), depth)
-    except ValueError as error:
-        return [Problem(('algorithms', 'tread'), f'{error}; change the route or model.depth')]
-    return _token_arguments(config)
+def _algorithms(config: Config) -> Iterator[Problem]:
+    """What algorithms themselves have against the run: the optional method ``problems(config)``, ours or a stranger's.
 
-
-def _token_arguments(config: Config) -> list[Problem]:
-    """Where they are written out: what belongs to the tokens of this network must follow those that a route keeps."""
-    written = config.algorithms['tread'].instance.token_arguments if 'tread' in config.algorithms else None
-    if written is None:  # then the network itself says what they are
-        return []
-    needed = getattr(resolve('backbone', config.model.name), 'token_arguments', ())
-    missing = [name for name in needed if name not in written]
-    if not missing:
-        return []
-    text = (
-        f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with a row '
-        f'for each token that says where it is in the image; the rows must follow the tokens that a route keeps. Leave '
-        f'token_arguments out, or write token_arguments: [{", ".join(dict.fromkeys([*written, *needed]))}]'
-    )
-    return [Problem(('algorithms', 'tread', 'token_arguments'), text)]
+    It returns pairs of a setting of the algorithm (empty: the algorithm as such) and a text.
+    """
+    for name, component in config.algorithms.items():
+        problems = getattr(component.instance, 'problems', None)
+        for setting, text in problems(config) if problems else ():
+            yield Problem(('algorithms', name, setting) if setting else ('algorithms', name), text)
 
 
 def _combinations(config: Config) -> list[Problem]:
-    """Algorithms that may not stand beside each other, and what one of them needs from the rest of the run."""
+    """Algorithms that may not stand beside each other."""
     problems = []
     for (name, component), (other_name, other) in itertools.combinations(config.algorithms.items(), 2):
         reason = conflict(type(component.instance), type(other.instance))
         if reason is not None:
             text = f'cannot stand beside algorithms.{other_name}: {reason}. '
             problems.append(Problem(('algorithms', name), f'{text}Take one of them out, e.g. algorithms.{name}=null'))
-    if 'maskdit' in config.algorithms and config.objective.name != 'edm':
-        text = (
-            f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of EDM '
-            f'with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: edm}}'
-        )
-        problems.append(Problem(('algorithms', 'maskdit'), text))
-    if 'maskdit' in config.algorithms and config.model.name != 'dit':
-        text = (
-            f"is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), and "
-            f'model.name is {config.model.name!r}; take model.name: dit, or route tokens instead (algorithms.tread)'
-        )
-        problems.append(Problem(('algorithms', 'maskdit'), text))
     return problems
 
 
@@ -214,19 +182,6 @@ def _averages(config: Config) -> list[Problem]:
             text = "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
             problems.append(Problem(('callbacks', name, 'weights'), text))
     return problems
-
-
-def _direction(config: Config) -> list[Problem]:
-    """A window for a loss that is not there would be silently without effect."""
-    weight = getattr(config.objective.instance, 'direction_weight', None)
-    if 'direction_schedule' not in config.algorithms or weight:
-        return []
-    text = 'opens and closes the velocity-direction loss, and '
-    if weight is None:
-        text += f'objective {config.objective.name!r} has none; take flow_matching, or remove this'
-    else:
-        text += 'objective.direction_weight is 0; set it, for example to 1.0, or remove this'
-    return [Problem(('algorithms', 'direction_schedule'), text)]
 
 
 def _normalization(config: Config) -> list[Problem]:

@@ -18,6 +18,7 @@ import composer.loggers
 import composer.optim
 import torch
 from composer.core import Algorithm, Callback
+from composer.optim import ComposerScheduler
 
 from tread_composer.autoencoders import AUTOENCODERS
 from tread_composer.core.named import import_named, is_reference, part_named
@@ -139,18 +140,20 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
 
 
 def lacks(kind: str, target: Any) -> str | None:
-    """What a class or function of another package lacks to be a part of this kind, in words; None if it may be one.
+    """What a class of another package lacks to be a part of this kind, in words; None if it may be one.
+
+    Asked before the class is called: a configuration may come out of a file from anywhere, and ``subprocess:Popen``
+    names a class too.
 
     Args:
         kind: One of ``KINDS``.
         target: What ``package.module:Class`` names.
     """
+    if not inspect.isclass(target):
+        return 'it is no class'
     base = _BASES.get(kind)
     if base is not None:
-        is_one = inspect.isclass(target) and issubclass(target, base)
-        return None if is_one else f'it does not inherit from {base.__module__}.{base.__qualname__}'
-    if not (inspect.isclass(target) or inspect.isroutine(target)):
-        return 'it is no class or function'
+        return None if issubclass(target, base) else f'it does not inherit from {base.__module__}.{base.__qualname__}'
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
@@ -158,21 +161,29 @@ def lacks(kind: str, target: Any) -> str | None:
     missing = [name for name in FROM_DATA if name not in parameters]
     if kind == 'backbone' and missing:
         return f'its constructor has no {", ".join(missing)}, which the data decide ({_promise(kind)})'
-    return None
+    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
+    methods = [name for name in _promised(protocol) if inspect.isfunction(vars(protocol).get(name))]
+    # Not hasattr: each class can be called, and so has a `__call__` of its metaclass.
+    missing = [name for name in methods if not any(name in vars(parent) for parent in target.__mro__)]
+    return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
 
 
 def unkept(kind: str, part: Any) -> str | None:
     """Which promises of its protocol an object of another package does not keep, in words; None if it keeps all."""
     if kind not in _PROTOCOLS:
         return None
-    protocol = _PROTOCOLS[kind]
-    promised = sorted({*vars(protocol), *protocol.__annotations__})
-    missing = [name for name in promised if (name == '__call__' or name[0] != '_') and not hasattr(part, name)]
+    missing = [name for name in _promised(_PROTOCOLS[kind]) if not hasattr(part, name)]
     return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
 
 
+def _promised(protocol: type) -> list[str]:
+    names = sorted({*vars(protocol), *protocol.__annotations__})
+    return [name for name in names if name == '__call__' or name[0] != '_']
+
+
 def _promise(kind: str) -> str:
-    return f'{_PROTOCOLS[kind].__module__}.{_PROTOCOLS[kind].__name__}'
+    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
+    return f'{protocol.__module__}.{protocol.__name__}'
 
 
 @functools.cache

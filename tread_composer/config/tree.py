@@ -105,12 +105,22 @@ class Config(TrainerSettings):
     loggers: dict[str, ComponentField] = Field(default={})
 
     def routes(self) -> list[Route]:
-        """The routes of ``algorithms.tread``; none where it is absent."""
-        return [] if 'tread' not in self.algorithms else list(self.algorithms['tread'].instance.routes)
+        """The routes of all algorithms that have some."""
+        routes = (route for part in self.algorithms.values() for route in getattr(part.instance, 'routes', ()))
+        return [route for route in routes if isinstance(route, Route)]
 
     def always_keep(self) -> AlwaysKeep:
-        """How many positions never skip, leading or leading and trailing (``algorithms.tread.always_keep``)."""
-        return 0 if 'tread' not in self.algorithms else self.algorithms['tread'].instance.always_keep
+        """How many positions never skip, leading or leading and trailing; 0 if no algorithm has such a setting."""
+        values = (getattr(part.instance, 'always_keep', None) for part in self.algorithms.values())
+        return next((value for value in values if value is not None), 0)
+
+    def depth(self) -> int | None:
+        """Number of blocks, where the network's arguments decide it."""
+        return backbone_arguments(self.model).get('depth')
+
+    def token_arguments(self) -> tuple[str, ...]:
+        """Arguments of the network's blocks that have one row for each token."""
+        return tuple(getattr(resolve('backbone', self.model.name), 'token_arguments', ()))
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
         """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.

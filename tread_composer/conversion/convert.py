@@ -37,7 +37,7 @@ from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import RankProgress
 from tread_composer.io.ranks import Ranks
 
 __all__ = ['convert']
@@ -100,7 +100,7 @@ def convert(settings: Settings, *, dry_run: bool = False, log: Log = print) -> N
         )
         if job is None:
             return
-        progress = Progress(
+        progress = RankProgress(
             scratch_of(settings.state),
             ranks.rank,
             total=sum(len(plan.order) for plan in job.plans.values()),
@@ -148,7 +148,7 @@ def _plan(
         else:
             stack.enter_context(output)
             scratch = scratch_of(folder)
-            Progress.clear(scratch)
+            RankProgress.clear(scratch)
             remove_unfinished(folder)
         plans = {plan.name: plan for plan in make_plans(_open(settings, scratch), settings)}
         _describe(plans, settings, encoder, log)
@@ -253,7 +253,7 @@ def _check_room(job: _Job, settings: Settings, encoder: Encoder, ranks: Ranks, w
 
 
 def _make_parts(
-    job: _Job, settings: Settings, encoder: Encoder, ranks: Ranks, workers: int, progress: Progress
+    job: _Job, settings: Settings, encoder: Encoder, ranks: Ranks, workers: int, progress: RankProgress
 ) -> None:
     """This rank's share: decode in worker processes, encode here, write in the background."""
     mine = job.undone[ranks.rank :: ranks.world]

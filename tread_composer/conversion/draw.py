@@ -14,20 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tread_composer.autoencoders import KL, Pixels, open_autoencoder, to_uint8
+from tread_composer.autoencoders import KL, Pixels, open_autoencoder, to_tiles
 from tread_composer.conversion.shards import Content, read_index
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import picture_grid
 
 __all__ = ['Drawn', 'draw', 'main']
 
 _TILE = 96  # pixels that an image is wide at least, so that there is room for a name
-_GAP, _SEAM, _TOP, _LINE = 8, 2, 32, 15
 _BATCH = 4  # images that are decoded together
 
 
@@ -98,7 +97,17 @@ def draw(
         f'{manifest.kind} of {manifest.autoencoder}' if manifest.autoencoder else 'pixels',
         *(['each with its mirror image'] if mirrored else []),
     ]
-    picture = _grid(_to_tiles(pixels_NCHW).numpy(), drawn, manifest.class_names, ', '.join(words), 1 + mirrored)
+    tiles_NHW3 = to_tiles(pixels_NCHW)
+    views = 1 + mirrored
+    height, width = tiles_NHW3.shape[1:3]
+    picture = picture_grid(
+        tiles_NHW3,
+        ', '.join(words),
+        columns=max(1, round(math.sqrt(len(drawn) * height / (views * width)))),  # about as wide as high
+        captions=[(_class_name(sample.label, manifest.class_names), f'#{sample.position}') for sample in drawn],
+        views=views,
+        smallest=_TILE,
+    )
     content = io.BytesIO()
     picture.save(content, format='PNG')
     write_atomically(Path(out), content.getvalue())
@@ -157,60 +166,12 @@ def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: in
     return drawn, torch.from_numpy(np.stack(arrays))
 
 
-def _to_tiles(pixels_NCHW: Tensor) -> Tensor:
-    """Colour bytes ``[N, H, W, 3]``."""
-    if pixels_NCHW.shape[1] not in (1, 3):
-        raise UserError(f'images of {pixels_NCHW.shape[1]} channels cannot be drawn; 1 (grey) and 3 (colour) can')
-    tiles = to_uint8(pixels_NCHW.nan_to_num(0.0, 0.0, 0.0)).permute(0, 2, 3, 1)
-    return tiles.expand(*tiles.shape[:3], 3)
-
-
-def _grid(
-    tiles_NHW3: np.ndarray, drawn: Sequence[Drawn], class_names: Sequence[str], title: str, views: int
-) -> Image.Image:
-    """Tiles in rows, ``views`` of them side by side for each sample, with two lines of text under each sample."""
-    _, height, width, _ = tiles_NHW3.shape
-    scale = max(1, math.ceil(_TILE / (views * width)))
-    wide, high = views * width * scale + (views - 1) * _SEAM, height * scale
-    across = max(1, round(math.sqrt(len(drawn) * high / wide)))
-    down = math.ceil(len(drawn) / across)
-    step_x, step_y = wide + _GAP, high + 2 * _LINE + _GAP
-    room = max(across * step_x - _GAP, math.ceil(ImageFont.load_default(12).getlength(title)))
-    picture = Image.new('RGB', (room + 2 * _GAP, _TOP + down * step_y), 'white')
-    pen = ImageDraw.Draw(picture)
-    _text(pen, (_GAP, _GAP), title, room, 16, 'black')
-    for index, sample in enumerate(drawn):
-        row, column = divmod(index, across)
-        x, y = _GAP + column * step_x, _TOP + row * step_y
-        for view in range(views):
-            tile = Image.fromarray(tiles_NHW3[index * views + view])
-            # Smooth: the eye reads shapes of a few pixels where it would see blocks.
-            tile = tile.resize((width * scale, high), Image.Resampling.BICUBIC) if scale > 1 else tile
-            picture.paste(tile, (x + view * (width * scale + _SEAM), y))
-        _text(pen, (x, y + high + 2), _class_name(sample.label, class_names), wide, 12, 'black')
-        _text(pen, (x, y + high + 2 + _LINE), f'#{sample.position}', wide, 12, 'dimgrey')
-    return picture
-
-
 def _class_name(label: int, class_names: Sequence[str]) -> str:
     if not class_names:
         return 'no classes'
     if not 0 <= label < len(class_names):
         return f'{label}: NO SUCH CLASS'
     return class_names[label] if class_names[label] == str(label) else f'{label}: {class_names[label]}'
-
-
-def _text(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: int, size: int, colour: str) -> None:
-    """One line, made smaller until it fits; what does not fit at 8 pixels either is cut, with dots."""
-    font = ImageFont.load_default(size)
-    while font.getlength(text) > room and size > 8:
-        size -= 1
-        font = ImageFont.load_default(size)
-    kept = text
-    while font.getlength(text) > room and kept:
-        kept = kept[:-1]
-        text = f'{kept}...'
-    pen.text(place, text, fill=colour, font=font)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from tread_composer.conversion.shards import Content, Shard, read_index, sample_
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.io.countdown import Countdown
+from tread_composer.io.progress import Progress
 
 __all__ = ['STATISTICS_TOLERANCE', 'main', 'verify']
 
@@ -118,10 +118,10 @@ class _SplitCheck:
         self.statistics = _Statistics()
         if self.manifest and total != self.manifest.num_samples:
             self._fault('index.json', f'{total} samples, the manifest has num_samples={self.manifest.num_samples}')
-        countdown = Countdown(str(self.folder), total, 'samples', self.say)
+        progress = Progress(str(self.folder), total, 'samples', log=self.say)
         for shard in self.shards:
             self._check_shard(shard)
-            countdown.advance(shard.samples)
+            progress.add(shard.samples)
         self._note_files()
         if self.manifest:
             self._check_whole(self.manifest, total)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LATENTS, LATENTS_MIRRORED
 from tread_composer.data.latents import LatentDataset
+from tread_composer.io.progress import Progress
 from tread_composer.core.errors import UserError
 
 __all__ = ['LatentsInMemory']
@@ -82,20 +83,12 @@ class LatentsInMemory(LatentDataset):
         }
 
     def _fill(self, names: list[str]) -> None:
-        begin = line = time.monotonic()
+        progress = Progress(f'{self.streams[0].local}: into memory', self.size, 'samples', interval=_SECONDS_BETWEEN_LINES)
         for sample_id in range(self.size):
             for place, name in enumerate(names):
                 self._latents[sample_id, place], self._labels[sample_id] = self.row(sample_id, name)
             self._filled[0] = sample_id + 1
-            now = time.monotonic()
-            if now - line > _SECONDS_BETWEEN_LINES:
-                line, rate = now, sample_id / (now - begin)
-                print(
-                    f'{self.streams[0].local}: {sample_id} of {self.size} samples in memory, {rate:.0f} samples/s, '
-                    f'{(self.size - sample_id) / rate:.0f} s left',
-                    file=sys.stderr,
-                    flush=True,
-                )
+            progress.add()
 
 
 def _free_memory() -> int:

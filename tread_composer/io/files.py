@@ -64,15 +64,15 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A file that ``write_json`` wrote.
+    """The content of a JSON file.
 
     Raises:
-        UserError: It is not one, so somebody else has been at work.
+        UserError: It cannot be read, or is not JSON, so something else wrote it.
     """
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f'{path}: not written by this program ({error}); move {path.parent} away') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read as JSON: {error}. Was it written by this program?') from error
 
 
 def replace(temporary: Path, path: Path) -> None:

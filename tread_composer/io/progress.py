@@ -1,6 +1,10 @@
-"""How far all ranks are: each writes a number into the scratch folder, the first adds them up and prints."""
+"""Long work in one line every few seconds: how much is done, how fast, how much longer.
+
+Lines, not bars: a job's output goes to a log file, where a bar would leave thousands of them.
+"""
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,21 +13,103 @@ from pathlib import Path
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 
-__all__ = ['Progress']
+__all__ = ['Progress', 'RankProgress', 'duration']
 
-_WINDOW = 60.0  # seconds over which a rate is taken
+_WINDOW = 60.0  # seconds: a rate over all of a day's work would hide that the disk has become slow
+
+
+def duration(seconds: float) -> str:
+    """``'1 h 02 min'``, ``'3 min 05 s'`` or ``'7 s'``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f'{hours} h {minutes:02d} min'
+    return f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
+
+
+def to_stderr(line: str) -> None:
+    """Print at once, beside the output of the command."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Images/s, share and remaining time, every few seconds; also how ranks learn of each other's failures.
+    """Counts units of work, and prints share, rate and remaining time every few seconds; nothing for quick work.
+
+    Args:
+        label: Begins each line, e.g. ``'scanning /data'``; may be empty.
+        total: Units in all; None if nobody knows yet.
+        unit: Plural noun, e.g. ``'samples'``.
+        done_before: Units that earlier runs have finished: they count in the share, not in the rate.
+        log: Prints a line.
+        interval: Seconds between two lines.
+        show: False for silence.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        unit: str = 'files',
+        *,
+        done_before: int = 0,
+        log: Callable[[str], None] = to_stderr,
+        interval: float = 10.0,
+        show: bool = True,
+    ) -> None:
+        self._label, self._total, self._unit, self._before = label, total, unit, done_before
+        self._log, self._interval, self._show = log, interval, show
+        self._count = 0
+        self._start = time.monotonic()
+        self._next = self._start + interval
+        self._history: deque[tuple[float, int]] = deque([(self._start, 0)])
+
+    def add(self, units: int = 1) -> None:
+        """Count, and print if it is time."""
+        self._count += units
+        now = time.monotonic()
+        if self._show and now >= self._next:
+            self._next = now + self._interval
+            self._log(self.line(now))
+
+    def line(self, now: float) -> str:
+        """The line at this moment of ``time.monotonic``."""
+        count = self._all()
+        self._history.append((now, count))
+        while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
+            self._history.popleft()
+        start, before = self._history[0]
+        rate = (count - before) / max(now - start, 1e-9)
+        speed = f'{rate:,.1f} {self._unit}/s' if rate < 100 else f'{rate:,.0f} {self._unit}/s'
+        label, done = f'{self._label}: ' if self._label else '', self._before + count
+        if self._total is None:
+            return f'{label}{done:,} {self._unit}, {speed}'
+        share, left = done / max(self._total, 1), max(self._total - done, 0)
+        eta = f'about {duration(left / rate)} left' if rate > 0 else 'no estimate yet'
+        return f'{label}{done:,} of {self._total:,} {self._unit} ({share:.1%}), {speed}, {eta}'
+
+    def summary(self) -> str:
+        """What this process did, for the end."""
+        seconds = time.monotonic() - self._start
+        rate = self._count / max(seconds, 1e-9)
+        return f'{self._count:,} {self._unit} in {duration(seconds)}, {rate:,.1f} {self._unit}/s'
+
+    def _all(self) -> int:
+        return self._count
+
+
+class RankProgress(Progress):
+    """Progress of all ranks together: each writes its number into a folder, the first one adds them up and prints.
+
+    Also how ranks learn of each other's failures: a rank that waits in a collective would not.
 
     Args:
         scratch: Folder that all ranks share.
-        rank: Of this process.
-        total: Images of the whole conversion.
-        done_before: Of these, how many were finished by earlier runs.
+        rank: This process, among all nodes.
+        total: Units of the whole job.
+        done_before: Units that earlier runs have finished.
         log: Prints a line; called on the first rank only.
         interval: Seconds between two lines.
+        unit: Plural noun.
     """
 
     def __init__(
@@ -35,15 +121,11 @@ class Progress:
         done_before: int,
         log: Callable[[str], None],
         interval: float = 10.0,
+        unit: str = 'images',
     ) -> None:
+        super().__init__('', total, unit, done_before=done_before, log=log, interval=interval)
         self._scratch, self._rank = scratch, rank
-        self._total, self._before = total, done_before
-        self._log, self._interval = log, interval
-        self._mine = 0
-        self._began = self._next = time.monotonic()
-        self._next += interval
-        self._looked = 0.0
-        self._history: deque[tuple[float, int]] = deque([(self._began, 0)])
+        self._last_look = 0.0
 
     @staticmethod
     def clear(scratch: Path) -> None:
@@ -51,19 +133,19 @@ class Progress:
         for path in (*scratch.glob('rank-*.json'), *scratch.glob(f'{UNFINISHED}rank-*'), scratch / 'failure.json'):
             path.unlink(missing_ok=True)
 
-    def add(self, images: int) -> None:
-        """So many more are done on this rank."""
-        self._mine += images
+    def add(self, units: int = 1) -> None:
+        """Count; ``tick`` prints."""
+        self._count += units
 
     def tick(self) -> None:
-        """Print or publish if it is time. Call it often.
+        """Print or publish if it is time. Call it often, while waiting too.
 
         Raises:
-            UserError: On the first rank: another one has failed, with its message.
+            UserError: Another rank has failed; raised on the first rank, with the message of the other.
         """
         now = time.monotonic()
-        if self._rank == 0 and now - self._looked > 1:
-            self._looked = now
+        if self._rank == 0 and now - self._last_look > 1:
+            self._last_look = now
             self._raise_failure()
         if now < self._next:
             return
@@ -71,30 +153,16 @@ class Progress:
         if self._rank == 0:
             self._log(self.line(now))
         else:
-            with contextlib.suppress(OSError):  # a number for the eye is no reason to stop
-                write_json(self._scratch / f'rank-{self._rank}.json', self._mine)
-
-    def line(self, now: float) -> str:
-        """Rate, share and remaining time of all ranks together."""
-        done = self._mine + sum(_number(path) for path in self._scratch.glob('rank-*.json'))
-        self._history.append((now, done))
-        while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
-            self._history.popleft()
-        (then, before), left = self._history[0], self._total - self._before - done
-        rate = (done - before) / max(now - then, 1e-9)
-        share = (self._before + done) / max(self._total, 1)
-        eta = f'about {_duration(left / rate)} left' if rate > 0 else 'no estimate yet'
-        return f'{self._before + done:,} of {self._total:,} images ({share:.1%}), {rate:,.1f} images/s, {eta}'
-
-    def summary(self) -> str:
-        """What this rank did, for the end."""
-        seconds = time.monotonic() - self._began
-        return f'{self._mine:,} images in {_duration(seconds)}, {self._mine / max(seconds, 1e-9):,.1f} images/s'
+            with contextlib.suppress(OSError):  # progress reporting must not fail the run
+                write_json(self._scratch / f'rank-{self._rank}.json', self._count)
 
     def tell_failure(self, text: str) -> None:
         """Let the first rank know, so that it ends with this message instead of being stopped without one."""
         with contextlib.suppress(OSError):  # perhaps the disk is full, which is the failure; the launcher helps then
             write_json(self._scratch / 'failure.json', {'rank': self._rank, 'text': text})
+
+    def _all(self) -> int:
+        return self._count + sum(_number(path) for path in self._scratch.glob('rank-*.json'))
 
     def _raise_failure(self) -> None:
         path = self._scratch / 'failure.json'
@@ -108,9 +176,3 @@ def _number(path: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError):  # being replaced at this moment on a slow network file system
         return 0
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'

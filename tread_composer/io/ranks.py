@@ -78,11 +78,11 @@ class Ranks:
     def start(cls) -> 'Ranks':
         """Join the others."""
         names = {'rank': 'RANK', 'world': 'WORLD_SIZE', 'local_rank': 'LOCAL_RANK', 'local_world': 'LOCAL_WORLD_SIZE'}
-        found = cls(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
-        if found.world > 1 and not dist.is_initialized():
+        ranks = cls(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
+        if ranks.world > 1 and not dist.is_initialized():
             # What composer.utils.dist.initialize_dist('cpu') does, without importing all of Composer on every rank.
             dist.init_process_group('gloo', timeout=_TIMEOUT)
-        return found
+        return ranks
 
     @property
     def is_first(self) -> bool:

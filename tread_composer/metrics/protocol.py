@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.flatten import flatten
 from tread_composer.io.files import write_json
 from tread_composer.io.locks import locked
 from tread_composer.metrics.quantity import Better
@@ -95,7 +96,7 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
     grids of two objectives are not held against each other: there is no equal grid in t and in noise levels, and which
     objective a model has belongs to the model.
     """
-    left_side, right_side = (_flat(_plain(protocol)) for protocol in (a, b))
+    left_side, right_side = (flatten(_plain(protocol)) for protocol in (a, b))
     objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (left_side, right_side)}
     lines = []
     for key in dict.fromkeys([*left_side, *right_side]):
@@ -121,7 +122,7 @@ def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
 
     It tells series of numbers of one model apart. Unlike there, what is unknown on both sides counts as the same.
     """
-    flat = _flat(_plain(protocol))
+    flat = flatten(_plain(protocol))
     for name, hashed in _NAMED_BY_HASH.items():
         if flat.get(hashed) not in (None, UNKNOWN):
             flat.pop(name, None)
@@ -160,14 +161,6 @@ def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
     field_names = {entry.name for entry in fields(Protocol)}
     missing = [name for name in field_names - {'settings'} if name not in protocol]
     return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
-
-
-def _flat(tree: Mapping[str, Any], path: str = '') -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        # An empty section must differ from an absent one.
-        rows |= _flat(value, f'{path}{key}.') if isinstance(value, dict) and value else {f'{path}{key}': value}
-    return rows
 
 
 def result(

@@ -38,18 +38,18 @@ def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
 
 
 def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
-    """How many of ``num_tokens`` stay on the blocks: ``always_keep + rest - int(rest * selection_rate)``.
+    """How many of ``num_tokens`` stay on the blocks: ``always_keep + free - int(free * selection_rate)``.
 
-    ``rest = num_tokens - always_keep``: the rate counts only tokens that may skip.
+    ``free = num_tokens - always_keep``: the rate counts only tokens that may skip.
 
     Raises:
         ValueError: There are not even ``always_keep`` tokens.
     """
     fixed = sum(both_ends(always_keep))
-    rest = num_tokens - fixed
-    if rest < 0:
+    free = num_tokens - fixed
+    if free < 0:
         raise ValueError(f'always_keep: {fixed} tokens cannot stay in a sequence of {num_tokens}')
-    return fixed + rest - int(rest * selection_rate)
+    return fixed + free - int(free * selection_rate)
 
 
 def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: AlwaysKeep = 0) -> Tensor:
@@ -115,8 +115,8 @@ def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing
         trailing: So many entries follow those of the tokens and stay.
     """
     if leading or trailing:
-        every = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
-        kept = torch.cat([every[:, :leading], kept + leading, every[:, value.shape[dim] - trailing :]], dim=1)
+        places = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
+        kept = torch.cat([places[:, :leading], kept + leading, places[:, value.shape[dim] - trailing :]], dim=1)
     if len(kept) == 1:
         return value.index_select(dim, kept[0])
     value = value.expand(len(kept), *value.shape[1:])

@@ -3,24 +3,21 @@
 The network is built and run on torch's meta device: shapes only, no memory, no arithmetic, seconds for the largest.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from composer.core import Time, TimeUnit
 from torch import Tensor
 
-from tread_composer.algorithms.maskdit import MaskDiT, Masking, num_kept
 from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
 from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
 from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import planned_manifest
 from tread_composer.config import Config
-from tread_composer.config.components import Component
-from tread_composer.config.registry import part_names, resolve
 from tread_composer.config.tree import LatentsData
 from tread_composer.core.errors import UserError
-from tread_composer.routing import Route, find_blocks
+from tread_composer.routing import Route
 
 __all__ = ['format_plan', 'make_plan']
 
@@ -37,7 +34,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     Returns:
         ``parameters``, ``tokens_per_block``, ``gmacs_dense`` (the network without token-saving methods) and
         ``gmacs_routed`` (in training with them; per image, forward, multiply-adds), ``ideal_step_ratio``, ``sampling``
-        (see ``sampling_cost``), ``rules``, ``batches``, ``batches_per_epoch``, ``epochs``, ``samples_per_step``,
+        (see ``sampling_cost``), ``batches``, ``batches_per_epoch``, ``epochs``, ``samples_per_step``,
         ``memory_gib``, ...
 
     Raises:
@@ -47,87 +44,40 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     shape = {name: facts[name] for name in ('channels', 'latent_size', 'num_classes')}
     with torch.device('meta'):
         denoiser = build_denoiser(config, **shape)
-    routes = config.routes()
-    _check_blocks(config, denoiser)
     dense = count_macs(denoiser, facts)
-    masking, kept = _mask(config, denoiser)
-    always_keep = config.always_keep()
-    routed = count_macs(denoiser, facts, routes, masking, always_keep) if routes or masking else dense
+    savers = {name: part.instance for name, part in config.algorithms.items() if hasattr(part.instance, 'rehearse')}
+    routed = count_macs(denoiser, facts, savers) if savers else dense
     per_rank = config.global_train_batch_size // world_size
     micro = config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
     length = _length(config, facts['num_samples'])
     parameters, depth = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), depth_of(denoiser)
-    return {
+    plan = {
         'parameters': parameters,
         'num_tokens': denoiser.num_tokens,
         'depth': depth,
-        'tokens_per_block': tokens_per_block(routes, depth, kept, always_keep),
-        'routes': [_in_words(route, depth) for route in routes],
+        'tokens_per_block': tokens_per_block(savers.values(), depth, denoiser.num_tokens),
+        'routes': [_in_words(route, depth) for route in config.routes()],
         'gmacs_dense': dense / 1e9,
         'gmacs_routed': routed / 1e9,
         # The backward pass scales as the forward pass does, so this is the ratio of whole steps.
         'ideal_step_ratio': dense / routed,
         'sampling': sampling_cost(denoiser, facts),
-        'rules': _rules(config),
         'limits': _limits(config),
         'world_size': world_size,
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
         **length,
-        'snapshots': _snapshots(config, parameters, length),
-        'memory_gib': _memory(config, denoiser, facts, (routes, masking, always_keep), micro),
+        'memory_gib': _memory(config, denoiser, facts, savers, micro),
         **facts,
     }
+    return {**plan, 'snapshots': _files(config, plan)}
 
 
 def _in_words(route: Route, depth: int) -> str:
     start, end = route.span(depth)
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
-
-
-def _check_blocks(config: Config, denoiser: Any) -> None:
-    """The names in ``algorithms.tread.blocks``, which training looks up in the model around the denoiser."""
-    named = config.algorithms['tread'].instance.blocks if 'tread' in config.algorithms else None
-    model = torch.nn.Module()
-    model.denoiser = denoiser
-    for path in [named] if isinstance(named, str) else named or []:
-        try:
-            find_blocks(model, path)
-        except ValueError as error:
-            raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
-
-
-def _mask(config: Config, denoiser: Any) -> tuple[Masking | None, int]:
-    """Adds MaskDiT's decoder where the run has it, armed as at the start; with the tokens that the encoder sees."""
-    component = config.algorithms.get('maskdit')
-    if component is None:
-        return None, denoiser.num_tokens
-    algorithm: MaskDiT = component.instance
-    try:
-        masking = algorithm.attach(denoiser)
-    except ValueError as error:
-        raise UserError(f'algorithms.maskdit: {error}') from None
-    kept = num_kept(denoiser.num_tokens, algorithm.mask_ratio)
-    ids = None if kept == denoiser.num_tokens else torch.empty(1, kept, dtype=torch.int64, device='meta')
-    masking.arm(ids)
-    return masking, kept
-
-
-def _rules(config: Config) -> dict[str, dict[str, str]]:
-    """What each algorithm of the run may not stand beside, with the reasons; names as YAML has them."""
-    known = {resolve('algorithm', name): name for name in part_names('algorithm')}
-    rules = {}
-    for name, component in config.algorithms.items():
-        own = type(component.instance)
-        declared = getattr(own, 'incompatible_with', {})
-        rules[name] = {
-            known[other]: declared[other.__name__]
-            for other in known
-            if other.__name__ in declared and other is not own
-        }  # fmt: skip
-    return {name: found for name, found in rules.items() if found}
 
 
 def _limits(config: Config) -> dict[str, str]:
@@ -146,9 +96,8 @@ def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
-    averages = sum(name in config.algorithms for name in ('ema', 'composer_ema'))
-    if 'power_ema' in config.algorithms:
-        averages += len(config.algorithms['power_ema'].instance.widths)
+    averages = sum(getattr(part.instance, 'num_averages', 0) for part in config.algorithms.values())
+    averages += 'composer_ema' in config.algorithms  # Composer's own does not say so
     precision = str(getattr(config.precision, 'value', config.precision))
     network = denoiser.to(torch.bfloat16) if precision.startswith('amp') else denoiser
     saved: dict[int, int] = {}
@@ -186,21 +135,12 @@ def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
     return {'batches': batches, 'batches_per_epoch': per_epoch, 'epochs': epochs}
 
 
-def _snapshots(config: Config, parameters: int, length: dict[str, Any]) -> dict[str, float] | None:
-    """How many files ``power_ema`` will write and their GiB; None without it, or if the run's length is unknown."""
-    if 'power_ema' not in config.algorithms or length['batches'] is None:
-        return None
-    settings = config.algorithms['power_ema'].instance
-    interval = Time.from_timestring(settings.interval)
-    batches = {
-        TimeUnit.BATCH: interval.value,
-        TimeUnit.EPOCH: interval.value * (length['batches_per_epoch'] or 0),
-        TimeUnit.SAMPLE: interval.value / config.global_train_batch_size,
-        TimeUnit.DURATION: interval.value * length['batches'],
-    }.get(interval.unit)
-    if not batches:
-        return None
-    return {'count': math.ceil(length['batches'] / batches), 'gib_each': parameters * 4 * len(settings.widths) / _GIB}
+def _files(config: Config, plan: Mapping[str, Any]) -> dict[str, float] | None:
+    """Files that an algorithm leaves beside the checkpoints (``count``, ``gib_each``); None where there are none."""
+    for part in config.algorithms.values():
+        if hasattr(part.instance, 'files_written'):
+            return part.instance.files_written(plan)
+    return None
 
 
 def _data_facts(config: Config) -> dict[str, Any]:
@@ -233,29 +173,25 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         length += (
             f' = {plan["epochs"]:.1f} epochs of {plan["batches_per_epoch"]} batches ({plan["num_samples"]:,} samples)'
         )
-    tread = config.algorithms.get('tread')
-    window = {key: getattr(tread.instance, key) for key in ('start_time', 'end_time')} if tread else {}
-    schedule = ''.join(f', {key} {value}' for key, value in window.items() if value)
-    maskdit = config.algorithms.get('maskdit')
-    route = '; '.join(plan['routes']) + schedule if tread else 'none' if maskdit else 'none: dense'
+    from_algorithms: dict[str, str] = {}
+    for part in config.algorithms.values():
+        from_algorithms |= part.instance.plan_rows(plan) if hasattr(part.instance, 'plan_rows') else {}
     rows = {
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
         'data': data_state,
         'latents': f'{plan["channels"]} x {size} x {size}, {plan["num_classes"] or "no"} classes',
         'model': f'{config.model.name}, {plan["depth"]} blocks, {plan["parameters"]:,} trainable parameters',
-        'route': route,
-        **({'masking': _masking_in_words(maskdit, plan)} if maskdit else {}),
+        'route': 'none: dense',
+        **from_algorithms,
         'tokens per block': ' '.join(f'{n}' for n in tokens),
         'GMACs per image': f'{_figure(plan["gmacs_dense"])} dense, {_figure(plan["gmacs_routed"])} in training',
         'sampling': f'{sampling["parameters"]:,} parameters, {_figure(sampling["gmacs"])} GMACs per network call',
         'ideal step ratio': f'{plan["ideal_step_ratio"]:.2f}x (arithmetic of the network only)',
         **{f'limit of {name}': text for name, text in plan['limits'].items()},
-        **{f'rule of {name}': f'not beside {others}' for name, others in _rules_in_words(plan)},
         'samples per step': f'{plan["samples_per_step"]} = {plan["world_size"]} x {plan["samples_per_rank"]}, '
         f'in microbatches of {plan["microbatch"]}',
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
-        **({'snapshots': _snapshots_in_words(plan['snapshots'])} if plan['snapshots'] else {}),
         'memory per device': f'about {memory["total"]:.2f} GiB unsharded: weights and gradients '
         f'{memory["weights_and_gradients"]:.2f}, optimizer {memory["optimizer"]:.2f}, average {memory["average"]:.2f}, '
         f'activations {memory["activations"]:.2f} (from shapes alone)',
@@ -263,27 +199,6 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     width = max(map(len, rows))
     table = '\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items())
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
-
-
-def _masking_in_words(maskdit: Component, plan: dict[str, Any]) -> str:
-    settings, kept = maskdit.instance, plan['tokens_per_block'][0]
-    text = f'the encoder sees {kept} of {plan["num_tokens"]} tokens, the decoder all'
-    if settings.unmask_time is None:
-        return text
-    how = 'at once' if settings.unmask == 'at_once' else f'by {settings.unmask}'
-    return f'{text}; from {settings.unmask_time} unmasked {how}'
-
-
-def _snapshots_in_words(snapshots: dict[str, float]) -> str:
-    each, count = snapshots['gib_each'], snapshots['count']
-    return f'{count:,} files of {each:,.2f} GiB, {count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
-
-
-def _rules_in_words(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, '; nor '.join(f'{other} ({reason})' for other, reason in rules.items()))
-        for name, rules in plan['rules'].items()
-    ]
 
 
 def _figure(gmacs: float) -> str:

@@ -15,6 +15,7 @@ from tread_composer.config import Config
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.files import write_atomically
+from tread_composer.io.table import text_table
 from tread_composer.objectives.snr import SNRDistribution
 
 __all__ = ['RECOMMENDED', 'SNRCurve', 'draw_snr', 'format_snr', 'latent_std', 'make_snr']
@@ -112,20 +113,15 @@ def _for_each_channel(value: float | list[float], name: str, channels: int) -> l
 def format_snr(curves: Sequence[SNRCurve], picture: str) -> str:
     """The figures as a table for a terminal."""
     head = ('run', 'objective', 'latent std', 'mean', 'std', '5 %', '50 %', '95 %', 'mean in the band')
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = []
     for curve in curves:
         found = curve.distribution
         figures = (found.mean, found.std, *found.quantiles)
         strength = f'{curve.data_std:.3f} ({curve.source})'
         rows.append((curve.name, curve.objective, strength, *(f'{one:.1f}' for one in figures), _verdict(found.mean)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        '  '.join(cell.ljust(width) if i in (0, 1, 2, 8) else cell.rjust(width) for i, (cell, width) in numbered)
-        for numbered in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    ]
-    table = [line.rstrip() for line in table]
+    table = text_table(head, rows, 'lllrrrrrl')
     return '\n'.join(
-        ['Density of the signal-to-noise ratio over a training run, in dB', '', *table, '', _RECOMMENDATION + '.',
+        ['Density of the signal-to-noise ratio over a training run, in dB', '', table, '', _RECOMMENDATION + '.',
          f'Drawn in {picture}.']
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,12 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.io.ranks import agreed
 from tread_composer.routing import RoutingError
+from tread_composer.run.plan import format_plan, make_plan
 from tread_composer.run.rewind import rewind, skipped_batches
 
 __all__ = ['data_state', 'train', 'world_size']
+
+_PLAN_LINES = 10
 
 
 def world_size() -> int:
@@ -53,6 +57,8 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     splits = agreed(lambda: prepare_data(config))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
+    if dist.get_global_rank() == 0:
+        print(_head_of_plan(config), file=sys.stderr, flush=True)
     trainer = build_trainer(config, splits, skipped_batches=skipped_batches(config))
     began = time.monotonic()
     assert trainer.state.max_duration is not None
@@ -72,6 +78,15 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
     if dist.get_global_rank() == 0:
         print(text, flush=True)
+
+
+def _head_of_plan(config: Config) -> str:
+    """The first lines of what ``plan`` prints: data, model, route and cost, before the first batch."""
+    try:
+        lines = format_plan(config, make_plan(config, world_size()), data_state(config)[0]).splitlines()
+    except UserError as error:  # what cannot be counted beforehand can be trained all the same
+        return f'plan: {error}'
+    return '\n'.join(lines[:_PLAN_LINES])
 
 
 def _fit(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import RankProgress
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.sample.folder import PART_SIZE, SamplesFolder
@@ -195,7 +195,7 @@ def _begin(
         }
         if folder.begin(made_with, about):
             return None
-        Progress.clear(folder.scratch)
+        RankProgress.clear(folder.scratch)
     undone = folder.undone(count)
     sampling = request.sampling
     log(f'{trained.source}: {trained.weights} weights {_age(trained)}')
@@ -234,7 +234,7 @@ def _draw_parts(
     log: Log,
 ) -> None:
     count = len(networks.draws.labels)
-    progress = Progress(
+    progress = RankProgress(
         folder.scratch, ranks.rank, total=count, done_before=_done(undone, count), log=log
     )  # fmt: skip
     own_parts, together = undone[ranks.rank :: ranks.world], max(1, request.batch_size // PART_SIZE)

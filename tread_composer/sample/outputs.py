@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from tread_composer.callbacks.sample_grid import draw_grid, shown_in_grid
 from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import picture_grid, shown_in_grid
 from tread_composer.sample.folder import IMAGES, PART_SIZE, SamplesFolder
 from tread_composer.sample.request import Draws
 
@@ -80,9 +79,10 @@ def write_grid(folder: SamplesFolder, draws: Draws, class_names: Sequence[str], 
     pictured, rows = shown_in_grid(draws.labels)
     names = ['' if label is None else _name(label, class_names) for label in rows]
     images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in pictured])
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tiles = np.broadcast_to(images, (*images.shape[:3], 3))  # grey ones too are drawn in colour
     content = io.BytesIO()
-    draw_grid(pixels, names, title).save(content, format='PNG')
+    grid = picture_grid(tiles, title, columns=len(pictured) // len(rows), row_names=names)
+    grid.save(content, format='PNG')
     path = folder.path / 'grid.png'
     write_atomically(path, content.getvalue())
     return path

@@ -5,6 +5,7 @@ a run, this has the words of ``Tread`` (``start_time``, ``end_time``), and a YAM
 the same thing. A run without a window needs neither.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ class DirectionSchedule(BoundAlgorithm):
     def __repr__(self) -> str:
         """The call that makes an equal ``DirectionSchedule``."""
         return f'DirectionSchedule(start_time={self.start_time!r}, end_time={self.end_time!r})'
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against this algorithm in a run: a window of a loss that is absent would have no effect.
+
+        Args:
+            config: The run's ``tread_composer.config.Config``.
+        """
+        weight = getattr(config.objective.instance, 'direction_weight', None)
+        text = 'opens and closes the velocity-direction loss, and '
+        if weight is None:
+            yield '', f'{text}objective {config.objective.name!r} has none; take flow_matching, or remove this'
+        elif not weight:
+            yield '', f'{text}objective.direction_weight is 0; set it, for example to 1.0, or remove this'
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""

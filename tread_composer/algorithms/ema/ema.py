@@ -53,6 +53,9 @@ class EMA(Algorithm):
         'back what the other has put in',
     }
 
+    num_averages = 1
+    """Copies of the trainable weights in float32."""
+
     def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
         if not 0 <= decay < 1:
             raise ValueError(f'decay: {decay!r} is not in [0, 1); DiT and TREAD use 0.9999')

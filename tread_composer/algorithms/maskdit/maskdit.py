@@ -1,7 +1,8 @@
 """``MaskDiT``: draws the kept tokens of every batch, adds the decoder, and masks the loss."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -122,6 +123,74 @@ class MaskDiT(BoundAlgorithm):
     def required_on_load() -> bool:
         """True: the checkpoint's weights have a decoder that the model has only with this algorithm."""
         return True
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against this algorithm in a run: pairs of a setting ('' for the algorithm as such) and a text.
+
+        Args:
+            config: The run's ``tread_composer.config.Config``.
+        """
+        if config.objective.name != 'edm':
+            text = (
+                f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
+                f'EDM with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: '
+                'edm}'
+            )
+            yield '', text
+        if config.model.name != 'dit':
+            text = (
+                f"is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), "
+                f'and model.name is {config.model.name!r}; take model.name: dit, or route tokens instead '
+                '(algorithms.tread)'
+            )
+            yield '', text
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        """Time strings from and until which tokens are saved: the whole run.
+
+        Raises:
+            UserError: Unmasking changes the cost step by step.
+        """
+        if self.unmask_time is not None:
+            raise UserError(f'masking changes during the run (unmask_time {self.unmask_time})')
+        return None, None
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> list[int]:
+        """How many tokens each block of the encoder sees before any is unmasked."""
+        return [num_kept(num_tokens, self.mask_ratio)] * depth
+
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends.
+
+        Args:
+            plan: ``tokens_per_block`` and ``num_tokens`` of the run.
+        """
+        kept, num_tokens = plan['tokens_per_block'][0], plan['num_tokens']
+        text = f'the encoder sees {kept} of {num_tokens} tokens, the decoder all'
+        if self.unmask_time is not None:
+            manner = 'at once' if self.unmask == 'at_once' else f'by {self.unmask}'
+            text += f'; from {self.unmask_time} unmasked {manner}'
+        return {'route': 'none', 'masking': text}
+
+    @contextlib.contextmanager
+    def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
+        """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.
+
+        Args:
+            denoiser: The network; it keeps the decoder.
+            batch_size: Samples of a forward.
+
+        Raises:
+            ValueError: The decoder does not fit the network.
+        """
+        masking = self.attach(denoiser)
+        kept = num_kept(denoiser.num_tokens, self.mask_ratio)
+        unmasked = kept == denoiser.num_tokens
+        masking.arm(None if unmasked else torch.empty(batch_size, kept, dtype=torch.int64, device='meta'))
+        try:
+            yield
+        finally:
+            masking.disarm()
 
     def match(self, event: Event, state: State) -> bool:
         """Whether ``apply`` has something to do at this event."""

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tread_composer.conversion.importers.pickled import array_from_pickle
-from tread_composer.conversion.sources.base import Progress
 from tread_composer.conversion.sources.ranges import OpenFiles
 from tread_composer.conversion.sources.tars import Archive
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
 __all__ = ['LAYOUTS', 'Layout', 'open_layout']
 
@@ -131,7 +131,7 @@ class _LMDB:
         for position in range(count):
             key = f'y-{position}'
             self.labels[position] = _label(self._value(key), f'{source}, entry {key}')
-            progress.step()
+            progress.add()
         self.description = f'LMDB {source.name} of MaskDiT'
 
     def name(self, position: int) -> str:
@@ -174,7 +174,7 @@ class _Tars:
                 self._keys.append(key)
                 places.append((number, offset, size))
                 labels.append(label)
-                progress.step()
+                progress.add()
         self._places = np.array(places, np.int64).reshape(-1, 3)
         self.labels = np.array(labels, np.int64)
         self.description = f'webdataset {paths[0].parent.name} ({len(paths)} tars, {member})'

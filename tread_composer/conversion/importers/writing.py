@@ -20,9 +20,9 @@ from tread_composer.conversion.importers.layouts import Layout
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, Kind, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
-from tread_composer.io.countdown import Countdown
 from tread_composer.io.files import to_disk
 from tread_composer.io.locks import locked
+from tread_composer.io.progress import Progress
 
 __all__ = ['Facts', 'import_latents']
 
@@ -173,7 +173,7 @@ def _write(
     partial = Path(tempfile.mkdtemp(prefix=f'.{target.name}.partial-', dir=target.parent))
     try:
         statistics = np.zeros((2, shape[0])), 0
-        countdown = Countdown(str(target), len(order), 'samples', say)
+        progress = Progress(str(target), len(order), 'samples', log=say)
         out = str(partial / 'shards')  # the writer wants a folder that is not there
         with MDSWriter(out=out, columns=encodings, compression=compression, hashes=['xxh64']) as writer:
             _refuse_if_full(target.parent, writer, encodings, layout, order, say)
@@ -184,7 +184,7 @@ def _write(
                 for row, position in enumerate(positions):
                     arrays = dict(zip((LATENTS, LATENTS_MIRRORED), (view[row] for view in views), strict=False))
                     writer.write({**arrays, LABEL: int(labels[position]), NAME: layout.name(position)})
-                countdown.advance(len(positions))
+                progress.add(len(positions))
         manifest = _manifest(layout, facts, shape, len(order), seed, statistics)
         shards = partial / 'shards'
         manifest.save(shards)

@@ -1,8 +1,6 @@
 """What every source of images promises, and the rules that all layouts share: names, litter, order, progress."""
 
 import collections
-import sys
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,7 +15,6 @@ __all__ = [
     'SPLITS',
     'Ignored',
     'Listed',
-    'Progress',
     'Source',
     'arrange',
     'canonical_order',
@@ -229,23 +226,3 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             f'class names {path}: {len(lines)} lines; each needs a name, and each name once, in label order'
         )
     return tuple(lines)
-
-
-class Progress:
-    """A line every few seconds with count and rate, on standard error; a quick scan prints nothing."""
-
-    def __init__(self, what: str, total: int | None = None, unit: str = 'files', show: bool = True) -> None:
-        self._what, self._total, self._unit, self._show = what, total, unit, show
-        self._count, self._start = 0, time.monotonic()
-        self._next = self._start + 5
-
-    def step(self, count: int = 1) -> None:
-        """So much more is done."""
-        self._count += count
-        now = time.monotonic()
-        if not self._show or now < self._next:
-            return
-        self._next = now + 5
-        done = f'{self._count:,}' if self._total is None else f'{self._count:,} of {self._total:,}'
-        rate = self._count / (now - self._start)
-        print(f'{self._what}: {done} {self._unit}, {rate:,.0f}/s', file=sys.stderr, flush=True)

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Listed, Progress, Source, arrange, is_image, is_litter
+from tread_composer.conversion.sources.base import Listed, Source, arrange, is_image, is_litter
 from tread_composer.conversion.sources.ranges import refuse_giant
 from tread_composer.conversion.sources.tree import Branch, Listing, lay_out
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
 __all__ = ['FolderSource', 'holds_images', 'open_folders']
 
@@ -35,7 +36,7 @@ def open_folders(root: Path, *, ground_truth: Path | None = None, progress: bool
     """The splits of a folder; see ``open_sources``."""
     listing, counter = Listing(), Progress(f'scanning {root}', show=progress)
     for parts, is_folder in _walk(root):
-        counter.step()
+        counter.add()
         listing.add(parts, is_folder)
     sources: dict[str, Source] = {}
     for split, branch in lay_out(root, listing, ground_truth).items():

@@ -7,7 +7,6 @@ import numpy as np
 
 from tread_composer.conversion.sources.base import (
     Ignored,
-    Progress,
     Source,
     arrange,
     check_same_classes,
@@ -19,6 +18,7 @@ from tread_composer.conversion.sources.ground_truth import assign_classes
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.conversion.sources.tars import Archive, Member
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
 __all__ = ['open_ilsvrc']
 
@@ -79,7 +79,7 @@ def _open_train(path: Path, notes: Sequence[str], progress: bool) -> RangeSource
 def _of_class(path: Path, archive: Archive, outer: Member, ignored: Ignored, counter: Progress) -> list[Member]:
     found = []
     for member in archive.members(outer):
-        counter.step()
+        counter.add()
         if is_litter(member.parts) or not is_image(member.parts[-1]):
             ignored.add(member.parts)
         elif len(member.parts) > 2 or (len(member.parts) == 2 and f'{member.parts[0]}.tar' != outer.parts[-1]):
@@ -98,7 +98,7 @@ def _open_val(
     members = []
     with Archive(path) as archive:
         for member in archive.members():
-            counter.step()
+            counter.add()
             if is_litter(member.parts) or not is_image(member.parts[-1]):
                 ignored.add(member.parts)
             else:

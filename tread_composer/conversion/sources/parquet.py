@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from tread_composer.conversion.sources.base import Ignored, Progress, Source, arrange
+from tread_composer.conversion.sources.base import Ignored, Source, arrange
 from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import whole_file
 from tread_composer.io.locks import locked
+from tread_composer.io.progress import Progress
 
 __all__ = ['open_parquet']
 
@@ -169,10 +170,10 @@ def _spool_all(files: list[Path], columns: _Columns, folder: Path, progress: boo
         if todo:
             sizes = {file: _image_bytes(file, columns) for file in todo}
             _announce(folder, sum(sizes.values()), len(todo), progress)
-            counter = Progress(f'copying to {folder}', sum(sizes.values()) // 2**20, 'MiB', progress)
+            counter = Progress(f'copying to {folder}', sum(sizes.values()) // 2**20, 'MiB', show=progress)
             for file in todo:
                 spools[file] = _copy(file, columns, targets[file])
-                counter.step(sizes[file] // 2**20)
+                counter.add(sizes[file] // 2**20)
     return spools
 
 

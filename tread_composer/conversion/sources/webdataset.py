@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import Ignored, Progress, Source, arrange, is_image, is_litter
+from tread_composer.conversion.sources.base import Ignored, Source, arrange, is_image, is_litter
 from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
 from tread_composer.conversion.sources.tars import Archive, Member
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
 __all__ = ['open_webdataset']
 
@@ -96,7 +97,7 @@ def _scan_tar(archive: Archive, number: int, images: _Images, counter: Progress)
     found: dict[str, Member] = {}
     labels: dict[str, dict[str, Member]] = {}
     for member in archive.members():
-        counter.step()
+        counter.add()
         name = member.parts[-1]
         stem, _, extension = name.partition('.')  # webdataset: a key ends at the first dot
         key = '/'.join((*member.parts[:-1], stem))

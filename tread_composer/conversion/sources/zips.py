@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.sources.base import Progress, Source, arrange, check_member
+from tread_composer.conversion.sources.base import Source, arrange, check_member
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource, refuse_giant
 from tread_composer.conversion.sources.tree import Listing, lay_out
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
 __all__ = ['ZipSource', 'open_zip']
 
@@ -59,7 +60,7 @@ def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = T
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                counter.step()
+                counter.add()
                 parts = check_member(path, _name(info))
                 if not parts:
                     continue

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.io.chart import Chart, Curve
+from tread_composer.io.chart import Chart, Curve, figure_png, new_figure
 from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
+from tread_composer.io.progress import duration
 from tread_composer.io.ranks import Ranks
+from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
 from tread_composer.samplers import GUIDANCE, guidance_defaults
 
@@ -100,7 +102,7 @@ def run_sweep(
                 write_atomically(folder / _STATE, json.dumps(state, indent=1).encode())
             rest = (time.monotonic() - began) / number * (len(left) - number)
             figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
-            log(f'{number} of {len(left)}: {_in_words(one)}: {figures} (about {rest / 60:.0f} min left)')
+            log(f'{number} of {len(left)}: {_in_words(one)}: {figures} (about {duration(rest)} left)')
     return rows
 
 
@@ -120,13 +122,8 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def format_sweep(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table for a terminal; ``*`` marks the best of each metric."""
     head, cells, best = _table(rows)
-    lines = [
-        head,
-        *([f'{"*" if (i, j) in best else ""}{cell}' for j, cell in enumerate(row)] for i, row in enumerate(cells)),
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ['  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return '\n'.join([*table, '* best of its column'])
+    marked = [[f'{"*" if (i, j) in best else ""}{cell}' for j, cell in enumerate(row)] for i, row in enumerate(cells)]
+    return f'{text_table(head, marked, "r")}\n* best of its column'
 
 
 def write_sweep(
@@ -277,31 +274,27 @@ def _label(metric: str) -> str:
         return metric
 
 
+def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    charts = []
+    for metric in _metrics(rows):
+        x_label, curves = _lines(rows, metric)
+        charts.append(Chart(x_label, _label(metric), curves))
+    return charts
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG with a panel for each metric; the best point is ringed."""
-    from matplotlib.figure import Figure  # takes a second: not before there is something to draw
-
-    metrics = _metrics(rows)
-    columns = min(3, len(metrics))
-    lines = -(-len(metrics) // columns)
-    figure = Figure(figsize=(1 + 4.3 * columns, 4.2 * lines), layout='constrained')
+    charts = _charts(rows)
+    columns = min(3, len(charts))
+    lines = -(-len(charts) // columns)
+    figure = new_figure(1 + 4.3 * columns, 4.2 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, metric in zip(panels, metrics, strict=False):
-        x_label, curves = _lines(rows, metric)
-        for curve in curves:
-            axes.plot(*zip(*curve.points, strict=True), marker='os^D'[curve.colour % 4], ms=4, label=curve.name)
-            if curve.marked is not None:
-                x, y = curve.points[curve.marked]
-                axes.plot([x], [y], 'o', ms=12, mfc='none', mec='0.2', label=f'best: {y:.4g}')
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(_label(metric))
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    for axes in panels[len(metrics) :]:
+    for axes, chart in zip(panels, charts, strict=False):
+        chart.plot(axes)
+        chart.legend(axes, fontsize=8)
+    for axes in panels[len(charts) :]:
         axes.set_axis_off()
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=110)
-    return content.getvalue()
+    return figure_png(figure)
 
 
 def _page(rows: Sequence[Mapping[str, Any]], contract: Mapping[str, Any], command: str) -> Report:
@@ -311,12 +304,7 @@ def _page(rows: Sequence[Mapping[str, Any]], contract: Mapping[str, Any], comman
     page.tiles(
         [(f'{rows[i]["values"][m]:.4g}', f'best {m}: {_in_words(rows[i]["settings"])}') for m, i in found.items()]
     )
-    charts = [
-        Chart(x_label, _label(metric), curves)
-        for metric in _metrics(rows)
-        for x_label, curves in [_lines(rows, metric)]
-    ]
-    page.charts(charts).heading('All rows').table(head, cells, best)
+    page.charts(_charts(rows)).heading('All rows').table(head, cells, best)
     page.text(
         'The best of many rows is better than it would be on new samples: each row has an error of its own, and the '
         'luckiest is picked. Measure the chosen settings again with another seed before reporting them.',

@@ -1,0 +1,24 @@
+"""Tables for a terminal."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+__all__ = ['text_table']
+
+_SIDES = {'l': 'left', 'r': 'right'}
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], sides: str = 'l') -> str:
+    """Columns of text below their names, without lines or trailing blanks.
+
+    Args:
+        head: Names of the columns; may be empty.
+        rows: As many cells each.
+        sides: ``l`` or ``r`` for each column; where it is too short, the other columns are aligned to the right.
+    """
+    # The head as a row: tabulate 0.9 fails on a table that has no other. Its parser of numbers would rewrite figures.
+    cells = [list(map(str, row)) for row in (head, *rows) if row]
+    alignment = [_SIDES[side] for side in sides.ljust(len(cells[0]), 'r')]
+    text = tabulate(cells, tablefmt='plain', colalign=alignment, disable_numparse=True)
+    return '\n'.join(line.rstrip() for line in text.splitlines())
