@@ -118,7 +118,7 @@ def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...
     """Positions at equal distances: also where the data lie in order of their classes they are of many."""
     available = manifest.num_samples
     if not 1 <= num_samples <= available:
-        raise UserError(f'--samples: {num_samples} is not between 1 and {available}, the samples of {source}')
+        raise UserError(f'--count: {num_samples} is not between 1 and {available}, the samples of {source}')
     return tuple(index * available // num_samples for index in range(num_samples))
 
 

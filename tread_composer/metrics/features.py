@@ -6,8 +6,10 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels, D 
 import functools
 import hashlib
 import inspect
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import part_named
+from tread_composer.io.files import whole_file
 from tread_composer.metrics import FEATURES
 from tread_composer.metrics.digits import digits_judge, real_digits
 
@@ -27,8 +30,10 @@ __all__ = [
     'extract',
     'extractor_class',
     'joined',
+    'load_features',
     'look',
     'open_extractor',
+    'save_features',
 ]
 
 
@@ -114,6 +119,43 @@ def extract(batches_B3RR: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
         UserError: There are no images, or their features are not finite.
     """
     return joined([look(images_B3RR, extractor) for images_B3RR in batches_B3RR])
+
+
+def save_features(path: Path, features: FeatureSet, label: str) -> None:
+    """Write features to an npz, whole or not at all; makes the folder.
+
+    Args:
+        path: The file.
+        features: What to keep.
+        label: What they are of; `load_features` refuses a file with another label.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        'features': features.features_ND.numpy(),
+        'digests': np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1),
+        'label': np.array(label),
+    }
+    if features.logits_NK is not None:
+        arrays['logits'] = features.logits_NK.numpy()
+    with whole_file(path) as unfinished, unfinished.open('wb') as file:
+        np.savez(file, **arrays)
+
+
+def load_features(path: Path, label: str) -> FeatureSet:
+    """What ``save_features`` wrote.
+
+    Raises:
+        UserError: The file is damaged, or is labelled otherwise.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
+            logits = torch.from_numpy(arrays['logits']) if 'logits' in arrays else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
+    if str(saved) != label:
+        raise UserError(f'{path}: this file of the cache is of another reference; delete it')
+    return FeatureSet(torch.from_numpy(features), logits, [row.tobytes() for row in digests])
 
 
 class DigitsFeatures:

@@ -196,8 +196,8 @@ def direction(reported: str) -> Better:
     for quantity in _quantities():
         if quantity.reports(reported):
             return quantity.better
-    known = sorted(name for quantity in _quantities() for name in quantity.names)
-    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {known}')
+    names = sorted(name for quantity in _quantities() for name in quantity.names)
+    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {names}')
 
 
 def _quantities() -> Iterator[Quantity]:
