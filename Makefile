@@ -35,8 +35,10 @@ endif
 quickstart: install
 	$(BIN)/composer train.py yamls/digits_tread.yaml
 
+# Two at a time: half of a test's time is waiting, for imports of a process or for another rank. The files that take longest
+# begin (tests/conftest.py says which), so that none of them is left for the end.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,6 +34,19 @@ def _noted(self: SharedMemory, *args: object, **kwargs: object) -> None:
 SharedMemory.__init__ = _noted  # type: ignore[method-assign]
 
 
+# By their time (`--durations=0`), the longest first: where two processes share the tests, neither shall be left alone
+# with one of these at the end.
+_LONGEST = (
+    'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_kills.py', 'test_mlflow_run.py',
+    'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py', 'test_sharded.py',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable: a file's own order stays
+
+
 # What a person may open by default, 1,024, is little for thousands of tests in one process.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 if 0 < _soft < 20_000:  # unlimited is -1

@@ -151,8 +151,20 @@ def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.C
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+@functools.cache
+def _empty_store() -> bytes:
+    """An MLflow store that holds nothing: making one takes 70 migrations, as long as a run of ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        MlflowClient(f'sqlite:///{folder}/mlflow.db').search_experiments()
+        return Path(folder, 'mlflow.db').read_bytes()
+
+
 def train(folder: Path, yaml: str, *overrides: str, **how: Any) -> subprocess.CompletedProcess:
-    """Train a small version of a shipped recipe; it must succeed."""
+    """Train a small version of a shipped recipe; it must succeed. Only the launcher makes a new MLflow store."""
+    store = folder / 'runs' / 'mlflow.db'
+    if not store.exists() and not how.get('launcher'):
+        store.parent.mkdir(exist_ok=True)
+        store.write_bytes(_empty_store())
     launched = 1 if how.get('launcher') else how.get('ranks', 1)
     done = launch(folder, command(ROOT / 'yamls' / yaml, *SMALL, *overrides, **how), ranks=launched)
     assert done.returncode == 0, done.stdout + done.stderr

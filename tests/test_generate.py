@@ -107,7 +107,7 @@ def test_what_stands_beside_the_images_says_how_they_were_made(trained, tmp_path
 @pytest.mark.parametrize(
     'words',
     [
-        ['--guidance', 'classifier_free', '--guidance-scale', '3', '--guidance-interval', '0.1', '0.9'],
+        ['--guidance', 'classifier_free', '--guidance-scale', '3', '--guidance-interval', '0.1:0.9'],
         ['--guidance', 'sparse', '--guidance-scale', '2', '--strong-rate', '0.3', '--weak-rate', '0.7'],
     ],
 )

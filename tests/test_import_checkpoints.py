@@ -11,11 +11,11 @@ from tests.published import DECODER, SIZES, edm_denoised, make_weights, network,
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.weights.foreign import Said, import_weights
+from tread_composer.weights.foreign import Hints, import_weights
 from tread_composer.weights.trained import load_trained
 
 SHAPE = (SIZES['channels'], SIZES['side'], SIZES['side'])
-SAID = Said(autoencoder='some/vae', latent_scale=0.18215, class_names='numbers', num_heads=SIZES['heads'])
+SAID = Hints(autoencoder='some/vae', latent_scale=0.18215, class_names='numbers', num_heads=SIZES['heads'])
 HEADS = {'dit': 8, 'sit': 8, 'tread': 4, 'maskdit': 4}
 LABELS = (0, 3, SIZES['classes'])  # two classes and the null label
 

@@ -12,7 +12,7 @@ import pytest
 from tests.runs import ROOT, environment
 from tread_composer.cli import main
 from tread_composer.config import part_names
-from tread_composer.config.registry import KINDS
+from tread_composer.config.registry import KINDS, MEASURING
 
 YAMLS = ROOT / 'yamls'
 
@@ -133,7 +133,10 @@ def test_the_schema_is_json(capsys):
 def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
     assert main(['schema', '--components']) == 0
     rows = [re.split(r' {2,}', line) for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert [row[:2] for row in rows] == [[kind, name] for kind in KINDS for name in part_names(kind)]
+    assert [row[:2] for row in rows] == [
+        *([kind, name] for kind in KINDS for name in part_names(kind)),
+        *([kind, name] for kind, table in MEASURING.items() for name in table),
+    ]
     listed = {(row[0], row[1]): row[2:] for row in rows}
     assert listed['algorithm', 'ema'][0] == 'ours' and listed['algorithm', 'composer_ema'][0] == 'Composer'
     assert listed['optimizer', 'adamw'][0] == 'torch'
@@ -148,6 +151,8 @@ def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
         (['plan', 'x.yaml', '--what', 'a'], 'unrecognized arguments: --what a'),
         (['plan', 'x.yaml', '--seed=3'], 'key=value, without dashes'),
         (['schema', 'a=b'], 'unrecognized arguments: a=b'),
+        (['plan'], 'the following arguments are required: yaml'),
+        (['sweep', 'x', '--out', 'o', '--reference', 'r', '--what'], 'tread_composer sweep RUN --reference IMAGES'),
         (['plan', 'x.yaml', '--ranks', '0'], "'0' is no number of processes"),
         ([], 'required: command'),
     ],

@@ -30,6 +30,7 @@ def test_help_of_every_command_imports_nothing_heavy(tmp_path):
     )
     each = watch(tmp_path, ['all.py', *names])
     assert each.code == 0 and each.out.count('show this help message') == len(names)
+    assert each.out.count('example: python -m tread_composer ') == len(names)
     assert each.packages & HEAVY == set()
 
 

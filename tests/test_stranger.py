@@ -15,8 +15,11 @@ from tread_composer.cli import main
 from tread_composer.compare.cost import training_teraflops
 
 YAML = ROOT / 'tests' / 'stranger' / 'run.yaml'
-DRAWN = ('--count', '20', '--steps', '2')
-MEASURED = ('--features', 'digits', '--reference', 'data/digits/eval', *DRAWN)
+SAMPLING = ('--steps', '2', '--sampler', 'stranger.parts:midpoint')
+GUIDED = ('--guidance', 'stranger.parts:Blurred', '--guidance-scale', '2', '--guidance-settings', 'strength=0.4')
+DRAWN = ('--count', '20', *SAMPLING, '--sampler-settings', 'share=0.4', *GUIDED)
+NETWORK = ('--features', 'stranger.parts:Pixels', '--metrics', 'fid', 'stranger.parts:Spread')
+MEASURED = ('--reference', 'data/digits/eval', *NETWORK, *DRAWN)
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +123,37 @@ def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
     assert call(trained, 'evaluate', 'runs/dense', *MEASURED) == 0
     capsys.readouterr()
     assert call(trained, 'compare', 'runs/stranger', 'runs/dense', '--out', 'c') == 0
-    assert 'TFLOPs a step' in capsys.readouterr().out
+    compared = capsys.readouterr().out
+    assert 'TFLOPs a step' in compared and 'spread_pixels_20 (higher is better)' in compared
     assert call(trained, 'inspect', 'runs/stranger', '--out', 'i') == 0
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (('--sampler-settings', 'shar=0.4'), "'stranger.parts:midpoint' has no settings ['shar']; it has ['share']"),
+        (('--sampler-settings', 'share=2'), 'share: 2 is not between 0 and 1'),
+        ((*GUIDED[:4], '--guidance-settings', 'strenght=1'), 'has no such setting; it has strength'),
+        ((*GUIDED[:4], '--guidance-settings', 'strength=2'), 'strength: 2 is not a share'),
+        (('--guidance', 'stranger.parts:Blurry', '--guidance-scale', '2'), "stranger.parts has no 'Blurry'"),
+        (('--sampler', 'stranger.parts:mid'), "stranger.parts has no 'mid'"),
+        (('--metrics', 'stranger.parts:Spred'), "stranger.parts has no 'Spred'"),
+        (('--features', 'stranger.parts:Pixel'), "stranger.parts has no 'Pixel'"),
+        (('--inception', 'x.pth'), "features 'stranger.parts:Pixels' need no weights of Inception"),
+    ],
+)
+def test_slips_in_what_draws_and_measures_are_refused(trained, capsys, words, message):
+    plain = ('--count', '20', '--reference', 'data/digits/eval', *NETWORK, *SAMPLING)
+    assert call(trained, 'evaluate', 'runs/stranger', *plain, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_they_are_swept(trained):
+    words = ('--metrics', 'stranger.parts:Spread', '--features', 'stranger.parts:Pixels', '--samples', '20')
+    words += ('--reference', 'data/digits/eval', *SAMPLING, '--out', 'swept')
+    assert call(trained, 'sweep', 'runs/stranger', *words) == 0
+    (entry,) = json.loads((trained / 'swept' / 'results.json').read_text())
+    assert entry['metric'] == 'spread_pixels_20' and entry['better'] == 'higher'
 
 
 @pytest.mark.parametrize(
@@ -135,6 +167,9 @@ def test_they_are_sampled_exported_measured_and_compared(trained, capsys):
         ('algorithms.louder.rate=-3', 'algorithms.louder: Louder refuses these arguments: rate: -3'),
         ('algorithms.louder.rate=2', 'algorithms.louder.rate: 2.0 above 1 needs label_dropout 0'),
         ('objective.power=0.5', 'objective: power: 0.5 is below 1'),
+        ('callbacks.evaluation.sampler=stranger.parts:mid', "stranger.parts has no 'mid'"),
+        ("callbacks.evaluation.metrics=['stranger.parts:Spred']", "stranger.parts has no 'Spred'"),
+        ('callbacks.evaluation.features=stranger.parts:Pixel', "stranger.parts has no 'Pixel'"),
         ('model.preset=S', "model.preset: belongs to 'dit' and"),
         ('algorithms.louder.name=stranger.parts:Loud', "stranger.parts has no 'Loud'"),
         ('algorithms.louder.name=nowhere.at_all:Loud', "No module named 'nowhere'"),

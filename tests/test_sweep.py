@@ -3,6 +3,10 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 from tests.helpers import tiny_model
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import Page, assert_self_contained, drawings, lines_of
+from tests.runs import environment
 from tread_composer.cli import main
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.evaluate.sweep.drawn import SweepRequest, sampling_of, sweep
@@ -207,10 +212,14 @@ def trained(tmp_path_factory) -> Path:
     return root
 
 
-def command(root: Path, *words: str) -> int:
+def full_command(root: Path, *words: str) -> list[str]:
     shown = ['--reference', str(root / 'reference'), '--features', 'digits', '--steps', '2', '--batch-size', '32',
              '--device', 'cpu']  # fmt: skip
-    return main(['sweep', str(root / 'run'), *shown, *words])
+    return ['sweep', str(root / 'run'), *shown, *words]
+
+
+def command(root: Path, *words: str) -> int:
+    return main(full_command(root, *words))
 
 
 def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, capsys, monkeypatch):
@@ -230,7 +239,22 @@ def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, ca
     # The same again measures nothing; more rows are added, sparse guidance and raw weights among them.
     assert command(trained, *words, '--guidance-scale', '1', '3') == 0
     assert json.loads((out / 'sweep.json').read_text()) == state
-    assert command(trained, *words, '--guidance-scale', '3', '--weights', 'raw', '--rates', '0.25:0.75') == 0
+    assert (
+        command(
+            trained,
+            *words,
+            '--guidance-scale',
+            '3',
+            '--weights',
+            'raw',
+            '--guidance',
+            'sparse',
+            '--guidance-settings',
+            'strong_rate=0.25',
+            'weak_rate=0.75',
+        )
+        == 0
+    )
     rows = json.loads((out / 'sweep.json').read_text())['rows']
     assert rows[:2] == state['rows'] and rows[2]['settings']['weak_rate'] == 0.75
     assert_self_contained((out / 'sweep.html').read_text())
@@ -272,6 +296,31 @@ def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
     with pytest.raises(UserError, match=r'holds other raw weights than at the start .* still train\?'):
         sweep(request, Ranks(), train_on)
     assert len(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['rows']) == 1
+
+
+def test_killed_within_a_row_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
+    words = ['--samples', '330', '--sampler', 'euler', '--steps', '40', '--guidance-scale', '1', '2']
+    assert command(trained, *words, '--out', str(tmp_path / 'whole')) == 0
+    out = tmp_path / 'out'
+    child = subprocess.Popen(
+        [sys.executable, '-m', 'tread_composer', *full_command(trained, *words, '--out', str(out))],
+        env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(out.glob('.parts/*/part-*.npz')) and child.poll() is None:
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    parts = {path: path.stat().st_mtime_ns for path in out.glob('.parts/*/part-*.npz')}
+    assert 1 <= len(parts) < 6 and not (out / 'sweep.json').exists()
+    capsys.readouterr()
+    assert command(trained, *words, '--out', str(out)) == 0
+    assert f'going on: {64 * len(parts)} of 330 images of this row are there' in capsys.readouterr().out
+    assert not (out / '.parts').exists()
+    values = [
+        [row['values'] for row in json.loads((folder / 'sweep.json').read_text())['rows']]
+        for folder in (tmp_path / 'whole', out)
+    ]
+    assert values[0] == values[1]
 
 
 def shift(state):
@@ -321,6 +370,8 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
         (['optimizer.lr=3', '--samples', '40'], 'optimizer.lr: a trained model is sampled as it was trained'),
         (['autoencoder.path=/data/vae', '--samples', '40'], 'autoencoder'),
         (['--samples', '40', '--interval', '0.1'], 'write LOW:HIGH, or none'),
+        (['--count', '40', '--guidance', 'cfg'], "--guidance: 'cfg' is none of none, classifier_free"),
+        (['--count', '40', '--guidance-settings', 'weak_rate=1'], 'weak_rate: no setting of classifier_free'),
         (['--samples', '40', '--rates', 'half'], 'write STRONG:WEAK, or none'),
     ],
 )

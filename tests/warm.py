@@ -58,6 +58,8 @@ def _supervise(connection: socket.socket) -> dict[str, Any]:
 
 if __name__ == '__main__':
     prepare_process()
+    # What MLflow imports only when it opens a store takes as long as a run of ours.
+
     import tread_composer.cli
     import tread_composer.run.train  # noqa: F401
 

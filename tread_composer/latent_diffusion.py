@@ -52,10 +52,10 @@ class LatentDiffusion(ComposerModel):
         objective: What it learns (``tread_composer.objectives``).
         latent_shape: C, H and W of a latent.
         num_classes: Number of classes; 0 for an unconditional model. The null label is ``num_classes``.
-        class_names: What to call them where people look; their numbers if empty.
+        class_names: Their names in pictures and tables; their numbers if empty.
         label_dropout: Share of training labels replaced by the null label.
         latent_scale: One number, or one for each channel.
-        latent_shift: Likewise.
+        latent_shift: One number, or one for each channel.
         autoencoder: Turns raw latents into pixels; needed by ``decode`` only.
 
     Raises:
@@ -120,6 +120,7 @@ class LatentDiffusion(ComposerModel):
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
         labels_B = torch.where(batch[LABEL_DROPPED], self.null_label, batch[LABELS])
         latents_BCHW = self.latents(batch)
+        # Only FasterDiT's schedule puts a switch into the batch; other objectives do not know the argument.
         switch = {'direction_switch_B': batch[DIRECTION_SWITCH]} if DIRECTION_SWITCH in batch else {}
         draws = batch[NOISE], batch[TIME_QUANTILES]
         return self.objective(self.denoiser, latents_BCHW, labels_B, *draws, **switch)  # type: ignore[arg-type]
@@ -150,7 +151,7 @@ class LatentDiffusion(ComposerModel):
         """Latents as the denoiser sees them, float32 ``[B, C, H, W]``; samples the posterior of stored moments."""
         raw = batch[RAW_LATENTS].float()
         if POSTERIOR_NOISE in batch:
-            raw = sample_moments(raw, batch[POSTERIOR_NOISE])
+            raw = sample_moments(raw, batch[POSTERIOR_NOISE])  # [B, 2C, H, W] -> [B, C, H, W]
         return (raw - self.latent_shift) * self.latent_scale
 
     def sample(
@@ -210,9 +211,9 @@ class LatentDiffusion(ComposerModel):
         Args:
             labels: One class each; ``null_label`` samples without a class.
             seeds: One non-negative seed each.
-            settings: How.
-            weak: The second network, for guidance that takes one: of the same objective, for the same
-                latents, on the same device. It is put into evaluation mode for as long.
+            settings: Sampler, steps and guidance.
+            weak: The second network, for guidance that takes one: same objective, latents and device. It is in
+                evaluation mode meanwhile.
             batch_size: Samples in one network call (guidance may double them).
 
         Returns:
@@ -225,8 +226,8 @@ class LatentDiffusion(ComposerModel):
         device, results = self.latent_scale.device, []
         with _evaluating(self), _evaluating(self if weak is None else weak):
             times = self.objective.sampling_times(settings.num_steps)  # on the CPU: the samplers look at their values
-            for first in range(0, len(labels), batch_size):
-                chunk = slice(first, first + batch_size)
+            for offset in range(0, len(labels), batch_size):
+                chunk = slice(offset, offset + batch_size)
                 random, clock = KeyedRandom(0, 0, seeds[chunk]), Clock()
                 start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
                 labels_B = torch.tensor(labels[chunk], device=device)
@@ -264,8 +265,8 @@ class LatentDiffusion(ComposerModel):
         """Pixels ``[B, 1 or 3, H', W']`` in about [-1, 1].
 
         Args:
-            latents_BCHW: As the denoiser sees them.
-            dtype: What to compute in; another one than float32 is refused by autoencoders that have no choice.
+            latents_BCHW: Latents after shift and scale, as the denoiser sees them.
+            dtype: Precision of the decoder; other than float32 is refused by autoencoders that have no choice.
 
         Raises:
             ValueError: The model was made without an autoencoder, or that cannot compute in ``dtype``.

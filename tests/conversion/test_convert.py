@@ -353,7 +353,20 @@ def test_pixels_take_no_words_about_autoencoders(source, tmp_path, capsys):
     assert main(words(source, tmp_path / 'out', None, store='mean')) == 2
     assert '--store says nothing without an autoencoder' in capsys.readouterr().err
     assert main(['--source', str(source), '--out', str(tmp_path / 'out')]) == 2
-    assert 'one of the arguments --vae --pixels is required' in capsys.readouterr().err
+    assert 'one of the arguments --autoencoder/--vae --pixels is required' in capsys.readouterr().err
+
+
+def test_the_source_is_looked_at_before_the_autoencoder(tmp_path, capsys):
+    arguments = [
+        '--source',
+        str(tmp_path / 'no'),
+        '--out',
+        str(tmp_path / 'out'),
+        '--autoencoder',
+        str(tmp_path / 'vae'),
+    ]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f'--source {tmp_path / "no"}: no such file or folder\n'
 
 
 def test_a_wrong_autoencoder_or_source_leaves_no_trace(source, vae, tmp_path, capsys):

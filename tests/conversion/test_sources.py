@@ -1,4 +1,5 @@
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -137,6 +138,60 @@ def test_labels_follow_the_sorted_names_of_folders(tmp_path, opened):
     assert source.class_names == folders
     assert list(source.names) == [f'{name}/a.jpg' for name in folders]
     assert source.labels.tolist() == list(range(6))
+
+
+def test_folders_that_are_numbers_from_0_on_are_their_labels(tmp_path, opened):
+    source = opened(write_tree(tmp_path / 'in', {f'{number}/a.jpg': b'x' for number in range(11)}))['train']
+    assert source.class_names == tuple(str(number) for number in range(11))
+    assert list(source.names) == [f'{number}/a.jpg' for number in range(11)]
+
+
+EDM_FILES = {f'0000{number // 2}/img{number}.png': bytes([number]) for number in range(5)}
+EDM_LABELS = dict(zip(EDM_FILES, [2, 0, 1, 1, 2], strict=True))
+
+
+def _edm(kind: str, root: Path, labels: Any, prefix: str = '') -> Path:
+    content = labels if isinstance(labels, bytes) else json.dumps({'labels': labels}).encode()
+    files = {f'{prefix}{name}': content for name, content in {**EDM_FILES, 'dataset.json': content}.items()}
+    return write_tree(root / 'in', files) if kind == 'folder' else write_zip(root / 'in.zip', files)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+@pytest.mark.parametrize('prefix', ['', 'train/'])
+def test_labels_of_edm_are_those_of_its_file_and_not_its_numbered_folders(kind, prefix, tmp_path, opened):
+    source = opened(_edm(kind, tmp_path, list(EDM_LABELS.items()), prefix))['train']
+    assert source.class_names == ('0', '1', '2')
+    found = {source.names[place]: (source.labels[place], source.read(place)) for place in range(5)}
+    assert found == {f'{label}/{name}': (label, EDM_FILES[name]) for name, label in EDM_LABELS.items()}
+
+
+def test_an_edm_data_set_without_labels_has_no_classes(tmp_path, opened):
+    source = opened(_edm('zip', tmp_path, None))['train']
+    assert source.class_names == () and list(source.names) == list(EDM_FILES)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+@pytest.mark.parametrize(
+    ('labels', 'message'),
+    [
+        (b'{}', 'not the labels of an EDM data set'),
+        (b'no json', 'not the labels of an EDM data set'),
+        (list(EDM_LABELS.items())[1:], r'has no label for: 00000/img0\.png \(1 in all\)'),
+        ([*EDM_LABELS.items(), ('00009/x.png', 1)], r'images that are missing: 00009/x\.png'),
+        ([*EDM_LABELS.items(), ('00000/img0.png', 2)], 'listed twice'),
+        ([*list(EDM_LABELS.items())[1:], ('00000/img0.png', [1.0, 0.0])], r'img0\.png is \[1\.0, 0\.0\]; each image'),
+        ([(name, label + 1) for name, label in EDM_LABELS.items()], 'no training image, such as 0'),
+    ],
+)
+def test_labels_of_edm_that_are_damaged_or_incomplete_are_refused(kind, labels, message, tmp_path, opened):
+    with pytest.raises(UserError, match=message):
+        opened(_edm(kind, tmp_path, labels))
+
+
+@pytest.mark.parametrize('name', ['metadata.jsonl', 'metadata.csv', 'labels.csv', 'n01440764/dataset.json'])
+def test_a_label_file_that_is_not_read_is_refused(name, tmp_path, splits, opened):
+    with pytest.raises(UserError, match=f'{name} hold labels that this layout does not read'):
+        opened(write_tree(tmp_path / 'in', {**splits['train'], name: b''}))
 
 
 # ----- read in other processes

@@ -1,6 +1,8 @@
+import itertools
 import os
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from concurrent.futures import Future
@@ -12,6 +14,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 from streaming.base.partition import get_partitions
+from streaming.base.shared import SharedMemory
 from torch.utils.data import DataLoader
 
 from tests.data.worlds import (
@@ -243,6 +246,21 @@ def test_runs_that_start_at_the_same_moment_do_not_take_each_others_number(
     assert [process.exitcode for process in processes] == [0] * 4
 
 
+def test_a_number_is_free_only_if_all_its_names_are(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One job is ending (its locals are gone, its barrier is not), the next one has begun with its locals alone.
+
+    streaming then sees gaps at different numbers, and the largest of them is the second job's: FileExistsError.
+    """
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))  # without the lock files of earlier runs
+    number = next(number for number in itertools.count() if not list(Path('/dev/shm').glob(f'{number:06}_*')))
+    ending = SharedMemory(f'{number:06}_barrier', True, 8)
+    begun = SharedMemory(f'{number + 1:06}_locals', True, 8)
+    dataset = LatentDataset(split, batch_size=4)
+    assert not Path(f'/dev/shm/{number:06}_locals').exists()
+    assert len(list(dataset)) == SAMPLES
+    del ending, begun
+
+
 def test_two_launchers_of_one_job_on_one_machine_do_not_wait_for_each_other(split: Path, tmp_path: Path):
     """Each has a first rank that takes a number, and both are in the barriers of one job."""
     ranks = on_ranks(4, read_epochs, tmp_path / 'out', split, 12, nodes=2)
@@ -256,6 +274,6 @@ def test_a_cache_in_use_is_refused_on_all_ranks(split: Path, tmp_path: Path):
     cache = str(tmp_path / 'cache')
     used = train_loader(cache, batch_size=4, remote=str(split))
     messages = on_ranks(2, refusal_of_a_cache, tmp_path / 'out', cache, str(split))
-    assert 'Reused local directory' in messages[0]
+    assert f'{cache}: another data set fetches into this folder' in messages[0]
     assert messages[0] == messages[1]
     del used

@@ -48,9 +48,7 @@ def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any, node
     return [pickle.loads((folder / f'rank{rank}').read_bytes()) for rank in range(world_size)]
 
 
-def _rank(
-    rank: int, world_size: int, nodes: int, port: int, folder: Path, function: Callable, args: tuple
-) -> None:
+def _rank(rank: int, world_size: int, nodes: int, port: int, folder: Path, function: Callable, args: tuple) -> None:
     node, local_rank = divmod(rank, world_size // nodes)
     environment = {'RANK': rank, 'LOCAL_RANK': local_rank, 'NODE_RANK': node, 'MASTER_PORT': port}
     environment |= {'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size // nodes}

@@ -127,10 +127,10 @@ def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
         path = tmp_path / 'evil.pth'
         path.write_bytes(content)
         with pytest.raises(UserError, match="no weights of torch-fidelity's Inception"):
-            InceptionFeatures.open(path, sha256=hashlib.sha256(content).hexdigest())
+            InceptionFeatures.open(path, inception_sha256=hashlib.sha256(content).hexdigest())
     torch.save({'weight': Evil()}, path)
     with pytest.raises(UserError, match='no weights'):
-        InceptionFeatures.open(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        InceptionFeatures.open(path, inception_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert not (tmp_path / 'executed').exists()
 
 
@@ -138,7 +138,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     path = tmp_path / 'other.pth'
     torch.save({'weight': torch.zeros(3)}, path)
     with pytest.raises(UserError, match='no weights'):
-        InceptionFeatures.open(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        InceptionFeatures.open(path, inception_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):

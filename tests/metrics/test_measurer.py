@@ -56,7 +56,7 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
              'autoencoder_hash': None, 'decode_dtype': 'float32', 'uint8_rule': 'rounded'}  # fmt: skip
     (entry,) = measurer.entries(figures, drawn, num_samples=12, resolution=8, source='here', run='a run')
     assert (entry['metric'], entry['run'], entry['value']) == ('kd_digits_12', 'a run', figures[0].value)
-    assert entry['unit'] == 'squared MMD'
+    assert entry['unit'] == 'squared MMD' and entry['better'] == 'lower'
     protocol = entry['protocol']
     assert protocol['reference_hash'] == measurer.reference.hash and protocol['features']['name'] == 'digits'
     assert protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100} and protocol['num_samples'] == 12
@@ -71,7 +71,7 @@ def test_what_a_table_has_in_common_names_the_settings_that_its_metrics_take():
 def test_impossible_measurements_are_refused_before_an_image_is_looked_at(tmp_path):
     write_folder(tmp_path / 'reference', random_images(20))
     for changes, message in (
-        ({'features': 'clip'}, "'clip' is not known"),
+        ({'features': 'clip'}, "'clip' is none of inception, digits"),
         ({'metrics': ('is',)}, 'these features have none'),
         ({'metrics': ('kid',), 'kid_subset_size': 25}, 'kid needs 25 images'),
     ):

@@ -116,7 +116,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         statistics_alone.check(DigitsFeatures(), 8)
     with pytest.raises(UserError, match='in colour'):
         images.features(DigitsFeatures(), tmp_path / 'cache')
-    with pytest.raises(UserError, match="'clip' is not known"):
+    with pytest.raises(UserError, match="'clip' is none of"):
         open_extractor('clip')
 
 

@@ -1,6 +1,5 @@
 """``attention`` other than torch's own: same numbers from the same weights, or a refusal in words; norms of heads."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers import randomised
 from tests.models.lightning import SMALL
-from tests.runs import ROOT, environment
+from tests.runs import launch_here
 from tests.trained_runs import SMALL as SMALL_RUN
 from tests.trained_runs import YAMLS, predict, run
 from tread_composer.builders.run_folder import decisive_settings
@@ -111,24 +110,16 @@ def test_a_network_without_attention_has_no_choice() -> None:
 # ---- refusals
 
 
-def test_without_xformers_a_run_ends_with_the_remedy(tmp_path: Path) -> None:
-    """A real process in which the package cannot be imported."""
+def test_without_xformers_a_run_ends_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'xformers.py').write_text("raise ImportError('No module named xformers')\n")
-    words = [
-        *SMALL_RUN,
-        'device=cpu',
-        'model.attention=xformers',
-        f'data.local={tmp_path}/d',
-        f'save_folder={tmp_path}/r',
-    ]
-    words = [word for word in words if word != 'loggers.mlflow=null']
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'train.py'), str(YAMLS / 'digits.yaml'), *words],
-        env=environment(PYTHONPATH=f'{tmp_path}:{ROOT}'), cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "model.attention: 'xformers' cannot run: the package is not installed" in done.stderr
-    assert 'or take attention: sdpa' in done.stderr and 'Traceback' not in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'xformers', raising=False)
+    words = [word for word in SMALL_RUN if word != 'loggers.mlflow=null']
+    words += ['model.attention=xformers', f'data.local={tmp_path}/d', f'save_folder={tmp_path}/r']
+    ended = launch_here(tmp_path, YAMLS / 'digits.yaml', *words)
+    assert ended.returncode == 2, ended.stderr
+    assert "model.attention: 'xformers' cannot run: the package is not installed" in ended.stderr
+    assert 'or take attention: sdpa' in ended.stderr and 'Traceback' not in ended.stderr
     assert not (tmp_path / 'r').exists()
 
 

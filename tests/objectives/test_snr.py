@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from tread_composer.objectives import DDPM, EDM, CosMap, FlowMatching, LogitNormal, MinSNR, Mode, Shifted, Uniform
-from tread_composer.objectives.snr import (
-    CosinePath,
-    LinearPath,
-    SNRDistribution,
-    from_path,
-    to_decibels,
-)
+from tread_composer.objectives.snr import SNRDistribution, to_decibels
 
 # Mean, standard deviation, 5 %, 50 %, 95 % in dB for data of standard deviation 1, from two million drawn times
 # (methods.md, section 2.1). lognorm(m, s) is written there with t = 1 at the data: here the mean's sign is the other.
@@ -30,7 +24,7 @@ TABLE = {
         FlowMatching(LogitNormal(-0.5, 0.6)).snr(1.0),
         (4.3, 5.2, -4.2, 4.3, 12.9),
     ),
-    'cosine path, uniform': (from_path(CosinePath(), Uniform()), (0.0, 13.6, -22.1, 0.0, 22.1)),
+    'flow, cosmap': (FlowMatching(CosMap()).snr(1.0), (0.0, 13.6, -22.1, 0.0, 22.1)),
     'EDM': (EDM().snr(1.0), (10.4, 10.4, -6.7, 10.4, 27.6)),
 }
 MORE = [
@@ -42,25 +36,23 @@ MORE = [
 
 @pytest.mark.parametrize('name', TABLE)
 def test_the_published_table(name: str) -> None:
-    found, expected = TABLE[name]
-    assert [found.mean, found.std, *found.quantiles] == pytest.approx(expected, abs=0.1)
+    snr, expected = TABLE[name]
+    assert [snr.mean, snr.std, *snr.quantiles] == pytest.approx(expected, abs=0.1)
 
 
-@pytest.mark.parametrize('found', [*(found for found, _ in TABLE.values()), *MORE])
-def test_the_drawn_density_is_that_of_the_figures(found: SNRDistribution) -> None:
-    """Integral, mean and spread of the curve are those found from the times; a chain of steps lacks half a step."""
-    y, f = found.decibels, found.density
+@pytest.mark.parametrize('snr', [*(snr for snr, _ in TABLE.values()), *MORE])
+def test_the_drawn_density_is_that_of_the_figures(snr: SNRDistribution) -> None:
+    """Integral, mean and spread of the curve are those of the drawn times; a chain of steps lacks half a step."""
+    y, f = snr.decibels, snr.density
     # Half of the first and of the last step of a chain lie beyond the curve, and they lie far out.
     is_chain = len(y) == 999
     assert (y.diff() > 0).all() and (f >= 0).all()
     assert torch.trapezoid(f, y) == pytest.approx(1, abs=3e-3 if is_chain else 1e-3)
     mean = torch.trapezoid(f * y, y)
-    assert mean == pytest.approx(found.mean, abs=0.06 if is_chain else 0.01)
-    assert torch.trapezoid(f * (y - mean).square(), y).sqrt() == pytest.approx(
-        found.std, abs=0.25 if is_chain else 0.01
-    )
+    assert mean == pytest.approx(snr.mean, abs=0.06 if is_chain else 0.01)
+    assert torch.trapezoid(f * (y - mean).square(), y).sqrt() == pytest.approx(snr.std, abs=0.25 if is_chain else 0.01)
     below = torch.cumulative_trapezoid(f, y)
-    for level, quantile in zip((0.05, 0.5, 0.95), found.quantiles, strict=True):
+    for level, quantile in zip((0.05, 0.5, 0.95), snr.quantiles, strict=True):
         assert np.interp(quantile, y[1:], below) == pytest.approx(level, abs=3e-3 if is_chain else 1e-3)
 
 
@@ -79,13 +71,15 @@ def test_a_time_shift_and_a_weaker_signal_are_the_same_on_the_straight_path() ->
 
 
 def test_cosmap_spreads_the_snr_as_the_cosine_path_does() -> None:
-    ours, cosine = from_path(LinearPath(), CosMap()), from_path(CosinePath(), Uniform())
-    torch.testing.assert_close(ours.density, cosine.density)
+    """``alpha / sigma = cot(pi u / 2)`` with u uniform: the logarithm has the density ``1 / (pi cosh)``."""
+    snr = FlowMatching(CosMap()).snr(1.0)
+    per_decibel = math.log(10) / 20
+    torch.testing.assert_close(snr.density, per_decibel / (math.pi * (per_decibel * snr.decibels).cosh()))
 
 
 def test_a_weight_counts_like_more_samples() -> None:
     """The mean under a weight, from its definition: sums over the chain, in plain Python."""
-    found = DDPM(weighting=MinSNR(5.0)).snr(1.0)
+    distribution = DDPM(weighting=MinSNR(5.0)).snr(1.0)
     total = weights = 0.0
     alpha_bar = 1.0
     for step in range(1000):
@@ -93,16 +87,10 @@ def test_a_weight_counts_like_more_samples() -> None:
         snr = alpha_bar / (1 - alpha_bar)
         weight = min(snr, 5.0) / snr
         total, weights = total + weight * 10 * math.log10(snr), weights + weight
-    assert found.mean == pytest.approx(total / weights, abs=1e-6)
+    assert distribution.mean == pytest.approx(total / weights, abs=1e-6)
 
 
-def test_paths_and_their_inverses() -> None:
-    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    for path in (LinearPath(), CosinePath()):
-        ratio = path.log_ratio(t)
-        torch.testing.assert_close(path.time(ratio), t)
-        slope = (path.time(ratio - 1e-6) - path.time(ratio + 1e-6)) / 2e-6
-        torch.testing.assert_close(path.slope(t), slope, rtol=1e-6, atol=0)
+def test_decibels() -> None:
     assert float(to_decibels(torch.tensor(math.log(3.0)), 2.0)) == pytest.approx(20 * math.log10(6.0), rel=1e-6)
 
 

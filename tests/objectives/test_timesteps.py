@@ -130,7 +130,7 @@ def test_extreme_quantiles_give_times_in_order_between_0_and_1(distribution: Tim
 
 @pytest.mark.parametrize(('mean', 'std'), [(0.0, 0.0), (0.0, -1.0), (math.nan, 1.0), (0.0, math.inf)])
 def test_impossible_settings_are_refused(mean: float, std: float) -> None:
-    with pytest.raises(ValueError, match='LogitNormal wants'):
+    with pytest.raises(ValueError, match='LogitNormal needs'):
         LogitNormal(mean, std)
 
 

@@ -60,5 +60,5 @@ def test_impossible_settings_are_refused() -> None:
             MinSNR(gamma)
         with pytest.raises(ValueError, match='gamma='):
             min_snr_weight(torch.ones(1), gamma, 'eps')
-    with pytest.raises(ValueError, match="'noise' is not known"):
+    with pytest.raises(ValueError, match="prediction='noise': choose"):
         min_snr_weight(torch.ones(1), 5.0, 'noise')  # type: ignore[arg-type]

@@ -208,9 +208,9 @@ def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
         ({'always_keep': [1, -2]}, r'always_keep: \[1, -2\] is not a number of tokens'),
         (
             {'blocks': {'blocks': {'rate': 0.5}}},
-            r"blocks: 'blocks': \{'rate': 0.5\} is not understood; settings of one",
+            r"blocks: 'blocks': \{'rate': 0.5\}: expected settings of one list",
         ),
-        ({'blocks': {'blocks': 3}}, "blocks: 'blocks': 3 is not understood"),
+        ({'blocks': {'blocks': 3}}, "blocks: 'blocks': 3: expected settings of one list"),
         ({'tokens_out': -1}, 'tokens_out: -1 is no position in a tuple; count from 0'),
         ({'tokens_out': True}, 'tokens_out: True is no position'),
         ({'tokens_out': 'hidden'}, "tokens_out: 'hidden' is no position"),

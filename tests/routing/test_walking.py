@@ -217,7 +217,7 @@ def test_checkpoint_sequential_walks_over_children_and_routes():
 def test_the_plain_model_comes_back():
     model, plain = Busy().train(), Busy().train()
     apply_tread(model, Route(1, 4, 0.5))
-    with pytest.raises(ValueError, match=r"routes: \['1 to 4 at rate 0.5'\] there, \['2 to 3 at rate 0.5'\] now"):
+    with pytest.raises(ValueError, match=r"routes: \['1 to 4 at rate 0.5'\], requested: \['2 to 3"):
         apply_tread(model, Route(2, 3, 0.5))
     remove_tread(model)
     assert type(model.blocks) is nn.ModuleList and vars(model.blocks).keys() == vars(plain.blocks).keys()

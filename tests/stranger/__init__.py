@@ -1,1 +1,1 @@
-"""A package of somebody else: parts for runs of ``tread_composer``, of which it imports nothing."""
+"""A package of somebody else: parts for runs of ``tread_composer``, of which it imports the types of a number alone."""

@@ -4,6 +4,7 @@ Shapes: B samples, C channels, H x W latent pixels, N tokens of 2 x 2 pixels, D 
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,9 @@ import torch
 from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
+
+from tread_composer.metrics.metric import Figure
+from tread_composer.metrics.quantity import Quantity
 
 
 class StraightLine:
@@ -217,3 +221,79 @@ class Counter(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state['count']
+
+
+def midpoint(equation: Any, x_BCHW: Tensor, times: Tensor, noise: Any, /, *, share: float = 0.5) -> Tensor:
+    """One drift to look ahead, one to go.
+
+    Args:
+        share: Of a step, how far ahead it looks.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f'share: {share} is not between 0 and 1')
+    x = x_BCHW.double()
+    for start, end in itertools.pairwise(times.double()):
+        ahead = x + share * (end - start) * equation.drift(x, start)
+        x = x + (end - start) * equation.drift(ahead, start + share * (end - start))
+    return x
+
+
+class Blurred:
+    """Guides away from what the network says of a flattened input.
+
+    Args:
+        strength: Share of the mean over the pixels in the weak branch's input.
+    """
+
+    second_network: ClassVar[bool] = False
+
+    def __init__(self, strength: float = 0.3) -> None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f'strength: {strength} is not a share')
+        self.strength = strength
+
+    def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
+        del network, num_classes, weak
+
+    def prepare(self, network: nn.Module, *, routes: Sequence[Any], always_keep: Any) -> None:
+        del network, routes, always_keep
+
+    def protocol_facts(self, routes: Sequence[Any]) -> dict[str, Any]:
+        return {}
+
+    def branches(self, run: Any) -> Any:
+        def both(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+            flat = torch.lerp(x_BCHW, x_BCHW.mean((2, 3), keepdim=True).expand_as(x_BCHW), self.strength)
+            return run.denoiser(x_BCHW, t_B, labels_B), run.denoiser(flat, t_B, labels_B)
+
+        return both
+
+
+class Spread:
+    """How far the samples' features scatter, held against those of the reference."""
+
+    name = 'spread'
+    quantities = (Quantity('spread', 'higher', 'ratio of standard deviations'),)
+    needs_logits = False
+    compares_with = 'images'
+
+    def check(self, num_samples: int, num_reference: int) -> None:
+        del num_samples, num_reference
+
+    def measure(self, samples: Any, reference: Any, device: torch.device) -> list[Figure]:
+        ratio = samples.features_ND.std() / reference.features.features_ND.std()
+        return [Figure(self.quantities[0], float(ratio))]
+
+
+class Pixels:
+    """Features that are the pixels themselves."""
+
+    name = 'pixels'
+    resolution = 8
+    num_logits = 0
+
+    def identity(self) -> dict[str, str]:
+        return {'name': self.name, 'weights_hash': 'none', 'version': '1'}
+
+    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, None]:
+        return images_B3RR[:, 0].flatten(1).cpu().double() / 255, None

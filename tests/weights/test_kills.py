@@ -8,55 +8,13 @@ import sys
 import pytest
 import torch
 
-from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, launch, launch_here
-
-YAML = ROOT / 'yamls' / 'digits_tread.yaml'
-LENGTH = 12  # batches; an epoch has 11
-NAME = 'digits_tread'
-WORDS = (
-    *SMALL,
-    'algorithms.tread={start: 1, end: -2, selection_rate: 0.5}',
-    'save_interval=3ba',
-    f'max_duration={LENGTH}ba',
-)
-
-
-def folder_of(root):
-    return root / 'runs' / NAME
-
-
-def names(root):
-    """What is in the run's folder, without what is not about checkpoints."""
-    texts = ('config.yaml', 'data.json', 'environment.json')
-    return {path.name for path in folder_of(root).iterdir() if path.name not in texts}
-
-
-def batch_of(name):
-    return f'ep{(int(name) - 1) // 11}-ba{name}-rank0.pt'
+from tests.runs import ROOT, assert_same_training, checkpoint, launch
+from tests.weights.short_runs import NAME, WORDS, YAML, Trap, again, batch_of, folder_of, names, refused, sharded
+from tread_composer.cli import main
 
 
 def export(root):
-    words = ('-m', 'tread_composer', 'export', str(folder_of(root)), '--out', str(root / 'out.safetensors'))
-    return launch(root, [sys.executable, *words])
-
-
-def again(root, *words):
-    return launch_here(root, YAML, *WORDS, *words)
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp('whole')
-    done = again(root)
-    assert done.returncode == 0, done.stderr
-    assert names(root) == {*map(batch_of, (3, 6, 9, 12)), 'latest-rank0.pt'}
-    return root
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / 'copy', symlinks=True)
-    return tmp_path / 'copy'
+    return main(['export', str(folder_of(root)), '--out', str(root / 'out.safetensors')])
 
 
 def assert_ended_as(root, whole):
@@ -181,8 +139,7 @@ def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, 
     (folder_of(copy) / batch_of(6)).rename(folder_of(copy) / 'ep0-rank0.pt')
     (folder_of(copy) / 'latest-rank0.pt').unlink()
     (folder_of(copy) / 'latest-rank0.pt').symlink_to('ep0-rank0.pt')
-    done = export(copy)
-    assert done.returncode == 0, done.stderr
+    assert export(copy) == 0
     done = again(copy, 'model.hidden_size=32')
     assert done.returncode == 2 and 'hidden_size' in done.stderr, done.stderr
     done = again(copy)
@@ -221,8 +178,7 @@ def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
 
 
 def test_a_sharded_checkpoint_is_not_passed_over_by_a_run_that_cannot_read_it(copy):
-    (folder_of(copy) / 'ep1-ba14').mkdir()
-    (folder_of(copy) / 'ep1-ba14' / '.metadata').touch()
+    sharded(folder_of(copy) / 'ep1-ba14')
     done = again(copy, 'max_duration=15ba')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert 'ep1-ba14 is a sharded checkpoint' in done.stderr and 'state_dict_type=sharded' in done.stderr
@@ -245,24 +201,6 @@ def test_what_is_replaced_is_not_gone_on_from(whole, copy):
     done = again(copy)
     assert done.returncode == 0 and 'batches 3 to 12' in done.stdout, done.stdout + done.stderr
     assert_ended_as(copy, whole)
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def refused(root, *words):
-    before = sorted(root.rglob('*'))
-    done = again(root, *words)
-    assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stderr
-    assert sorted(root.rglob('*')) == before
-    return done.stderr
 
 
 @pytest.mark.parametrize('text', ['a: [1', 'just words', '', 'seed: 1\n', '\x00\x01', '- 1\n- 2\n'])
@@ -289,8 +227,7 @@ def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(wh
     for name, reason in reasons.items():
         message = refused(tmp_path, f'load_path={name}', 'load_weights_only=true')
         assert 'load_path' in message and reason in message and name in message
-    sharded = tmp_path / 'folder' / '.metadata'
-    sharded.touch()
+    sharded(tmp_path / 'folder')
     assert 'state_dict_type=sharded' in refused(tmp_path, 'load_path=folder', 'load_weights_only=true')
 
 

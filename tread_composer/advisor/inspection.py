@@ -3,8 +3,9 @@
 Legend: S samples, B samples of a batch, L blocks.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from tread_composer.advisor.architecture import RouteAdvice, propose_route
 from tread_composer.advisor.latents import RealLatents, read_latents
-from tread_composer.advisor.noising import network_call
 from tread_composer.advisor.placement import candidate_spans
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
@@ -25,10 +25,11 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.io.device import choose_device, machine_for
+from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route, find_blocks
 from tread_composer.weights.trained import Trained, load_trained
 
-__all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run']
+__all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run', 'network_call']
 
 _SHOWN = 5
 _SEED = 0
@@ -127,7 +128,7 @@ def inspect_run(request: Request) -> Inspection:
             }
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
-    mean = torch.stack([one.mean for one in maps.values()]).mean(0)
+    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)
     depth = len(mean) - 1
     routes = tuple(route.span(depth) for route in trained.routes)
     advice = propose_route(fresh, blocks)
@@ -177,18 +178,36 @@ def _check(request: Request) -> None:
         raise UserError(f'--batch-size: {request.batch_size} must be at least 1')
 
 
-def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) -> Iterator[Any]:
-    """One call of the network for each batch. Noise is keyed by the sample, so it is that of no batch."""
+def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) -> Iterator[Callable[[], Tensor]]:
+    """A call of the network for each batch. Noise is keyed by the sample, so the size of a batch changes nothing."""
     model, shape = trained.model, trained.model.latent_shape
     device = model.latent_scale.device
-    for first in range(0, len(data.sample_ids), batch_size):
-        part = slice(first, first + batch_size)
+    for start in range(0, len(data.sample_ids), batch_size):
+        part = slice(start, start + batch_size)
         random = KeyedRandom(_SEED, 0, data.sample_ids[part])
         batch = {RAW_LATENTS: data.raw[part].to(device)}
         if data.manifest.kind == 'moments':
             batch[POSTERIOR_NOISE] = random.normal('posterior', *shape).to(device)
-        noise = random.normal('noise', *shape).to(device)
-        yield network_call(model, time, model.latents(batch), data.labels[part].to(device), noise)
+        noise_BCHW = random.normal('noise', *shape).to(device)
+        yield network_call(model, time, model.latents(batch), data.labels[part].to(device), noise_BCHW)
+
+
+def network_call(
+    model: LatentDiffusion, time: float, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor
+) -> Callable[[], Tensor]:
+    """A call of the model's network on noisy latents, in the convention of its objective.
+
+    Args:
+        model: On the device of the tensors.
+        time: In (0, 1), 0 is data.
+        latents_BCHW: As the network sees them, without noise.
+        labels_B: Class ids.
+        noise_BCHW: Standard normal noise.
+    """
+    # In float64, as the samplers do it: only the network itself computes in float32.
+    noisy_BCHW, level = model.objective.noised(latents_BCHW.double(), noise_BCHW.double(), time)
+    drift = model.objective.drift(model.denoiser, labels_B)  # type: ignore[arg-type]
+    return functools.partial(drift, noisy_BCHW, torch.tensor(level, dtype=torch.float64))
 
 
 def _fresh(trained: Trained) -> Any:
@@ -207,20 +226,20 @@ def _suggestions(
     advice: RouteAdvice,
     routes: Sequence[tuple[int, int]],
 ) -> tuple[Suggestion, ...]:
-    spans = [(one.start, one.end) for one in ranked]
-    wanted = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
+    spans = [(candidate.start, candidate.end) for candidate in ranked]
+    selected = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
     dense = count_macs(_fresh(trained), facts)
-    found = []
-    for span in dict.fromkeys(wanted):
+    suggestions = []
+    for span in dict.fromkeys(selected):
         if span not in spans:  # a route of the run that the guidelines would not have
             continue
-        one = ranked[spans.index(span)]
-        alike = [float(each.mean[one.start, one.end + 1]) for each in maps.values()]
+        candidate = ranked[spans.index(span)]
+        alike = [float(similarity.mean[candidate.start, candidate.end + 1]) for similarity in maps.values()]
         ratio = dense / count_macs(_fresh(trained), facts, {'tread': Tread(*span, rate)})
-        found.append(Suggestion(one, spans.index(span) + 1, (min(alike), max(alike)), ratio))
-    return tuple(found)
+        suggestions.append(Suggestion(candidate, spans.index(span) + 1, (min(alike), max(alike)), ratio))
+    return tuple(suggestions)
 
 
 def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> tuple[str, ...]:

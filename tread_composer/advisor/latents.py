@@ -91,13 +91,13 @@ def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path
     if not path.is_dir():
         raise UserError(f'--data {path}: there is no such folder; give the folder of a latents data set or of a split')
     places = [path, *(path / name for name in dict.fromkeys([*splits, 'val', 'eval', 'train']))]
-    found = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
-    if found is None:
+    split = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+    if split is None:
         raise UserError(
             f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it '
             f'({", ".join(place.name for place in places[1:])}); give the folder of a latents data set or of a split'
         )
-    return found
+    return split
 
 
 def _check_fit(facts: LatentFacts, manifest: Manifest, path: Path) -> None:
@@ -116,10 +116,10 @@ def _check_fit(facts: LatentFacts, manifest: Manifest, path: Path) -> None:
 
 def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...]:
     """Positions at equal distances: also where the data lie in order of their classes they are of many."""
-    there = manifest.num_samples
-    if not 1 <= num_samples <= there:
-        raise UserError(f'--samples: {num_samples} is not between 1 and {there}, the samples of {source}')
-    return tuple(index * there // num_samples for index in range(num_samples))
+    available = manifest.num_samples
+    if not 1 <= num_samples <= available:
+        raise UserError(f'--count: {num_samples} is not between 1 and {available}, the samples of {source}')
+    return tuple(index * available // num_samples for index in range(num_samples))
 
 
 def _rows(path: Path, ids: tuple[int, ...]) -> list[dict[str, Any]]:

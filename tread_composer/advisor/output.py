@@ -68,7 +68,6 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
             'rule': advice.rule,
             'arguments': dict(advice.arguments),
             'reasons': list(advice.reasons),
-            'questions': list(advice.questions),
         },
         'score': SCORE_RULE,
         'num_candidates': inspection.num_candidates,
@@ -105,19 +104,19 @@ def format_inspection(inspection: Inspection) -> str:
         lines += _reading_in_words(reading)
     if not inspection.readings:
         lines.append('route of the run: none')
-    lines += ['', format_advice(inspection.advice, questions=False), *_yaml(inspection), '', *_table(inspection), '']
+    lines += ['', format_advice(inspection.advice), *_yaml(inspection), '', *_table(inspection), '']
     lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in inspection.notes]
     return '\n'.join(lines)
 
 
 def _yaml(inspection: Inspection) -> list[str]:
-    given = dict(inspection.advice.arguments)
-    if not given:
+    arguments = dict(inspection.advice.arguments)
+    if not arguments:
         return []
-    given.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
+    arguments.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
     words = [
         f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
-        for name, value in given.items()
+        for name, value in arguments.items()
     ]
     return [f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}']
 

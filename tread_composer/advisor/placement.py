@@ -64,11 +64,10 @@ def candidate_spans(depth: int) -> list[tuple[int, int]]:
     route = recommended_route(depth).route
     if route is None:
         return []
-    last = route.span(depth)[1]
-    shortest = (last + 1) // 2
-    return [
-        (start, end) for start in range(1, last + 1) for end in range(start, last + 1) if end - start + 1 >= shortest
-    ]
+    last_block = route.span(depth)[1]
+    shortest = (last_block + 1) // 2
+    starts = range(1, last_block - shortest + 2)
+    return [(start, end) for start in starts for end in range(start + shortest - 1, last_block + 1)]
 
 
 _GUIDELINES = (

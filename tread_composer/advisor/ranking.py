@@ -73,7 +73,7 @@ def rank_routes(similarity: Tensor) -> list[Candidate]:
     for start, end in candidate_spans(depth):
         alike = float(similarity[start, end + 1])
         candidates.append(Candidate(start, end, alike, alike * (end - start + 1) / depth))
-    return sorted(candidates, key=lambda one: (-one.score, one.start))
+    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.start))
 
 
 def read_route(similarity: Tensor, start: int, end: int) -> RouteReading:

@@ -64,16 +64,16 @@ def token_similarity(
         ValueError: The list is not found, a call does not run each block once and in order, the tokens are not where
             they should be, change their shape on the way, or are not finite; or there was no call.
     """
-    found = _block_list(model, blocks)
-    total, squares = (torch.zeros(len(found) + 1, len(found) + 1, dtype=torch.float64) for _ in range(2))
+    block_list = _block_list(model, blocks)
+    total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
     count, num_tokens = 0, 0
-    with _evaluating(model), _recording(found, tokens, tokens_out) as depths:
+    with _evaluating(model), _recording(block_list, tokens, tokens_out) as depths:
         for call in calls:
             depths.clear()
             call()
-            _check(depths, len(found))
+            _check(depths, len(block_list))
             for sample in range(len(depths[0])):
-                cosines = _cosines(torch.stack([one[sample] for one in depths]))
+                cosines = _cosines(torch.stack([tokens_BND[sample] for tokens_BND in depths]))
                 total += cosines
                 squares += cosines.square()
             count, num_tokens = count + len(depths[0]), depths[0].shape[1]
@@ -95,12 +95,12 @@ def _block_list(model: nn.Module, path: str | None) -> list[nn.Module]:
         _, listed = find_blocks(model)
         return [listed[index] for index in range(len(listed))]  # not by iterating: in training that may yield a route
     try:
-        found = model.get_submodule(path)
+        block_list = model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
-    if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
-        raise ValueError(f'blocks: {path!r} is a {type(found).__name__}; a list of blocks is needed')
-    return [found[index] for index in range(len(found))]
+    if not isinstance(block_list, nn.ModuleList | nn.Sequential) or not len(block_list):
+        raise ValueError(f'blocks: {path!r} is a {type(block_list).__name__}; a list of blocks is needed')
+    return [block_list[index] for index in range(len(block_list))]
 
 
 def _check(depths: list[Tensor], num_blocks: int) -> None:
@@ -109,10 +109,10 @@ def _check(depths: list[Tensor], num_blocks: int) -> None:
             f'a call ran {max(0, len(depths) - 1)} of {num_blocks} blocks: it must run the whole model, and the model '
             'must call its blocks as modules (not only their methods)'
         )
-    shapes = [tuple(one.shape) for one in depths]
+    shapes = [tuple(tokens_BND.shape) for tokens_BND in depths]
     if len(set(shapes)) > 1 or len(shapes[0]) < 3:
         raise ValueError(f'the tokens are {shapes} from depth to depth; one shape [B, N, D] is needed to compare them')
-    if not all(bool(one.isfinite().all()) for one in depths):
+    if not all(bool(tokens_BND.isfinite().all()) for tokens_BND in depths):
         raise ValueError('the activations are not finite: these weights do not work on these inputs')
 
 

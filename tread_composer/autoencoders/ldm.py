@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tread_composer.autoencoders.kl import KL, network_class
@@ -102,25 +103,15 @@ def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f'autoencoder {path!r}: no such file')
     try:
-        if suffix == '.safetensors':
-            try:
-                from safetensors.torch import load_file
-            except ImportError as error:
-                raise UserError(
-                    f'autoencoder {path!r} needs safetensors, which is not installed: pip install safetensors'
-                ) from error
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
+        is_pickle = suffix != '.safetensors'
+        content = torch.load(path, map_location='cpu', weights_only=True) if is_pickle else load_file(path)
     except Exception as error:  # every library has its own words for a file that is broken or holds objects
         raise UserError(
             f'autoencoder {path!r}: cannot be read as tensors and nothing else ({error}). If the file is whole, it '
             f'holds other objects too: save its state_dict alone, where it came from'
         ) from error
-    while isinstance(content, dict) and (inner := content.get('state_dict', content.get('model'))) is not None:
-        content = inner
+    while isinstance(content, dict) and (nested := content.get('state_dict', content.get('model'))) is not None:
+        content = nested
     if not isinstance(content, dict):
         raise UserError(f'autoencoder {path!r}: holds a {type(content).__name__}, not names and tensors')
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -135,15 +126,15 @@ def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tenso
             f'latent-diffusion layout has one. A folder of diffusers is given as a folder'
         )
     (prefix,) = prefixes
-    own, others = {}, Counter[str]()
+    parts, others = {}, Counter[str]()
     for name, value in tensors.items():
-        inner = name.removeprefix(prefix)
+        bare_name = name.removeprefix(prefix)
         # Behind a prefix the autoencoder is one part of a larger model, and the other parts are not its own.
-        if (prefix and not name.startswith(prefix)) or inner.startswith(_TRAINING_ONLY):
-            others[(name if not name.startswith(prefix) else inner).split('.')[0]] += 1
+        if (prefix and not name.startswith(prefix)) or bare_name.startswith(_TRAINING_ONLY):
+            others[(name if not name.startswith(prefix) else bare_name).split('.')[0]] += 1
         else:
-            own[inner] = value
-    return own, dict(others)
+            parts[bare_name] = value
+    return parts, dict(others)
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
@@ -208,30 +199,24 @@ def _original_name(name: str, levels: int) -> str:
     return name
 
 
-def _compare(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], path: str) -> None:
+def _compare(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str) -> None:
     """Refuse what is missing, left over or of another shape: a name that fits nothing is not an autoencoder we know."""
-    wrong = [
+    misshapen = [
         f'{name} is {list(tensors[name].shape)}, the rest asks for {list(size)}'
-        for name, size in wanted.items()
+        for name, size in shapes.items()
         if name in tensors and tensors[name].shape not in (size, (*size, 1, 1))
     ]
     complaints = {
-        'missing': [name for name in wanted if name not in tensors],
-        'not known to belong to such an autoencoder': [name for name in tensors if name not in wanted],
-        'of the wrong shape': wrong,
+        'missing': [name for name in shapes if name not in tensors],
+        'not known to belong to such an autoencoder': [name for name in tensors if name not in shapes],
+        'of the wrong shape': misshapen,
     }
-    lines = [f'  {words}: {_some(names)}' for words, names in complaints.items() if names]
+    lines = [f'  {words}: {_shortened(names)}' for words, names in complaints.items() if names]
     if lines:
-        raise UserError(
-            '\n'.join(
-                [
-                    f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents',
-                    *lines,
-                ]
-            )
-        )
+        summary = f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents'
+        raise UserError('\n'.join([summary, *lines]))
 
 
-def _some(names: list[str]) -> str:
-    rest = f' and {len(names) - 5} more' if len(names) > 5 else ''
-    return ', '.join(names[:5]) + rest
+def _shortened(names: list[str]) -> str:
+    ending = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return ', '.join(names[:5]) + ending

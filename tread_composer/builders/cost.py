@@ -32,7 +32,8 @@ def depth_of(denoiser: nn.Module) -> int:
 
 def tokens_per_block(savers: Iterable[Any], depth: int, num_tokens: int) -> list[int]:
     """How many tokens each block sees while the algorithms ``savers`` are on: the fewest that one of them leaves it."""
-    counts = [[num_tokens] * depth, *(saver.tokens_per_block(depth, num_tokens) for saver in savers)]
+    counting = [saver for saver in savers if hasattr(saver, 'tokens_per_block')]
+    counts = [[num_tokens] * depth, *(saver.tokens_per_block(depth, num_tokens) for saver in counting)]
     return [min(tokens) for tokens in zip(*counts, strict=True)]
 
 

@@ -12,9 +12,9 @@ from tread_composer.builders.run_data import with_planned_numbers
 from tread_composer.config import Config
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import Manifest
-from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, checkpoints_in, newest_whole
 from tread_composer.io.files import write_atomically
+from tread_composer.io.restricted_loading import check_harmless
 
 __all__ = ['DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
 
@@ -73,23 +73,28 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 
 
 def check_load_path(config: Config) -> None:
-    """Refuse a ``load_path`` that is damaged or no checkpoint of a run, before anything is written.
+    """Refuse to load a checkpoint that is damaged, not one of a run, or could run code, before anything is written.
 
-    It is not read where it is not used, because the run has a checkpoint of its own, nor where it is not here (a URI).
+    The run's own newest one if it goes on from that; ``load_path`` otherwise, unless it is not here (a URI).
 
     Raises:
         UserError: Nothing can be loaded from there.
     """
+    if config.autoresume:
+        newest, _ = newest_whole(run_folder(config))
+        if newest is not None:
+            check_harmless(newest)
+            return
     text = config.load_path
-    if text is None or '://' in text or '{' in text or is_tar(text) or is_compressed_pt(text):
+    if text is None:
         return
-    if config.autoresume and newest_whole(run_folder(config))[0] is not None:
+    if is_tar(text):
+        raise UserError(f'load_path: {text}: archives are not unpacked; unpack it, and give the checkpoint within')
+    if '://' in text or '{' in text or is_compressed_pt(text):
         return
     path, remedy = Path(text), 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
     try:
-        check_whole(path)
-        if path.is_file():
-            read_checkpoint(path)
+        check_harmless(check_whole(path))
     except UserError as error:
         raise UserError(f'load_path: {error}\n{remedy}') from None
     fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp

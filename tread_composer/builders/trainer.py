@@ -27,6 +27,7 @@ from tread_composer.config.components import Component
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
+from tread_composer.io.restricted_loading import restricted_loading
 
 __all__ = ['build_trainer', 'compile_blocks']
 
@@ -75,7 +76,7 @@ def build_trainer(
         arguments['compile_config'] = {}
     elif config.compile:
         compile_blocks(model.denoiser)
-    with _misfit_in_words(config):
+    with _misfit_in_words(config), restricted_loading():
         trainer = Trainer(
             model=model,
             train_dataloader=train,

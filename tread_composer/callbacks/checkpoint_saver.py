@@ -129,8 +129,8 @@ class WholeCheckpointSaver(CheckpointSaver):
         """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""
         began = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
-        asked = self.filename.format(state, keep_placeholders=True)
-        file = Path(checkpoint.get_save_filename(state, asked))
+        requested = self.filename.format(state, keep_placeholders=True)
+        file = Path(checkpoint.get_save_filename(state, requested))
         # Before it is saved: each checkpoint lists those before it and itself.
         self.all_saved_checkpoints_to_timestamp[str(file)] = state.timestamp
         sharded = state.fsdp_sharded_state_dict_enabled

@@ -29,7 +29,6 @@ __all__ = ['Evaluation']
 
 log = logging.getLogger(__name__)
 
-Features = Literal['inception', 'digits']
 Labels = Literal['balanced', 'random']
 
 
@@ -49,7 +48,7 @@ class Evaluation(Callback):
         reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
         interval: A Composer time string. (Default: only at the end.)
         metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
-        features: ``'inception'``; or ``'digits'``, whose metrics are called ``fd_digits``, ``kd_digits``, ...
+        features: Of ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called ``fd_digits``.
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
@@ -78,7 +77,7 @@ class Evaluation(Callback):
         interval: str | None = None,
         *,
         metrics: Sequence[str] = ('fid',),
-        features: Features = 'inception',
+        features: str = 'inception',
         inception: str | None = None,
         inception_sha256: str | None = None,
         num_samples: int = 10_000,
@@ -156,10 +155,10 @@ class Evaluation(Callback):
         path = self._path(state)
         if not path.exists():
             return []
-        entries = [one for one in load_results(path) if one['run'] == state.run_name]
-        last = max((one['batch'] for one in entries), default=None)
-        found = [f'{one["metric"]} {one["value"]:.4g}' for one in entries if one['batch'] == last]
-        return [('measured', f'{", ".join(found)} at batch {last}; protocol in {path}')] if found else []
+        entries = [entry for entry in load_results(path) if entry['run'] == state.run_name]
+        latest = max((entry['batch'] for entry in entries), default=None)
+        figures = [f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries if entry['batch'] == latest]
+        return [('measured', f'{", ".join(figures)} at batch {latest}; protocol in {path}')] if figures else []
 
     def _seconds(self) -> float:
         # Composer counts a measurement into the batch that follows it.
@@ -193,19 +192,19 @@ class Evaluation(Callback):
         assert measurer is not None
         labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
         pictured, rows = shown_in_grid(labels)
-        broken, parts, kept, wanted = 0, [], {}, set(pictured)
+        broken, parts, kept, in_grid = 0, [], {}, set(pictured)
         # To the end whatever comes: a sharded model needs all ranks to draw.
         for indices, images_BCRR in self._drawn(state, labels):
-            kept |= {index: image for index, image in zip(indices, images_BCRR, strict=True) if index in wanted}
+            kept |= {index: image for index, image in zip(indices, images_BCRR, strict=True) if index in in_grid}
             finite = images_BCRR.isfinite().flatten(1).all(1)
             broken += int((~finite).sum())
             if finite.any():
                 parts += measurer.look([to_uint8(images_BCRR[finite])])
-        found: dict[int, Tensor] = {}
+        grid_images: dict[int, Tensor] = {}
         for share in dist.all_gather_object(kept):
-            found |= share
+            grid_images |= share
         if dist.get_global_rank() == 0:
-            self._picture(state, logger, torch.stack([found[index] for index in pictured]), rows)
+            self._picture(state, logger, torch.stack([grid_images[index] for index in pictured]), rows)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
@@ -224,20 +223,20 @@ class Evaluation(Callback):
         rank, world = dist.get_global_rank(), dist.get_world_size()
         share = -(-self.num_samples // world)
         indices = [min(rank + world * place, self.num_samples - 1) for place in range(share)]
-        own = len(range(rank, self.num_samples, world))
+        num_own = len(range(rank, self.num_samples, world))
         size = self.measurement.batch_size
-        for first in range(0, share, size):
-            chunk = indices[first : first + size]
+        for start in range(0, share, size):
+            chunk = indices[start : start + size]
             own_labels, seeds = [labels[index] for index in chunk], [self.seed + index for index in chunk]
             images_BCRR = self.sampling.images(state, own_labels, seeds)
-            last = max(0, own - first)
-            yield chunk[:last], images_BCRR[:last]
+            num_kept = max(0, num_own - start)
+            yield chunk[:num_kept], images_BCRR[:num_kept]
 
     def _picture(self, state: State, logger: Logger, images_NCRR: Tensor, rows: Sequence[int | None]) -> None:
         names = getattr(bare_model(state), 'class_names', ())
-        told = ['' if label is None else names[label] if label < len(names) else str(label) for label in rows]
+        row_names = ['' if label is None else names[label] if label < len(names) else str(label) for label in rows]
         keep_grid(
-            images_NCRR, told, self.sampling, state, logger, self._path(state).parent / 'evaluation', 'evaluation'
+            images_NCRR, row_names, self.sampling, state, logger, self._path(state).parent / 'evaluation', 'evaluation'
         )
 
     def _report(self, state: State, logger: Logger, measurer: Measurer, figures: Sequence[Figure]) -> None:

@@ -14,9 +14,11 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from tread_composer import __version__
 from tread_composer.cli.evaluate import add_arguments as add_evaluate_arguments
 from tread_composer.cli.evaluate import evaluate_command
 from tread_composer.cli.inspect import add_arguments as add_inspect_arguments
@@ -67,14 +69,14 @@ def _is_unread(descriptor: int) -> bool:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
-    options, rest = parser.parse_known_args(arguments)
+    options, leftover = parser.parse_known_args(arguments)
     options.words = sys.argv[1:] if arguments is None else list(arguments)
-    unknown = [word for word in rest if word.startswith('-') or '=' not in word]
-    if unknown or (rest and not hasattr(options, 'overrides')):
+    unknown = [word for word in leftover if word.startswith('-') or '=' not in word]
+    if unknown or (leftover and not hasattr(options, 'overrides')):
         hint = '; a setting is written key=value, without dashes' if any('=' in word for word in unknown) else ''
-        parser.error(f'unrecognized arguments: {" ".join(unknown or rest)}{hint}')
-    if rest:
-        options.overrides = [*options.overrides, *rest]
+        options.parser.error(f'unrecognized arguments: {" ".join(unknown or leftover)}{hint}')
+    if leftover:
+        options.overrides = [*options.overrides, *leftover]
     return options.command(options)
 
 
@@ -82,7 +84,32 @@ class _Parser(argparse.ArgumentParser):
     """Wrong words are refused as everything else is: with several ranks, by one message."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f'{self.format_usage().rstrip()}\n{message}')
+        raise UserError(f'{self.format_usage().rstrip()} (--help lists them)\n{message}')
+
+
+# What follows the command's name in its short usage, and an example of it.
+_USAGES = {
+    'train': ('YAML [key=value ...]', 'yamls/digits_tread.yaml max_duration=200ba'),
+    'plan': ('YAML [key=value ...] [options]', 'yamls/dit_xl_tread.yaml --ranks 8'),
+    'snr': ('YAML ... [key=value ...] [options]', 'yamls/digits.yaml yamls/digits_fasterdit.yaml --out snr.png'),
+    'compare': ('RUN RUN ... [options]', 'runs/digits runs/digits_tread --out comparison'),
+    'sample': ('RUN --out FOLDER [options]', 'runs/digits_tread --count 100 --guidance-scale 1.5 --out samples'),
+    'sweep': (
+        'RUN --reference IMAGES --out FOLDER [options]',
+        'runs/digits_tread --reference data/digits/train --features digits --count 500 --guidance-scale 1 1.5 2 '
+        '--guidance-interval none 0.1:0.9 --out sweep',
+    ),
+    'evaluate': (
+        'PATH --reference IMAGES [options]',
+        'runs/digits_tread --reference data/digits/train --features digits --count 500',
+    ),
+    'inspect': ('RUN [options]', 'runs/digits_tread --times 0.2 0.5 0.8 --count 64'),
+    'inspect-model': ('package.module:function [options]', 'my_package.models:small_model'),
+    'prefetch': ('[options]', '--allow-download'),
+    'schema': ('[options]', '--components'),
+    'export': ('RUN [options]', 'runs/digits_tread --weights ema --out model.safetensors'),
+    'import': ('FILE [options]', 'DiT-XL-2-256x256.pt --layout dit --out model.safetensors'),
+}
 
 
 def _ranks(text: str) -> int:
@@ -92,12 +119,25 @@ def _ranks(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog='tread_composer', description='Train diffusion transformers with token routing.')
+    program = 'python -m tread_composer'
+    parser = _Parser(
+        prog=program,
+        usage=f'{program} COMMAND ... [options]',
+        description='Train diffusion transformers with token routing.',
+    )
+    parser.add_argument('--version', action='version', version=f'tread_composer {__version__}')
     commands = parser.add_subparsers(required=True, metavar='command')
 
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(command=function)
+        usage, example = _USAGES[name]
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f'{program} {name} {usage}',
+            epilog=f'example: {program} {name} {example}',
+        )
+        command.set_defaults(command=function, parser=command)
         return command
 
     for name, function, text in (
@@ -106,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, function, text)
         command.add_argument('yaml', help='the file, for example yamls/digits_tread.yaml')
-        command.add_argument('overrides', nargs='*', metavar='key=value', help='for example optimizer.lr=2e-4')
+        command.add_argument(
+            'overrides', nargs='*', default=[], metavar='key=value', help='for example optimizer.lr=2e-4'
+        )
         if name == 'plan':
             command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
             command.add_argument('--ranks', type=_ranks, help='plan for this many processes (default: as launched)')
@@ -121,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         'runs', nargs='+', metavar='run', help='folder, results.json[#RUN] or mlflow:RUN[@tracking uri]'
     )
-    command.add_argument('--metric', nargs='+', default=[], help='(default: all that the runs have in common)')
+    command.add_argument(
+        '--metrics', nargs='+', default=[], metavar='METRIC', help='(default: all that the runs have in common)'
+    )
+    command.add_argument('--metric', nargs='+', dest='metrics', help=argparse.SUPPRESS)  # its earlier name
     command.add_argument('--out', default='comparison', help='folder for table, PNG and page (default: comparison)')
     add_sample_arguments(add('sample', _sample, 'draw images from a trained model; the same command again goes on'))
     command = add(
@@ -230,9 +275,9 @@ def _compare(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.compare import compare, format_comparison, open_run, write_comparison
 
-    comparison = compare([open_run(run) for run in options.runs], options.metric)
-    metric = ['--metric', *options.metric] if options.metric else []
-    words = ['compare', *options.runs, *metric, '--out', options.out]
+    comparison = compare([open_run(run) for run in options.runs], options.metrics)
+    metrics = ['--metrics', *options.metrics] if options.metrics else []
+    words = ['compare', *options.runs, *metrics, '--out', options.out]
     files = write_comparison(comparison, options.out, f'python -m tread_composer {shlex.join(words)}')
     print(format_comparison(comparison))
     print('\n'.join(['', *(f'written: {file}' for file in files)]))
@@ -245,26 +290,26 @@ def _export(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.weights.export import export, export_in_words
 
-    how = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
-    done = export(options.path, options.out, **how)
-    print(export_in_words(done))
+    choices = {'weights': options.weights, 'overwrite': options.overwrite, 'allow_inexact': options.allow_inexact}
+    result = export(options.path, options.out, **choices)
+    print(export_in_words(result))
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.weights.export import export_in_words
-        from tread_composer.weights.foreign import Said, import_weights
+        from tread_composer.weights.foreign import Hints, import_weights
 
     names = (
         'autoencoder', 'autoencoder_hash', 'latent_scale', 'latent_shift', 'class_names', 'objective', 'num_heads',
         'route', 'batch',
     )  # fmt: skip
-    said = Said(**{name: getattr(options, name) for name in names})
-    how = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
-    done = import_weights(options.path, options.out, said, **how)
-    print(export_in_words(done))
-    print(f'layout    {done["layout"]}')
+    facts = Hints(**{name: getattr(options, name) for name in names})
+    choices = {'layout': options.layout, 'weights': options.weights, 'overwrite': options.overwrite}
+    result = import_weights(options.path, options.out, facts, **choices)
+    print(export_in_words(result))
+    print(f'layout    {result["layout"]}')
     return 0
 
 
@@ -300,7 +345,11 @@ def _schema(options: argparse.Namespace) -> int:
         from tread_composer.io.table import text_table
 
     if not options.components:
-        print(json.dumps(json_schema(), indent=2))
+        with warnings.catch_warnings():
+            # Pydantic warns of defaults that JSON cannot hold, such as sys.stderr; editors do not need them.
+            warnings.simplefilter('ignore')
+            schema = json_schema()
+        print(json.dumps(schema, indent=2))
         return 0
     rows = list_parts()
     print(text_table((), rows, 'llll'))

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from tread_composer.conversion.settings import PRECISIONS, STORES, Settings
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert pixels == (options['vae'] is None)  # argparse lets exactly one of them through
         options['splits'] = None if options['splits'] is None else tuple(options['splits'])
         settings = Settings(**options)
+        # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
+        if not Path(settings.source).expanduser().exists():
+            raise UserError(f'--source {settings.source}: no such file or folder')
         from tread_composer.conversion.convert import convert  # takes seconds: not before the arguments are right
 
         convert(settings, dry_run=dry_run, log=functools.partial(print, flush=True))
@@ -73,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--source', required=True, help='folder or archive with the images')
     add('--out', required=True, help='folder of the data set, or a URL that streaming uploads to (s3://...)')
     vae = parser.add_mutually_exclusive_group(required=True)
-    vae.add_argument('--vae', help='autoencoder: folder or hub id of diffusers, or a latent-diffusion checkpoint file')
+    vae.add_argument(
+        '--autoencoder',
+        '--vae',
+        dest='vae',
+        help='autoencoder: folder or hub id of diffusers, or a latent-diffusion checkpoint file',
+    )
     vae.add_argument('--pixels', action='store_true', help='no autoencoder: keep the pixels')
     add('--resolution', type=int, default=defaults.resolution, help='side of the square images (%(default)s)')
     add('--vae-subfolder', help='where in --vae the autoencoder lies, e.g. vae')

@@ -9,7 +9,7 @@ from typing import Any
 from tread_composer.cli.sample import WEIGHTS, OrReference, add_sampling, add_weak, pairs_of, sampling_of
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import importing
-from tread_composer.metrics import METRICS
+from tread_composer.metrics import FEATURES, METRICS
 
 __all__ = ['add_arguments', 'add_measuring', 'evaluate_command', 'measuring_of']
 
@@ -19,7 +19,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--reference', required=True, help='folder of images, npz of the ADM suite, or MDS images')
     add('--metrics', nargs='+', choices=OrReference(METRICS), default=['fid'], help='prc: precision and recall (fid)')
-    add('--features', choices=('inception', 'digits'), default='inception', help='(%(default)s)')
+    add('--features', choices=OrReference(FEATURES), default='inception', help='(%(default)s)')
     add('--inception', metavar='FILE', help="Inception's weights; prefetch says what that is")
     add('--inception-sha256', metavar='HASH', help='of other weights than the published ones')
     add('--allow-download', action='store_true', help="fetch Inception's weights if they are not here")
@@ -39,17 +39,23 @@ def measuring_of(options: argparse.Namespace) -> dict[str, Any]:
             f'--batch-size {options.batch_size}, --kid-subset-size {options.kid_subset_size}: at least 1 and 2'
         )
     names = ('reference', 'features', 'inception', 'inception_sha256', 'allow_download', 'kid_subset_size')
-    given = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names}
     if options.cache:
-        given['cache'] = Path(options.cache)
-    return {**given, 'metrics': tuple(dict.fromkeys(options.metrics)), 'batch_size': options.batch_size}
+        settings['cache'] = Path(options.cache)
+    return {**settings, 'metrics': tuple(dict.fromkeys(options.metrics)), 'batch_size': options.batch_size}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of the command."""
     add = parser.add_argument
     add('path', help='images (folder, npz, MDS, folder of sample), or a run folder, a checkpoint, a .safetensors')
-    add('overrides', nargs='*', metavar='autoencoder.key=value', help='of a model, e.g. autoencoder.path=/data/vae')
+    add(
+        'overrides',
+        nargs='*',
+        default=[],
+        metavar='autoencoder.key=value',
+        help='of a model, e.g. autoencoder.path=/data/vae',
+    )
     add_measuring(parser)
     add('--describe', nargs='+', default=[], metavar='KEY=VALUE',
         help='how images were made that do not say it: weights=ema seed=0 sampling.sampler=heun ...')  # fmt: skip
@@ -59,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument('--count', type=int, metavar='N', help='images, classes in turn; published numbers are of 50000')
     model.add_argument('--weights', choices=WEIGHTS, help='(ema)')
     model.add_argument('--seed', type=int, help='of the first image; the next ones count on (0)')
-    model.add_argument('--samples', metavar='FOLDER', help='of the images (one in the folder of the run)')
+    model.add_argument('--samples-folder', metavar='FOLDER', help='of the images (one in the folder of the run)')
+    model.add_argument('--samples', dest='samples_folder', help=argparse.SUPPRESS)  # its earlier name
     add_weak(model)
     add_sampling(parser)
 
@@ -96,17 +103,17 @@ def evaluate_command(options: argparse.Namespace) -> int:
             device=options.device,
             overrides=pairs_of(options.overrides, 'settings'),
         )
-        entries, place = evaluate_model(request, measurement, samples=options.samples, log=log)
+        entries, place = evaluate_model(request, measurement, samples=options.samples_folder, log=log)
     else:
-        own = [
-            f'--{name}'
-            for name in ('count', 'weights', 'seed', 'samples', 'weak')
+        foreign = [
+            f'--{name.replace("_", "-")}'
+            for name in ('count', 'weights', 'seed', 'samples_folder', 'weak')
             if getattr(options, name) is not None
         ]
-        own += options.overrides
-        own += ['the options of sampling'] if sampling_of(options) != SamplingSettings() else []
-        if own:
-            raise UserError(f'{", ".join(own)}: of a model that is sampled first, and {options.path} holds images')
+        foreign += options.overrides
+        foreign += ['the options of sampling'] if sampling_of(options) != SamplingSettings() else []
+        if foreign:
+            raise UserError(f'{", ".join(foreign)}: of a model that is sampled first, and {options.path} holds images')
         entries = evaluate_samples(
             options.path, measurement, describe=pairs_of(options.describe, '--describe'), device=options.device, log=log
         )

@@ -78,6 +78,8 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if not options.source.exists():
+        raise UserError(f'{options.source}: no such file or folder')
     _ask(options)
     if options.autoencoder_hash and not re.fullmatch(r'sha256:[0-9a-f]{64}', options.autoencoder_hash):
         raise UserError(
@@ -132,7 +134,7 @@ def _run(options: argparse.Namespace) -> None:
 def _ask(options: argparse.Namespace) -> None:
     """Refuse with everything that is missing, and why it is needed; and what has no place here."""
     maskdit = options.layout.startswith('maskdit')
-    given = {
+    answers = {
         '--autoencoder-id': options.autoencoder_id is not None,
         '--autoencoder PATH or --autoencoder-hash': bool(options.autoencoder or options.autoencoder_hash),
         '--resolution': options.resolution is not None,
@@ -140,14 +142,14 @@ def _ask(options: argparse.Namespace) -> None:
         '--num-classes or --class-names': options.num_classes is not None or options.class_names is not None,
     }
     if options.layout == 'maskdit-lmdb':
-        given['--channels or --autoencoder PATH'] = options.channels is not None or bool(options.autoencoder)
+        answers['--channels or --autoencoder PATH'] = options.channels is not None or bool(options.autoencoder)
     if maskdit:
-        given['--mirrors'] = options.mirrors is not None
+        answers['--mirrors'] = options.mirrors is not None
     if options.layout == 'tread-webdataset':
-        given['--kind'] = options.kind is not None
-        given['--stored-scale'] = options.stored_scale is not None
-        given['--stored-shift'] = options.stored_shift is not None
-    lines = [f'  {name}: {_REASONS[name]}' for name, there in given.items() if not there]
+        answers['--kind'] = options.kind is not None
+        answers['--stored-scale'] = options.stored_scale is not None
+        answers['--stored-shift'] = options.stored_shift is not None
+    lines = [f'  {name}: {_REASONS[name]}' for name, is_answered in answers.items() if not is_answered]
     if lines:
         raise UserError('\n'.join([f'the files of layout {options.layout} do not say everything; missing:', *lines]))
     if options.mirrors and not maskdit:

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('path', help="a run's folder (its latest checkpoint), a checkpoint in one, or an exported .safetensors")
     add('--data', metavar='FOLDER', help="latents to look at the network with (the run's own, evaluation split)")
     add('--times', nargs='+', type=float, default=[0.2, 0.5, 0.8], help='from 0, data, to 1, noise (0.2 0.5 0.8)')
-    add('--samples', type=int, default=64, metavar='N', help='(%(default)s)')
+    add('--count', type=int, default=64, metavar='N', help='latents to look at (%(default)s)')
+    add('--samples', type=int, dest='count', help=argparse.SUPPRESS)  # its earlier name
     add('--weights', choices=WEIGHTS, default='ema', help='(%(default)s)')
     add('--out', default='inspection', metavar='FOLDER', help='for the picture and the numbers (%(default)s)')
     add('--batch-size', type=int, default=16, metavar='N', help='samples in one network call (%(default)s)')
@@ -36,7 +37,7 @@ def inspect_command(options: argparse.Namespace) -> int:
         path=options.path,
         data=options.data,
         times=tuple(options.times),
-        samples=options.samples,
+        samples=options.count,
         weights=options.weights,
         batch_size=options.batch_size,
         device=options.device,

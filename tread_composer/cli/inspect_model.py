@@ -55,12 +55,12 @@ def _made(reference: str) -> tuple[Any, Any]:
             f'{reference}: {error}; Python must be able to import it: start the command in its folder, or set '
             f'PYTHONPATH'
         ) from None
-    made = function()
-    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
-        raise UserError(f'{reference}: returns {type(made).__name__}; it must return the model and run(model), a pair')
-    if not isinstance(made[0], nn.Module):
+    pair = function()
+    if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[1]):
+        raise UserError(f'{reference}: returns {type(pair).__name__}; it must return the model and run(model), a pair')
+    if not isinstance(pair[0], nn.Module):
         raise UserError(
             f'{reference}: returns a model and run(model), but the first of the two is of type '
-            f'{type(made[0]).__name__}; it must be a torch.nn.Module'
+            f'{type(pair[0]).__name__}; it must be a torch.nn.Module'
         )
-    return made
+    return pair

@@ -20,6 +20,8 @@ __all__ = [
     'add_arguments',
     'add_sampling',
     'add_weak',
+    'interval',
+    'pair',
     'pairs_of',
     'request_of',
     'sampling_of',
@@ -47,6 +49,28 @@ WEIGHTS = _Weights(('ema', 'raw', 'posthoc:WIDTH'))
 _OF_GUIDANCE = ('strong_rate', 'weak_rate', 'rate_schedule', 'weak_label')
 
 
+def pair(text: str) -> tuple[float, float] | None:
+    """Two numbers with a colon between them; None for the word ``none``.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    if text == 'none':
+        return None
+    low, colon, high = text.partition(':')
+    if not colon:
+        raise ValueError(text)
+    return float(low), float(high)
+
+
+def interval(text: str) -> tuple[float, float] | None:
+    """An interval of times, for ``argparse``."""
+    try:
+        return pair(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no interval; write LOW:HIGH, or none') from None
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of how an image is drawn."""
     add = parser.add_argument
@@ -55,7 +79,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add('--sampler-settings', nargs='+', default=[], metavar='KEY=VALUE', help='e.g. S_churn=40, eta=1, last_step=0.04')
     add('--guidance', metavar='KIND', help='e.g. sparse, auto (none; with --guidance-scale: classifier_free)')
     add('--guidance-scale', type=float, help='weak + scale x (strong - weak); 1 is none')
-    add('--guidance-interval', nargs=2, type=float, metavar=('LOW', 'HIGH'),
+    add('--guidance-interval', type=interval, metavar='LOW:HIGH',
         help='guide where LOW < time <= HIGH: t of flow matching, noise level otherwise')  # fmt: skip
     add('--guided-channels', choices=('all', 'first3'), default='all', help="first3: as DiT's scripts do")
     add('--guidance-settings', nargs='+', default=[], metavar='KEY=VALUE', help='of this kind, e.g. weak_rate=0.8')
@@ -77,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of the command."""
     add = parser.add_argument
     add('path', help='a run folder, a checkpoint in one, or an exported .safetensors')
-    add('overrides', nargs='*', metavar='autoencoder.key=value', help='e.g. autoencoder.path=/data/vae')
+    add('overrides', nargs='*', default=[], metavar='autoencoder.key=value', help='e.g. autoencoder.path=/data/vae')
     add('--out', required=True, help='folder of the images; the same command goes on where it was interrupted')
     add('--weights', choices=WEIGHTS, default='ema', help='(%(default)s)')
     add('--classes', nargs='+', type=int, metavar='CLASS', help='(all)')
@@ -105,7 +129,6 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
     guidance = options.guidance or default_guidance(scale)
     if scale is None and guidance != 'none':
         raise UserError(f'--guidance {guidance} needs a --guidance-scale, for example 1.5')
-    interval = options.guidance_interval
     of_guidance = pairs_of(options.guidance_settings, '--guidance-settings')
     of_guidance |= {name: getattr(options, name) for name in _OF_GUIDANCE if getattr(options, name) is not None}
     try:
@@ -119,7 +142,7 @@ def sampling_of(options: argparse.Namespace) -> 'SamplingSettings':
             sampler_settings=pairs_of(options.sampler_settings, '--sampler-settings'),
             guidance=guidance,
             guidance_scale=1.0 if scale is None else scale,
-            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            guidance_interval=options.guidance_interval,
             guided_channels=options.guided_channels,
             guidance_settings=of_guidance,
         )

@@ -129,7 +129,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
     measured = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
     absent = [name for name in metrics if not any(_is(metric, name) for metric in measured)]
     if absent:
-        raise UserError(f'--metric: no run has {", ".join(absent)}; there are {", ".join(measured) or "none"}')
+        raise UserError(f'--metrics: no run has {", ".join(absent)}; there are {", ".join(measured) or "none"}')
     asked = [metric for metric in measured if not metrics or any(_is(metric, name) for name in metrics)]
     shared = [metric for metric in asked if all(any(c.metric == metric for c in run.curves) for run in runs)]
     names = _names(runs)
@@ -188,7 +188,7 @@ def _tables(metric: str, runs: Sequence[Run], names: Sequence[str]) -> list[Metr
             lines += [f'  {names[i]} and {names[j]}:', *(f'    {line}' for line in nearest)] if nearest else []
         raise UserError(
             f'{metric}: was measured by different protocols, so the values do not compare.\n' + '\n'.join(lines) +
-            '\nMeasure the runs again with one protocol, or choose another --metric.'
+            '\nMeasure the runs again with one protocol, or choose other --metrics.'
         )  # fmt: skip
     return tables
 

@@ -18,12 +18,15 @@ import composer.loggers
 import composer.optim
 import torch
 from composer.core import Algorithm, Callback
+from composer.optim import ComposerScheduler
 
 from tread_composer.autoencoders import AUTOENCODERS
-from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.named import import_named, is_reference, part_named
 from tread_composer.core.protocols import Autoencoder, Backbone, Objective, TimeDistribution, Weighting
+from tread_composer.metrics import FEATURES, METRICS
 from tread_composer.models import BACKBONES
 from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
+from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
     'FROM_DATA',
@@ -45,6 +48,14 @@ SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     'weighting': WEIGHTINGS,
 }
 """Kinds that only we have, by the tables of their rooms: a run has one of each, in a section that says its ``name``."""
+
+MEASURING: Mapping[str, Mapping[str, Any]] = {
+    'sampler': SAMPLERS,
+    'guidance': GUIDANCE,
+    'metric': METRICS,
+    'features': FEATURES,
+}
+"""Kinds that callbacks and commands name in a setting, such as ``callbacks.evaluation.metrics``."""
 
 KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler', *SECTIONS)
 
@@ -101,15 +112,20 @@ def part_names(kind: str) -> list[str]:
 def list_parts() -> list[tuple[str, str, str, str]]:
     """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
     rows = []
-    parts = ((kind, name) for kind in KINDS for name in part_names(kind))
-    for kind, name in parts:
+    parts = [(kind, name, resolve) for kind in KINDS for name in part_names(kind)]
+    parts += [(kind, name, _measuring_part) for kind, table in MEASURING.items() for name in table]
+    for kind, name, find in parts:
         try:
-            target = resolve(kind, name)
+            target = find(kind, name)
             text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             text, owner = f'cannot be used here: {error}', 'tread_composer'
         rows.append((kind, name, _OWNERS.get(owner, owner), ' '.join(text.split())))
     return rows
+
+
+def _measuring_part(kind: str, name: str) -> Any:
+    return part_named(name, MEASURING[kind])
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
@@ -124,18 +140,20 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
 
 
 def lacks(kind: str, target: Any) -> str | None:
-    """What a class or function of another package lacks to be a part of this kind, in words; None if it may be one.
+    """What a class of another package lacks to be a part of this kind, in words; None if it may be one.
+
+    Asked before the class is called: a configuration may come out of a file from anywhere, and ``subprocess:Popen``
+    names a class too.
 
     Args:
         kind: One of ``KINDS``.
         target: What ``package.module:Class`` names.
     """
+    if not inspect.isclass(target):
+        return 'it is no class'
     base = _BASES.get(kind)
     if base is not None:
-        is_one = inspect.isclass(target) and issubclass(target, base)
-        return None if is_one else f'it does not inherit from {base.__module__}.{base.__qualname__}'
-    if not (inspect.isclass(target) or inspect.isroutine(target)):
-        return 'it is no class or function'
+        return None if issubclass(target, base) else f'it does not inherit from {base.__module__}.{base.__qualname__}'
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
@@ -143,21 +161,29 @@ def lacks(kind: str, target: Any) -> str | None:
     missing = [name for name in FROM_DATA if name not in parameters]
     if kind == 'backbone' and missing:
         return f'its constructor has no {", ".join(missing)}, which the data decide ({_promise(kind)})'
-    return None
+    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
+    methods = [name for name in _promised(protocol) if inspect.isfunction(vars(protocol).get(name))]
+    # Not hasattr: each class can be called, and so has a `__call__` of its metaclass.
+    missing = [name for name in methods if not any(name in vars(parent) for parent in target.__mro__)]
+    return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
 
 
 def unkept(kind: str, part: Any) -> str | None:
     """Which promises of its protocol an object of another package does not keep, in words; None if it keeps all."""
     if kind not in _PROTOCOLS:
         return None
-    protocol = _PROTOCOLS[kind]
-    promised = sorted({*vars(protocol), *protocol.__annotations__})
-    missing = [name for name in promised if (name == '__call__' or name[0] != '_') and not hasattr(part, name)]
+    missing = [name for name in _promised(_PROTOCOLS[kind]) if not hasattr(part, name)]
     return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
 
 
+def _promised(protocol: type) -> list[str]:
+    names = sorted({*vars(protocol), *protocol.__annotations__})
+    return [name for name in names if name == '__call__' or name[0] != '_']
+
+
 def _promise(kind: str) -> str:
-    return f'{_PROTOCOLS[kind].__module__}.{_PROTOCOLS[kind].__name__}'
+    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
+    return f'{protocol.__module__}.{protocol.__name__}'
 
 
 @functools.cache

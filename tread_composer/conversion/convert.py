@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,8 @@ def _open(settings: Settings, scratch: Path) -> dict[str, Any]:
 def _describe(plans: dict[str, SplitPlan], settings: Settings, encoder: Encoder, log: Log) -> None:
     for plan in plans.values():
         log(f'{plan.name}: {plan.source.description}{plan.note}')
+        if plan.source.class_names:
+            log(f'{plan.name}: labels: {_labels_in_words(plan.source.class_names)}')
     if 'val' not in plans and settings.splits is None:
         log('there is no evaluation split; --held-out N takes one out of train')
     content = encoder.content()
@@ -196,6 +198,12 @@ def _describe(plans: dict[str, SplitPlan], settings: Settings, encoder: Encoder,
     shape = ' x '.join(str(size) for size in encoder.latent_shape)
     mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
     log(f'{what}: {shape} for each image {mirror}, from {settings.resolution} x {settings.resolution} pixels')
+
+
+def _labels_in_words(class_names: Sequence[str]) -> str:
+    """The first labels and the last one, to be compared with what a classifier or a published model expects."""
+    words = [f'{label} = {name}' for label, name in enumerate(class_names)]
+    return ', '.join(words if len(words) <= 6 else [*words[:5], '...', words[-1]])
 
 
 def _state(
@@ -226,16 +234,13 @@ def _check_finished(job: _Job, settings: Settings, log: Log) -> None:
 def _check_room(job: _Job, settings: Settings, encoder: Encoder, ranks: Ranks, workers: int, log: Log) -> None:
     plans = [plan for name, plan in job.plans.items() if name not in job.finished]
     share = compressed_share(plans[0], encoder, settings, workers)
-    estimates: dict[str, Estimate] = {
-        plan.name: estimate(plan, encoder, job.contents[plan.name], share) for plan in plans
-    }
+    estimates: dict[str, Estimate] = {plan.name: estimate(plan, encoder, share) for plan in plans}
     total = sum(one.total for one in estimates.values())
     for name, one in estimates.items():
         log(f'{name}: {size_in_words(one.total)} expected in {job.plans[name].num_parts:,} parts')
     folder = settings.state
     if settings.is_remote:
-        in_flight = _IN_FLIGHT * ranks.world * max(one.largest_part for one in estimates.values())
-        needed = in_flight + sum(one.descriptions for one in estimates.values())
+        needed = _IN_FLIGHT * ranks.world * max(one.largest_part for one in estimates.values())
         free = refuse_if_too_large(folder, needed, f'parts on their way to {settings.out}')
         log(f'up to {size_in_words(needed)} at a time in {folder} ({size_in_words(free)} free); the room at '
             f'{settings.out} is not known')  # fmt: skip

@@ -11,13 +11,13 @@ class ResumeError(UserError):
     """A checkpoint or a run folder was made with other settings than those of the present run."""
 
     @classmethod
-    def from_differences(cls, where: str, saved: object, now: object, remedy: str) -> 'ResumeError':
+    def from_differences(cls, source: str, saved: object, requested: object, remedy: str) -> 'ResumeError':
         """The error that lists what differs between two trees of settings, one dotted key a line."""
         lines = [
             f'  {key}: saved {_shown(old)}, now {_shown(new)}'
-            for key, old, new in _differences('', saved, now)
+            for key, old, new in _differences('', saved, requested)
         ]  # fmt: skip
-        return cls('\n'.join([f'{where}: was made with other settings than this run has.', *lines, remedy]))
+        return cls('\n'.join([f'{source}: was made with other settings than this run has.', *lines, remedy]))
 
 
 _ABSENT = object()
@@ -27,11 +27,11 @@ def _shown(value: object) -> str:
     return 'absent' if value is _ABSENT else repr(value)
 
 
-def _differences(path: str, saved: object, now: object) -> list[tuple[str, object, object]]:
-    if isinstance(saved, dict) and isinstance(now, dict):
+def _differences(path: str, saved: object, requested: object) -> list[tuple[str, object, object]]:
+    if isinstance(saved, dict) and isinstance(requested, dict):
         rows = []
-        for key in dict.fromkeys([*saved, *now]):
+        for key in dict.fromkeys([*saved, *requested]):
             inner = f'{path}.{key}' if path else str(key)
-            rows += _differences(inner, saved.get(key, _ABSENT), now.get(key, _ABSENT))
+            rows += _differences(inner, saved.get(key, _ABSENT), requested.get(key, _ABSENT))
         return rows
-    return [] if saved == now else [(path or 'settings', saved, now)]
+    return [] if saved == requested else [(path or 'settings', saved, requested)]

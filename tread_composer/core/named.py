@@ -4,9 +4,10 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ['import_named', 'is_reference']
+__all__ = ['import_named', 'is_reference', 'part_named']
 
 
 def is_reference(name: object) -> bool:
@@ -39,6 +40,27 @@ def import_named(reference: str) -> Any:
     if not callable(target):
         raise ImportError(f'{reference} is of type {type(target).__name__}, not a class or function')
     return target
+
+
+def part_named(name: str, table: Mapping[str, Any]) -> Any:
+    """The part behind a name of a registry, or behind ``package.module:Class``.
+
+    Args:
+        name: A key of the registry, or a reference.
+        table: The registry: by name, the part or a reference to it.
+
+    Raises:
+        ValueError: The registry has no such name, or the reference cannot be imported.
+    """
+    if name not in table and not is_reference(name):
+        raise ValueError(f'{name!r} is none of {", ".join(table)}')
+    part = table.get(name, name)
+    if not isinstance(part, str):
+        return part
+    try:
+        return import_named(part)
+    except ImportError as error:
+        raise ValueError(f'{name!r} cannot be imported: {error}') from error
 
 
 def _described(error: BaseException) -> str:

@@ -37,8 +37,8 @@ def disable_mlflow_telemetry() -> None:
     the user wants it. Where somebody has imported MLflow already, nothing changes.
     """
     # Of DO_NOT_TRACK, MLflow heeds the word `true` alone: it would report under 1 or yes.
-    wanted = os.environ.get('DO_NOT_TRACK', '').strip().lower() in ('0', 'false')
-    if 'mlflow' not in sys.modules and not wanted:
+    opted_in = os.environ.get('DO_NOT_TRACK', '').strip().lower() in ('0', 'false')
+    if 'mlflow' not in sys.modules and not opted_in:
         os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
 
 

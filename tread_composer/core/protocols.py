@@ -3,12 +3,14 @@
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    'AlgorithmFacts',
     'Autoencoder',
     'Backbone',
     'Denoiser',
@@ -34,7 +36,7 @@ Each sample's numbers depend on its own seed and on ``step`` alone: not on the b
 
 
 class Denoiser(Protocol):
-    """The network: noisy latents, what it is told about the noise level, labels -> prediction."""
+    """The network: noisy latents, a number for the noise level, labels -> prediction."""
 
     num_tokens: int
     """Tokens that its blocks see for one image: lets ``Tread`` draw routes before the forward pass."""
@@ -161,6 +163,34 @@ class ReverseChain(Objective, Protocol):
     def transition(self, denoiser: Denoiser, labels_B: Tensor) -> Transition:
         """The chain's step for these labels; to time 0 its standard deviation is 0."""
         ...
+
+
+class AlgorithmFacts(Protocol):
+    """What a Composer ``Algorithm`` may say of itself. Each method is optional.
+
+    The configuration asks for ``problems``; ``plan`` and ``compare`` ask for the others. Besides these methods:
+    ``incompatible_with``, a class attribute (see ``algorithms.rules``); ``num_averages``, the copies of the trainable
+    weights that it keeps in float32; ``default_folder`` and ``folder``, where it writes within the run's folder;
+    ``settings_digest``, None until the run fills it in.
+    """
+
+    def problems(self, config: Any) -> Iterable[tuple[str, str]]:
+        """What speaks against it in a run: pairs of one of its settings (``''`` for the algorithm) and a text."""
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        """Composer time strings from and until which it saves work; None for the begin and the end of the run."""
+
+    def rehearse(self, denoiser: nn.Module, batch_size: int) -> AbstractContextManager[None]:
+        """A context in which a training forward on the meta device costs what it costs while the algorithm is on."""
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> Sequence[int]:
+        """The tokens that each block then sees; an algorithm that leaves all of them in place needs no such method."""
+
+    def plan_rows(self, plan: Mapping[str, Any]) -> Mapping[str, str]:
+        """Rows of ``plan``: a word or two, and the text beside it."""
+
+    def files_written(self, plan: Mapping[str, Any]) -> Mapping[str, float] | None:
+        """``count`` and ``gib_each`` of the files that it leaves beside the checkpoints; None if not known."""
 
 
 class Autoencoder(Protocol):

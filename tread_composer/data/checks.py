@@ -11,9 +11,9 @@ from typing import Any
 from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.core.errors import UserError
 
 __all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
 

@@ -5,6 +5,7 @@ Digits", test part), as pixels in [-1, 1]: ``value / 8 - 1`` is exact in half pr
 Legend: N images.
 """
 
+import functools
 import glob
 import os
 import shutil
@@ -16,10 +17,10 @@ from sklearn.datasets import load_digits
 from streaming import MDSWriter
 
 import tread_composer
+from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
 from tread_composer.data.manifest import FORMAT_VERSION, Manifest
-from tread_composer.core.errors import UserError
 from tread_composer.io.files import to_disk
 from tread_composer.io.locks import locked
 
@@ -43,11 +44,19 @@ def load_digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose 'train' or 'eval'")
-    values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    values, labels = _all_digits()
     train_ids, eval_ids = _split(labels)
     ids = train_ids if split == 'train' else eval_ids
     images = (values[ids] / 8 - 1).astype(np.float32).reshape(-1, *_SHAPE)
     return images, labels[ids].astype(np.int64)
+
+
+@functools.cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Values ``[1797, 64]`` and labels ``[1797]`` as scikit-learn reads them from its text file; not to be changed."""
+    values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    values.flags.writeable = labels.flags.writeable = False
+    return values, labels
 
 
 def prepare_digits(folder: str | os.PathLike[str]) -> None:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LATENTS, LATENTS_MIRRORED
 from tread_composer.data.latents import LatentDataset
 from tread_composer.io.progress import Progress
-from tread_composer.core.errors import UserError
 
 __all__ = ['LatentsInMemory']
 

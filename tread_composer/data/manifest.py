@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tread_composer.data.columns import Kind, stored_shape
 from tread_composer.core.errors import UserError
+from tread_composer.data.columns import Kind, stored_shape
 from tread_composer.io.files import whole_file
 
 __all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'Manifest']

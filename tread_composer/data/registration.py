@@ -1,18 +1,26 @@
-"""How a data set gets its number for shared memory: one process of a machine at a time, and nobody waits with the lock.
+"""Gives each data set a free number for streaming's shared memory: one job of a machine at a time.
 
-streaming looks for the first free number and takes it in two steps, on every rank, with barriers of the whole job in
-between. Two jobs that start at the same moment find the same number: one dies with ``FileExistsError``, or its ranks
-disagree. A lock around all of it would be held in those barriers, and two jobs (or two launchers of one job) would wait
-for each other for ever. Here the first rank of each node looks and takes under the lock, and then tells the others.
+streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. It looks for the first free number of each
+name by itself and takes the largest of the nine. Where a job has just ended and another has just begun, the names have
+gaps at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock
+files of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
+Here a number is free only if all nine of its names are, and whoever creates ``locals``, which the kernel allows once,
+has it; a number that another job takes in between is passed over.
+
+streaming does both steps on every rank, with barriers of the whole job in between; a lock around them would make two
+jobs wait for each other for ever. So the first rank of each node takes the number and tells the others.
 """
 
 import contextlib
+import itertools
+import os
 import time
 from collections.abc import Iterator
+from tempfile import gettempdir
 from typing import Any
 
 import streaming.base.dataset
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN, TICK
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
@@ -25,8 +33,8 @@ __all__ = ['numbered_in_turn']
 
 @contextlib.contextmanager
 def numbered_in_turn() -> Iterator[None]:
-    """A ``StreamingDataset`` that is built inside of this context takes its number in turn."""
-    # The release is pinned; another that has no such name would be an AttributeError here, not a race.
+    """Within this context, a new ``StreamingDataset`` takes its number by ``_take_number``."""
+    # The streaming release is pinned; in one without this function the next line fails at once.
     module: Any = streaming.base.dataset
     original = module.get_shm_prefix
     module.get_shm_prefix = _take_number
@@ -39,10 +47,10 @@ def numbered_in_turn() -> Iterator[None]:
 def _take_number(
     local: list[str], remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
-    """In place of streaming's ``get_shm_prefix``, with its arguments.
+    """Replace streaming's ``get_shm_prefix``, with its arguments.
 
     Returns:
-        The number, and the segment that stands for it until the job ends.
+        The number, and the segment that reserves it until the job ends.
 
     Raises:
         UserError: On all ranks: a cache folder of remote data is in use already.
@@ -50,6 +58,7 @@ def _take_number(
     memory, problem, number = None, None, -1
     if world.is_local_leader:
         try:
+            # Only against two jobs that fetch into one cache folder: each must see the folders of the other.
             with locked(node_lock_path('streaming')):
                 number, memory = _free_number(local, remote, retry)
         except (OSError, ValueError) as error:
@@ -65,19 +74,56 @@ def _take_number(
 
 
 def _free_number(local: list[str], remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
-    """``_first_free``, looked for again where a program that does not know our lock was faster, or is just ending."""
-    for pause in (0.1, 0.3, 1.0):
-        try:
-            return _first_free(local, remote, retry)
-        except FileExistsError:
-            time.sleep(pause)
-    return _first_free(local, remote, retry)
-
-
-def _first_free(local: list[str], remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    """Wait, ``retry`` ticks at most, for a data set of an ending job that still occupies a cache folder."""
     prefix._check_self(local)
-    number = max(prefix._check_and_find_retrying(local, remote, name, retry) for name in SHM_TO_CLEAN)
-    content = prefix._pack_locals(local, number)
-    memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(content))
-    memory.buf[: len(content)] = content
-    return number, memory
+    fetched = {folder for folder, source in zip(local, remote, strict=True) if source is not None}
+    for _ in range(retry):
+        try:
+            return _lowest_free(local, fetched)
+        except ValueError:
+            time.sleep(TICK)
+    return _lowest_free(local, fetched)
+
+
+def _lowest_free(local: list[str], fetched: set[str]) -> tuple[int, SharedMemory]:
+    for number in itertools.count():
+        if _is_taken(number, fetched):
+            continue
+        content = prefix._pack_locals(local, number)
+        try:
+            memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(content))
+        except FileExistsError:  # a program without our lock was faster
+            continue
+        memory.buf[: len(content)] = content
+        return number, memory
+    raise AssertionError
+
+
+def _is_taken(number: int, fetched: set[str]) -> bool:
+    """Whether any segment or lock file of this number exists.
+
+    Raises:
+        ValueError: Its data set uses one of the ``fetched`` folders.
+    """
+    # streaming creates these at the first batch and never removes them: a run that was killed does not block its cache.
+    lock_files = (prefix._get_path(number, name) for name in (BARRIER_FILELOCK, CACHE_FILELOCK))
+    if any(os.path.exists(os.path.join(gettempdir(), name)) for name in lock_files):
+        return True
+    taken = False
+    for name in SHM_TO_CLEAN:
+        try:
+            memory = SharedMemory(prefix._get_path(number, name), False, auto_cleanup=False)
+        except FileNotFoundError:
+            continue
+        except (PermissionError, ValueError):  # of another user; or just created and still without a size
+            taken = True
+            continue
+        taken = True
+        shared = fetched.intersection(prefix._unpack_locals(bytes(memory.buf))[0]) if name == LOCALS else ()
+        memory.cleanup()
+        if shared:
+            raise ValueError(
+                f'{", ".join(sorted(shared))}: another data set fetches into this folder. Give each its own; if no '
+                f'other run is alive, remove what a killed one left: streaming.base.util.clean_stale_shared_memory()'
+            )
+    return taken

@@ -63,12 +63,12 @@ def evaluate_samples(
     measurer.prepare()
     log(f'{images.path}: looking at {images.count:,} images')
     figures = measurer.figures(measurer.look(images.batches(measurement.batch_size)))
-    where: dict[str, Any] = {'source': str(path), 'run': None, 'batch': None, 'weights_digest': None}
+    origin: dict[str, Any] = {'source': str(path), 'run': None, 'batch': None, 'weights_digest': None}
     if record is not None:
-        where['run'] = record.get('run') or run_name(record['source'])
-        where['batch'] = record['batch'] or None  # 0: imported, and nobody has said it
-        where['weights_digest'] = record['made_with']['weights_digest']
-    return measurer.entries(figures, facts, num_samples=images.count, resolution=images.resolution, **where)
+        origin['run'] = record.get('run') or run_name(record['source'])
+        origin['batch'] = record['batch'] or None  # 0: imported, and nobody has said it
+        origin['weights_digest'] = record['made_with']['weights_digest']
+    return measurer.entries(figures, facts, num_samples=images.count, resolution=images.resolution, **origin)
 
 
 def evaluate_model(

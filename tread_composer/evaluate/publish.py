@@ -42,9 +42,9 @@ def publish(
         UserError: The file is there and holds something else.
     """
     folder = folder_of(path)
-    own = _run_of(folder)
+    run = _run_of(folder)
     # An exported file lies in the folder of any run, or in none.
-    foreign = own is not None and Path(path).suffix == '.safetensors' and run_name(path) != own
+    foreign = run is not None and Path(path).suffix == '.safetensors' and run_name(path) != run
     target = Path(out) if out else folder / ('results.json' if not foreign else f'{Path(path).stem}.results.json')
     if out is None and _is_of_digits_quality(target):
         target = folder / 'evaluation.json'
@@ -55,8 +55,8 @@ def publish(
     evaluation_page(entries, command, pictures).write(page)
     log(f'numbers  {target}\npage     {page}')
     if foreign:
-        log(f'MLflow   not logged: {path} is of run {run_name(path)!r}, and lies in the folder of run {own!r}')
-    elif own is not None:
+        log(f'MLflow   not logged: {path} is of run {run_name(path)!r}, and lies in the folder of run {run!r}')
+    elif run is not None:
         log(f'MLflow   {log_to_mlflow(folder, entries, target)}')
 
 
@@ -100,10 +100,10 @@ def log_to_mlflow(folder: str | Path, entries: Sequence[Mapping[str, Any]], resu
     disable_mlflow_telemetry()
     from mlflow import MlflowClient
 
-    given = logger.kwargs.get('tracking_uri')
+    tracking_uri = logger.kwargs.get('tracking_uri')
     places = dict.fromkeys([Path(folder).resolve().parent, Path(logger.kwargs.get('folder') or 'runs').resolve()])
-    there = [place / 'mlflow.db' for place in places if (place / 'mlflow.db').is_file()]
-    stores = [given] if given else [f'sqlite:///{file}' for file in there]
+    databases = [place / 'mlflow.db' for place in places if (place / 'mlflow.db').is_file()]
+    stores = [tracking_uri] if tracking_uri else [f'sqlite:///{file}' for file in databases]
     for uri in stores:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(logger.kwargs['experiment_name'])
@@ -112,14 +112,14 @@ def log_to_mlflow(folder: str | Path, entries: Sequence[Mapping[str, Any]], resu
         if not runs:
             continue
         run_id = runs[0].info.run_id
-        known = [entry for entry in entries if entry['batch'] is not None]
-        for entry in known:
+        dated = [entry for entry in entries if entry['batch'] is not None]
+        for entry in dated:
             name = series_name(entry['metric'], entry['protocol'])
             client.log_metric(run_id, name, entry['value'], step=entry['batch'])
         client.log_artifact(run_id, str(results))
-        left = (
-            '' if len(known) == len(entries) else ', without the curves: nobody has said after how many batches it is'
+        note = (
+            '' if len(dated) == len(entries) else ', without the curves: nobody has said after how many batches it is'
         )
-        return f'run {config.run_name} in {uri}{left}'
+        return f'run {config.run_name} in {uri}{note}'
     looked = stores or [f'{place}/mlflow.db' for place in places]
     return f'not logged: there is no run {config.run_name!r} in {", ".join(looked)}'

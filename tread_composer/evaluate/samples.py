@@ -70,25 +70,25 @@ def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
     if folder == path:
         places = {'png': IMAGES, 'npz': 'samples.npz', 'mds': 'mds'}
         path = folder / next(places[name] for name in places if name in record['made_with']['formats'])
-    images, wanted = open_images(path), record['made_with']['num_samples']
-    if images.count != wanted:
-        raise UserError(f'{path}: holds {images.count} images, and {folder / RECORD} says {wanted}; sample them again')
+    images, count = open_images(path), record['made_with']['num_samples']
+    if images.count != count:
+        raise UserError(f'{path}: holds {images.count} images, and {folder / RECORD} says {count}; sample them again')
     return images, record
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a protocol that ``samples.json`` holds; what an older one does not say is unknown."""
-    made = record['made_with']
-    facts = {name: made.get(name, UNKNOWN) for name in _DESCRIBED}
+    made_with = record['made_with']
+    facts = {name: made_with.get(name, UNKNOWN) for name in _DESCRIBED}
     # Balanced labels follow from the count; of others the list itself decides.
-    if made['labels'] not in ('balanced', 'none'):
-        facts['labels'] = f'{made["labels"]} {made["labels_digest"]}'
+    if made_with['labels'] not in ('balanced', 'none'):
+        facts['labels'] = f'{made_with["labels"]} {made_with["labels_digest"]}'
     if facts['weak'] is None:
         facts['weak'] = 'none'
     elif isinstance(facts['weak'], Mapping):
         facts['weak'] = f'{facts["weak"]["weights"]} {facts["weak"]["weights_digest"]}'
-    if made.get('routes') is not None:
-        facts['sampling'] = {**made['sampling'], 'routes': made['routes']}
+    if made_with.get('routes') is not None:
+        facts['sampling'] = {**made_with['sampling'], 'routes': made_with['routes']}
     return facts
 
 
@@ -104,8 +104,8 @@ def facts_said(describe: Mapping[str, Any], log: Log) -> dict[str, Any]:
     for key, value in describe.items():
         name, _, inner = key.partition('.')
         if name not in _DESCRIBED or (name in _SECTIONS) != bool(inner) or (inner and inner not in _SECTIONS[name]):
-            known = [f'{one}.<{", ".join(_SECTIONS[one])}>' if one in _SECTIONS else one for one in _DESCRIBED]
-            raise UserError(f'--describe: {key!r} is not known; known are {", ".join(known)}')
+            keys = [f'{part}.<{", ".join(_SECTIONS[part])}>' if part in _SECTIONS else part for part in _DESCRIBED]
+            raise UserError(f'--describe: {key!r} is not known; known are {", ".join(keys)}')
         if inner:
             facts.setdefault(name, {})[inner] = value
         else:
@@ -115,7 +115,7 @@ def facts_said(describe: Mapping[str, Any], log: Log) -> dict[str, Any]:
             facts[name] = complete(facts[name])
     missing = [name for name in _DESCRIBED if facts.get(name, UNKNOWN) == UNKNOWN]
     sections = [(name, facts[name]) for name in _SECTIONS if isinstance(facts.get(name), dict)]
-    missing += [f'{name}.{inner}' for name, found in sections for inner, value in found.items() if value == UNKNOWN]
+    missing += [f'{name}.{inner}' for name, section in sections for inner, value in section.items() if value == UNKNOWN]
     if missing:
         log(
             f'there is no {RECORD} beside these images, and nobody has said {", ".join(missing)} (--describe '
@@ -124,29 +124,29 @@ def facts_said(describe: Mapping[str, Any], log: Log) -> dict[str, Any]:
     return {**dict.fromkeys(_DESCRIBED, UNKNOWN), **facts}
 
 
-def _whole_sampling(said: dict[str, Any]) -> dict[str, Any]:
-    own = {name: value for name, value in said.items() if name != 'routes'}
-    if 'guidance' not in own:
+def _whole_sampling(described: dict[str, Any]) -> dict[str, Any]:
+    settings_tree = {name: value for name, value in described.items() if name != 'routes'}
+    if 'guidance' not in settings_tree:
         needed = SamplingSettings().to_dict()
     else:
         try:
-            settings = SamplingSettings.from_dict(own)
+            settings = SamplingSettings.from_dict(settings_tree)
         except (TypeError, ValueError) as error:
             raise UserError(f'--describe: sampling: {error}') from None
         needed = settings.protocol()
-        own = {name: needed.get(name, value) for name, value in own.items()}
+        settings_tree = {name: needed.get(name, value) for name, value in settings_tree.items()}
         if settings.provider is None:
-            own['guidance_scale'] = 1.0  # which is what none means
-    routes = {'routes': said['routes']} if 'routes' in said else {}
-    return {**dict.fromkeys(needed, UNKNOWN), **own, **routes}
+            settings_tree['guidance_scale'] = 1.0  # which is what none means
+    routes = {'routes': described['routes']} if 'routes' in described else {}
+    return {**dict.fromkeys(needed, UNKNOWN), **settings_tree, **routes}
 
 
-def _whole_grid(said: dict[str, Any]) -> dict[str, Any]:
-    objective = said.get('objective', UNKNOWN)
+def _whole_grid(described: dict[str, Any]) -> dict[str, Any]:
+    objective = described.get('objective', UNKNOWN)
     if objective not in (UNKNOWN, *_GRIDS):
         raise UserError(f'--describe: time_grid.objective={objective}: choose one of {", ".join(_GRIDS)}')
-    needed = [name for name in _GRIDS.get(objective, ()) if said.get('schedule') != 'cosine' or 'beta' not in name]
-    foreign = [name for name in said if objective != UNKNOWN and name not in ('objective', *needed)]
+    needed = [name for name in _GRIDS.get(objective, ()) if described.get('schedule') != 'cosine' or 'beta' not in name]
+    foreign = [name for name in described if objective != UNKNOWN and name not in ('objective', *needed)]
     if foreign:
         raise UserError(f'--describe: time_grid.{foreign[0]}: of no meaning here; {objective} has {", ".join(needed)}')
-    return {**dict.fromkeys(('objective', *needed), UNKNOWN), **said}
+    return {**dict.fromkeys(('objective', *needed), UNKNOWN), **described}

@@ -1,8 +1,7 @@
 """Files of ``torch.save``, read without running what a pickle may hold.
 
-Composer itself reads its checkpoints with ``weights_only=False``. Here, where only weights are wanted, torch's
-restricted reader does: it makes tensors, plain values and the few harmless types below, and refuses whatever else the
-file names.
+A pickle is a program. torch's restricted reader makes tensors, plain values and the few harmless types below, and
+refuses whatever else a file names. Composer asks for the unrestricted one: see ``restricted_loading``.
 """
 
 import argparse
@@ -20,10 +19,8 @@ from torch.torch_version import TorchVersion
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['read_checkpoint', 'read_pickled']
+__all__ = ['harmless_types', 'read_checkpoint', 'read_pickled', 'refusal']
 
-# What checkpoints hold besides tensors and plain values: times of Composer's clock, numpy's generator, versions; and in
-# those of DiT and SiT, the words of their command line.
 _HARMLESS = [
     argparse.Namespace,
     datetime.timedelta,
@@ -37,6 +34,17 @@ _HARMLESS = [
 ]
 
 
+def harmless_types() -> torch.serialization.safe_globals:
+    """Within it torch's restricted reader takes what checkpoints hold besides tensors and plain values.
+
+    These are times of Composer's clock, numpy's generator and versions; in those of DiT and SiT, the words of their
+    command line.
+    """
+    # At its end torch forgets what it was given, even if somebody else has allowed that before.
+    allowed = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([kind for kind in _HARMLESS if kind not in allowed])
+
+
 def read_pickled(path: str | os.PathLike[str]) -> Any:
     """Read a file of ``torch.save`` on the CPU, without running code that it may name.
 
@@ -44,24 +52,34 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
         UserError: It cannot be read, is cut off or no such file, or holds objects that only running code could make.
     """
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with harmless_types():
             # Mapped: of a checkpoint's optimizer and weights only what is taken out is ever read from the disk.
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such file; give the path of a checkpoint') from None
     except pickle.UnpicklingError as error:
-        name = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if name is None:
-            raise UserError(f'{path}: no file of torch.save, or a damaged one: {_first_line(error)}') from None
-        raise UserError(
-            f'{path}: refused: to read {name[1]} out of it could run code, and weights need no such thing. Nothing '
-            f'was run. If you trust the file, save its tensors again in a process of your own: torch.save({{name: '
-            f'tensor, ...}})'
-        ) from None
+        raise refusal(str(path), error) from None
     except Exception as error:  # a damaged file sends the unpickler anywhere: IndexError, AttributeError, struct.error
         raise UserError(
             f'{path}: cannot be read as a file of torch.save: {_first_line(error)}. Was it copied to its end?'
         ) from None
+
+
+def refusal(source: str, error: pickle.UnpicklingError) -> UserError:
+    """The restricted reader's error in words.
+
+    Args:
+        source: What to call the file.
+        error: Names the class or function that the file asks for, if that was the reason.
+    """
+    named = re.search(r'GLOBAL ([\w.]+)', str(error))
+    if named is None:
+        return UserError(f'{source}: no file of torch.save, or a damaged one: {_first_line(error)}')
+    return UserError(
+        f'{source}: refused: to read {named[1]} out of it could run code, and weights need no such thing. Nothing '
+        f'was run. If you trust the file, save its tensors again in a process of your own: torch.save({{name: '
+        f'tensor, ...}})'
+    )
 
 
 def _first_line(error: Exception) -> str:

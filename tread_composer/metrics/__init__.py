@@ -1,8 +1,12 @@
-"""How good the samples are. A new metric is a file here and a line in ``METRICS`` (``metrics.metric.Metric``)."""
+"""How good the samples are.
+
+A new metric is a file here and a line in ``METRICS`` (``metrics.metric.Metric``); a new feature network is a file here
+and a line in ``FEATURES`` (``metrics.features.Extractor``).
+"""
 
 from collections.abc import Mapping
 
-__all__ = ['METRICS']
+__all__ = ['FEATURES', 'METRICS']
 
 METRICS: Mapping[str, str] = {
     'fid': 'tread_composer.metrics.fid:FID',
@@ -14,3 +18,9 @@ METRICS: Mapping[str, str] = {
 
 Imported when they are used: the commands list the names before they load torch.
 """
+
+FEATURES: Mapping[str, str] = {
+    'inception': 'tread_composer.metrics.inception:InceptionFeatures',
+    'digits': 'tread_composer.metrics.features:DigitsFeatures',
+}
+"""Feature networks, by name as the metrics are."""

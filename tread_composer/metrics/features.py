@@ -5,10 +5,12 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels, D 
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +18,23 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.named import part_named
+from tread_composer.io.files import whole_file
+from tread_composer.metrics import FEATURES
 from tread_composer.metrics.digits import digits_judge, real_digits
-from tread_composer.metrics.inception import InceptionFeatures
 
-__all__ = ['FEATURES', 'DigitsFeatures', 'Extractor', 'FeatureSet', 'extract', 'joined', 'look', 'open_extractor']
+__all__ = [
+    'DigitsFeatures',
+    'Extractor',
+    'FeatureSet',
+    'extract',
+    'extractor_class',
+    'joined',
+    'load_features',
+    'look',
+    'open_extractor',
+    'save_features',
+]
 
 
 class Extractor(Protocol):
@@ -106,6 +121,43 @@ def extract(batches_B3RR: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
     return joined([look(images_B3RR, extractor) for images_B3RR in batches_B3RR])
 
 
+def save_features(path: Path, features: FeatureSet, label: str) -> None:
+    """Write features to an npz, whole or not at all; makes the folder.
+
+    Args:
+        path: The file.
+        features: What to keep.
+        label: What they are of; `load_features` refuses a file with another label.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        'features': features.features_ND.numpy(),
+        'digests': np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1),
+        'label': np.array(label),
+    }
+    if features.logits_NK is not None:
+        arrays['logits'] = features.logits_NK.numpy()
+    with whole_file(path) as unfinished, unfinished.open('wb') as file:
+        np.savez(file, **arrays)
+
+
+def load_features(path: Path, label: str) -> FeatureSet:
+    """What ``save_features`` wrote.
+
+    Raises:
+        UserError: The file is damaged, or is labelled otherwise.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
+            logits = torch.from_numpy(arrays['logits']) if 'logits' in arrays else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
+    if str(saved) != label:
+        raise UserError(f'{path}: this file of the cache is of another reference; delete it')
+    return FeatureSet(torch.from_numpy(features), logits, [row.tobytes() for row in digests])
+
+
 class DigitsFeatures:
     """The hidden layer of the digits' judge (``metrics.digits``): what it measures is no FID, and is not called one."""
 
@@ -138,39 +190,38 @@ def _judge_hash() -> str:
     return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
 
 
-FEATURES: Mapping[str, type[InceptionFeatures] | type[DigitsFeatures]] = {
-    'inception': InceptionFeatures,
-    'digits': DigitsFeatures,
-}
-"""Feature networks by the name that configurations and commands use."""
+def extractor_class(name: str) -> Any:
+    """The class of a feature network, not opened yet: it knows its ``num_logits``.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    try:
+        return part_named(name, FEATURES)
+    except ValueError as error:
+        raise UserError(f'features: {error}') from None
 
 
-def open_extractor(
-    name: str,
-    *,
-    inception: str | Path | None = None,
-    inception_sha256: str | None = None,
-    allow_download: bool = False,
-    device: str | torch.device = 'cpu',
-) -> Extractor:
+def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings: Any) -> Extractor:
     """A feature network.
 
     Args:
-        name: One of ``FEATURES``.
-        inception: File of Inception's weights; looked for as ``inception.find_weights`` says if None.
-        inception_sha256: Its hash, if it is not the published one.
-        allow_download: Fetch the weights if they are not here.
-        device: Where Inception computes.
+        name: Of ``metrics.FEATURES``, or ``package.module:Class``.
+        device: Where it computes, if it takes a ``device``.
+        settings: ``inception``, ``inception_sha256``, ``allow_download``: a network takes those that its ``open``, or
+            else its constructor, names.
 
     Raises:
-        UserError: Unknown name, or the weights are missing or not those of this hash.
+        UserError: The name is unknown, a setting does not belong to this network, or its weights are missing or not
+            those of this hash.
     """
-    if name == 'digits':
-        if inception is not None or inception_sha256 is not None:
-            raise UserError("features 'digits' need no weights of Inception: leave its path out")
-        return DigitsFeatures()
-    if name == 'inception':
-        return InceptionFeatures.open(
-            inception, sha256=inception_sha256, allow_download=allow_download, device=device
-        )  # fmt: skip
-    raise UserError(f'features: {name!r} is not known; choose one of {", ".join(FEATURES)}')
+    target = extractor_class(name)
+    opener = getattr(target, 'open', target)
+    accepted = inspect.signature(opener).parameters
+    foreign = [
+        key for key in ('inception', 'inception_sha256') if settings.get(key) is not None and key not in accepted
+    ]
+    if foreign:
+        raise UserError(f'features {name!r} need no weights of Inception: leave {" and ".join(foreign)} out')
+    settings['device'] = device
+    return opener(**{key: value for key, value in settings.items() if key in accepted})

@@ -63,11 +63,11 @@ class ImageSet:
         Raises:
             UserError: An image is damaged or of another size.
         """
-        first, last = self.count * rank // world, self.count * (rank + 1) // world
-        for images_BRR3 in self._arrays(first, last, batch_size):
+        begin, end = self.count * rank // world, self.count * (rank + 1) // world
+        for images_BRR3 in self._arrays(begin, end, batch_size):
             yield torch.from_numpy(np.ascontiguousarray(images_BRR3.transpose(0, 3, 1, 2)))
 
-    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
         raise AssertionError('each kind has its own')
 
 
@@ -83,33 +83,33 @@ class FolderImages(ImageSet):
     """
 
     def __init__(self, path: Path, files: list[str] | None = None) -> None:
-        found = [] if files is not None else [one for one in path.rglob('*') if one.suffix.lower() in IMAGE_SUFFIXES]
-        names = [one.relative_to(path).as_posix() for one in found]
+        paths = [] if files is not None else [file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES]
+        names = [file.relative_to(path).as_posix() for file in paths]
         visible = [name for name in names if not any(part.startswith('.') for part in name.split('/'))]
         self.files = sorted(visible) if files is None else list(files)
         if not self.files:
             raise UserError(f'{path}: holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        first = _pixels((path / self.files[0]).read_bytes(), path / self.files[0])
-        super().__init__(path, 'folder', len(self.files), _square(first.shape[:2], path / self.files[0]))
+        pixels_RR3 = _pixels((path / self.files[0]).read_bytes(), path / self.files[0])
+        super().__init__(path, 'folder', len(self.files), _square(pixels_RR3.shape[:2], path / self.files[0]))
 
     @functools.cached_property
     def hash(self) -> str:
         """Over the names and the content of the images."""
         return tree_hash(self.path, self.files)
 
-    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
         def load(name: str) -> np.ndarray:
-            found = _pixels((self.path / name).read_bytes(), self.path / name)
-            if found.shape[:2] != (self.resolution, self.resolution):
+            pixels = _pixels((self.path / name).read_bytes(), self.path / name)
+            if pixels.shape[:2] != (self.resolution, self.resolution):
                 raise UserError(
-                    f'{self.path / name}: {found.shape[1]} x {found.shape[0]} pixels, where {self.files[0]} has '
+                    f'{self.path / name}: {pixels.shape[1]} x {pixels.shape[0]} pixels, where {self.files[0]} has '
                     f'{self.resolution} x {self.resolution}; a set of images has one size'
                 )
-            return found
+            return pixels
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside of Python's lock
-            for start in range(first, last, batch_size):
-                yield np.stack(list(pool.map(load, self.files[start : min(start + batch_size, last)])))
+            for start in range(begin, end, batch_size):
+                yield np.stack(list(pool.map(load, self.files[start : min(start + batch_size, end)])))
 
 
 class NpzImages(ImageSet):
@@ -135,14 +135,14 @@ class NpzImages(ImageSet):
         """Of the file."""
         return file_hash(self.path)
 
-    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
+    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
         shape = (self.resolution, self.resolution, self._channels)
         size = int(np.prod(shape))
         with _npz(self.path) as archive, archive.open(f'{_NPZ_ARRAY}.npy') as stream:
             _array_header(stream, self.path)
-            stream.seek(first * size, io.SEEK_CUR)
-            for start in range(first, last, batch_size):
-                count = min(batch_size, last - start)
+            stream.seek(begin * size, io.SEEK_CUR)
+            for start in range(begin, end, batch_size):
+                count = min(batch_size, end - start)
                 content = stream.read(count * size)
                 if len(content) != count * size:
                     raise UserError(f'{self.path}: ends within image {start + len(content) // size}; copy it again')
@@ -198,15 +198,15 @@ class MDSImages(ImageSet):
             return pixels_CRR.transpose(1, 2, 0).repeat(3 // len(pixels_CRR), axis=2)
         if isinstance(value, Image.Image):
             return np.asarray(value.convert('RGB'))
-        found = np.asarray(value)
-        return found if found.ndim == 3 else found[:, :, None].repeat(3, axis=2)
+        pixels = np.asarray(value)
+        return pixels if pixels.ndim == 3 else pixels[:, :, None].repeat(3, axis=2)
 
-    def _arrays(self, first: int, last: int, batch_size: int) -> Iterator[np.ndarray]:
-        for start in range(first, last, batch_size):
-            rows = [self._row(index) for index in range(start, min(start + batch_size, last))]
-            other = next((row.shape for row in rows if row.shape[:2] != (self.resolution, self.resolution)), None)
-            if other is not None:
-                raise UserError(f'{self.path}: an image of {other[1]} x {other[0]} pixels among {self.resolution}')
+    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(begin, end, batch_size):
+            rows = [self._row(index) for index in range(start, min(start + batch_size, end))]
+            shape = next((row.shape for row in rows if row.shape[:2] != (self.resolution, self.resolution)), None)
+            if shape is not None:
+                raise UserError(f'{self.path}: an image of {shape[1]} x {shape[0]} pixels among {self.resolution}')
             yield np.stack(rows)
 
 
@@ -221,15 +221,15 @@ def open_images(path: str | Path) -> ImageSet:
         return NpzImages(path)
     if path.is_dir():
         return MDSImages(path) if (path / 'index.json').exists() else FolderImages(path)
-    what = 'no such file or folder' if not path.exists() else 'neither an .npz nor a folder'
-    raise UserError(f'{path}: {what}; give a folder of images, an .npz as ADM has it, or an MDS data set of images')
+    problem = 'no such file or folder' if not path.exists() else 'neither an .npz nor a folder'
+    raise UserError(f'{path}: {problem}; give a folder of images, an .npz as ADM has it, or an MDS data set of images')
 
 
 def tree_hash(folder: Path, files: list[str]) -> str:
     """SHA-256 over the names and the content of files."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(lambda name: _file_hash(folder / name), files)
-        lines = [f'{name}\0{found}\n' for name, found in zip(files, hashes, strict=True)]
+        lines = [f'{name}\0{digest}\n' for name, digest in zip(files, hashes, strict=True)]
     return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
 
 

@@ -50,8 +50,10 @@ def find_weights(path: str | Path | None = None, *, allow_download: bool = False
     named = path or os.environ.get(INCEPTION_VARIABLE)
     if named:
         if not Path(named).is_file():
-            where = 'inception' if path else INCEPTION_VARIABLE
-            raise UserError(f'{where}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is')
+            setting = 'inception' if path else INCEPTION_VARIABLE
+            raise UserError(
+                f'{setting}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is'
+            )
         return Path(named)
     if hub_path().is_file():
         return hub_path()
@@ -87,14 +89,14 @@ def _address() -> str:
 
 def describe_weights() -> str:
     """What to fetch, from where, and where to put it, as text."""
-    there = hub_path().is_file()
+    status = 'is there' if hub_path().is_file() else 'not there'
     rows = [
         ('file', INCEPTION_FILE),
         ('what', "Inception v3 of 2015-12-05, TensorFlow's weights as torch-fidelity converted them"),
         ('address', _address()),
         ('size', f'{INCEPTION_SIZE:,} bytes'),
         ('sha256', INCEPTION_SHA256),
-        ('torch looks here', f'{hub_path()} ({"is there" if there else "not there"})'),
+        ('torch looks here', f'{hub_path()} ({status})'),
         ('or say where', f'--inception FILE, `inception: FILE` in a YAML, or the variable {INCEPTION_VARIABLE}'),
         ('then check it', 'python -m tread_composer prefetch --check FILE'),
     ]
@@ -111,18 +113,18 @@ def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
     Raises:
         UserError: It cannot be read or has another hash.
     """
-    wanted = (sha256 or INCEPTION_SHA256).removeprefix('sha256:').lower()
+    expected = (sha256 or INCEPTION_SHA256).removeprefix('sha256:').lower()
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {error}') from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != wanted:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
         size = f'{len(content):,} bytes'
         if sha256 is None:
             size += f', the published file has {INCEPTION_SIZE:,}'
         raise UserError(
-            f'{path}: has the hash {found}, expected {wanted} ({size}). Numbers from other weights compare with no '
+            f'{path}: has the hash {digest}, expected {expected} ({size}). Numbers from other weights compare with no '
             f'published one. Fetch the file again, or state the hash of weights that are meant (--inception-sha256)'
         )
     return content
@@ -149,17 +151,17 @@ class InceptionFeatures:
     @classmethod
     def open(
         cls,
-        path: str | Path | None = None,
+        inception: str | Path | None = None,
         *,
-        sha256: str | None = None,
+        inception_sha256: str | None = None,
         allow_download: bool = False,
         device: str | torch.device = 'cpu',
     ) -> 'InceptionFeatures':
         """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
 
         Args:
-            path: The file; looked for as ``find_weights`` says if None.
-            sha256: Its hash, if it is not the published one.
+            inception: The file of weights; looked for as ``find_weights`` says if None.
+            inception_sha256: Its hash, if it is not the published one.
             allow_download: Fetch the file if it is not here.
             device: Where to compute.
 
@@ -168,8 +170,8 @@ class InceptionFeatures:
         """
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = find_weights(path, allow_download=allow_download)
-        content = check_weights(path, sha256)
+        path = find_weights(inception, allow_download=allow_download)
+        content = check_weights(path, inception_sha256)
         try:
             torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
             # Its layers draw initial weights, which the file replaces: training must not notice.

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import FEATURES, FeatureSet, joined, look, open_extractor
+from tread_composer.metrics.features import FeatureSet, extractor_class, joined, look, open_extractor
 from tread_composer.metrics.metric import (
     Comparison,
     Figure,
@@ -44,7 +43,7 @@ class Measurement:
     Args:
         reference: A folder of images, an npz of ADM's suite, or MDS images.
         metrics: Of ``metrics.METRICS``, or ``package.module:Class``.
-        features: Name of the feature network, of ``metrics.features.FEATURES``.
+        features: Name of the feature network, of ``metrics.FEATURES``, or ``package.module:Class``.
         inception: File of Inception's weights, if not where ``find_weights`` looks.
         inception_sha256: Its hash, if it is not the published file.
         allow_download: Fetch the weights if they are not here.
@@ -77,9 +76,7 @@ class Measurement:
         Raises:
             UserError: A name is unknown, or a metric needs other features or more samples.
         """
-        if self.features not in FEATURES:
-            raise UserError(f'features: {self.features!r} is not known; choose one of {", ".join(FEATURES)}')
-        logits = FEATURES[self.features].num_logits
+        logits = extractor_class(self.features).num_logits
         check_metrics(self.build(), num_logits=logits, num_samples=num_samples, num_reference=num_samples)
 
     def contract(self) -> dict[str, Any]:
@@ -238,6 +235,7 @@ class Measurer:
                 dataclasses.replace(protocol, settings=figure.settings),
                 spread=figure.spread,
                 unit=figure.quantity.unit,
+                better=figure.quantity.better,
                 **about,
             )
             for figure in figures

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.digits import QUANTITIES as DIGITS_QUANTITIES
 from tread_composer.metrics.features import FeatureSet
@@ -87,7 +87,7 @@ _IMPORTED: dict[str, Any] = {}  # classes by name: those of METRICS, and others 
 
 def _metric_class(name: str) -> Callable[..., Metric]:
     if name not in _IMPORTED:
-        _IMPORTED[name] = import_named(name if is_reference(name) else METRICS[name])
+        _IMPORTED[name] = part_named(name, METRICS)
     return _IMPORTED[name]
 
 
@@ -110,7 +110,7 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
             target = _metric_class(name)
             accepted = inspect.signature(target).parameters
             metrics.append(target(**{key: value for key, value in settings.items() if key in accepted}))
-        except (ImportError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f'metrics: {name}: cannot be used: {error}') from error
     return metrics
 
@@ -196,8 +196,8 @@ def direction(reported: str) -> Better:
     for quantity in _quantities():
         if quantity.reports(reported):
             return quantity.better
-    known = sorted(name for quantity in _quantities() for name in quantity.names)
-    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {known}')
+    names = sorted(name for quantity in _quantities() for name in quantity.names)
+    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {names}')
 
 
 def _quantities() -> Iterator[Quantity]:

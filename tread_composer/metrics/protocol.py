@@ -18,6 +18,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.io.files import write_json
 from tread_composer.io.locks import locked
+from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'UINT8_RULE',
@@ -95,19 +96,19 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
     grids of two objectives are not held against each other: there is no equal grid in t and in noise levels, and which
     objective a model has belongs to the model.
     """
-    one, other = (flatten(_plain(protocol)) for protocol in (a, b))
-    objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (one, other)}
+    left_side, right_side = (flatten(_plain(protocol)) for protocol in (a, b))
+    objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (left_side, right_side)}
     lines = []
-    for key in dict.fromkeys([*one, *other]):
-        hashed = one.get(_NAMED_BY_HASH.get(key, ''))
-        if hashed not in (None, UNKNOWN) and hashed == other.get(_NAMED_BY_HASH[key]):
+    for key in dict.fromkeys([*left_side, *right_side]):
+        hashed = left_side.get(_NAMED_BY_HASH.get(key, ''))
+        if hashed not in (None, UNKNOWN) and hashed == right_side.get(_NAMED_BY_HASH[key]):
             continue
         section = key.partition('.')[0]
         if section == 'time_grid' and len(objectives) == 2 and UNKNOWN not in objectives:
             continue
-        if key != section and UNKNOWN in (one.get(section), other.get(section)):
+        if key != section and UNKNOWN in (left_side.get(section), right_side.get(section)):
             continue  # said once, of the whole section
-        values = [flat.get(key, 'absent') for flat in (one, other)]
+        values = [flat.get(key, 'absent') for flat in (left_side, right_side)]
         if UNKNOWN in values:
             sides = 'both numbers' if values[0] == values[1] else 'the first' if values[0] == UNKNOWN else 'the second'
             lines.append(f'{key}: unknown for {sides}')
@@ -132,7 +133,7 @@ def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
 def _number(value: Any) -> Any:
     """1.0 as 1: they are equal, and their texts are not."""
     if isinstance(value, list):
-        return [_number(one) for one in value]
+        return [_number(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -157,8 +158,8 @@ def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
 def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(protocol, Protocol):
         return protocol.to_dict()
-    known = {entry.name for entry in fields(Protocol)}
-    missing = [name for name in known - {'settings'} if name not in protocol]
+    field_names = {entry.name for entry in fields(Protocol)}
+    missing = [name for name in field_names - {'settings'} if name not in protocol]
     return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
 
 
@@ -175,6 +176,7 @@ def result(
     weights_digest: str | None = None,
     spread: float | None = None,
     unit: str | None = None,
+    better: Better | None = None,
 ) -> dict[str, Any]:
     """One entry of ``results.json``.
 
@@ -190,6 +192,7 @@ def result(
         weights_digest: Of the weights, if known; not part of the protocol.
         spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
         unit: What one of the value is.
+        better: Which of two values is better, for readers that do not have the metric.
 
     Raises:
         UserError: The value is not finite, so there is nothing to report.
@@ -201,6 +204,7 @@ def result(
         'value': float(value),
         'spread': spread,
         'unit': unit,
+        'better': better,
         'protocol': protocol.to_dict(),
         'weights_digest': weights_digest,
         'run': run,
@@ -223,7 +227,9 @@ def load_results(path: str | Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise UserError(f'{path}: not JSON ({error})') from error
     needed = {'metric', 'value', 'protocol'}
-    if not isinstance(entries, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and needed <= entry.keys() for entry in entries
+    ):
         raise UserError(
             f'{path}: is no list of measured numbers with their protocols (earlier versions of the callback '
             f'digits_quality wrote another file of this name); write the numbers elsewhere'

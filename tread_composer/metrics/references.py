@@ -12,14 +12,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import whole_file
-from tread_composer.metrics.features import Extractor, FeatureSet, extract
+from tread_composer.metrics.features import Extractor, FeatureSet, extract, load_features, save_features
 from tread_composer.metrics.frechet import Statistics, statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
 
@@ -41,14 +38,14 @@ class Reference:
         path: Where it is.
         kind: ``'adm'`` for a file with ``mu`` and ``sigma``, else the kind of its images.
         images: Its images; None if it has statistics alone.
-        given: ``mu`` and ``sigma`` of the file; None if they are to be computed.
+        published: ``mu`` and ``sigma`` of the file; None if they are to be computed.
         hash: SHA-256 of its content.
     """
 
     path: Path
     kind: str
     images: ImageSet | None
-    given: Statistics | None
+    published: Statistics | None
     hash: str
 
     @property
@@ -58,7 +55,7 @@ class Reference:
 
     def must_be_looked_at(self, compares_with: str) -> bool:
         """Whether a metric that needs this (``Metric.compares_with``) needs features of the images."""
-        return compares_with == 'images' or (compares_with == 'statistics' and self.given is None)
+        return compares_with == 'images' or (compares_with == 'statistics' and self.published is None)
 
     def described(self) -> dict[str, str]:
         """For the protocol."""
@@ -74,7 +71,7 @@ class Reference:
         Raises:
             UserError: The resolutions differ, or the statistics are of another network.
         """
-        if self.given is not None and extractor.name != 'inception':
+        if self.published is not None and extractor.name != 'inception':
             raise UserError(f'{self.path}: its mu and sigma are of Inception, and the features are {extractor.name!r}')
         if self.images is not None and self.images.resolution != resolution:
             raise UserError(
@@ -94,10 +91,10 @@ class Reference:
         """
         path = self._cached(extractor, cache)
         if path.exists():
-            return _load(path, self._label(extractor))
-        found = self.share(extractor, batch_size)
-        self.keep(found, extractor, cache)
-        return found
+            return load_features(path, self._label(extractor))
+        features = self.share(extractor, batch_size)
+        self.keep(features, extractor, cache)
+        return features
 
     def share(self, extractor: Extractor, batch_size: int, rank: int = 0, world: int = 1) -> FeatureSet:
         """Features of one rank's share of its images.
@@ -109,16 +106,16 @@ class Reference:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
         return extract(self.images.batches(batch_size, rank, world), extractor)
 
-    def keep(self, found: FeatureSet, extractor: Extractor, cache: Path) -> None:
+    def keep(self, features: FeatureSet, extractor: Extractor, cache: Path) -> None:
         """Put its features into the cache."""
-        _save(self._cached(extractor, cache), found, self._label(extractor))
+        save_features(self._cached(extractor, cache), features, self._label(extractor))
 
-    def statistics(self, found: FeatureSet | None) -> Statistics:
-        """Mean and covariance: the given ones, else those of ``found``, its features."""
-        if self.given is not None:
-            return self.given
-        assert found is not None
-        return statistics(found)
+    def statistics(self, features: FeatureSet | None) -> Statistics:
+        """Mean and covariance: the published ones, else those of its ``features``."""
+        if self.published is not None:
+            return self.published
+        assert features is not None
+        return statistics(features)
 
     def is_cached(self, extractor: Extractor, cache: Path) -> bool:
         """Whether ``features`` will not have to look at the images."""
@@ -142,10 +139,10 @@ def open_reference(path: str | Path) -> Reference:
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         names = _names(path)
-        given = _given(path) if {'mu', 'sigma'} <= set(names) else None
-        images = NpzImages(path) if given is None or 'arr_0' in names else None
+        published = _published(path) if {'mu', 'sigma'} <= set(names) else None
+        images = NpzImages(path) if published is None or 'arr_0' in names else None
         digest = file_hash(path) if images is None else images.hash
-        return Reference(path, 'npz' if given is None else 'adm', images, given, digest)
+        return Reference(path, 'npz' if published is None else 'adm', images, published, digest)
     images = open_images(path)
     return Reference(path, images.kind, images, None, images.hash)
 
@@ -158,7 +155,7 @@ def _names(path: Path) -> Sequence[str]:
         raise UserError(f'{path}: is no npz that can be read: {error}') from error
 
 
-def _given(path: Path) -> Statistics:
+def _published(path: Path) -> Statistics:
     with np.load(path, allow_pickle=False) as arrays:
         try:
             mean, covariance = (np.asarray(arrays[name], np.float64) for name in ('mu', 'sigma'))
@@ -169,25 +166,3 @@ def _given(path: Path) -> Statistics:
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f'{path}: mu or sigma is not finite')
     return Statistics(mean, covariance)
-
-
-def _save(path: Path, found: FeatureSet, label: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        'features': found.features_ND.numpy(),
-        'digests': np.frombuffer(b''.join(found.digests), np.uint8).reshape(len(found), -1),
-        'label': np.array(label),
-    }
-    with whole_file(path) as unfinished, unfinished.open('wb') as file:
-        np.savez(file, **arrays)
-
-
-def _load(path: Path, label: str) -> FeatureSet:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            features, digests, found = (arrays[name] for name in ('features', 'digests', 'label'))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
-    if str(found) != label:
-        raise UserError(f'{path}: this file of the cache is of another reference; delete it')
-    return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests])

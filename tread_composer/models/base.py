@@ -3,8 +3,8 @@
 What stands here is the published DiT (arXiv 2212.09748, section 3): a grid of patches with fixed sin-cos positions, one
 vector of time and label for all blocks, a head that gives patches back. A backbone says what is its own:
 
-- ``block_class``: one block is what FSDP gathers and what activation checkpointing recomputes at once;
-- ``token_arguments`` and ``block_inputs``: what its blocks get beside tokens and condition;
+- ``block_class``: the unit that FSDP gathers and that activation checkpointing recomputes;
+- ``token_arguments`` and ``block_inputs``: the arguments of its blocks beside tokens and condition;
 - ``presets``: its published sizes by name;
 - ``attentions``: the implementations of attention that its blocks can run on, none where they have no attention.
 
@@ -84,9 +84,9 @@ class LatentTransformer(nn.Module):
         check_sizes(sizes if num_heads is None else {**sizes, 'num_heads': num_heads}, num_classes, mlp_ratio)
         self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
         self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
-        self.null_label = num_classes
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_tokens = (latent_size // patch_size) ** 2
+        self.null_label = num_classes  # one row more in the table of labels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels  # O: noise, then variance fraction
+        self.num_tokens = (latent_size // patch_size) ** 2  # N in training
 
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -112,11 +112,12 @@ class LatentTransformer(nn.Module):
             ValueError: The latents are not such as the model takes (``grid_of``), or labels are missing.
         """
         grid = self.grid_of(x_BCHW)
-        x = self.x_embedder(x_BCHW) + self.positions(grid)
-        c = self.condition(t_B, labels_B)
+        x = self.x_embedder(x_BCHW) + self.positions(grid)  # [B, N, D], raster order
+        c = self.condition(t_B, labels_B)  # [B, D]: time and label are added, not concatenated (section 3.2)
         inputs = self.block_inputs(x, grid)
         for index, block in enumerate(self.blocks):
             x = block(x, c, *inputs[index % len(inputs)])
+        # [B, N, p * p * O] -> [B, O, H, W]
         return unpatchify(self.final_layer(x, c), grid, self.patch_size, self.out_channels)
 
     def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
@@ -161,6 +162,7 @@ class LatentTransformer(nn.Module):
         side = self.latent_size // self.patch_size
         if grid == (side, side):
             return self.pos_embed
+        # Coordinates count patches and are not stretched: a corner of the larger square, [h, w, D].
         square = sincos_positions(self.hidden_size, max(grid)).unflatten(0, (max(grid), max(grid)))
         return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
 
@@ -192,6 +194,7 @@ class LatentTransformer(nn.Module):
         if name not in ('sdpa', *self.attentions):
             raise ValueError(f'attention={name!r}: {type(self).__name__} has {", ".join(self.attentions) or "none"}')
         layers = [module for module in self.modules() if isinstance(module, Attention)]
+        # Each shape once: it is probed on the device.
         heads = tuple(dict.fromkeys((layer.num_heads, layer.head_size) for layer in layers))
         attend, line = choose_attention(name, device, heads, tuple(dict.fromkeys(dtypes)), training)
         for layer in layers:
@@ -202,9 +205,8 @@ class LatentTransformer(nn.Module):
         """Composer's FSDP asks: is this module a unit of its own?"""
         return isinstance(module, self.block_class)
 
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Composer's activation checkpointing asks: recompute this module in the backward pass?"""
-        return isinstance(module, self.block_class)
+    # Likewise: is this module recomputed as one in the backward pass?
+    activation_checkpointing_fn = fsdp_wrap_fn
 
 
 def size_table(
@@ -226,12 +228,6 @@ def size_table(
 
 def check_sizes(sizes: Mapping[str, int], num_classes: int, mlp_ratio: float) -> None:
     """Refuse sizes of a transformer that do not fit together.
-
-    Args:
-        sizes: ``latent_size``, ``in_channels``, ``patch_size``, ``hidden_size``, ``depth`` and, for attention,
-            ``num_heads``.
-        num_classes: Number of classes; 0 for a model without labels.
-        mlp_ratio: Inner width of the MLPs over ``hidden_size``.
 
     Raises:
         ValueError: Names the size, its value and the rule.
@@ -267,9 +263,10 @@ def initialise(network: nn.Module) -> None:
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
+            # Gates, shifts and scales of 0: each block is the identity. A head of 0: the prediction is 0.
             if name.endswith('adaLN_modulation.1') or name == 'final_layer.linear':
                 nn.init.zeros_(module.weight)
-            elif name.startswith('t_embedder'):
+            elif name.startswith('t_embedder'):  # as the label table below: normal, 0.02
                 nn.init.normal_(module.weight, std=0.02)
             else:
                 nn.init.xavier_uniform_(module.weight)
@@ -285,11 +282,8 @@ def initialise(network: nn.Module) -> None:
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int, channels: int) -> Tensor:
     """Patches ``[B, h * w, p * p * O]``, in raster order, channel fastest, to ``[B, O, h * p, w * p]``.
 
-    Args:
-        patches: One for each token.
-        grid: h and w.
-        patch_size: p.
-        channels: O.
+    ``grid`` is h and w.
     """
-    x = patches.unflatten(2, (patch_size, patch_size, channels)).unflatten(1, grid)
+    x = patches.unflatten(2, (patch_size, patch_size, channels)).unflatten(1, grid)  # [B, h, w, p, p, O]
+    # [B, O, h, p, w, p]: a row of pixels is a row of patches and a row within them.
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

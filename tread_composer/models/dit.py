@@ -26,25 +26,28 @@ class DiTBlock(nn.Module):
         self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: Literal[False, 'rms', 'layer'] = False
     ) -> None:
         super().__init__()
+        # Norms have no weights of their own: shift and scale come from the condition.
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        # One modulation for each block (6 D outputs); the SiLU stands before it, as in the published names `.1`.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         """Tokens ``[B, N, D]``, for any N, to tokens of the same shape."""
+        # Six vectors [B, D] in the order of the published weights; adaLN-Zero starts them all at 0 (section 3.2).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         x_BND = x_BND + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BND), shift1, scale1))
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    """Tokens ``[B, N, D]`` to patches ``[B, N, p * p * O]``."""
+    """Tokens ``[B, N, D]`` to patches ``[B, N, p * p * O]``; ``norm`` is DiT's LayerNorm if None."""
 
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
+    def __init__(self, hidden_size: int, patch_values: int, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6) if norm is None else norm
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -57,16 +60,7 @@ class FinalLayer(nn.Module):
 class DiT(LatentTransformer):
     """The diffusion transformer. Latents of another size than in training are refused.
 
-    Args:
-        latent_size: Height and width of the latents, H = W.
-        in_channels: Channels of the latents, C.
-        num_classes: Number of classes; label ``num_classes`` is the null label. 0: unconditional, labels are ignored.
-        patch_size: Height and width of the square that becomes one token, p.
-        hidden_size: Width of a token, D.
-        depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Inner width of the MLPs over ``hidden_size``.
-        learn_sigma: Predict 2C channels (the published checkpoints: noise, then variance fraction) instead of C.
+    Args beside those of ``LatentTransformer``:
         qk_norm: Normalise the queries and keys of each head, by their root mean square or by mean and deviation;
             the published checkpoints do not.
 
@@ -76,7 +70,7 @@ class DiT(LatentTransformer):
 
     block_class = DiTBlock
     attentions = ATTENTIONS
-    # S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
+    # Width D, depth, heads. S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
     presets = size_table(
         {
             'DiT-S': (384, 12, 6),
@@ -114,6 +108,7 @@ class DiT(LatentTransformer):
             mlp_ratio=mlp_ratio,
             learn_sigma=learn_sigma,
         )
+        # Drawn in this order: blocks, head, then DiT's start over them. A seed's weights depend on it.
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)
@@ -124,6 +119,7 @@ class DiT(LatentTransformer):
         Raises:
             ValueError: The latents have another shape than the model was made for.
         """
+        # Its positions are the table of one grid (section 3.2): latents of another size are most likely a mistake.
         expected = (self.in_channels, self.latent_size, self.latent_size)
         if tuple(x_BCHW.shape[1:]) != expected:
             raise ValueError(
@@ -147,15 +143,17 @@ def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size
     Raises:
         ValueError: The head does not have ``p * p * 2C`` rows.
     """
-    out = dict(state_dict)
+    out = dict(state_dict)  # the tensors are shared, but for the two of the head
     for name in ('final_layer.linear.weight', 'final_layer.linear.bias'):
         if name not in out:
             raise ValueError(f'these are not the weights of a DiT: {name!r} is missing')
+        # The head writes p * p pixels of 2C channels: C of noise, then C of variance.
         rows, expected = out[name].shape[0], patch_size**2 * 2 * in_channels
         if rows != expected:
             raise ValueError(
                 f'{name!r} has {rows} rows; a head with variance has {expected} for patch_size={patch_size} and '
                 f'in_channels={in_channels}. Weights without variance are loaded as they are'
             )
+        # [p * p * 2C, ...] -> [p * p, 2C, ...] -> [p * p * C, ...]; a bias has no further dimension.
         out[name] = out[name].unflatten(0, (-1, 2 * in_channels))[:, :in_channels].flatten(0, 1)
     return out

@@ -43,10 +43,11 @@ def sincos_positions(width: int, grid_size: int) -> Tensor:
     """
     if width % 4:
         raise ValueError(f'width {width} is not divisible by 4, which sines and cosines of two coordinates need')
-    quarter = width // 4
+    quarter = width // 4  # sines and cosines of two coordinates
     omega = _MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)  # [side, D / 4], radians
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D / 2]
+    # Token r * side + c has column c (repeats as a whole) and row r (each value side times): [N, D / 2] both.
     columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, dim=0)
     return torch.cat([columns, rows], dim=1).float()
 
@@ -62,7 +63,7 @@ class PatchEmbed(nn.Module):
         """See the class."""
         # Without autocast a convolution refuses an input of another dtype than its weights (a model in bfloat16).
         x_BDhw = self.proj(x_BCHW.to(self.proj.weight.dtype))
-        return x_BDhw.flatten(2).transpose(1, 2)
+        return x_BDhw.flatten(2).transpose(1, 2)  # [B, D, h * w] -> [B, N, D], raster order
 
 
 class TimestepEmbedder(nn.Module):
@@ -113,7 +114,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of bfloat16 numbers would lose their sum
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
@@ -153,13 +154,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, *places: Tensor) -> Tensor:
         """See the class; ``places`` are what ``placed`` takes."""
+        # [B, N, 3 A F] -> [B, N, 3, A, F] -> three of [B, A, N, F].
         q, k, v = self.qkv(x_BND).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         # Norms and rotary tables are float32 (FSDP in bfloat16 rounds its entries, not the positions): what they make
         # goes back to the precision of the rest.
         q, k = (self.placed(x_BANF, *places).to(v.dtype) for x_BANF in (self.q_norm(q), self.k_norm(k)))
         # The meta device has shapes only: there sdpa stands for the others, so that costs can be counted.
         out_BANF = (sdpa if v.is_meta else self.attend)(q, k, v)
-        return self.proj(out_BANF.transpose(1, 2).flatten(2))
+        return self.proj(out_BANF.transpose(1, 2).flatten(2))  # heads side by side again: [B, N, A F = D]
 
     def placed(self, x_BANF: Tensor) -> Tensor:
         """Queries or keys with their tokens' positions, where a backbone brings them in here."""

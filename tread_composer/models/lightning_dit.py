@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
+from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import Attention, RMSNorm, modulate
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
@@ -47,18 +48,20 @@ def rotary_table(grid: tuple[int, int], head_size: int, *, device: torch.device,
         raise ValueError(
             f'a head of width {head_size} is not divisible by 4, which pairs of numbers for two coordinates need'
         )
-    quarter = head_size // 4
+    quarter = head_size // 4  # E / 2 pairs turn by the row, E / 2 by the column
     frequencies = _THETA ** -(torch.arange(quarter, device=device, dtype=dtype) / quarter)
+    # Row r and column c times each frequency: [h, E / 2] and [w, E / 2].
     rows, columns = (torch.outer(torch.arange(n, device=device, dtype=dtype), frequencies) for n in grid)
     angles_hwE = torch.cat([rows.unsqueeze(1).expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=2)
-    angles_NE = angles_hwE.flatten(0, 1)
+    angles_NE = angles_hwE.flatten(0, 1)  # raster order, as the tokens
     return torch.stack([angles_NE.cos(), angles_NE.sin()], dim=1)
 
 
 def rotate(x_BANF: Tensor, rope: Tensor) -> Tensor:
     """Turn the neighbouring pairs of numbers of each head (F = 2E) by the angles of ``rope`` ``[B, N, 2, E]``."""
     cos, sin = rope.unsqueeze(1).unbind(3)  # [B, 1, N, E]: the same for all heads
-    even, odd = x_BANF[..., 0::2], x_BANF[..., 1::2]
+    even, odd = x_BANF[..., 0::2], x_BANF[..., 1::2]  # pair k is numbers 2k and 2k + 1, each [B, A, N, E]
+    # (even + i odd) e^(i angle), written out (arXiv 2104.09864, eq. 34).
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=4).flatten(3)
 
 
@@ -72,7 +75,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """See the class."""
-        a, b = self.w12(x_BND).chunk(2, dim=-1)
+        a, b = self.w12(x_BND).chunk(2, dim=-1)  # gate first, as in the published weights
         return self.w3(nn.functional.silu(a) * b)
 
 
@@ -117,25 +120,11 @@ class LightningDiTBlock(nn.Module):
                 "along: Tread and apply_tread do with token_arguments=('rope',), YAML: algorithms.tread."
                 'token_arguments: [rope]'
             )
+        # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
         x_BND = x_BND + gate1.unsqueeze(1) * attended
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-
-
-class LightningFinalLayer(nn.Module):
-    """Tokens ``[B, N, D]`` to patches ``[B, N, p * p * O]``: DiT's head with an RMSNorm."""
-
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
-        super().__init__()
-        self.norm_final = RMSNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
-        """See the class."""
-        shift, scale = self.adaLN_modulation(condition_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
 
 
 class LightningDiT(LatentTransformer):
@@ -145,17 +134,10 @@ class LightningDiT(LatentTransformer):
     Both are made for the grid that comes, so that latents of any height and width work that patches tile. Beyond the
     grid of training they are positions that the weights have not seen.
 
-    Args:
-        latent_size: Height and width of the latents in training, H = W.
-        in_channels: Channels of the latents, C.
-        num_classes: Number of classes; label ``num_classes`` is the null label. 0: unconditional, labels are ignored.
-        patch_size: Height and width of the square that becomes one token, p; 1 in the paper, whose latents are small.
-        hidden_size: Width of a token, D.
-        depth: Number of blocks.
-        num_heads: Attention heads of a block.
+    Args beside those of ``LatentTransformer``:
+        patch_size: 1 in the paper, whose latents are small.
         mlp_ratio: Inner width of a SwiGLU over ``hidden_size``, times 3 / 2: at 4 it costs as much as DiT's MLP.
         qk_norm: Normalise queries and keys of each head; the authors' cure for losses that become nan.
-        learn_sigma: Predict 2C channels (noise, then variance fraction) instead of C.
 
     Raises:
         ValueError: The sizes do not fit together.
@@ -164,7 +146,7 @@ class LightningDiT(LatentTransformer):
     block_class = LightningDiTBlock
     token_arguments = ('rope',)
     attentions = ATTENTIONS
-    # The authors' code.
+    # Width D, depth, heads: the authors' code.
     presets = size_table(
         {
             'LightningDiT-B': (768, 12, 12),
@@ -202,7 +184,7 @@ class LightningDiT(LatentTransformer):
             mlp_ratio=mlp_ratio,
             learn_sigma=learn_sigma,
         )
-        self.head_size = hidden_size // num_heads
+        self.head_size = hidden_size // num_heads  # 2E: pairs of numbers
         if self.head_size % 4:
             raise ValueError(
                 f'hidden_size={hidden_size} over num_heads={num_heads} is {self.head_size}, not divisible by 4; rotary '
@@ -213,7 +195,7 @@ class LightningDiT(LatentTransformer):
         self.blocks = nn.ModuleList(
             LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )  # fmt: skip
-        self.final_layer = LightningFinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, RMSNorm(hidden_size))
         initialise(self)
 
     def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:

@@ -5,7 +5,7 @@ are DiT's, width and depth of a preset are those of the DiT of the same letter, 
 parameters (the mixer is twice as wide as attention and has half again as many; an MLP of ratio 3 in place of 4 pays for
 that). No published result belongs to these sizes.
 
-The order of the tokens counts in a scan. So each block is told where its tokens stand in the scan (``positions``), puts
+The order of the tokens counts in a scan. So each block gets the places of its tokens in the scan (``positions``), puts
 them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor. A
 block that sees some of the tokens only scans these, in the same order. The file knows nothing of routing; whoever takes
 tokens out of a block's sequence must take their ``positions`` along (``token_arguments``).
@@ -37,7 +37,7 @@ def scan_positions(grid: tuple[int, int], order: str, *, device: torch.device | 
         order: ``'raster'``, row by row, or ``'column'``, column by column.
         device: Where to make it.
     """
-    tokens = torch.arange(grid[0] * grid[1], device=device)
+    tokens = torch.arange(grid[0] * grid[1], device=device)  # token i is at row i // w, column i % w
     return tokens if order == 'raster' else tokens % grid[1] * grid[0] + tokens // grid[1]
 
 
@@ -46,6 +46,7 @@ class Mamba2Block(nn.Module):
 
     def __init__(self, hidden_size: int, mixer: BidirectionalSSD, mlp_ratio: float) -> None:
         super().__init__()
+        # As in DiT, shift and scale come from the condition alone.
         self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mixer = mixer
         self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
@@ -74,8 +75,9 @@ class Mamba2Block(nn.Module):
                 "apply_tread do with token_arguments=('positions',), YAML: algorithms.tread.token_arguments: "
                 '[positions]'
             )
+        # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        order_BN = positions.argsort(dim=1)
+        order_BN = positions.argsort(dim=1)  # the token that comes k-th in the scan; its argsort is the way back
         scanned = self.mixer(_taken(modulate(self.norm1(x_BND), shift1, scale1), order_BN))
         x_BND = x_BND + gate1.unsqueeze(1) * _taken(scanned, order_BN.argsort(dim=1))
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
@@ -83,7 +85,7 @@ class Mamba2Block(nn.Module):
 
 def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
     """The tokens in the order of ``ids_BN``."""
-    return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))
+    return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))  # ids [B, N, 1], the same for all of D
 
 
 class Mamba2DiT(LatentTransformer):
@@ -92,22 +94,14 @@ class Mamba2DiT(LatentTransformer):
     Fixed sin-cos positions and the scan are made for the grid that comes, so that latents of any height and width work
     that patches tile. Beyond the grid of training they are positions that the weights have not seen.
 
-    Args:
-        latent_size: Height and width of the latents in training, H = W.
-        in_channels: Channels of the latents, C.
-        num_classes: Number of classes; label ``num_classes`` is the null label. 0: unconditional, labels are ignored.
-        patch_size: Height and width of the square that becomes one token, p.
-        hidden_size: Width of a token, D.
-        depth: Number of blocks.
+    Args beside those of ``LatentTransformer``:
         expand: Inner width of a mixer over ``hidden_size``.
         head_size: Width of a head of the scan; divides ``expand * hidden_size``.
         state_size: Numbers of state for each number of a head.
-        mlp_ratio: Inner width of the MLPs over ``hidden_size``.
         scan: ``'raster'``: all blocks scan row by row, there and back. ``'alternate'``: every second block, the one
             with index 1 first, scans column by column.
         chunk_size: Sequences of at most so many tokens are mixed by one matrix, longer ones in chunks of that length.
         kernel: ``'torch'``, or ``'fused'``: the package ``mamba_ssm`` on a CUDA device, and an error without it.
-        learn_sigma: Predict 2C channels (noise, then variance fraction) instead of C.
 
     Raises:
         ValueError: The sizes do not fit together, or there is no such scan or kernel.
@@ -115,7 +109,7 @@ class Mamba2DiT(LatentTransformer):
 
     block_class = Mamba2Block
     token_arguments = ('positions',)
-    # None is published: width and depth of the DiT of the same letter.
+    # None is published: width D and depth of the DiT of the same letter.
     presets = size_table(
         {
             'Mamba2-DiT-S': (384, 12),
@@ -157,6 +151,7 @@ class Mamba2DiT(LatentTransformer):
         )
         if scan not in ('raster', 'alternate'):
             raise ValueError(f"scan={scan!r}: must be 'raster' or 'alternate'")
+        # Block i scans in the order i % len(orders).
         self.orders = ('raster', 'column') if scan == 'alternate' else ('raster',)
         mixer = {
             'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size

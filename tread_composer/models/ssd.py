@@ -44,12 +44,13 @@ def bidirectional_ssd(
         C_BN2S: How a token reads the state.
         chunk_size: Q; sequences of at most so many tokens are one matrix.
     """
+    # R = 2 B scans: along the tokens for all samples, then against them. a = dt A, the logarithm of a decay.
     a_RNH, dt_RNH, B_RNS, C_RNS = (_both_ways(value) for value in (dt_BN2H * A_2H, dt_BN2H, B_BN2S, C_BN2S))
     if x_BNHP.shape[1] <= chunk_size:
         # The two triangles are one matrix, which is multiplied once.
         ahead_BHNN, back_BHNN = _mixing_matrix(a_RNH, dt_RNH, B_RNS, C_RNS).chunk(2)
         return _product(ahead_BHNN + back_BHNN.flip(2, 3), x_BNHP)
-    x_RNHP = torch.cat([x_BNHP, x_BNHP.flip(1)])
+    x_RNHP = torch.cat([x_BNHP, x_BNHP.flip(1)])  # the scan against the tokens reads them last to first
     ahead, back = _in_chunks(x_RNHP, a_RNH, dt_RNH, B_RNS, C_RNS, chunk_size).chunk(2)
     return ahead + back.flip(1)
 
@@ -61,7 +62,7 @@ def _both_ways(value_BN2K: Tensor) -> Tensor:
 
 def _mixing_matrix(a_RNH: Tensor, dt_RNH: Tensor, B_RNS: Tensor, C_RNS: Tensor) -> Tensor:
     """M ``[R, H, N, N]``, lower triangular; ``a = dt A`` are the logarithms of the decays."""
-    scores_RNN = C_RNS @ B_RNS.transpose(1, 2)
+    scores_RNN = C_RNS @ B_RNS.transpose(1, 2)  # C_i . B_j, for all heads the same
     return scores_RNN.unsqueeze(1) * _decays(a_RNH.transpose(1, 2)) * dt_RNH.transpose(1, 2).unsqueeze(2)
 
 
@@ -71,9 +72,10 @@ def _decays(a_RHN: Tensor) -> Tensor:
     Each sum is added up for itself: two running sums that grow with N would leave little in their difference.
     """
     num_tokens = a_RHN.shape[2]
+    # Column j of row i adds up a_(j+1) .. a_i: what is on or above the diagonal does not count.
     not_below = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=a_RHN.device).triu()
     a_RHNN = a_RHN.unsqueeze(3).expand(-1, -1, -1, num_tokens).masked_fill(not_below, 0)
-    return a_RHNN.cumsum(2).exp().tril()
+    return a_RHNN.cumsum(2).exp().tril()  # the diagonal is exp(0) = 1: a token reads itself without decay
 
 
 def _product(M_RHNN: Tensor, x_RNHP: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def _product(M_RHNN: Tensor, x_RNHP: Tensor) -> Tensor:
 def _in_chunks(x_RNHP: Tensor, a_RNH: Tensor, dt_RNH: Tensor, B_RNS: Tensor, C_RNS: Tensor, chunk_size: int) -> Tensor:
     """The scans ``[R, N, H, P]``, chunk by chunk: work and memory grow with N Q in place of N^2."""
     num_scans, num_tokens = x_RNHP.shape[:2]
-    num_chunks = -(-num_tokens // chunk_size)
+    num_chunks = -(-num_tokens // chunk_size)  # rounded up
     missing = num_chunks * chunk_size - num_tokens
 
     def cut(value: Tensor) -> Tensor:  # zeros behind the end: without a step the state neither decays nor grows
@@ -91,19 +93,21 @@ def _in_chunks(x_RNHP: Tensor, a_RNH: Tensor, dt_RNH: Tensor, B_RNS: Tensor, C_R
         return padded.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1)
 
     x, a, dt, B, C = (cut(value) for value in (x_RNHP, a_RNH, dt_RNH, B_RNS, C_RNS))
+    # The four steps of section 6: within chunks, what each chunk adds to the state, the states at its start, reading.
     within = _product(_mixing_matrix(a, dt, B, C), x)
-    since_start = a.cumsum(1).exp()
+    since_start = a.cumsum(1).exp()  # decay of the entering state until token i, its own included
     a_later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
-    until_end = a_later.flip(1).cumsum(1).flip(1).exp()
+    until_end = a_later.flip(1).cumsum(1).flip(1).exp()  # decay of token i's entry until the chunk ends
     written = torch.einsum('rqs,rqhp->rhps', B, (x * (until_end * dt).unsqueeze(3)).to(x.dtype))
 
     kept, written = since_start[:, -1].unflatten(0, (num_scans, -1)), written.unflatten(0, (num_scans, -1))
-    state = torch.zeros_like(written[:, 0], dtype=kept.dtype)
+    state = torch.zeros_like(written[:, 0], dtype=kept.dtype)  # [R, H, P, S], float32 or better
     entering = []
     for chunk in range(num_chunks):
         entering.append(state)
         state = kept[:, chunk, :, None, None] * state + written[:, chunk]
     states = torch.stack(entering, dim=1).flatten(0, 1).to(C.dtype)
+    # y_i = h C_i for the part of the state that is from before the chunk.
     from_before = torch.einsum('rqs,rhps->rqhp', C, states) * since_start.unsqueeze(3)
     y = within + from_before.to(x.dtype)
     return y.unflatten(0, (num_scans, num_chunks)).flatten(1, 2)[:, :num_tokens]
@@ -192,6 +196,7 @@ class BidirectionalSSD(nn.Module):
             raise ValueError(f"kernel={kernel!r}: must be 'torch' or 'fused'")
         self.num_heads, self.head_size, self.state_size = inner_size // head_size, head_size, state_size
         self.chunk_size, self.kernel = chunk_size, kernel
+        # z: E; x: E with B and C of both directions: 4 S; dt of both directions: 2 H.
         self.widths = [inner_size, inner_size + 4 * state_size, 2 * self.num_heads]
         self.in_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.dt_bias = nn.Parameter(torch.empty(2, self.num_heads))
@@ -211,6 +216,7 @@ class BidirectionalSSD(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """See the class."""
+        # z gates the result; x, B and C go through SiLU; dt through softplus.
         gate_BNE, xBC, dt = self.in_proj(x_BND).split(self.widths, dim=2)
         xBC = nn.functional.silu(xBC)
         x_BNHP = xBC[:, :, : self.widths[0]].unflatten(2, (self.num_heads, self.head_size))
@@ -218,7 +224,7 @@ class BidirectionalSSD(nn.Module):
         # Step sizes and rates are summed up over the sequence before they are exponents: never in bfloat16.
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt_BN2H = nn.functional.softplus(dt.unflatten(2, (2, self.num_heads)).to(wide) + self.dt_bias.to(wide))
-        A_2H = -self.A_log.to(wide).exp()
+        A_2H = -self.A_log.to(wide).exp()  # below 0 whatever the weights become: every decay is below 1
         # The meta device has shapes only: there the torch form stands for the kernel, so that costs can be counted.
         fused = self.kernel == 'fused' and x_BND.device.type != 'meta'
         scan = fused_bidirectional_ssd if fused else bidirectional_ssd

@@ -1,7 +1,7 @@
 """DDPM as DiT trains it: predict the noise, and where in its possible range the variance of a reverse step lies.
 
 Sources: Ho et al. 2020 (arXiv 2006.11239) and Nichol and Dhariwal 2021 (arXiv 2102.09672; "ID" below). The network is
-told the timestep 0 .. T - 1 as it is, so that DiT's published weights work. Sampling knows the noise level instead,
+given the timestep 0 .. T - 1 unscaled, so that DiT's published weights work. Sampling knows the noise level instead,
 ``sigma = sqrt((1 - alpha_bar) / alpha_bar)``, and walks ``x_t / sqrt(alpha_bar)``, which is ``data + sigma noise`` as
 in EDM: there DDIM is Euler's method (Song et al. 2020, arXiv 2010.02502, eq. 14), and 0 is data.
 
@@ -28,7 +28,7 @@ __all__ = ['DDPM', 'evenly_spaced']
 
 _DEFAULT_BETAS = 1e-4, 0.02
 _COSINE_SHIFT, _LARGEST_BETA = 0.008, 0.999  # ID, section 3.2
-_HALF_BIN, _EDGE, _LEAST_PROBABILITY = 1 / 255, 0.999, 1e-12
+_HALF_BIN, _EDGE, _LEAST_PROBABILITY = 1 / 255, 0.999, 1e-12  # 256 grey values over [-1, 1]; ADM's edge and floor
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ class DDPM:
         """Check the settings, and tabulate what depends on the timestep alone."""
         self._check()
         betas = self._betas()
-        alpha_bar = np.cumprod(1 - betas)
+        alpha_bar = np.cumprod(1 - betas)  # [T], float64: float32 products of 1000 factors would drift
+        # beta-tilde, the variance of q(x_(t-1) | x_t, x) (Ho et al., eq. 7), for t >= 1.
         posterior = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
         columns = (
-            np.sqrt(alpha_bar),
-            np.sqrt(1 - alpha_bar),
-            betas / np.sqrt((1 - betas) * (1 - alpha_bar)),
+            np.sqrt(alpha_bar),  # factor of the data in x_t
+            np.sqrt(1 - alpha_bar),  # factor of the noise in x_t
+            betas / np.sqrt((1 - betas) * (1 - alpha_bar)),  # error of the mean for an error of the noise (eq. 11)
             np.log(np.append(posterior[0], posterior)),  # the last step's is 0; ADM lends it its neighbour's
-            np.log(betas),
-            alpha_bar / (1 - alpha_bar),
+            np.log(betas),  # log-variance of the forward step, the upper end (ID, eq. 15)
+            alpha_bar / (1 - alpha_bar),  # signal-to-noise ratio
         )
         # From numpy: a model that is planned on torch's meta device still has real tables.
         for name, value in (
@@ -119,10 +120,11 @@ class DDPM:
         hybrid loss of ID (eq. 16, lambda = 0.001), and the same as ADM's rescaled form (a factor of T / 1000).
         """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
+        # Timesteps [B], and each column of the table at them, [B, 1, 1, 1].
         t_B = DiscreteUniform(self.num_timesteps).step(quantiles_B)
         signal, spread, gain, log_least, log_most, snr = self._table.to(x.device)[t_B].T[:, :, None, None, None]
         out = predict(denoiser, signal * x + spread * noise, t_B, labels_B, learn_sigma=self.learned_variance)
-        eps = out[:, : x.shape[1]]
+        eps = out[:, : x.shape[1]]  # the first C channels
         mse_B = squared_error(eps, noise)
         if self.weighting is None and not self.learned_variance:
             return {'loss': mse_B}
@@ -150,14 +152,14 @@ class DDPM:
 
     def snr(self, data_std: float) -> SNRDistribution:
         """What signal-to-noise ratios it trains on, for latents of this standard deviation."""
-        alpha_bar = self.alphas_cumprod
+        alpha_bar = self.alphas_cumprod  # float64 [T]; every step is equally likely
         weights = None if self.weighting is None else self.weighting(alpha_bar / (1 - alpha_bar), 'eps')
         return from_steps(alpha_bar, data_std=data_std, weights=weights)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dsigma = eps``, float64, for x scaled to ``data + sigma noise``.
 
-        A noise level between two timesteps is told as a fraction between them; `sampling_times` has none of those.
+        A noise level between two timesteps reaches the network as a fraction; `sampling_times` has none of those.
         """
 
         def slope(x_BCHW: Tensor, time: Tensor) -> Tensor:
@@ -173,14 +175,16 @@ class DDPM:
         """
 
         def step(x_BCHW: Tensor, time: Tensor, next_time: Tensor) -> tuple[Tensor, Tensor]:
-            now, then = float(time), float(next_time)
-            out = self._predict(denoiser, x_BCHW, now, labels_B)
-            channels, removed = x_BCHW.shape[1], now**2 - then**2
-            mean = x_BCHW - removed / now * out[:, :channels]
-            if then == 0:  # the data themselves
+            sigma, next_sigma = float(time), float(next_time)
+            out = self._predict(denoiser, x_BCHW, sigma, labels_B)
+            # Variance of the noise that the step removes; data x0 = x - sigma eps, and the posterior mean lies between.
+            channels, removed = x_BCHW.shape[1], sigma**2 - next_sigma**2
+            mean = x_BCHW - removed / sigma * out[:, :channels]
+            if next_sigma == 0:  # the data themselves
                 return mean, torch.zeros_like(mean)
-            # beta-tilde and beta of the step from `now` to `then`, both over the alpha_bar of `then`.
-            least, most = removed * (then / now) ** 2, removed * (1 + then**2) / (1 + now**2)
+            # beta-tilde and beta of the step from `sigma` to `next_sigma`, both over the alpha_bar of `next_sigma`.
+            least = removed * (next_sigma / sigma) ** 2
+            most = removed * (1 + next_sigma**2) / (1 + sigma**2)
             if not self.learned_variance:
                 return mean, torch.full_like(mean, math.sqrt(most))
             return mean, torch.exp(_between(math.log(least), math.log(most), out[:, channels:]) / 2)
@@ -198,21 +202,22 @@ class DDPM:
 
     def prior(self, noise_BCHW: Tensor) -> Tensor:
         """At the last timestep x counts as pure noise; scaled, that is ``noise / sqrt(alpha_bar_T-1)``, float64."""
+        # 1 / alpha_bar = 1 + sigma^2.
         return noise_BCHW.double() * math.sqrt(1 + float(self._levels[-1]) ** 2)
 
     def _predict(self, denoiser: Denoiser, x_BCHW: Tensor, level: float, labels_B: Tensor) -> Tensor:
         t = float(np.interp(level, self._levels, np.arange(self.num_timesteps)))
         # An integer is what `predict` can hand over unrounded.
         t_B = torch.full_like(labels_B, t, dtype=torch.int64 if t.is_integer() else torch.float32)
-        noisy = x_BCHW / math.sqrt(1 + level**2)
+        noisy = x_BCHW / math.sqrt(1 + level**2)  # back to x_t: sqrt(alpha_bar) = 1 / sqrt(1 + sigma^2)
         return predict(denoiser, noisy, t_B, labels_B, learn_sigma=self.learned_variance).double()
 
     def _betas(self) -> np.ndarray:
         if self.schedule == 'linear':
             return np.linspace(self.beta_start, self.beta_end, self.num_timesteps)
         angle = (np.linspace(0, 1, self.num_timesteps + 1) + _COSINE_SHIFT) / (1 + _COSINE_SHIFT) * np.pi / 2
-        wanted = np.cos(angle) ** 2
-        return np.minimum(1 - wanted[1:] / wanted[:-1], _LARGEST_BETA)
+        alpha_bar = np.cos(angle) ** 2  # up to a constant, which the quotients do not see (ID, eq. 17)
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], _LARGEST_BETA)
 
     def _check(self) -> None:
         if self.num_timesteps < 2:
@@ -251,7 +256,7 @@ def evenly_spaced(num_timesteps: int, num_steps: int) -> list[int]:
 
 def _between(log_least: Tensor | float, log_most: Tensor | float, v: Tensor) -> Tensor:
     """The logarithm of the variance that v in [-1, 1] stands for (ID, eq. 15)."""
-    share = (v + 1) / 2
+    share = (v + 1) / 2  # 0 at the posterior's variance, 1 at the forward step's
     return share * log_most + (1 - share) * log_least
 
 
@@ -262,11 +267,12 @@ def _bound_in_bits(x: Tensor, error: Tensor, log_least: Tensor, log_variance: Te
     ``N(mean, exp(log_variance))``; at t = 0 minus the log-likelihood of x in bins of width 2/255 (Ho et al., eq. 13).
     Latents have no bins: DiT keeps this term as it was made for pixels, and so does this baseline.
     """
+    # Twice the divergence of two normal distributions, value by value, in nats.
     divergence = (
         log_variance - log_least - 1 + torch.exp(log_least - log_variance) + error**2 * torch.exp(-log_variance)
     )
     nats = torch.where(is_first_B.view(-1, 1, 1, 1), -_log_bin(x, error, log_variance), divergence / 2)
-    return nats.flatten(1).mean(dim=1) / math.log(2)
+    return nats.flatten(1).mean(dim=1) / math.log(2)  # nats to bits
 
 
 def _log_bin(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:

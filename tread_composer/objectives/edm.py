@@ -15,7 +15,7 @@ from torch import Tensor
 from tread_composer.core.bounds import Positive
 from tread_composer.core.protocols import Denoiser, Drift
 from tread_composer.objectives.prediction import predict, squared_error
-from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
+from tread_composer.objectives.snr import SNRDistribution, from_times
 from tread_composer.objectives.timesteps import LogitNormal
 
 __all__ = ['EDM']
@@ -83,6 +83,7 @@ class EDM:
 
     def training_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy latents ``x + sigma noise`` of a training batch and their noise levels ``[B]``, both float32."""
+        # ln(sigma) ~ N(P_mean, P_std^2) (Table 1, training): ndtri is the normal quantile function.
         sigma_B = torch.exp(self.P_mean + self.P_std * torch.special.ndtri(quantiles_B.float()))
         return latents_BCHW.float() + sigma_B.view(-1, 1, 1, 1) * noise_BCHW.float(), sigma_B
 
@@ -94,21 +95,23 @@ class EDM:
         """The denoised latents ``D(x; sigma)``, in the dtype of ``x`` (eq. 7; coefficients of Table 1).
 
         Args:
-            denoiser: The network F; it runs on float32 and is told ``ln(sigma) / 4``.
+            denoiser: The network F; it runs in float32 and is given ``ln(sigma) / 4``.
             x_BCHW: Noisy latents.
             sigma_B: Their noise levels, in the dtype of ``x``.
             labels_B: Class ids.
         """
+        # Table 1: input and target of F have variance 1 where the data's deviation is sigma_data.
         variance_B = sigma_B**2 + self.sigma_data**2
         c_skip = (self.sigma_data**2 / variance_B).view(-1, 1, 1, 1)
         c_out = (sigma_B * self.sigma_data / variance_B.sqrt()).view(-1, 1, 1, 1)
+        # [B, 1, 1, 1] each.
         c_in = variance_B.rsqrt().view(-1, 1, 1, 1)
         c_noise_B = sigma_B.log() / 4
         return c_skip * x_BCHW + c_out * predict(denoiser, c_in * x_BCHW, c_noise_B, labels_B).to(x_BCHW.dtype)
 
     def noise_level(self, time: float) -> float:
         """``t / (1 - t)``: the noise levels are those of the straight path."""
-        return time / (1 - time)
+        return time / (1 - time)  # sigma of (1 - t) x + t noise, over the factor 1 - t of the data
 
     def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
         """``x + sigma noise``, and sigma, which is the time of the sampling equation."""
@@ -117,13 +120,13 @@ class EDM:
 
     def snr(self, data_std: float) -> SNRDistribution:
         """What signal-to-noise ratios it trains on: the weight on the network's own output is 1 (appendix B.6)."""
-        return from_path(LinearPath(), LogitNormal(self.P_mean, self.P_std), data_std=data_std)
+        return from_times(LogitNormal(self.P_mean, self.P_std), data_std=data_std)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dsigma = (x - D(x; sigma)) / sigma`` in float64 (eq. 3 with eq. 4)."""
 
         def slope(x_BCHW: Tensor, time: Tensor) -> Tensor:
-            sigma = time.to(x_BCHW.device)
+            sigma = time.to(x_BCHW.device)  # a scalar, never 0: the last interval ends there, no call does
             return (x_BCHW - self.denoise(denoiser, x_BCHW, sigma.expand(x_BCHW.shape[0]), labels_B)) / sigma
 
         return slope
@@ -136,10 +139,13 @@ class EDM:
         """
         if num_steps < 1:
             raise ValueError(f'num_steps={num_steps}: sampling takes at least 1 step')
+        # i / (num_steps - 1) for i = 0, 1, ...
         ramp = torch.linspace(0.0, 1.0, num_steps, dtype=torch.float64)  # one step: sigma_max, then 0
+        # Equidistant in sigma^(1 / rho).
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return torch.cat([(high + ramp * (low - high)) ** self.rho, ramp.new_zeros(1)])
 
     def prior(self, noise_BCHW: Tensor) -> Tensor:
         """At ``sigma_max`` the data is negligible: ``sigma_max * noise``, float64."""
+        # Exactly N(0, sigma_max^2 + sigma_data^2): at 80 and 0.5 the deviations differ by 2e-5 of themselves.
         return noise_BCHW.double() * self.sigma_max

@@ -18,7 +18,7 @@ from torch.nn import functional
 from tread_composer.core.bounds import AtLeast1, NonNegative, Positive
 from tread_composer.core.protocols import Denoiser, Drift, TimeDistribution, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
-from tread_composer.objectives.snr import LinearPath, SNRDistribution, from_path
+from tread_composer.objectives.snr import SNRDistribution, from_times
 from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
 
 __all__ = ['FlowMatching', 'direction_error']
@@ -28,7 +28,7 @@ _SHORTEST = 0.01  # a vector shorter than this counts as this long; velocities a
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Learn the velocity of ``x_t = (1 - t) x + t noise``; the denoiser is told ``t``, unscaled.
+    """Learn the velocity of ``x_t = (1 - t) x + t noise``; the denoiser is given ``t``, unscaled.
 
     Args:
         time_distribution: How training times are spread. The default is that of TREAD's code (logit-normal, 0 and 1).
@@ -130,15 +130,18 @@ class FlowMatching:
         """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
         t_B = self.times.quantile(quantiles_B.float())
-        t = t_B.view(-1, 1, 1, 1)
+        t = t_B.view(-1, 1, 1, 1)  # one time for all values of a sample
+        # d/dt of (1 - t) x + t noise is noise - x, at every t.
         velocity, target = predict(denoiser, (1 - t) * x + t * noise, t_B, labels_B), noise - x
         mse_B = squared_error(velocity, target)
         if self.weighting is None and not self.direction_weight:
             return {'loss': mse_B}
         losses = {'loss': mse_B, 'mse': mse_B}
         if self.weighting is not None:
+            # SNR of the path: (1 - t)^2 / t^2.
             losses['loss'] = self.weighting(((1 - t_B) / t_B).square(), 'flow') * mse_B
         if self.direction_weight:
+            # FasterDiT, section 4: 1 - cosine, unweighted in the log.
             losses['direction'] = direction_error(velocity, target, self.direction_patch)
             weight = self.direction_weight if direction_switch_B is None else self.direction_weight * direction_switch_B
             losses['loss'] = losses['loss'] + weight * losses['direction']
@@ -146,21 +149,22 @@ class FlowMatching:
 
     def noise_level(self, time: float) -> float:
         """``t / (1 - t)``."""
-        return time / (1 - time)
+        return time / (1 - time)  # x_t / (1 - t) = data + t / (1 - t) noise
 
     def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
         """``(1 - t) x + t noise``, and t."""
+        # The equation's own time is t itself.
         return (1 - time) * latents_BCHW + time * noise_BCHW, time
 
     def snr(self, data_std: float) -> SNRDistribution:
         """What signal-to-noise ratios it trains on, for latents of this standard deviation."""
-        return from_path(LinearPath(), self.times, data_std=data_std, weighting=self.weighting)
+        return from_times(self.times, data_std=data_std, weighting=self.weighting)
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """``dx/dt = velocity``: what the denoiser predicts, in float64."""
 
         def velocity(x_BCHW: Tensor, time: Tensor) -> Tensor:
-            t_B = time.to(x_BCHW.device).expand(x_BCHW.shape[0])
+            t_B = time.to(x_BCHW.device).expand(x_BCHW.shape[0])  # one time for the whole batch
             return predict(denoiser, x_BCHW, t_B, labels_B).double()
 
         return velocity
@@ -171,6 +175,7 @@ class FlowMatching:
         The bracket is the expected noise. SiT (arXiv 2401.08740, eq. 9) with time turned round.
         """
         t = time.to(x_BCHW.device)
+        # x = (1 - t) data + t noise and velocity = noise - data: x + (1 - t) velocity = noise; score = -noise / t.
         return -(x_BCHW + (1 - t) * velocity_BCHW) / t
 
     def sampling_times(self, num_steps: int) -> Tensor:
@@ -194,6 +199,7 @@ def direction_error(a_BCHW: Tensor, b_BCHW: Tensor, patch: int = 1) -> Tensor:
     FasterDiT's velocity-direction loss (arXiv 2410.10356, section 4). A ``patch`` above 1 takes the values of
     ``patch x patch`` pixels as one vector.
     """
+    # [B, C, H, W] -> [B, C p^2, H / p, W / p]: the values of a patch become channels.
     a, b = functional.pixel_unshuffle(a_BCHW, patch), functional.pixel_unshuffle(b_BCHW, patch)
     return 1 - (_unit(a) * _unit(b)).sum(dim=1).flatten(1).mean(dim=1)
 

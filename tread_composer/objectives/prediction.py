@@ -20,18 +20,19 @@ def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, *
     Raises:
         ValueError: The prediction's shape is not that of ``x`` (with ``learn_sigma``: that with twice its channels).
     """
+    # float64 states of a sampler and bfloat16 latents both arrive in float32.
     out = denoiser(x_BCHW.float(), t_B.float() if t_B.is_floating_point() else t_B, labels_B)
-    if learn_sigma:
+    if learn_sigma:  # [B, 2C, H, W]: noise, then the place of the variance
         if out.shape != (x_BCHW.shape[0], 2 * x_BCHW.shape[1], *x_BCHW.shape[2:]):
             raise ValueError(
-                f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; learned variance wants two '
+                f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; learned variance needs two '
                 'output channels for each channel of the latents: set `learn_sigma: true` in the model, or '
                 '`learned_variance: false` in the objective'
             )
         return out.float()
     if out.shape != x_BCHW.shape:
         raise ValueError(
-            f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; this objective wants one output '
+            f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; this objective needs one output '
             'channel for each channel of the latents: set `learn_sigma: false` in the model (weights that have the '
             'variance channels: tread_composer.models.without_sigma)'
         )

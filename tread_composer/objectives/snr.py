@@ -11,15 +11,13 @@ Everything here is exact: densities follow from those of the times by the slope 
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tread_composer.core.protocols import TimeDistribution, Weighting
-from tread_composer.objectives.weighting import Prediction
 
-__all__ = ['CosinePath', 'LinearPath', 'SNRDistribution', 'from_path', 'from_steps', 'to_decibels']
+__all__ = ['SNRDistribution', 'from_steps', 'from_times', 'to_decibels']
 
 _PER_NEPER = 20 / math.log(10)  # dB for a factor e in alpha / sigma
 _NUM_QUANTILES = 200_000
@@ -45,56 +43,6 @@ class SNRDistribution:
     quantiles: tuple[float, float, float]
 
 
-class Path(Protocol):
-    """``alpha`` and ``sigma`` over t in (0, 1); ``ln(alpha / sigma)`` falls from infinity to minus infinity."""
-
-    def log_ratio(self, t: Tensor) -> Tensor:
-        """``ln(alpha / sigma)`` at ``t``."""
-        ...
-
-    def time(self, log_ratio: Tensor) -> Tensor:
-        """The inverse of ``log_ratio``."""
-        ...
-
-    def slope(self, t: Tensor) -> Tensor:
-        """``|dt / d log_ratio|`` at ``t``."""
-        ...
-
-
-@dataclass(frozen=True)
-class LinearPath:
-    """``alpha = 1 - t``, ``sigma = t``: flow matching; and EDM's, whose noise level is ``t / (1 - t)``."""
-
-    def log_ratio(self, t: Tensor) -> Tensor:
-        """``ln((1 - t) / t)``."""
-        return -torch.logit(t)
-
-    def time(self, log_ratio: Tensor) -> Tensor:
-        """The inverse of ``log_ratio``."""
-        return torch.sigmoid(-log_ratio)
-
-    def slope(self, t: Tensor) -> Tensor:
-        """``t (1 - t)``."""
-        return t * (1 - t)
-
-
-@dataclass(frozen=True)
-class CosinePath:
-    """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``: SiT's GVP path (arXiv 2401.08740), for comparison."""
-
-    def log_ratio(self, t: Tensor) -> Tensor:
-        """``-ln(tan(pi t / 2))``."""
-        return -torch.log(torch.tan(math.pi / 2 * t))
-
-    def time(self, log_ratio: Tensor) -> Tensor:
-        """The inverse of ``log_ratio``."""
-        return 2 / math.pi * torch.atan(torch.exp(-log_ratio))
-
-    def slope(self, t: Tensor) -> Tensor:
-        """``sin(pi t) / pi``."""
-        return torch.sin(math.pi * t) / math.pi
-
-
 def to_decibels(log_ratio: Tensor, data_std: float = 1.0) -> Tensor:
     """``20 lg(data_std alpha / sigma)`` from ``ln(alpha / sigma)``.
 
@@ -106,38 +54,37 @@ def to_decibels(log_ratio: Tensor, data_std: float = 1.0) -> Tensor:
     return _PER_NEPER * (log_ratio + math.log(data_std))
 
 
-def from_path(
-    path: Path,
-    times: TimeDistribution,
-    *,
-    data_std: float = 1.0,
-    weighting: Weighting | None = None,
-    prediction: Prediction = 'flow',
+def from_times(
+    times: TimeDistribution, *, data_std: float = 1.0, weighting: Weighting | None = None
 ) -> SNRDistribution:
-    """The distribution of a continuous path: ``f(dB) = f_t(t) w(t) |dt / d dB| / E[w]``.
+    """The distribution of the straight path ``(1 - t) x + t noise``: ``f(dB) = f_t(t) w(t) |dt / d dB| / E[w]``.
+
+    EDM's too, whose noise level is ``t / (1 - t)``.
 
     Args:
-        path: ``alpha`` and ``sigma``.
         times: How training times are spread.
         data_std: Standard deviation of the latents as the network sees them.
-        weighting: The loss weight, beside that of the prediction; 1 if None.
-        prediction: What the weight is on.
+        weighting: The loss weight on the velocity; 1 if None.
     """
 
+    def log_ratio(t: Tensor) -> Tensor:  # ln(alpha / sigma) = ln((1 - t) / t)
+        return -torch.logit(t)
+
     def weight(t: Tensor) -> Tensor:
-        if weighting is None:
-            return torch.ones_like(t)
-        return weighting(torch.exp(2 * path.log_ratio(t)), prediction)
+        # SNR = (alpha / sigma)^2.
+        return torch.ones_like(t) if weighting is None else weighting(torch.exp(2 * log_ratio(t)), 'flow')
 
     # Equally likely times: their means are means over the distribution, whatever it is.
     u = (torch.arange(_NUM_QUANTILES, dtype=torch.float64) + 0.5) / _NUM_QUANTILES
     t_drawn = times.quantile(u)
     weights = weight(t_drawn)
-    log_ratio = torch.arange(_LOWEST, _HIGHEST + _STEP / 2, _STEP, dtype=torch.float64) / _PER_NEPER
-    t = path.time(log_ratio)
-    density = times.density(t) * path.slope(t) / _PER_NEPER * weight(t) / weights.mean()
-    drawn = to_decibels(path.log_ratio(t_drawn), data_std)
-    return _summary(to_decibels(log_ratio, data_std), density, drawn, weights)
+    # An even grid in dB, as natural logarithms, and the times that belong to it.
+    grid = torch.arange(_LOWEST, _HIGHEST + _STEP / 2, _STEP, dtype=torch.float64) / _PER_NEPER
+    t = torch.sigmoid(-grid)
+    slope = t * (1 - t)  # |dt / d ln(alpha / sigma)|; per dB it is divided by dB per neper
+    density = times.density(t) * slope / _PER_NEPER * weight(t) / weights.mean()
+    drawn = to_decibels(log_ratio(t_drawn), data_std)
+    return _summary(to_decibels(grid, data_std), density, drawn, weights)
 
 
 def from_steps(alphas_cumprod: Tensor, *, data_std: float = 1.0, weights: Tensor | None = None) -> SNRDistribution:
@@ -151,9 +98,10 @@ def from_steps(alphas_cumprod: Tensor, *, data_std: float = 1.0, weights: Tensor
         data_std: Standard deviation of the latents as the network sees them.
         weights: The loss weight of each step ``[T]``, beside that of the prediction; 1 if None.
     """
-    log_ratio = (alphas_cumprod / (1 - alphas_cumprod)).log() / 2
-    decibels = to_decibels(log_ratio, data_std).flip(0)
+    log_ratio = (alphas_cumprod / (1 - alphas_cumprod)).log() / 2  # ln(alpha / sigma): half of ln SNR
+    decibels = to_decibels(log_ratio, data_std).flip(0)  # the chain falls, the result ascends
     weights = torch.ones_like(decibels) if weights is None else weights.double().flip(0)
+    # T - 1 intervals; each holds half of the mass of both ends.
     masses = (weights[1:] + weights[:-1]) / 2 / weights.sum()
     middles = (decibels[1:] + decibels[:-1]) / 2
     return _summary(middles, masses / decibels.diff(), decibels, weights)
@@ -164,7 +112,7 @@ def _summary(decibels: Tensor, density: Tensor, drawn: Tensor, weights: Tensor) 
     mean = float((shares * drawn).sum())
     std = math.sqrt(float((shares * (drawn - mean).square()).sum()))
     values, order = drawn.sort()
-    below = shares[order].cumsum(0)
+    below = shares[order].cumsum(0)  # the distribution function at each value
     quantiles = _quantile(values, below, 0.05), _quantile(values, below, 0.5), _quantile(values, below, 0.95)
     return SNRDistribution(decibels, density, mean, std, quantiles)
 

@@ -21,7 +21,7 @@ from tread_composer.core.protocols import TimeDistribution
 
 __all__ = ['CosMap', 'DiscreteUniform', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
 
-_LARGEST_MODE_SCALE = 2 / (math.pi - 2)
+_LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it f' changes its sign
 _BISECTIONS = 60  # halves the unit interval to below float64's precision
 
 
@@ -57,15 +57,17 @@ class LogitNormal:
         """Check the settings."""
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
-                f'LogitNormal wants a finite mean and a positive std, got mean={self.mean}, std={self.std}'
+                f'LogitNormal needs a finite mean and a positive std, got mean={self.mean}, std={self.std}'
             )
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` in (0, 1) of the training times lies."""
+        # ndtri is the quantile function of N(0, 1).
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at ``t``; 0 at the ends and outside of (0, 1)."""
+        # N(logit t) |d logit / dt|, and the slope of logit is 1 / (t (1 - t)) (SD3, section 3.1).
         z = (torch.logit(t) - self.mean) / self.std
         density = torch.exp(-0.5 * z.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
         return torch.where((t > 0) & (t < 1), density, 0.0)  # the formula is 0 / 0 at the ends
@@ -95,11 +97,13 @@ class Mode:
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` of the training times lies."""
+        # f(1 - u): the squared cosine becomes a squared sine.
         return (u - self.scale * (torch.sin(math.pi / 2 * u).square() - u)).clamp(0.0, 1.0)
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at ``t``, 0 outside of [0, 1]; infinite at the two ends for the scale -1."""
         share = self._share_below(t.double())
+        # Density = 1 / f'(u) at the u that t belongs to; f' is 0 at both ends for the scale -1.
         slope = 1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * share)
         return torch.where(_inside(t), (1 / slope.clamp(min=0.0)).to(t.dtype), 0.0)
 
@@ -108,7 +112,7 @@ class Mode:
         low, high = torch.zeros_like(t), torch.ones_like(t)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            below = self.quantile(middle) < t
+            below = self.quantile(middle) < t  # the root lies above the middle
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
@@ -187,6 +191,7 @@ class Shifted:
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at ``t``: that of the unshifted time, times the slope of the inverse shift."""
+        # d/dt of the inverse shift, t / (shift - (shift - 1) t).
         slope = self.shift / (self.shift - (self.shift - 1) * t).square()
         density = self.distribution.density(shift_times(t, 1 / self.shift)) * slope
         return torch.where(_inside(t), density, 0.0)  # outside, the shift has a pole

@@ -47,13 +47,14 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     clamped = snr.clamp(max=gamma)
     if prediction == 'x0':
         return clamped
+    # Each divides by the factor between the squared errors of x0 and of the prediction (see the module).
     if prediction == 'eps':
         return (gamma / snr).clamp(max=1.0)  # the same, and 1 at SNR 0
     if prediction == 'v':
-        return clamped / (snr + 1)
+        return clamped / (snr + 1)  # |dx0|^2 = |dv|^2 / (SNR + 1)
     if prediction == 'flow':
-        return clamped / (snr.sqrt() + 1).square()
-    raise ValueError(f"prediction={prediction!r} is not known; choose 'x0', 'eps', 'v' or 'flow'")
+        return clamped / (snr.sqrt() + 1).square()  # t^2 = 1 / (sqrt(SNR) + 1)^2
+    raise ValueError(f"prediction={prediction!r}: choose 'x0', 'eps', 'v' or 'flow'")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Argument(NamedTuple):
     name: str
     position: int
 
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The value in a call; None if the call leaves it away."""
         if self.name in kwargs:
             return kwargs[self.name]
@@ -80,32 +80,30 @@ class TokenArgument:
     members: tuple[int | str, ...] | None = None
 
     def __str__(self) -> str:
-        after, before = (one.name if isinstance(one, Argument) else one for one in (self.after, self.before))
-        extra = {'after': after, 'before': before, 'without_first': self.without_first, 'members': self.members}
-        return f'{self.argument.name}: { ({"dims": self.dims} | {name: one for name, one in extra.items() if one}) }'
+        after, before = (
+            neighbour.name if isinstance(neighbour, Argument) else neighbour for neighbour in (self.after, self.before)
+        )
+        options = {'after': after, 'before': before, 'without_first': self.without_first, 'members': self.members}
+        options = {'dims': self.dims, **{name: option for name, option in options.items() if option}}
+        return f'{self.argument.name}: {options}'
 
     def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, int], kept: Tensor) -> Any:
-        """The argument's value for the kept tokens; None if the call does not have it.
-
-        Args:
-            args: Of the call, by position.
-            kwargs: Of the call, by name.
-            shape: B and N of the full sequence.
-            kept: Kept ids.
+        """The argument's value for the kept tokens of a sequence of B samples x N tokens; None if the call lacks it.
 
         Raises:
-            RoutingError: The argument's shape is not what was said of it.
+            RoutingError: The argument's shape contradicts the setting.
         """
-        value = self.argument.given(args, kwargs)
+        value = self.argument.value(args, kwargs)
         if value is None:
             return None
+        # Entries of other tokens in the same table, such as text before the image: they all stay.
         around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
         return self._members(value, shape, around, kept)
 
     def _count(self, neighbour: int | Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(neighbour, int):
             return neighbour
-        value = neighbour.given(args, kwargs)
+        value = neighbour.value(args, kwargs)
         if not isinstance(value, Tensor) or value.dim() < 2:
             raise RoutingError(
                 f'token argument {self.argument.name!r}: its entries stand beside those of {neighbour.name!r}, which '
@@ -142,6 +140,7 @@ class TokenArgument:
     ) -> Tensor:
         if not isinstance(value, Tensor):
             raise self._mismatch(value, shape, around, member)
+        # take_along counts dimensions from the front.
         dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
         length = shape[1] + sum(around) - self.without_first
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
@@ -151,11 +150,11 @@ class TokenArgument:
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
-        if 0 not in dims and value.shape[0] not in (1, shape[0]):
+        if 0 not in dims and value.shape[0] not in (1, shape[0]):  # 1: for all samples alike
             raise self._mismatch(value, shape, around, member)
-        if self.without_first:
+        if self.without_first:  # those tokens are always kept, so they are the first ids
             kept = kept[:, self.without_first :] - self.without_first
-        for dim in dims:
+        for dim in dims:  # a mask [B, 1, N, N] loses rows, then columns
             value = take_along(value, kept, dim, *around)
         return value
 
@@ -169,6 +168,7 @@ class TokenArgument:
             expected = f'a tensor with {count} tokens{beside} in dimension {" and ".join(map(str, self.dims))}'
         remedy = ''
         if self.dims == (1,) and isinstance(value, Tensor) and value.dim() > 0:
+            # Batch dimensions are counted from the front, the others from the back, as users write them.
             at = [dim - value.dim() if dim > 1 else dim for dim, size in enumerate(value.shape) if size == tokens]
             if at:
                 shared = ', shared=True' if 0 in at else ''
@@ -190,13 +190,13 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)
     parsed = []
     for name, written in mapping.items():
-        one = _parse(name, written, block)
-        if 0 in one.dims and not shared:
+        argument = _parse(name, written, block)
+        if 0 in argument.dims and not shared:
             raise ValueError(
                 f'token_arguments: {name!r} counts tokens in dimension 0, so it has none for the samples and cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
-        parsed.append(one)
+        parsed.append(argument)
     return tuple(parsed)
 
 
@@ -214,8 +214,8 @@ def _parse(name: str, written: Any, block: nn.Module) -> TokenArgument:
         raise ValueError(f'token_arguments: {name!r}: {options!r} is not understood; {_FORM}')
     dims = options['dims']
     dims = (dims,) if isinstance(dims, int) else dims
-    whole = isinstance(dims, Sequence) and not isinstance(dims, str)
-    if not (whole and dims and all(type(dim) is int for dim in dims) and len(set(dims)) == len(dims)):
+    is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
+    if not (is_list and dims and all(type(dim) is int for dim in dims) and len(set(dims)) == len(dims)):
         raise ValueError(f'token_arguments: {name!r}: {options["dims"]!r} names no dimensions; {_FORM}')
     beside: dict[str, int | Argument] = {}
     for side in ('after', 'before'):

@@ -55,19 +55,23 @@ def probe(run: Callable[[Tensor | None, bool], Tensor | None], x_BKD: Tensor, fi
     out = run(None, False)
     if out is not None and (out.shape[:2] != x_BKD.shape[:2] or not out.is_floating_point()):
         return Verdict(f'it returns {kind(out)} for {batch_size} samples x {num_kept} tokens', True)
-    order = _another_order(num_kept, *fixed).to(x_BKD.device)
+    order = _reordered(num_kept, *fixed).to(x_BKD.device)
     # Always all three calls: what follows from values, or from memory, may differ between ranks.
     moved, changed = run(order, False), run(None, True)
     if out is None or moved is None or changed is None:
         return Verdict(None, False)
+    # Tolerance: a sum over tokens in another order is off by some hundred roundings of the block's own contribution,
+    # out - x, and a residual stream adds some roundings of itself.
     eps = _rounding(x_BKD, out.dtype)
     out, moved, changed = out.float(), moved.float(), changed.float()
     scale = (out - x_BKD if out.shape == x_BKD.shape else out).abs().max().item()
     tolerance = min(1000 * eps, 0.1) * scale + 4 * eps * out.abs().max().item()
     if num_kept - sum(fixed) < 2 or not tolerance < 0.25 * scale:  # too small a share of the sum, or nan
         return Verdict(None, False)
+    # f(P x) = P f(x) for every permutation P of the tokens.
     if (moved - out[:, order]).abs().max().item() > tolerance:
         return Verdict(_BY_POSITION, True)
+    # Only the first sample was changed, so the others must not move.
     if batch_size > 1 and (changed - out)[1:].abs().max().item() > tolerance:
         return Verdict(_ACROSS_SAMPLES, True)
     return Verdict(None, True)
@@ -84,13 +88,13 @@ _ACROSS_SAMPLES = (
 )
 
 
-def _another_order(num_kept: int, leading: int, trailing: int) -> Tensor:
+def _reordered(num_kept: int, leading: int, trailing: int) -> Tensor:
     """A permutation of the tokens between the fixed ones, always the same, that is not the identity."""
     moved = torch.randperm(num_kept - leading - trailing, generator=torch.Generator().manual_seed(0))
     if torch.equal(moved, torch.arange(len(moved))):
-        moved = moved.flip(0)
-    every = torch.arange(num_kept)
-    return torch.cat([every[:leading], moved + leading, every[num_kept - trailing :]])
+        moved = moved.flip(0)  # few tokens: the drawn order may be the identity
+    places = torch.arange(num_kept)
+    return torch.cat([places[:leading], moved + leading, places[num_kept - trailing :]])
 
 
 def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
@@ -100,7 +104,7 @@ def _rounding(x_BKD: Tensor, dtype: torch.dtype) -> float:
     if torch.is_autocast_enabled(device):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if x_BKD.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != 'highest'):
-        eps = max(eps, 2.0**-10)
+        eps = max(eps, 2.0**-10)  # TF32 keeps 10 bits of each factor
     return eps
 
 
@@ -169,25 +173,21 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (tuple, list):
-        return type(value)(copied(one) for one in value)
-    return {key: copied(one) for key, one in value.items()} if type(value) is dict else value
+        return type(value)(copied(member) for member in value)
+    return {key: copied(member) for key, member in value.items()} if type(value) is dict else value
 
 
-def explained(error: Exception, where: str, counts: tuple[int, int], values: Sequence[tuple[str, Any]]) -> Exception:
-    """The error of a block on some of its tokens, with what that may have to do with it.
+def explained(error: Exception, name: str, counts: tuple[int, int], values: Sequence[tuple[str, Any]]) -> Exception:
+    """The error of a block (``name``) on K of N tokens (``counts``), with what that may have to do with it.
 
-    Args:
-        error: What the block raised.
-        where: The block, in words.
-        counts: Kept tokens and all tokens.
-        values: The call's arguments with their names.
+    ``values`` are the call's arguments with their names.
     """
     if 'out of memory' in str(error) or isinstance(error, RoutingError) or counts[0] == counts[1]:
         return error  # Composer reads the first; the last has nothing to do with routing
-    full = [f'{name!r} ({kind(value)})' for name, value in values if _has_length(value, counts[1])]
+    full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, counts[1])]
     hint = f' Arguments that still have {counts[1]} entries: {", ".join(full)}.' if full else ''
     return RoutingError(
-        f'{where} failed on {counts[0]} of {counts[1]} tokens: {error}\n'
+        f'{name} failed on {counts[0]} of {counts[1]} tokens: {error}\n'
         f'An argument with one entry per token must be named in token_arguments.{hint} If there is none, and the block '
         'runs on all tokens, its work depends on their number or their grid (windows, a reshape to height x width, a '
         'position table of fixed size), or it receives tokens of a block before the route (a long skip connection, '
@@ -196,28 +196,24 @@ def explained(error: Exception, where: str, counts: tuple[int, int], values: Seq
 
 
 def explained_behind(
-    error: Exception, where: str, counts: Sequence[tuple[int, int]], values: Sequence[tuple[str, Any]]
+    error: Exception, name: str, counts: Sequence[tuple[int, int]], values: Sequence[tuple[str, Any]]
 ) -> Exception:
     """The error of a block behind a route, which runs on all tokens, where an argument still has the kept ones only.
 
-    Args:
-        error: What the block raised.
-        where: The block, in words.
-        counts: Kept tokens and all tokens of each route that was passed.
-        values: The call's arguments with their names.
+    ``counts`` are K and N of each route that was passed, ``values`` the call's arguments with their names.
     """
     if 'out of memory' in str(error) or isinstance(error, RoutingError):
         return error
     short = {
-        f'{name!r} ({kind(value)})': None
-        for kept, whole in counts
-        for name, value in values
-        if kept != whole and _has_length(value, kept) and not _has_length(value, whole)
+        f'{argument!r} ({kind(value)})': None
+        for kept, total in counts
+        for argument, value in values
+        if kept != total and _has_length(value, kept) and not _has_length(value, total)
     }
     if not short:
         return error
     return RoutingError(
-        f'{where}, behind the route, failed on all tokens: {error}\n'
+        f'{name}, behind the route, failed on all tokens: {error}\n'
         f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there. Let '
         'the route hold both ends of such a connection or neither: where block i hands something to block depth - 1 '
         '- i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
@@ -226,5 +222,5 @@ def explained_behind(
 
 def _has_length(value: Any, length: int) -> bool:
     if type(value) in (tuple, list):
-        return any(_has_length(one, length) for one in value)
+        return any(_has_length(member, length) for member in value)
     return isinstance(value, Tensor) and length in value.shape

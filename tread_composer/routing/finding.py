@@ -1,4 +1,4 @@
-"""``find_settings``: what ``apply_tread`` must be told of a model, found by running it.
+"""``find_settings``: the arguments of ``apply_tread`` for a model, found by running it.
 
 The decisive trial keeps *all* tokens, in another order: the model's output is then the dense one if and only if
 everything that belongs to a token follows it and the blocks treat tokens as a set. No guess survives it unnoticed.
@@ -69,10 +69,10 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
         calls, dense = _observed(model, run, container)
         if calls is None:
             raise ValueError(f'blocks: the forward pass does not go through {path!r}')
-        found = _searched(_Trials(model, run, path, len(container), dense), *calls)
+        outcome = _searched(_Trials(model, run, path, len(container), dense), *calls)
         route, notes = _route(len(container))
-        notes = found.notes if found.fault else (*found.notes, *notes)
-        return dataclasses.replace(found, settings={'blocks': path, **found.settings}, notes=notes, route=route)
+        notes = outcome.notes if outcome.fault else (*outcome.notes, *notes)
+        return dataclasses.replace(outcome, settings={'blocks': path, **outcome.settings}, notes=notes, route=route)
     finally:
         remove_tread(model)
         for module, training in was_training.items():
@@ -89,22 +89,22 @@ def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSetti
     settings |= {} if position is None else {'tokens_out': position}
     shape = values[name].shape
     texts = {
-        other: value.shape[1]
-        for other, value in values.items()
-        if other != name and isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] == shape[0]
+        argument: value.shape[1]
+        for argument, value in values.items()
+        if argument != name and isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] == shape[0]
     }
-    choices = {other: list(_meanings(value, shape[1], texts)) for other, value in values.items() if other != name}
-    choices = {other: [*meanings, None] for other, meanings in choices.items() if meanings}
-    last = 'the tokens in another order give another result, whatever follows them'
+    choices = {key: list(_meanings(value, shape[1], texts)) for key, value in values.items() if key != name}
+    choices = {key: [*meanings, None] for key, meanings in choices.items() if meanings}
+    fault = 'the tokens in another order give another result, whatever follows them'
     for combination in itertools.islice(itertools.product(*choices.values()), _TRIALS):
-        chosen = {other: meaning for other, meaning in zip(choices, combination, strict=True) if meaning is not None}
+        chosen = {key: meaning for key, meaning in zip(choices, combination, strict=True) if meaning is not None}
         trial = settings | _written(chosen)
         try:
             if trials.move_together(shape, trial):
                 return FoundSettings(trial, (*notes, *_questions(shape[1], trial)), trials.fault_in_training(trial))
         except _FAILURES as error:
-            last = str(error).partition('\n')[0]
-    return FoundSettings(settings, tuple(notes), last)
+            fault = str(error).partition('\n')[0]
+    return FoundSettings(settings, tuple(notes), fault)
 
 
 def _observed(
@@ -159,12 +159,12 @@ def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, list[str
     ]
     if not fits:
         return None
+    # Image tokens outnumber text in nearly every model; a person sees the note where both fit.
     most, name, position = max(fits, key=lambda fit: fit[0])
-    others = sorted({other for _, other, _ in fits if other != name})
-    notes = (
-        [f'{name!r} holds the tokens: {most} of them; {", ".join(map(repr, others))} would fit too'] if others else []
-    )
-    return name, position, notes
+    rivals = sorted({rival for _, rival, _ in fits if rival != name})
+    if not rivals:
+        return name, position, []
+    return name, position, [f'{name!r} holds the tokens: {most} of them; {", ".join(map(repr, rivals))} would fit too']
 
 
 def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
@@ -172,15 +172,14 @@ def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[An
     if isinstance(value, Tensor):
         yield from _of_tensor(value, num_tokens, texts)
     elif type(value) in (tuple, list, dict):
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-        each = {key: list(_of_tensor(one, num_tokens, texts)) for key, one in items if isinstance(one, Tensor)}
-        follow = [key for key, meanings in each.items() if meanings]
-        whole = len(follow) == sum(
-            member is not None for _, member in (items if isinstance(value, dict) else enumerate(value))
-        )
-        for meaning in each[follow[0]] if follow else ():
+        members = value if isinstance(value, dict) else dict(enumerate(value))
+        members = {key: member for key, member in members.items() if member is not None}
+        tensors = {key: member for key, member in members.items() if isinstance(member, Tensor)}
+        meanings = {key: list(_of_tensor(member, num_tokens, texts)) for key, member in tensors.items()}
+        follow = [key for key in meanings if meanings[key]]
+        for meaning in meanings[follow[0]] if follow else ():
             options = meaning if isinstance(meaning, dict) else {'dims': meaning}
-            yield meaning if whole else {**options, 'members': follow}
+            yield meaning if len(follow) == len(members) else {**options, 'members': follow}
 
 
 def _of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
@@ -189,37 +188,33 @@ def _of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterato
 
     dims = at(num_tokens)
     for count in range(len(dims), 0, -1):  # all of them first: a mask [N, N]
-        for some in itertools.combinations(dims, count):
-            yield some[0] if count == 1 else list(some)
-    for text, length in texts.items():
+        for subset in itertools.combinations(dims, count):
+            yield subset[0] if count == 1 else list(subset)
+    for text, length in texts.items():  # tables of text and image together, in either order
         for dim, side in itertools.product(at(num_tokens + length), ('after', 'before')):
             yield {'dims': dim, side: text}
-    for missing in range(1, min(6, num_tokens)):
+    for missing in range(1, min(6, num_tokens)):  # class token and up to four registers have no position
         for dim in at(num_tokens - missing):
             yield {'dims': dim, 'without_first': missing}
 
 
 def _written(chosen: dict[str, Any]) -> dict[str, Any]:
     """Settings of ``apply_tread`` for these token arguments."""
-    options = [one if isinstance(one, dict) else {'dims': one} for one in chosen.values()]
-    dims = [dim for one in options for dim in ([one['dims']] if isinstance(one['dims'], int) else one['dims'])]
-    missing = max((one.get('without_first', 0) for one in options), default=0)
-    plain = all(one == 1 for one in chosen.values())
+    options = [meaning if isinstance(meaning, dict) else {'dims': meaning} for meaning in chosen.values()]
+    dims = [[option['dims']] if isinstance(option['dims'], int) else option['dims'] for option in options]
+    missing = max((option.get('without_first', 0) for option in options), default=0)
+    plain = all(meaning == 1 for meaning in chosen.values())
     settings: dict[str, Any] = {'token_arguments': list(chosen) if plain else chosen} if chosen else {}
-    return settings | ({'always_keep': missing} if missing else {}) | ({'shared': True} if 0 in dims else {})
+    return (
+        settings
+        | ({'always_keep': missing} if missing else {})
+        | ({'shared': True} if 0 in itertools.chain(*dims) else {})
+    )
 
 
 @dataclasses.dataclass
 class _Trials:
-    """Runs of the model with settings that may be right.
-
-    Args:
-        model: The model.
-        run: Makes a forward pass.
-        path: Path of the block list.
-        depth: Number of its blocks.
-        dense: The model's output without a route.
-    """
+    """Runs of the model with settings that may be right, compared with its ``dense`` output."""
 
     model: nn.Module
     run: Callable[[nn.Module], Any]
@@ -231,6 +226,7 @@ class _Trials:
         """Whether all tokens, in another order on the route, give the dense output."""
         fixed, samples = settings.get('always_keep', 0), 1 if settings.get('shared') else shape[0]
         generator = torch.Generator().manual_seed(0)
+        # A permutation of the tokens that may move, another for each sample.
         orders = [torch.randperm(shape[1] - fixed, generator=generator) + fixed for _ in range(samples)]
         kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])
         kept = kept.to(next(self.model.parameters()).device)
@@ -239,6 +235,7 @@ class _Trials:
         routing = apply_tread(self.model, route, blocks=self.path, ordered=True, **settings)
         with routing.forced([kept], num_tokens=shape[1]):
             moved = _run(self.model, self.run)
+        # Float32 sums in another order; a wrong setting is off by orders of magnitude more.
         close = [
             x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
             for x, y in zip(moved, self.dense, strict=True)
@@ -248,6 +245,7 @@ class _Trials:
     def fault_in_training(self, settings: dict[str, Any]) -> str | None:
         """What a routed forward pass in training mode, with all its checks, says against the settings."""
         remove_tread(self.model)
+        # Half of the tokens, so that whatever counts them fails.
         apply_tread(self.model, Route(*_inner(self.depth), 0.5), blocks=self.path, **settings)
         self.model.train()
         try:

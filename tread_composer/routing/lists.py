@@ -26,16 +26,16 @@ class RoutedList:
     """Mixin: routed callables in a forward pass while training with an armed route or inside of ``forced``.
 
     Attributes:
-        routing: Whose routes; None where there is none.
+        routing: The routing that decides the routes; None where there is none.
         list_number: Which of the lists of the routing this is.
-        first: Of a slice: number of its first block within the list.
-        step: Of a slice: its step.
+        offset: Number of a slice's first block within the list.
+        step: Step of a slice.
         slots: Where to leave what blocks return: those of all taps.
     """
 
     routing: Routing | None = None
     list_number: int = 0
-    first: int = 0
+    offset: int = 0
     step: int = 1
     slots: tuple[Slot, ...] = ()
 
@@ -47,13 +47,13 @@ class RoutedList:
         return iter(self._walked())
 
     def __getitem__(self, index: Any) -> Any:
-        part = super().__getitem__(index)  # type: ignore[misc]
+        piece = super().__getitem__(index)  # type: ignore[misc]
         if isinstance(index, slice):
             positions = range(len(self))[index]  # type: ignore[arg-type]
-            part.training = self.training  # type: ignore[attr-defined]
-            part.routing, part.list_number, part.slots = self.routing, self.list_number, self.slots
-            part.first, part.step = self.first + positions.start * self.step, self.step * positions.step
-        return part
+            piece.training = self.training  # type: ignore[attr-defined]
+            piece.routing, piece.list_number, piece.slots = self.routing, self.list_number, self.slots
+            piece.offset, piece.step = self.offset + positions.start * self.step, self.step * positions.step
+        return piece
 
     def __add__(self, blocks: Any) -> Any:
         if any(call is not block for call, block in zip(self._walked(), self._modules.values(), strict=True)):  # type: ignore[attr-defined]
@@ -71,19 +71,19 @@ class RoutedList:
         if not (routed or slots) or not blocks or not in_forward(blocks[0]):
             return blocks
         if not routed or routing is None:
-            return calls_of(blocks, self.first, {}, set(), slots if self.step == 1 else [])
+            return calls_of(blocks, self.offset, {}, set(), slots if self.step == 1 else [])
         if self.step != 1:
             raise RoutingError(
                 f'{routing.paths[self.list_number]}: the model walks over a slice of it with step {self.step}: a route '
                 'is a stretch of neighbouring blocks in their order'
             )
-        passes = routing.passes(self.list_number, self.first, len(blocks), training=training)
-        return calls_of(blocks, self.first, passes, routing.float32_blocks(self.list_number), slots)
+        passes = routing.passes(self.list_number, self.offset, len(blocks), training=training)
+        return calls_of(blocks, self.offset, passes, routing.float32_blocks(self.list_number), slots)
 
     @property
     def is_slice(self) -> bool:
         """Whether this is a slice of the list that was routed or tapped."""
-        return 'first' in vars(self)
+        return 'offset' in vars(self)
 
     def unroute(self) -> None:
         """Route no more; without taps, become the plain list again."""
@@ -97,7 +97,7 @@ class RoutedList:
 
     def _settle(self) -> None:
         if self.routing is None and not self.slots:
-            for name in ('routing', 'list_number', 'first', 'step', 'slots'):
+            for name in ('routing', 'list_number', 'offset', 'step', 'slots'):
                 self.__dict__.pop(name, None)
             self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
 

@@ -90,7 +90,7 @@ class Pass:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
-        x = self.settings.tokens.given(args, kwargs)
+        x = self.settings.tokens.value(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3:
             name, path = self.settings.tokens.name, self.settings.path
             raise RoutingError(
@@ -106,27 +106,27 @@ class Pass:
                 self.record.forwards += 1
                 if self.probed and self.record.forwards in PROBED_FORWARDS:
                     self._begin_probe(x)
-        self.record.used = True
+        self.record.used = True  # in compiled passes too, hence a plain assignment
 
     def _begin_probe(self, x: Tensor) -> None:
         if type(x) is Tensor and x.device.type != 'meta':
             self.probe = Probe(self.settings, x, self.ids)
 
     def reduced(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool, order: Tensor | None = None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, starts: bool, order: Tensor | None = None
     ) -> Call:
         """The call's arguments for the kept tokens, in another order if one is given."""
         original, kept, tokens = (args, kwargs), self.ids, self.settings.tokens
-        if order is not None:
+        if order is not None:  # the probe's: the kept tokens, and whatever follows them, in another order
             kept = kept[:, order]
-        if first:
+        if starts:  # [B, N, D] -> [B, K, D]; later blocks are given [B, K, D] by the block before
             args, kwargs = tokens.replaced(args, kwargs, take_kept(self.full, kept.expand(len(self.full), -1)))
         elif order is not None:
-            args, kwargs = tokens.replaced(args, kwargs, tokens.given(args, kwargs)[:, order])
-        for one in self.settings.token_arguments:
-            value = one.kept(*original, (self.full.shape[0], self.full.shape[1]), kept)
+            args, kwargs = tokens.replaced(args, kwargs, tokens.value(args, kwargs)[:, order])
+        for follower in self.settings.token_arguments:
+            value = follower.kept(*original, (self.full.shape[0], self.full.shape[1]), kept)
             if value is not None:
-                args, kwargs = one.argument.replaced(args, kwargs, value)
+                args, kwargs = follower.argument.replaced(args, kwargs, value)
         if order is not None and self.probe is not None:
             return self.probe.in_order(args, order), self.probe.in_order(kwargs, order)
         return args, kwargs
@@ -144,9 +144,10 @@ class Pass:
                 'their places are not known: a block, or the model between two blocks, adds or drops tokens. End the '
                 'route before that block'
             )
-        restored = put_back(self.full, x, kept)
+        restored = put_back(self.full, x, kept)  # [B, K, D] -> [B, N, D]
         if self.probe is not None:
             self._end_probe(self.probe, restored)
+        # Other members of a tuple go on as they are: they are none of the tokens.
         if isinstance(out, Tensor):
             return restored
         assert position is not None
@@ -158,10 +159,10 @@ class Pass:
         if fault:
             raise RoutingError(f'{self.settings.path}: the route cannot be vouched for: {fault}')
         if probe.hooks and self.record.forwards == 1:
-            kept, whole = self.counts
+            kept, total = self.counts
             hooks = '; '.join(f'{name} on {len(blocks)} of them' for name, blocks in probe.hooks.items())
             warnings.warn(
-                f'{self.settings.path}: blocks of the route have hooks, which see {kept} of {whole} tokens ({hooks}). '
+                f'{self.settings.path}: blocks of the route have hooks, which see {kept} of {total} tokens ({hooks}). '
                 'tap_blocks hands out what a block returned together with the ids of the kept tokens',
                 stacklevel=2,
             )

@@ -35,17 +35,14 @@ class Probe:
         self.kept_BK, self.num_tokens = kept.expand(len(full_BND), -1), full_BND.shape[1]
         self.conclusive = True
         self.full = self._copy(full_BND)
-        self.last: Tensor | None = None  # a copy of what the block before returned
+        self.previous: Tensor | None = None  # a copy of what the block before returned
         self.outputs: list[Tensor] = []
         self.hooks: dict[str, list[nn.Module]] = {}
 
     def fault(self, block: nn.Module, call: Callable[..., Any], reduced: Callable[[Tensor | None], Call]) -> str | None:
         """Why this block cannot be routed, as far as trying shows it; None if nothing speaks against it.
 
-        Args:
-            block: The block's module.
-            call: Calls it.
-            reduced: The call's arguments for the kept tokens, in another order ``[K]`` if one is given.
+        ``reduced`` gives the call's arguments for the kept tokens, in another order ``[K]`` if one is given.
         """
         tokens = self.settings.tokens
         for name in hooks_of_users(block):
@@ -61,20 +58,21 @@ class Probe:
             args, kwargs = reduced(order)
             args, kwargs = copied(args), copied(kwargs)  # a block may write into its arguments
             if changed:
-                x = tokens.given(args, kwargs).clone()
-                x[0] = 1 - x[0]
+                x = tokens.value(args, kwargs).clone()
+                x[0] = 1 - x[0]  # other contents of the same size; x = 1/2 everywhere would be the one fixed point
                 args, kwargs = tokens.replaced(args, kwargs, x)
             return output_tokens(call(*args, **kwargs), self.settings.tokens_out)
 
         # Nothing before: a model that checkpoints its own blocks counts the tensors saved for the backward pass.
         with undisturbed(block, self.device):
-            verdict = probe(run, tokens.given(*reduced(None)), self.settings.always_keep)
+            verdict = probe(run, tokens.value(*reduced(None)), self.settings.always_keep)
+        # One block whose work rounding hides, and the pass as a whole vouches for nothing.
         self.conclusive = self.conclusive and verdict.conclusive
         return verdict.fault
 
     def note(self, index: int, x_BKD: Tensor) -> None:
         """Keep what block ``index`` returned, for comparison with what the next one is given."""
-        self.last = self._copy(x_BKD)
+        self.previous = self._copy(x_BKD)
         self.outputs.append(x_BKD)
 
     def in_order(self, values: Any, order: Tensor) -> Any:
@@ -83,7 +81,7 @@ class Probe:
         Long skip connections between two blocks of a route (U-ViT, HunyuanDiT) hand over kept tokens.
         """
         if isinstance(values, Tensor):
-            return values[:, order] if any(values is one for one in self.outputs) else values
+            return values[:, order] if any(values is output for output in self.outputs) else values
         if type(values) in (tuple, list):
             return type(values)(self.in_order(value, order) for value in values)
         return {k: self.in_order(v, order) for k, v in values.items()} if type(values) is dict else values
@@ -93,31 +91,32 @@ class Probe:
 
         A copy is compared, not the tensor itself, which may have been written to in place.
         """
-        before, count = self.last, self.kept_BK.shape[1]
-        if before is None or not isinstance(x, Tensor) or (x.shape == before.shape and _same(x, before)):
+        before, count = self.previous, self.kept_BK.shape[1]
+        if before is None or not isinstance(x, Tensor) or (x.shape == before.shape and _equal(x, before)):
             return None
-        where = f'between block {index - 1} and block {index} of {self.settings.path!r}'
+        place = f'between block {index - 1} and block {index} of {self.settings.path!r}'
         remedy = f'End the route at block {index - 1}, or begin it at block {index}'
         if x.shape != before.shape:
             return (
-                f'{where} the model itself makes {kind(x)} of the tokens, {kind(before)}: it folds, adds or drops them '
+                f'{place} the model itself makes {kind(x)} of the tokens, {kind(before)}: it folds, adds or drops them '
                 f'there, and on the route only {count} of {self.num_tokens} are present. {remedy}'
             )
         return (
-            f'{where} the model itself changes the tokens. On the route only {count} of {self.num_tokens} are present, '
+            f'{place} the model itself changes the tokens. On the route only {count} of {self.num_tokens} are present, '
             f'and whether that work counts positions cannot be seen from the list. {remedy}. If it treats each token '
             'alone (a norm, one vector for all tokens of a sample), say ordered=True, which leaves these checks away'
         )
 
     def end(self, restored_BND: Tensor) -> str | None:
         """What speaks against the sequence behind the route: it must be the full one with the kept places replaced."""
-        if self.full is None or self.last is None or self.last.shape[2:] != restored_BND.shape[2:]:
+        if self.full is None or self.previous is None or self.previous.shape[2:] != restored_BND.shape[2:]:
             return None
         with torch.no_grad():
             samples = torch.arange(len(restored_BND), device=self.device)[:, None]
+            # By indexing, so that put_back's scatter is not held against itself.
             expected = self.full.to(restored_BND.dtype)
-            expected[samples, self.kept_BK] = self.last.to(restored_BND.dtype)
-            if _same(restored_BND, expected):
+            expected[samples, self.kept_BK] = self.previous.to(restored_BND.dtype)
+            if _equal(restored_BND, expected):
                 return None
         return 'the tokens that skip it were changed in place while they waited for its end'
 
@@ -129,10 +128,11 @@ class Probe:
             return None
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _equal(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors hold the same values, up to the rounding of the narrower dtype; NaN equals NaN."""
     with torch.no_grad():
         if x.dtype == y.dtype:
             return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+        # A cast between two blocks may change the dtype: one rounding each way.
         eps = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
         return torch.allclose(x.float(), y.float(), rtol=2 * eps, atol=0, equal_nan=True)

@@ -37,7 +37,7 @@ class Route:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise ValueError(f'{name}: {value!r} is not a block number; give an integer (negative: from the end)')
-        rate = self.selection_rate
+        rate = self.selection_rate  # 1 would leave no token on the blocks
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
             raise ValueError(
                 f'selection_rate: {rate!r} is not in [0, 1); it is the share of tokens that skip the blocks, '
@@ -50,6 +50,7 @@ class Route:
         Raises:
             ValueError: The route does not lie within the model.
         """
+        # -4 of 28 is block 24.
         start, end = (index + depth if index < 0 else index for index in (self.start, self.end))
         if not 0 <= start <= end < depth:
             raise ValueError(
@@ -75,6 +76,7 @@ def check_routes(routes: Sequence[Route], depth: int) -> list[tuple[int, int]]:
     if not routes:
         raise ValueError('routes: there is none; give at least one Route')
     spans = [route.span(depth) for route in routes]
+    # Ends are inclusive: a route that starts at the end of the one before would share that block.
     for (_, end), (start, _) in itertools.pairwise(spans):
         if start <= end:
             raise ValueError(

@@ -51,8 +51,8 @@ class Routing:
     @property
     def unused_paths(self) -> list[str]:
         """The block lists with a route that no forward pass has been along."""
-        parts = zip(self.paths, self.segments, strict=True)
-        return [path for path, part in parts if not all(record.used for _, record in part)]
+        segments = zip(self.paths, self.segments, strict=True)
+        return [path for path, pairs in segments if not all(record.used for _, record in pairs)]
 
     @property
     def checked(self) -> bool | None:
@@ -85,7 +85,7 @@ class Routing:
                 return the same ids when asked again within one step: a recomputed forward does ask again.
         """
         if kept is not None and (num_tokens is None or len(kept) != len(self.routes)):
-            raise ValueError(f'arm() wants num_tokens and one tensor of ids for each of the {len(self.routes)} routes')
+            raise ValueError(f'arm() needs num_tokens and one tensor of ids for each of the {len(self.routes)} routes')
         self.kept = None if kept is None else tuple(kept)
         self.num_tokens, self.sampler = num_tokens, sampler
 
@@ -104,6 +104,7 @@ class Routing:
             kept: For each route the kept ids ``[B, K]`` (or ``[1, K]``, see ``arm``), ascending.
             num_tokens: Length of the sequences that they were drawn for.
         """
+        # Sampling within training (a callback, sparse guidance) must leave no trace on the armed batch.
         before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
         records = self._records()
         used = [record.used for record in records]
@@ -135,56 +136,58 @@ class Routing:
         Raises:
             ValueError: The ids were drawn for sequences of another length or another number of samples.
         """
-        present, first = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
-        batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(present) + sum(first)
+        fixed, drawn_fixed = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
+        batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(fixed) + sum(drawn_fixed)
         fits = self.kept is not None and num_tokens == self.num_tokens
         if fits and self.sampler is not None and not torch.compiler.is_compiling():
             # Two views or the frames of a video may be samples of the blocks: their ids are drawn anew.
             fits = self.kept is not None and self.kept[route].shape[0] in (1, batch_size)
-        if fits and self.kept is not None:
+        if fits and self.kept is not None:  # drawn for this batch
             kept = self.kept[route]
-        elif self.sampler is not None:
+        elif self.sampler is not None:  # nothing armed, or ids of another length
             kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
         else:
             raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
         if kept.shape[0] != batch_size and not (self.shared and kept.shape[0] == 1):
             raise ValueError(f'kept ids for {kept.shape[0]} samples, but the block list got {batch_size} samples')
-        asked = self.routes[route].selection_rate > 0 and not self.in_evaluation
-        if kept.shape[1] == num_tokens and asked and not torch.compiler.is_compiling():
+        should_skip = self.routes[route].selection_rate > 0 and not self.in_evaluation
+        if kept.shape[1] == num_tokens and should_skip and not torch.compiler.is_compiling():
             warnings.warn(
                 f'nothing is skipped on route {route}: the block list got {num_tokens} tokens for each of {batch_size} '
                 'samples, and all of them are kept. Tokens must be [B, N, D], samples first (batch_first=True), and '
                 'enough of them for the selection rate',
                 stacklevel=2,
             )
-        return kept if present == first else _laid_out(kept, num_tokens, first, present)
+        return kept if fixed == drawn_fixed else _moved_between(kept, num_tokens, drawn_fixed, fixed)
 
-    def passes(self, number: int, first: int, count: int, *, training: bool) -> dict[int, Pass]:
+    def passes(self, number: int, offset: int, count: int, *, training: bool) -> dict[int, Pass]:
         """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
 
         Args:
             number: Which of the lists.
-            first: First block that is walked: 0, but in a slice of the list.
+            offset: First block that is walked: 0, but in a slice of the list.
             count: How many are walked. A slice that ends within a route puts the tokens back at its own end.
             training: Whether the list is in training mode.
         """
-        at: dict[int, Pass] = {}
+        passes: dict[int, Pass] = {}
         for segment, record in self.segments[number]:
-            span = max(segment.start, first), min(segment.end, first + count - 1)
-            if span[0] <= span[1]:
+            start, end = max(segment.start, offset), min(segment.end, offset + count - 1)
+            if start <= end:
                 ids, probed = functools.partial(self.kept_ids, segment.route, number=number), not self.settings.ordered
-                here = Pass(self.settings.lists[number], span, record, ids, training=training, probed=probed)
-                at.update(dict.fromkeys(range(span[0], span[1] + 1), here))
-        return at
+                route = Pass(self.settings.lists[number], (start, end), record, ids, training=training, probed=probed)
+                passes.update(dict.fromkeys(range(start, end + 1), route))
+        return passes
 
     def float32_blocks(self, number: int) -> set[int]:
         """The blocks of a list that run in float32: the one behind each route if that was asked for."""
+        # The paper's code leaves autocast for this one block, where both kinds of tokens meet again.
         ends = self.spans if self.settings.float32_after else ()
         return {end + 1 - self.offsets[number] for _, end in ends}
 
 
-def _laid_out(kept: Tensor, num_tokens: int, first: tuple[int, int], present: tuple[int, int]) -> Tensor:
-    """Ids of a list with ``first`` leading and trailing tokens that never skip, for one with ``present`` of them."""
-    free = kept[:, first[0] : kept.shape[1] - first[1]] - first[0] + present[0]
-    every = torch.arange(num_tokens - sum(first) + sum(present), device=kept.device).expand(len(kept), -1)
-    return torch.cat([every[:, : present[0]], free, every[:, every.shape[1] - present[1] :]], dim=1)
+def _moved_between(kept: Tensor, num_tokens: int, drawn_fixed: tuple[int, int], fixed: tuple[int, int]) -> Tensor:
+    """Ids drawn for a list with ``drawn_fixed`` leading and trailing tokens that never skip, for one with ``fixed``."""
+    # Ids of tokens that may skip, moved from behind one head of fixed tokens to behind another.
+    free = kept[:, drawn_fixed[0] : kept.shape[1] - drawn_fixed[1]] - drawn_fixed[0] + fixed[0]
+    places = torch.arange(num_tokens - sum(drawn_fixed) + sum(fixed), device=kept.device).expand(len(kept), -1)
+    return torch.cat([places[:, : fixed[0]], free, places[:, places.shape[1] - fixed[1] :]], dim=1)

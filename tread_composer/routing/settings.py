@@ -1,7 +1,7 @@
-"""What was asked of a routed model: frozen, and on the floor below whatever changes from batch to batch."""
+"""The settings of a routed model, frozen: what changes from batch to batch is in ``routing``."""
 
 import dataclasses
-from collections.abc import Sequence
+from itertools import accumulate
 
 from tread_composer.routing.arguments import Argument, TokenArgument
 from tread_composer.routing.route import Route
@@ -32,14 +32,7 @@ class ListSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """The part of a route that lies in one block list, both ends inclusive and counted within that list.
-
-    Args:
-        path: Dotted name of the block list, for messages.
-        route: Number of the route.
-        start: First block.
-        end: Last block.
-    """
+    """The part of a route that lies in one block list, both ends inclusive and counted within that list."""
 
     path: str
     route: int
@@ -49,12 +42,12 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSettings:
-    """All that ``apply_tread`` was asked for.
+    """The arguments of ``apply_tread``, resolved for one model.
 
     Args:
         lists: The block lists in the order in which the model runs them; their blocks are counted through.
         routes: Disjoint routes in order of depth.
-        spans: Their first and last blocks.
+        spans: First and last block of each route.
         shared: All samples have the same route, and ids are ``[1, K]``; ``[B, K]`` is fine as long as no argument
             lacks a dimension for the samples.
         ordered: The blocks need ascending tokens; they are not probed.
@@ -71,45 +64,45 @@ class RoutingSettings:
     @property
     def paths(self) -> tuple[str, ...]:
         """Dotted names of the block lists."""
-        return tuple(one.path for one in self.lists)
+        return tuple(settings.path for settings in self.lists)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Number of the first block of each list, counted through all of them."""
-        return tuple(sum(one.depth for one in self.lists[:number]) for number in range(len(self.lists)))
+        return tuple(accumulate((settings.depth for settings in self.lists[:-1]), initial=0))
 
     def segments(self) -> tuple[tuple[Segment, ...], ...]:
-        """What lies of each route in each list, list by list."""
-        return tuple(
-            tuple(
-                Segment(one.path, route, max(start - offset, 0), min(end - offset, one.depth - 1))
-                for route, (start, end) in enumerate(self.spans)
-                if start < offset + one.depth and end >= offset
+        """The part of each route in each list, list by list."""
+        rows = []
+        for settings, offset in zip(self.lists, self.offsets, strict=True):
+            # Counted within the list: negative where a route begins in a list before.
+            within = [(route, start - offset, end - offset) for route, (start, end) in enumerate(self.spans)]
+            rows.append(
+                tuple(
+                    Segment(settings.path, route, max(start, 0), min(end, settings.depth - 1))
+                    for route, start, end in within
+                    if start < settings.depth and end >= 0
+                )
             )
-            for one, offset in zip(self.lists, self.offsets, strict=True)
-        )
+        return tuple(rows)
 
-    def differences(self, asked: 'RoutingSettings') -> list[str]:
-        """What differs from other settings, one line each: ``name: value here, value asked for``."""
-        return [
-            f'{name}: {present!r} there, {wanted!r} now'
-            for (name, present), wanted in zip(self._words().items(), asked._words().values(), strict=True)
-            if present != wanted
-        ]
+    def differences(self, requested: 'RoutingSettings') -> list[str]:
+        """One line for each setting that differs: ``name: present value, requested: value``."""
+        # In words: users wrote numbers and names, not tuples of dataclasses.
+        values = zip(self._words().items(), requested._words().values(), strict=True)
+        return [f'{name}: {value!r}, requested: {target!r}' for (name, value), target in values if value != target]
 
     def _words(self) -> dict[str, object]:
         """The settings as a user wrote them."""
+        spans = zip(self.spans, self.routes, strict=True)
         return {
             'blocks': list(self.paths),
-            'routes': [f'{start} to {end} at rate {r.selection_rate}' for (start, end), r in self._placed()],
-            'tokens': [one.tokens.name for one in self.lists],
-            'tokens_out': [one.tokens_out for one in self.lists],
-            'token_arguments': [[str(argument) for argument in one.token_arguments] for one in self.lists],
-            'always_keep': [one.always_keep for one in self.lists],
+            'routes': [f'{start} to {end} at rate {route.selection_rate}' for (start, end), route in spans],
+            'tokens': [settings.tokens.name for settings in self.lists],
+            'tokens_out': [settings.tokens_out for settings in self.lists],
+            'token_arguments': [[str(argument) for argument in settings.token_arguments] for settings in self.lists],
+            'always_keep': [settings.always_keep for settings in self.lists],
             'shared': self.shared,
             'ordered': self.ordered,
             'float32_after': self.float32_after,
         }
-
-    def _placed(self) -> Sequence[tuple[tuple[int, int], Route]]:
-        return list(zip(self.spans, self.routes, strict=True))

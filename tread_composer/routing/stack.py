@@ -1,8 +1,8 @@
-"""Who is calling: questions about the present call stack that eager code can ask and compiled code never does."""
+"""Questions about the present call stack, which eager code can ask and compiled code never does."""
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
 
 import torch.utils.checkpoint
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 __all__ = ['in_forward', 'inside_reentrant']
 
-_CALL = nn.Module._call_impl.__code__
+_MODULE_CALL = nn.Module._call_impl.__code__
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 
@@ -24,19 +25,23 @@ def in_forward(block: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    start = sys._getframe(1)
-    frame: FrameType | None = start
+    if any(frame.f_code is _MODULE_CALL or frame.f_code.co_filename == _CHECKPOINT_FILE for frame in _callers()):
+        return True
+    # Second, because reading another frame's variables is slow.
+    return any(_is_forward_method(frame, block) for frame in _callers())
+
+
+def inside_reentrant() -> bool:
+    """Whether the present call is made by torch's reentrant checkpointing."""
+    return any(frame.f_code is _REENTRANT for frame in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of the present call, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL or frame.f_code.co_filename == _CHECKPOINT_FILE:
-            return True
+        yield frame
         frame = frame.f_back
-    # Only where no module was called, for reading another frame's variables is slow.
-    frame = start
-    while frame is not None:
-        if _is_forward_method(frame, block):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
@@ -56,20 +61,10 @@ def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
 def _has_tensor(value: object, depth: int = 3) -> bool:
     """Whether a value is a tensor or a batch of them, nested at most ``depth`` times."""
     if isinstance(value, Mapping):
-        # A state dict is no batch: its keys are paths. What walks over the blocks to load it wants the plain ones.
+        # A state dict is no batch: its keys are paths. Code that walks over the blocks to load it needs plain ones.
         if any(isinstance(key, str) and '.' in key for key in value):
             return False
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         return depth > 0 and any(_has_tensor(member, depth - 1) for member in value)
     return isinstance(value, Tensor)
-
-
-def inside_reentrant() -> bool:
-    """Whether the present call is made by torch's reentrant checkpointing."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False

@@ -34,25 +34,25 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
     Raises:
         ValueError: The path is wrong, or there is no candidate, or more than one.
     """
-    kinds = (*ROUTED, *ROUTED.values())
+    kinds = (*ROUTED, *ROUTED.values())  # exactly these: a subclass may iterate in its own way
     if path is not None:
         try:
-            found = model.get_submodule(path)
+            container = model.get_submodule(path)
         except AttributeError as error:
             raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
-        if type(found) not in kinds:
-            raise ValueError(f'blocks: {path!r} is a {type(found).__name__}; a ModuleList or Sequential is needed')
-        return path, found  # type: ignore[return-value]
+        if type(container) not in kinds:
+            raise ValueError(f'blocks: {path!r} is a {type(container).__name__}; a ModuleList or Sequential is needed')
+        return path, container  # type: ignore[return-value]
     candidates: dict[str, BlockList] = {}
     for name, module in model.named_modules():
-        inside_another = any(name.startswith(f'{other}.') or other == '' for other in candidates)
-        if type(module) in kinds and not inside_another and _is_stack(module):
+        nested = any(name.startswith(f'{outer}.') or outer == '' for outer in candidates)
+        if type(module) in kinds and not nested and _is_stack(module):
             candidates[name] = module  # type: ignore[assignment]
     if len(candidates) == 1:
         return next(iter(candidates.items()))
-    found_text = ', '.join(f'{name!r} ({len(module)} blocks)' for name, module in candidates.items()) or 'none'
+    listing = ', '.join(f'{name!r} ({len(module)} blocks)' for name, module in candidates.items()) or 'none'
     raise ValueError(
-        f'blocks: the model must hold exactly one list of blocks to be found without help; found {found_text}. '
+        f'blocks: the model must hold exactly one list of blocks to be found without help; found {listing}. '
         "Name the right one, for example blocks='transformer.blocks', or several, in the order in which the model runs "
         'them'
     )
@@ -64,13 +64,13 @@ def routing_of(model: nn.Module) -> Routing | None:
     Raises:
         ValueError: Parts of the model were routed one by one: ask for each part.
     """
-    found = {id(one): one for one in _routings(model).values()}
-    if len(found) > 1:
+    routings = {id(routing): routing for routing in _routings(model).values()}
+    if len(routings) > 1:
         raise ValueError(
-            f'the model has {len(found)} routings, of {", ".join(map(repr, _routings(model)))}: ask for the routing of '
-            'one part, or route these lists together: blocks=[...]'
+            f'the model has {len(routings)} routings, of {", ".join(map(repr, _routings(model)))}: ask for the routing '
+            'of one part, or route these lists together: blocks=[...]'
         )
-    return next(iter(found.values()), None)
+    return next(iter(routings.values()), None)
 
 
 def apply_tread(
@@ -135,17 +135,16 @@ def apply_tread(
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
-    common = {'tokens': tokens, 'tokens_out': tokens_out, 'token_arguments': token_arguments}
-    common['always_keep'] = always_keep
-    listed = _listed(model, lists, spans, blocks, common, shared=shared)
-    flags = {'shared': shared, 'ordered': ordered, 'float32_after': float32_after}
-    settings = RoutingSettings(listed, routes, tuple(spans), **flags)
-    present = _present(model, settings)
-    if present is not None:
-        return present
+    common = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
+    per_list = _per_list(model, lists, spans, blocks, common, shared=shared)
+    settings = RoutingSettings(per_list, routes, tuple(spans), shared, ordered, float32_after)
+    attached = _attached(model, settings)
+    if attached is not None:
+        return attached
     _refuse_copies(model, lists)
     routing = Routing(settings)
     for number, container in enumerate(lists.values()):
+        # A tapped list has its class already.
         container.__class__ = ROUTED.get(type(container), type(container))
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
     return routing
@@ -194,6 +193,7 @@ def tap_blocks(
     _refuse_copies(model, lists)
     _check_position(tokens_out)
     numbers = [at] if isinstance(at, int) else list(at)
+    # Blocks of several lists are counted through.
     places = [(container, index) for container in lists.values() for index in range(len(container))]
     for number in numbers:
         if type(number) is not int or not -len(places) <= number < len(places):
@@ -206,8 +206,10 @@ def tap_blocks(
         if not isinstance(container, RoutedList):
             container.__class__ = ROUTED[type(container)]
         assert isinstance(container, RoutedList)
-        own = None if container.routing is None else container.routing.settings.lists[container.list_number].tokens_out
-        slots[number] = Slot(index, own if tokens_out is None else tokens_out, evaluation=evaluation)
+        position = tokens_out
+        if position is None and container.routing is not None:
+            position = container.routing.settings.lists[container.list_number].tokens_out
+        slots[number] = Slot(index, position, evaluation=evaluation)
         container.slots = (*container.slots, slots[number])
 
     def remove() -> None:
@@ -219,7 +221,7 @@ def tap_blocks(
 
 
 def _routed_lists(model: nn.Module) -> dict[str, BlockList]:
-    routed = {name: one for name, one in model.named_modules() if isinstance(one, RoutedList) and not one.is_slice}
+    routed = {name: part for name, part in model.named_modules() if isinstance(part, RoutedList) and not part.is_slice}
     return dict(sorted(routed.items(), key=lambda item: item[1].list_number))  # type: ignore[return-value]
 
 
@@ -231,9 +233,9 @@ def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
     """
     blocks = {id(block): path for path, container in lists.items() for block in container.children()}
     # A slice of a routed list that the model keeps routes too.
-    slices = {id(one) for one in model.modules() if isinstance(one, RoutedList) and one.is_slice}
+    slices = {id(part) for part in model.modules() if isinstance(part, RoutedList) and part.is_slice}
     named = slices | {id(container) for container in lists.values()}
-    plain = set(vars(nn.Module()))
+    plain = set(vars(nn.Module()))  # torch's own attributes: the module's children stand in one of them
     copies: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named:
@@ -242,7 +244,7 @@ def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
             members = value.values() if isinstance(value, dict) else value
             if attribute not in plain and isinstance(value, (list, tuple, dict)):
                 dotted = f'{name}.{attribute}'.lstrip('.')
-                copies.update((dotted, blocks[id(one)]) for one in members if id(one) in blocks)
+                copies.update((dotted, blocks[id(member)]) for member in members if id(member) in blocks)
     if copies:
         raise ValueError(
             f'blocks: {", ".join(f"{name!r} holds blocks of {path!r}" for name, path in copies.items())}. Walked there '
@@ -251,35 +253,26 @@ def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
         )
 
 
-def _present(model: nn.Module, settings: RoutingSettings) -> Routing | None:
-    """The model's own routing, which must have these settings."""
-    attached = _routings(model)
-    if not attached:
+def _attached(model: nn.Module, settings: RoutingSettings) -> Routing | None:
+    """The routing that the model already has, which must have these settings."""
+    paths = list(_routings(model))
+    if not paths:
         return None
-    present = routing_of(model)
-    differences = ['of several parts'] if present is None else present.settings.differences(settings)
+    routing = routing_of(model)
+    assert routing is not None
+    differences = routing.settings.differences(settings)
     if differences:
         raise ValueError(
-            f'{", ".join(attached)} is routed already with other settings ({"; ".join(differences)}). Call '
+            f'{", ".join(paths)} is routed already with other settings ({"; ".join(differences)}). Call '
             'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
         )
-    return present
+    return routing
 
 
 _PER_LIST = ('tokens', 'tokens_out', 'token_arguments', 'always_keep')
 
 
-def _own(blocks: Any, path: str) -> Mapping[str, Any]:
-    """What ``blocks`` says of one list, where it is a mapping."""
-    own = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
-    if not isinstance(own, Mapping) or set(own) - set(_PER_LIST):
-        raise ValueError(
-            f'blocks: {path!r}: {own!r} is not understood; settings of one list are {", ".join(_PER_LIST)}'
-        )
-    return own
-
-
-def _listed(
+def _per_list(
     model: nn.Module,
     lists: dict[str, BlockList],
     spans: Sequence[tuple[int, int]],
@@ -288,42 +281,40 @@ def _listed(
     *,
     shared: bool,
 ) -> tuple[ListSettings, ...]:
-    """The settings of each list: the common ones, and what ``blocks`` says differs."""
-    firsts = dict(_firsts(lists, spans))
-    return tuple(
-        _list_settings(model, path, len(container), firsts.get(path), {**common, **_own(blocks, path)}, shared=shared)
-        for path, container in lists.items()
-    )
+    """The settings of each list: the common ones, and the exceptions that ``blocks`` makes for it."""
+    rows, offset = [], 0
+    for path, container in lists.items():
+        exceptions = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
+        if not isinstance(exceptions, Mapping) or set(exceptions) - set(_PER_LIST):
+            raise ValueError(f'blocks: {path!r}: {exceptions!r}: expected settings of one list: {", ".join(_PER_LIST)}')
+        depth = len(container)
+        starts = [max(start - offset, 0) for start, end in spans if start < offset + depth and end >= offset]
+        block = bare(container[starts[0]]) if starts else None
+        rows.append(_list_settings(model, path, depth, block, {**common, **exceptions}, shared=shared))
+        offset += depth
+    return tuple(rows)
 
 
 def _list_settings(
-    model: nn.Module, path: str, depth: int, block: nn.Module | None, asked: Mapping[str, Any], *, shared: bool
+    model: nn.Module, path: str, depth: int, block: nn.Module | None, settings: Mapping[str, Any], *, shared: bool
 ) -> ListSettings:
-    """The settings of one list.
-
-    Args:
-        model: The model around it.
-        path: Its dotted name.
-        depth: Number of its blocks.
-        block: Its first block on a route; None if no route comes here.
-        asked: What the user said, under the names ``_PER_LIST``.
-        shared: Whether all samples have one route.
-    """
-    ends = both_ends(asked['always_keep'])
-    _check_position(asked['tokens_out'])
+    """The settings of one list, resolved against ``block``, its first on a route; None if no route comes here."""
+    ends, tokens_out = both_ends(settings['always_keep']), settings['tokens_out']
+    _check_position(tokens_out)
     if block is None:
-        return ListSettings(path, depth, Argument('', 0), asked['tokens_out'], (), ends)
-    written = _declared(model, path) if asked['token_arguments'] is None else asked['token_arguments']
+        return ListSettings(path, depth, Argument('', 0), tokens_out, (), ends)
+    written = settings['token_arguments']
+    if written is None:  # what the module around the list declares, as our backbones do
+        written = getattr(model.get_submodule(path.rpartition('.')[0]), 'token_arguments', ())
+        written = written if isinstance(written, (tuple, list, Mapping)) else ()
     arguments = parse_token_arguments(written, block, shared=shared)
-    for one in arguments:
-        if one.without_first > ends[0]:
+    for follower in arguments:
+        if follower.without_first > ends[0]:
             raise ValueError(
-                f'token_arguments: {one.argument.name!r} has no entry for the first {one.without_first} tokens, so '
-                f'these must never skip: always_keep={one.without_first}'
+                f'token_arguments: {follower.argument.name!r} has no entry for the first {follower.without_first} '
+                f'tokens, so these must never skip: always_keep={follower.without_first}'
             )
-    return ListSettings(
-        path, depth, find_argument(block, asked['tokens'], 'tokens'), asked['tokens_out'], arguments, ends
-    )
+    return ListSettings(path, depth, find_argument(block, settings['tokens'], 'tokens'), tokens_out, arguments, ends)
 
 
 def _check_position(tokens_out: int | None) -> None:
@@ -337,22 +328,6 @@ def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
     if not paths or len({id(container) for container in lists.values()}) < len(paths):
         raise ValueError(f'blocks: {paths} names no list, or one of them twice')
     return lists
-
-
-def _firsts(lists: dict[str, BlockList], spans: Sequence[tuple[int, int]]) -> list[tuple[str, nn.Module]]:
-    """The first block on a route in each list that has one, with the path of the list."""
-    found, offset = [], 0
-    for path, container in lists.items():
-        here = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
-        found += [(path, bare(container[index])) for index in here[:1]]
-        offset += len(container)
-    return found
-
-
-def _declared(model: nn.Module, path: str) -> TokenArguments:
-    """What the module around a list says itself of the arguments of its blocks."""
-    found = getattr(model.get_submodule(path.rpartition('.')[0]), 'token_arguments', ())
-    return found if isinstance(found, (tuple, list, Mapping)) else ()
 
 
 def _routings(model: nn.Module) -> dict[str, Routing]:

@@ -51,8 +51,9 @@ class Slot:
         which the loss stands on, by copies.
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            tokens = output_tokens(out, self.tokens_out)
+            tokens = output_tokens(out, self.tokens_out)  # [B, K, D], with its graph
             self.tokens = tokens
+            # A shared route has ids [1, K]; readers get one row for each sample.
             self.kept = None if kept is None else kept.expand(tokens.shape[0], -1)
 
     def __getstate__(self) -> dict[str, Any]:

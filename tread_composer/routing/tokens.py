@@ -38,18 +38,18 @@ def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
 
 
 def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
-    """How many of ``num_tokens`` stay on the blocks: ``always_keep + rest - int(rest * selection_rate)``.
+    """How many of ``num_tokens`` stay on the blocks: ``always_keep + free - int(free * selection_rate)``.
 
-    ``rest = num_tokens - always_keep``: the rate counts only tokens that may skip.
+    ``free = num_tokens - always_keep``: the rate counts only tokens that may skip.
 
     Raises:
         ValueError: There are not even ``always_keep`` tokens.
     """
     fixed = sum(both_ends(always_keep))
-    rest = num_tokens - fixed
-    if rest < 0:
+    free = num_tokens - fixed
+    if free < 0:
         raise ValueError(f'always_keep: {fixed} tokens cannot stay in a sequence of {num_tokens}')
-    return fixed + rest - int(rest * selection_rate)
+    return fixed + free - int(free * selection_rate)
 
 
 def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: AlwaysKeep = 0) -> Tensor:
@@ -68,9 +68,11 @@ def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: AlwaysKeep = 0
     if not least <= num_kept <= num_tokens:
         raise ValueError(f'cannot keep {num_kept} of {num_tokens} tokens; keep between {least} and all of them')
     if leading or trailing:
+        # -inf sorts before every score, so the fixed ends are always among the lowest.
         lowest = scores_BN.new_full((len(scores_BN), leading + trailing), -torch.inf)
         free = scores_BN[:, leading : num_tokens - trailing]
         scores_BN = torch.cat([lowest[:, :leading], free, lowest[:, leading:]], dim=1)
+    # [B, N] -> ids of the K lowest [B, K] -> ascending.
     return scores_BN.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
 
@@ -95,13 +97,14 @@ def sample_kept(
         generator: Source of randomness, on ``device``; the global one if None.
         device: Where the ids are made.
     """
+    # The K lowest of N independent uniform numbers are a uniform subset without replacement.
     scores_BN = torch.rand(batch_size, num_tokens, generator=generator, device=device)
     return keep_lowest(scores_BN, count_kept(num_tokens, selection_rate, always_keep), always_keep=always_keep)
 
 
 def take_kept(x_BND: Tensor, kept_BK: Tensor) -> Tensor:
     """The kept tokens of a sequence: ``[B, N, ...] -> [B, K, ...]``, in the order of ``kept_BK``."""
-    return x_BND.gather(1, _like_trailing(kept_BK, x_BND))
+    return x_BND.gather(1, _like_trailing(kept_BK, x_BND))  # differentiable: routed tokens get no gradient here
 
 
 def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing: int = 0) -> Tensor:
@@ -115,11 +118,13 @@ def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing
         trailing: So many entries follow those of the tokens and stay.
     """
     if leading or trailing:
-        every = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
-        kept = torch.cat([every[:, :leading], kept + leading, every[:, value.shape[dim] - trailing :]], dim=1)
-    if len(kept) == 1:
+        # Entries beside the tokens' stay: the ids move behind the leading ones.
+        places = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
+        kept = torch.cat([places[:, :leading], kept + leading, places[:, value.shape[dim] - trailing :]], dim=1)
+    if len(kept) == 1:  # one route for all samples: works in dimension 0 too
         return value.index_select(dim, kept[0])
     value = value.expand(len(kept), *value.shape[1:])
+    # Ids [B, 1, .., K, .., 1], K at ``dim``, spread over all other dimensions.
     index = kept.view(len(kept), *(1,) * (dim - 1), -1, *(1,) * (value.dim() - dim - 1))
     return value.gather(dim, index.expand(*value.shape[:dim], kept.shape[1], *value.shape[dim + 1 :]))
 
@@ -138,10 +143,12 @@ def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor
             f'put_back: {processed_BKD.shape[1]} tokens came off the route and {kept_BK.shape[1]} went onto it; '
             'something between adds or drops tokens'
         )
+    # Out of place: the full sequence belongs to the autograd graph, and may be read again by a recomputation.
     dtype = torch.promote_types(full_BND.dtype, processed_BKD.dtype)
     return full_BND.to(dtype).scatter(1, _like_trailing(kept_BK, processed_BKD), processed_BKD.to(dtype))
 
 
 def _like_trailing(kept_BK: Tensor, x: Tensor) -> Tensor:
     """Ids expanded over the dimensions of ``x`` behind batch and token."""
+    # [B, K] -> [B, K, 1, ...] -> [B, K, ...] without a copy.
     return kept_BK.view(*kept_BK.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])

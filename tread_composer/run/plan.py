@@ -3,7 +3,7 @@
 The network is built and run on torch's meta device: shapes only, no memory, no arithmetic, seconds for the largest.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_
 from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import planned_manifest
 from tread_composer.config import Config
-from tread_composer.config.components import Component
 from tread_composer.config.tree import LatentsData
 from tread_composer.core.errors import UserError
 from tread_composer.routing import Route
@@ -53,7 +52,7 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     micro = micro if isinstance(micro, int) else per_rank
     length = _length(config, facts['num_samples'])
     parameters, depth = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), depth_of(denoiser)
-    return {
+    plan = {
         'parameters': parameters,
         'num_tokens': denoiser.num_tokens,
         'depth': depth,
@@ -70,10 +69,10 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'samples_per_rank': per_rank,
         'microbatch': micro,
         **length,
-        'snapshots': _snapshots(config, parameters, length),
         'memory_gib': _memory(config, denoiser, facts, savers, micro),
         **facts,
     }
+    return {**plan, 'snapshots': _files(config, plan)}
 
 
 def _in_words(route: Route, depth: int) -> str:
@@ -136,21 +135,12 @@ def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
     return {'batches': batches, 'batches_per_epoch': per_epoch, 'epochs': epochs}
 
 
-def _snapshots(config: Config, parameters: int, length: dict[str, Any]) -> dict[str, float] | None:
-    """How many files ``power_ema`` will write and their GiB; None without it, or if the run's length is unknown."""
-    if 'power_ema' not in config.algorithms or length['batches'] is None:
-        return None
-    settings = config.algorithms['power_ema'].instance
-    interval = Time.from_timestring(settings.interval)
-    batches = {
-        TimeUnit.BATCH: interval.value,
-        TimeUnit.EPOCH: interval.value * (length['batches_per_epoch'] or 0),
-        TimeUnit.SAMPLE: interval.value / config.global_train_batch_size,
-        TimeUnit.DURATION: interval.value * length['batches'],
-    }.get(interval.unit)
-    if not batches:
-        return None
-    return {'count': math.ceil(length['batches'] / batches), 'gib_each': parameters * 4 * len(settings.widths) / _GIB}
+def _files(config: Config, plan: Mapping[str, Any]) -> dict[str, float] | None:
+    """Files that an algorithm leaves beside the checkpoints (``count``, ``gib_each``); None where there are none."""
+    for part in config.algorithms.values():
+        if hasattr(part.instance, 'files_written'):
+            return part.instance.files_written(plan)
+    return None
 
 
 def _data_facts(config: Config) -> dict[str, Any]:
@@ -183,18 +173,16 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         length += (
             f' = {plan["epochs"]:.1f} epochs of {plan["batches_per_epoch"]} batches ({plan["num_samples"]:,} samples)'
         )
-    tread = config.algorithms.get('tread')
-    window = {key: getattr(tread.instance, key) for key in ('start_time', 'end_time')} if tread else {}
-    schedule = ''.join(f', {key} {value}' for key, value in window.items() if value)
-    maskdit = config.algorithms.get('maskdit')
-    route = '; '.join(plan['routes']) + schedule if tread else 'none' if maskdit else 'none: dense'
+    from_algorithms: dict[str, str] = {}
+    for part in config.algorithms.values():
+        from_algorithms |= part.instance.plan_rows(plan) if hasattr(part.instance, 'plan_rows') else {}
     rows = {
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
         'data': data_state,
         'latents': f'{plan["channels"]} x {size} x {size}, {plan["num_classes"] or "no"} classes',
         'model': f'{config.model.name}, {plan["depth"]} blocks, {plan["parameters"]:,} trainable parameters',
-        'route': route,
-        **({'masking': _masking_in_words(maskdit, plan)} if maskdit else {}),
+        'route': 'none: dense',
+        **from_algorithms,
         'tokens per block': ' '.join(f'{n}' for n in tokens),
         'GMACs per image': f'{_figure(plan["gmacs_dense"])} dense, {_figure(plan["gmacs_routed"])} in training',
         'sampling': f'{sampling["parameters"]:,} parameters, {_figure(sampling["gmacs"])} GMACs per network call',
@@ -204,7 +192,6 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         f'in microbatches of {plan["microbatch"]}',
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
-        **({'snapshots': _snapshots_in_words(plan['snapshots'])} if plan['snapshots'] else {}),
         'memory per device': f'about {memory["total"]:.2f} GiB unsharded: weights and gradients '
         f'{memory["weights_and_gradients"]:.2f}, optimizer {memory["optimizer"]:.2f}, average {memory["average"]:.2f}, '
         f'activations {memory["activations"]:.2f} (from shapes alone)',
@@ -212,20 +199,6 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
     width = max(map(len, rows))
     table = '\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items())
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
-
-
-def _masking_in_words(maskdit: Component, plan: dict[str, Any]) -> str:
-    settings, kept = maskdit.instance, plan['tokens_per_block'][0]
-    text = f'the encoder sees {kept} of {plan["num_tokens"]} tokens, the decoder all'
-    if settings.unmask_time is None:
-        return text
-    how = 'at once' if settings.unmask == 'at_once' else f'by {settings.unmask}'
-    return f'{text}; from {settings.unmask_time} unmasked {how}'
-
-
-def _snapshots_in_words(snapshots: dict[str, float]) -> str:
-    each, count = snapshots['gib_each'], snapshots['count']
-    return f'{count:,} files of {each:,.2f} GiB, {count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
 
 
 def _figure(gmacs: float) -> str:

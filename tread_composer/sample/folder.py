@@ -43,8 +43,12 @@ class SamplesFolder:
     def __enter__(self) -> 'SamplesFolder':
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f'--out {self.path}: is a file; give a folder')
-        own = {RECORD, _LOCK, _SCRATCH}
-        foreign = sorted(one.name for one in self.path.iterdir() if one.name not in own) if self.path.is_dir() else []
+        written = {RECORD, _LOCK, _SCRATCH}
+        foreign = (
+            sorted(entry.name for entry in self.path.iterdir() if entry.name not in written)
+            if self.path.is_dir()
+            else []
+        )
         if foreign and not (self.path / RECORD).exists():
             raise UserError(
                 f'--out {self.path}: holds {", ".join(foreign[:5])}, which no run of sample wrote; choose a folder '
@@ -133,8 +137,8 @@ class SamplesFolder:
         places = {'png': IMAGES, 'npz': 'samples.npz', 'mds': 'mds/index.json'}
         missing = [places[name] for name in made_with['formats'] if not (self.path / places[name]).exists()]
         if 'png' in made_with['formats'] and not missing:
-            there = sum(1 for _ in (self.path / IMAGES).glob('*.png'))
-            missing = [] if there == made_with['num_samples'] else [f'images of {IMAGES} ({there} are there)']
+            num_images = sum(1 for _ in (self.path / IMAGES).glob('*.png'))
+            missing = [] if num_images == made_with['num_samples'] else [f'images of {IMAGES} ({num_images} are there)']
         if missing:
             raise UserError(
                 f'{self.path}: was finished, but {", ".join(missing)} is no longer complete; choose another --out, or '

@@ -70,8 +70,8 @@ def generate(request: SamplesRequest, *, log: Log = print) -> None:
         stack.enter_context(machine_for(device, 0, ranks.local_world))
         stack.enter_context(plain_float32(device))
         # The first rank has fetched what a hub id names before the others look for it.
-        first = ranks.agreed(lambda: _networks(request, device) if ranks.is_first else None)
-        networks = ranks.agreed(lambda: first or _networks(request, device))
+        fetched = ranks.agreed(lambda: _networks(request, device) if ranks.is_first else None)
+        networks = ranks.agreed(lambda: fetched or _networks(request, device))
         made_with = ranks.agreed(lambda: _made_with(request, networks))
         ranks.agreed(lambda: _same(ranks.from_first(made_with), made_with))
         folder = SamplesFolder(request.out)
@@ -102,9 +102,9 @@ def _networks(request: SamplesRequest, device: torch.device) -> _Networks:
             overrides={key: value for key, value in request.overrides.items() if key == 'model.attention'},
         )
         _check_pair(trained, weak)
-    for one in (trained, weak):
-        if one is not None:
-            one.prepare_for(request.sampling)
+    for network in (trained, weak):
+        if network is not None:
+            network.prepare_for(request.sampling)
     model = trained.model
     try:
         cost = guidance_cost(
@@ -128,14 +128,14 @@ def _check_pair(trained: Trained, weak: Trained) -> None:
     """What is predicted must be the same thing, in the same units, or the difference of predictions means nothing."""
     facts = [
         {
-            'objective': one.model.objective.name,
-            **one.model.objective.target(),
-            'latent_shape': tuple(one.model.latent_shape),
-            'num_classes': one.model.num_classes,
-            'latent_scale': one.model.latent_scale.flatten().tolist(),
-            'latent_shift': one.model.latent_shift.flatten().tolist(),
+            'objective': network.model.objective.name,
+            **network.model.objective.target(),
+            'latent_shape': tuple(network.model.latent_shape),
+            'num_classes': network.model.num_classes,
+            'latent_scale': network.model.latent_scale.flatten().tolist(),
+            'latent_shift': network.model.latent_shift.flatten().tolist(),
         }
-        for one in (trained, weak)
+        for network in (trained, weak)
     ]
     different = [key for key in {**facts[0], **facts[1]} if facts[0].get(key) != facts[1].get(key)]
     if different:
@@ -166,8 +166,8 @@ def _made_with(request: SamplesRequest, networks: _Networks) -> dict[str, Any]:
     }
 
 
-def _same(first: dict[str, Any], mine: dict[str, Any]) -> None:
-    if first != mine:
+def _same(facts_of_rank_0: dict[str, Any], facts: dict[str, Any]) -> None:
+    if facts_of_rank_0 != facts:
         raise UserError('this rank has found other weights or labels than rank 0; give all nodes the same files')
 
 
@@ -237,10 +237,10 @@ def _draw_parts(
     progress = RankProgress(
         folder.scratch, ranks.rank, total=count, done_before=_done(undone, count), log=log
     )  # fmt: skip
-    mine, together = undone[ranks.rank :: ranks.world], max(1, request.batch_size // PART_SIZE)
+    own_parts, together = undone[ranks.rank :: ranks.world], max(1, request.batch_size // PART_SIZE)
     try:
-        for first in range(0, len(mine), together):
-            parts = mine[first : first + together]
+        for start in range(0, len(own_parts), together):
+            parts = own_parts[start : start + together]
             images = _images(parts, request, networks)
             with full_disk_in_words(request.out):
                 for part in parts:

@@ -76,12 +76,12 @@ def write_mds(folder: SamplesFolder, draws: Draws) -> Path:
 
 def write_grid(folder: SamplesFolder, draws: Draws, class_names: Sequence[str], title: str) -> Path:
     """``grid.png``: the images that ``shown_in_grid`` picks, a row for each class."""
-    shown, rows = shown_in_grid(draws.labels)
+    pictured, rows = shown_in_grid(draws.labels)
     names = ['' if label is None else _name(label, class_names) for label in rows]
-    images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in shown])
+    images = np.stack([folder.read_part(index // PART_SIZE)[index % PART_SIZE] for index in pictured])
     tiles = np.broadcast_to(images, (*images.shape[:3], 3))  # grey ones too are drawn in colour
     content = io.BytesIO()
-    grid = picture_grid(tiles, title, columns=len(shown) // len(rows), row_names=names)
+    grid = picture_grid(tiles, title, columns=len(pictured) // len(rows), row_names=names)
     grid.save(content, format='PNG')
     path = folder.path / 'grid.png'
     write_atomically(path, content.getvalue())

@@ -61,10 +61,12 @@ class SamplesRequest:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
-        if len(given) > 1 or (self.labels_file is not None and self.classes is not None):
-            both = ', '.join(f'--{name.replace("_", "-")}' for name in (*given, *(['classes'] if self.classes else [])))
-            raise UserError(f'{both}: each of them says how many images of which class there are; give one')
+        counts = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
+        if len(counts) > 1 or (self.labels_file is not None and self.classes is not None):
+            flags = ', '.join(
+                f'--{name.replace("_", "-")}' for name in (*counts, *(['classes'] if self.classes else []))
+            )
+            raise UserError(f'{flags}: each of them says how many images of which class there are; give one')
         for name in ('per_class', 'count', 'batch_size'):
             value = getattr(self, name)
             if value is not None and value < 1:

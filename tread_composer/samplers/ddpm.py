@@ -38,9 +38,9 @@ def ddpm(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /)
         x at ``times[-1]``, float64.
     """
     x = x_BCHW.double()
-    for step, (now, then) in enumerate(pairwise(times.double())):
-        mean, std = equation.transition(x, now, then)
-        x = mean if then == 0 else mean + std * noise(step).double()
+    for step, (time, next_time) in enumerate(pairwise(times.double())):
+        mean, std = equation.transition(x, time, next_time)
+        x = mean if next_time == 0 else mean + std * noise(step).double()
     return x
 
 
@@ -66,9 +66,10 @@ def ddim(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /,
     if not 0 <= eta <= 1:
         raise ValueError(f'eta={eta} must be between 0 (draws nothing) and 1 (draws as much as the true posterior)')
     x = x_BCHW.double()
-    for step, (now, then) in enumerate(pairwise(times.double())):
-        fresh = eta * float(then / now) * math.sqrt(now**2 - then**2)  # 0 in a step to 0
-        x = x + (math.sqrt(then**2 - fresh**2) - float(now)) * equation.drift(x, now)
+    for step, (time, next_time) in enumerate(pairwise(times.double())):
+        fresh = eta * float(next_time / time) * math.sqrt(time**2 - next_time**2)  # 0 in a step to 0
+        # The drift takes the noise down so far that, with the fresh noise, the level is next_time.
+        x = x + (math.sqrt(next_time**2 - fresh**2) - float(time)) * equation.drift(x, time)
         if fresh:
             x = x + fresh * noise(step).double()
     return x

@@ -29,8 +29,8 @@ def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /
     """
     del noise
     x = x_BCHW.double()
-    for now, then in pairwise(times.double()):
-        x = x + (then - now) * equation.drift(x, now)
+    for time, next_time in pairwise(times.double()):
+        x = x + (next_time - time) * equation.drift(x, time)
     return x
 
 
@@ -50,8 +50,9 @@ def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /)
     """
     del noise
     x = x_BCHW.double()
-    for now, then in pairwise(times.double()):
-        slope = equation.drift(x, now)
-        ahead = x + (then - now) * slope
-        x = ahead if then == 0 else x + (then - now) * (slope + equation.drift(ahead, then)) / 2
+    for time, next_time in pairwise(times.double()):
+        slope = equation.drift(x, time)
+        # Predict with Euler, then correct with the mean slope of both ends (the trapezoidal rule).
+        ahead = x + (next_time - time) * slope
+        x = ahead if next_time == 0 else x + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2
     return x

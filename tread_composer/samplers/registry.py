@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.named import part_named
 from tread_composer.core.protocols import StepNoise
 from tread_composer.samplers.ddpm import ddim, ddpm
 from tread_composer.samplers.equation import Equation, Sampler
@@ -29,14 +29,7 @@ def sampler_named(name: str) -> Sampler:
     Raises:
         ValueError: There is none.
     """
-    if is_reference(name):
-        try:
-            return import_named(name)
-        except ImportError as error:
-            raise ValueError(f'{name!r} cannot be imported: {error}') from None
-    if name not in SAMPLERS:
-        raise ValueError(f'{name!r} is none of {sorted(SAMPLERS)}')
-    return SAMPLERS[name]
+    return part_named(name, SAMPLERS)
 
 
 def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None = None) -> None:

@@ -93,20 +93,20 @@ class SamplingSettings:
         Raises:
             ValueError: A key is unknown or a value not allowed.
         """
-        own = {entry.name for entry in dataclasses.fields(cls)}
-        of_guidance = {name: value for name, value in tree.items() if name not in own}
-        known = [*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))]
-        unknown = sorted(set(of_guidance) - set(known))
+        field_names = {entry.name for entry in dataclasses.fields(cls)}
+        of_guidance = {name: value for name, value in tree.items() if name not in field_names}
+        allowed = [*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))]
+        unknown = sorted(set(of_guidance) - set(allowed))
         if unknown:
-            raise ValueError(f'sampling: {", ".join(unknown)}: unknown; known are {", ".join(dict.fromkeys(known))}')
+            raise ValueError(f'sampling: {", ".join(unknown)}: unknown; known are {", ".join(dict.fromkeys(allowed))}')
         settings = {**tree.get('guidance_settings', {}), **of_guidance}
-        return cls(**{**{name: tree[name] for name in tree if name in own}, 'guidance_settings': settings})
+        return cls(**{**{name: tree[name] for name in tree if name in field_names}, 'guidance_settings': settings})
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The keys that ``to_dict`` may have, of all kinds of guidance of this project."""
-        own = [entry.name for entry in dataclasses.fields(cls) if entry.name != 'guidance_settings']
-        return tuple(dict.fromkeys([*own, *(name for kind in GUIDANCE for name in guidance_defaults(kind))]))
+        field_names = [entry.name for entry in dataclasses.fields(cls) if entry.name != 'guidance_settings']
+        return tuple(dict.fromkeys([*field_names, *(name for kind in GUIDANCE for name in guidance_defaults(kind))]))
 
     def _check_numbers(self) -> None:
         if not _is_number(self.guidance_scale):

@@ -57,14 +57,15 @@ def edm_heun(
         )
     gamma = min(S_churn / (len(times) - 1), _MOST_CHURN)
     x = x_BCHW.double()
-    for step, (now, then) in enumerate(pairwise(times.double())):
-        if gamma and S_min <= float(now) <= S_max:
-            raised = now * (1 + gamma)
-            x = x + float((raised**2 - now**2).sqrt()) * S_noise * noise(step).double()
-            now = raised
-        slope = equation.drift(x, now)
-        ahead = x + (then - now) * slope
-        x = ahead if then == 0 else x + (then - now) * (slope + equation.drift(ahead, then)) / 2
+    for step, (time, next_time) in enumerate(pairwise(times.double())):
+        if gamma and S_min <= float(time) <= S_max:
+            raised = time * (1 + gamma)
+            # x holds noise of variance time^2; fresh noise of the difference brings it to raised^2.
+            x = x + float((raised**2 - time**2).sqrt()) * S_noise * noise(step).double()
+            time = raised
+        slope = equation.drift(x, time)
+        ahead = x + (next_time - time) * slope
+        x = ahead if next_time == 0 else x + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2
     return x
 
 
@@ -105,11 +106,12 @@ def sde(
     if diffusion < 0:
         raise ValueError(f'diffusion={diffusion} must be 0 or more')
     x = x_BCHW.double()
-    for step, (now, then) in enumerate(pairwise(_squeezed(times.double(), last_step))):
-        size, w = float(now - then), diffusion * float(now)
-        velocity = equation.drift(x, now)
-        x = x + size * (w * equation.score(x, velocity, now) - velocity)
-        if then > 0 and w:
+    for step, (time, next_time) in enumerate(pairwise(_squeezed(times.double(), last_step))):
+        size, w = float(time - next_time), diffusion * float(time)
+        velocity = equation.drift(x, time)
+        # Time runs down, so the velocity is subtracted; the score takes out what the fresh noise below adds.
+        x = x + size * (w * equation.score(x, velocity, time) - velocity)
+        if next_time > 0 and w:
             x = x + math.sqrt(2 * w * size) * noise(step).double()
     return x
 
@@ -118,5 +120,6 @@ def _squeezed(times: Tensor, last: float) -> Tensor:
     """The times, moved so that the last one before 0 is ``last``."""
     if len(times) == 2:  # a single step goes all the way
         return times
+    # Affine map of [times[-2], times[0]] onto [last, times[0]]: the spacing keeps its proportions.
     start, end = times[0], times[-2]
     return torch.cat([last + (times[:-1] - end) * (start - last) / (start - end), times.new_zeros(1)])

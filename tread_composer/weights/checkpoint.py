@@ -38,11 +38,11 @@ def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> d
         raise UserError(f'{source}: its model has no {_NETWORK[:-1]}, so it is not a LatentDiffusion of this project')
     average = algorithms.get('EMA')
     if average is not None and 'average' not in average:  # Composer's own: `ema_weights_active` says which is which
-        found = 'ema' if average.get('ema_weights_active') else 'raw'
-        if weights != found:
+        present = 'ema' if average.get('ema_weights_active') else 'raw'
+        if weights != present:
             raise UserError(
-                f"{source}: Composer's EMA has put its {'averaged' if found == 'ema' else 'raw'} weights into this "
-                f'checkpoint in place of the others; take weights={found!r}, or train with algorithms.ema'
+                f"{source}: Composer's EMA has put its {'averaged' if present == 'ema' else 'raw'} weights into this "
+                f'checkpoint in place of the others; take weights={present!r}, or train with algorithms.ema'
             )
         return raw
     if weights == 'raw':

@@ -53,8 +53,8 @@ def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str]
     cost = sampling_cost(denoiser, shape)
     texts = {'parameters': str(cost['parameters']), 'gmacs': f'{cost["gmacs"]:.6g}'}
     digest = write_exported(out, exported, texts, overwrite)
-    told = {'out': str(out), 'weights': exported.weights, 'batch': exported.batch, 'digest': digest}
-    return {**told, 'average': exported.average, **cost}
+    summary = {'out': str(out), 'weights': exported.weights, 'batch': exported.batch, 'digest': digest}
+    return {**summary, 'average': exported.average, **cost}
 
 
 def export_in_words(result: dict[str, Any]) -> str:

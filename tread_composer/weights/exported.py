@@ -130,8 +130,8 @@ def read_exported(path: str | os.PathLike[str], overrides: list[str] | None = No
     if digest_of(tensors) != metadata['digest']:
         raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
     average = None if 'average' not in metadata else json.loads(metadata['average'])
-    told = (metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown'))
-    return Exported(tensors, config, data, *told, average)
+    provenance = (metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown'))
+    return Exported(tensors, config, data, *provenance, average)
 
 
 def _facts_in(metadata: Mapping[str, str], path: str, overrides: list[str]) -> tuple[Config, LatentFacts]:

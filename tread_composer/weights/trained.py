@@ -224,17 +224,20 @@ def exported_run(path: str | os.PathLike[str]) -> str | None:
 
 def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Average:
     """The average of this width that ends with the last snapshot before the checkpoint."""
-    kept = dict(state.get('algorithms', {})).get('PowerEMA')
-    if kept is None:
+    power_ema = dict(state.get('algorithms', {})).get('PowerEMA')
+    if power_ema is None:
         raise UserError(
             f'{file}: the run kept no averages to choose from afterwards; train with algorithms.power_ema, or take '
             f'weights=ema or raw'
         )
-    if kept['previous'] is None:
+    if power_ema['previous'] is None:
         raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
-    given = config.algorithms['power_ema'].kwargs.get('folder') if 'power_ema' in config.algorithms else None
-    folder = file.parent / PowerEMA.default_folder if given is None else given.replace('{run_name}', config.run_name)
-    return reconstruct(folder, width, last=kept['previous'], allow_inexact=allow_inexact)
+    component = config.algorithms.get('power_ema')
+    setting = None if component is None else component.kwargs.get('folder')
+    folder = (
+        file.parent / PowerEMA.default_folder if setting is None else setting.replace('{run_name}', config.run_name)
+    )
+    return reconstruct(folder, width, last=power_ema['previous'], allow_inexact=allow_inexact)
 
 
 def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> None:
@@ -243,10 +246,13 @@ def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> No
     saved = {
         name: contract[name] for name in ('model', 'objective', 'latent_scale', 'latent_shift') if name in contract
     }  # fmt: skip
-    now = _of_these(tree, saved)
-    if saved != now:
+    current = _of_these(tree, saved)
+    if saved != current:
         raise ResumeError.from_differences(
-            f'{file.parent / "config.yaml"}', saved, now, f'Put back the config.yaml that {file.name} was trained with.'
+            f'{file.parent / "config.yaml"}',
+            saved,
+            current,
+            f'Put back the config.yaml that {file.name} was trained with.',
         )
 
 
@@ -280,18 +286,18 @@ def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Mani
 
 
 def _fill(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
-    wrong = [
+    shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    misshapen = [
         f'{name} is {list(tensors[name].shape)}, the model has {list(shape)}'
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     complaints = {
-        'not in the weights': sorted(wanted.keys() - tensors.keys()),
-        'not in the model': sorted(tensors.keys() - wanted.keys()),
-        'of another shape': wrong,
+        'not in the weights': sorted(shapes.keys() - tensors.keys()),
+        'not in the model': sorted(tensors.keys() - shapes.keys()),
+        'of another shape': misshapen,
     }
-    lines = [f'  {words}: {", ".join(found[:5])}' for words, found in complaints.items() if found]
+    lines = [f'  {words}: {", ".join(names[:5])}' for words, names in complaints.items() if names]
     if lines:
         text = '\n'.join(lines)
         raise UserError(f'{path}: the weights do not fit the model that its configuration describes:\n{text}')

@@ -159,6 +159,19 @@ class MaskDiT(BoundAlgorithm):
         """How many tokens each block of the encoder sees before any is unmasked."""
         return [num_kept(num_tokens, self.mask_ratio)] * depth
 
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends.
+
+        Args:
+            plan: ``tokens_per_block`` and ``num_tokens`` of the run.
+        """
+        kept, num_tokens = plan['tokens_per_block'][0], plan['num_tokens']
+        text = f'the encoder sees {kept} of {num_tokens} tokens, the decoder all'
+        if self.unmask_time is not None:
+            manner = 'at once' if self.unmask == 'at_once' else f'by {self.unmask}'
+            text += f'; from {self.unmask_time} unmasked {manner}'
+        return {'route': 'none', 'masking': text}
+
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
         """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.

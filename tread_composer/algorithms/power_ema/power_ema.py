@@ -6,12 +6,13 @@ power-function averages, written down now and then, are enough to put any length
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from composer.core import Event, State
+from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
@@ -95,6 +96,36 @@ class PowerEMA(BoundAlgorithm):
     def num_averages(self) -> int:
         """Copies of the trainable weights in float32."""
         return len(self.widths)
+
+    def files_written(self, plan: Mapping[str, Any]) -> dict[str, float] | None:
+        """How many snapshots a run writes (``count``) and the size of each (``gib_each``, GiB); None if not known.
+
+        Args:
+            plan: ``batches``, ``batches_per_epoch`` (None where the data are not known), ``samples_per_step`` and
+                ``parameters`` of the run.
+        """
+        if plan['batches'] is None:
+            return None
+        interval = Time.from_timestring(self.interval)
+        batches = {
+            TimeUnit.BATCH: interval.value,
+            TimeUnit.EPOCH: interval.value * (plan['batches_per_epoch'] or 0),
+            TimeUnit.SAMPLE: interval.value / plan['samples_per_step'],
+            TimeUnit.DURATION: interval.value * plan['batches'],
+        }.get(interval.unit)
+        if not batches:
+            return None
+        gib_each = plan['parameters'] * 4 * len(self.widths) / 2**30  # float32
+        return {'count': math.ceil(plan['batches'] / batches), 'gib_each': gib_each}
+
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the snapshots: their number and the space that they take."""
+        files = self.files_written(plan)
+        if files is None:
+            return {}
+        each, count = files['gib_each'], files['count']
+        total = f'{count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
+        return {'snapshots': f'{count:,} files of {each:,.2f} GiB, {total}'}
 
     def __repr__(self) -> str:
         """The call that makes an equal ``PowerEMA``."""

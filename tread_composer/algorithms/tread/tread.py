@@ -183,6 +183,16 @@ class Tread(BoundAlgorithm):
             counts[start : end + 1] = [route.num_kept(num_tokens, self.always_keep)] * (end - start + 1)
         return counts
 
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one.
+
+        Args:
+            plan: ``routes`` in words.
+        """
+        window = {'start_time': self.start_time, 'end_time': self.end_time}
+        schedule = ''.join(f', {name} {time}' for name, time in window.items() if time)
+        return {'route': '; '.join(plan['routes']) + schedule}
+
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
         """Route the training forwards of a network on the meta device, so that their cost can be counted.

@@ -21,6 +21,7 @@ __all__ = [
     'check_member',
     'check_same_classes',
     'few',
+    'in_label_order',
     'is_image',
     'is_litter',
     'read_class_names',
@@ -192,6 +193,13 @@ def canonical_order(where: Path | str, names: Sequence[str], labels: Sequence[in
         except UnicodeEncodeError as error:
             raise UserError(f'{where}: the name {name!r} is not UTF-8. Rename the file') from error
     return sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
+
+
+def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names by label: 0 to n - 1 by their value, all other names as texts, which is torchvision's order."""
+    classes = sorted(set(names))
+    numbers = [str(number) for number in range(len(classes))]
+    return tuple(numbers if sorted(numbers) == classes else classes)
 
 
 def check_same_classes(where: Path | str, classes: dict[str, Iterable[str]]) -> None:

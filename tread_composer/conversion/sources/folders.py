@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tread_composer.conversion.sources.base import Listed, Source, arrange, is_image, is_litter
 from tread_composer.conversion.sources.ranges import refuse_giant
-from tread_composer.conversion.sources.tree import Branch, Listing, lay_out
+from tread_composer.conversion.sources.tree import Branch, Listing, holds_labels, lay_out
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
@@ -37,7 +37,10 @@ def open_folders(root: Path, *, ground_truth: Path | None = None, progress: bool
     listing, counter = Listing(), Progress(f'scanning {root}', show=progress)
     for parts, is_folder in _walk(root):
         counter.add()
-        listing.add(parts, is_folder)
+        if not is_folder and holds_labels(parts):
+            listing.label_files['/'.join(parts)] = _content(root.joinpath(*parts))
+        else:
+            listing.add(parts, is_folder)
     sources: dict[str, Source] = {}
     for split, branch in lay_out(root, listing, ground_truth).items():
         layout = 'class folders' if branch.class_names else 'flat folder'
@@ -46,6 +49,13 @@ def open_folders(root: Path, *, ground_truth: Path | None = None, progress: bool
         branch.names, branch.labels = [], []  # the facts hold them; workers get a copy of all that is here
         sources[split] = FolderSource(**facts, root=str(root), branch=branch)
     return sources
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error}') from error
 
 
 def holds_images(root: Path) -> bool:

@@ -11,6 +11,7 @@ from tread_composer.conversion.sources.base import (
     arrange,
     check_same_classes,
     few,
+    in_label_order,
     is_image,
     is_litter,
 )
@@ -69,7 +70,7 @@ def _open_train(path: Path, notes: Sequence[str], progress: bool) -> RangeSource
     empty = [name for name, members in by_class.items() if not members]
     if empty:
         raise UserError(f'{path}: {len(empty):,} classes hold no image: {few(empty)}. Get it anew')
-    class_names = tuple(sorted(by_class))
+    class_names = in_label_order(by_class)
     rows = [(label, member) for label, name in enumerate(class_names) for member in by_class[name]]
     names = [f'{class_names[label]}/{member.parts[-1]}' for label, member in rows]
     facts, order = arrange(_LAYOUT, path, names, [label for label, _ in rows], class_names, ignored)

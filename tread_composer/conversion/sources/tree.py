@@ -1,24 +1,39 @@
 """From the paths of a tree (a folder's or a zip's) to splits and classes; what is mixed or unclear is refused."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import SPLITS, Ignored, check_same_classes, few, is_image, is_litter
+from tread_composer.conversion.sources.base import (
+    SPLITS,
+    Ignored,
+    check_same_classes,
+    few,
+    in_label_order,
+    is_image,
+    is_litter,
+)
 from tread_composer.conversion.sources.ground_truth import assign_classes
+from tread_composer.conversion.sources.numbered import classes_of_numbers
 from tread_composer.core.errors import UserError
 
-__all__ = ['Branch', 'Listing', 'lay_out']
+__all__ = ['Branch', 'Listing', 'holds_labels', 'lay_out']
+
+_EDM = 'dataset.json'
+_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
+"""Files with these names hold labels; only EDM's are read, beside the others folders say nothing certain."""
 
 _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
 
 
 @dataclass
 class Listing:
-    """What a tree holds: paths of images and of folders, separated by ``/``, without litter."""
+    """What a tree holds: paths of images and of folders, separated by ``/``, without litter; content of label files."""
 
     images: list[str] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
+    label_files: dict[str, bytes] = field(default_factory=dict)
     ignored: Ignored = field(default_factory=Ignored)
 
     def add(self, parts: Sequence[str], is_folder: bool) -> None:
@@ -31,16 +46,21 @@ class Listing:
             self.ignored.add(parts)
 
 
+def holds_labels(parts: Sequence[str]) -> bool:
+    """Whether a path is that of a label file, whose content belongs into ``Listing.label_files``."""
+    return parts[-1] in _LABEL_FILES and not is_litter(parts)
+
+
 @dataclass
 class Branch:
     """One split: images by class, and where they are.
 
     Attributes:
-        prefix: Of its paths in the tree; ends with ``/`` or is empty.
-        class_names: Sorted; empty without classes.
+        prefix: Beginning of its paths in the tree; ends with ``/`` or is empty.
+        class_names: In label order; empty without classes.
         names: Canonical names.
         labels: One for each name.
-        bare: Paths are ``prefix`` and the file's own name, since the class is known from elsewhere.
+        bare: The class in a name is no folder of the tree: labels come from elsewhere.
     """
 
     prefix: str
@@ -51,7 +71,7 @@ class Branch:
 
     def path(self, name: str) -> str:
         """Where the image of that name is in the tree."""
-        return self.prefix + (name.rpartition('/')[2] if self.bare else name)
+        return self.prefix + (name.partition('/')[2] if self.bare else name)
 
 
 def lay_out(where: Path, listing: Listing, ground_truth: Path | None) -> dict[str, Branch]:
@@ -81,6 +101,13 @@ def lay_out(where: Path, listing: Listing, ground_truth: Path | None) -> dict[st
         branches = {
             SPLITS[top]: _branch(where, f'{prefix}{top}/', tops[top], listing) for top in named if SPLITS[top] != 'test'
         }
+        for path in [path for path in listing.label_files if path.startswith(f'{prefix}test/')]:
+            del listing.label_files[path]  # of images that are not converted
+    if listing.label_files:
+        raise UserError(
+            f'{where}: {few(listing.label_files)} hold labels that this layout does not read, so those of the folders '
+            f'may be wrong. Move them away if the folders are the classes; read is {_EDM} of EDM, beside the images'
+        )
     _join(where, branches, ground_truth)
     return branches
 
@@ -130,6 +157,8 @@ def _check_splits(where: Path, prefix: str, tops: dict[str, list[str]], named: l
 
 def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Branch:
     names = [path[len(prefix) :] for path in paths]
+    if (content := listing.label_files.pop(f'{prefix}{_EDM}', None)) is not None:
+        return _labelled_branch(f'{where}/{prefix}{_EDM}', prefix, names, content)
     depths = {name.count('/'): name for name in names}  # an example of each
     if depths.keys() == {0}:
         return Branch(prefix, (), names, [0] * len(names))
@@ -137,7 +166,7 @@ def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Bra
         examples = ', '.join(repr(prefix + depths[depth]) for depth in sorted(depths))
         raise UserError(f'{where}: images lie at different or unknown depths, such as {examples}. Expected {_LAYOUTS}')
     class_of = [name.partition('/')[0] for name in names]
-    class_names = tuple(sorted(set(class_of)))
+    class_names = in_label_order(class_of)
     start = len(prefix)
     folders = {path[start:].partition('/')[0] for path in listing.folders if path.startswith(prefix)}
     empty = folders - set(class_names) - {''}
@@ -148,6 +177,31 @@ def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Bra
         )
     label_of = {name: label for label, name in enumerate(class_names)}
     return Branch(prefix, class_names, names, [label_of[name] for name in class_of])
+
+
+def _labelled_branch(file: str, prefix: str, names: list[str], content: bytes) -> Branch:
+    """EDM's layout: numbered folders that are no classes, and ``{"labels": [["00000/img00000000.png", 6], ...]}``."""
+    try:
+        rows = json.loads(content)['labels']
+        labels = {} if rows is None else dict(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{file}: not the labels of an EDM data set ({error!r}). Move it away, or repair it') from error
+    if rows is None:
+        return Branch(prefix, (), names, [0] * len(names))
+    for fault, missing in (
+        ('has no label for', set(names) - set(labels)),
+        ('labels images that are missing', set(labels) - set(names)),
+    ):
+        if missing:
+            raise UserError(f'{file}: {fault}: {few(missing)} ({len(missing):,} in all). Both must be complete')
+    numbers = [labels[name] for name in names]
+    wrong = [name for name, number in zip(names, numbers, strict=True) if type(number) is not int]
+    if wrong or len(labels) != len(rows):
+        fault = f'the label of {wrong[0]} is {labels[wrong[0]]!r:.60}' if wrong else 'an image is listed twice'
+        raise UserError(f'{file}: {fault}; each image needs one whole number')
+    class_names, _ = classes_of_numbers(Path(file), {'train': numbers}, ())
+    return Branch(prefix, class_names, [f'{label}/{name}' for label, name in zip(numbers, names, strict=True)],
+                  numbers, bare=True)  # fmt: skip
 
 
 def _join(where: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources.base import Source, arrange, check_member
 from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource, refuse_giant
-from tread_composer.conversion.sources.tree import Listing, lay_out
+from tread_composer.conversion.sources.tree import Listing, holds_labels, lay_out
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
@@ -64,15 +64,18 @@ def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = T
                 parts = check_member(path, _name(info))
                 if not parts:
                     continue
-                listing.add(parts, info.is_dir())
                 if not info.is_dir():
                     _check(path, info)
-                    if members.setdefault('/'.join(parts), info) is not info:
-                        raise UserError(f'{path}: holds {info.filename!r} twice. Pack it again')
+                if not info.is_dir() and holds_labels(parts):
+                    listing.label_files['/'.join(parts)] = archive.read(info)
+                else:
+                    listing.add(parts, info.is_dir())
+                if not info.is_dir() and members.setdefault('/'.join(parts), info) is not info:
+                    raise UserError(f'{path}: holds {info.filename!r} twice. Pack it again')
     except UserError:
         raise
     # NotImplementedError is zipfile's word for a compression or a version that it does not know.
-    except (OSError, ValueError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
     sources: dict[str, Source] = {}
     for split, branch in lay_out(path, listing, ground_truth).items():

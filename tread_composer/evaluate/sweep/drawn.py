@@ -5,7 +5,7 @@ Shapes: B samples, C channels, R x R pixels.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from torch import Tensor
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
+from tread_composer.evaluate.sweep.parts import RowParts
 from tread_composer.evaluate.sweep.rows import combinations, run_sweep
 from tread_composer.io.device import choose_device, machine_for
+from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
+from tread_composer.metrics.features import FeatureSet, joined
 from tread_composer.metrics.measurer import Measurement, Measurer, silent
 from tread_composer.metrics.protocol import append_results
 from tread_composer.sample.request import check_overrides
@@ -90,16 +93,22 @@ class SweepRequest:
             interval=self.intervals,
             scale=self.guidance_scales,
         )
-        for one in choices:
+        for choice in choices:
+            weights = choice['weights']
             row = {
-                'weights': one['weights'],
-                'guidance': one['guidance']['guidance'],
-                'guidance_scale': one['scale'],
-                'guidance_interval': None if one['interval'] is None else list(one['interval']),
-                **one['guidance'],
+                'weights': weights,
+                'guidance': choice['guidance']['guidance'],
+                'guidance_scale': choice['scale'],
+                'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
+                **choice['guidance'],
             }
             if not sampling_of(row, self).guides:
-                row = {'weights': one['weights'], 'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
+                row = {
+                    'weights': choice['weights'],
+                    'guidance': 'none',
+                    'guidance_scale': 1.0,
+                    'guidance_interval': None,
+                }
             rows.append(row)
         different = [entry['row'] for entry in combinations(row=rows)]
         if len(different) < len(rows):
@@ -116,9 +125,9 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
     Raises:
         UserError: The settings contradict each other.
     """
-    own = {name: value for name, value in row.items() if name != 'weights'}
+    sampling = {name: value for name, value in row.items() if name != 'weights'}
     try:
-        return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **own})
+        return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **sampling})
     except ValueError as error:
         raise UserError(f'sweep: {error}') from None
 
@@ -144,8 +153,9 @@ def sweep(
         # Of the first rank, for all: a run that still trains must not give each of them other weights.
         digests = ranks.from_first(ranks.agreed(lambda: _digests(request) if ranks.is_first else {}))
         bench = ranks.agreed(lambda: _Bench(request, device, ranks, digests, log))
-        done = run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks)
-    return done, bench.contract
+        measured = run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks)
+        bench.forget(rows)
+    return measured, bench.contract
 
 
 class _Bench:
@@ -163,6 +173,7 @@ class _Bench:
         self.measurer = Measurer(request.measurement, device, ranks, log)
         self._trained: Trained | None = None
         self._loaded = ''  # which weights it has, as the rows call them
+        self._measured: RowParts | None = None  # the row before
         trained = self._load(weights_name(request.weights[0]))
         self._check_classes(trained)
         self.size = image_size(trained.model)
@@ -181,6 +192,9 @@ class _Bench:
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The numbers of a row, on the first rank; none on the others."""
+        if self._measured is not None:
+            self._measured.remove()  # that row is in the table
+        self._measured = parts = self._parts(row)
         sampling = sampling_of(row, self.request)
         trained = self.ranks.agreed(lambda: self._load(row['weights']))
         self.ranks.agreed(lambda: trained.prepare_for(sampling))
@@ -193,8 +207,12 @@ class _Bench:
             raise UserError(str(error)) from None
         self.measurer.prepare()  # before the first row is drawn: an image of it may be damaged
         # Refused together: a rank whose images are broken must not leave the others waiting.
-        parts = self.ranks.agreed(lambda: self.measurer.look(self._images(trained, sampling)))
-        figures = self.measurer.figures(parts)
+        finished = self.ranks.from_first(parts.finished())
+        if finished:
+            num_finished = sum(len(parts.indices(part)) for part in finished)
+            self.log(f'going on: {num_finished:,} of {self.request.num_samples:,} images of this row are there')
+        features = self.ranks.agreed(lambda: self._look(trained, sampling, parts, finished))
+        figures = self.measurer.figures(features)
         if not self.ranks.is_first:
             return {}
         entries = self.measurer.entries(
@@ -210,55 +228,77 @@ class _Bench:
         append_results(Path(self.request.out) / 'results.json', entries)
         return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost.gmacs}
 
+    def forget(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Remove what is kept of the images of finished rows."""
+        for row in rows:
+            self._parts(row).remove()
+
     def _load(self, weights: str) -> Trained:
         if self._trained is None or self._loaded != weights:
             self._trained = None  # two models need not fit
             request = self.request
-            found = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
-            if found.digest != self.digests[weights]:
+            loaded = load_trained(request.path, weights=weights, device=self.device, overrides=request.overrides)
+            if loaded.digest != self.digests[weights]:
                 raise UserError(
                     f'{request.path}: holds other {weights} weights than at the start of this sweep (now those after '
-                    f'{found.batch:,} batches), so its rows would not compare: does the run still train? Sweep one of '
+                    f'{loaded.batch:,} batches), so its rows would not compare: does the run still train? Sweep one of '
                     'its checkpoints (a file ep*-ba*-rank0.pt, which stays as it is), with another --out. Finished '
                     'rows stay'
                 )
-            self._trained, self._loaded = found, weights
+            self._trained, self._loaded = loaded, weights
         return self._trained
 
     def _check_classes(self, trained: Trained) -> None:
         classes, count = trained.model.num_classes, self.request.num_samples
         if classes and count % classes:
             raise UserError(
-                f'--samples {count}: is no multiple of the {classes} classes of the model, so they would not count '
+                f'--count {count}: is no multiple of the {classes} classes of the model, so they would not count '
                 f'alike; take {max(1, round(count / classes)) * classes}'
             )
 
-    def _images(self, trained: Trained, sampling: SamplingSettings) -> Iterator[Tensor]:
-        """This rank's images of a row, uint8 ``[B, C, R, R]``.
+    def _parts(self, row: Mapping[str, Any]) -> RowParts:
+        label = {'contract': self.contract, 'row': row, 'weights_digest': self.digests[row['weights']]}
+        return RowParts(Path(self.request.out), label, self.request.num_samples)
+
+    def _look(
+        self, trained: Trained, sampling: SamplingSettings, parts: RowParts, finished: Sequence[int]
+    ) -> list[FeatureSet]:
+        """Features of this rank's images of a row; the first rank's have those of finished parts among them.
 
         Raises:
-            UserError: Some are not finite.
+            UserError: Some images are not finite, or a finished part is damaged.
         """
-        count, size = self.request.num_samples, self.request.measurement.batch_size
-        mine, spoke = range(self.ranks.rank, count, self.ranks.world), time.monotonic()
-        for first in range(0, len(mine), size):
-            images_BCRR = self._draw(trained, sampling, mine[first : first + size])
+        features = [parts.read(part) for part in finished] if self.ranks.is_first else []
+        undone = [part for part in range(len(parts)) if part not in set(finished)]
+        own_parts, batch_size = undone[self.ranks.rank :: self.ranks.world], self.request.measurement.batch_size
+        together, reported = max(1, batch_size // len(parts.indices(0))), time.monotonic()
+        for start in range(0, len(own_parts), together):
+            chunk = own_parts[start : start + together]
+            images_BCRR = self._draw(trained, sampling, [index for part in chunk for index in parts.indices(part)])
             if not images_BCRR.isfinite().all():
                 raise UserError('images came out that are not finite: the model or the sampler has diverged')
-            yield to_uint8(images_BCRR)
-            if time.monotonic() - spoke > _TALK_EVERY:
-                spoke = time.monotonic()
-                self.log(f'  {min((first + size) * self.ranks.world, count):,} of {count:,} images')
+            pieces = to_uint8(images_BCRR).split([len(parts.indices(part)) for part in chunk])
+            for part, piece_BCRR in zip(chunk, pieces, strict=True):
+                features.append(joined(self.measurer.look(piece_BCRR.split(batch_size))))
+                with full_disk_in_words(Path(self.request.out)):
+                    parts.write(part, features[-1])
+            if time.monotonic() - reported > _TALK_EVERY:
+                reported = time.monotonic()
+                num_done = len(finished) + (start + len(chunk)) * self.ranks.world
+                self.log(f'  about {min(num_done / len(parts), 1):.0%} of {self.request.num_samples:,} images')
+        return features
 
-    def _draw(self, trained: Trained, sampling: SamplingSettings, indices: range) -> Tensor:
+    def _draw(self, trained: Trained, sampling: SamplingSettings, indices: Sequence[int]) -> Tensor:
+        """Images ``[B, C, R, R]``, about -1 to 1."""
         classes, model = trained.model.num_classes, trained.model
+        batch_size = self.request.measurement.batch_size
         labels = [index % classes if classes else 0 for index in indices]
         seeds = [self.request.seed + index for index in indices]
         try:
-            latents = model.draw(labels, seeds, sampling, batch_size=self.request.measurement.batch_size)
+            latents = model.draw(labels, seeds, sampling, batch_size=batch_size)
         except ValueError as error:
             raise UserError(f'sweep: {error}') from None
-        return model.decode(latents).float()
+        return torch.cat([model.decode(chunk).float() for chunk in latents.split(batch_size)])
 
     def _facts(self, trained: Trained, sampling: SamplingSettings) -> dict[str, Any]:
         return drawing_facts(
@@ -273,11 +313,11 @@ class _Bench:
 
 def _digests(request: SweepRequest) -> dict[str, str]:
     """Of all weights that the file holds, so that a sweep of others may be added and one of a later checkpoint not."""
-    found, wanted = {}, [weights_name(word) for word in request.weights]
-    for weights in dict.fromkeys((*_KEPT, *wanted)):
+    digests, requested = {}, [weights_name(word) for word in request.weights]
+    for weights in dict.fromkeys((*_KEPT, *requested)):
         try:
-            found[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
+            digests[weights] = digest_of(read_trained(request.path, weights=weights).tensors)
         except UserError:
-            if weights in wanted:
+            if weights in requested:
                 raise
-    return found
+    return digests

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from tread_composer.core.named import import_named, is_reference
+from tread_composer.core.named import part_named
 from tread_composer.samplers.guidance.auto import Autoguidance
 from tread_composer.samplers.guidance.classifier_free import ClassifierFree
 from tread_composer.samplers.guidance.provider import GuidanceProvider
@@ -29,14 +29,10 @@ def guidance_named(name: str) -> Callable[..., GuidanceProvider]:
     Raises:
         ValueError: There is none of this name.
     """
-    if is_reference(name):
-        try:
-            return import_named(name)
-        except ImportError as error:
-            raise ValueError(f'guidance: {name!r} cannot be imported: {error}') from None
-    if name not in GUIDANCE:
-        raise ValueError(f'guidance: {name!r} is none of {", ".join(("none", *GUIDANCE))}')
-    return GUIDANCE[name]
+    try:
+        return part_named(name, {'none': None, **GUIDANCE})
+    except ValueError as error:
+        raise ValueError(f'guidance: {error}') from None
 
 
 def guidance_defaults(name: str) -> dict[str, Any]:

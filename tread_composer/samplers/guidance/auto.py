@@ -63,7 +63,7 @@ class Autoguidance:
         """See ``GuidanceProvider``."""
         weak = without_label(run.weak, run.null_label) if self.weak_label == 'null' else run.weak
 
-        def both(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
             return run.denoiser(x_BCHW, t_B, labels_B), weak(x_BCHW, t_B, labels_B)
 
-        return both
+        return branches_at

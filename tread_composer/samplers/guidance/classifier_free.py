@@ -38,10 +38,10 @@ class ClassifierFree:
     def branches(self, run: SamplingRun) -> Branches:
         """See ``GuidanceProvider``."""
 
-        def both(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
             labels = torch.cat([labels_B, torch.full_like(labels_B, run.null_label)])
             predictions = run.denoiser(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), labels)
             conditional, unconditional = predictions.chunk(2)
             return conditional, unconditional
 
-        return both
+        return branches_at

@@ -69,8 +69,8 @@ class SparseGuidance:
         """It needs routes in each network, and a weak branch that is the weaker one."""
         if self.weak_label == 'null':
             needs_classes('sparse', num_classes)
-        for name, one in (('network', network), ('weak network', weak)):
-            if one is not None and routing_of(one) is None:
+        for name, denoiser in (('network', network), ('weak network', weak)):
+            if denoiser is not None and routing_of(denoiser) is None:
                 raise ValueError(
                     f"guidance: 'sparse' needs the routes that the {name} was trained with, and it has none; call "
                     'apply_tread(network, routes) for one that was trained with them'
@@ -110,13 +110,13 @@ class SparseGuidance:
         strong = _Routed(network, routing, lambda: rates(run.clock.time)[0], 'strong', run)
         weak = _Routed(branch, _routing(second), lambda: rates(run.clock.time)[1], 'weak', run)
 
-        def both(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
             counts = [_kept_counts(routing, rate, num_tokens) for rate in rates(run.clock.time)]
             if branch is network and counts[0] == counts[1]:
                 return network(x_BCHW, t_B, labels_B), None
             return strong(x_BCHW, t_B, labels_B), weak(x_BCHW, t_B, labels_B)
 
-        return both
+        return branches_at
 
     def _rates(self, times: Tensor) -> _Rates:
         """The rates of the two branches over the sampling times.

@@ -17,7 +17,7 @@ from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
 from tread_composer.weights.foreign.files import LAYOUTS, layout_of, read_weights
 
-__all__ = ['Said', 'import_weights', 'read_class_names']
+__all__ = ['Hints', 'import_weights', 'read_class_names']
 
 _OBJECTIVES = {
     'edm': {'name': 'edm'},
@@ -30,7 +30,7 @@ _KNOWN_OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Said:
+class Hints:
     """What the user says of a file, because the file does not.
 
     Attributes:
@@ -59,7 +59,7 @@ class Said:
 def import_weights(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    said: Said,
+    hints: Hints,
     *,
     layout: str = 'auto',
     weights: str = 'ema',
@@ -73,7 +73,7 @@ def import_weights(
     Args:
         path: ``.pt`` or ``.safetensors``.
         out: The file to write, ``.safetensors``.
-        said: What the file does not say.
+        hints: What the file does not say.
         layout: ``'dit'``, ``'sit'``, ``'tread'``, ``'maskdit'``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
         overwrite: Replace a file that is there.
@@ -89,73 +89,73 @@ def import_weights(
     source = str(path)
     tensors, container = read_weights(path, weights)
     layout = layout_of(layout, tensors, container, source)
-    _ask_for_missing(said, layout)
-    sizes = sizes_of(tensors, layout, said.num_heads, source)
+    _ask_for_missing(hints, layout)
+    sizes = sizes_of(tensors, layout, hints.num_heads, source)
     facts = LatentFacts(
         channels=sizes.in_channels,
         latent_height=sizes.latent_size,
         latent_width=sizes.latent_size,
         num_classes=sizes.num_classes,
-        class_names=read_class_names(str(said.class_names), sizes.num_classes),
-        autoencoder=None if said.autoencoder == 'pixels' else said.autoencoder,
-        autoencoder_hash=said.autoencoder_hash,
+        class_names=read_class_names(str(hints.class_names), sizes.num_classes),
+        autoencoder=None if hints.autoencoder == 'pixels' else hints.autoencoder,
+        autoencoder_hash=hints.autoencoder_hash,
     )
     exported = Exported(
         tensors=converted(tensors, layout, sizes),
-        config=_config(Path(path).stem, layout, sizes, said),
+        config=_config(Path(path).stem, layout, sizes, hints),
         data=facts,
         weights=weights,
-        batch=said.batch,
+        batch=hints.batch,
         origin=f'imported from {Path(path).name} in the layout of {layout}; of the configuration only model, '
         'objective, latent_scale, latent_shift, autoencoder and algorithms are known, the rest are placeholders',
     )
     return {**write_with_cost(exported, source, out, overwrite), 'layout': layout}
 
 
-def _ask_for_missing(said: Said, layout: str) -> None:
-    wanted = {
-        '--autoencoder': (said.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
-        '--latent-scale': (said.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'),
-        '--class-names': (said.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
+def _ask_for_missing(hints: Hints, layout: str) -> None:
+    required = {
+        '--autoencoder': (hints.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
+        '--latent-scale': (hints.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'),
+        '--class-names': (hints.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
     }
     if layout == 'tread':
         text = f'CompVis/tread trains both and saves them alike: {" or ".join(_OBJECTIVES)}'
-        wanted['--objective'] = (said.objective, text)
-    lines = [f'  {option}: {reason}' for option, (value, reason) in wanted.items() if value is None]
+        required['--objective'] = (hints.objective, text)
+    lines = [f'  {option}: {reason}' for option, (value, reason) in required.items() if value is None]
     if lines:
         raise UserError('\n'.join(['import: the file does not say what sampling needs to know; give', *lines]))
-    if layout == 'tread' and said.objective not in _OBJECTIVES:
-        raise UserError(f'--objective {said.objective}: CompVis/tread has {" and ".join(_OBJECTIVES)}')
-    if layout != 'tread' and said.objective is not None:
-        raise UserError(f'--objective {said.objective}: the layout {layout} has decided that; leave it away')
-    if layout == 'maskdit' and said.route is not None:
+    if layout == 'tread' and hints.objective not in _OBJECTIVES:
+        raise UserError(f'--objective {hints.objective}: CompVis/tread has {" and ".join(_OBJECTIVES)}')
+    if layout != 'tread' and hints.objective is not None:
+        raise UserError(f'--objective {hints.objective}: the layout {layout} has decided that; leave it away')
+    if layout == 'maskdit' and hints.route is not None:
         raise UserError('--route: MaskDiT masks tokens and routes none; leave it away')
 
 
-def read_class_names(said: str, num_classes: int) -> tuple[str, ...]:
+def read_class_names(source: str, num_classes: int) -> tuple[str, ...]:
     """Names from a file with one a line or a JSON list, or the numbers of the classes for ``'numbers'``.
 
     Raises:
         UserError: The file cannot be read, or has another number of names.
     """
-    if said == 'numbers':
+    if source == 'numbers':
         return tuple(str(number) for number in range(num_classes))
     try:
-        text = Path(said).read_text(encoding='utf-8')
-        names = json.loads(text) if said.endswith('.json') else text.splitlines()
+        text = Path(source).read_text(encoding='utf-8')
+        names = json.loads(text) if source.endswith('.json') else text.splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f'--class-names {said}: cannot be read: {error}') from None
+        raise UserError(f'--class-names {source}: cannot be read: {error}') from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'--class-names {said}: holds no list of texts; give one name a class, in the order of labels')
+        raise UserError(f'--class-names {source}: no list of texts; give one name a class, in the order of labels')
     if len(names) != num_classes:
         raise UserError(
-            f'--class-names {said}: {len(names)} names for the {num_classes} classes that the label table shows (its '
+            f'--class-names {source}: {len(names)} names for the {num_classes} classes that the label table shows (its '
             f'last row is the null label)'
         )
     return tuple(names)
 
 
-def _config(name: str, layout: str, sizes: Sizes, said: Said) -> Config:
+def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
     """A configuration of the network and its conventions. What training would need and nobody has said is nominal."""
     model = {
         key: getattr(sizes, key)
@@ -163,13 +163,13 @@ def _config(name: str, layout: str, sizes: Sizes, said: Said) -> Config:
     }  # fmt: skip
     if layout == 'sit':
         model['learn_sigma'] = False  # its forward gives the first half of the channels alone
-    objective = _KNOWN_OBJECTIVES.get(layout) or _OBJECTIVES.get(str(said.objective))
+    objective = _KNOWN_OBJECTIVES.get(layout) or _OBJECTIVES.get(str(hints.objective))
     algorithms: dict[str, Any] = {}
     if sizes.decoder is not None:
         algorithms['maskdit'] = {f'decoder_{key}': value for key, value in sizes.decoder.items()}
-    if said.route is not None:
-        algorithms['tread'] = dict(zip(('start', 'end', 'selection_rate'), said.route, strict=True))
-    autoencoder = {'name': 'pixels'} if said.autoencoder == 'pixels' else {'name': 'kl', 'path': said.autoencoder}
+    if hints.route is not None:
+        algorithms['tread'] = dict(zip(('start', 'end', 'selection_rate'), hints.route, strict=True))
+    autoencoder = {'name': 'pixels'} if hints.autoencoder == 'pixels' else {'name': 'kl', 'path': hints.autoencoder}
     shape = {'channels': sizes.in_channels, 'latent_size': sizes.latent_size, 'num_classes': sizes.num_classes}
     tree = {
         'run_name': name,
@@ -180,8 +180,8 @@ def _config(name: str, layout: str, sizes: Sizes, said: Said) -> Config:
         'autoencoder': autoencoder,
         'model': {'name': 'dit', **model},
         'objective': objective or {'name': 'ddpm', 'learned_variance': sizes.learn_sigma},
-        'latent_scale': said.latent_scale,
-        'latent_shift': said.latent_shift,
+        'latent_scale': hints.latent_scale,
+        'latent_shift': hints.latent_shift,
         'optimizer': {'name': 'adamw', 'lr': 0.0},
         'algorithms': algorithms,
     }

@@ -65,15 +65,15 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
     if len(patch_weight) != 4 or len(table) != 2:
         raise UserError(f'{path}: the patch embedding {list(patch_weight)} or the label table {list(table)} is flat')
     hidden_size, in_channels, patch_size, _ = patch_weight
-    depth = 1 + max((int(found[1]) for name in tensors if (found := re.match(r'blocks\.(\d+)\.', name))), default=-1)
+    depth = 1 + max((int(match[1]) for name in tensors if (match := re.match(r'blocks\.(\d+)\.', name))), default=-1)
     mlp_ratio = shape('blocks.0.mlp.fc1.weight')[0] / hidden_size
     if table[0 if layout == 'maskdit' else 1] != hidden_size:
         raise UserError(
             f'{path}: the label table is {list(table)} for a width of {hidden_size}; {layout} has '
             f'{"[width, classes]" if layout == "maskdit" else "[classes + 1, width]"}. Is it of another layout?'
         )
-    rows, one = shape('final_layer.linear.weight')[0], patch_size**2 * in_channels
-    allowed = (one,) if layout in ('tread', 'maskdit') else (one, 2 * one)
+    rows, patch_numel = shape('final_layer.linear.weight')[0], patch_size**2 * in_channels
+    allowed = (patch_numel,) if layout in ('tread', 'maskdit') else (patch_numel, 2 * patch_numel)
     if rows not in allowed:
         raise UserError(
             f'{path}: the head has {rows} rows; a {layout} network with {in_channels} channels and patches of '
@@ -88,12 +88,12 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
         latent_size=patch_size * _grid(tensors, shape('pos_embed'), 'pos_embed', path),
         num_classes=table[1] if layout == 'maskdit' else table[0] - 1,
         mlp_ratio=mlp_ratio,
-        learn_sigma=rows != one,
+        learn_sigma=rows != patch_numel,
     )
     if layout != 'maskdit':
         return sizes
     _grid(tensors, shape('decoder_pos_embed'), 'decoder_pos_embed', path)
-    blocks = {found[1] for name in tensors if (found := re.match(r'decoder_blocks\.(\d+)\.', name))}
+    blocks = {match[1] for name in tensors if (match := re.match(r'decoder_blocks\.(\d+)\.', name))}
     decoder = {'depth': len(blocks), 'hidden_size': shape('decoder_pos_embed')[2], 'num_heads': 16}
     return dataclasses.replace(sizes, decoder=decoder)
 
@@ -184,9 +184,9 @@ def _maskdit(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     """Decoder and head under our names; the linear layer on one-hot labels as a table, with its null label: zero."""
     out: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        for theirs, ours in _MASKDIT_NAMES:
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
+        for foreign_prefix, prefix in _MASKDIT_NAMES:
+            if name.startswith(foreign_prefix):
+                name = prefix + name.removeprefix(foreign_prefix)
                 break
         out[name] = tensor
     assert sizes.decoder is not None

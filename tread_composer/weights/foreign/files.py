@@ -40,22 +40,22 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     path = Path(path)
     content = _read(path)
     names = [name for name in _CONTAINERS[weights] if isinstance(content.get(name), Mapping)]
-    others = [name for both in _CONTAINERS.values() for name in both if isinstance(content.get(name), Mapping)]
+    others = [name for keys in _CONTAINERS.values() for name in keys if isinstance(content.get(name), Mapping)]
     if others and not names:
         raise UserError(f'{path}: holds no {weights} weights, only {", ".join(others)}; take the other: --weights')
     container = names[0] if names else None
-    found = content if container is None else content[container]
-    anchors = [name for name in found if isinstance(name, str) and name.endswith(_ANCHOR)]
+    network = content if container is None else content[container]
+    anchors = [name for name in network if isinstance(name, str) and name.endswith(_ANCHOR)]
     if len(anchors) != 1:
         raise UserError(
             f'{path}: holds {len(anchors) or "no"} tensors named {_ANCHOR!r}, so it is no diffusion transformer of the '
-            f'layouts {", ".join(LAYOUTS)}. It has: {", ".join(map(str, list(found)[:5]))}'
+            f'layouts {", ".join(LAYOUTS)}. It has: {", ".join(map(str, list(network)[:5]))}'
         )
     prefix = anchors[0].removesuffix(_ANCHOR)
-    foreign = [name for name, value in found.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
+    foreign = [name for name, value in network.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
     if foreign:
         raise UserError(f'{path}: {foreign[0]!r} stands beside the network {prefix!r} and is not a tensor of it')
-    return {name.removeprefix(prefix): value.float() for name, value in found.items()}, container
+    return {name.removeprefix(prefix): value.float() for name, value in network.items()}, container
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
@@ -74,11 +74,11 @@ def _read(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-def layout_of(asked: str, tensors: Mapping[str, Tensor], container: str | None, path: str) -> str:
+def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | None, path: str) -> str:
     """The layout, if the file shows it; the one asked for, if the file does not contradict it.
 
     Args:
-        asked: One of ``LAYOUTS`` or ``'auto'``.
+        requested: One of ``LAYOUTS`` or ``'auto'``.
         tensors: Of ``read_weights``.
         container: Of ``read_weights``.
         path: What to call the file in messages.
@@ -87,17 +87,17 @@ def layout_of(asked: str, tensors: Mapping[str, Tensor], container: str | None, 
         UserError: It cannot be told, or the file is of another layout.
     """
     has_decoder = any(name.startswith('decoder_layer.') for name in tensors)
-    shown = 'maskdit' if has_decoder else 'tread' if (container or '').endswith('_state_dict') else None
-    if asked == 'auto':
-        if shown is None:
+    detected = 'maskdit' if has_decoder else 'tread' if (container or '').endswith('_state_dict') else None
+    if requested == 'auto':
+        if detected is None:
             raise UserError(
                 f'{path}: DiT and SiT name their tensors alike, and what their networks predict differs; say which it '
                 f'is: --layout dit, or --layout sit'
             )
-        return shown
-    if asked == 'maskdit' and shown != 'maskdit':
+        return detected
+    if requested == 'maskdit' and detected != 'maskdit':
         raise UserError(f'{path}: --layout maskdit, but it has no decoder (decoder_layer.linear.weight is missing)')
-    if shown is not None and shown != asked:
+    if detected is not None and detected != requested:
         why = 'it has a decoder (decoder_layer)' if has_decoder else f'its weights lie under {container!r}'
-        raise UserError(f'{path}: --layout {asked}, but {why}, as in files of {shown}; take --layout {shown}')
-    return asked
+        raise UserError(f'{path}: --layout {requested}, but {why}, as in files of {detected}; take --layout {detected}')
+    return requested
