@@ -16,6 +16,7 @@ COMPOSERS = re.compile(r'(?:trainer|time|throughput|wall_clock|lr-|optimizer_sch
 SAMPLED = 'callbacks.digits_quality={num_samples: 10, num_steps: 1, sampler: euler}'
 RUNS = {
     'digits_tread.yaml': {'loss/train/total', 'tread/kept_tokens', 'gradient_norm', 'digits/recognised'},
+    'digits_tread_fasterdit.yaml': {'loss/train/direction', 'loss/train/mse', 'direction/switch'},
     'digits_maskdit.yaml': {'maskdit/mask_ratio', 'maskdit/kept_tokens'},
 }
 
@@ -28,9 +29,10 @@ def glossary() -> set[str]:
 
 @pytest.mark.parametrize('yaml', RUNS)
 def test_every_logged_number_is_in_the_glossary(yaml, tmp_path):
+    extra = ['algorithms.direction_schedule={end_time: 0.5dur}'] if 'fasterdit' in yaml else []
     words = [f'data.local={tmp_path / "data"}', f'save_folder={tmp_path / "run"}', 'eval_interval=2ba']
     settings = [word for word in SMALL if 'eval_interval' not in word and 'digits_quality' not in word]
-    config = load_config(YAMLS / yaml, [*settings, *words, SAMPLED, 'loggers.in_memory_logger={}'])
+    config = load_config(YAMLS / yaml, [*settings, *words, *extra, SAMPLED, 'loggers.in_memory_logger={}'])
     trainer = build_trainer(config)
     trainer.fit()
     (logger,) = (each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger))
