@@ -187,7 +187,7 @@ def test_what_would_fail_later_is_refused_at_the_start(tmp_path, digits, monkeyp
     [
         ({'metrics': ['sfid']}, 'choose of fid'),
         ({'metrics': ['is']}, 'these features have none'),
-        ({'features': 'clip'}, "'clip' is not known"),
+        ({'features': 'clip'}, "'clip' is none of inception, digits"),
         ({'num_samples': 1}, 'must be at least 2'),
         ({'labels': 'mine'}, "'mine' is not known"),
     ],
