@@ -79,8 +79,8 @@ def format_advice(advice: RouteAdvice) -> str:
         start, end = advice.route.span(advice.depth)
         call = ', '.join(f'{name}={value!r}' for name, value in advice.arguments.items())
         lines = [f'proposed: blocks {start} to {end} of 0 to {advice.depth - 1}, Tread({call})']
-    indents = {'initial_indent': '  because  ', 'subsequent_indent': ' ' * 11}
-    return '\n'.join([*lines, *(textwrap.fill(reason, _WIDTH, **indents) for reason in advice.reasons)])
+    wrapper = textwrap.TextWrapper(_WIDTH, initial_indent='  because  ', subsequent_indent=' ' * 11)
+    return '\n'.join([*lines, *map(wrapper.fill, advice.reasons)])
 
 
 def _is_unique(model: nn.Module) -> bool:

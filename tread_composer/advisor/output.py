@@ -59,8 +59,8 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
         'depths': 'depth 0 is behind the embedding, depth k behind block k - 1',
         'mean': _rounded(inspection.mean),
         'times': [
-            {'time': time, 'mean': _rounded(one.mean), 'std_over_samples': _rounded(one.std)}
-            for time, one in inspection.maps.items()
+            {'time': time, 'mean': _rounded(entry.mean), 'std_over_samples': _rounded(entry.std)}
+            for time, entry in inspection.maps.items()
         ],
         'routes': [asdict(reading) for reading in inspection.readings],
         'proposal': {
@@ -73,13 +73,13 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
         'num_candidates': inspection.num_candidates,
         'candidates': [
             {
-                **asdict(one.candidate),
-                'rank': one.rank,
-                'lowest_over_times': one.over_times[0],
-                'highest_over_times': one.over_times[1],
-                'ideal_step_ratio': one.ideal_step_ratio,
+                **asdict(entry.candidate),
+                'rank': entry.rank,
+                'lowest_over_times': entry.over_times[0],
+                'highest_over_times': entry.over_times[1],
+                'ideal_step_ratio': entry.ideal_step_ratio,
             }
-            for one in inspection.suggestions
+            for entry in inspection.suggestions
         ],
         'notes': list(inspection.notes),
     }
@@ -140,17 +140,17 @@ def _table(inspection: Inspection) -> list[str]:
     proposed = None if advice.route is None else advice.route.span(advice.depth)
     head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
     rows = []
-    for one in inspection.suggestions:
-        span = one.candidate.start, one.candidate.end
+    for suggestion in inspection.suggestions:
+        span = suggestion.candidate.start, suggestion.candidate.end
         marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
         rows.append(
             (
-                str(one.rank),
+                str(suggestion.rank),
                 f'{span[0]} to {span[1]}',
-                f'{one.candidate.similarity:.3f}',
-                f'{one.over_times[0]:.3f} to {one.over_times[1]:.3f}',
-                f'{one.candidate.score:.3f}',
-                f'{one.ideal_step_ratio:.2f}x',
+                f'{suggestion.candidate.similarity:.3f}',
+                f'{suggestion.over_times[0]:.3f} to {suggestion.over_times[1]:.3f}',
+                f'{suggestion.candidate.score:.3f}',
+                f'{suggestion.ideal_step_ratio:.2f}x',
                 ', '.join(marks),
             )
         )
@@ -166,7 +166,7 @@ def draw_inspection(inspection: Inspection) -> bytes:
     """A PNG: one heat map for each time and one of their mean, with the run's routes and the proposed one."""
     from matplotlib.figure import Figure  # takes a second: not before there is something to draw
 
-    panels = [(f't = {time:g}', one.mean) for time, one in inspection.maps.items()]
+    panels = [(f't = {time:g}', similarity.mean) for time, similarity in inspection.maps.items()]
     panels = [*panels, ('mean of the times', inspection.mean)] if len(panels) > 1 else panels
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)

@@ -108,12 +108,15 @@ def refuse_unfit(state: State) -> None:
         UserError: The run has an algorithm of Composer's that cannot work in it.
     """
     saves = any(isinstance(callback, CheckpointSaver) for callback in state.callbacks)
-    for other in state.algorithms:
-        reason, remedy = conflict(type(state.model), type(other)) or cannot_work(other, state.model), 'Take it out'
+    for algorithm in state.algorithms:
+        reason, remedy = (
+            conflict(type(state.model), type(algorithm)) or cannot_work(algorithm, state.model),
+            'Take it out',
+        )
         if reason is None and saves:
-            reason, remedy = without_checkpoints_only(other), f'{remedy}, or train without saving (no save_folder)'
+            reason, remedy = without_checkpoints_only(algorithm), f'{remedy}, or train without saving (no save_folder)'
         if reason is not None:
-            raise UserError(f'{type(other).__name__} cannot work in this run: {reason}. {remedy}')
+            raise UserError(f'{type(algorithm).__name__} cannot work in this run: {reason}. {remedy}')
 
 
 def refuse_resume(state: State) -> None:
@@ -124,12 +127,12 @@ def refuse_resume(state: State) -> None:
     """
     if not int(state.timestamp.batch):
         return
-    for other in state.algorithms:
-        reason = never_resumes(other)
+    for algorithm in state.algorithms:
+        reason = never_resumes(algorithm)
         if reason is not None:
             raise ResumeError(
-                f'{type(other).__name__}: a run with it cannot be resumed: {reason}. Start a new run from the weights '
-                f'alone (load_weights_only: true)'
+                f'{type(algorithm).__name__}: a run with it cannot be resumed: {reason}. Start a new run from the '
+                f'weights alone (load_weights_only: true)'
             )
 
 

@@ -35,8 +35,8 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
         if splits['train'].mirrored and data.mirror is not False:
             training['mirror_seed'] = config.seed
         names = {'train': data.train_split, 'eval': data.eval_split}
-        given = {name: getattr(data, name) for name in _READER_SETTINGS}
-        common |= {name: value for name, value in given.items() if value is not None}
+        settings = {name: getattr(data, name) for name in _READER_SETTINGS}
+        common |= {name: value for name, value in settings.items() if value is not None}
 
     def place(split: str) -> dict[str, Any]:
         remote = None if data.name == 'digits' or data.remote is None else f'{data.remote.rstrip("/")}/{names[split]}'

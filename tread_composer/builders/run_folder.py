@@ -51,12 +51,12 @@ def check_run_folder(config: Config) -> None:
     if config.latent_normalization is not None:
         return  # the data are not described here yet; compared once they are
     saved = _saved_settings(path)
-    now = decisive_settings(config)
-    if saved != now:
+    current = decisive_settings(config)
+    if saved != current:
         raise ResumeError.from_differences(
             str(path),
             saved,
-            now,
+            current,
             'To continue that run, give its settings; to start another, give it a name of its own: run_name=...',
         )
 

@@ -80,9 +80,9 @@ class DigitsQuality(Callback):
         """Refuse at once what would fail at the end."""
         del logger
         self.sampling.check(state, 'digits_quality')
-        known = bare_model(state).num_classes
-        if known != _CLASSES:
-            raise UserError(f'callbacks.digits_quality: is for the ten digits, but the model has {known} classes')
+        num_classes = bare_model(state).num_classes
+        if num_classes != _CLASSES:
+            raise UserError(f'callbacks.digits_quality: is for the ten digits, but the model has {num_classes} classes')
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Measure when the interval says so, and at the end unless that batch was measured already."""
@@ -98,9 +98,9 @@ class DigitsQuality(Callback):
             return []
         results = json.loads(self._path(state).read_text())
         real, protocol = results['real_held_out'], results['protocol']
-        count, how = protocol['num_samples'], protocol['sampling']
-        drawn = f'{protocol["weights"]} weights, {how["sampler"]} {how["num_steps"]} steps'
-        drawn += f', guidance {how["guidance_scale"]:g}, dense'
+        count, sampling = protocol['num_samples'], protocol['sampling']
+        drawn = f'{protocol["weights"]} weights, {sampling["sampler"]} {sampling["num_steps"]} steps'
+        drawn += f', guidance {sampling["guidance_scale"]:g}, dense'
         return [
             (
                 'recognised',
@@ -130,20 +130,20 @@ class DigitsQuality(Callback):
         facts = {**self.sampling.facts(state, labels='balanced', seed=self.seed), **_JUDGED}
         protocol = Protocol(**facts, num_samples=self.num_samples).to_dict()
         path, batch = self._path(state), int(state.timestamp.batch)
-        now = {'run_name': state.run_name, 'protocol': protocol}
-        points = [*_earlier(path, now, batch), {'batch': batch, **figures}]
-        written = {**now, 'batch': batch, **results, 'points': points}
+        identity = {'run_name': state.run_name, 'protocol': protocol}
+        points = [*_earlier(path, identity, batch), {'batch': batch, **figures}]
+        written = {**identity, 'batch': batch, **results, 'points': points}
         write_atomically(path, json.dumps(written, indent=2).encode())
         for destination in logger.destinations:
             if hasattr(destination, 'log_file'):
                 destination.log_file(path)  # type: ignore[attr-defined]
 
 
-def _earlier(path: Path, now: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+def _earlier(path: Path, identity: dict[str, Any], batch: int) -> list[dict[str, Any]]:
     """What this run has measured by this protocol before; another protocol begins anew."""
-    found = json.loads(path.read_text()) if path.exists() else {'points': []}
-    same = all(found.get(name) == value for name, value in now.items())
-    return [one for one in found['points'] if one['batch'] < batch] if same else []
+    content = json.loads(path.read_text()) if path.exists() else {'points': []}
+    is_same = all(content.get(name) == value for name, value in identity.items())
+    return [point for point in content['points'] if point['batch'] < batch] if is_same else []
 
 
 def measure(images: Tensor, labels: list[int]) -> dict[str, Any]:

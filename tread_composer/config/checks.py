@@ -100,10 +100,10 @@ def _algorithms(config: Config) -> Iterator[Problem]:
 def _combinations(config: Config) -> list[Problem]:
     """Algorithms that may not stand beside each other."""
     problems = []
-    for (name, component), (other_name, other) in itertools.combinations(config.algorithms.items(), 2):
-        reason = conflict(type(component.instance), type(other.instance))
+    for (name, component), (partner_name, partner) in itertools.combinations(config.algorithms.items(), 2):
+        reason = conflict(type(component.instance), type(partner.instance))
         if reason is not None:
-            text = f'cannot stand beside algorithms.{other_name}: {reason}. '
+            text = f'cannot stand beside algorithms.{partner_name}: {reason}. '
             problems.append(Problem(('algorithms', name), f'{text}Take one of them out, e.g. algorithms.{name}=null'))
     return problems
 
@@ -111,25 +111,25 @@ def _combinations(config: Config) -> list[Problem]:
 def _composers(config: Config) -> Iterator[Problem]:
     """What Composer's own algorithms cannot do; beside one of ours, a Trainer written by hand refuses the same."""
     for name, component in config.algorithms.items():
-        here, remedy = ('algorithms', name), f'take it out (algorithms.{name}=null)'
+        key_path, remedy = ('algorithms', name), f'take it out (algorithms.{name}=null)'
         algorithm = component.instance
         reason = conflict(LatentDiffusion, type(algorithm)) or cannot_work(algorithm)
         if reason is not None:
-            yield Problem(here, f'cannot work in this run: {reason}; {remedy}')
+            yield Problem(key_path, f'cannot work in this run: {reason}; {remedy}')
         reason = without_checkpoints_only(algorithm)
         if reason is not None and config.save_folder is not None:
-            yield Problem(here, f'cannot work in this run: {reason}; {remedy}, or save nothing (save_folder=null)')
+            yield Problem(key_path, f'cannot work in this run: {reason}; {remedy}, or save nothing (save_folder=null)')
         reason = never_resumes(algorithm)
         if reason is not None and config.autoresume:
             remedy = f'set autoresume=false and train in one piece, or {remedy}'
-            yield Problem(here, f'a run with it cannot be resumed: {reason}; {remedy}')
+            yield Problem(key_path, f'a run with it cannot be resumed: {reason}; {remedy}')
         elif reason is not None and config.load_path is not None and not config.load_weights_only:
             remedy = f'set load_weights_only=true to start a new run, or {remedy}'
-            yield Problem(here, f'a run with it cannot be resumed: {reason}; {remedy}')
+            yield Problem(key_path, f'a run with it cannot be resumed: {reason}; {remedy}')
         precision = str(getattr(config.precision, 'value', config.precision))
         if name == 'low_precision_layer_norm' and precision in ('fp32', 'amp_fp8'):
             text = f'does nothing in precision {precision!r}: it lowers what amp_bf16 or amp_fp16 keep in float32'
-            yield Problem(here, f'{text}; set precision=amp_bf16, or {remedy}')
+            yield Problem(key_path, f'{text}; set precision=amp_bf16, or {remedy}')
 
 
 def _saving(config: Config) -> Iterator[Problem]:
@@ -177,8 +177,8 @@ def _averages(config: Config) -> list[Problem]:
         text = "Composer's EMA fails under FSDP1 and corrupts training when resumed under FSDP2; take algorithms.ema"
         problems.append(Problem(('algorithms', 'composer_ema'), text))
     for name, callback in config.callbacks.items():
-        wanted = getattr(callback.settings, 'weights', None) if is_ours('callback', callback.name) else None
-        if wanted == 'ema' and not any(hasattr(one.instance, 'averaged') for one in config.algorithms.values()):
+        weights = getattr(callback.settings, 'weights', None) if is_ours('callback', callback.name) else None
+        if weights == 'ema' and not any(hasattr(part.instance, 'averaged') for part in config.algorithms.values()):
             text = "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
             problems.append(Problem(('callbacks', name, 'weights'), text))
     return problems
@@ -196,26 +196,26 @@ def _normalization(config: Config) -> list[Problem]:
 
 def _learned_variance(config: Config) -> list[Problem]:
     """The variance channels of the network and the loss that trains them come together or not at all."""
-    wanted, learn_sigma = (
+    trains_variance, learn_sigma = (
         config.objective.instance.learned_variance,
         getattr(config.model.settings, 'learn_sigma', None),
     )
     if learn_sigma is None:  # a network of another package, whose channels only its prediction shows
         return []
-    here = ('model', 'learn_sigma')
-    if wanted and not learn_sigma:
+    key_path = ('model', 'learn_sigma')
+    if trains_variance and not learn_sigma:
         text = (
             'false, but objective ddpm with learned_variance: true trains a variance that needs output channels; set '
             'it to true, or objective.learned_variance to false'
         )
-        return [Problem(here, text)]
-    if learn_sigma and not wanted:
+        return [Problem(key_path, text)]
+    if learn_sigma and not trains_variance:
         text = 'true adds output channels for a variance, which '
         if config.objective.name == 'ddpm':
             text += 'learned_variance: false does not train; set it to false, or objective.learned_variance to true'
         else:
             text += f'objective {config.objective.name!r} does not train (ddpm does); set it to false'
-        return [Problem(here, text)]
+        return [Problem(key_path, text)]
     return []
 
 
@@ -254,12 +254,12 @@ def _rest(config: Config) -> list[Problem]:
         problems.append(Problem(('compile_config',), text))
     data = config.data
     if isinstance(data, LatentsData) and data.cache_limit is not None:
-        here = ('data', 'cache_limit')
+        key_path = ('data', 'cache_limit')
         if data.remote is None:
-            problems.append(Problem(here, 'needs data.remote: without one, nothing can be fetched again'))
+            problems.append(Problem(key_path, 'needs data.remote: without one, nothing can be fetched again'))
         if isinstance(data.cache_limit, str) and not _BYTES.fullmatch(data.cache_limit.lower()):
             text = f"{data.cache_limit!r} is not a number of bytes; write for example '200gb'"
-            problems.append(Problem(here, text))
+            problems.append(Problem(key_path, text))
     return problems
 
 
@@ -281,12 +281,12 @@ def check_files(config: Config, source: str = '') -> None:
             if split is None or os.path.isfile(os.path.join(data.local, split, 'index.json')):
                 continue
             folder = os.path.join(data.local, split)
-            found = (
+            fault = (
                 'holds no index.json, so it is no finished MDS data set' if os.path.isdir(folder) else 'does not exist'
             )
             remedy = 'training reads latents that streaming_data/convert_imagenet.py has made; or give data.remote'
             without = '; data.eval_split=null trains without evaluation' if key == 'eval_split' else ''
-            problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {found}; {remedy}{without}'))
+            problems.append(Problem(('data', 'local'), f'{data.local!r}: {folder!r} {fault}; {remedy}{without}'))
     problems += _evaluation_files(config)
     path = config.load_path
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
@@ -299,17 +299,18 @@ def _evaluation_files(config: Config) -> list[Problem]:
     """What the callback would otherwise miss after the data and the model have been prepared."""
     if 'evaluation' not in config.callbacks:
         return []
-    given, here = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
-    problems, reference = [], os.path.abspath(given['reference'])
+    arguments, key_path = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
+    problems, reference = [], os.path.abspath(arguments['reference'])
     made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
     if not os.path.exists(reference) and not made_later:
-        text = f'{given["reference"]!r} does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
-        problems.append(Problem((*here, 'reference'), text))
-    if given.get('features', 'inception') == 'inception':
+        text = f'{arguments["reference"]!r} does not exist; give a folder of images, an npz of the ADM suite, or MDS '
+        text += 'images'
+        problems.append(Problem((*key_path, 'reference'), text))
+    if arguments.get('features', 'inception') == 'inception':
         try:
-            find_weights(given.get('inception'))
+            find_weights(arguments.get('inception'))
         except UserError as error:
-            problems.append(Problem((*here, 'inception'), str(error)))
+            problems.append(Problem((*key_path, 'inception'), str(error)))
     return problems
 
 

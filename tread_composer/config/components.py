@@ -168,7 +168,7 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
         )
         return empty, [Problem(name_path, f'cannot be used here: {error}; {remedy}')]
     data, problems = _with_parts(schema, kwargs, path)
-    siblings = {other: component_schema(kind, other) for other in names} if kind in SECTIONS else {}
+    siblings = {sibling: component_schema(kind, sibling) for sibling in names} if kind in SECTIONS else {}
     settings, own_problems = check(schema, data, path, siblings={**siblings, name: schema})
     problems += own_problems
     if settings is None or problems:

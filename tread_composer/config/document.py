@@ -196,10 +196,10 @@ def _parse_mapping(name: str, text: str) -> dict[str, Any]:
 def _yaml_text(error: yaml.YAMLError, text: str) -> str:
     mark = getattr(error, 'problem_mark', None)
     problem = getattr(error, 'problem', None) or str(error).splitlines()[0]
-    where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
+    position = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
     line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ''
     hint = '; inside { } or [ ] write an interpolation in quotes' if '${' in line else ''
-    return f'{where}{problem}{hint}'
+    return f'{position}{problem}{hint}'
 
 
 def _failure(source: str, text: str) -> ConfigError:
@@ -211,32 +211,32 @@ def _merge(
 ) -> None:
     """Lay ``child`` over ``base``: mappings key by key, anything else as a whole."""
     for key, value in child.items():
-        here = (*path, key)
+        key_path = (*path, key)
         if value is None and len(path) == 1 and path[0] in TABLES:
             if key not in base:
                 text = (
                     f'null removes an inherited entry, but none is inherited; for default arguments write {key}: {{}}'
                 )
-                problems.append(Problem(here, text, source=source))
+                problems.append(Problem(key_path, text, source=source))
             else:
-                _forget(document, here)
+                _forget(document, key_path)
                 del base[key]
         elif isinstance(value, dict):
             # Arguments of one `name` mean nothing to another: a change of name starts afresh.
             if not isinstance(base.get(key), dict) or value.get('name', base[key].get('name')) != base[key].get('name'):
-                _forget(document, here)
+                _forget(document, key_path)
                 base[key] = {}
-            document.sources[here] = source
-            _merge(document, base[key], value, source, here, problems)
+            document.sources[key_path] = source
+            _merge(document, base[key], value, source, key_path, problems)
         else:
-            _forget(document, here)
+            _forget(document, key_path)
             base[key] = {} if value is None and not path and key in TABLES else copy.deepcopy(value)
-            document.sources[here] = source
+            document.sources[key_path] = source
 
 
 def _forget(document: Document, path: Path) -> None:
-    for known in [known for known in document.sources if known[: len(path)] == path]:
-        del document.sources[known]
+    for entry in [entry for entry in document.sources if entry[: len(path)] == path]:
+        del document.sources[entry]
 
 
 def _override(document: Document, override: str, problems: list[Problem]) -> None:
@@ -258,13 +258,15 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
     node: Any = document.data
     parts: list[str | int] = list(key.split('.'))
     for index, part in enumerate(parts):
-        here = tuple(parts[:index])
+        key_path = tuple(parts[:index])
         if isinstance(node, list):
             if not str(part).isdigit() or int(part) >= len(node):
-                return refuse(f'{".".join(map(str, here))} is a list of {len(node)}; {part!r} is not a position in it')
+                return refuse(
+                    f'{".".join(map(str, key_path))} is a list of {len(node)}; {part!r} is not a position in it'
+                )
             part = parts[index] = int(part)
         elif not isinstance(node, dict):
-            return refuse(f'{".".join(map(str, here))} is {node!r}, which holds no {part!r}')
+            return refuse(f'{".".join(map(str, key_path))} is {node!r}, which holds no {part!r}')
         if index == len(parts) - 1:
             break
         if isinstance(node, dict) and node.get(part) is None:

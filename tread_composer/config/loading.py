@@ -99,18 +99,18 @@ def _validated(document: Document) -> tuple[Config | None, list[Problem]]:
     problems: list[Problem] = []
     for table, kind in _TABLES.items():
         if isinstance(tree.get(table), dict):
-            tree[table], found = _table(kind, table, tree[table])
-            problems += found
+            tree[table], faults = _table(kind, table, tree[table])
+            problems += faults
     for section, kind in _SECTIONS.items():
         if tree.get(section) is None:
             tree.pop(section, None)
         else:
-            tree[section], found = check_section(kind, tree[section], (section,))
-            problems += found
+            tree[section], faults = check_section(kind, tree[section], (section,))
+            problems += faults
     if tree.get('autoresume') is None:
         tree['autoresume'] = tree.get('save_folder') is not None
-    config, found = check(Config, tree)
-    for problem in found:
+    config, faults = check(Config, tree)
+    for problem in faults:
         remedy = _REMEDIES.get(str(problem.path[0])) if len(problem.path) == 1 else None
         missing = problem.path and tree.get(str(problem.path[0])) is None
         problems.append(Problem(problem.path, f'is missing: {remedy}') if remedy and missing else problem)
@@ -124,7 +124,7 @@ def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Co
         reference = kwargs.get('name') if isinstance(kwargs, dict) and name not in part_names(kind) else None
         if is_reference(reference):  # a part of another package, under a name of the user's choice
             kwargs = {key: value for key, value in kwargs.items() if key != 'name'}
-        component, found = check_component(kind, reference or name, kwargs, (table, name), (table, name))
+        component, faults = check_component(kind, reference or name, kwargs, (table, name), (table, name))
         components[name] = component
-        problems += found
+        problems += faults
     return components, problems

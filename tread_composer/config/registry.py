@@ -207,8 +207,8 @@ def _classes(kind: str) -> Iterable[type]:
         base = composer.loggers.LoggerDestination
         return [target for target in _subclasses(composer.loggers, base) if target is not base]
     if kind == 'optimizer':
-        own = _subclasses(composer.optim, torch.optim.Optimizer)
-        return [*own, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]
+        composers = _subclasses(composer.optim, torch.optim.Optimizer)
+        return [*composers, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]
     base = composer.optim.ComposerScheduler
     schedulers = _subclasses(composer.optim, object)
     return [target for target in schedulers if target.__name__.endswith('Scheduler') and target is not base]

@@ -72,8 +72,8 @@ def check_time(value: object) -> object:
         )
     if not isinstance(value, str):
         text = 'a bare number has no unit (Composer would read epochs); write '
-        whole = isinstance(value, int) or value.is_integer()
-        text += "'{value}ep' or '{value}ba'" if whole else "'{value}dur' for that share of the run"
+        is_whole = isinstance(value, int) or value.is_integer()
+        text += "'{value}ep' or '{value}ba'" if is_whole else "'{value}dur' for that share of the run"
         raise PydanticCustomError('time', text, {'value': value})
     try:
         if Time.from_timestring(value).value >= 0:

@@ -44,10 +44,10 @@ def fsdp_section(version: str) -> type[Strict]:
     Args:
         version: ``'1'`` or ``'2'``: they have other settings, and Composer reads which is meant from ``FSDP_VERSION``.
     """
-    kind, other = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
-    first, second = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
+    kind, foreign = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
+    fsdp1, fsdp2 = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
     refused = {
-        entry.name: f'is a setting of {first if version == "2" else second}' for entry in dataclasses.fields(other)
+        entry.name: f'is a setting of {fsdp1 if version == "2" else fsdp2}' for entry in dataclasses.fields(foreign)
     }
     fields: dict[str, Any] = {}
     for entry in dataclasses.fields(kind):
@@ -61,7 +61,7 @@ def fsdp_section(version: str) -> type[Strict]:
     degrees = 'data_parallel_replicate_degree', 'data_parallel_shard_degree'
     refused['device_mesh'] = f'is made by Composer; FSDP1 takes {" and ".join(degrees)}'
     if version == '2':
-        reason = f'Composer shards over all ranks under FSDP2; replicas of shards (HSDP) are a setting of {first}'
+        reason = f'Composer shards over all ranks under FSDP2; replicas of shards (HSDP) are a setting of {fsdp1}'
         refused |= dict.fromkeys(degrees, reason)
     model = create_model(kind.__name__, __base__=Strict, **fields)
     model.refused = refused

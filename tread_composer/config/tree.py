@@ -163,8 +163,8 @@ class Config(TrainerSettings):
             return self
         # Statistics may differ in the last bits between machines; those must not tell two runs apart.
         numbers = {
-            'latent_scale': [float(f'{self.latent_normalization.std / one:.6g}') for one in std],
-            'latent_shift': [float(f'{one:.6g}') for one in mean],
+            'latent_scale': [float(f'{self.latent_normalization.std / value:.6g}') for value in std],
+            'latent_shift': [float(f'{value:.6g}') for value in mean],
         }
         return self.model_copy(update={**numbers, 'latent_normalization': None})
 
@@ -176,9 +176,9 @@ class Config(TrainerSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``."""
-        own = [name for name in type(self).model_fields if name not in TrainerSettings.model_fields]
+        sections = [name for name in type(self).model_fields if name not in TrainerSettings.model_fields]
         tree: dict[str, Any] = {}
-        for name in (*own, *TrainerSettings.model_fields):
+        for name in (*sections, *TrainerSettings.model_fields):
             value = getattr(self, name)
             if value is None and type(self).model_fields[name].default is None:
                 continue

@@ -28,11 +28,11 @@ def check(
     try:
         return model.model_validate(data), []
     except ValidationError as error:
-        found: dict[Path, list[Any]] = {}
+        errors: dict[Path, list[Any]] = {}
         for detail in error.errors(include_url=False):
-            found.setdefault(_real_path(detail['loc'], detail['type'], data), []).append(detail)
-        wheres = [where for where in found if not any(_within(other, where) for other in found)]
-        return None, [_problem(model, data, path, where, found[where], siblings or {}) for where in wheres]
+            errors.setdefault(_real_path(detail['loc'], detail['type'], data), []).append(detail)
+        locations = [location for location in errors if not any(_within(ancestor, location) for ancestor in errors)]
+        return None, [_problem(model, data, path, location, errors[location], siblings or {}) for location in locations]
 
 
 def _within(inner: Path, outer: Path) -> bool:
@@ -75,21 +75,21 @@ def _problem(
     model: type[Strict],
     data: Any,
     base: Path,
-    where: Path,
+    location: Path,
     details: list[Any],
     siblings: Mapping[str, type[Strict]],
 ) -> Problem:
-    path = (*base, *where)
+    path = (*base, *location)
     kinds = [detail['type'] for detail in details]
-    value = _at(data, where)
+    value = _at(data, location)
     if 'extra_forbidden' in kinds:
-        section = _section(model, data, where[:-1])
+        section = _section(model, data, location[:-1])
         known = tuple(section.model_fields) if section else ()
-        reason = section.refused.get(str(where[-1])) if section else None
+        reason = section.refused.get(str(location[-1])) if section else None
         if reason:
             return Problem(path, reason)
-        text = _owner_in_words(model, data, where, siblings) or 'unknown setting'
-        return Problem(path, f'{text}.{did_you_mean(where[-1], known)}', known)
+        text = _owner_in_words(model, data, location, siblings) or 'unknown setting'
+        return Problem(path, f'{text}.{did_you_mean(location[-1], known)}', known)
     if 'missing' in kinds:
         return Problem(path, 'is missing and has no default; give it')
     if kinds[0] in ('union_tag_invalid', 'union_tag_not_found'):
@@ -136,8 +136,8 @@ def _shown(value: Any) -> str:
     return text or repr(value)
 
 
-def _at(data: Any, where: Path) -> Any:
-    for part in where:
+def _at(data: Any, location: Path) -> Any:
+    for part in location:
         try:
             data = data[part]
         except (KeyError, IndexError, TypeError):
@@ -145,18 +145,22 @@ def _at(data: Any, where: Path) -> Any:
     return data
 
 
-def _section(model: type[Strict], data: Any, where: Path) -> type[Strict] | None:
+def _section(model: type[Strict], data: Any, location: Path) -> type[Strict] | None:
     """The section's class at a path: where several may stand, the one that the data's ``name`` picks."""
-    here: type[Strict] | None = model
-    for depth, part in enumerate(where, 1):
+    section: type[Strict] | None = model
+    for depth, part in enumerate(location, 1):
         if isinstance(part, int):
             continue
-        candidates = _candidates(here, part)
-        value = _at(data, where[:depth])
+        candidates = _candidates(section, part)
+        value = _at(data, location[:depth])
         name = value.get('name') if isinstance(value, dict) else None
-        named = [one for one in candidates if 'name' in one.model_fields and one.model_fields['name'].default == name]
-        here = (named or candidates or [None])[0]
-    return here
+        named = [
+            candidate
+            for candidate in candidates
+            if 'name' in candidate.model_fields and candidate.model_fields['name'].default == name
+        ]
+        section = (named or candidates or [None])[0]
+    return section
 
 
 def _candidates(section: type[Strict] | None, key: str) -> list[type[Strict]]:
@@ -164,17 +168,17 @@ def _candidates(section: type[Strict] | None, key: str) -> list[type[Strict]]:
     return _sections_in(entry.annotation) if entry else []
 
 
-def _owner_in_words(model: type[Strict], data: Any, where: Path, siblings: Mapping[str, type[Strict]]) -> str:
+def _owner_in_words(model: type[Strict], data: Any, location: Path, siblings: Mapping[str, type[Strict]]) -> str:
     """Whether another kind of section has this setting: ``"belongs to 'edm', not to 'ddpm'"``."""
-    if len(where) == 1 and siblings:
+    if len(location) == 1 and siblings:
         present = next(name for name, schema in siblings.items() if schema is model)
-        owners = [name for name, schema in siblings.items() if where[-1] in schema.model_fields]
-    elif len(where) >= 2 and not isinstance(where[-2], int):
-        candidates = _candidates(_section(model, data, where[:-2]), where[-2])
-        section = _section(model, data, where[:-1])
+        owners = [name for name, schema in siblings.items() if location[-1] in schema.model_fields]
+    elif len(location) >= 2 and not isinstance(location[-2], int):
+        candidates = _candidates(_section(model, data, location[:-2]), location[-2])
+        section = _section(model, data, location[:-1])
         named = {schema.model_fields['name'].default: schema for schema in candidates if 'name' in schema.model_fields}
         present = next((name for name, schema in named.items() if schema is section), '')
-        owners = [name for name, schema in named.items() if where[-1] in schema.model_fields]
+        owners = [name for name, schema in named.items() if location[-1] in schema.model_fields]
     else:
         owners = []
     return f'belongs to {" and ".join(map(repr, owners))}, not to {present!r}' if owners else ''
@@ -183,4 +187,4 @@ def _owner_in_words(model: type[Strict], data: Any, where: Path, siblings: Mappi
 def _sections_in(annotation: Any) -> list[type[Strict]]:
     if inspect.isclass(annotation) and issubclass(annotation, Strict):
         return [annotation]
-    return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]
+    return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]

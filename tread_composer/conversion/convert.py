@@ -90,8 +90,8 @@ def convert(settings: Settings, *, dry_run: bool = False, log: Log = print) -> N
             workers = settings.default_workers(device.type == 'cuda', ranks.local_world)
         stack.enter_context(machine_for(device, workers, ranks.local_world))
         # The first rank has loaded (perhaps fetched) the weights before the others look for them.
-        first = ranks.agreed(lambda: Encoder(settings, device) if ranks.is_first else None)
-        encoder = ranks.agreed(lambda: first or Encoder(settings, device))
+        encoder_of_first = ranks.agreed(lambda: Encoder(settings, device) if ranks.is_first else None)
+        encoder = ranks.agreed(lambda: encoder_of_first or Encoder(settings, device))
         ranks.agreed(lambda: _check_same_weights(ranks.from_first(encoder.content()), encoder))
         job = ranks.from_first(
             ranks.agreed(
@@ -194,10 +194,10 @@ def _describe(plans: dict[str, SplitPlan], settings: Settings, encoder: Encoder,
     if 'val' not in plans and settings.splits is None:
         log('there is no evaluation split; --held-out N takes one out of train')
     content = encoder.content()
-    what = 'pixels' if settings.vae is None else f'{content["autoencoder"]} ({settings.store}, {settings.precision})'
+    stored = 'pixels' if settings.vae is None else f'{content["autoencoder"]} ({settings.store}, {settings.precision})'
     shape = ' x '.join(str(size) for size in encoder.latent_shape)
     mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
-    log(f'{what}: {shape} for each image {mirror}, from {settings.resolution} x {settings.resolution} pixels')
+    log(f'{stored}: {shape} for each image {mirror}, from {settings.resolution} x {settings.resolution} pixels')
 
 
 def _labels_in_words(class_names: Sequence[str]) -> str:
@@ -246,13 +246,13 @@ def _check_room(job: _Job, settings: Settings, encoder: Encoder, ranks: Ranks, w
             f'{settings.out} is not known')  # fmt: skip
         return
     undone = set(job.undone)
-    there = sum(
+    present = sum(
         bytes_in(folder / plan.name, [part for part in range(plan.num_parts) if (plan.name, part) not in undone])
         for plan in plans
     )
-    needed = max(0, total - there)
-    free = refuse_if_too_large(folder, needed, 'the remaining parts' if there else 'the latents')
-    log(f'needs {size_in_words(needed)}{" more" if there else ""}, {size_in_words(free)} are free: fits')
+    needed = max(0, total - present)
+    free = refuse_if_too_large(folder, needed, 'the remaining parts' if present else 'the latents')
+    log(f'needs {size_in_words(needed)}{" more" if present else ""}, {size_in_words(free)} are free: fits')
     if job.done:
         log(f'going on: {job.done:,} images are done, {len(job.undone):,} parts are left')
 

@@ -127,13 +127,13 @@ def _check_autoencoder(folder: Path, manifest: Manifest, autoencoder: KL | None,
             f'{folder}: latents with {manifest.channels} channels of {manifest.autoencoder}, but {autoencoder.path} '
             f'decodes {autoencoder.channels}; give the autoencoder of the data'
         )
-    found = autoencoder.weight_hash()
-    if found == manifest.autoencoder_hash:
+    digest = autoencoder.weight_hash()
+    if digest == manifest.autoencoder_hash:
         return []
     if not other_weights:
         raise UserError(
             f'{folder}: made with weights {manifest.autoencoder_hash} of {manifest.autoencoder}, but '
-            f'{autoencoder.path} has {found}. Give the autoencoder of the data, or decode with this one on purpose: '
+            f'{autoencoder.path} has {digest}. Give the autoencoder of the data, or decode with this one on purpose: '
             f'--other-weights'
         )
     return ['decoded with OTHER WEIGHTS than the data were made with']
@@ -144,13 +144,13 @@ def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: in
     shards = read_index(folder)
     total = sum(shard.samples for shard in shards)
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    wanted = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
+    expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
     drawn, arrays = [], []
     for shard in shards:
         inside = chosen[(chosen >= shard.first) & (chosen < shard.first + shard.samples)]
         if not len(inside):
             continue
-        if dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False)) != wanted:
+        if dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False)) != expected:
             raise UserError(f'{shard.path}: its columns are not those of the manifest; verify the data set')
         data, faults = shard.read()
         if data is None or faults:

@@ -49,7 +49,7 @@ def estimate(plan: SplitPlan, encoder: Encoder, share: float = 1.0) -> Estimate:
     """
     row = sum(get_mds_encoded_size(encoding) or 0 for encoding in encoder.columns.values())
     sample = plan.order[:_NAMES].tolist()  # a random choice
-    name = sum(len(plan.source.names[position].encode()) for position in sample) / len(sample)
+    name = sum(len(str(plan.source.names[position]).encode()) for position in sample) / len(sample)
     # Offsets and sizes of MDS, indexes and part.json: 0.3 % for latents of ImageNet, more for small rows and parts.
     per_row = row * share * 1.01 + name + 16
     largest = min(plan.part_size, len(plan.order))
@@ -89,8 +89,8 @@ def refuse_if_too_large(folder: Path, needed: int, what: str) -> int:
     Raises:
         UserError: Fewer than ``needed``.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f'{folder}: {what} need {size_in_words(needed)}, and {size_in_words(free)} are free there; make room, '

@@ -89,10 +89,10 @@ def allowed_unreadable(plan: SplitPlan, settings: Settings) -> int:
     return int(settings.max_unreadable * len(plan.order))
 
 
-def too_many_unreadable(folder: Path, plan: SplitPlan, found: int, settings: Settings) -> UserError:
+def too_many_unreadable(folder: Path, plan: SplitPlan, count: int, settings: Settings) -> UserError:
     """The error for more than that."""
     return UserError(
-        f'{plan.name}: {found:,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
+        f'{plan.name}: {count:,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
         f'{settings.max_unreadable:g} allows {allowed_unreadable(plan, settings):,}. {folder / REPORT} lists them with '
         f'reasons. Repair the source and start anew, or run the same command with a larger share to go on without them'
     )
@@ -131,9 +131,9 @@ def _manifest(plan: SplitPlan, parts: Mapping[int, dict[str, Any]], encoder: Enc
     if not filled:
         raise UserError(f'{plan.name}: not one of {len(plan.order):,} images can be read')
     values = sum(part['values_per_channel'] for part in filled)
-    first = np.array([part['sum'] for part in filled]).sum(axis=0) / values
+    mean = np.array([part['sum'] for part in filled]).sum(axis=0) / values
     second = np.array([part['sum_of_squares'] for part in filled]).sum(axis=0) / values
-    std = np.sqrt(np.maximum(second - first**2, 0))
+    std = np.sqrt(np.maximum(second - mean**2, 0))
     if not std.all():
         raise UserError(
             f'{plan.name}: channel {int(std.argmin())} is the same in all images; this is no data to train on'
@@ -155,7 +155,7 @@ def _manifest(plan: SplitPlan, parts: Mapping[int, dict[str, Any]], encoder: Enc
         num_samples=sum(part['samples'] for part in filled),
         num_classes=len(plan.source.class_names),
         class_names=tuple(plan.source.class_names),
-        mean=tuple(first.tolist()),
+        mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         permutation_seed=settings.seed,
         tool_version=tread_composer.__version__,

@@ -104,16 +104,18 @@ class Output:
             ResumeError: The record says something else; lists the differences.
         """
         saved = read_json(self._record_path) if self._record_path.exists() else {'content': content, 'splits': {}}
-        now = {'content': content, 'splits': {**saved['splits'], **splits}}
-        if saved['content'] != content or any(saved['splits'].get(name, one) != one for name, one in splits.items()):
-            known = {name: one for name, one in splits.items() if name in saved['splits']}
+        current = {'content': content, 'splits': {**saved['splits'], **splits}}
+        if saved['content'] != content or any(
+            saved['splits'].get(name, split) != split for name, split in splits.items()
+        ):
+            unchanged = {name: split for name, split in splits.items() if name in saved['splits']}
             raise ResumeError.from_differences(
                 f'{self.folder}',
-                {**saved['content'], **{name: saved['splits'][name] for name in known}},
-                {**content, **known},
+                {**saved['content'], **{name: saved['splits'][name] for name in unchanged}},
+                {**content, **unchanged},
                 'Continue with the same settings and the same source, or choose another --out.',
             )
-        self._pending = now if now != saved or not self._record_path.exists() else None
+        self._pending = current if current != saved or not self._record_path.exists() else None
 
     def record(self) -> None:
         """Write what ``settle`` found. From now on the folder is this conversion's."""

@@ -42,7 +42,7 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
     Raises:
         UserError: A part was made with something else, or is not one of ours.
     """
-    found = {}
+    done = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not re.fullmatch(r'\d{5,}', path.name):
             continue
@@ -53,8 +53,8 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
             raise ResumeError.from_differences(
                 str(path), part['content'], content, 'Use the same settings, or choose another --out.'
             )
-        found[int(path.name)] = part
-    return found
+        done[int(path.name)] = part
+    return done
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -74,10 +74,10 @@ def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
     values = rows_BSHW.astype(np.float64)
     if kind == 'moments':
         mean, logvar = np.split(values, 2, axis=1)
-        first, second = mean, mean**2 + np.exp(logvar)
+        mean_of_values, second = mean, mean**2 + np.exp(logvar)
     else:
-        first, second = values, values**2
-    return np.stack([first.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)
+        mean_of_values, second = values, values**2
+    return np.stack([mean_of_values.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)
 
 
 class PartWriter:
@@ -181,12 +181,12 @@ class PartWriter:
     def _summary(self) -> dict[str, Any]:
         # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
         sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
-        first, second = np.sort(sums, axis=0).sum(axis=0).tolist()
+        sums_1, second = np.sort(sums, axis=0).sum(axis=0).tolist()
         return {
             'content': self._content,
             'samples': self._count,
             'values_per_channel': self._values_per_channel,
-            'sum': first,
+            'sum': sums_1,
             'sum_of_squares': second,
             'unreadable': self.unreadable,
         }

@@ -105,11 +105,11 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     }
     if settings.held_out:
         plans = _hold_out(plans, settings)
-    wanted = settings.splits or tuple(plans)
-    for name in wanted:
+    names = settings.splits or tuple(plans)
+    for name in names:
         if name not in plans:
             raise UserError(f'--splits {name}: {settings.source} has {", ".join(plans)}')
-    chosen = [plans[name] for name in dict.fromkeys(wanted)]
+    chosen = [plans[name] for name in dict.fromkeys(names)]
     for plan in chosen[1:]:
         _check_same_classes(chosen[0], plan, settings)
     return chosen

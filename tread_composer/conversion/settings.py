@@ -73,9 +73,9 @@ class Settings:
         for name, least in (('resolution', 1), ('part_size', 1), ('batch_size', 1), ('held_out', 0), ('seed', 0)):
             if getattr(self, name) < least:
                 raise UserError(f'--{_option(name)} {getattr(self, name)}: must be {least} or more')
-        for name, known in (('store', STORES), ('precision', PRECISIONS), ('device', (None, 'cuda', 'cpu'))):
-            if getattr(self, name) not in known:
-                raise UserError(f'--{name} {getattr(self, name)!r} is not known; choose one of {known}')
+        for name, choices in (('store', STORES), ('precision', PRECISIONS), ('device', (None, 'cuda', 'cpu'))):
+            if getattr(self, name) not in choices:
+                raise UserError(f'--{name} {getattr(self, name)!r} is not known; choose one of {choices}')
         if self.workers is not None and self.workers < 0:
             raise UserError(f'--workers {self.workers}: must be 0 (decode in the main process) or more')
         if not 0 <= self.max_unreadable < 1:
@@ -131,16 +131,18 @@ class Settings:
         from streaming.base.compression import get_compressions, is_compression
 
         if not is_compression(self.compression):
-            known = ', '.join(sorted(name for name in get_compressions() if ':' not in name))
-            raise UserError(f'--compression {self.compression!r} is not known to streaming; it knows {known}, most of '
-                            f'them also with a level, e.g. zstd:3')  # fmt: skip
+            choices = ', '.join(sorted(name for name in get_compressions() if ':' not in name))
+            raise UserError(f'--compression {self.compression!r} is not known to streaming; it knows {choices}, most '
+                            f'of them also with a level, e.g. zstd:3')  # fmt: skip
 
     def _check_autoencoder(self) -> None:
         if self.vae is None:
-            given = [name for name in ('vae_subfolder', 'vae_revision', 'vae_id') if getattr(self, name) is not None]
-            given += ['store'] * (self.store != 'moments') + ['precision'] * (self.precision != 'fp32')
-            if given:
-                raise UserError(f'--{_option(given[0])} says nothing without an autoencoder: give --vae, or leave it')
+            settings = [name for name in ('vae_subfolder', 'vae_revision', 'vae_id') if getattr(self, name) is not None]
+            settings += ['store'] * (self.store != 'moments') + ['precision'] * (self.precision != 'fp32')
+            if settings:
+                raise UserError(
+                    f'--{_option(settings[0])} says nothing without an autoencoder: give --vae, or leave it'
+                )
 
     def _check_places(self) -> None:
         if self.is_remote and self.work is None:
@@ -162,8 +164,8 @@ class Settings:
 
         scheme = self.out.split(':')[0]
         if scheme not in (*UPLOADERS, 'file'):
-            known = ', '.join(sorted({name.split(':')[0] for name in UPLOADERS if name} | {'file'}))
-            raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {known}')
+            schemes = ', '.join(sorted({name.split(':')[0] for name in UPLOADERS if name} | {'file'}))
+            raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {schemes}')
 
 
 def _option(name: str) -> str:

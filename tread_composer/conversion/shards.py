@@ -135,11 +135,11 @@ def read_index(folder: Path) -> list[Shard]:
         UserError: ``index.json`` is missing, broken or of another format than MDS.
     """
     path = folder / 'index.json'
-    shards, first = [], 0
+    shards, begin = [], 0
     try:
         for entry in json.loads(path.read_bytes())['shards']:
-            shards.append(Shard(folder, first, MDSReader.from_json(str(folder), None, entry)))
-            first += entry['samples']
+            shards.append(Shard(folder, begin, MDSReader.from_json(str(folder), None, entry)))
+            begin += entry['samples']
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such file, so this is no finished split') from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

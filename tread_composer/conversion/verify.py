@@ -136,10 +136,10 @@ class _SplitCheck:
         name = shard.reader.raw_data.basename
         if self.manifest is None:
             return  # nobody knows what is in the bytes
-        found = dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False))
-        wanted = columns(self.manifest.kind, self.manifest.latent_shape, self.manifest.mirrored)
-        if found != wanted:  # decoding foreign columns could even mean running a pickle
-            self._fault(name, f'its columns are {found}, the manifest describes {wanted}; samples not read')
+        encodings = dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False))
+        expected = columns(self.manifest.kind, self.manifest.latent_shape, self.manifest.mirrored)
+        if encodings != expected:  # decoding foreign columns could even mean running a pickle
+            self._fault(name, f'its columns are {encodings}, the manifest describes {expected}; samples not read')
             return
         if data is None:
             return
@@ -159,16 +159,16 @@ class _SplitCheck:
                     problems[str(error)].append(number)
             if rows:
                 self._check_rows(shard, rows, self.manifest, problems)
-        for words, where in problems.items():
-            self._fault(name, f'{sample_numbers(where)}: {words}')
+        for words, positions in problems.items():
+            self._fault(name, f'{sample_numbers(positions)}: {words}')
 
     def _check_rows(self, shard: Shard, rows: dict[int, dict], manifest: Manifest, problems: dict) -> None:
         numbers = np.array(list(rows))
         labels = np.array([row[LABEL] for row in rows.values()], np.int64)
         self.labels[shard.first + numbers] = labels
         self.names[shard.first + numbers] = [xxhash.xxh64_intdigest(row[NAME].encode()) for row in rows.values()]
-        known = (labels >= 0) & (labels < max(manifest.num_classes, 1))
-        for number, label in zip(numbers[~known].tolist(), labels[~known].tolist(), strict=True):
+        in_range = (labels >= 0) & (labels < max(manifest.num_classes, 1))
+        for number, label in zip(numbers[~in_range].tolist(), labels[~in_range].tolist(), strict=True):
             problems[f'label {label} is not one of the {manifest.num_classes} classes of the manifest'].append(number)
         latents = {}
         for column in (LATENTS, LATENTS_MIRRORED) if manifest.mirrored else (LATENTS,):
@@ -192,11 +192,11 @@ class _SplitCheck:
 
     def _note_files(self) -> None:
         """What lies there beside the data, and hashes that are not there: no faults, but worth knowing."""
-        known = {info.basename for s in self.shards for info in (s.reader.raw_data, s.reader.zip_data) if info}
+        listed = {info.basename for s in self.shards for info in (s.reader.raw_data, s.reader.zip_data) if info}
         strange = sorted(
             str(path.relative_to(self.folder))
             for path in self.folder.rglob('*.mds*')
-            if str(path.relative_to(self.folder)) not in known
+            if str(path.relative_to(self.folder)) not in listed
         )
         if strange:
             self.say(f'{self.folder}: note: {len(strange)} shard files are not in the index, e.g. {strange[0]}')
@@ -239,15 +239,15 @@ class _SplitCheck:
 
     def _check_names(self) -> None:
         read = np.flatnonzero(self.labels != _NO_SAMPLE)
-        values, first, counts = np.unique(self.names[read], return_index=True, return_counts=True)
+        values, positions, counts = np.unique(self.names[read], return_index=True, return_counts=True)
         if len(values) == 1 and len(read) > 1:
             self.say(f'{self.folder}: note: all samples have the same name')
             return
         twice = np.flatnonzero(counts > 1)
         for index in twice[:_FEW]:
-            where = [self._place(position) for position in read[self.names[read] == values[index]][:3]]
+            places = [self._place(position) for position in read[self.names[read] == values[index]][:3]]
             self._fault(
-                MANIFEST_NAME, f'the same name, {self._name(int(read[first[index]]))!r}, of {" and ".join(where)}'
+                MANIFEST_NAME, f'the same name, {self._name(int(read[positions[index]]))!r}, of {" and ".join(places)}'
             )
         if len(twice) > _FEW:
             self._fault(MANIFEST_NAME, f'{len(twice) - _FEW} more names that stand for several samples')
@@ -272,10 +272,10 @@ class _SplitCheck:
             return
         # A part of the samples has other statistics than all of them: four standard errors of a mean over images.
         margin = STATISTICS_TOLERANCE + (4 / images**0.5 if self.sample_every > 1 else 0)
-        for key, found, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
-            far = [c for c, value in enumerate(stated) if not abs(found[c] - value) <= margin * manifest.std[c]]
+        for key, measured, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
+            far = [c for c, value in enumerate(stated) if not abs(measured[c] - value) <= margin * manifest.std[c]]
             if far:
-                words = ', '.join(f'channel {c} has {found[c]:.4g}, stated is {stated[c]:.4g}' for c in far[:3])
+                words = ', '.join(f'channel {c} has {measured[c]:.4g}, stated is {stated[c]:.4g}' for c in far[:3])
                 more = f' and {len(far) - 3} more channels' if len(far) > 3 else ''
                 self._fault(MANIFEST_NAME, f'{key}: {words}{more} (further than {margin:.2f} standard deviations)')
         if manifest.mirrored and manifest.kind != 'pixels':
@@ -341,10 +341,10 @@ def _in_class_order(labels: np.ndarray) -> str:
     # All of them, then stretches, which are many: those must be further off before a chance hit can be excluded.
     for length, sigmas in ((len(equal), 5), (1024, 8)):
         for start in range(0, len(equal) - length + 1, length):
-            found, expected = int(equal[start : start + length].sum()), chance * length
-            if found > expected + sigmas * (expected * (1 - chance)) ** 0.5 + sigmas:
+            repeats, expected = int(equal[start : start + length].sum()), chance * length
+            if repeats > expected + sigmas * (expected * (1 - chance)) ** 0.5 + sigmas:
                 return (
-                    f'{found} of {length} neighbours from sample {start} on are of the same class, '
+                    f'{repeats} of {length} neighbours from sample {start} on are of the same class, '
                     f'{expected:.1f} would be expected'
                 )
     return ''

@@ -176,21 +176,27 @@ class AlgorithmFacts(Protocol):
 
     def problems(self, config: Any) -> Iterable[tuple[str, str]]:
         """What speaks against it in a run: pairs of one of its settings (``''`` for the algorithm) and a text."""
+        ...
 
     def cost_window(self) -> tuple[str | None, str | None]:
         """Composer time strings from and until which it saves work; None for the begin and the end of the run."""
+        ...
 
     def rehearse(self, denoiser: nn.Module, batch_size: int) -> AbstractContextManager[None]:
         """A context in which a training forward on the meta device costs what it costs while the algorithm is on."""
+        ...
 
     def tokens_per_block(self, depth: int, num_tokens: int) -> Sequence[int]:
         """The tokens that each block then sees; an algorithm that leaves all of them in place needs no such method."""
+        ...
 
     def plan_rows(self, plan: Mapping[str, Any]) -> Mapping[str, str]:
         """Rows of ``plan``: a word or two, and the text beside it."""
+        ...
 
     def files_written(self, plan: Mapping[str, Any]) -> Mapping[str, float] | None:
         """``count`` and ``gib_each`` of the files that it leaves beside the checkpoints; None if not known."""
+        ...
 
 
 class Autoencoder(Protocol):

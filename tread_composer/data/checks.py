@@ -36,12 +36,12 @@ def check_shards(
     """
     path = Path(folder) / 'index.json'
     shards = _read_index(path)
-    wanted = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
+    expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
     for number, shard in enumerate(shards):
-        found = dict(zip(shard['column_names'], shard['column_encodings'], strict=False))
-        if found != wanted:
+        encodings = dict(zip(shard['column_names'], shard['column_encodings'], strict=False))
+        if encodings != expected:
             raise UserError(
-                f'{path}: columns of shard {number} are {found}, the manifest describes {wanted}; {_REMEDY}'
+                f'{path}: columns of shard {number} are {encodings}, the manifest describes {expected}; {_REMEDY}'
             )
         if not remote:
             _check_files(Path(folder), shard, hashes)
@@ -103,7 +103,7 @@ def check_agreement(
         'latent_size': None if latent_size is None else tuple(latent_size),
         'num_classes': num_classes,
     }
-    found: dict[str, Any] = {
+    stored: dict[str, Any] = {
         'kind': manifest.kind,
         'autoencoder': manifest.autoencoder or 'pixels',
         'autoencoder_hash': manifest.autoencoder_hash,
@@ -112,9 +112,9 @@ def check_agreement(
         'num_classes': manifest.num_classes,
     }
     lines = [
-        f'  {key}: the run expects {value!r}, the data have {found[key]!r}; {_AGREEMENT_REMEDIES[key]}'
+        f'  {key}: the run expects {value!r}, the data have {stored[key]!r}; {_AGREEMENT_REMEDIES[key]}'
         for key, value in expected.items()
-        if value is not None and value != found[key]
+        if value is not None and value != stored[key]
     ]
     if lines:
         raise UserError('\n'.join([f'the data ({manifest.source}) do not fit this run:', *lines]))

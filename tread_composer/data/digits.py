@@ -160,10 +160,10 @@ def _is_filled(target: Path) -> bool:
 def _check(target: Path) -> None:
     """The data are small enough that even a second call can afford to compare every byte with its hash."""
     for split in SPLITS:
-        folder, wanted = target / split, digits_manifest(split)
+        folder, expected = target / split, digits_manifest(split)
         try:
-            found = Manifest.load(folder)
-            check_shards(folder, found, hashes=True)
+            stored = Manifest.load(folder)
+            check_shards(folder, stored, hashes=True)
         except (UserError, NotADirectoryError) as error:
             raise UserError(
                 f'{target}: is there, but is not an undamaged copy of the digits ({error}). '
@@ -171,8 +171,8 @@ def _check(target: Path) -> None:
             ) from error
         # Statistics may differ in the last bit between machines, and older versions of this tool are welcome.
         lax = {'mean', 'std', 'tool_version'}
-        if found.model_dump(exclude=lax) != wanted.model_dump(exclude=lax):
+        if stored.model_dump(exclude=lax) != expected.model_dump(exclude=lax):
             raise UserError(
-                f'{folder}: holds other data ({found.source!r}, {found.num_samples} samples) than the digits '
-                f'({wanted.source!r}, {wanted.num_samples} samples). Choose another folder'
+                f'{folder}: holds other data ({stored.source!r}, {stored.num_samples} samples) than the digits '
+                f'({expected.source!r}, {expected.num_samples} samples). Choose another folder'
             )

@@ -46,10 +46,10 @@ class LatentsInMemory(LatentDataset):
 
     def __init__(self, local: str | os.PathLike[str], **arguments: Any) -> None:
         super().__init__(local, **arguments)
-        first, _ = self.row(0, LATENTS)
+        sample, _ = self.row(0, LATENTS)
         names = [LATENTS] if self.mirror_seed is None else [LATENTS, LATENTS_MIRRORED]
-        shape = (self.size, len(names), *first.shape)
-        size = int(np.prod(shape)) * first.dtype.itemsize + self.size * 8
+        shape = (self.size, len(names), *sample.shape)
+        size = int(np.prod(shape)) * sample.dtype.itemsize + self.size * 8
         leader = dist.get_local_rank() == 0
         free = _free_memory()
         if leader and size > free:
@@ -60,7 +60,7 @@ class LatentsInMemory(LatentDataset):
         buffer = _shared_buffer(size + 8)
         labels_at = size - self.size * 8
         self._filled = np.frombuffer(buffer, np.int64, 1, size)  # samples that are there, for the other ranks
-        self._latents = np.frombuffer(buffer, first.dtype, int(np.prod(shape))).reshape(shape)
+        self._latents = np.frombuffer(buffer, sample.dtype, int(np.prod(shape))).reshape(shape)
         self._labels = np.frombuffer(buffer, np.int64, self.size, labels_at)
         if leader:
             self._fill(names)
@@ -68,7 +68,7 @@ class LatentsInMemory(LatentDataset):
         while self._filled[0] < self.size:
             time.sleep(0.1)
         self._maps.clear()
-        self._flat = self._latents.reshape(-1, *first.shape)
+        self._flat = self._latents.reshape(-1, *sample.shape)
 
     def _items(self) -> Iterator[int]:
         return self._positions()  # with a remote, too: nothing is left to fetch

@@ -65,12 +65,12 @@ class MappedShard:
     def array(self, row: int, name: str) -> NDArray:
         """The array of a column, a view of the file that must not be written to."""
         begin = int(self._begins[row])
-        first, last = self._places[name]
+        start, end = self._places[name]
         dtype, shape = self._layouts[name]
-        return self._bytes[begin + first : begin + last].view(dtype).reshape(shape)
+        return self._bytes[begin + start : begin + end].view(dtype).reshape(shape)
 
     def label(self, row: int) -> int:
         """The label of a row."""
         begin = int(self._begins[row])
-        first, last = self._places[LABEL]
-        return int.from_bytes(self._bytes[begin + first : begin + last].tobytes(), 'little', signed=True)
+        start, end = self._places[LABEL]
+        return int.from_bytes(self._bytes[begin + start : begin + end].tobytes(), 'little', signed=True)

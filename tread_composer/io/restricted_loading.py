@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import harmless_types, read_checkpoint, refusal

@@ -135,7 +135,7 @@ def apply_tread(
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from None
-    common = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
+    common: dict[str, Any] = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
     per_list = _per_list(model, lists, spans, blocks, common, shared=shared)
     settings = RoutingSettings(per_list, routes, tuple(spans), shared, ordered, float32_after)
     attached = _attached(model, settings)

@@ -85,8 +85,8 @@ def _limits(config: Config) -> dict[str, str]:
     limits = {}
     for name, component in config.algorithms.items():
         algorithm = component.instance
-        found = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
-        texts = [f'cannot be {verb}: {reason}' for verb, reason in found.items() if reason is not None]
+        reasons = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
+        texts = [f'cannot be {verb}: {reason}' for verb, reason in reasons.items() if reason is not None]
         if texts:
             limits[name] = '; '.join(texts)
     return limits

@@ -115,10 +115,12 @@ def format_snr(curves: Sequence[SNRCurve], picture: str) -> str:
     head = ('run', 'objective', 'latent std', 'mean', 'std', '5 %', '50 %', '95 %', 'mean in the band')
     rows: list[tuple[str, ...]] = []
     for curve in curves:
-        found = curve.distribution
-        figures = (found.mean, found.std, *found.quantiles)
+        distribution = curve.distribution
+        figures = (distribution.mean, distribution.std, *distribution.quantiles)
         strength = f'{curve.data_std:.3f} ({curve.source})'
-        rows.append((curve.name, curve.objective, strength, *(f'{one:.1f}' for one in figures), _verdict(found.mean)))
+        rows.append(
+            (curve.name, curve.objective, strength, *(f'{value:.1f}' for value in figures), _verdict(distribution.mean))
+        )
     table = text_table(head, rows, 'lllrrrrrl')
     return '\n'.join(
         ['Density of the signal-to-noise ratio over a training run, in dB', '', table, '', _RECOMMENDATION + '.',
@@ -151,12 +153,11 @@ def draw_snr(curves: Sequence[SNRCurve], path: str | Path) -> None:
     label = f"recommended for the mean: {band} (FasterDiT's best setting on SD-VAE latents: {setting})"
     axes.axvspan(*RECOMMENDED, color='0.8', label=label)
     for curve in curves:
-        found = curve.distribution
-        text = (
-            f'{curve.name}: {curve.objective}, latent std {curve.data_std:.2f} {curve.source}; mean {found.mean:.1f} dB'
-        )
-        (line,) = axes.plot(found.decibels.numpy(), found.density.numpy(), label=text)
-        axes.axvline(found.mean, color=line.get_color(), linestyle=':', linewidth=1)
+        distribution = curve.distribution
+        text = f'{curve.name}: {curve.objective}, latent std {curve.data_std:.2f} {curve.source}; '
+        text += f'mean {distribution.mean:.1f} dB'
+        (line,) = axes.plot(distribution.decibels.numpy(), distribution.density.numpy(), label=text)
+        axes.axvline(distribution.mean, color=line.get_color(), linestyle=':', linewidth=1)
     axes.set_xlim(
         min(curve.distribution.quantiles[0] for curve in curves) - 20,
         max(curve.distribution.quantiles[2] for curve in curves) + 20,

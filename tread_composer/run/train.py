@@ -47,13 +47,13 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: The input is at fault.
     """
-    known = _checked_config(path, overrides) if dist.get_global_rank() == 0 else _config_if_sound(path, overrides)
+    checked = _checked_config(path, overrides) if dist.get_global_rank() == 0 else _config_if_sound(path, overrides)
     with _stoppable():
-        if known is None:
+        if checked is None:
             dist.initialize_dist(get_device(None))
         else:
-            dist.initialize_dist(get_device(known.device), timeout=known.dist_timeout)
-    config = agreed(lambda: known or _checked_config(path, overrides))
+            dist.initialize_dist(get_device(checked.device), timeout=checked.dist_timeout)
+    config = agreed(lambda: checked or _checked_config(path, overrides))
     splits = agreed(lambda: prepare_data(config))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
@@ -63,13 +63,13 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     began = time.monotonic()
     assert trainer.state.max_duration is not None
     if trainer.state.timestamp < trainer.state.max_duration:
-        first = int(trainer.state.timestamp.batch)
+        begin = int(trainer.state.timestamp.batch)
         try:
             _fit(trainer)
         except RewindError as request:
-            rewind(config, trainer, request, began_at=first)
-        last, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
-        status = f'batches {first} to {last} in {seconds:.0f} s, evaluation and samples included'
+            rewind(config, trainer, request, began_at=begin)
+        end, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
+        status = f'batches {begin} to {end} in {seconds:.0f} s, evaluation and samples included'
     else:
         status = f'was trained to {config.max_duration} before; a longer max_duration continues it'
         for logger in trainer.logger.destinations:

@@ -194,11 +194,11 @@ def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: in
         ValueError: The sizes do not fit together, or the network has a decoder of another size, or is no fresh DiT.
     """
     settings = {'depth': depth, 'hidden_size': hidden_size, 'num_heads': num_heads}
-    there: nn.Module = denoiser.final_layer
-    if isinstance(there, Decoder):
-        if there.settings != settings:
-            raise ValueError(f'the model has a decoder already, of other sizes: {there.settings} there, {settings} now')
-        return there.masking
+    head: nn.Module = denoiser.final_layer
+    if isinstance(head, Decoder):
+        if head.settings != settings:
+            raise ValueError(f'the model has a decoder already, of other sizes: {head.settings} there, {settings} now')
+        return head.masking
     if type(denoiser.blocks) is not nn.ModuleList:
         raise ValueError(f'its block list is a {type(denoiser.blocks).__name__} already; give a fresh model')
     masking, like = Masking(), denoiser.pos_embed

@@ -320,12 +320,12 @@ def _hand_over(
     optimizers: Sequence[torch.optim.Optimizer], head: list[nn.Parameter], decoder: list[nn.Parameter]
 ) -> None:
     """The optimizer trains the decoder in place of the head, in the same group; no-op where it has it already."""
-    known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
-    missing = [parameter for parameter in decoder if id(parameter) not in known]
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
+    missing = [parameter for parameter in decoder if id(parameter) not in trained]
     if not missing:
         return
     remedy = 'Call MaskDiT(...).prepare(model) first and make the optimizer of the parameters that the model has then'
-    if not known.issuperset(map(id, head)) or len(missing) != len(decoder):
+    if not trained.issuperset(map(id, head)) or len(missing) != len(decoder):
         raise ValueError(f'the optimizer does not train the head of the model, so it is not known how to train the '
                          f'decoder that replaces it. {remedy}')  # fmt: skip
     try:

@@ -65,7 +65,7 @@ def inner_products(
     With ``a`` the one that ends first: ``(ga + 1)(gb + 1) / (ga + gb + 1) * (Ta / Tb)**gb / Tb``.
     """
     gammas_a, ends_a, gammas_b, ends_b = np.broadcast_arrays(
-        *(np.asarray(one, np.float64) for one in (exponents_a, batches_a, exponents_b, batches_b))
+        *(np.asarray(values, np.float64) for values in (exponents_a, batches_a, exponents_b, batches_b))
     )
     later = np.maximum(ends_a, ends_b)
     exponent_of_later = np.where(ends_a < ends_b, gammas_b, gammas_a)
@@ -96,9 +96,9 @@ def fit_profile(exponents: Sequence[float], batches: Sequence[int], exponent: fl
     border_S = sums_S * scale
     system = np.block([[gram_SS, border_S[:, None]], [border_S[None, :], np.zeros((1, 1))]])
     solution_S = np.linalg.lstsq(system, np.append(with_wanted_S, scale), rcond=None)[0][:-1]
-    wanted = inner_products(exponent, batch, exponent, batch)
-    squared = solution_S @ gram_SS @ solution_S - 2 * solution_S @ with_wanted_S + wanted
-    return Fit(solution_S / norms_S, float(np.sqrt(max(squared / wanted, 0.0))))
+    target_products = inner_products(exponent, batch, exponent, batch)
+    squared = solution_S @ gram_SS @ solution_S - 2 * solution_S @ with_wanted_S + target_products
+    return Fit(solution_S / norms_S, float(np.sqrt(max(squared / target_products, 0.0))))
 
 
 def reconstruct(
@@ -124,21 +124,21 @@ def reconstruct(
             together to what is wanted.
     """
     exponent = power_exponent(width)
-    found = list_snapshots(folder)
-    chain = _chain(found, last, str(folder), allow_inexact)
+    snapshots = list_snapshots(folder)
+    chain = _chain(snapshots, last, str(folder), allow_inexact)
     end = chain[-1][1].batch
     if batch is not None and batch > end:
         raise UserError(
             f'{folder}: the last snapshot is of batch {end}, and the average is to end with {batch}; take {end}'
         )
     target = end if batch is None else batch
-    chain = [(path, one) for path, one in chain if one.batch <= target]
+    chain = [(path, snapshot) for path, snapshot in chain if snapshot.batch <= target]
     if not chain:
         raise UserError(f'{folder}: no snapshot is as early as batch {target}')
-    stored = [(gamma, one.batch) for _, one in chain for gamma in one.gammas]
+    stored = [(gamma, snapshot.batch) for _, snapshot in chain for gamma in snapshot.gammas]
     fit = fit_profile([gamma for gamma, _ in stored], [end for _, end in stored], exponent, target)
     if fit.residual > LARGEST_RESIDUAL and not allow_inexact:
-        widths = ', '.join(f'{one:g}' for one in chain[-1][1].widths)
+        widths = ', '.join(f'{width:g}' for width in chain[-1][1].widths)
         raise UserError(
             f'{folder}: {len(chain)} snapshots (widths {widths}; last of batch {chain[-1][1].batch}) come only within '
             f'{fit.residual:.1%} of an average of width {width:g} at batch {target}, and more than '
@@ -147,34 +147,34 @@ def reconstruct(
         )
     facts = {
         'sigma_rel': width, 'gamma': exponent, 'batch': target, 'residual': fit.residual, 'snapshots': len(chain),
-        'first': chain[0][1].batch, 'last': chain[-1][1].batch, 'unused': len(found) - len(chain),
+        'first': chain[0][1].batch, 'last': chain[-1][1].batch, 'unused': len(snapshots) - len(chain),
         'run': chain[-1][1].run,
     }  # fmt: skip
     return Average(_summed(chain, fit.coefficients_S), facts)
 
 
 def _chain(
-    found: list[tuple[Path, Snapshot]], last: str | None, folder: str, allow_gap: bool
+    snapshots: list[tuple[Path, Snapshot]], last: str | None, folder: str, allow_gap: bool
 ) -> list[tuple[Path, Snapshot]]:
     """The snapshots of one continuation by ascending batch, each of which names the one before it."""
-    if not found:
+    if not snapshots:
         raise UserError(f'{folder}: holds no snapshots; train with algorithms.power_ema, or copy them there')
-    runs = sorted({one.run for _, one in found})
+    runs = sorted({snapshot.run for _, snapshot in snapshots})
     if len(runs) > 1:
         raise UserError(f'{folder}: holds snapshots of several runs ({"; ".join(runs)}); leave those of one')
-    by_digest = {one.digest: (path, one) for path, one in found}
-    wanted, chain = found[-1][1].digest if last is None else last, []
-    while wanted is not None:
-        if wanted not in by_digest:
+    by_digest = {snapshot.digest: (path, snapshot) for path, snapshot in snapshots}
+    digest, chain = snapshots[-1][1].digest if last is None else last, []
+    while digest is not None:
+        if digest not in by_digest:
             if chain and allow_gap:
                 break
-            where = f'before that of batch {chain[-1][1].batch}' if chain else 'that the checkpoint names as its last'
+            place = f'before that of batch {chain[-1][1].batch}' if chain else 'that the checkpoint names as its last'
             raise UserError(
-                f'{folder}: the snapshot {where} is missing ({wanted[:19]}...); copy it there'
+                f'{folder}: the snapshot {place} is missing ({digest[:19]}...); copy it there'
                 + (', or do without: --allow-inexact' if chain else '')
             )
-        chain.append(by_digest[wanted])
-        wanted = chain[-1][1].previous
+        chain.append(by_digest[digest])
+        digest = chain[-1][1].previous
     return chain[::-1]
 
 
@@ -182,9 +182,9 @@ def _summed(chain: list[tuple[Path, Snapshot]], coefficients_S: np.ndarray) -> d
     """The weighted sum in float64, one file after the other; what counts nothing is not read."""
     total: dict[str, Tensor] = {}
     at = 0
-    for path, one in chain:
-        share = dict(zip(one.widths, coefficients_S[at : at + len(one.widths)].tolist(), strict=True))
-        at += len(one.widths)
+    for path, snapshot in chain:
+        share = dict(zip(snapshot.widths, coefficients_S[at : at + len(snapshot.widths)].tolist(), strict=True))
+        at += len(snapshot.widths)
         if not any(share.values()):
             continue
 

@@ -140,10 +140,10 @@ def write_snapshot(
     snapshot, aside = dataclasses.replace(snapshot, digest=digest.value), None
     try:
         if path.exists():
-            there = read_header(path)
-            if there == snapshot:
+            existing = read_header(path)
+            if existing == snapshot:
                 return snapshot, None
-            refuse_other_run(there, run, path)
+            refuse_other_run(existing, run, path)
             aside = _free_name(path)
             os.replace(path, aside)
         write_tensors(path, tensors, {_KEY: json.dumps({'format': _FORMAT, **dataclasses.asdict(snapshot)})})
@@ -152,11 +152,11 @@ def write_snapshot(
     return snapshot, aside
 
 
-def refuse_other_run(there: Snapshot, run: str, path: Path) -> None:
+def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
     """Raise ``UserError`` if a snapshot is not one of this run."""
-    if there.run != run:
+    if existing.run != run:
         raise UserError(
-            f'{path}: is a snapshot of another run ({there.run}), and this one is {run}; take another run_name or '
+            f'{path}: is a snapshot of another run ({existing.run}), and this one is {run}; take another run_name or '
             f'folder, or move those files away'
         )
 
@@ -186,11 +186,11 @@ def read_header(path: str | os.PathLike[str]) -> Snapshot:
     """
     try:
         with safe_open(path, framework='pt') as file:
-            told = json.loads((file.metadata() or {}).get(_KEY, '{}'))
-        if told.pop('format', None) != _FORMAT:
+            header = json.loads((file.metadata() or {}).get(_KEY, '{}'))
+        if header.pop('format', None) != _FORMAT:
             raise UserError(f'{path}: is no snapshot of algorithms.power_ema; move it out of this folder')
-        widths, gammas = tuple(told['widths']), tuple(told['gammas'])
-        return Snapshot(told['batch'], widths, gammas, told['run'], told['previous'], told['digest'])
+        widths, gammas = tuple(header['widths']), tuple(header['gammas'])
+        return Snapshot(header['batch'], widths, gammas, header['run'], header['previous'], header['digest'])
     except UserError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -118,7 +118,7 @@ class Tread(RouteFacts, BoundAlgorithm):
         except ValueError as error:
             raise ValueError(f'Tread: {error}') from None
         if isinstance(blocks, Mapping):
-            self.blocks: Any = {path: dict(own or {}) for path, own in blocks.items()}
+            self.blocks: Any = {path: dict(settings or {}) for path, settings in blocks.items()}
         else:
             self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
@@ -153,7 +153,7 @@ class Tread(RouteFacts, BoundAlgorithm):
         _STEPS[event](self, state, logger)
 
     def _init(self, state: State, logger: Logger) -> None:
-        if sum(isinstance(one, Tread) for one in state.algorithms) > 1:
+        if sum(isinstance(algorithm, Tread) for algorithm in state.algorithms) > 1:
             raise UserError(
                 'algorithms: there is more than one Tread; one routes several lists: blocks=[...], and several times: '
                 'routes=[...]'
@@ -197,8 +197,8 @@ class Tread(RouteFacts, BoundAlgorithm):
         if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:
             self._rows = state.batch[SAMPLE_IDS].tolist()
         else:
-            first = dist.get_global_rank() * batch_size
-            self._rows = list(range(first, first + batch_size))
+            begin = dist.get_global_rank() * batch_size
+            self._rows = list(range(begin, begin + batch_size))
         self._random = (state.rank_zero_seed, int(state.timestamp.batch))
         self._drawn_for = self._known_tokens
         if self._known_tokens is not None:
@@ -222,17 +222,17 @@ class Tread(RouteFacts, BoundAlgorithm):
             # A new dict: the device batch itself must keep its ids for a second try.
             state.batch = {key: value for key, value in state.batch.items() if key != KEPT_TOKENS}
         batch_size = _first_tensor(state.batch).shape[0]
-        here = slice(self._offset, self._offset + batch_size)
+        samples = slice(self._offset, self._offset + batch_size)
         self._offset += batch_size
         if self._beside is not None:
-            ids = self._beside[here]
+            ids = self._beside[samples]
         if ids is not None:
             assert self._drawn_for is not None  # there are no ids without it
             lengths = [route.num_kept(self._drawn_for, self._keeps) for route in self.routes]
             ids = ids[:1] if self.shared else ids
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
-        routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[here]))
+        routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[samples]))
 
     def _after_forward(self, state: State, logger: Logger) -> None:
         routing = self._attached()

@@ -78,18 +78,18 @@ def open_layout(
         raise UserError(f'{source}: no such folder; give the one that holds the files of one split')
     if layout == 'maskdit-lmdb':
         assert stored_channels is not None  # the command line has asked for it
-        found: Layout = _LMDB(source, stored_channels)
+        layout_reader: Layout = _LMDB(source, stored_channels)
     elif layout == 'maskdit-webdataset':
-        found = _Tars(_matching(source, files or '*.tar'), 'latent', array_from_pickle)
+        layout_reader = _Tars(_matching(source, files or '*.tar'), 'latent', array_from_pickle)
     elif layout == 'tread-webdataset':
-        found = _Tars(_matching(source, files or '*.tar'), 'latent.npy', _array_from_npy)
+        layout_reader = _Tars(_matching(source, files or '*.tar'), 'latent.npy', _array_from_npy)
     elif layout == 'lightningdit':
-        found = _SafeTensors(_matching(source, files or '*.safetensors'))
+        layout_reader = _SafeTensors(_matching(source, files or '*.safetensors'))
     else:
         raise UserError(f'layout {layout!r} is not known; choose one of {", ".join(LAYOUTS)}')
-    if not len(found.labels):
+    if not len(layout_reader.labels):
         raise UserError(f'{source}: holds no samples')
-    return _Halves(found) if mirrors else found
+    return _Halves(layout_reader) if mirrors else layout_reader
 
 
 def _matching(source: Path, pattern: str) -> list[Path]:
@@ -194,7 +194,7 @@ class _Tars:
             raise UserError(f'{self.name(position)}.{self._member}: {error}') from error
 
     def _samples(self, path: Path) -> Iterable[tuple[str, tuple[int, int], int]]:
-        found: dict[str, dict[str, Any]] = {}
+        members: dict[str, dict[str, Any]] = {}
         with Archive(path) as archive:
             for member in archive.members():
                 # webdataset: the key ends at the first dot of the file's name, the rest is the kind of the member
@@ -205,11 +205,11 @@ class _Tars:
                         f'{path}: member {"/".join(member.parts)!r} does not belong to this layout, whose samples are '
                         f'<key>.{self._member} and <key>.cls'
                     )
-                if kind in found.setdefault(key, {}):
+                if kind in members.setdefault(key, {}):
                     raise UserError(f'{path}: two members {key}.{kind}')
                 place = (member.offset, member.size)
-                found[key][kind] = archive.read(*place) if kind == 'cls' else place
-        for key, parts in found.items():
+                members[key][kind] = archive.read(*place) if kind == 'cls' else place
+        for key, parts in members.items():
             missing = [kind for kind in (self._member, 'cls') if kind not in parts]
             if missing:
                 raise UserError(f'{path}: sample {key} has no .{missing[0]}')

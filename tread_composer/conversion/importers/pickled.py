@@ -63,14 +63,14 @@ def array_from_pickle(data: bytes) -> np.ndarray:
         ValueError: Anything else, or anything more, is in there. Nothing of it has run.
     """
     try:
-        found = _Unpickler(io.BytesIO(data)).load()
-        if isinstance(found, _Array):
-            _, shape, kind, fortran, buffer = found.state
+        content = _Unpickler(io.BytesIO(data)).load()
+        if isinstance(content, _Array):
+            _, shape, kind, fortran, buffer = content.state
             order = 'F' if fortran else 'C'
-        elif isinstance(found, _Buffer):
-            buffer, kind, shape, order = found.arguments
+        elif isinstance(content, _Buffer):
+            buffer, kind, shape, order = content.arguments
         else:
-            raise ValueError(f'it holds a {type(found).__name__}, not an array')
+            raise ValueError(f'it holds a {type(content).__name__}, not an array')
         name, byte_order = kind.arguments[0], kind.state[1]
         if name not in _TYPES or byte_order not in ('<', '>') or order not in ('C', 'F'):
             raise ValueError(f'an array of {name!r} values')

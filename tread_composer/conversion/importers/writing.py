@@ -145,9 +145,9 @@ def _labels(layout: Layout, facts: Facts, say: Callable[[str], None]) -> np.ndar
         return np.zeros_like(layout.labels)
     wrong = np.flatnonzero((layout.labels < 0) | (layout.labels >= classes))
     if len(wrong):
-        first = int(wrong[0])
+        position = int(wrong[0])
         raise UserError(
-            f'{layout.name(first)}: label {layout.labels[first]} with {classes} classes (0..{classes - 1}), and '
+            f'{layout.name(position)}: label {layout.labels[position]} with {classes} classes (0..{classes - 1}), and '
             f'{len(wrong) - 1} more like it; is --num-classes right?'
         )
     return layout.labels
@@ -267,8 +267,8 @@ def _manifest(
     seed: int,
     statistics: tuple[np.ndarray, int],
 ) -> Manifest:
-    (first, second), count = statistics[0] / statistics[1], statistics[1]
-    std = np.sqrt(np.maximum(second - first**2, 0))
+    (mean, second), count = statistics[0] / statistics[1], statistics[1]
+    std = np.sqrt(np.maximum(second - mean**2, 0))
     assert count > 0
     if not std.all():
         raise UserError(f'channel {int(std.argmin())} is the same in all samples; this is no data to train on')
@@ -287,7 +287,7 @@ def _manifest(
         num_samples=samples,
         num_classes=len(facts.class_names),
         class_names=facts.class_names,
-        mean=tuple(first.tolist()),
+        mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         permutation_seed=seed,
         tool_version=tread_composer.__version__,

@@ -211,10 +211,10 @@ def check_same_classes(where: Path | str, classes: dict[str, Iterable[str]]) -> 
     if set(classes) != {'train', 'val'}:
         return
     train, val = set(classes['train']), set(classes['val'])
-    for here, there, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
+    for split, counterpart, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
         if missing:
             raise UserError(
-                f'{where}: {here} has {len(missing):,} classes that {there} lacks: {few(missing)}. '
+                f'{where}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. '
                 f'Complete the data, or give the folder of one split alone'
             )
 

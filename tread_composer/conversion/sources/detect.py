@@ -128,8 +128,8 @@ def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, 
         ('nothing', 'no image among its first members'),
         ('folders', 'a tar of folders of images. Unpack it, or pack the folders as a zip (zip -0 -r)'),
     ):
-        if found := [tar for tar in tars if roles[tar] == role]:
-            raise UserError(f'{few([str(tar) for tar in found])}: {fault}. Expected {_KNOWN}')
+        if matching := [tar for tar in tars if roles[tar] == role]:
+            raise UserError(f'{few([str(tar) for tar in matching])}: {fault}. Expected {_KNOWN}')
     if single := [tar for tar in tars if roles[tar] == 'images' and _OF_ONE_CLASS.fullmatch(tar.name)]:
         raise UserError(
             f'{root}: {few([tar.name for tar in single])}: tars of one class each, whose labels would be lost. Give '
@@ -140,8 +140,10 @@ def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, 
     if not set(roles.values()) & {'tars', 'val', 'test'}:
         return 'webdataset', roles
     if set(roles.values()) & {'labels', 'images'}:
-        found = ', '.join(f'{tar.name} ({role})' for tar, role in roles.items())
-        raise UserError(f'{root}: ILSVRC tars beside others: {found}. Give a folder with one kind, or the tar itself')
+        matching = ', '.join(f'{tar.name} ({role})' for tar, role in roles.items())
+        raise UserError(
+            f'{root}: ILSVRC tars beside others: {matching}. Give a folder with one kind, or the tar itself'
+        )
     return 'ILSVRC', roles
 
 
@@ -155,10 +157,12 @@ def _role(tar: Path) -> str:
 def _official(root: Path, roles: dict[Path, str]) -> tuple[Path | None, Path | None, list[str]]:
     chosen: dict[str, Path | None] = {}
     for role in ('tars', 'val'):
-        found = [tar for tar, own in roles.items() if own == role]
-        if len(found) > 1:
-            raise UserError(f'{root}: {few([tar.name for tar in found])}: one of each is expected. Give the tar itself')
-        chosen[role] = found[0] if found else None
+        matching = [tar for tar, tar_role in roles.items() if tar_role == role]
+        if len(matching) > 1:
+            raise UserError(
+                f'{root}: {few([tar.name for tar in matching])}: one of each is expected. Give the tar itself'
+            )
+        chosen[role] = matching[0] if matching else None
     if not any(chosen.values()):
         raise UserError(f'{root}: only a test set, which has no labels; the tar of train or val is missing')
     notes = [f'{tar.name} is not converted' for tar, role in roles.items() if role == 'test']

@@ -44,8 +44,8 @@ def open_folders(root: Path, *, ground_truth: Path | None = None, progress: bool
     sources: dict[str, Source] = {}
     for split, branch in lay_out(root, listing, ground_truth).items():
         layout = 'class folders' if branch.class_names else 'flat folder'
-        where = root / branch.prefix
-        facts, _ = arrange(layout, where, branch.names, branch.labels, branch.class_names, listing.ignored)
+        folder = root / branch.prefix
+        facts, _ = arrange(layout, folder, branch.names, branch.labels, branch.class_names, listing.ignored)
         branch.names, branch.labels = [], []  # the facts hold them; workers get a copy of all that is here
         sources[split] = FolderSource(**facts, root=str(root), branch=branch)
     return sources
@@ -73,8 +73,8 @@ def _walk(root: Path) -> Iterator[tuple[tuple[str, ...], bool]]:
         folder = root.joinpath(*parts)
         try:
             status = os.stat(folder)
-            here = (status.st_dev, status.st_ino)
-            if here in ancestors:
+            identity = (status.st_dev, status.st_ino)
+            if identity in ancestors:
                 raise UserError(f'{folder}: a link to a folder that it is in. Remove it')
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -85,6 +85,6 @@ def _walk(root: Path) -> Iterator[tuple[tuple[str, ...], bool]]:
                     hidden = is_folder and is_litter(inner)
                     yield inner, is_folder and not hidden  # a hidden folder is not entered and counts as one file
                     if is_folder and not hidden:
-                        stack.append((inner, ancestors | {here}))
+                        stack.append((inner, ancestors | {identity}))
         except OSError as error:
             raise UserError(f'{folder}: cannot be read: {error}') from error

@@ -49,11 +49,11 @@ def assign_classes(
         if missing:
             raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
     classes = [truth[stem] for stem in stems]
-    found = set(classes)
-    if all(name.isdecimal() for name in found) and not (known and found <= set(known)):
+    names = set(classes)
+    if all(name.isdecimal() for name in names) and not (known and names <= set(known)):
         return _numbered(ground_truth, classes, known)
-    check_same_classes(where, {'train': known, 'val': found} if known else {})
-    class_names = known or tuple(sorted(found))
+    check_same_classes(where, {'train': known, 'val': names} if known else {})
+    class_names = known or tuple(sorted(names))
     label_of = {name: label for label, name in enumerate(class_names)}
     return class_names, [label_of[name] for name in classes]
 
@@ -135,9 +135,9 @@ def _devkit(path: Path) -> dict[str, str]:
 
 
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     if path.is_dir():
-        found = {file.name: file.read_bytes() for folder in (path, path / 'data') for file in folder.glob('*')
+        contents = {file.name: file.read_bytes() for folder in (path, path / 'data') for file in folder.glob('*')
                  if file.name in (_META, _TRUTH)}  # fmt: skip
     else:
         with tarfile.open(path) as archive:  # read into memory; nothing is extracted
@@ -145,7 +145,7 @@ def _devkit_files(path: Path) -> tuple[bytes, bytes]:
                 name = member.name.rpartition('/')[2]
                 content = archive.extractfile(member) if name in (_META, _TRUTH) and member.isreg() else None
                 if content is not None and member.size <= _MAX_BYTES:
-                    found[name] = content.read()
-    if len(found) != 2:
+                    contents[name] = content.read()
+    if len(contents) != 2:
         raise UserError(f'ground_truth={path}: {_META} and {_TRUTH} are not both in it. Expected {_THREE_FORMS}')
-    return found[_META], found[_TRUTH]
+    return contents[_META], contents[_TRUTH]

@@ -47,8 +47,8 @@ def open_ilsvrc(
     if train:
         sources['train'] = _open_train(train, notes, progress)
     if val:
-        known = sources['train'].class_names if train else None
-        sources['val'] = _open_val(val, ground_truth, known, notes, progress)
+        classes = sources['train'].class_names if train else None
+        sources['val'] = _open_val(val, ground_truth, classes, notes, progress)
     elif ground_truth:
         raise UserError(f'ground_truth={ground_truth}: labels validation images, and {train} has none. Leave it out')
     check_same_classes(train or val or '', {split: source.class_names for split, source in sources.items()})
@@ -78,7 +78,7 @@ def _open_train(path: Path, notes: Sequence[str], progress: bool) -> RangeSource
 
 
 def _of_class(path: Path, archive: Archive, outer: Member, ignored: Ignored, counter: Progress) -> list[Member]:
-    found = []
+    images = []
     for member in archive.members(outer):
         counter.add()
         if is_litter(member.parts) or not is_image(member.parts[-1]):
@@ -88,8 +88,8 @@ def _of_class(path: Path, archive: Archive, outer: Member, ignored: Ignored, cou
                 f'{path}: {"/".join(outer.parts)}: {"/".join(member.parts)!r} lies in a folder, where a class has none'
             )
         else:
-            found.append(member)
-    return found
+            images.append(member)
+    return images
 
 
 def _open_val(

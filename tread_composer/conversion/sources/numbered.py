@@ -29,19 +29,21 @@ def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[st
         UserError: Files in several of these places, names that do not say their split, or a number missing.
     """
     places = {'': [root]} if root.is_file() else {place: _files(root / place, suffix) for place in PLACES}
-    found = {place: files for place, files in places.items() if files}
-    if len(found) > 1 and not found.keys() <= SPLITS.keys():
-        raise UserError(f'{root}: *{suffix} in several places: {few([f"{root / place}" for place in found])}. Give one')
+    filled = {place: files for place, files in places.items() if files}
+    if len(filled) > 1 and not filled.keys() <= SPLITS.keys():
+        raise UserError(
+            f'{root}: *{suffix} in several places: {few([f"{root / place}" for place in filled])}. Give one'
+        )
     by_split: dict[str, list[Path]] = {}
-    for place, files in found.items():
+    for place, files in filled.items():
         names = {_split_of(file) for file in files}
         if place not in SPLITS and None in names and len(names) > 1:
             unnamed = [file.name for file in files if _split_of(file) is None]
             raise UserError(f'{root / place}: some names say train or val, others do not: {few(unnamed)}. Rename them')
         for file in files:
             by_split.setdefault(SPLITS.get(place) or _split_of(file) or 'train', []).append(file)
-    if sum(SPLITS.get(place) == 'val' for place in found) > 1:
-        raise UserError(f'{root}: {few(list(found))}: two folders for one split. Rename or move one of them')
+    if sum(SPLITS.get(place) == 'val' for place in filled) > 1:
+        raise UserError(f'{root}: {few(list(filled))}: two folders for one split. Rename or move one of them')
     test = by_split.pop('test', [])
     if not by_split:
         raise UserError(f'{root}: only files of a test split, which is never converted; train or val are missing')
@@ -64,19 +66,19 @@ def classes_of_numbers(
         UserError: A negative number or one without a name, or a class without a training image.
     """
     seen = {split: np.unique(np.asarray(numbers, dtype=np.int64)) for split, numbers in labels.items()}
-    first = seen.get('train', next(iter(seen.values())))
+    reference = seen.get('train', next(iter(seen.values())))
     lowest, highest = (pick([pick(numbers) for numbers in seen.values()]) for pick in (min, max))
-    total = len(names) or int(first.max()) + 1
+    total = len(names) or int(reference.max()) + 1
     if lowest < 0 or highest >= total:
         origin = 'there are names for' if names else 'train has'
         raise UserError(f'{where}: labels from {lowest} to {highest}, but {origin} {total} classes (0 to {total - 1})')
-    if len(first) < total:
+    if len(reference) < total:
         # a wrong label can be any number: no table of that length
-        present = set(first.tolist())
+        present = set(reference.tolist())
         missing = itertools.islice((number for number in range(total) if number not in present), 5)
-        some = ', '.join(f'{number} ({names[number]})' if names else str(number) for number in missing)
+        listed = ', '.join(f'{number} ({names[number]})' if names else str(number) for number in missing)
         raise UserError(
-            f'{where}: {total - len(first):,} of {total:,} classes have no training image, such as {some}. '
+            f'{where}: {total - len(reference):,} of {total:,} classes have no training image, such as {listed}. '
             f'Complete the data'
         )
     notes = {
@@ -107,17 +109,17 @@ def _check_numbers(root: Path, files: list[Path]) -> None:
     for file in files:
         if of := _OF.search(file.stem):
             series.setdefault(('', int(of[2])), []).append(int(of[1]))
-        elif last := _LAST_NUMBER.match(file.stem):
-            series.setdefault((last[1], None), []).append(int(last[2]))
+        elif match := _LAST_NUMBER.match(file.stem):
+            series.setdefault((match[1], None), []).append(int(match[2]))
     totals = {total for _, total in series if total is not None}
     if len(totals) > 1:
         raise UserError(f'{root}: files of two copies, <number>-of-{" and -of-".join(map(str, totals))}. Keep one')
     for (prefix, total), numbers in series.items():
-        wanted = range(total) if total is not None else range(min(numbers), max(numbers) + 1)
-        if len(wanted) > 100 * len(numbers):
+        expected = range(total) if total is not None else range(min(numbers), max(numbers) + 1)
+        if len(expected) > 100 * len(numbers):
             continue  # dates or the like, not a count
-        missing = sorted(set(wanted) - set(numbers))
-        if missing or len(set(numbers)) < len(numbers) or not set(numbers) <= set(wanted):
-            what = f'{prefix}<number>' if total is None else f'<number>-of-{total:05d}'
+        missing = sorted(set(expected) - set(numbers))
+        if missing or len(set(numbers)) < len(numbers) or not set(numbers) <= set(expected):
+            pattern = f'{prefix}<number>' if total is None else f'<number>-of-{total:05d}'
             fault = f'{len(missing)} are missing, such as {missing[0]}' if missing else 'a number occurs twice'
-            raise UserError(f'{root}: files {what}{files[0].suffix}: {fault}. Fetch the data completely')
+            raise UserError(f'{root}: files {pattern}{files[0].suffix}: {fault}. Fetch the data completely')

@@ -79,18 +79,21 @@ def open_parquet(
     if class_names and columns.label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')
     spools = _spool_all(everything, columns, scratch / 'parquet', progress)
-    by_split = {split: [spools[file] for file in own] for split, own in files.items()}
-    labels = {split: np.concatenate([spool.labels for spool in own]).tolist() for split, own in by_split.items()}
-    for split, own in labels.items():
-        if not own:
+    by_split = {split: [spools[file] for file in paths] for split, paths in files.items()}
+    labels = {
+        split: np.concatenate([spool.labels for spool in split_spools]).tolist()
+        for split, split_spools in by_split.items()
+    }
+    for split, values in labels.items():
+        if not values:
             raise UserError(f'{root}: the files of {split} hold no row')
     lacking: dict[str, list[str]] = {}
     names: tuple[str, ...] = ()
     if columns.label is not None:
         names, lacking = classes_of_numbers(root, labels, class_names or columns.class_names)
     return {
-        split: _source(root, own, labels[split], names, Ignored(notes=[*notes, *lacking.get(split, [])]))
-        for split, own in by_split.items()
+        split: _source(root, split_spools, labels[split], names, Ignored(notes=[*notes, *lacking.get(split, [])]))
+        for split, split_spools in by_split.items()
     }
 
 
@@ -115,12 +118,14 @@ def _source(
 
 
 def _agreed_columns(files: list[Path]) -> _Columns:
-    found = {file: _columns_of(file) for file in files}
-    first = files[0]
-    for file, columns in found.items():
-        if columns != found[first]:
-            raise UserError(f'{file}: columns or class names differ from those of {first}. Give one data set at a time')
-    return found[first]
+    columns_of = {file: _columns_of(file) for file in files}
+    reference = files[0]
+    for file, columns in columns_of.items():
+        if columns != columns_of[reference]:
+            raise UserError(
+                f'{file}: columns or class names differ from those of {reference}. Give one data set at a time'
+            )
+    return columns_of[reference]
 
 
 def _columns_of(file: Path) -> _Columns:
@@ -201,8 +206,8 @@ def _image_bytes(file: Path, columns: _Columns) -> int:
         metadata = pyarrow.parquet.read_metadata(file)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-        wanted = [chunk for chunk in chunks if chunk.path_in_schema == f'{columns.image}.bytes']
-        return sum(chunk.total_uncompressed_size for chunk in wanted)
+        chunks_of_image = [chunk for chunk in chunks if chunk.path_in_schema == f'{columns.image}.bytes']
+        return sum(chunk.total_uncompressed_size for chunk in chunks_of_image)
     except _DAMAGE as error:
         raise UserError(f'{file}: not a parquet file, or damaged: {error}. Get it anew') from error
 
@@ -221,11 +226,11 @@ def _announce(folder: Path, size: int, count: int, progress: bool) -> None:
 
 def _copy(file: Path, columns: _Columns, target: Path) -> _Spool:
     sizes, labels, files = [], [], []
-    wanted = [columns.image] + ([columns.label] if columns.label else [])
+    names = [columns.image] + ([columns.label] if columns.label else [])
 
     def write_images(stream: IO[bytes]) -> None:
         source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-        for batch in source.iter_batches(_BATCH, columns=wanted, use_threads=False):
+        for batch in source.iter_batches(_BATCH, columns=names, use_threads=False):
             images = batch.column(columns.image)
             labels.extend(batch.column(columns.label).to_pylist() if columns.label else [0] * len(batch))
             for image in images:

@@ -64,25 +64,25 @@ class Archive:
                 that leads out of it. ``tarfile`` itself takes a damaged header in the middle for the end.
         """
         inner_name = '/'.join(outer.parts) if outer else ''
-        where = Path(f'{self.path}: {inner_name}') if outer else self.path
+        place = Path(f'{self.path}: {inner_name}') if outer else self.path
         end = outer.offset + outer.size if outer else os.fstat(self._file.fileno()).st_size
         window = _Window(self._file.fileno(), outer.offset if outer else 0, end)
         try:
             with cast(Any, tarfile.open(fileobj=cast(IO[bytes], window), mode='r:')) as archive:
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # a million of them would fill gigabytes
-                    parts = check_member(where, info.name)
-                    _check_kind(where, info)
+                    parts = check_member(place, info.name)
+                    _check_kind(place, info)
                     member = Member(parts, window.start + info.offset_data, info.size)
                     if info.size < 0 or member.offset + info.size > end:
-                        raise UserError(f'{where}: ends within {info.name!r}: it is cut off. Get it anew')
+                        raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
                     if info.isreg() and parts:
                         yield member
-                _check_end(where, window, archive.offset)
+                _check_end(place, window, archive.offset)
         except (OSError, ValueError, tarfile.TarError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f'{where}: not a tar, or cut off: {error}. Get it anew') from error
+            raise UserError(f'{place}: not a tar, or cut off: {error}. Get it anew') from error
 
 
 class _Window(io.RawIOBase):
@@ -117,7 +117,7 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _check_kind(where: Path, info: tarfile.TarInfo) -> None:
+def _check_kind(place: Path, info: tarfile.TarInfo) -> None:
     reason = None
     if info.issym() or info.islnk():
         reason = f'is a link (to {info.linkname!r})'
@@ -126,22 +126,22 @@ def _check_kind(where: Path, info: tarfile.TarInfo) -> None:
     elif not (info.isreg() or info.isdir()):
         reason = 'is neither a file nor a folder'
     if reason:
-        raise UserError(f'{where}: member {info.name!r} {reason}. Refused: pack again with tar --dereference')
+        raise UserError(f'{place}: member {info.name!r} {reason}. Refused: pack again with tar --dereference')
 
 
-def _check_end(where: Path, window: _Window, offset: int) -> None:
+def _check_end(place: Path, window: _Window, offset: int) -> None:
     """After the last member a tar has at least one block of zeros, and nothing but zeros."""
     window.seek(offset)
-    found = 0
+    zeros = 0
     while block := window.read(2**20):
         if block.count(0) != len(block):
             raise UserError(
-                f'{where}: there are other data at byte {offset + found:,} where a header or the end should be: it is '
+                f'{place}: there are other data at byte {offset + zeros:,} where a header or the end should be: it is '
                 f'damaged or cut off, or several tars were joined. Get it anew, or pack it again'
             )
-        found += len(block)
-    if found < tarfile.BLOCKSIZE:
-        raise UserError(f'{where}: lacks the mark at its end: it is cut off. Get it anew')
+        zeros += len(block)
+    if zeros < tarfile.BLOCKSIZE:
+        raise UserError(f'{place}: lacks the mark at its end: it is cut off. Get it anew')
 
 
 def role_of(path: Path) -> str:

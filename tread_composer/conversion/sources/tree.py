@@ -74,11 +74,11 @@ class Branch:
         return self.prefix + (name.partition('/')[2] if self.bare else name)
 
 
-def lay_out(where: Path, listing: Listing, ground_truth: Path | None) -> dict[str, Branch]:
+def lay_out(root: Path, listing: Listing, ground_truth: Path | None) -> dict[str, Branch]:
     """The splits of a tree.
 
     Args:
-        where: The folder or archive, for messages.
+        root: The folder or archive, for messages.
         listing: Its content.
         ground_truth: Needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
             alone (as Kaggle's ImageNet has it).
@@ -88,27 +88,27 @@ def lay_out(where: Path, listing: Listing, ground_truth: Path | None) -> dict[st
     """
     images = listing.images
     if not images:
-        raise UserError(f'{where}: no image in it; {str(listing.ignored) or "it is empty"}. Expected {_LAYOUTS}')
+        raise UserError(f'{root}: no image in it; {str(listing.ignored) or "it is empty"}. Expected {_LAYOUTS}')
     prefix = _wrapper(images)
     if prefix:
         listing.ignored.notes.append(f'all images are inside {prefix}')
     tops = _by_top(images, prefix)
     named = sorted(set(tops) & set(SPLITS))
     if not named:
-        branches = {'train': _branch(where, prefix, images, listing)}
+        branches = {'train': _branch(root, prefix, images, listing)}
     else:
-        _check_splits(where, prefix, tops, named, listing)
+        _check_splits(root, prefix, tops, named, listing)
         branches = {
-            SPLITS[top]: _branch(where, f'{prefix}{top}/', tops[top], listing) for top in named if SPLITS[top] != 'test'
+            SPLITS[top]: _branch(root, f'{prefix}{top}/', tops[top], listing) for top in named if SPLITS[top] != 'test'
         }
         for path in [path for path in listing.label_files if path.startswith(f'{prefix}test/')]:
             del listing.label_files[path]  # of images that are not converted
     if listing.label_files:
         raise UserError(
-            f'{where}: {few(listing.label_files)} hold labels that this layout does not read, so those of the folders '
+            f'{root}: {few(listing.label_files)} hold labels that this layout does not read, so those of the folders '
             f'may be wrong. Move them away if the folders are the classes; read is {_EDM} of EDM, beside the images'
         )
-    _join(where, branches, ground_truth)
+    _join(root, branches, ground_truth)
     return branches
 
 
@@ -116,10 +116,10 @@ def _wrapper(images: list[str]) -> str:
     """The folders that everything is in, as ``a/b/``, down to where splits or class folders begin."""
     prefix = ''
     while True:
-        top, _, rest = images[0][len(prefix) :].partition('/')
+        top, _, remainder = images[0][len(prefix) :].partition('/')
         longer = f'{prefix}{top}/'
         # two folders below the present place, and one below the new: class folders can only begin there
-        if top in SPLITS or '/' not in rest:
+        if top in SPLITS or '/' not in remainder:
             return prefix
         if not all(path.startswith(longer) and '/' in path[len(longer) :] for path in images):
             return prefix
@@ -135,36 +135,36 @@ def _by_top(images: list[str], prefix: str) -> dict[str, list[str]]:
     return tops
 
 
-def _check_splits(where: Path, prefix: str, tops: dict[str, list[str]], named: list[str], listing: Listing) -> None:
+def _check_splits(root: Path, prefix: str, tops: dict[str, list[str]], named: list[str], listing: Listing) -> None:
     others = [top or f'the image {tops[top][0]}' for top in tops if top not in SPLITS]
     if others:
         raise UserError(
-            f'{where}: {few(named)} are taken as splits, but beside them are images of no split: {few(others)}. '
+            f'{root}: {few(named)} are taken as splits, but beside them are images of no split: {few(others)}. '
             f'Move them away; or, if {few(named)} are classes, rename these folders'
         )
-    wanted = [top for top, split in SPLITS.items() if split != 'test']
-    empty = [top for top in wanted if f'{prefix}{top}' in listing.folders and top not in tops]
+    expected = [top for top, split in SPLITS.items() if split != 'test']
+    empty = [top for top in expected if f'{prefix}{top}' in listing.folders and top not in tops]
     if empty:
-        raise UserError(f'{where}: {few(empty)} holds no image. Complete the data, or remove the folder')
+        raise UserError(f'{root}: {few(empty)} holds no image. Complete the data, or remove the folder')
     meant = [SPLITS[top] for top in named]
     if len(set(meant)) < len(meant):
-        raise UserError(f'{where}: {few(named)}: two folders for one split. Rename or move one of them')
+        raise UserError(f'{root}: {few(named)}: two folders for one split. Rename or move one of them')
     if set(meant) == {'test'}:
-        raise UserError(f'{where}: only a test split, which is never converted; train/ or val/ are missing')
+        raise UserError(f'{root}: only a test split, which is never converted; train/ or val/ are missing')
     if 'test' in meant:
         listing.ignored.notes.append(f'test/ ({len(tops["test"]):,} images) is not converted')
 
 
-def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Branch:
+def _branch(root: Path, prefix: str, paths: list[str], listing: Listing) -> Branch:
     names = [path[len(prefix) :] for path in paths]
     if (content := listing.label_files.pop(f'{prefix}{_EDM}', None)) is not None:
-        return _labelled_branch(f'{where}/{prefix}{_EDM}', prefix, names, content)
+        return _labelled_branch(f'{root}/{prefix}{_EDM}', prefix, names, content)
     depths = {name.count('/'): name for name in names}  # an example of each
     if depths.keys() == {0}:
         return Branch(prefix, (), names, [0] * len(names))
     if depths.keys() != {1}:
         examples = ', '.join(repr(prefix + depths[depth]) for depth in sorted(depths))
-        raise UserError(f'{where}: images lie at different or unknown depths, such as {examples}. Expected {_LAYOUTS}')
+        raise UserError(f'{root}: images lie at different or unknown depths, such as {examples}. Expected {_LAYOUTS}')
     class_of = [name.partition('/')[0] for name in names]
     class_names = in_label_order(class_of)
     start = len(prefix)
@@ -172,7 +172,7 @@ def _branch(where: Path, prefix: str, paths: list[str], listing: Listing) -> Bra
     empty = folders - set(class_names) - {''}
     if empty:
         raise UserError(
-            f'{where}: {len(empty):,} class folders hold no image: {few(sorted(prefix + name for name in empty))}. '
+            f'{root}: {len(empty):,} class folders hold no image: {few(sorted(prefix + name for name in empty))}. '
             f'Complete the data; a folder that is no class must be moved away'
         )
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -204,22 +204,22 @@ def _labelled_branch(file: str, prefix: str, names: list[str], content: bytes) -
                   numbers, bare=True)  # fmt: skip
 
 
-def _join(where: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
+def _join(root: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
     """Check that the splits belong together, and give ``val`` its labels where they come from elsewhere."""
     train, val = branches.get('train'), branches.get('val')
     if val is not None and not val.class_names and (ground_truth or (train and train.class_names)):
-        known = train.class_names if train else None
-        if train and not known:
-            raise UserError(f'{where}: ground_truth={ground_truth} is given, but train has no class folders')
-        class_names, labels = assign_classes(ground_truth, val.names, known, where)
+        classes = train.class_names if train else None
+        if train and not classes:
+            raise UserError(f'{root}: ground_truth={ground_truth} is given, but train has no class folders')
+        class_names, labels = assign_classes(ground_truth, val.names, classes, root)
         names = [f'{class_names[label]}/{name}' for label, name in zip(labels, val.names, strict=True)]
         branches['val'] = val = Branch(val.prefix, class_names, names, labels, bare=True)
     elif ground_truth:
         raise UserError(
-            f'ground_truth={ground_truth}: {where} has no use for it: it labels validation images that lie loose in '
+            f'ground_truth={ground_truth}: {root} has no use for it: it labels validation images that lie loose in '
             f'val/ or in the official tar. Leave it out'
         )
     if train and val:
         if val.class_names and not train.class_names:
-            raise UserError(f'{where}: val has class folders, train has none. Give one split alone')
-        check_same_classes(where, {'train': train.class_names, 'val': val.class_names})
+            raise UserError(f'{root}: val has class folders, train has none. Give one split alone')
+        check_same_classes(root, {'train': train.class_names, 'val': val.class_names})

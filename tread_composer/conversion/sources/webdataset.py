@@ -94,7 +94,7 @@ def _scan(root: Path, split: str, tars: list[Path], notes: Sequence[str], progre
 
 
 def _scan_tar(archive: Archive, number: int, images: _Images, counter: Progress) -> None:
-    found: dict[str, Member] = {}
+    members: dict[str, Member] = {}
     labels: dict[str, dict[str, Member]] = {}
     for member in archive.members():
         counter.add()
@@ -107,14 +107,14 @@ def _scan_tar(archive: Archive, number: int, images: _Images, counter: Progress)
             if labels.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
                 raise UserError(f'{archive.path}: {name!r} occurs twice. Each sample needs its own key')
         elif is_image(f'.{extension}') and '.' not in extension:
-            if found.setdefault(key, member) is not member:
+            if members.setdefault(key, member) is not member:
                 raise UserError(f'{archive.path}: two images of key {key!r}. Each sample needs its own key')
         else:
             images.ignored.others[f'.{extension}' if extension else 'no extension'] += 1
-    alone = [key for key in labels if key not in found]
+    alone = [key for key in labels if key not in members]
     if alone:
         raise UserError(f'{archive.path}: {len(alone):,} keys have a label and no image, such as {alone[0]!r}')
-    for key, member in found.items():
+    for key, member in members.items():
         images.files.append(member.parts[-1])
         images.labels.append(_label(archive, key, labels.get(key, {})))
         images.numbers.append(number)

@@ -79,8 +79,8 @@ def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = T
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
     sources: dict[str, Source] = {}
     for split, branch in lay_out(path, listing, ground_truth).items():
-        where = f'{path}/{branch.prefix}' if branch.prefix else path
-        facts, _ = arrange('zip', where, branch.names, branch.labels, branch.class_names, listing.ignored)
+        place = f'{path}/{branch.prefix}' if branch.prefix else path
+        facts, _ = arrange('zip', place, branch.names, branch.labels, branch.class_names, listing.ignored)
         infos = [members[branch.path(name)] for name in facts['names']]
         sources[split] = ZipSource(
             **facts,

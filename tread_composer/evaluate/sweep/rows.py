@@ -89,20 +89,22 @@ def run_sweep(
 
         rows = ranks.from_first(ranks.agreed(begin))
         done = {_key(row['settings']) for row in rows}
-        left = [dict(one) for one in settings if _key(one) not in done]
-        if len(left) < len(settings):
-            log(f'{len(settings) - len(left)} of {len(settings)} rows are finished, and kept')
+        pending = [dict(setting) for setting in settings if _key(setting) not in done]
+        if len(pending) < len(settings):
+            log(f'{len(settings) - len(pending)} of {len(settings)} rows are finished, and kept')
         began = time.monotonic()
-        for number, one in enumerate(left, 1):
+        for number, setting in enumerate(pending, 1):
             start = time.monotonic()
-            values = {name: _checked(name, value, one) for name, value in ranks.from_first(measure(one)).items()}
-            rows.append({'settings': one, 'values': values, 'seconds': time.monotonic() - start})
+            values = {
+                name: _checked(name, value, setting) for name, value in ranks.from_first(measure(setting)).items()
+            }
+            rows.append({'settings': setting, 'values': values, 'seconds': time.monotonic() - start})
             state = {'format': _FORMAT, 'contract': contract, 'rows': rows}
             if ranks.is_first:
                 write_atomically(folder / _STATE, json.dumps(state, indent=1).encode())
-            rest = (time.monotonic() - began) / number * (len(left) - number)
+            remaining = (time.monotonic() - began) / number * (len(pending) - number)
             figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
-            log(f'{number} of {len(left)}: {_in_words(one)}: {figures} (about {duration(rest)} left)')
+            log(f'{number} of {len(pending)}: {_in_words(setting)}: {figures} (about {duration(remaining)} left)')
     return rows
 
 
@@ -114,8 +116,8 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             sign = 1 if direction(metric) == 'lower' else -1
         except ValueError:
             continue  # a cost, not a quality
-        known = [(sign * row['values'][metric], i) for i, row in enumerate(rows) if metric in row['values']]
-        best[metric] = min(known)[1]
+        measured = [(sign * row['values'][metric], i) for i, row in enumerate(rows) if metric in row['values']]
+        best[metric] = min(measured)[1]
     return best
 
 
@@ -243,7 +245,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Cu
     along = len(scales) > 1 and all(isinstance(scale, int | float) for scale in scales)
     names = [name for name in _names(rows) if not (along and name == swept)]
     # A setting that is the same everywhere says nothing in a legend.
-    told = [name for name in names if len({flat(row['settings']).get(name) for row in rows}) > 1]
+    varying = [name for name in names if len({flat(row['settings']).get(name) for row in rows}) > 1]
     best = best_rows(rows).get(metric)
     groups: dict[str, list[tuple[float, float, bool]]] = {}
     members: dict[str, str] = {}  # of each line: its weights, or whatever else is not of the guidance
@@ -252,8 +254,10 @@ def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Cu
         if metric not in row['values']:
             continue
         settings = flat(row['settings'])
-        group = ', '.join(f'{name} {settings.get(name, "none")}' for name in told) if along else 'rows, in their order'
-        common = ', '.join(f'{name} {settings.get(name, "none")}' for name in told if not _of_guidance(name))
+        group = (
+            ', '.join(f'{name} {settings.get(name, "none")}' for name in varying) if along else 'rows, in their order'
+        )
+        common = ', '.join(f'{name} {settings.get(name, "none")}' for name in varying if not _of_guidance(name))
         point = float(row['settings'][swept] if along else i + 1), row['values'][metric], i == best
         lines = [line for line, owner in members.items() if owner == common] if along and _unguided(row) else []
         for line in lines or [group or metric]:
