@@ -113,6 +113,14 @@ def test_killed_while_starting(source, vae, undisturbed, tmp_path):
     assert digests(out) == digests(undisturbed)
 
 
+def test_killed_while_writing_its_record(source, vae, undisturbed, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / '.unfinished-conversion.json.x1').write_text('{"half')
+    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert digests(out) == digests(undisturbed)
+
+
 @pytest.mark.parametrize('last', ['parts', 'unreadable.json', 'index.json', 'manifest.json'])
 def test_killed_while_merging(source, vae, undisturbed, tmp_path, last):
     """What a kill after ``last`` leaves, and the halves of files that it may leave besides."""

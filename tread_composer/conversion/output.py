@@ -14,7 +14,7 @@ from typing import Any
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import MANIFEST_NAME
-from tread_composer.io.files import read_json, write_json
+from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
 __all__ = ['Output', 'Uploader', 'scratch_of']
@@ -55,7 +55,9 @@ class Output:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f'{self.folder} is a file; --out and --work are folders')
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = sorted(name for name in names if name not in (_LOCK, _SCRATCH) and not name.startswith(f'.{_RECORD}'))
+        # A kill between writing and renaming the record leaves it under the writer's name.
+        unfinished = f'{UNFINISHED}{_RECORD}'
+        foreign = sorted(name for name in names if name not in (_LOCK, _SCRATCH) and not name.startswith(unfinished))
         if foreign and _RECORD not in names:
             raise UserError(
                 f'{self.folder} holds {", ".join(foreign[:5])}, which no conversion of this tool wrote; choose a '
