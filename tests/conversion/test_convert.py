@@ -344,7 +344,7 @@ def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, capsys)
 )
 def test_wrong_words_are_refused(source, vae, options, message, tmp_path, capsys):
     if options.get('device') == 'cuda' and torch.cuda.is_available():
-        pytest.skip('there is a GPU')
+        pytest.skip('--device cuda is refused only where there is no GPU, and this machine has one')
     assert main(words(source, tmp_path / 'out', vae, **options)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,9 +46,9 @@ class AtInterval(Callback):
         self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
         self._last_batch = -1
 
+    @abstractmethod
     def act(self, state: State, logger: Logger) -> None:
-        """What is to be done, on all ranks."""
-        raise NotImplementedError
+        """Do the work that is due; called on all ranks."""
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Act when the interval says so, and at the end."""
