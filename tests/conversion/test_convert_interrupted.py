@@ -26,7 +26,10 @@ from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 
 IMAGES, SMALL_PARTS = 40, {'part_size': 2, 'batch_size': 2}
-FORK = multiprocessing.get_context('fork')  # the libraries are imported already
+# Forked from a process that has imported the libraries and done nothing else. Forked from the tests' own process, two
+# ranks hung for ever wherever an earlier test had used torch's threads or had met other ranks.
+FRESH = multiprocessing.get_context('forkserver')
+FRESH.set_forkserver_preload([__name__, 'diffusers.models.autoencoders.autoencoder_kl'])
 
 
 @pytest.fixture(scope='module')
@@ -48,17 +51,16 @@ def undisturbed(source, vae, tmp_path_factory) -> Path:
 
 def in_own_process(arguments: list[str], log: Path, **variables: str) -> multiprocessing.Process:
     """The command in a process that can be killed; what it prints goes to ``log``."""
-
-    def run() -> None:
-        os.environ.update(variables)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        # pytest has put objects of its own in the place of both, which would keep it.
-        sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
-        os._exit(cli.main(arguments))
-
-    process = FORK.Process(target=run)
+    process = FRESH.Process(target=run_command, args=(arguments, log, variables))
     process.start()
     return process
+
+
+def run_command(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
+    multiprocessing.set_start_method('fork', force=True)  # as in a process that was started by hand
+    os.environ.update(variables)
+    sys.stdout = sys.stderr = open(log, 'a', buffering=1)  # noqa: SIM115
+    os._exit(cli.main(arguments))
 
 
 def wait_until(condition: Callable[[], object], process: multiprocessing.Process | None = None) -> None:
@@ -70,8 +72,12 @@ def wait_until(condition: Callable[[], object], process: multiprocessing.Process
 
 
 def kill(process: multiprocessing.Process) -> None:
+    """Kill it and wait until it is gone. ``join`` would wait for its decoding worker too, which lives 5 s longer."""
     process.kill()
-    process.join()
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(process.pid, 0)
+            time.sleep(0.001)
 
 
 def assert_only_whole_parts(folder: Path) -> None:

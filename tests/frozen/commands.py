@@ -46,7 +46,7 @@ _MOVING = (
     (r'\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d', '<date>'),
     (r'\b\d+:\d\d:\d\d\b', '<duration>'),
     (r'\bin \d+(\.\d+)? s\b', 'in <seconds> s'),
-    (r'\b\d+(\.\d+)? (images|batches)/s', r'<rate> \2/s'),
+    (r'\b[\d,]+(\.\d+)? (images|batches)/s', r'<rate> \2/s'),
     (r'\b0x[0-9a-f]{6,}', '<address>'),
 )
 
