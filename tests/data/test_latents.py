@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import Future
@@ -194,6 +195,26 @@ def test_a_shard_missing_in_the_remote_is_an_error(split: Path, tmp_path: Path):
     loader = train_loader(tmp_path / 'cache', batch_size=8, remote=str(split), download_retry=1)
     with pytest.raises(RuntimeError, match=r'shard.00004.mds'):
         list(loader)
+
+
+class BothFail(LatentDataset):
+    """Neither of the reading threads goes on from a failure before the other one has failed, too."""
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            self.failures.wait(timeout=60)
+            raise
+
+
+def test_both_reading_threads_may_fail_at_one_shard(split: Path, tmp_path: Path):
+    """Which of them meets it is chance; where both had, the reader waited for ever."""
+    (split / 'shard.00000.mds').unlink()
+    dataset = BothFail(tmp_path / 'cache', remote=str(split), batch_size=8, download_retry=1)
+    dataset.failures = threading.Barrier(2)
+    with pytest.raises(RuntimeError, match=r'shard.00000.mds'):
+        list(dataset)
 
 
 @pytest.mark.parametrize('algorithm', ['xxh64', 'sha1'])

@@ -74,8 +74,8 @@ class LatentsData(Strict):
     """Paths through the shards that the order is made of; see ``data.latents.LatentDataset``."""
     validate_hash: str | None = None
     """Hash to check of each shard that is read, such as ``xxh64``."""
-    download_retry: Count = 2
-    """Attempts after a failed download."""
+    download_retry: Positive = 2
+    """Attempts to fetch a shard."""
     download_timeout: Above0 = 60.0
     """Seconds before a download counts as failed."""
 

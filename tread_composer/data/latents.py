@@ -61,7 +61,7 @@ class LatentDataset(StreamingDataset):
         predownload: Samples that each worker fetches ahead; None for 8 batches.
         cache_limit: Bytes of ``local`` that fetched shards may take, e.g. ``'100gb'``; None for no limit.
         validate_hash: Hash to check fetched shards with, e.g. ``'xxh64'``. Only fetched shards are ever checked.
-        download_retry: Further attempts to fetch a shard.
+        download_retry: Attempts to fetch a shard, at least 1.
         download_timeout: Seconds for one attempt.
 
     Raises:
@@ -174,6 +174,10 @@ class LatentDataset(StreamingDataset):
     def on_exception(self, future: Future) -> None:
         """Called at the end of each background thread: remembers what stopped it, for ``__iter__`` to raise."""
         self._failure = self._failure or future.exception()
+        if future.exception() is not None:
+            # The parent's reader waits until two of its threads have ended, and does not count one that failed: where
+            # both had failed at the same shard, it waited for ever.
+            self._iterator.on_exit()
         try:
             super().on_exception(future)  # tells the other threads to stop, then raises again
         except Exception:
