@@ -7,6 +7,8 @@ import contextlib
 import os
 import resource
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 from tread_composer.core.process import prepare_process
 
@@ -22,28 +24,16 @@ from streaming.base.shared.memory import SharedMemory
 
 torch.set_num_threads(1)
 
-_CREATED: list[SharedMemory] = []
-_init = SharedMemory.__init__
-
-
-def _noted(self: SharedMemory, *args: object, **kwargs: object) -> None:
-    _init(self, *args, **kwargs)  # type: ignore[arg-type]
-    _CREATED.append(self)
-
-
-SharedMemory.__init__ = _noted  # type: ignore[method-assign]
-
-
 # By their time (`--durations=0`), the longest first: where two processes share the tests, neither shall be left alone
 # with one of these at the end.
-_LONGEST = (
+LONGEST = (
     'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_kills.py', 'test_mlflow_run.py',
     'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py', 'test_sharded.py',
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: rank for rank, name in enumerate(_LONGEST)}
+    order = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable: a file's own order stays
 
 
@@ -53,30 +43,30 @@ if 0 < _soft < 20_000:  # unlimited is -1
     resource.setrlimit(resource.RLIMIT_NOFILE, (20_000 if _hard < 0 else min(_hard, 20_000), _hard))
 
 
-@pytest.fixture(autouse=True)
-def shared_memory_ends_with_its_test() -> Iterator[None]:
-    """streaming keeps a data set's segments until the process ends, and each new data set opens those of all others.
+@pytest.fixture(scope='session')
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A ``Run`` on the digits with routes and a fast average; checkpoints after 2 and 3 batches. Not to be changed."""
+    from tests.runs import run  # imports what only runs need
 
-    That is nothing for a training run, which has two; here open files would grow with the square of the tests.
-    """
-    yield from _given_back()
+    return run(tmp_path_factory.mktemp('routed'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5')
 
 
 @pytest.fixture(autouse=True, scope='module')
 def shared_memory_ends_with_its_module() -> Iterator[None]:
-    """The same for what a module's own fixtures have read."""
-    yield from _given_back()
+    """streaming keeps a data set's segments until the process ends: nothing for a run, much for a thousand tests."""
+    created: list[SharedMemory] = []
+    create = SharedMemory.__init__
 
+    def note(self: SharedMemory, *arguments: object, **keywords: object) -> None:
+        create(self, *arguments, **keywords)  # type: ignore[arg-type]
+        created.append(self)
 
-def _given_back() -> Iterator[None]:
-    before = len(_CREATED)
-    yield
-    while len(_CREATED) > before:
-        memory = _CREATED.pop()
+    with mock.patch.object(SharedMemory, '__init__', note):
+        yield
+    for memory in created:
         atexit.unregister(memory.cleanup)
-        for segment in (*memory.created_shms, *memory.opened_shms):
-            with contextlib.suppress(BufferError):  # an array still looks at it: its one descriptor stays
-                segment.close()
-        for segment in memory.created_shms:
+        with contextlib.suppress(BufferError):  # an array still looks at it: its one descriptor stays
+            memory.shm.close()
+        if memory.created_shms:
             with contextlib.suppress(FileNotFoundError):
-                segment.unlink()
+                memory.shm.unlink()

@@ -1,11 +1,7 @@
-"""Run by test_parallel.py in several processes: many trainings one after the other, as starting them takes longest.
-
-Each rank writes what it saw of them into a file. ``train`` also runs in the test's own process, as the one rank.
-"""
+"""Trainings in several processes, for test_parallel.py. ``train`` also runs in the test's own, as the one rank."""
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as torch_dist
 from composer import Callback, Evaluator
-from composer.utils import dist, get_device
+from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -251,12 +247,12 @@ def told_in_bfloat16() -> dict[str, Any]:
     return {'trained': trained, 'sampled': sampled, 'rope': seen['rope']}
 
 
-def main(folder: str) -> None:
-    """As many ranks as the environment says."""
+def trainings(folder: Path) -> dict[str, Any]:
+    """Run in each of several processes: all trainings of that many ranks; what this rank saw of each, by name."""
     warnings.filterwarnings('ignore')
-    dist.initialize_dist(get_device('cpu'))
+    os.environ.setdefault('FSDP_VERSION', '1')  # FSDP2 is asked for by its configuration object
     ranks, seen = dist.get_world_size(), {}
-    for name, recipe in recipes(Path(folder), ranks).items():
+    for name, recipe in recipes(folder, ranks).items():
         with fsdp1_on_cpu() if recipe['strategy'] == 'fsdp1' else contextlib.nullcontext():
             seen[name] = train(**recipe)[0]
     if ranks == 2:
@@ -266,10 +262,4 @@ def main(folder: str) -> None:
             except UserError as error:
                 seen['refused'] = str(error)
         seen['bfloat16'] = told_in_bfloat16()
-    torch.save(seen, Path(folder) / f'seen_by_rank{dist.get_global_rank()}_of_{ranks}.pt')
-    dist.barrier()
-
-
-if __name__ == '__main__':
-    os.environ.setdefault('FSDP_VERSION', '1')  # FSDP2 is asked for by its configuration object
-    main(sys.argv[1])
+    return seen

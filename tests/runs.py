@@ -1,30 +1,31 @@
-"""Real runs through the documented command line, in processes of their own."""
+"""Real runs: through the documented command line, in processes of their own or in the test's, and by a Trainer here."""
 
-import atexit
 import contextlib
 import functools
 import io
-import json
 import os
-import select
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from composer import Trainer
 from mlflow import MlflowClient
+from torch import Tensor, nn
 
+from tests.helpers import randomised
+from tests.warm import ROOT, exit_codes, inside, rank_variables, start_program
+from tread_composer.builders.trainer import build_trainer
 from tread_composer.cli import main
+from tread_composer.config import load_config
 
-ROOT = Path(__file__).parent.parent
+YAMLS = ROOT / 'yamls'
 COMPOSER = str(Path(sys.executable).parent / 'composer')
 
 # A network of a few thousand parameters on the real digits; an epoch is 11 batches.
@@ -38,6 +39,16 @@ SMALL = (
     'save_interval=100ba',
     'max_duration=14ba',
 )
+SMALL_HERE = (
+    *SMALL,
+    'callbacks.speed_monitor=null',
+    'callbacks.lr_monitor=null',
+    'loggers.mlflow=null',
+    'global_train_batch_size=16',
+    'progress_bar=false',
+    'save_interval=2ba',
+    'max_duration=3ba',
+)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -46,109 +57,57 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **extra}
 
 
-def command(yaml: str | Path, *overrides: str, ranks: int = 1, launcher: bool = False) -> list[str]:
-    """``train.py x.yaml key=value ...``, under ``composer -n 2`` if that is asked for: its start takes 5 s."""
-    program = [COMPOSER, '-n', str(ranks)] if launcher else [sys.executable]
+def command(yaml: str | Path, *overrides: str, launcher: int = 0) -> list[str]:
+    """``python train.py x.yaml key=value ...``, or ``composer -n LAUNCHER train.py ...``, whose start takes 5 s."""
+    program = [COMPOSER, '-n', str(launcher)] if launcher else [sys.executable]
     return [*program, str(ROOT / 'train.py'), str(yaml), *overrides]
 
 
-class WarmProcess:
-    """A command in a process that was forked behind the imports (``tests/warm.py``); looks like a ``Popen``."""
+def launch(folder: Path, words: Sequence[str], ranks: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run to the end in ``folder``; what begins with Python and a file or ``-m`` is forked behind the imports.
 
-    def __init__(self, words: Sequence[str], cwd: Path, env: dict[str, str], stdout: IO[str], stderr: IO[str]) -> None:
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(_warm_server())
-        asked = {'words': words[1:], 'folder': str(cwd), 'environment': env}
-        socket.send_fds(self.connection, [json.dumps(asked).encode()], [stdout.fileno(), stderr.fileno()])
-        self.answers = self.connection.makefile('r')
-        self.pid = int(self.answers.readline())
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """The exit code; None while it runs."""
-        if self.returncode is None:
-            ready = select.poll()  # select() itself refuses descriptors above 1,024
-            ready.register(self.connection, select.POLLIN)
-            if ready.poll(0):
-                self.wait()
-        return self.returncode
-
-    def wait(self) -> int:
-        """The exit code, when it has ended."""
-        if self.returncode is None:
-            self.returncode = int(self.answers.readline())
-            self.answers.close()
-            self.connection.close()
-        return self.returncode
-
-    def kill(self) -> None:
-        """End it at once."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-
-@functools.cache
-def _warm_server() -> str:
-    folder = tempfile.mkdtemp()
-    path = f'{folder}/warm'
-    words = [sys.executable, '-m', 'tests.warm', path]
-    server = subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None and server.stdout.readline() == 'ready\n'
-    atexit.register(shutil.rmtree, folder)
-    atexit.register(server.communicate)  # the end of its stdin ends it
-    return path
-
-
-def launch(folder: Path, words: Sequence[str], timeout: float = 240, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Run to the end, in ``folder``; on several ranks with the variables that the launcher would set.
+    Args:
+        folder: Working directory.
+        words: As ``command`` makes them.
+        ranks: More than one get the variables that the launcher would set.
+        variables: Added to the environment.
 
     Returns:
-        The first exit code that is not 0, and what rank 0 wrote.
+        The first exit code that is not 0, and what rank 0 wrote; where it is not 0, what all wrote to stderr.
     """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    of_all = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0, 'MASTER_ADDR': '127.0.0.1'}
-    of_all = {} if ranks == 1 else {**of_all, 'MASTER_PORT': port}
-    with contextlib.ExitStack() as stack:
-        # Files: nobody would read a pipe of rank 1 while rank 0 is waited for.
-        out, err = ([stack.enter_context(tempfile.TemporaryFile('w+')) for _ in range(ranks)] for _ in range(2))
-        processes = []
-        for rank in range(ranks):
-            variables = {**of_all, 'RANK': rank, 'LOCAL_RANK': rank} if of_all else {}
-            env = environment(**{key: str(value) for key, value in variables.items()})
-            start = WarmProcess if words[0] == sys.executable and words[1].endswith('.py') else subprocess.Popen
-            processes.append(start(words, cwd=folder, env=env, stdout=out[rank], stderr=err[rank]))
-        end = time.monotonic() + timeout
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            if any(process.poll() for process in processes):  # one failed: the others may wait for it for ever
-                end = min(end, time.monotonic() + 5)
-            time.sleep(0.05)
-        for process in processes:
-            process.kill()
-        codes = [process.wait() for process in processes]
-        for file in (*out, *err):
-            file.seek(0)
-        errors = '\n'.join(file.read() for file in (err if any(codes) else err[:1]))
-        return subprocess.CompletedProcess(words, next((code for code in codes if code), 0), out[0].read(), errors)
+    if words[0] != sys.executable:
+        return subprocess.run(words, cwd=folder, env=environment(**variables), capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as name:
+        outputs = [[Path(name, f'{stream}{rank}') for stream in ('out', 'err')] for rank in range(ranks)]
+        of_ranks = rank_variables(ranks) if ranks > 1 else [{}]
+        environments = [environment(**variables, **of_rank) for of_rank in of_ranks]
+        each = zip(environments, outputs, strict=True)
+        codes = exit_codes([start_program(words[1:], folder, env, files) for env, files in each])
+        errors = '\n'.join(err.read_text() for _, err in (outputs if any(codes) else outputs[:1]))
+        code = next((code for code in codes if code), 0)
+        return subprocess.CompletedProcess(words, code, outputs[0][0].read_text(), errors)
 
 
 def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.CompletedProcess:
     """The same command in this process, without the seconds of its imports, and without MLflow's global state."""
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    out, err = io.StringIO(), io.StringIO()
     words = ['train', str(yaml), *overrides, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false']
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
             code = main(words)
-    except Exception:
-        code = 1
-        traceback.print_exc(file=err)
-    finally:
-        os.chdir(before)
+        except Exception:
+            code = 1
+            traceback.print_exc()
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def refused_here(folder: Path, yaml: str | Path, *overrides: str) -> str:
+    """The message of a command that must end with exit code 2, print nothing else and write nothing."""
+    before = sorted(folder.rglob('*'))
+    done = launch_here(folder, yaml, *overrides)
+    assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    assert sorted(folder.rglob('*')) == before
+    return done.stderr
 
 
 @functools.cache
@@ -159,31 +118,29 @@ def _empty_store() -> bytes:
         return Path(folder, 'mlflow.db').read_bytes()
 
 
-def train(folder: Path, yaml: str, *overrides: str, **how: Any) -> subprocess.CompletedProcess:
-    """Train a small version of a shipped recipe; it must succeed. Only the launcher makes a new MLflow store."""
+def train(folder: Path, yaml: str, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Train a small version of a shipped recipe; it must succeed."""
     store = folder / 'runs' / 'mlflow.db'
-    if not store.exists() and not how.get('launcher'):
+    if not store.exists():
         store.parent.mkdir(exist_ok=True)
         store.write_bytes(_empty_store())
-    launched = 1 if how.get('launcher') else how.get('ranks', 1)
-    done = launch(folder, command(ROOT / 'yamls' / yaml, *SMALL, *overrides, **how), ranks=launched)
+    done = launch(folder, command(YAMLS / yaml, *SMALL, *overrides), ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def runs(folder: Path, experiment: str = 'digits') -> list[Any]:
-    """All MLflow runs in ``folder``'s store."""
+def tracked(folder: Path, experiment: str = 'digits') -> Any:
+    """The only MLflow run in ``folder``'s store."""
     client = MlflowClient(f'sqlite:///{folder}/runs/mlflow.db')
-    found = client.get_experiment_by_name(experiment)
-    return client.search_runs([found.experiment_id])
+    (tracked_run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return tracked_run
 
 
 def history(folder: Path, metric: str = 'loss/train/total') -> dict[int, float]:
     """A metric by step, of the only run there is. A step that was trained twice must have the same value."""
-    (run,) = runs(folder)
     client = MlflowClient(f'sqlite:///{folder}/runs/mlflow.db')
     values: dict[int, float] = {}
-    for point in client.get_metric_history(run.info.run_id, metric):
+    for point in client.get_metric_history(tracked(folder).info.run_id, metric):
         assert values.setdefault(point.step, point.value) == point.value, point.step
     return values
 
@@ -203,3 +160,33 @@ def assert_same_training(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert one.keys() == other.keys() and one
         different = [name for name in one if not torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name]))]
         assert not different, different[:5]
+
+
+@dataclass
+class Run:
+    """A run that is over: its folder, and the Trainer that still has it in memory."""
+
+    folder: Path
+    trainer: Trainer
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.trainer.state.model.denoiser.eval()  # type: ignore[union-attr, return-value]
+
+
+def run(root: Path, yaml: str, *overrides: str) -> Run:
+    """Train here for three batches, from weights that differ from zero everywhere; the data are gone afterwards."""
+    places = (f'data.local={root / "data"}', f'save_folder={root / "run"}')
+    trainer = build_trainer(load_config(YAMLS / yaml, [*SMALL_HERE, *places, *overrides]))
+    randomised(trainer.state.model)
+    trainer.fit()
+    trainer.close()
+    shutil.rmtree(root / 'data')
+    return Run(root / 'run', trainer)
+
+
+def predict(denoiser: nn.Module, channels: int = 1, size: int = 8, labels: tuple[int, ...] = (0, 3, 7)) -> Tensor:
+    """A prediction on fixed inputs."""
+    x = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return denoiser(x, torch.linspace(0.1, 0.9, len(labels)), torch.tensor(labels))

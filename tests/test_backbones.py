@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import ROOT, launch_here
-from tests.trained_runs import SMALL, Run, predict, run
+from tests.runs import SMALL_HERE, YAMLS, Run, launch_here, predict, run
 from tread_composer.builders.model import build_denoiser
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, json_schema, load_config, restore_config
@@ -18,7 +17,6 @@ from tread_composer.weights.export import export
 from tread_composer.weights.exported import read_exported
 from tread_composer.weights.trained import load_trained
 
-YAMLS = ROOT / 'yamls'
 SIZES = 'patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2'
 LIGHTNING = f'model={{name: lightning_dit, {SIZES}}}'
 
@@ -46,7 +44,7 @@ def test_a_route_follows_what_the_network_declares_unless_it_is_written_out_wron
 
 def test_tables_that_do_not_fit_the_route_end_a_run_with_the_reason(tmp_path):
     """Only the first training forward can tell: one message, no traceback."""
-    words = [word for word in SMALL if word != 'loggers.mlflow=null']  # which comes anyway
+    words = [word for word in SMALL_HERE if word != 'loggers.mlflow=null']  # which comes anyway
     words = [*words, LIGHTNING, 'algorithms.tread.token_arguments={rope: -1}']
     done = launch_here(tmp_path, YAMLS / 'digits_lightning_tread.yaml', *words)
     assert done.returncode == 2, done.stderr

@@ -121,7 +121,7 @@ def test_its_steps_build_a_working_folder(tmp_path):
                 assert shlex.split(text)[0] in PROGRAMS, f'neither run nor left out with a reason: {text}'
                 moved = re.sub(r'(?<![\w.])/(app|tmp)\b', rf'{tmp_path}/\1', expand(text, variables))
                 done = subprocess.run(
-                    [*start, *shell, moved], cwd=workdir, env=environment, capture_output=True, text=True, timeout=240
+                    [*start, *shell, moved], cwd=workdir, env=environment, capture_output=True, text=True
                 )
                 assert done.returncode == 0, f'{text}\n{done.stdout}{done.stderr}'
                 ran.append((text, done.stdout))

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.metrics.small import grey_images, random_images, write_folder
-from tests.trained_runs import run
+from tests.runs import run
 from tread_composer import cli
 from tread_composer.config import restore_config
 from tread_composer.data.digits import prepare_digits

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.trained_runs import predict, run
+from tests.runs import predict, run
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT

@@ -19,7 +19,6 @@ from PIL import Image
 from streaming import LocalDataset
 
 from tests.runs import environment
-from tests.trained_runs import run
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
 from tread_composer.cli.sample import add_arguments
@@ -32,9 +31,8 @@ from tread_composer.weights.trained import load_trained, read_trained
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A run on the digits with routes and a fast average; checkpoints after 2 and 3 batches."""
-    return run(tmp_path_factory.mktemp('generate'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5').folder
+def trained(routed):
+    return routed.folder
 
 
 def sample(trained: Path, out: Path, *words: str) -> int:

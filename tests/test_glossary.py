@@ -6,8 +6,7 @@ import runpy
 import pytest
 from composer.loggers import InMemoryLogger
 
-from tests.runs import ROOT
-from tests.trained_runs import SMALL, YAMLS
+from tests.runs import ROOT, SMALL_HERE, YAMLS
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.config import load_config
 
@@ -31,7 +30,7 @@ def glossary() -> set[str]:
 def test_every_logged_number_is_in_the_glossary(yaml, tmp_path):
     extra = ['algorithms.direction_schedule={end_time: 0.5dur}'] if 'fasterdit' in yaml else []
     words = [f'data.local={tmp_path / "data"}', f'save_folder={tmp_path / "run"}', 'eval_interval=2ba']
-    settings = [word for word in SMALL if 'eval_interval' not in word and 'digits_quality' not in word]
+    settings = [word for word in SMALL_HERE if 'eval_interval' not in word and 'digits_quality' not in word]
     config = load_config(YAMLS / yaml, [*settings, *words, *extra, SAMPLED, 'loggers.in_memory_logger={}'])
     trainer = build_trainer(config)
     trainer.fit()

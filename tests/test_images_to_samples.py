@@ -1,13 +1,12 @@
 """The second door as a user walks through it: JPEGs, conversion, verification, routed training, decoded samples."""
 
-import subprocess
 import sys
 
 import pytest
 
 from tests.conversion.layouts import pictures, write_folders
 from tests.conversion.worlds import make_vae, manifest
-from tests.runs import ROOT, SMALL, checkpoint, command, environment, launch, launch_here
+from tests.runs import ROOT, SMALL, checkpoint, launch, launch_here
 from tread_composer.conversion.draw import main as inspect
 from tread_composer.conversion.verify import main as verify
 
@@ -29,7 +28,7 @@ def folder(tmp_path_factory):
     make_vae(folder / 'vae')
     script = [sys.executable, str(ROOT / 'streaming_data' / 'convert_imagenet.py')]
     words = ['--source', 'images', '--out', 'latents', '--vae', 'vae', '--resolution', '16', '--part-size', '20']
-    done = subprocess.run([*script, *words], cwd=folder, env=environment(), capture_output=True, text=True)
+    done = launch(folder, [*script, *words])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -55,8 +54,7 @@ def test_they_train_with_a_route_from_disk_and_from_memory_alike(folder):
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
     # without the mirrors the same run learns from other numbers
     own = ('run_name=plain', 'save_folder=runs/plain', 'data.mirror=false', 'callbacks.sample_grid=null')
-    # As a user starts it. Not one of the two above: another number of threads adds up in another order.
-    done = launch(folder, command(ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own, launcher=True))
+    done = launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own)
     assert done.returncode == 0, done.stdout + done.stderr
     plain = checkpoint(folder, 'plain')['model']
     assert not all(bool((plain[name] == weights[0][name]).all()) for name in plain)

@@ -1,8 +1,6 @@
 """The rooms of the package stand in one order: a file imports its own room and rooms before it, nothing else."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,19 +60,3 @@ def test_an_algorithm_imports_no_other_algorithm():
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith('tread_composer.algorithms.'):
                 part = str(node.module).split('.')[2]
                 assert part == path.parent.name or (PACKAGE / 'algorithms' / f'{part}.py').exists(), f'{path}: {part}'
-
-
-@pytest.mark.parametrize(
-    ('module', 'absent'),
-    [
-        ('tread_composer.routing', ('composer', 'streaming', 'mlflow', 'diffusers', 'transformers')),
-        ('tread_composer.models', ('composer', 'streaming', 'mlflow', 'diffusers')),
-        ('tread_composer.samplers', ('composer', 'streaming', 'mlflow', 'diffusers')),
-        ('tread_composer.advisor', ('composer', 'streaming', 'mlflow', 'diffusers')),
-        ('tread_composer.config', ('mlflow', 'diffusers')),
-    ],
-)
-def test_what_an_import_does_not_bring_along(module, absent):
-    code = f'import sys, {module}; print([name for name in {absent!r} if name in sys.modules])'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == '[]'

@@ -11,7 +11,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from tests.helpers import tiny_model
-from tests.trained_runs import run
+from tests.runs import run
 from tread_composer import cli
 from tread_composer.advisor import token_similarity
 from tread_composer.advisor.inspection import network_call
@@ -49,8 +49,8 @@ def test_the_network_sees_what_training_would_show_it(objective, time):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    return run(tmp_path_factory.mktemp('inspect'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5').folder
+def trained(routed):
+    return routed.folder
 
 
 def inspect(path, out, *words: str) -> int:

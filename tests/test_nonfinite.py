@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import xxhash
 from composer import Callback, State
 from composer.loggers import Logger
 
-from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, command, launch, train
-from tests.trained_runs import SMALL as SMALL_HERE
-from tests.trained_runs import YAMLS
+from tests.runs import ROOT, SMALL, SMALL_HERE, YAMLS, assert_same_training, checkpoint, command, launch, train
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import load_config
@@ -81,15 +78,14 @@ def test_stop_names_the_sample_and_leaves_the_checkpoints(poisoned: Path, skippe
 def test_rewind_ends_where_skipping_does(poisoned: Path, skipped: dict[str, Any]) -> None:
     """The checkpoint is at the faulty batch itself, so both leave out that one alone."""
     words = command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *run_words(poisoned, 'rewind', 'rewind'))
-    # A process of its own: the run replaces its own program.
-    done = launch(poisoned, [sys.executable, '-u', *words[1:]])
+    done = launch(poisoned, words)
     assert done.returncode == 0, done.stderr
     assert_same_training(skipped, checkpoint(poisoned, 'rewind'))
 
 
 def test_rewind_on_two_ranks_leaves_out_all_since_the_checkpoint(poisoned: Path) -> None:
     words = run_words(poisoned, 'rewind2', 'rewind', 'save_interval=4ba')
-    done = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words, ranks=2, launcher=True))
+    done = launch(poisoned, command(ROOT / 'yamls/digits_tread.yaml', *SMALL, *words), ranks=2)
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads((poisoned / 'runs/rewind2/rewinds.json').read_text())
     assert (entry['checkpoint'], entry['batch']) == (8, BATCH)

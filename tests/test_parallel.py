@@ -3,22 +3,18 @@
 Every run trains on the same 12 samples a batch, with noise and routes keyed by sample, so all are one training.
 """
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.helpers import make_trainer, tiny_model
-from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, snapshots_of, train
-from tests.runs import ROOT, launch
+from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, snapshots_of, train, trainings
+from tests.warm import ROOT, on_ranks
 from tread_composer.algorithms.power_ema.snapshots import snapshot_path
 from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.objectives.ddpm import evenly_spaced
 from tread_composer.weights.checkpoint import checkpoint_batch, checkpoint_weights
-
-pytestmark = pytest.mark.timeout(2000)  # of the launches, on a busy machine; a quiet one needs a twentieth
 
 ROUNDING = 2e-6  # of sums in another order, after four steps that move the weights by 0.2
 TWO, THREE = ([(ranks, name) for name in recipes(ROOT, ranks)] for ranks in (2, 3))
@@ -38,13 +34,8 @@ class Worlds:
     def __init__(self, folder):
         self.folder = folder
         self.one, _ = train('ddp', evaluate=True, snapshots=folder / 'one', **saving(folder / 'one'))
-        self.ranks: dict[int, list[dict]] = {}
-        for ranks in (2, 3):  # in this order: three ranks go on where two have stopped
-            words = [sys.executable, str(ROOT / 'tests' / 'parallel_worlds.py'), str(folder)]
-            done = launch(folder, words, ranks=ranks, timeout=1200)
-            assert done.returncode == 0, done.stdout + done.stderr
-            files = [folder / f'seen_by_rank{rank}_of_{ranks}.pt' for rank in range(ranks)]
-            self.ranks[ranks] = [torch.load(file, weights_only=True) for file in files]
+        # In this order: three ranks go on where two have stopped.
+        self.ranks = {ranks: on_ranks(ranks, trainings, folder) for ranks in (2, 3)}
 
     def __getitem__(self, run):
         ranks, name = run

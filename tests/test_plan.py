@@ -173,7 +173,6 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path):
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=writing,
         stderr=subprocess.PIPE,
-        timeout=100,
     )
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.trained_runs import predict, run
+from tests.runs import predict, run
 from tread_composer.algorithms.power_ema.posthoc import LARGEST_RESIDUAL, fit_profile, inner_products, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import (
     WIDEST,

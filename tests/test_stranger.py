@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
     env = environment(PYTHONPATH=f'{ROOT}{os.pathsep}{YAML.parent.parent}')
     for words in ((), ('max_duration=9ba',)):
         command = [sys.executable, '-m', 'tread_composer', 'train', str(YAML), *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert 'batches 6 to 9' in done.stdout
     return folder

@@ -1,19 +1,14 @@
 """The main door: ``composer train.py x.yaml``, as a user runs it, on one and two ranks."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
 import yaml
 
 from tests.runs import (
-    ROOT,
     SMALL,
+    YAMLS,
     assert_same_training,
     checkpoint,
     command,
@@ -21,21 +16,23 @@ from tests.runs import (
     history,
     launch,
     launch_here,
-    runs,
+    refused_here,
+    tracked,
     train,
 )
-from tread_composer.cli import main
+from tests.warm import start_program, wait_until
 
+YAML = YAMLS / 'digits_tread.yaml'
 TREAD_WIDE = 'algorithms.tread={start: 1, end: -2, selection_rate: 0.5}'
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """Uninterrupted runs of 14 batches, by number of ranks; an epoch ends after 11."""
-    folders = {}
-    for ranks in (1, 2):
-        folders[ranks] = tmp_path_factory.mktemp(f'whole{ranks}')
-        train(folders[ranks], 'digits_tread.yaml', TREAD_WIDE, ranks=ranks, launcher=ranks == 2)
+    """Uninterrupted runs of 14 batches, by number of ranks, the second by the launcher; an epoch ends after 11."""
+    folders = {ranks: tmp_path_factory.mktemp(f'whole{ranks}') for ranks in (1, 2)}
+    train(folders[1], 'digits_tread.yaml', TREAD_WIDE)
+    done = launch(folders[2], command(YAML, *SMALL, TREAD_WIDE, launcher=2))
+    assert done.returncode == 0, done.stdout + done.stderr
     return folders
 
 
@@ -47,7 +44,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert saved['algorithms']['tread']['end'] == -2 and saved['model']['hidden_size'] == 16
     environment = json.loads((folder / 'digits_tread' / 'environment.json').read_text())
     assert 'torch' in json.dumps(environment)
-    (run,) = runs(whole[1])
+    run = tracked(whole[1])
     assert run.info.status == 'FINISHED'
     assert run.data.params['algorithms.tread.selection_rate'] == '0.5' and run.data.params['optimizer.lr'] == '0.001'
     assert run.data.metrics['tread/kept_tokens'] == 8 and run.data.metrics['tread/selection_rate'] == 0.5
@@ -87,12 +84,12 @@ def test_two_ranks_under_fsdp2_draw_samples_and_save_what_one_rank_goes_on_with(
     grid = 'callbacks.sample_grid={interval: 5ba, num_steps: 2}'
     words = (*(word for word in SMALL if 'sample_grid' not in word), TREAD_WIDE, sharded, grid)
     until = ('save_interval=5ba', 'max_duration=5ba')
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *words, *until), ranks=2)
+    done = launch(tmp_path, command(YAML, *words, *until), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((tmp_path / 'runs' / 'digits_tread' / 'samples').glob('*.png'))
     average = dict(checkpoint(tmp_path, 'digits_tread')['algorithms'])['EMA']['average']
     until = ('save_interval=6ba', 'max_duration=6ba')
-    done = launch_here(tmp_path, ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, TREAD_WIDE, *until)
+    done = launch_here(tmp_path, YAML, *SMALL, TREAD_WIDE, *until)
     assert done.returncode == 0 and 'batches 5 to 6' in done.stdout, done.stdout + done.stderr
     state = checkpoint(tmp_path, 'digits_tread')
     for name, value in dict(state['algorithms'])['EMA']['average'].items():
@@ -102,29 +99,16 @@ def test_two_ranks_under_fsdp2_draw_samples_and_save_what_one_rank_goes_on_with(
 
 
 def test_killed_without_warning_and_started_again(whole, tmp_path):
-    words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, TREAD_WIDE, 'save_interval=1ba')
-    process = subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    latest = tmp_path / 'runs' / 'digits_tread' / 'latest-rank0.pt'
-    deadline = time.monotonic() + 200
-    while not latest.exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 60
-    while runs(tmp_path)[0].info.status != 'FAILED' and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert runs(tmp_path)[0].info.status == 'FAILED'
+    words = command(YAML, *SMALL, TREAD_WIDE, 'save_interval=1ba')
+    process = start_program(words[1:], tmp_path, environment(), [tmp_path / 'log'])
+    assert wait_until((tmp_path / 'runs' / 'digits_tread' / 'latest-rank0.pt').exists, process)
+    process.kill()
+    process.join()
+    wait_until(lambda: tracked(tmp_path).info.status != 'RUNNING')  # until the watcher has imported MLflow
+    assert tracked(tmp_path).info.status == 'FAILED'
     done = launch(tmp_path, words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert runs(tmp_path)[0].info.status == 'FINISHED'
+    assert tracked(tmp_path).info.status == 'FINISHED'
     assert history(tmp_path) == history(whole[1])
     assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[1], 'digits_tread'))
 
@@ -134,18 +118,7 @@ def test_the_same_command_again_trains_no_more_and_changes_nothing(whole):
     done = train(whole[1], 'digits_tread.yaml', TREAD_WIDE)
     assert 'was trained to 14ba before' in done.stdout
     assert_same_training(checkpoint(whole[1], 'digits_tread'), before)
-    assert runs(whole[1])[0].info.status == 'FINISHED'
-
-
-def refused(folder, monkeypatch, capsys, *words) -> str:
-    """The message of a refused command, run in this process; nothing else may be printed, nothing written."""
-    monkeypatch.chdir(folder)
-    before = sorted(folder.rglob('*'))
-    assert main(['train', *map(str, words)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ''
-    assert sorted(folder.rglob('*')) == before
-    return err
+    assert tracked(whole[1]).info.status == 'FINISHED'
 
 
 @pytest.mark.parametrize(
@@ -156,98 +129,62 @@ def refused(folder, monkeypatch, capsys, *words) -> str:
         ('optimizer.lr=2e-3', 'optimizer.lr: saved 0.001, now 0.002'),
     ],
 )
-def test_another_configuration_under_the_same_name_is_refused(whole, monkeypatch, capsys, override, difference):
-    words = (ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, TREAD_WIDE, override)
-    message = refused(whole[1], monkeypatch, capsys, *words)
+def test_another_configuration_under_the_same_name_is_refused(whole, override, difference):
+    message = refused_here(whole[1], YAML, *SMALL, TREAD_WIDE, override)
     assert difference in message and 'run_name=' in message
 
 
 def test_a_dense_run_does_not_continue_a_routed_checkpoint(whole, tmp_path):
     path = whole[1] / 'runs' / 'digits_tread' / 'latest-rank0.pt'
-    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, f'load_path={path}', 'autoresume=false')
-    done = launch(tmp_path, words)
+    done = launch_here(tmp_path, YAMLS / 'digits.yaml', *SMALL, f'load_path={path}', 'autoresume=false')
     assert done.returncode == 2, done.stdout + done.stderr
     assert 'algorithms.tread: saved {' in done.stderr and 'load_weights_only=true' in done.stderr
     assert 'Traceback' not in done.stdout + done.stderr
 
 
-WRONG = [
-    (['sed=3'], r"command line: sed: .*Did you mean 'seed'"),
-    (['model.dept=3'], r"model\.dept: .*Did you mean 'depth'"),
-    (['algorithms.tread.selction_rate=0.3'], r"algorithms\.tread\.selction_rate: .*Did you mean 'selection_rate'"),
-    (['optimizer.lr=fast'], r"optimizer\.lr: 'fast'"),
-    (['algorithms.tread.end=9'], r'algorithms\.tread: the route from block 2 to block 9 does not fit 8 blocks'),
-    (
-        ['data={name: latents, local: nowhere}', 'callbacks.digits_quality=null'],
-        r"data\.local: 'nowhere': 'nowhere/train' does not exist",
-    ),
-    (['load_path=nowhere.pt'], r"load_path: 'nowhere\.pt' does not exist"),
-    (['global_train_batch_size=2000'], r'global_train_batch_size: 2000 is more than the 1500 samples'),
-    (['label_dropout=1.0'], r'label_dropout: 1\.0'),
-    (['latent_scale=[1.0, 2.0]'], r'latent_scale: give one number or 1'),
-    (['model.patch_size=3'], r'patch_size=3'),
-    (['autoencoder={name: kl, path: x}'], r"autoencoder: the run expects 'x', the data have 'pixels'"),
-    (['callbacks.sample_grid.sampler=foo'], r"callbacks\.sample_grid\.sampler: 'foo' is none of"),
-]
-
-
-@pytest.mark.parametrize(('overrides', 'message'), WRONG)
-def test_wrong_input_is_one_message_and_nothing_written(tmp_path, monkeypatch, capsys, overrides, message):
-    text = refused(tmp_path, monkeypatch, capsys, ROOT / 'yamls' / 'digits_tread.yaml', *overrides)
-    assert len(re.findall(message, text)) == 1, text
-
-
-LATE = [
-    (['algorithms.tread.blocks=nowhere'], "algorithms.tread: blocks: the model has no module 'nowhere'"),
-    (['callbacks.sample_grid.class_names=[a, b]'], 'callbacks.sample_grid.class_names: 2 names for the 10 classes'),
-]
-
-
-@pytest.mark.parametrize(('overrides', 'message'), LATE)
-def test_what_only_the_model_can_tell_is_refused_before_the_first_batch(tmp_path, overrides, message):
-    words = [word for word in SMALL if 'sample_grid' not in word]
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *words, *overrides))
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('algorithms.tread.blocks=nowhere', "algorithms.tread: blocks: the model has no module 'nowhere'"),
+        (
+            'callbacks.sample_grid={class_names: [a, b]}',
+            'callbacks.sample_grid.class_names: 2 names for the 10 classes',
+        ),
+    ],
+)
+def test_what_only_the_model_can_tell_is_refused_before_the_first_batch(tmp_path, override, message):
+    """What the configuration can tell: see ``frozen/refusals.py``."""
+    done = launch_here(tmp_path, YAML, *SMALL, override)
     assert done.returncode == 2 and done.stderr.count(message) == 1, done.stderr
     assert 'Traceback' not in done.stderr and 'batch 1/' not in done.stderr
     assert not list(tmp_path.glob('runs/digits_tread/*.pt'))
 
 
-def test_exit_code_2_without_a_traceback(tmp_path):
-    done = launch(tmp_path, command('nowhere.yaml'))
-    assert done.returncode == 2 and 'nowhere.yaml' in done.stderr
-    assert 'Traceback' not in done.stdout + done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path):
+    wrong = command(YAML, 'global_train_batch_size=129', launcher=2), command(YAML, '--what')
+    for done in (launch(tmp_path, wrong[0]), launch(tmp_path, wrong[1], ranks=2)):  # the second as the launcher does
+        output = done.stdout + done.stderr
+        messages = ('129 does not divide among 2 ranks', 'unrecognized arguments: --what')
+        assert done.returncode == 2 and 'Traceback' not in output, output
+        assert sum(output.count(message) for message in messages) == 1, output
+        assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ('overrides', 'message'),
-    [
-        (['global_train_batch_size=129'], 'global_train_batch_size: 129 does not divide among 2 ranks'),
-        (['--what'], 'unrecognized arguments: --what'),
-    ],
-)
-def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path, overrides, message):
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits_tread.yaml', *overrides, ranks=2, launcher=True))
-    output = done.stdout + done.stderr
-    assert done.returncode == 2, output
-    assert output.count(message) == 1 and 'Traceback' not in output, output
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_saved_nothing_does_not_block_its_correction(tmp_path, monkeypatch, capsys):
+def test_a_run_that_saved_nothing_does_not_block_its_correction(tmp_path):
     folder = tmp_path / 'runs' / 'digits_tread'
-    train(tmp_path, 'digits_tread.yaml', 'max_duration=1ba')
-    message = refused(tmp_path, monkeypatch, capsys, ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, 'optimizer.lr=2e-3')
+    words = (*SMALL, 'max_duration=1ba')
+    assert launch_here(tmp_path, YAML, *words).returncode == 0
+    message = refused_here(tmp_path, YAML, *words, 'optimizer.lr=2e-3')
     assert 'optimizer.lr: saved 0.001, now 0.002' in message
     for path in folder.glob('*.pt'):
         path.unlink()
-    train(tmp_path, 'digits_tread.yaml', 'max_duration=1ba', 'optimizer.lr=2e-3')
+    assert launch_here(tmp_path, YAML, *words, 'optimizer.lr=2e-3').returncode == 0
     assert yaml.safe_load((folder / 'config.yaml').read_text())['optimizer']['lr'] == 0.002
 
 
 def test_composers_average_is_not_resumed_on_another_number_of_ranks(tmp_path):
-    average = ('algorithms.ema=null', 'algorithms.composer_ema={half_life: 10ba}', 'save_interval=3ba')
-    train(tmp_path, 'digits.yaml', *average, 'max_duration=3ba')
-    done = launch(tmp_path, command(ROOT / 'yamls' / 'digits.yaml', *SMALL, *average), ranks=2)
+    average = (*SMALL, 'algorithms.ema=null', 'algorithms.composer_ema={half_life: 10ba}', 'save_interval=3ba')
+    assert launch_here(tmp_path, YAMLS / 'digits.yaml', *average, 'max_duration=3ba').returncode == 0
+    done = launch(tmp_path, command(YAMLS / 'digits.yaml', *average), ranks=2)
     assert done.returncode == 2, done.stdout + done.stderr
     assert 'ranks: saved 1, now 2' in done.stderr

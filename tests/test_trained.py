@@ -9,18 +9,13 @@ import pytest
 import torch
 import yaml
 
-from tests.trained_runs import predict, run
+from tests.runs import predict, run
 from tread_composer.config import ConfigError
 from tread_composer.core.errors import UserError
 from tread_composer.data.digits import digits_manifest
 from tread_composer.data.manifest import Manifest
 from tread_composer.routing import Route
 from tread_composer.weights.trained import load_trained
-
-
-@pytest.fixture(scope='module')
-def routed(tmp_path_factory):
-    return run(tmp_path_factory.mktemp('routed'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5')
 
 
 @pytest.fixture

@@ -1,71 +1,166 @@
-"""A process that has done the imports and forks one process for each command that the tests start.
+"""Processes of the tests, forked from a server that has done the imports and nothing else.
 
-A command of ours spends five seconds on imports and two on its work. The fork is taken from a process that has
-imported everything and run nothing, with one thread: it behaves like a fresh one and ends like one, with its exit
-handlers. Some tests start fresh processes all the same, through the ``composer`` launcher and without it.
-
-The protocol, over a Unix socket: the client sends one JSON line and the descriptors for stdout and stderr; it gets the
-process id as a line, and the exit status as another one.
+A command of ours spends five seconds on imports and often less than one on its work. A fork of the tests' own process
+would not do: it hangs where torch or another library had a thread that held a lock. The server (multiprocessing's) has
+one thread and has run nothing, so its forks behave like fresh processes. Some tests start fresh ones all the same.
 """
 
-import json
+import atexit
+import contextlib
+import multiprocessing
 import os
+import pickle
 import runpy
-import select
-import signal
 import socket
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-from tread_composer.core.process import prepare_process
+import torch
+from composer.utils import dist, get_device
 
-__all__ = ['serve']
+__all__ = ['ROOT', 'exit_codes', 'inside', 'on_ranks', 'rank_variables', 'start', 'start_program', 'wait_until']
 
-
-def serve(path: str) -> dict[str, Any]:
-    """Answer until stdin, and with it the tests, end. Returns only in a forked process: the command it is to run."""
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
-        print('ready', flush=True)
-        while True:
-            ready, _, _ = select.select([listening, sys.stdin], [], [])
-            if sys.stdin in ready:
-                sys.exit(0)
-            connection, _ = listening.accept()
-            if os.fork() == 0:
-                return _supervise(connection)
-            connection.close()
+ROOT = Path(__file__).parent.parent
+# Nothing here takes a hundredth of that on an idle machine: it ends what would hang for ever, and fails on no busy one.
+PATIENCE = 1200
+_CONTEXT = multiprocessing.get_context('forkserver')
+_CONTEXT.set_forkserver_preload(['tests.preloaded'])
 
 
-def _supervise(connection: socket.socket) -> dict[str, Any]:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    text, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
-    child = os.fork()
-    if child == 0:
-        connection.close()
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in zip((null, *descriptors), range(3), strict=True):
-            os.dup2(source, target)
-            os.close(source)
-        return json.loads(text)
-    connection.sendall(f'{child}\n'.encode())
-    _, status = os.waitpid(child, 0)
-    connection.sendall(f'{os.waitstatus_to_exitcode(status)}\n'.encode())
-    os._exit(0)
+def start(function: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """``function(*arguments)`` in a process of its own.
+
+    Args:
+        function: Of a module that can be imported.
+        arguments: Pickled.
+
+    Returns:
+        The process; its ``exitcode`` is None while it runs.
+    """
+    process = _CONTEXT.Process(target=_run, args=(function, arguments))
+    with inside(ROOT):  # the first process starts the server, which finds its imports from here
+        process.start()
+    return process
 
 
-if __name__ == '__main__':
-    prepare_process()
-    # What MLflow imports only when it opens a store takes as long as a run of ours.
+def _run(function: Callable[..., object], arguments: Sequence[Any]) -> None:
+    # As in a process that was started by hand: a data loader's workers are forked, and shared memory is its own to
+    # give back.
+    multiprocessing.set_start_method('fork', force=True)
+    resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
-    import tread_composer.cli
-    import tread_composer.run.train  # noqa: F401
 
-    asked = serve(sys.argv[1])
-    os.chdir(asked['folder'])
+def start_program(
+    words: Sequence[str], folder: Path, variables: Mapping[str, str], outputs: Sequence[Path]
+) -> BaseProcess:
+    """``python WORDS`` in a process of its own.
+
+    Args:
+        words: A script, or ``-m`` and a module, and its arguments.
+        folder: Working directory.
+        variables: The whole environment.
+        outputs: Files for stdout and stderr.
+    """
+    return start(_run_program, [str(word) for word in words], folder, dict(variables), outputs)
+
+
+def _run_program(words: list[str], folder: Path, variables: dict[str, str], outputs: Sequence[Path]) -> None:
+    _redirect(outputs)
+    os.chdir(folder)
     os.environ.clear()
-    os.environ.update(asked['environment'])
-    sys.argv[:] = asked['words']
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    os.environ.update(variables)
+    sys.orig_argv[:] = [sys.executable, *words]
+    if words[0] == '-m':
+        sys.argv[:] = words[1:]
+        runpy.run_module(words[1], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv[:] = words
+        runpy.run_path(words[0], run_name='__main__')
+
+
+def _redirect(outputs: Sequence[Path]) -> None:
+    for descriptor, path in enumerate(outputs, 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1) -> list[Any]:
+    """``function(*arguments)`` on so many ranks, connected by gloo, of as many launchers as nodes; results by rank."""
+    with tempfile.TemporaryDirectory() as name:
+        results = [Path(name, str(rank)) for rank in range(ranks)]
+        errors = [Path(name, f'errors{rank}') for rank in range(ranks)]
+        each = zip(rank_variables(ranks, nodes), results, errors, strict=True)
+        codes = exit_codes([start(_rank, *one, function, arguments) for one in each])
+        assert not any(codes), '\n'.join([str(codes), *(path.read_text() for path in errors)])
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def _rank(
+    variables: dict[str, str], result: Path, errors: Path, function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
+    _redirect([errors, errors])
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    dist.initialize_dist(get_device('cpu'))
+    result.write_bytes(pickle.dumps(function(*arguments)))
+    dist.barrier()
+
+
+def rank_variables(ranks: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What a launcher would set for each rank."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    size = ranks // nodes
+    shared = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': size, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    each = [{**shared, 'RANK': rank, 'LOCAL_RANK': rank % size, 'NODE_RANK': rank // size} for rank in range(ranks)]
+    return [{name: str(value) for name, value in variables.items()} for variables in each]
+
+
+def exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Wait for the end of all ranks. As by a launcher, the others are ended where one fails: they may wait for it.
+
+    Whatever rank 0 has to say of the failure of another, it gets a minute for.
+    """
+    end = time.monotonic() + PATIENCE
+    while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+        if processes[0].exitcode:
+            break
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + 60)
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def wait_until(condition: Callable[[], object], process: BaseProcess | None = None) -> bool:
+    """Wait for a condition, or for the end of a process; returns whether the condition holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition() and (process is None or process.exitcode is None):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return bool(condition())
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """With another working directory; ``contextlib.chdir`` from Python 3.11 on."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

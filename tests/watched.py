@@ -108,6 +108,6 @@ def watch(
     }
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
     with subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, text=True, **pipes) as process:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate()
     entries = [json.loads(line) for line in notes.read_text().splitlines()]
     return Watched(process.pid, process.returncode, out + err, entries)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Lengths, randomised, tiny_dit
-from tests.trained_runs import YAMLS
+from tests.runs import YAMLS
 from tread_composer.advisor import propose_route, token_similarity
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config

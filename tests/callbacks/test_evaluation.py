@@ -13,9 +13,9 @@ from composer.utils import dist
 from PIL import Image
 
 from tests.callbacks.small import Painter, trainer
-from tests.data.worlds import on_ranks
 from tests.helpers import Recorder, assert_equal_weights, make_trainer, tiny_dit, weights
 from tests.metrics.small import random_images, write_folder
+from tests.warm import on_ranks
 from tread_composer.algorithms.ema import EMA
 from tread_composer.autoencoders import Pixels
 from tread_composer.callbacks.evaluation import Evaluation, class_labels
@@ -239,7 +239,7 @@ def measured(folder, reference):
 
 
 def test_two_ranks_measure_what_one_measures(tmp_path, digits):
-    two = on_ranks(2, measured, tmp_path / 'two', tmp_path / 'two', digits / 'eval')
+    two = on_ranks(2, measured, tmp_path / 'two', digits / 'eval')
     one = dict(measured(tmp_path / 'one', digits / 'eval'))
     assert two[0] == two[1]
     assert dict(two[0]).keys() == one.keys()

@@ -1,19 +1,16 @@
+import contextlib
 import os
 import re
+import signal
 import sqlite3
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from composer.core import Callback
 from mlflow import MlflowClient
 
 from tests.callbacks.small import store, trainer
+from tests.warm import start, wait_until
 from tread_composer.callbacks.mlflow_run import MLflowRun
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -141,7 +138,8 @@ def test_a_locked_store_delays_the_values_and_does_not_end_training(folder):
         def fit_start(self, state, logger):
             other.execute('BEGIN EXCLUSIVE')
 
-    run = trainer('2ba', loggers=[MLflowRun('locked', folder=str(folder))], callbacks=[Lock()])
+    uri = f'{store(folder)}?timeout=1'  # not 20 s, as MLflow waits for a lock else
+    run = trainer('2ba', loggers=[MLflowRun('locked', tracking_uri=uri)], callbacks=[Lock()])
     run.fit()  # writes at its end, in vain
     other.execute('ROLLBACK')
     other.close()
@@ -164,21 +162,44 @@ def test_an_evaluation_alone_finishes_its_run_and_an_idle_one_has_failed(folder)
     assert ends == {'evaluated': 'FINISHED', 'idle': 'FAILED', 'told': 'FINISHED'}
 
 
-def test_only_a_run_that_reached_its_end_is_finished(folder):
-    ways = ['nothing', 'exception', 'exception at the end', 'SIGTERM', 'SIGKILL', 'swallowed']
-    script = [sys.executable, str(Path(__file__).with_name('train_and_die.py')), str(folder), *ways]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    codes = dict(re.findall('(.+)=(.+)', done.stdout))
-    assert codes == dict(zip(ways, ['0', '1', '1', '143', '-9', '0'], strict=True)), done.stderr
+class End(Callback):
+    def __init__(self, way):
+        self.way = way
 
-    deadline = time.monotonic() + 60  # the watcher needs some seconds to import MLflow
-    while True:
-        ends = {run.info.run_name: run.info.status for run in runs_of(folder, 'deaths')[1]}
-        if 'RUNNING' not in ends.values() or time.monotonic() > deadline:
-            break
-        time.sleep(0.5)
-    assert ends == {way: 'FINISHED' if way == 'nothing' else 'FAILED' for way in ways}
+    def batch_end(self, state, logger):
+        if int(state.timestamp.batch) == 3 and self.way in ('exception', 'swallowed'):
+            raise RuntimeError('as asked for')
+        if int(state.timestamp.batch) == 3 and self.way.startswith('SIG'):
+            os.kill(os.getpid(), getattr(signal, self.way))
+
+    def fit_end(self, state, logger):
+        if self.way == 'exception at the end':
+            raise RuntimeError('as asked for')
+
+
+def train_and_end(folder, way):
+    """In a process of its own. Nothing is closed, but where an exception is swallowed: the process's end has to do."""
+    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], run_name=way)
+    if way != 'swallowed':
+        run.fit()
+        return
+    with contextlib.suppress(RuntimeError):
+        run.fit()
+    run.close()
+
+
+def test_only_a_run_that_reached_its_end_is_finished(folder):
+    codes = {'nothing': 0, 'exception': 1, 'exception at the end': 1, 'SIGTERM': 143, 'SIGKILL': -9, 'swallowed': 0}
+    for way, code in codes.items():
+        process = start(train_and_end, folder, way)
+        process.join()
+        assert process.exitcode == code, way
+
+    def ends():
+        return {run.info.run_name: run.info.status for run in runs_of(folder, 'deaths')[1]}
+
+    wait_until(lambda: 'RUNNING' not in ends().values())  # until the watcher has imported MLflow
+    assert ends() == {way: 'FINISHED' if way == 'nothing' else 'FAILED' for way in codes}
 
 
 def test_a_plain_folder_as_tracking_uri_is_refused_with_the_remedy(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -13,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,12 @@ import pytest
 
 from tests.conversion.worlds import SCRIPT, digests, make_images, make_vae, manifest, read, words
 from tests.runs import COMPOSER, launch
+from tests.warm import exit_codes, rank_variables, start, wait_until
 from tread_composer.cli import convert as cli
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 
 IMAGES, SMALL_PARTS = 40, {'part_size': 2, 'batch_size': 2}
-# Forked from a process that has imported the libraries and done nothing else. Forked from the tests' own process, two
-# ranks hung for ever wherever an earlier test had used torch's threads or had met other ranks.
-FRESH = multiprocessing.get_context('forkserver')
-FRESH.set_forkserver_preload([__name__, 'diffusers.models.autoencoders.autoencoder_kl'])
 
 
 @pytest.fixture(scope='module')
@@ -49,35 +46,20 @@ def undisturbed(source, vae, tmp_path_factory) -> Path:
     return out
 
 
-def in_own_process(arguments: list[str], log: Path, **variables: str) -> multiprocessing.Process:
+def in_own_process(arguments: list[str], log: Path, **variables: str) -> BaseProcess:
     """The command in a process that can be killed; what it prints goes to ``log``."""
-    process = FRESH.Process(target=run_command, args=(arguments, log, variables))
-    process.start()
-    return process
+    return start(run_command, arguments, log, variables)
 
 
 def run_command(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
-    multiprocessing.set_start_method('fork', force=True)  # as in a process that was started by hand
     os.environ.update(variables)
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)  # noqa: SIM115
     os._exit(cli.main(arguments))
 
 
-def wait_until(condition: Callable[[], object], process: multiprocessing.Process | None = None) -> None:
-    """Wait for a condition, or for the end of a process."""
-    end = time.monotonic() + 60
-    while not condition() and (process is None or process.is_alive()):
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-
-
-def kill(process: multiprocessing.Process) -> None:
-    """Kill it and wait until it is gone. ``join`` would wait for its decoding worker too, which lives 5 s longer."""
+def kill(process: BaseProcess) -> None:
     process.kill()
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.kill(process.pid, 0)
-            time.sleep(0.001)
+    process.join()
 
 
 def assert_only_whole_parts(folder: Path) -> None:
@@ -173,7 +155,7 @@ def test_a_second_writer_is_refused(source, vae, undisturbed, tmp_path, capsys):
         )
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    first.join(60)
+    first.join()
     assert first.exitcode == 0 and digests(out) == digests(undisturbed)
 
 
@@ -225,25 +207,15 @@ def test_a_disk_that_fills_up_in_the_middle(source, vae, tmp_path, capsys):
         assert digests(out) == digests(whole)
 
 
-def on_two_ranks(arguments: list[str], folder: Path) -> list[multiprocessing.Process]:
+def on_two_ranks(arguments: list[str], folder: Path) -> list[BaseProcess]:
     """As the launcher would start them."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    variables = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
-    return [
-        in_own_process(
-            arguments, folder / f'log{rank}', **variables, MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank)
-        )
-        for rank in range(2)
-    ]
+    each = enumerate(rank_variables(2))
+    return [in_own_process(arguments, folder / f'log{rank}', **variables) for rank, variables in each]
 
 
 def test_two_ranks_write_what_one_does(source, vae, undisturbed, tmp_path):
     ranks = on_two_ranks(words(source, tmp_path / 'out', vae, **SMALL_PARTS), tmp_path)
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert exit_codes(ranks) == [0, 0]
     said = (tmp_path / 'log0').read_text()
     assert 'rank 0 made 20 images' in said and f'train: {IMAGES} samples' in said
     assert digests(tmp_path / 'out') == digests(undisturbed)
@@ -266,17 +238,14 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(vae, tmp_path):
     (source / read(tmp_path / 'plain' / 'train')['name'][-1]).write_text('no image')
     ranks = on_two_ranks(arguments, tmp_path)
     try:
-        ranks[0].join(60)
+        ranks[0].join()
         assert ranks[0].exitcode == 2
         said = (tmp_path / 'log0').read_text()
         assert said.count('on rank 1: train: 1 images so far are unreadable') == 1 and 'Traceback' not in said
     finally:
         for process in ranks:
             kill(process)
-    again = on_two_ranks([*arguments, '--max-unreadable', '0.1'], tmp_path)
-    for process in again:
-        process.join(60)
-    assert [process.exitcode for process in again] == [0, 0]
+    assert exit_codes(on_two_ranks([*arguments, '--max-unreadable', '0.1'], tmp_path)) == [0, 0]
     assert manifest(tmp_path / 'out' / 'train')['num_samples'] == IMAGES - 1
 
 
@@ -290,7 +259,7 @@ def test_a_rank_that_outlives_its_killed_run_does_no_harm(source, vae, undisturb
         kill(ranks[0])
         assert cli.main(arguments) == 0
         os.kill(ranks[1].pid, signal.SIGCONT)
-        ranks[1].join(60)
+        ranks[1].join()
         assert ranks[1].exitcode == 1  # it could neither finish nor meet the others
     finally:
         for process in ranks:
@@ -301,7 +270,7 @@ def test_a_rank_that_outlives_its_killed_run_does_no_harm(source, vae, undisturb
 def test_refused_on_several_ranks_it_says_so_once_and_writes_nothing(source, vae, tmp_path):
     ranks = on_two_ranks(words(source, tmp_path / 'out', vae, held_out=IMAGES), tmp_path)
     try:
-        ranks[0].join(60)
+        ranks[0].join()
         assert ranks[0].exitcode == 2 and 'hold out fewer' in (tmp_path / 'log0').read_text()
         assert 'hold out fewer' not in (tmp_path / 'log1').read_text()  # the launcher stops it while it waits
         assert not (tmp_path / 'out').exists()

@@ -4,18 +4,17 @@ import io
 import os
 import pickle
 import re
-import signal
 import tarfile
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
+from tests import warm
 from tread_composer.cli.import_latents import main
 from tread_composer.conversion.importers import Facts, Layout, import_latents, open_layout
 from tread_composer.conversion.importers.pickled import array_from_pickle
@@ -116,8 +115,7 @@ def run(folder: Path, options: list[str], out: Path) -> int:
 
 
 def rows_of(split: Path) -> list[dict]:
-    data = StreamingDataset(local=str(split), batch_size=1, shuffle=False)
-    return [data[index] for index in range(SAMPLES)]
+    return list(LocalDataset(str(split)))
 
 
 @pytest.mark.parametrize(
@@ -286,14 +284,11 @@ FACTS = Facts('samples', 'a', HASH, 32, 'none', tuple('abcde'))
 def test_a_killed_import_leaves_nothing_that_counts_and_can_be_run_again(tmp_path: Path):
     folder, options = source(tmp_path, 'lightningdit')
     arguments = (Endless(), tmp_path / 'set', 'train', FACTS)
-    process = get_context('fork').Process(target=import_latents, args=arguments, daemon=True)
-    process.start()
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob('set/.train.partial-*/shards')) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = warm.start(import_latents, *arguments)
+    assert warm.wait_until(lambda: list(tmp_path.glob('set/.train.partial-*/shards')), process)
     with pytest.raises(UserError, match='another import is writing this split'):
         import_latents(open_layout('lightningdit', folder), tmp_path / 'set', 'train', FACTS)
-    os.kill(process.pid or 0, signal.SIGKILL)
+    process.kill()
     process.join()
     assert not (tmp_path / 'set' / 'train').exists() and list(tmp_path.glob('set/.train.partial-*'))
     assert run(folder, options, tmp_path / 'set') == 0

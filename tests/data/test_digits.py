@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from tests.data.worlds import prepare_many_times, start
+from tests.data.worlds import prepare_many_times
+from tests.warm import exit_codes, start, wait_until
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.checks import check_shards
 from tread_composer.data.digits import SPLITS, load_digits_arrays, prepare_digits
@@ -121,18 +122,14 @@ def test_foreign_folders_are_refused_and_left_alone(tmp_path: Path, split: Path,
 
 def test_two_processes_at_once_both_succeed(tmp_path: Path):
     processes = [start(prepare_many_times, tmp_path / 'many', 5, tmp_path / f'started{n}') for n in range(2)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert exit_codes(processes) == [0, 0]
     names = [name for name in os.listdir(tmp_path / 'many') if not name.endswith('.lock')]
     assert sorted(names) == list('01234')
 
 
 def test_a_killed_preparation_leaves_nothing_that_disturbs_the_next(tmp_path: Path):
     killed = start(prepare_many_times, tmp_path, 1000, tmp_path / 'started')
-    until = time.monotonic() + 30
-    while time.monotonic() < until and not ((tmp_path / 'started').exists() and list(tmp_path.glob('.*.partial-*'))):
-        time.sleep(0.001)
+    assert wait_until(lambda: (tmp_path / 'started').exists() and list(tmp_path.glob('.*.partial-*')), killed)
     killed.kill()
     killed.join()
     (left_over,) = tmp_path.glob('.*.partial-*')

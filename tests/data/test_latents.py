@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader
 
 from tests.data.worlds import (
     evaluated_ids,
-    on_ranks,
     read_all,
     read_and_wait,
     read_epochs,
     refusal_of_a_cache,
     register_together,
-    start,
     trained_ids,
 )
+from tests.warm import exit_codes, on_ranks, start, wait_until
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import columns
 from tread_composer.data.latents import LatentDataset
@@ -74,7 +73,7 @@ def test_global_batches_are_the_same_sets_on_any_number_of_ranks(
     split: Path, tmp_path: Path, world_size: int, num_workers: int
 ):
     alone = read_epochs(split, 12, epochs=2)
-    ranks = on_ranks(world_size, read_epochs, tmp_path / 'out', split, 12, num_workers, 2)
+    ranks = on_ranks(world_size, read_epochs, split, 12, num_workers, 2)
     together = [
         [sorted(chain.from_iterable(parts)) for parts in zip(*epochs, strict=True)]
         for epochs in zip(*ranks, strict=True)
@@ -94,7 +93,7 @@ def test_global_batches_are_the_same_sets_on_any_number_of_nodes(split: Path, no
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_evaluation_sees_every_sample_once(split: Path, tmp_path: Path, world_size: int):
-    ranks = on_ranks(world_size, evaluated_ids, tmp_path / 'out', split, 16)
+    ranks = on_ranks(world_size, evaluated_ids, split, 16)
     assert sorted(chain.from_iterable(ranks)) == list(range(SAMPLES))
 
 
@@ -174,7 +173,6 @@ class LosesARemote(LatentDataset):
         return super().get_item(sample_id, retry)
 
 
-@pytest.mark.timeout(60)  # what it guards against is a wait without end
 def test_a_reader_that_failed_in_two_threads_fails_in_every_later_epoch_too(split: Path, tmp_path: Path):
     remote = {'remote': str(split), 'predownload': 1, 'download_retry': 1}
     loader = DataLoader(LosesARemote(tmp_path / 'cache', batch_size=8, **remote), batch_size=8)
@@ -243,14 +241,10 @@ def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_
     remote = str(split) if with_remote else None
     local = tmp_path / 'cache' if with_remote else split
     killed = start(read_and_wait, local, remote, tmp_path / 'ready')
-    until = time.monotonic() + 30
-    while not (tmp_path / 'ready').exists() and time.monotonic() < until:
-        time.sleep(0.01)
+    assert wait_until((tmp_path / 'ready').exists, killed)
     killed.kill()
     killed.join()
-    assert (tmp_path / 'ready').exists()
-    next_one = start(read_all, local, remote, tmp_path / 'result')
-    next_one.join(60)
+    assert exit_codes([start(read_all, local, remote, tmp_path / 'result')]) == [0]
     assert (tmp_path / 'result').read_text() == str(SAMPLES)
     shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
 
@@ -261,10 +255,7 @@ def test_runs_that_start_at_the_same_moment_do_not_take_each_others_number(
 ):
     moment = time.time() + 2
     folders = [tmp_path / f'tmp{index}' if own_temporary_folders else None for index in range(4)]
-    processes = [start(register_together, split, moment, 12, folder) for folder in folders]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert exit_codes([start(register_together, split, moment, 12, folder) for folder in folders]) == [0] * 4
 
 
 def test_a_number_is_free_only_if_all_its_names_are(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -284,7 +275,7 @@ def test_a_number_is_free_only_if_all_its_names_are(split: Path, tmp_path: Path,
 
 def test_two_launchers_of_one_job_on_one_machine_do_not_wait_for_each_other(split: Path, tmp_path: Path):
     """Each has a first rank that takes a number, and both are in the barriers of one job."""
-    ranks = on_ranks(4, read_epochs, tmp_path / 'out', split, 12, nodes=2)
+    ranks = on_ranks(4, read_epochs, split, 12, nodes=2)
     (expected,) = read_epochs(split, 12)
     for batch, rows in enumerate(expected):
         assert sorted(rows) == sorted(row for (epoch,) in ranks for row in epoch[batch])
@@ -294,7 +285,7 @@ def test_a_cache_in_use_is_refused_on_all_ranks(split: Path, tmp_path: Path):
     """Not on the first rank of the node alone, for which the others would wait."""
     cache = str(tmp_path / 'cache')
     used = train_loader(cache, batch_size=4, remote=str(split))
-    messages = on_ranks(2, refusal_of_a_cache, tmp_path / 'out', cache, str(split))
+    messages = on_ranks(2, refusal_of_a_cache, cache, str(split))
     assert f'{cache}: another data set fetches into this folder' in messages[0]
     assert messages[0] == messages[1]
     del used

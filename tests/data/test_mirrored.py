@@ -11,7 +11,8 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from tests.data.worlds import on_ranks, read_mirrors, resumed_mirrors
+from tests.data.worlds import read_mirrors, resumed_mirrors
+from tests.warm import on_ranks
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.latents import LatentDataset, mirror_choices
@@ -69,7 +70,7 @@ def test_workers_memory_and_ranks_give_the_same_batches(mirrored: Path, tmp_path
     assert read_mirrors(mirrored, 12, 2, False) == alone
     assert read_mirrors(mirrored, 12, 0, True) == alone
     for in_memory in (False, True):
-        ranks = on_ranks(2, read_mirrors, tmp_path / f'out{in_memory}', mirrored, 12, 0, in_memory)
+        ranks = on_ranks(2, read_mirrors, mirrored, 12, 0, in_memory)
         together = [
             [sorted(chain.from_iterable(batches)) for batches in zip(*epochs, strict=True)]
             for epochs in zip(*ranks, strict=True)

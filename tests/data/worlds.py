@@ -1,15 +1,7 @@
-"""What runs in other processes: several ranks, and processes that are killed.
+"""What runs in other processes: several ranks, and processes that are killed."""
 
-They come from a fork server that has imported the slow libraries once.
-"""
-
-import multiprocessing
-import os
-import pickle
-import socket
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +15,6 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
-
-CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['torch', 'composer', 'streaming', 'sklearn.datasets', 'tests.data.worlds'])
-
-
-def on_ranks(world_size: int, function: Callable, folder: Path, *args: Any, nodes: int = 1) -> list[Any]:
-    """``function(*args)`` on that many ranks, connected by gloo, of as many launchers as nodes; the results by rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    processes = [
-        CONTEXT.Process(target=_rank, args=(rank, world_size, nodes, port, folder, function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    for process in processes:
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * world_size
-    return [pickle.loads((folder / f'rank{rank}').read_bytes()) for rank in range(world_size)]
-
-
-def _rank(rank: int, world_size: int, nodes: int, port: int, folder: Path, function: Callable, args: tuple) -> None:
-    node, local_rank = divmod(rank, world_size // nodes)
-    environment = {'RANK': rank, 'LOCAL_RANK': local_rank, 'NODE_RANK': node, 'MASTER_PORT': port}
-    environment |= {'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size // nodes}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ['MASTER_ADDR'] = '127.0.0.1'
-    torch.set_num_threads(1)
-    # A data loader's workers would otherwise come from a second fork server, which imports everything once more.
-    multiprocessing.set_start_method('fork', force=True)
-    dist.initialize_dist('cpu')
-    (folder / f'rank{rank}').write_bytes(pickle.dumps(function(*args)))
-    dist.barrier()
-
-
-def start(function: Callable, *args: Any) -> multiprocessing.Process:
-    process = CONTEXT.Process(target=function, args=args)
-    process.start()
-    return process
-
 
 def register_together(local: Path, moment: float, times: int, temporary: Path | None = None) -> None:
     """Build data sets from one moment on, as a run does that was started beside others; may have its own TMPDIR."""

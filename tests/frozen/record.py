@@ -25,10 +25,11 @@ if str(HERE.parents[1]) not in sys.path:  # as a script, Python has put this fol
 
 import torch  # noqa: E402
 
-from tests.frozen.commands import ROOT, Commands, normalised, with_recipes  # noqa: E402
-from tests.frozen.old_files import make_files, measure, unpack  # noqa: E402
+from tests.frozen.commands import Commands  # noqa: E402
+from tests.frozen.old_files import measure, unpack  # noqa: E402
 from tests.frozen.recipes import record_runs  # noqa: E402
-from tests.frozen.refusals import prepare, record_refusals  # noqa: E402
+from tests.frozen.refusals import record_refusals  # noqa: E402
+from tests.runs import ROOT  # noqa: E402
 
 __all__ = ['PLANS', 'differences', 'load', 'record_plans']
 
@@ -42,35 +43,26 @@ PLANS = (
 """Planned where no data are, so that what is said of those is frozen too."""
 
 
-def record_plans(folder: Path, commands: Commands, lines: Sequence[str] = PLANS) -> dict[str, Any]:
-    """Text and exit code of each plan.
-
-    Args:
-        folder: As made by ``with_recipes``.
-        commands: In that folder.
-        lines: Of ``PLANS``.
-    """
+def record_plans(commands: Commands, lines: Sequence[str] = PLANS) -> dict[str, Any]:
+    """Text and exit code of each plan; ``lines`` are some of ``PLANS``."""
     plans = {}
     for line in lines:
         done = commands(*line.split())
-        plans[line] = {'code': done.code, 'out': normalised(done.out, folder), 'err': normalised(done.err, folder)}
+        texts = {'out': commands.normalised(done.stdout), 'err': commands.normalised(done.stderr)}
+        plans[line] = {'code': done.returncode, **texts}
     return plans
 
 
-def _record_refusals(folder: Path, commands: Commands) -> dict[str, Any]:
-    prepare(folder, commands)
-    return record_refusals(folder, commands)
+def record_files(commands: Commands) -> dict[str, Any]:
+    """What the commands make of the files of an earlier version."""
+    unpack(commands.folder)
+    return measure(commands)
 
 
-def _record_files(folder: Path, commands: Commands) -> dict[str, Any]:
-    unpack(folder)
-    return measure(folder, commands)
-
-
-PARTS: dict[str, Callable[[Path, Commands], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Commands], dict[str, Any]]] = {
     'plans': record_plans,
-    'refusals': _record_refusals,
-    'files': _record_files,
+    'refusals': record_refusals,
+    'files': record_files,
     'losses': record_runs,
 }
 
@@ -107,16 +99,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description='Record the behaviour of the command line, or compare it with that.')
     parser.add_argument('--check', action='store_true', help='write nothing; print what differs, exit 1 if anything')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='(all)')
-    parser.add_argument('--make-files', action='store_true', help='make files/ anew, which is hardly ever right')
     options = parser.parse_args()
     os.environ['OMP_NUM_THREADS'] = '1'
-    if options.make_files:
-        _in_a_folder(make_files)
-        return 0
     different = False
     for part in options.only:
         start, path = time.monotonic(), HERE / f'{part}.json'
-        now = json.loads(json.dumps(_in_a_folder(PARTS[part])))
+        with tempfile.TemporaryDirectory() as folder:
+            now = json.loads(json.dumps(PARTS[part](Commands(Path(folder)))))
         if options.check:
             before = json.loads(path.read_text())
             lines = differences(part, before['recorded'], now)
@@ -130,13 +119,6 @@ def main() -> int:
             print(f'written: {path.relative_to(ROOT)}, {time.monotonic() - start:.0f} s')
         sys.stdout.flush()
     return int(different)
-
-
-def _in_a_folder(record: Callable[[Path, Commands], Any]) -> Any:
-    with tempfile.TemporaryDirectory() as name:
-        folder = with_recipes(Path(name))
-        with Commands(folder) as commands:
-            return record(folder, commands)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,12 @@
 """Inputs that are refused, as they would be typed in a folder with ``yamls/``, a trained run and some images."""
 
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tests.frozen.commands import Commands, normalised
+from tests.frozen.commands import Commands
 from tests.frozen.old_files import MODEL, RUN, unpack
 
-__all__ = ['REFUSED', 'prepare', 'record_refusals']
+__all__ = ['LINES', 'record_refusals']
 
 RESULTS = 'images/results.json'
 ROUTE = '{start: 2, end: -4, selection_rate: 0.5}'
@@ -164,40 +162,31 @@ WRONG_FILES = {
 }
 
 
-def prepare(folder: Path, commands: Commands) -> None:
-    """Put a run, an exported file, images and some wrong files into a folder with the recipes."""
-    unpack(folder)
+def record_refusals(commands: Commands) -> dict[str, Any]:
+    """Exit code, message, and files that were written all the same, of each of ``LINES``."""
+    unpack(commands.folder)
     for name, text in WRONG_FILES.items():
-        (folder / name).write_text(text)
+        (commands.folder / name).write_text(text)
     commands.succeed('sample', RUN, '--count', '4', '--steps', '2', '--out', 'images')
     how = ('--reference', 'images/images', '--features', 'digits', '--cache', 'cache')
     commands.succeed('evaluate', 'images', *how)
+    return {line: _refusal(commands, line) for line in LINES}
 
 
-def record_refusals(folder: Path, commands: Commands, lines: Sequence[str] = LINES) -> dict[str, Any]:
-    """Exit code, message, and files that were written all the same, of each line.
-
-    Args:
-        folder: As ``prepare`` has left it.
-        commands: In that folder.
-        lines: Of ``LINES``.
-    """
-    return {line: _refusal(folder, commands, line) for line in lines}
-
-
-def _refusal(folder: Path, commands: Commands, line: str) -> dict[str, Any]:
+def _refusal(commands: Commands, line: str) -> dict[str, Any]:
     words = shlex.split(line)
     if words[0] == 'train' and len(words) > 1 and 'max_duration' not in line:
         words.append('max_duration=1ba')  # were it accepted by mistake, it should not take minutes to show
-    before = _files(folder)
+    before = _files(commands)
     done = commands(*words)
     return {
-        'code': done.code,
-        'out': normalised(done.out, folder),
-        'err': normalised(done.err, folder),
-        'written': sorted(_files(folder) - before),
+        'code': done.returncode,
+        'out': commands.normalised(done.stdout),
+        'err': commands.normalised(done.stderr),
+        'written': sorted(_files(commands) - before),
     }
 
 
-def _files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob('*') if not path.name.startswith('.')}
+def _files(commands: Commands) -> set[str]:
+    paths = commands.folder.rglob('*')
+    return {str(path.relative_to(commands.folder)) for path in paths if not path.name.startswith('.')}

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.frozen.commands import Commands, with_recipes
-from tests.frozen.old_files import EXPORTS, measure, unpack
-from tests.frozen.record import load
+from tests.frozen.commands import Commands
+from tests.frozen.old_files import EXPORTS
+from tests.frozen.record import load, record_files
 
 NUMBER = re.compile(r'\d+\.\d+')
 DIGEST = re.compile(r'sha256:[0-9a-f]{64}')
@@ -20,10 +20,7 @@ DIGEST = re.compile(r'sha256:[0-9a-f]{64}')
 
 @pytest.fixture(scope='module')
 def now(tmp_path_factory) -> dict[str, Any]:
-    folder = with_recipes(tmp_path_factory.mktemp('old_files'))
-    unpack(folder)
-    with Commands(folder) as commands:
-        return measure(folder, commands)
+    return record_files(Commands(tmp_path_factory.mktemp('old_files')))
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,6 @@ from tread_composer.models import DiT, LightningDiT
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
 ]
 

@@ -11,7 +11,6 @@ from tests.parallel_worlds import checkpoint, saving, train
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
 ]
 

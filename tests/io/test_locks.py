@@ -1,6 +1,5 @@
 """Real processes: one at a time, and nothing of a killed one is in the way."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import exit_codes, start
 from tread_composer.core.errors import UserError
 from tread_composer.io.locks import locked, node_lock_path
 
@@ -58,13 +58,7 @@ def test_a_holder_is_named_and_its_death_is_enough(tmp_path: Path):
 def test_processes_wait_for_each_other(tmp_path: Path):
     path = tmp_path / 'number'
     path.write_text('0')
-    context = multiprocessing.get_context('fork')
-    processes = [context.Process(target=count_up, args=(path, 30)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert exit_codes([start(count_up, path, 30) for _ in range(3)]) == [0, 0, 0]
     assert path.read_text() == '90'
 
 

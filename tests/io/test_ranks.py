@@ -1,11 +1,9 @@
 """Refused on one rank, refused on all: two real processes, and one without a process group."""
 
-from pathlib import Path
-
 import pytest
 import torch.distributed as dist
 
-from tests.data.worlds import on_ranks
+from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import agreed
 
@@ -32,8 +30,8 @@ def refuse(ranks: list[int]) -> str:
         ([1], ['on rank 1: a place: refused by 1'] * 2),
     ],
 )
-def test_the_first_refusal_is_that_of_all(tmp_path: Path, ranks: list[int], heard: list[str]):
-    assert on_ranks(2, refuse, tmp_path, ranks) == heard
+def test_the_first_refusal_is_that_of_all(ranks: list[int], heard: list[str]):
+    assert on_ranks(2, refuse, ranks) == heard
 
 
 def test_a_single_process_needs_no_group():

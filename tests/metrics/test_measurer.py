@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from tests.data.worlds import on_ranks
 from tests.metrics.small import as_batch, grey_images, random_images, write_folder
+from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.measurer import Measurement, Measurer
@@ -31,7 +31,7 @@ def numbers(root, cache, **changes):
 
 def test_two_ranks_share_the_work_and_the_first_has_the_numbers_of_one(tmp_path):
     write_folder(tmp_path / 'reference', grey_images(20))
-    (first, lines), (second, _) = on_ranks(2, numbers, tmp_path / 'world', tmp_path, 'two')
+    (first, lines), (second, _) = on_ranks(2, numbers, tmp_path, 'two')
     alone, again = numbers(tmp_path, 'one'), numbers(tmp_path, 'one')
     assert second == {} and first.keys() == alone[0].keys() == {'fid', 'kid', 'precision', 'recall'}
     assert first == pytest.approx(alone[0], rel=1e-6)

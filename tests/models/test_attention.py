@@ -10,9 +10,7 @@ from torch import Tensor
 
 from tests.helpers import randomised
 from tests.models.lightning import SMALL
-from tests.runs import launch_here
-from tests.trained_runs import SMALL as SMALL_RUN
-from tests.trained_runs import YAMLS, predict, run
+from tests.runs import SMALL_HERE, YAMLS, launch_here, predict, run
 from tread_composer.builders.run_folder import decisive_settings
 from tread_composer.cli import main
 from tread_composer.config import ConfigError, load_config
@@ -114,7 +112,7 @@ def test_without_xformers_a_run_ends_with_the_remedy(tmp_path: Path, monkeypatch
     (tmp_path / 'xformers.py').write_text("raise ImportError('No module named xformers')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'xformers', raising=False)
-    words = [word for word in SMALL_RUN if word != 'loggers.mlflow=null']
+    words = [word for word in SMALL_HERE if word != 'loggers.mlflow=null']
     words += ['model.attention=xformers', f'data.local={tmp_path}/d', f'save_folder={tmp_path}/r']
     ended = launch_here(tmp_path, YAMLS / 'digits.yaml', *words)
     assert ended.returncode == 2, ended.stderr

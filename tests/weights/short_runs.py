@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.runs import ROOT, SMALL, launch_here
+from tests.runs import SMALL, YAMLS, launch_here, refused_here
 
-YAML = ROOT / 'yamls' / 'digits_tread.yaml'
+YAML = YAMLS / 'digits_tread.yaml'
 LENGTH = 12  # batches; an epoch has 11
 NAME = 'digits_tread'
 WORDS = (
@@ -40,11 +40,7 @@ def again(root: Path, *words: str):
 
 def refused(root: Path, *words: str) -> str:
     """The message of a command that must end with exit code 2 and write nothing."""
-    before = sorted(root.rglob('*'))
-    done = again(root, *words)
-    assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stdout + done.stderr
-    assert sorted(root.rglob('*')) == before
-    return done.stderr
+    return refused_here(root, YAML, *WORDS, *words)
 
 
 def sharded(folder: Path, entry: object = 'text') -> Path:

@@ -13,14 +13,15 @@ from tests.weights.short_runs import NAME, WORDS, YAML, Trap, again, batch_of, f
 from tread_composer.cli import main
 
 
-def export(root):
-    return main(['export', str(folder_of(root)), '--out', str(root / 'out.safetensors')])
-
-
-def assert_ended_as(root, whole):
+def assert_ends_as(whole, root, begin):
+    """The same command goes on from a batch, or has nothing to do, to the end of the undisturbed run."""
+    done = again(root)
+    said = 'was trained to 12ba before' if begin == 12 else f'batches {begin} to 12'
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
     assert_same_training(checkpoint(root, NAME), checkpoint(whole, NAME))
     assert os.readlink(folder_of(root) / 'latest-rank0.pt') == batch_of(12)
     assert not [name for name in names(root) if name.startswith('.')]
+    return done.stderr
 
 
 def test_a_run_that_is_killed_in_each_save_ends_as_the_whole_one(whole, tmp_path):
@@ -29,11 +30,7 @@ def test_a_run_that_is_killed_in_each_save_ends_as_the_whole_one(whole, tmp_path
     shutil.copytree(whole / 'data', tmp_path / 'data')
     left = {'half': '.unfinished-', 'written': '.unfinished-', 'renamed': ''}
     for place, batch, newest in (('half', 3, None), ('half', 6, 3), ('written', 6, 3), ('renamed', 9, 6)):
-        os.environ['DIE_AT'] = f'{place}:{batch}'
-        try:
-            done = launch(tmp_path, [*program, *words])
-        finally:
-            del os.environ['DIE_AT']
+        done = launch(tmp_path, [*program, *words], DIE_AT=f'{place}:{batch}')
         assert done.returncode == -9, done.stdout + done.stderr
         assert (batch_of(3) in names(tmp_path)) == (batch > 3)
         assert f'{left[place]}{batch_of(batch)}' in names(tmp_path)
@@ -41,35 +38,25 @@ def test_a_run_that_is_killed_in_each_save_ends_as_the_whole_one(whole, tmp_path
         assert (os.readlink(latest) if latest.is_symlink() else None) == (newest and batch_of(newest))
         started_anew = 'holds no whole checkpoint, so the run starts from its beginning' in done.stderr
         assert started_anew == ((place, batch) == ('half', 6)), done.stderr
-    done = again(tmp_path)
-    assert done.returncode == 0 and 'batches 9 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(tmp_path, whole)
+    assert_ends_as(whole, tmp_path, 9)
 
 
 def damage_it(file, how):
-    if how == 'half':
-        os.truncate(file, file.stat().st_size // 2)
-    elif how == 'empty':
-        os.truncate(file, 0)
-    else:
-        with open(file, 'r+b') as opened:
-            opened.seek(file.stat().st_size // 2)
-            byte = opened.read(1)
-            opened.seek(-1, os.SEEK_CUR)
-            opened.write(bytes([byte[0] ^ 1]))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    length = {'half': len(content) // 2, 'empty': 0, 'one bit': len(content)}[how]
+    file.write_bytes(content[:length])
 
 
 @pytest.mark.parametrize('how', ['half', 'empty', 'one bit'])
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(whole, copy, how):
     for batch in (12, 9):
         damage_it(folder_of(copy) / batch_of(batch), how)
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
+    errors = assert_ends_as(whole, copy, 6)
     for batch in (12, 9):
-        (line,) = [line for line in done.stderr.splitlines() if batch_of(batch) in line]
+        (line,) = [line for line in errors.splitlines() if batch_of(batch) in line]
         assert f'damaged, now {batch_of(batch)}.damaged' in line
         assert f'{batch_of(batch)}.damaged' in names(copy)
-    assert_ended_as(copy, whole)
 
 
 @pytest.mark.parametrize('lacking', ['memory', 'files'])
@@ -83,53 +70,40 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(whole, copy, lacking):
     assert f'{batch_of(12)}: cannot be read now' in message and 'nothing was renamed' in message
     assert {'memory': 'Cannot allocate memory', 'files': 'Too many open files'}[lacking] in message
     assert {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')} == before
-    done = again(copy)
-    assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
+    assert_ends_as(whole, copy, 12)
 
 
 def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(whole, copy):
     for batch in (3, 6, 9, 12):
         damage_it(folder_of(copy) / batch_of(batch), 'half')
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 0 to 12' in done.stdout, done.stdout + done.stderr
-    assert 'holds no whole checkpoint, so the run starts from its beginning' in done.stderr
-    assert_ended_as(copy, whole)
+    errors = assert_ends_as(whole, copy, 0)
+    assert 'holds no whole checkpoint, so the run starts from its beginning' in errors
 
 
 def test_a_missing_latest_is_found_again(whole, copy):
     (folder_of(copy) / 'latest-rank0.pt').unlink()
     before = names(copy)
-    done = again(copy)
-    assert done.returncode == 0 and 'was trained to 12ba before' in done.stdout, done.stdout + done.stderr
+    assert_ends_as(whole, copy, 12)
     assert names(copy) == {*before, 'latest-rank0.pt'}
-    assert_ended_as(copy, whole)
 
 
-@pytest.mark.parametrize('kept', ['all', 'latest'])
-def test_a_copy_with_links_followed_goes_on(whole, copy, kept):
-    """As ``cp -rL`` and ``rsync -L`` make it."""
-    for batch in (9, 12):
-        (folder_of(copy) / batch_of(batch)).unlink()
+@pytest.mark.parametrize(
+    ('removed', 'begin'),
+    [
+        # As ``cp -rL`` and ``rsync -L`` make it, of all files and of latest alone.
+        ((9, 12), 6),
+        ((3, 6, 9, 12), 6),
+        # The run was killed between a save and the link, behind such a copy.
+        ((12,), 9),
+    ],
+)
+def test_a_copy_with_links_followed_goes_on(whole, copy, removed, begin):
     latest = folder_of(copy) / 'latest-rank0.pt'
     latest.unlink()
     shutil.copy(folder_of(copy) / batch_of(6), latest)
-    for batch in (3, 6) if kept == 'latest' else ():
+    for batch in removed:
         (folder_of(copy) / batch_of(batch)).unlink()
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
-
-
-def test_a_latest_that_is_older_than_the_last_save_is_not_gone_on_from(whole, copy):
-    """The run was killed between a save and the link, behind a copy with links followed."""
-    latest = folder_of(copy) / 'latest-rank0.pt'
-    latest.unlink()
-    shutil.copy(folder_of(copy) / batch_of(6), latest)
-    (folder_of(copy) / batch_of(12)).unlink()
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 9 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
+    assert_ends_as(whole, copy, begin)
 
 
 def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, copy):
@@ -139,23 +113,19 @@ def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, 
     (folder_of(copy) / batch_of(6)).rename(folder_of(copy) / 'ep0-rank0.pt')
     (folder_of(copy) / 'latest-rank0.pt').unlink()
     (folder_of(copy) / 'latest-rank0.pt').symlink_to('ep0-rank0.pt')
-    assert export(copy) == 0
+    assert main(['export', str(folder_of(copy)), '--out', str(copy / 'out.safetensors')]) == 0
     done = again(copy, 'model.hidden_size=32')
     assert done.returncode == 2 and 'hidden_size' in done.stderr, done.stderr
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
+    assert_ends_as(whole, copy, 6)
 
 
 def test_as_many_as_asked_for_are_kept_after_a_resume_too(whole, copy):
     keep = 'save_num_checkpoints_to_keep=2'
     (folder_of(copy) / 'best-ba1.pt').write_bytes(b'of the user')
-    done = again(copy, keep, 'max_duration=13ba')
-    assert done.returncode == 0, done.stderr
-    assert names(copy) == {batch_of(12), batch_of(13), 'latest-rank0.pt', 'best-ba1.pt'}
-    done = again(copy, keep, 'max_duration=15ba')
-    assert done.returncode == 0, done.stderr
-    assert names(copy) == {batch_of(13), batch_of(15), 'latest-rank0.pt', 'best-ba1.pt'}
+    for until, kept in ((13, 12), (15, 13)):
+        done = again(copy, keep, f'max_duration={until}ba')
+        assert done.returncode == 0, done.stderr
+        assert names(copy) == {batch_of(kept), batch_of(until), 'latest-rank0.pt', 'best-ba1.pt'}
 
 
 def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
@@ -172,9 +142,7 @@ def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
     assert message.startswith('save_folder: a checkpoint could not be written') and 'File too large' in message
     assert 'Traceback' not in done.stderr and 'make room' in message
     assert names(copy) == before and os.readlink(folder_of(copy) / 'latest-rank0.pt') == batch_of(6)
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 6 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
+    assert_ends_as(whole, copy, 6)
 
 
 def test_a_sharded_checkpoint_is_not_passed_over_by_a_run_that_cannot_read_it(copy):
@@ -198,9 +166,7 @@ def test_what_is_replaced_is_not_gone_on_from(whole, copy):
     assert done.returncode == 0, done.stderr
     assert f'{batch_of(12)}: now {batch_of(12)}.replaced, as this run begins at batch 0' in done.stderr
     assert names(copy) == {*(f'{batch_of(n)}.replaced' for n in (3, 6, 9, 12)), batch_of(3), 'latest-rank0.pt'}
-    done = again(copy)
-    assert done.returncode == 0 and 'batches 3 to 12' in done.stdout, done.stdout + done.stderr
-    assert_ended_as(copy, whole)
+    assert_ends_as(whole, copy, 3)
 
 
 @pytest.mark.parametrize('text', ['a: [1', 'just words', '', 'seed: 1\n', '\x00\x01', '- 1\n- 2\n'])

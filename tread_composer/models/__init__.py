@@ -24,7 +24,7 @@ BACKBONES: dict[str, type[LatentTransformer]] = {
 }
 """By the name of their section in a configuration, ``model.name``."""
 
-PRESETS = {name: sizes for backbone in BACKBONES.values() for name, sizes in backbone.presets.items()}
+PRESETS = {name: sizes for backbone in BACKBONES.values() for name, sizes in getattr(backbone, 'presets', {}).items()}
 """The named sizes of all backbones, as constructor arguments."""
 
 
