@@ -1,6 +1,7 @@
 """The folder of a run: what binds its checkpoints to a configuration, and what is written beside them."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.checkpoints import check_whole, checkpoints_in, newest_whole
 from tread_composer.io.files import write_atomically
+from tread_composer.io.locks import locked
 from tread_composer.io.restricted_loading import check_harmless
 
-__all__ = ['DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'run_folder', 'write_run_files']
+__all__ = [
+    'DATA_NAME',
+    'check_load_path',
+    'check_run_folder',
+    'decisive_settings',
+    'locked_run',
+    'run_folder',
+    'write_run_files',
+]
 
 DATA_NAME = 'data.json'
 """The manifest of the training data, in the run's folder: what samples a checkpoint needs no data."""
@@ -126,6 +136,39 @@ def run_folder(config: Config) -> Path:
     return Path(config.save_folder.replace('{run_name}', config.run_name))
 
 
+@contextlib.contextmanager
+def locked_run(config: Config) -> Iterator[None]:
+    """Let no other process train in the run's folder while the block runs: two would write over each other's files.
+
+    The lock dies with its process. On network file systems it holds between nodes where the system has locks across
+    them (NFS 3 with its lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has
+    none.
+
+    Raises:
+        UserError: Another process trains there (its host and number are named), the folder cannot be made, or its file
+            system has no locks.
+    """
+    if config.save_folder is None or '://' in config.save_folder:
+        yield
+        return
+    folder = _made(config)
+    busy = (
+        f'{folder}: another process trains this run now ({{holder}}). Wait for its end, or give this run a name of its '
+        f'own: run_name=...'
+    )
+    with locked(folder / '.lock', busy):
+        yield
+
+
+def _made(config: Config) -> Path:
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
+    return folder
+
+
 def write_run_files(config: Config, manifest: Manifest) -> None:
     """Write ``config.yaml``, ``data.json`` and ``environment.json`` into the run's folder, on the first rank.
 
@@ -138,11 +181,7 @@ def write_run_files(config: Config, manifest: Manifest) -> None:
     """
     if config.save_folder is None or dist.get_global_rank() != 0:
         return
-    folder = run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
+    folder = _made(config)
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
     write_environment(folder / 'environment.json')

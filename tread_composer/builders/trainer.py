@@ -76,7 +76,7 @@ def build_trainer(
         arguments['compile_config'] = {}
     elif config.compile:
         compile_blocks(model.denoiser)
-    with _misfit_in_words(config), restricted_loading():
+    with _misfit_in_words(config), restricted_loading(), _signal_files_by_node():
         trainer = Trainer(
             model=model,
             train_dataloader=train,
@@ -112,6 +112,21 @@ def _choose_attention(config: Config, denoiser: Any) -> None:
         raise UserError(f'model.attention: {error}') from None
     if dist.get_global_rank() == 0:
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _signal_files_by_node() -> Iterator[None]:
+    """Where nodes wait for a file in the run's folder, give each node its own.
+
+    Composer takes the first node's name for all; on a shared disk the first node to remove the file leaves the others
+    with ``FileNotFoundError``.
+    """
+    original = dist.get_node_signal_file_name
+    dist.get_node_signal_file_name = lambda *args, **kwargs: f'{original(*args, **kwargs)}_{dist.get_node_rank()}'
+    try:
+        yield
+    finally:
+        dist.get_node_signal_file_name = original
 
 
 @contextlib.contextmanager

@@ -31,9 +31,13 @@ from composer.utils import dist
 
 from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
+from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
 
-__all__ = ['MLflowRun']
+__all__ = ['PATIENCE', 'MLflowRun']
+
+PATIENCE = 30.0
+"""Seconds that a server may take to answer when a run starts."""
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +79,7 @@ class MLflowRun(MLFlowLogger):
         log_system_metrics: bool = False,
     ) -> None:
         disable_mlflow_telemetry()  # in a Python script of the user's, this is the first import of MLflow
-        self.folder = Path(folder or 'runs').resolve()
-        uri = tracking_uri or f'sqlite:///{(self.folder / "mlflow.db").as_posix()}'
-        if '://' not in uri and uri != 'databricks':
-            raise UserError(
-                f'tracking_uri: {uri!r} is a folder, which MLflow 3 no longer accepts as a store. Leave tracking_uri '
-                f"out and set folder: {uri!r} (a sqlite file is made there), or give a server's address."
-            )
+        self.folder, uri = _store(folder, tracking_uri)
         if dist.get_global_rank() == 0:
             self._prepare_store(experiment_name, uri, local=tracking_uri is None)
         with _without_environment(() if uri.startswith('databricks') else _REDIRECTIONS):
@@ -104,6 +102,20 @@ class MLflowRun(MLFlowLogger):
         self._last_flush = time.monotonic()
         self._fitting = self._evaluating = self._done = False
 
+    @staticmethod
+    def check_store(folder: str | None = None, tracking_uri: str | None = None, **others: object) -> str:
+        """Whether the store answers, without making it; with the constructor's arguments.
+
+        Raises:
+            UserError: It does not, is damaged, or is of another version of MLflow.
+        """
+        disable_mlflow_telemetry()
+        place, uri = _store(folder, tracking_uri)
+        if tracking_uri is None and not (place / 'mlflow.db').exists():
+            return f'{place}/mlflow.db: will be made'
+        _ask(uri)
+        return f'{without_password(uri)}: answers'
+
     def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -113,6 +125,8 @@ class MLflowRun(MLFlowLogger):
             if os.environ.get('MLFLOW_TRACKING_URI') not in (None, uri):
                 log.warning('MLFLOW_TRACKING_URI is set but not used; set tracking_uri to use it. Logging to %s', uri)
         client = MlflowClient(uri)
+        if not local or (self.folder / 'mlflow.db').exists():
+            _ask(uri)
         experiment = client.get_experiment_by_name(experiment_name)
         if experiment is None:
             # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
@@ -322,6 +336,46 @@ class MLflowRun(MLFlowLogger):
         if self._watch is not None:
             self._watch.finished()
         self._client = None
+
+
+def _store(folder: str | None, tracking_uri: str | None) -> tuple[Path, str]:
+    place = Path(folder or 'runs').resolve()
+    uri = tracking_uri or f'sqlite:///{(place / "mlflow.db").as_posix()}'
+    if '://' not in uri and uri != 'databricks':
+        raise UserError(
+            f'tracking_uri: {uri!r} is a folder, which MLflow 3 no longer accepts as a store. Leave tracking_uri '
+            f"out and set folder: {uri!r} (a sqlite file is made there), or give a server's address."
+        )
+    return place, uri
+
+
+def _ask(uri: str) -> None:
+    """Ask the store for one experiment, with patience of half a minute; MLflow's own is many minutes.
+
+    Raises:
+        UserError: It does not answer, or cannot be used.
+    """
+    from mlflow import MlflowClient
+
+    shown = without_password(uri)
+    is_server = uri.startswith(('http:', 'https:'))
+    if is_server:
+        print(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s', file=sys.stderr, flush=True)
+    patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(PATIENCE / 2)}
+    saved = {name: os.environ.get(name) for name in patience}
+    os.environ.update(patience)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # of requests, sqlalchemy, sqlite or MLflow itself
+        reason = without_password(str(error).strip().partition('\n')[0])[:400]
+        remedy = 'Is the server up, the address right, its password set (MLFLOW_TRACKING_USERNAME, _PASSWORD)?'
+        if not is_server:
+            remedy = 'Put a copy of it back, upgrade it (mlflow db upgrade), or take another (loggers.mlflow.folder).'
+        text = f'loggers.mlflow: the store {shown} cannot be used: {reason}. {remedy}'
+        raise UserError(f'{text} Without tracking: loggers.mlflow=null') from None
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 @contextlib.contextmanager

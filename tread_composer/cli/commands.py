@@ -13,7 +13,6 @@ import select
 import shlex
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,11 +29,10 @@ from tread_composer.cli.sample import add_arguments as add_sample_arguments
 from tread_composer.cli.sweep import add_arguments as add_sweep_arguments
 from tread_composer.cli.sweep import sweep_command
 from tread_composer.core.errors import UserError
-from tread_composer.core.process import global_rank, importing, prepare_process
+from tread_composer.core.launch import prepare_rank, refused, world_size
+from tread_composer.core.process import importing, prepare_process
 
 __all__ = ['main']
-
-_PATIENCE = 20.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     prepare_process()
     try:
+        prepare_rank()
         code = _run(arguments)
         sys.stdout.flush()  # here, where a reader that is gone can still be handled
         return code
     except UserError as error:
-        return _refused(error)
+        return refused(error)
     except BrokenPipeError:
         if arguments is not None or not _is_unread(sys.stdout.fileno()):
             raise
@@ -91,6 +90,7 @@ class _Parser(argparse.ArgumentParser):
 _USAGES = {
     'train': ('YAML [key=value ...]', 'yamls/digits_tread.yaml max_duration=200ba'),
     'plan': ('YAML [key=value ...] [options]', 'yamls/dit_xl_tread.yaml --ranks 8'),
+    'doctor': ('[YAML [key=value ...]]', 'yamls/dit_xl_tread.yaml'),
     'snr': ('YAML ... [key=value ...] [options]', 'yamls/digits.yaml yamls/digits_fasterdit.yaml --out snr.png'),
     'compare': ('RUN RUN ... [options]', 'runs/digits runs/digits_tread --out comparison'),
     'sample': ('RUN --out FOLDER [options]', 'runs/digits_tread --count 100 --guidance-scale 1.5 --out samples'),
@@ -152,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == 'plan':
             command.add_argument('--json', action='store_true', help='figures and resolved configuration as JSON')
             command.add_argument('--ranks', type=_ranks, help='plan for this many processes (default: as launched)')
+    command = add('doctor', _doctor, 'say whether a run would fail on this machine, and the cure; writes nothing')
+    command.add_argument('yaml', nargs='?', help='what is to be trained (default: the machine alone is looked at)')
+    command.add_argument('overrides', nargs='*', default=[], metavar='key=value', help='as for train')
+    command.add_argument('--ranks', type=_ranks, help='processes on this machine (default: as launched)')
     command = add('snr', _snr, 'draw what signal-to-noise ratios YAML files train on, and print their figures')
     command.add_argument('yamls', nargs='+', metavar='yaml', help='files, then key=value settings for all of them')
     command.add_argument('--out', default='snr.png', help='the PNG to write (default: snr.png)')
@@ -237,8 +241,7 @@ def _plan(options: argparse.Namespace) -> int:
     with importing():
         from tread_composer.builders.run_data import with_planned_numbers
         from tread_composer.config import load_config
-        from tread_composer.run.plan import format_plan, make_plan
-        from tread_composer.run.train import data_state, world_size
+        from tread_composer.run.plan import data_state, format_plan, make_plan
 
     ranks = world_size() if options.ranks is None else options.ranks
     config = load_config(options.yaml, options.overrides, world_size=ranks)
@@ -251,6 +254,25 @@ def _plan(options: argparse.Namespace) -> int:
         print(format_plan(config, plan, state))
     if problem is not None:
         raise problem
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    with importing():
+        from tread_composer.config import load_config
+        from tread_composer.run.doctor import examine
+
+    ranks = world_size() if options.ranks is None else options.ranks
+    config = None if options.yaml is None else load_config(options.yaml, options.overrides, world_size=ranks)
+    faults, newline, margin = 0, '\n', ' ' * 29
+    for name, text, passes in examine(config, ranks):
+        faults += not passes
+        print(f'{"ok" if passes else "FAULT":<6} {name:<21} {text.replace(newline, newline + margin)}', flush=True)
+    if faults:
+        subject = 'A run' if options.yaml is None else options.yaml
+        raise UserError(
+            f'{subject} would fail here: {faults} fault{"s" if faults > 1 else ""}, each with its cure above'
+        )
     return 0
 
 
@@ -355,18 +377,6 @@ def _schema(options: argparse.Namespace) -> int:
     print(text_table((), rows, 'llll'))
     print("a part of another package is named 'package.module:Class'; its constructor says its arguments")
     return 0
-
-
-def _refused(error: UserError) -> int:
-    if global_rank() == 0:
-        sys.stdout.flush()
-        print(error, file=sys.stderr, flush=True)
-    else:
-        # The launcher stops all ranks as soon as one of them ends, and rank 0 must have printed before. It is stopped
-        # within this wait; if not, rank 0 was not refused, and this rank ends the run.
-        time.sleep(_PATIENCE)
-        print(f'rank {global_rank()}: {error}', file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == '__main__':

@@ -5,19 +5,16 @@ Exit codes: 0 done; 2 the input is at fault (one message, no traceback); 1 a fau
 
 import argparse
 import functools
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tread_composer.conversion.settings import PRECISIONS, STORES, Settings
 from tread_composer.core.errors import UserError
+from tread_composer.core.launch import global_rank, prepare_rank, refused
 
 __all__ = ['main']
-
-_PATIENCE = 20.0  # seconds
 
 _DESCRIPTION = """\
 Convert images to a latents data set that training streams. The source may be class folders, a flat folder, the
@@ -33,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands behind the program's name; that of this process if None.
     """
-    rank = int(os.environ.get('RANK', '0'))
     try:
+        prepare_rank()
         options = vars(_parser().parse_args(arguments))
         dry_run, pixels = options.pop('dry_run'), options.pop('pixels')
         assert pixels == (options['vae'] is None)  # argparse lets exactly one of them through
@@ -48,17 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         convert(settings, dry_run=dry_run, log=functools.partial(print, flush=True))
         return 0
     except UserError as error:
-        if rank == 0:
-            sys.stdout.flush()
-            print(error, file=sys.stderr, flush=True)
-        else:
-            # The launcher stops all ranks as soon as one of them ends, and the first one must have printed before: it
-            # was refused as well, or reads of this failure within seconds.
-            time.sleep(_PATIENCE)
-            print(f'rank {rank}: {error}', file=sys.stderr, flush=True)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
-        if rank == 0:
+        if global_rank() == 0:
             print('\ninterrupted; finished parts are kept, the same command goes on', file=sys.stderr, flush=True)
         return 130
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-__all__ = ['disable_mlflow_telemetry', 'global_rank', 'importing', 'prepare_process']
+__all__ = ['disable_mlflow_telemetry', 'importing', 'prepare_process']
 
 _SPIN_COUNT = '100000'
 
@@ -40,11 +40,6 @@ def disable_mlflow_telemetry() -> None:
     opted_in = os.environ.get('DO_NOT_TRACK', '').strip().lower() in ('0', 'false')
     if 'mlflow' not in sys.modules and not opted_in:
         os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
-
-
-def global_rank() -> int:
-    """This process's number among those of the launcher; 0 without one. Composer reads the same variable."""
-    return int(os.environ.get('RANK', '0'))
 
 
 @contextlib.contextmanager

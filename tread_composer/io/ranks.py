@@ -4,18 +4,19 @@ They exchange a few Python objects and no tensors, so the process group is gloo 
 there is none.
 """
 
-import datetime
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from tread_composer.core.errors import UserError
+from tread_composer.io.rendezvous import Rendezvous
 
-__all__ = ['Ranks', 'agreed', 'gathered']
+__all__ = ['Ranks', 'agreed', 'check_equal', 'gathered']
 
 Result = TypeVar('Result')
 Value = TypeVar('Value')
@@ -23,7 +24,7 @@ Value = TypeVar('Value')
 # Ranks finish hours apart: their numbers of parts differ by one, a GPU may be slower, and reading the list of images of
 # a large source (which the first rank does alone) can take long, too. A rank that dies is noticed at once all the same:
 # its connections break, and the launcher stops the others of its node. So the limit only has to be longer than a job.
-_TIMEOUT = datetime.timedelta(days=7)
+_TIMEOUT = 7 * 86400.0  # seconds
 
 
 def gathered(value: Value) -> list[Value]:
@@ -58,6 +59,29 @@ def agreed(step: Callable[[], Result], place: str = '') -> Result:
     return result  # type: ignore[return-value]
 
 
+def check_equal(facts: Mapping[str, object]) -> None:
+    """Refuse a job whose ranks do not have the same facts: its nodes would train different things without a word.
+
+    Args:
+        facts: Key to value, plain objects; compared with those of rank 0.
+
+    Raises:
+        UserError: On all ranks, with host, key and both values of up to ten differences.
+    """
+    reports = gathered((socket.gethostname(), dict(facts)))
+    (first_host, expected), lines = reports[0], []
+    for rank, (host, values) in enumerate(reports):
+        for key in dict.fromkeys([*expected, *values]):
+            if expected.get(key) != values.get(key):
+                lines.append(
+                    f'  {key}: {expected.get(key)!r} on rank 0 (host {first_host}), {values.get(key)!r} on rank {rank} '
+                    f'(host {host})'
+                )
+    if lines:
+        text = '\n'.join(lines[:10] + (['  ...'] if len(lines) > 10 else []))
+        raise UserError(f'the ranks of this job differ; give every node the same files and the same command:\n{text}')
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that the ``composer`` launcher started, or the only one.
@@ -80,8 +104,7 @@ class Ranks:
         names = {'rank': 'RANK', 'world': 'WORLD_SIZE', 'local_rank': 'LOCAL_RANK', 'local_world': 'LOCAL_WORLD_SIZE'}
         ranks = cls(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
         if ranks.world > 1 and not dist.is_initialized():
-            # What composer.utils.dist.initialize_dist('cpu') does, without importing all of Composer on every rank.
-            dist.init_process_group('gloo', timeout=_TIMEOUT)
+            Rendezvous().join('gloo', _TIMEOUT)
         return ranks
 
     @property

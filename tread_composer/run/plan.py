@@ -3,6 +3,7 @@
 The network is built and run on torch's meta device: shapes only, no memory, no arithmetic, seconds for the largest.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
 from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
 from tread_composer.builders.model import build_denoiser
-from tread_composer.builders.run_data import planned_manifest
-from tread_composer.config import Config
+from tread_composer.builders.run_data import check_expectations, planned_manifest
+from tread_composer.config import Config, check_files
 from tread_composer.config.tree import LatentsData
 from tread_composer.core.errors import UserError
+from tread_composer.data.checks import check_shards
 from tread_composer.routing import Route
 
-__all__ = ['format_plan', 'make_plan']
+__all__ = ['data_state', 'format_plan', 'make_plan']
 
 _GIB = 2**30
 
@@ -164,7 +166,28 @@ def _data_facts(config: Config) -> dict[str, Any]:
     return {**expected, 'num_samples': None}
 
 
-def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
+def data_state(config: Config) -> tuple[str, UserError | None]:
+    """One line on the training data, and what is wrong with them, if anything is."""
+    data = config.data
+    folder = os.path.join(data.local, 'train' if data.name == 'digits' else data.train_split)
+    if data.name == 'digits' and not os.path.exists(data.local):
+        return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
+    try:
+        check_files(config)
+        manifest = planned_manifest(config)
+        if manifest is None:
+            return f'{folder}: no manifest', UserError(f'data.local: {folder!r} holds no manifest.json')
+        check_shards(folder, manifest, remote=data.name == 'latents' and data.remote is not None)
+        check_expectations(config, manifest)
+    except UserError as error:
+        return f'{folder}: NOT READY, see the message below', error
+    return (
+        f'{folder}: {manifest.num_samples:,} samples of {manifest.kind} from {manifest.source}, shards complete',
+        None,
+    )
+
+
+def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
     """The plan as text for a terminal: figures first, the resolved configuration below."""
     memory, tokens, size = plan['memory_gib'], plan['tokens_per_block'], plan['latent_size']
     sampling = plan['sampling']
@@ -178,7 +201,7 @@ def format_plan(config: Config, plan: dict[str, Any], data_state: str) -> str:
         from_algorithms |= part.instance.plan_rows(plan) if hasattr(part.instance, 'plan_rows') else {}
     rows = {
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
-        'data': data_state,
+        'data': state,
         'latents': f'{plan["channels"]} x {size} x {size}, {plan["num_classes"] or "no"} classes',
         'model': f'{config.model.name}, {plan["depth"]} blocks, {plan["parameters"]:,} trainable parameters',
         'route': 'none: dense',

@@ -1,37 +1,40 @@
 """A training run from start to end: what ``composer train.py`` does."""
 
 import contextlib
-import os
+import hashlib
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from composer import Trainer
 from composer.utils import dist, get_device
 
+from tread_composer.builders.environment import environment
 from tread_composer.builders.model import check_fit
-from tread_composer.builders.run_data import check_expectations, planned_manifest, prepare_data
-from tread_composer.builders.run_folder import check_load_path, check_run_folder
+from tread_composer.builders.run_data import prepare_data
+from tread_composer.builders.run_folder import check_load_path, check_run_folder, locked_run
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.update_guard import RewindError
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.checks import check_shards
-from tread_composer.io.ranks import agreed
+from tread_composer.core.flatten import flatten
+from tread_composer.core.launch import world_size
+from tread_composer.data.manifest import Manifest
+from tread_composer.io.ranks import agreed, check_equal
+from tread_composer.io.rendezvous import Rendezvous
 from tread_composer.routing import RoutingError
-from tread_composer.run.plan import format_plan, make_plan
+from tread_composer.run.doctor import check_run_machine
+from tread_composer.run.plan import data_state, format_plan, make_plan
 from tread_composer.run.rewind import rewind, skipped_batches
 
-__all__ = ['data_state', 'train', 'world_size']
+__all__ = ['report', 'train']
 
 _PLAN_LINES = 10
-
-
-def world_size() -> int:
-    """Number of ranks that this process was launched with."""
-    return int(os.environ.get('WORLD_SIZE', '1'))
+_DIST_TIMEOUT = 300.0  # seconds, Composer's default
 
 
 def train(path: str, overrides: Sequence[str] = ()) -> None:
@@ -47,14 +50,27 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: The input is at fault.
     """
-    checked = _checked_config(path, overrides) if dist.get_global_rank() == 0 else _config_if_sound(path, overrides)
+    with contextlib.ExitStack() as held:
+        _train(path, overrides, held)
+
+
+def _train(path: str, overrides: Sequence[str], held: contextlib.ExitStack) -> None:
     with _stoppable():
-        if checked is None:
-            dist.initialize_dist(get_device(None))
+        ranks = Rendezvous()
+        if ranks.rank == 0:
+            with ranks.refusals():
+                checked = _checked_config(path, overrides)
+                held.enter_context(locked_run(checked))
         else:
-            dist.initialize_dist(get_device(checked.device), timeout=checked.dist_timeout)
+            checked = _config_if_sound(path, overrides)
+        device = get_device(None if checked is None else checked.device)
+        timeout = _DIST_TIMEOUT if checked is None else checked.dist_timeout
+        ranks.join(device.dist_backend, timeout)
+        dist.initialize_dist(device, timeout=timeout)  # of the only rank; else it finds the group made
     config = agreed(lambda: checked or _checked_config(path, overrides))
+    check_equal(_facts_of_code(config))
     splits = agreed(lambda: prepare_data(config))
+    check_equal(_facts_of_data(config, splits))
     # Of the last, smaller evaluation batch, which is as it should be.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     if dist.get_global_rank() == 0:
@@ -78,6 +94,27 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
     if dist.get_global_rank() == 0:
         print(text, flush=True)
+
+
+def _facts_of_code(config: Config) -> dict[str, Any]:
+    """What decides the numbers and must be the same on all nodes: the resolved configuration, code, versions."""
+    settings = config.to_dict()
+    settings['data'].pop('local')  # a node's own disk may have another name
+    software = environment()
+    facts = {'python': software['python'], 'packages': software['packages'], 'code': software['code']}
+    # The order of algorithms is part of the run, and the equality of mappings would not see it.
+    return {**flatten(settings), 'order of algorithms': list(config.algorithms), **flatten(facts)}
+
+
+def _facts_of_data(config: Config, splits: Mapping[str, Manifest]) -> dict[str, Any]:
+    """What the data set of this node is: its manifests, and the shards that each index lists."""
+    names = {'train': config.data.train_split, 'eval': config.data.eval_split} if config.data.name == 'latents' else {}
+    facts: dict[str, Any] = {}
+    for split, manifest in splits.items():
+        facts |= flatten(manifest.model_dump(mode='json'), f'data.{split}.manifest.')
+        index = Path(config.data.local) / names.get(split, split) / 'index.json'
+        facts[f'data.{split}.index.json'] = hashlib.sha256(index.read_bytes()).hexdigest()[:16]
+    return facts
 
 
 def _head_of_plan(config: Config) -> str:
@@ -124,28 +161,8 @@ def _checked_config(path: str, overrides: Sequence[str]) -> Config:
     if dist.get_global_rank() == 0:
         check_run_folder(config)
         check_load_path(config)
+        check_run_machine(config, world_size())
     return config
-
-
-def data_state(config: Config) -> tuple[str, UserError | None]:
-    """One line on the training data, and what is wrong with them, if anything is."""
-    data = config.data
-    folder = os.path.join(data.local, 'train' if data.name == 'digits' else data.train_split)
-    if data.name == 'digits' and not os.path.exists(data.local):
-        return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
-    try:
-        check_files(config)
-        manifest = planned_manifest(config)
-        if manifest is None:
-            return f'{folder}: no manifest', UserError(f'data.local: {folder!r} holds no manifest.json')
-        check_shards(folder, manifest, remote=data.name == 'latents' and data.remote is not None)
-        check_expectations(config, manifest)
-    except UserError as error:
-        return f'{folder}: NOT READY, see the message below', error
-    return (
-        f'{folder}: {manifest.num_samples:,} samples of {manifest.kind} from {manifest.source}, shards complete',
-        None,
-    )
 
 
 def report(trainer: Trainer, config: Config, status: str) -> str:

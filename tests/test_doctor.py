@@ -1,0 +1,145 @@
+"""``doctor`` says what ``train`` would stumble over, and writes nothing."""
+
+import contextlib
+import http.server
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, command, environment, launch
+from tread_composer.cli import main
+
+DIGITS = str(ROOT / 'yamls' / 'digits_tread.yaml')
+
+
+def lines(text: str) -> dict[str, tuple[str, str]]:
+    """Name of a check -> its verdict and what is said of it."""
+    rows = [line for line in text.splitlines() if line.startswith(('ok ', 'FAULT '))]
+    return {line[7:28].strip(): (line[:7].strip(), line[29:]) for line in rows}
+
+
+def test_a_machine_that_can_train_is_said_to_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['doctor', DIGITS]) == 0
+    rows = lines(capsys.readouterr().out)
+    assert {verdict for verdict, _ in rows.values()} == {'ok'}
+    asked = {'versions', 'torch and GPU', 'shared memory', 'open files', 'rendezvous', 'Inception', 'data'}
+    assert asked | {'run folder', 'free disk', 'loggers.mlflow'} <= set(rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_yaml_the_machine_alone(capsys):
+    assert main(['doctor']) == 0
+    assert 'data' not in lines(capsys.readouterr().out)
+
+
+def in_namespace(script: str, *words: str) -> subprocess.CompletedProcess:
+    """A command behind a shell line that changes its own mounts or network only."""
+    program = ['unshare', '--mount', '--net', 'bash', '-c', f'{script}; exec "$@"', 'bash', sys.executable, *words]
+    done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    if 'unshare' in done.stderr and 'not permitted' in done.stderr:
+        pytest.skip('needs a namespace of its own, which is refused here')
+    return done
+
+
+@pytest.mark.parametrize(
+    ('script', 'name', 'cure'),
+    [
+        ('mount -t tmpfs -o size=2m tmpfs /dev/shm; ip link set lo up', 'shared memory', '--shm-size='),
+        ('mount -t tmpfs -o ro tmpfs /dev/shm; ip link set lo up', 'shared memory', 'mount it writable'),
+        ('true', 'loopback', 'ip link set lo up'),
+        ('ulimit -n 512; ip link set lo up', 'open files', 'ulimit -n 65536'),
+    ],
+)
+def test_faults_of_a_machine_are_named_with_their_cure(script, name, cure):
+    done = in_namespace(script, '-m', 'tread_composer', 'doctor')
+    verdict, text = lines(done.stdout)[name]
+    assert (done.returncode, verdict) == (2, 'FAULT') and cure in text
+    assert '1 fault, each with its cure above' in done.stderr
+
+
+def test_a_port_that_is_taken(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(('0.0.0.0', 0))
+        taken.listen()
+        monkeypatch.setenv('MASTER_PORT', str(taken.getsockname()[1]))
+        assert main(['doctor']) == 2
+    verdict, text = lines(capsys.readouterr().out)['rendezvous']
+    assert verdict == 'FAULT' and '--master_port' in text
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    folder = tmp_path / 'runs'
+    folder.mkdir()
+    return folder / 'mlflow.db'
+
+
+def damaged(store: Path) -> None:
+    store.write_bytes(b'no database' * 1000)
+
+
+def of_another_version(store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        connection.execute('create table alembic_version (version_num varchar(32))')
+        connection.execute("insert into alembic_version values ('ffffffffffff')")
+        connection.commit()
+
+
+@pytest.mark.parametrize('spoil', [damaged, of_another_version])
+def test_a_store_that_cannot_be_used_stops_doctor_and_train_alike(tmp_path, monkeypatch, capsys, store, spoil):
+    monkeypatch.chdir(tmp_path)
+    spoil(store)
+    before = store.read_bytes()
+    assert main(['doctor', DIGITS]) == 2
+    verdict, text = lines(capsys.readouterr().out)['loggers.mlflow']
+    assert verdict == 'FAULT' and 'mlflow.db cannot be used' in text and 'loggers.mlflow=null' in text
+    done = launch(tmp_path, command(DIGITS, 'max_duration=1ba'))
+    assert done.returncode == 2 and text.splitlines()[0][:60] in done.stderr and 'Traceback' not in done.stderr
+    assert store.read_bytes() == before
+
+
+@contextlib.contextmanager
+def server(answer: int | None) -> Iterator[int]:
+    """A tracking server that answers every request with a code, or accepts connections and never answers."""
+    if answer is None:
+        with socket.socket() as listener:
+            listener.bind(('127.0.0.1', 0))
+            listener.listen()
+            yield listener.getsockname()[1]
+        return
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(answer)
+
+        do_GET = do_POST
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    service = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    try:
+        yield service.server_address[1]
+    finally:
+        service.shutdown()
+
+
+@pytest.mark.parametrize('answer', [403, None])
+def test_a_tracking_server_that_refuses_or_never_answers(tmp_path, monkeypatch, capsys, answer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('tread_composer.callbacks.mlflow_run.PATIENCE', 2.0)
+    with server(answer) as port:
+        uri = f'http://me:pass-word@127.0.0.1:{port}'
+        assert main(['doctor', DIGITS, f'loggers.mlflow.tracking_uri={uri}']) == 2
+    out, err = capsys.readouterr()
+    verdict, text = lines(out)['loggers.mlflow']
+    assert verdict == 'FAULT' and f'http://me:***@127.0.0.1:{port} cannot be used' in text
+    assert 'for at most 2 s' in err and 'pass-word' not in out + err
