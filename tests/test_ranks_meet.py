@@ -42,17 +42,30 @@ def free_port() -> int:
 
 
 Done = subprocess.CompletedProcess
+OWN_DISK = ['unshare', '--mount', 'bash', '-c', 'mkdir -p "$0"; mount -t tmpfs tmpfs "$0" && exec "$@"']
+needs_mounts = pytest.mark.skipif(
+    subprocess.run([*OWN_DISK, '/tmp', 'true'], capture_output=True).returncode != 0,
+    reason='needs a mount namespace, which is refused here',
+)
 
 
-def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], world: int = 2) -> list[Done]:
-    """A command on nodes of one rank each; their results in the order of ``nodes``."""
+def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk: str | None = None) -> list[Done]:
+    """A command on nodes of one rank each; their results in the order of ``nodes``.
+
+    Args:
+        words: The command.
+        folder: Where all run.
+        nodes: Their numbers, of the two that each of them expects.
+        own_disk: A folder within ``folder`` that is another, empty one on node 1.
+    """
     port, processes = free_port(), []
     for node in nodes:
-        names = {'RANK': node, 'NODE_RANK': node, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'WORLD_SIZE': world}
+        names = {'RANK': node, 'NODE_RANK': node, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'WORLD_SIZE': 2}
         names |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
         env = environment(**{key: str(value) for key, value in names.items()})
         pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(words, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True))
+        program = [*OWN_DISK, folder / own_disk, *words] if own_disk and node == 1 else words
+        processes.append(subprocess.Popen(program, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True))
     results = [(process, *process.communicate(timeout=240)) for process in processes]
     return [Done(words, process.returncode, out, err) for process, out, err in results]
 
@@ -128,8 +141,12 @@ def test_variables_of_a_launcher_that_contradict_each_other(monkeypatch, capsys,
     assert text in capsys.readouterr().err
 
 
-def test_two_nodes_with_one_disk_train_and_go_on_as_one_node_does(tmp_path):
-    """Composer's own start fails here: each node removes the file that the other waits for."""
+@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_mounts)])
+def test_two_nodes_train_and_go_on_as_one_node_does(tmp_path, own_disk):
+    """With one disk, Composer's own start fails: each node removes the file that the other waits for.
+
+    With a disk of its own, node 1 has no checkpoint to go on from: it is sent there.
+    """
     alone, nodes = tmp_path / 'alone', tmp_path / 'nodes'
     alone.mkdir()
     nodes.mkdir()
@@ -137,7 +154,7 @@ def test_two_nodes_with_one_disk_train_and_go_on_as_one_node_does(tmp_path):
     train(alone, 'digits_tread.yaml', *short, ranks=2)
     for length in ('7ba', '14ba'):
         words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, *short, f'max_duration={length}')
-        results = as_nodes(words, nodes, [0, 1])
+        results = as_nodes(words, nodes, [0, 1], own_disk)
         assert [done.returncode for done in results] == [0, 0], results
     assert_same_training(checkpoint(alone, 'a'), checkpoint(nodes, 'a'))
 
@@ -189,3 +206,13 @@ def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     again = [*words[:-1], 'max_duration=2ba']
     done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@needs_mounts
+def test_sampling_into_a_folder_that_nodes_do_not_share_is_refused_before_the_work(tmp_path):
+    train(tmp_path, 'digits.yaml', 'loggers.mlflow=null', 'max_duration=1ba')
+    (tmp_path / 'drawn').mkdir()
+    words = [sys.executable, '-m', 'tread_composer', 'sample', 'runs/digits', '--count', '4', '--out', 'drawn']
+    for done in as_nodes(words, tmp_path, [0, 1], 'drawn'):
+        assert done.returncode == 2 and 'does not see. All nodes work in one folder' in done.stderr, done
+        assert 'Traceback' not in done.stderr

@@ -29,6 +29,7 @@ from tread_composer.io.checkpoints import (
     write_digests,
 )
 from tread_composer.io.files import UNFINISHED, to_disk
+from tread_composer.io.ranks import nodes_without, send_file
 
 __all__ = ['WholeCheckpointSaver', 'checkpoint_names']
 
@@ -71,6 +72,27 @@ class WholeCheckpointSaver(CheckpointSaver):
             UserError: The folder cannot be written to, or its newest checkpoint is of the other kind, file or folder.
         """
         self._on_first_rank(lambda: self._put_right(state))
+        if dist.get_world_size() > dist.get_local_world_size():
+            self._reach_all_nodes(state)
+
+    def _reach_all_nodes(self, state: State) -> None:
+        """Nodes with disks of their own: the first one's newest checkpoint goes to the others."""
+        nodes = nodes_without(self._root)
+        if not nodes:
+            return
+        if state.fsdp_sharded_state_dict_enabled:
+            numbers = ', '.join(map(str, sorted(nodes)))
+            raise UserError(
+                f'save_folder: {self._root} is another folder on node {numbers} than on node 0, so each node would '
+                f'save its own part of a sharded checkpoint, and none could resume. Give a save_folder on a disk that '
+                f'all nodes share, or set parallelism_config.fsdp.state_dict_type=full'
+            )
+        if self.latest_filename is None:
+            return
+        # The first rank's name for it, which Composer gives to all ranks, too.
+        latest = Path(dist.all_gather_object(os.path.abspath(self.latest_filename.format(state)))[0])
+        if dist.all_gather_object(latest.exists())[0]:
+            send_file(latest, nodes)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse to train where checkpoints of later batches are; with ``overwrite`` those are renamed.

@@ -100,6 +100,7 @@ def convert(settings: Settings, *, dry_run: bool = False, log: Log = print) -> N
         )
         if job is None:
             return
+        ranks.check_shared(settings.state, '--out')
         progress = RankProgress(
             scratch_of(settings.state),
             ranks.rank,

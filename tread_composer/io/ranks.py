@@ -4,19 +4,24 @@ They exchange a few Python objects and no tensors, so the process group is gloo 
 there is none.
 """
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from tread_composer.core.errors import UserError
+from tread_composer.io.files import whole_file
 from tread_composer.io.rendezvous import Rendezvous
 
-__all__ = ['Ranks', 'agreed', 'check_equal', 'gathered']
+__all__ = ['Ranks', 'agreed', 'check_equal', 'gathered', 'nodes_without', 'send_file']
 
 Result = TypeVar('Result')
 Value = TypeVar('Value')
@@ -25,6 +30,7 @@ Value = TypeVar('Value')
 # a large source (which the first rank does alone) can take long, too. A rank that dies is noticed at once all the same:
 # its connections break, and the launcher stops the others of its node. So the limit only has to be longer than a job.
 _TIMEOUT = 7 * 86400.0  # seconds
+_PIECE = 64 * 2**20  # bytes
 
 
 def gathered(value: Value) -> list[Value]:
@@ -82,6 +88,59 @@ def check_equal(facts: Mapping[str, object]) -> None:
         raise UserError(f'the ranks of this job differ; give every node the same files and the same command:\n{text}')
 
 
+def nodes_without(folder: Path) -> set[int]:
+    """Nodes (``NODE_RANK``) that do not see in a folder what the first rank writes there: their disk is another one.
+
+    Args:
+        folder: It exists on the first rank. Nothing stays in it.
+    """
+    node = int(os.environ.get('NODE_RANK', '0'))
+    if not (dist.is_available() and dist.is_initialized()):
+        return set()
+    # A new name each time: a network file system remembers for a while that an earlier one was absent.
+    token = Path(folder, gathered(f'.shared-{uuid.uuid4().hex}')[0])
+    is_first = dist.get_rank() == 0
+    problem = None
+    try:
+        if is_first:
+            token.touch()
+    except OSError as error:
+        problem = f'{folder}: no file can be made: {error.strerror}'
+    problems = gathered(problem)
+    try:
+        if problems[0] is not None:
+            raise UserError(problems[0])
+        seen = gathered((node, token.exists()))
+    finally:
+        if is_first:
+            token.unlink(missing_ok=True)
+    return {number for number, is_there in seen if not is_there}
+
+
+def send_file(path: Path, nodes: Collection[int]) -> None:
+    """Copy a file of the first rank to the same path on nodes that lack it. Called on all ranks.
+
+    Args:
+        path: The file, at most one of tens of gigabytes: it travels in pieces of 64 MiB.
+        nodes: Their numbers, as ``nodes_without`` returns them.
+    """
+    receives = int(os.environ.get('NODE_RANK', '0')) in nodes and int(os.environ.get('LOCAL_RANK', '0')) == 0
+    group = dist.new_group(backend='gloo')  # that of the run may be NCCL's, which sends from GPUs alone
+    is_first = dist.get_rank() == 0
+    with contextlib.ExitStack() as stack:
+        size = gathered(path.stat().st_size if is_first else 0)[0]
+        source = stack.enter_context(open(path, 'rb')) if is_first else None
+        target = stack.enter_context(open(stack.enter_context(whole_file(path)), 'wb')) if receives else None
+        for start in range(0, size, _PIECE):
+            piece = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
+            if source is not None:
+                source.readinto(memoryview(piece.numpy()))
+            dist.broadcast(piece, src=0, group=group)
+            if target is not None:
+                target.write(memoryview(piece.numpy()))
+    dist.destroy_process_group(group)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that the ``composer`` launcher started, or the only one.
@@ -127,6 +186,24 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def check_shared(self, folder: Path, setting: str) -> None:
+        """Refuse a folder that is another one on another node, before any work goes into it.
+
+        Args:
+            folder: It exists on the first rank.
+            setting: What names it, for the message.
+
+        Raises:
+            UserError: On all ranks, with the nodes.
+        """
+        missing = sorted(nodes_without(folder)) if self.world > self.local_world else ()
+        if missing:
+            numbers = ', '.join(map(str, missing))
+            raise UserError(
+                f'{setting} {folder}: node 0 writes there what node {numbers} does not see. All nodes work in one '
+                f'folder: give one on a disk that they share, or run on one node'
+            )
 
     def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
         """Return when every rank has come here.

@@ -81,6 +81,7 @@ def generate(request: SamplesRequest, *, log: Log = print) -> None:
         if undone is None:
             log(f'{request.out}: finished already, nothing to do')
             return
+        ranks.check_shared(folder.path, '--out')
         _draw_parts(folder, undone, request, networks, ranks, log)
         if ranks.is_first:
             with full_disk_in_words(request.out):
