@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank, world_size
