@@ -1,18 +1,29 @@
 """Ranks of several nodes: they meet or say why not, find out that they differ, and end with their launcher."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.runs import COMPOSER, ROOT, SMALL, assert_same_training, checkpoint, command, environment, train
+from tests.runs import (
+    COMPOSER,
+    ROOT,
+    SMALL,
+    WarmProcess,
+    assert_same_training,
+    checkpoint,
+    command,
+    environment,
+    launch,
+    train,
+)
 from tread_composer.cli import main
 
 MEET = """
@@ -58,16 +69,24 @@ def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk:
         nodes: Their numbers, of the two that each of them expects.
         own_disk: A folder within ``folder`` that is another, empty one on node 1.
     """
-    port, processes = free_port(), []
+    port, started = free_port(), []
     for node in nodes:
         names = {'RANK': node, 'NODE_RANK': node, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'WORLD_SIZE': 2}
-        names |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        names |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'NODE': node}
         env = environment(**{key: str(value) for key, value in names.items()})
-        pipe = subprocess.PIPE
-        program = [*OWN_DISK, folder / own_disk, *words] if own_disk and node == 1 else words
-        processes.append(subprocess.Popen(program, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True))
-    results = [(process, *process.communicate(timeout=240)) for process in processes]
-    return [Done(words, process.returncode, out, err) for process, out, err in results]
+        files = [open(folder / f'node{node}.{stream}', 'w+') for stream in ('out', 'err')]  # noqa: SIM115
+        program = [*OWN_DISK, str(folder / own_disk), *words] if own_disk and node == 1 else words
+        start = WarmProcess if program[1].endswith('train.py') else subprocess.Popen
+        started.append((start(program, cwd=folder, env=env, stdout=files[0], stderr=files[1]), *files))
+    results = []
+    for process, out, err in started:
+        code = process.wait()
+        for file in (out, err):
+            file.seek(0)
+        results.append(Done(words, code, out.read(), err.read()))
+        out.close()
+        err.close()
+    return results
 
 
 def meet(folder: Path, *arguments: str, nodes: Sequence[int] = (0, 1)) -> list[Done]:
@@ -141,31 +160,35 @@ def test_variables_of_a_launcher_that_contradict_each_other(monkeypatch, capsys,
     assert text in capsys.readouterr().err
 
 
+SHORT = ('run_name=a', 'save_interval=7ba', 'loggers.mlflow=null')
+
+
+@pytest.fixture(scope='module')
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The checkpoint of two ranks on one node, trained in one piece."""
+    folder = tmp_path_factory.mktemp('one_node')
+    train(folder, 'digits_tread.yaml', *SHORT, ranks=2)
+    return checkpoint(folder, 'a')
+
+
 @pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_mounts)])
-def test_two_nodes_train_and_go_on_as_one_node_does(tmp_path, own_disk):
+def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk):
     """With one disk, Composer's own start fails: each node removes the file that the other waits for.
 
     With a disk of its own, node 1 has no checkpoint to go on from: it is sent there.
     """
-    alone, nodes = tmp_path / 'alone', tmp_path / 'nodes'
-    alone.mkdir()
-    nodes.mkdir()
-    short = ('run_name=a', 'save_interval=7ba', 'loggers.mlflow=null')
-    train(alone, 'digits_tread.yaml', *short, ranks=2)
     for length in ('7ba', '14ba'):
-        words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, *short, f'max_duration={length}')
-        results = as_nodes(words, nodes, [0, 1], own_disk)
+        words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, *SHORT, f'max_duration={length}')
+        results = as_nodes(words, tmp_path, [0, 1], own_disk)
         assert [done.returncode for done in results] == [0, 0], results
-    assert_same_training(checkpoint(alone, 'a'), checkpoint(nodes, 'a'))
+    assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
 def test_nodes_with_other_settings_do_not_train(tmp_path):
-    (tmp_path / 'one.yaml').write_text((ROOT / 'yamls' / 'digits.yaml').read_text())
-    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'optimizer.lr=${oc.env:LR}')
-    env_words = ['bash', '-c', 'LR=1e-$((3 + RANK)) exec "$@"', 'bash', *words]
-    for done in as_nodes(env_words, tmp_path, [0, 1]):
-        assert done.returncode == 2 and 'optimizer.lr: 0.001 on rank 0' in done.stderr, done.stderr
-        assert '0.0001 on rank 1' in done.stderr and 'Traceback' not in done.stderr
+    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'seed=${oc.decode:${oc.env:NODE}}')
+    for done in as_nodes(words, tmp_path, [0, 1]):
+        assert done.returncode == 2 and 'seed: 0 on rank 0 (host ' in done.stderr, done.stderr
+        assert '1 on rank 1 (host ' in done.stderr and 'Traceback' not in done.stderr
     assert not list((tmp_path / 'runs').rglob('*.pt'))
 
 
@@ -191,20 +214,20 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
 
 def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'loggers.mlflow=null', 'max_duration=100000ba')
-    first = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 120
-        while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
-            assert time.monotonic() < end and first.poll() is None
-            time.sleep(0.1)
-        second = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
-        assert second.returncode == 2 and 'Traceback' not in second.stderr
-        assert f'another process trains this run now (host {os.uname().nodename}, process {first.pid})' in second.stderr
-    finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-    again = [*words[:-1], 'max_duration=2ba']
-    done = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    with open(tmp_path / 'out', 'w') as out:
+        first = WarmProcess(words, cwd=tmp_path, env=environment(), stdout=out, stderr=out)
+        try:
+            end = time.monotonic() + 120
+            while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
+                assert time.monotonic() < end and first.poll() is None
+                time.sleep(0.1)
+            second = launch(tmp_path, words)
+        finally:
+            first.kill()
+            first.wait()
+    assert second.returncode == 2 and 'Traceback' not in second.stderr
+    assert f'another process trains this run now (host {os.uname().nodename}, process {first.pid})' in second.stderr
+    done = launch(tmp_path, [*words[:-1], 'max_duration=2ba'])
     assert done.returncode == 0, done.stderr
 
 
