@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from tests.runs import ROOT, command, environment, launch
 from tread_composer.cli import main
@@ -86,9 +87,9 @@ def damaged(store: Path) -> None:
 
 
 def of_another_version(store: Path) -> None:
+    MlflowClient(f'sqlite:///{store}').search_experiments()
     with contextlib.closing(sqlite3.connect(store)) as connection:
-        connection.execute('create table alembic_version (version_num varchar(32))')
-        connection.execute("insert into alembic_version values ('ffffffffffff')")
+        connection.execute("update alembic_version set version_num = 'ffffffffffff'")
         connection.commit()
 
 

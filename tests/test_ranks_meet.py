@@ -16,7 +16,6 @@ from tests.runs import (
     COMPOSER,
     ROOT,
     SMALL,
-    WarmProcess,
     assert_same_training,
     checkpoint,
     command,
@@ -24,6 +23,7 @@ from tests.runs import (
     launch,
     train,
 )
+from tests.warm import start_program
 from tread_composer.cli import main
 
 MEET = """
@@ -69,28 +69,36 @@ def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk:
         nodes: Their numbers, of the two that each of them expects.
         own_disk: A folder within ``folder`` that is another, empty one on node 1.
     """
-    port, started = free_port(), []
+    port, processes, outputs = free_port(), [], []
     for node in nodes:
         names = {'RANK': node, 'NODE_RANK': node, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'WORLD_SIZE': 2}
         names |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'NODE': node}
         env = environment(**{key: str(value) for key, value in names.items()})
-        files = [open(folder / f'node{node}.{stream}', 'w+') for stream in ('out', 'err')]  # noqa: SIM115
-        program = [*OWN_DISK, str(folder / own_disk), *words] if own_disk and node == 1 else words
-        start = WarmProcess if program[1].endswith('train.py') else subprocess.Popen
-        started.append((start(program, cwd=folder, env=env, stdout=files[0], stderr=files[1]), *files))
-    results = []
-    for process, out, err in started:
-        code = process.wait()
-        for file in (out, err):
-            file.seek(0)
-        results.append(Done(words, code, out.read(), err.read()))
-        out.close()
-        err.close()
-    return results
+        files = [folder / f'node{node}.{stream}' for stream in ('out', 'err')]
+        outputs.append(files)
+        if own_disk and node == 1:
+            program = [*OWN_DISK, str(folder / own_disk), *words]
+            out, err = (path.open('w') for path in files)
+            processes.append(subprocess.Popen(program, cwd=folder, env=env, stdout=out, stderr=err))
+        else:
+            processes.append(start_program(words[1:], folder, env, files))
+    return [
+        Done(words, exit_code(process), out.read_text(), err.read_text())
+        for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
+
+
+def exit_code(process: Any) -> int:
+    if isinstance(process, subprocess.Popen):
+        return process.wait()
+    process.join()
+    return process.exitcode
 
 
 def meet(folder: Path, *arguments: str, nodes: Sequence[int] = (0, 1)) -> list[Done]:
-    return as_nodes([sys.executable, '-c', MEET, *arguments], folder, nodes)
+    script = folder / 'meet.py'
+    script.write_text(MEET)
+    return as_nodes([sys.executable, str(script), *arguments], folder, nodes)
 
 
 def test_ranks_meet(tmp_path):
@@ -193,7 +201,7 @@ def test_nodes_with_other_settings_do_not_train(tmp_path):
 
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):
-    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'max_duration=100000ba', ranks=2, launcher=True)
+    words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'max_duration=100000ba', launcher=2)
     assert words[0] == COMPOSER
     launcher = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     try:
@@ -214,17 +222,16 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
 
 def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'loggers.mlflow=null', 'max_duration=100000ba')
-    with open(tmp_path / 'out', 'w') as out:
-        first = WarmProcess(words, cwd=tmp_path, env=environment(), stdout=out, stderr=out)
-        try:
-            end = time.monotonic() + 120
-            while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
-                assert time.monotonic() < end and first.poll() is None
-                time.sleep(0.1)
-            second = launch(tmp_path, words)
-        finally:
-            first.kill()
-            first.wait()
+    first = start_program(words[1:], tmp_path, environment(), [tmp_path / 'out', tmp_path / 'err'])
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
+            assert time.monotonic() < end and first.is_alive()
+            time.sleep(0.1)
+        second = launch(tmp_path, words)
+    finally:
+        first.kill()
+        first.join()
     assert second.returncode == 2 and 'Traceback' not in second.stderr
     assert f'another process trains this run now (host {os.uname().nodename}, process {first.pid})' in second.stderr
     done = launch(tmp_path, [*words[:-1], 'max_duration=2ba'])

@@ -124,9 +124,9 @@ class MLflowRun(MLFlowLogger):
             self.folder.mkdir(parents=True, exist_ok=True)
             if os.environ.get('MLFLOW_TRACKING_URI') not in (None, uri):
                 log.warning('MLFLOW_TRACKING_URI is set but not used; set tracking_uri to use it. Logging to %s', uri)
-        client = MlflowClient(uri)
         if not local or (self.folder / 'mlflow.db').exists():
             _ask(uri)
+        client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(experiment_name)
         if experiment is None:
             # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
