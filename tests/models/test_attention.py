@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import randomised
-from tests.models.lightning import SMALL
+from tests.models.networks import fresh_net
 from tests.runs import SMALL_HERE, YAMLS, launch_here, predict, run
 from tread_composer.builders.run_folder import decisive_settings
 from tread_composer.cli import main
@@ -25,7 +25,7 @@ BACKBONES = pytest.mark.parametrize('backbone', [DiT, LightningDiT])
 
 def network(backbone: type, **changes: Any) -> Any:
     torch.manual_seed(0)
-    return randomised(backbone(**{**SMALL, **changes}, num_classes=5))
+    return randomised(fresh_net(backbone, **{'depth': 3, **changes}))
 
 
 def outcome(model: Any) -> list[Tensor]:

@@ -7,32 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.models import DiT, DiTBlock, preset, without_sigma
+from tests.models.networks import fresh_net, inputs, on_meta, random_net
+from tread_composer.models import DiT, preset, without_sigma
 from tread_composer.models.layers import sincos_positions
-
-SMALL = {'latent_size': 8, 'in_channels': 3, 'patch_size': 2, 'hidden_size': 24, 'depth': 2, 'num_heads': 3}
-
-
-def on_meta(name: str, latent_size: int = 32, learn_sigma: bool = True) -> DiT:
-    with torch.device('meta'):
-        return DiT(latent_size=latent_size, in_channels=4, num_classes=1000, learn_sigma=learn_sigma, **preset(name))
-
-
-def random_dit(num_classes: int = 5, learn_sigma: bool = False, **changes: object) -> DiT:
-    """A small DiT with no zero weight left: a fresh one predicts 0 whatever its blocks do."""
-    model = DiT(**{**SMALL, **changes}, num_classes=num_classes, learn_sigma=learn_sigma)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name != 'pos_embed':
-            parameter.data.normal_(std=0.2, generator=generator)
-    return model
-
-
-def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(batch_size, 3, 8, 8, generator=generator)
-    return x, torch.linspace(-1.5, 0.9, batch_size), torch.arange(batch_size)
-
 
 # ---- parameters
 
@@ -47,8 +24,8 @@ def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, with_sigma: int, without: int) -> None:
-    assert sum(p.numel() for p in on_meta(name).parameters()) == with_sigma
-    assert sum(p.numel() for p in on_meta(name, learn_sigma=False).parameters()) == without
+    assert sum(p.numel() for p in on_meta(DiT, name, learn_sigma=True).parameters()) == with_sigma
+    assert sum(p.numel() for p in on_meta(DiT, name).parameters()) == without
 
 
 def test_keys_and_shapes_of_xl2_are_those_of_the_published_checkpoint() -> None:
@@ -76,19 +53,15 @@ def test_keys_and_shapes_of_xl2_are_those_of_the_published_checkpoint() -> None:
         ):
             expected[f'blocks.{i}.{name}.weight'] = (rows, columns)
             expected[f'blocks.{i}.{name}.bias'] = (rows,)
-    assert {key: tuple(value.shape) for key, value in on_meta('DiT-XL/2').state_dict().items()} == expected
-
-
-def test_positions_are_saved_and_never_trained() -> None:
-    model = on_meta('DiT-XL/2', latent_size=64)
-    assert model.state_dict()['pos_embed'].shape == (1, 1024, 1152)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ['pos_embed']
+    weights = on_meta(DiT, 'DiT-XL/2', learn_sigma=True).state_dict()
+    assert {key: tuple(value.shape) for key, value in weights.items()} == expected
 
 
 def test_presets() -> None:
     assert len(DiT.presets) == 15
     assert preset('DiT-L/8') == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
-    assert on_meta('DiT-B/4').num_tokens == 64
+    assert on_meta(DiT, 'DiT-B/4').num_tokens == 64
+    assert on_meta(DiT, 'DiT-XL/2', latent_size=64).state_dict()['pos_embed'].shape == (1, 1024, 1152)
     preset('DiT-B/4')['depth'] = 1
     assert preset('DiT-B/4')['depth'] == 12
     with pytest.raises(ValueError, match='DiT-XL/2'):
@@ -110,7 +83,7 @@ def test_presets() -> None:
     ],
 )
 def test_forward_cost_is_that_of_the_flop_model(name: str, latent_size: int, gmacs: float) -> None:
-    model = on_meta(name, latent_size)
+    model = on_meta(DiT, name, latent_size, learn_sigma=True)
     x = torch.empty(1, 4, latent_size, latent_size, device='meta')
     with FlopCounterMode(display=False) as counter:
         model(x, torch.empty(1, device='meta'), torch.empty(1, dtype=torch.long, device='meta'))
@@ -200,7 +173,8 @@ def slow_position(width: int, row: int, column: int) -> Tensor:
 def test_output_equals_a_slow_second_implementation(
     num_classes: int, learn_sigma: bool, patch_size: int, num_heads: int
 ) -> None:
-    model = random_dit(num_classes, learn_sigma, patch_size=patch_size, num_heads=num_heads).double()
+    sizes = {'learn_sigma': learn_sigma, 'patch_size': patch_size, 'num_heads': num_heads}
+    model = random_net(DiT, num_classes, **sizes).double()
     weights = {key: value.detach() for key, value in model.state_dict().items()}
     x, t, labels = inputs()
     with torch.no_grad():
@@ -225,14 +199,6 @@ def test_positions_equal_a_loop() -> None:
 # ---- initial values
 
 
-def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity() -> None:
-    torch.manual_seed(0)
-    model = DiT(**SMALL, num_classes=5)
-    assert torch.equal(model(*inputs()), torch.zeros(3, 3, 8, 8))
-    tokens, condition = torch.randn(2, 16, 24), torch.randn(2, 24)
-    assert torch.equal(model.blocks[1](tokens, condition), tokens)
-
-
 def test_initial_weights_have_the_published_spread() -> None:
     torch.manual_seed(0)
     model = DiT(latent_size=8, in_channels=4, num_classes=500, hidden_size=128, depth=1, num_heads=2)
@@ -250,134 +216,19 @@ def test_initial_weights_have_the_published_spread() -> None:
 # ---- behaviour
 
 
-def test_state_dict_round_trip() -> None:
-    model, other = random_dit(), DiT(**SMALL, num_classes=5)
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(other(*inputs()), model(*inputs()))
-
-
-def test_without_sigma_keeps_the_first_channels() -> None:
-    full = random_dit(learn_sigma=True)
-    half = DiT(**SMALL, num_classes=5, learn_sigma=False)
+def test_without_sigma_keeps_the_first_channels_and_refuses_other_heads() -> None:
+    full, half = random_net(DiT, learn_sigma=True), fresh_net(DiT)
     weights = full.state_dict()
     half.load_state_dict(without_sigma(weights, in_channels=3, patch_size=2), strict=True)
     torch.testing.assert_close(half(*inputs()), full(*inputs())[:, :3])
     assert weights['final_layer.linear.bias'].shape == (24,)  # the dict that was passed in is left as it was
-
-
-def test_without_sigma_refuses_other_heads() -> None:
     with pytest.raises(ValueError, match='12 rows; a head with variance has 24'):
-        without_sigma(random_dit(learn_sigma=False).state_dict(), in_channels=3, patch_size=2)
+        without_sigma(half.state_dict(), in_channels=3, patch_size=2)
     with pytest.raises(ValueError, match='final_layer'):
         without_sigma({}, in_channels=3, patch_size=2)
 
 
-def test_labels_and_times_change_the_output() -> None:
-    model = random_dit()
-    x, t, labels = inputs()
-    out = model(x, t, labels)
-    assert not torch.allclose(model(x, t, labels + 1)[0], out[0], atol=1e-3)
-    assert not torch.allclose(model(x, t + 0.5, labels)[0], out[0], atol=1e-3)
-    assert model.null_label == 5
-    assert model(x, t, torch.full((3,), 5)).isfinite().all()
-
-
-@pytest.mark.parametrize('label', [6, -1])
-def test_a_label_outside_of_the_table_is_refused(label: int) -> None:
-    x, t, _ = inputs()
-    with pytest.raises(IndexError):
-        random_dit()(x, t, torch.full((3,), label))
-
-
-def test_unconditional_ignores_labels() -> None:
-    model = random_dit(num_classes=0)
-    x, t, labels = inputs()
-    assert not any(key.startswith('y_embedder') for key in model.state_dict())
-    assert torch.equal(model(x, t, labels), model(x, t, labels + 900))
-    assert torch.equal(model(x, t), model(x, t, labels))
-
-
-def test_missing_labels_and_other_shapes_are_refused() -> None:
-    x, t, labels = inputs()
-    with pytest.raises(ValueError, match='null label 5'):
-        random_dit()(x, t)
-    with pytest.raises(ValueError, match=r'\[B, 3, 8, 8\], got \[3, 3, 4, 8\]'):
-        random_dit()(x[:, :, :4], t, labels)
-    with pytest.raises(ValueError, match=r'\[B, 3, 8, 8\]'):
-        random_dit()(x[:, :2], t, labels)
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'num_heads': 5}, 'num_heads=5'),
-        ({'latent_size': 9}, 'latent_size=9'),
-        ({'hidden_size': 30}, 'hidden_size=30 is not divisible by 4'),
-        ({'depth': 0}, 'depth=0'),
-        ({'patch_size': 0}, 'patch_size=0'),
-        ({'in_channels': 0}, 'in_channels=0'),
-        ({'mlp_ratio': 0.0}, 'mlp_ratio=0.0'),
-        ({'num_classes': -1}, 'num_classes=-1'),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DiT(**{**SMALL, 'num_classes': 5, **changes})  # type: ignore[arg-type]
-
-
 def test_attributes() -> None:
-    model = random_dit()
+    model = random_net(DiT)
     assert (model.num_tokens, model.in_channels, model.latent_size, model.num_classes) == (16, 3, 8, 5)
     assert (model.patch_size, model.depth, model.hidden_size) == (2, 2, 24)
-
-
-def test_composer_is_told_to_wrap_the_blocks_and_nothing_else() -> None:
-    model = random_dit()
-    blocks = [module for module in model.modules() if isinstance(module, DiTBlock)]
-    assert [module for module in model.modules() if model.fsdp_wrap_fn(module)] == blocks
-    assert [module for module in model.modules() if model.activation_checkpointing_fn(module)] == blocks
-    assert len(blocks) == 2
-
-
-def test_blocks_take_sequences_of_any_length() -> None:
-    block = random_dit().blocks[0]
-    assert block(torch.randn(2, 7, 24), torch.randn(2, 24)).shape == (2, 7, 24)
-
-
-# ---- precision
-
-
-def test_bfloat16_autocast_runs_forward_and_backward() -> None:
-    model = random_dit()
-    with torch.autocast('cpu', torch.bfloat16):
-        out = model(*inputs())
-        loss = out.float().square().mean()
-    loss.backward()
-    torch.testing.assert_close(out.float(), model(*inputs()), rtol=0.1, atol=0.3)
-    assert out.dtype == torch.bfloat16
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
-    assert missing == []
-
-
-def test_bfloat16_weights_run_on_float32_inputs() -> None:
-    out = random_dit().bfloat16()(*inputs())
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), random_dit()(*inputs()), rtol=0.1, atol=0.3)
-
-
-def test_times_that_bfloat16_would_merge_stay_apart() -> None:
-    times = torch.tensor([0.9, 0.899])
-    assert times[0].bfloat16() == times[1].bfloat16()
-    x, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
-    for model, autocast in ((random_dit().bfloat16(), False), (random_dit(), True)):
-        seen: list[Tensor] = []
-        model.t_embedder.mlp[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-            model(x, times, labels)
-        assert not torch.equal(*seen[0])
-
-
-def test_fullgraph_export_has_no_data_dependent_branch() -> None:
-    # A look at a label's value would make the step wait for the device; a traced graph shows that there is none.
-    program = torch.export.export(random_dit(), inputs())
-    torch.testing.assert_close(program.module()(*inputs()), random_dit()(*inputs()))

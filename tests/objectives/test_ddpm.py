@@ -1,13 +1,13 @@
 """The DDPM objective against the formulas of its papers, written out once more in scalar float64."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.objectives import denoisers
 from tread_composer.objectives import DDPM, MinSNR
 from tread_composer.objectives.ddpm import evenly_spaced
 
@@ -48,9 +48,7 @@ class Fixed(nn.Module):
 
 
 def batch(scale: float = 0.8) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(6, 2, 3, 3, generator=generator) * scale
-    return latents, torch.tensor([0, 3, 1, 7, 2, 2]), torch.randn(6, 2, 3, 3, generator=generator)
+    return denoisers.batch(scale, size=6)
 
 
 def slow_betas(schedule: str, steps: int) -> list[float]:
@@ -184,22 +182,6 @@ def test_the_bound_of_a_perfect_model_is_zero_and_of_one_with_the_largest_varian
     torch.testing.assert_close(first, torch.full((6,), expected), rtol=1e-4, atol=0)
 
 
-def test_the_true_posterior_variance_is_the_best_one() -> None:
-    latents, labels, noise = batch()
-    quantiles = torch.full((6,), 0.002)  # t = 2, where the bounds of the variance lie far enough apart
-    v = torch.full_like(noise, -0.3, requires_grad=True)
-    denoiser = Fixed(noise, v)
-    DDPM()(denoiser, latents, labels, noise, quantiles)['vlb'].sum().backward()
-    assert v.grad is not None and (v.grad > 0).all()  # downwards, to -1
-
-    def bound(value: float) -> float:
-        model = Fixed(noise, torch.full_like(noise, value))
-        return DDPM()(model, latents, labels, noise, quantiles)['vlb'][0].item()
-
-    assert bound(-1.0) < bound(-0.9) < bound(-0.3) < bound(1.0)
-    assert bound(-1.0) < bound(-1.1)
-
-
 def test_the_bound_trains_the_variance_only_and_the_error_the_noise_only() -> None:
     gradients = {}
     for term in ('vlb', 'mse'):
@@ -241,30 +223,6 @@ def test_losses_are_float32_per_sample_and_finite_for_a_wild_network() -> None:
     assert all(value.isfinite().all() for value in out.values())
 
 
-def test_a_sample_s_loss_does_not_depend_on_its_batch_and_nothing_is_drawn() -> None:
-    latents, labels, noise = batch()
-    before = torch.get_rng_state()
-    together = DDPM()(Affine(), latents, labels, noise, QUANTILES)
-    assert torch.equal(torch.get_rng_state(), before)
-    alone = DDPM()(Affine(), latents[2:3], labels[2:3], noise[2:3], QUANTILES[2:3])
-    torch.testing.assert_close(alone['loss'], together['loss'][2:3])
-
-
-@pytest.mark.parametrize(
-    ('learned', 'channels', 'remedy'),
-    [(True, 2, 'learn_sigma: true'), (True, 3, 'learn_sigma: true'), (False, 4, 'learn_sigma: false')],
-)
-def test_another_number_of_channels_is_refused_in_training_and_sampling(
-    learned: bool, channels: int, remedy: str
-) -> None:
-    latents, labels, noise = batch()
-    objective, denoiser = DDPM(learned_variance=learned), Affine(channels)
-    with pytest.raises(ValueError, match=remedy):
-        objective(denoiser, latents, labels, noise, QUANTILES)
-    with pytest.raises(ValueError, match=remedy):
-        objective.drift(denoiser, labels)(noise.double(), torch.tensor(0.5, dtype=torch.float64))
-
-
 @pytest.mark.parametrize(
     ('steps', 'of', 'expected'),
     [
@@ -275,18 +233,12 @@ def test_another_number_of_channels_is_refused_in_training_and_sampling(
         (1000, 1000, list(range(1000))),
         (1, 1000, [999]),
         (3, 1000, [0, 500, 999]),
+        (250, 1000, [round(i * 999 / 249) for i in range(250)]),  # DiT's, at strides of 4 and 5
     ],
 )
 def test_evenly_spaced_timesteps(steps: int, of: int, expected: list[int]) -> None:
     assert evenly_spaced(of, steps) == expected
-
-
-def test_the_250_timesteps_that_dit_samples_with() -> None:
-    found = evenly_spaced(1000, 250)
-    assert len(set(found)) == 250
-    assert found[:4] == [0, 4, 8, 12] and found[-3:] == [991, 995, 999]
-    assert {b - a for a, b in pairwise(found)} == {4, 5}
-    assert found == [round(i * 999 / 249) for i in range(250)]
+    assert len(set(expected)) == steps
 
 
 def test_the_stride_is_added_up_as_the_published_code_does() -> None:
@@ -297,17 +249,14 @@ def test_the_stride_is_added_up_as_the_published_code_does() -> None:
     assert evenly_spaced(1000, 43) == expected != [round(i * 999 / 42) for i in range(43)]
 
 
-@pytest.mark.parametrize('steps', [0, -1, 41])
-def test_more_steps_than_timesteps_are_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match='take 1 to 40 steps'):
-        DDPM(num_timesteps=40).sampling_times(steps)
-
-
 def test_sampling_times_are_the_noise_levels_of_the_timesteps() -> None:
     times = DDPM().sampling_times(3)
     bars = [slow_chain()[t]['bar'] for t in (999, 500, 0)]
     np.testing.assert_allclose(times.numpy(), [*(math.sqrt((1 - bar) / bar) for bar in bars), 0.0], rtol=1e-9)
     assert times.dtype == torch.float64
+    for steps in (0, -1, 41):
+        with pytest.raises(ValueError, match='take 1 to 40 steps'):
+            DDPM(num_timesteps=40).sampling_times(steps)
 
 
 @pytest.mark.parametrize(

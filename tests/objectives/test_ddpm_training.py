@@ -1,4 +1,4 @@
-"""DDPM through a real Trainer, and its shipped recipe through the command line."""
+"""DDPM through a real Trainer; its recipe is in ``test_digits_family``."""
 
 from typing import Any
 
@@ -6,18 +6,12 @@ import pytest
 import torch
 from composer.core import State
 from composer.loggers import InMemoryLogger
-from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from tests.helpers import fit, loader, randomised
-from tests.runs import ROOT, SMALL
-from tread_composer.builders.trainer import build_trainer
-from tread_composer.config import load_config
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import DDPM
-
-YAML = ROOT / 'yamls' / 'digits_ddpm.yaml'
 
 
 def model() -> LatentDiffusion:
@@ -36,9 +30,8 @@ def logged(**settings: Any) -> tuple[dict[str, list[float]], State]:
 
 def test_terms_are_logged_apart_and_evaluation_reports_the_error_of_the_noise() -> None:
     found, state = logged()
-    for total, mse, vlb in zip(
-        *(found[f'loss/train/{name}'] for name in ('total', 'mse', 'vlb')), strict=True
-    ):  # fmt: skip
+    terms = (found[f'loss/train/{name}'] for name in ('total', 'mse', 'vlb'))
+    for total, mse, vlb in zip(*terms, strict=True):
         assert total == pytest.approx(mse + vlb, rel=1e-5)
         assert mse > 0 and vlb > 0
     assert len(found['loss/train/vlb']) == 6
@@ -56,18 +49,3 @@ def test_it_compiles_into_one_graph() -> None:
     assert counter.frame_count == 2  # training and evaluation
     eager, _ = logged()
     torch.testing.assert_close(compiled['loss/train/total'], eager['loss/train/total'], rtol=1e-5, atol=0)
-
-
-def test_the_shipped_recipe_trains_and_samples(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    grid = '{interval: 100ba, classes: [0, 1], samples_per_class: 2, sampler: ddpm, num_steps: 3}'
-    overrides = [*SMALL, 'loggers={in_memory_logger: {}}', 'loggers.mlflow=null', 'max_duration=4ba']
-    trainer = build_trainer(load_config(YAML, [*overrides, f'callbacks.sample_grid={grid}']))
-    trainer.fit()
-    (memory,) = (one for one in trainer.logger.destinations if isinstance(one, InMemoryLogger))
-    losses = {name: memory.data[f'loss/train/{name}'] for name in ('total', 'mse', 'vlb')}
-    trainer.close()
-    assert {len(values) for values in losses.values()} == {4}
-    assert all(float(value) > 0 for values in losses.values() for _, value in values)
-    with Image.open(tmp_path / 'runs/digits_ddpm/samples/latest.png') as picture:
-        assert picture.width > 100

@@ -1,4 +1,4 @@
-"""Sampling, on data whose differential equation can be solved by hand: pixels that are all N(mean, std^2)."""
+"""Euler and Heun against the exact solution for Gaussian data, and the grids and priors of the objectives."""
 
 import math
 from collections.abc import Callable
@@ -8,51 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
 from tread_composer.core.protocols import Objective
 from tread_composer.objectives import EDM, FlowMatching
 from tread_composer.samplers import SAMPLERS, Equation, euler, heun
 
-MEAN, STD = 0.4, 0.7
-
-
-class GaussianVelocity(nn.Module):
-    """The perfect flow-matching denoiser for Gaussian data: ``E[noise - x | x_t]``."""
-
-    num_tokens = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        self.calls += 1
-        assert x.dtype == t.dtype == torch.float32
-        x, t = x.double(), t.double().view(-1, 1, 1, 1)
-        variance = (1 - t) ** 2 * STD**2 + t**2
-        return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
-
-
-class GaussianEDM(nn.Module):
-    """The perfect EDM network for Gaussian data, behind the preconditioning with ``sigma_data`` 0.5."""
-
-    num_tokens = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
-        self.calls += 1
-        assert x.dtype == c_noise.dtype == torch.float32
-        sigma = torch.exp(4 * c_noise.double()).view(-1, 1, 1, 1)
-        root = torch.sqrt(sigma**2 + 0.25)
-        noisy = x.double() * root
-        denoised = (MEAN * sigma**2 + STD**2 * noisy) / (sigma**2 + STD**2)
-        return (denoised - 0.25 / root**2 * noisy) / (sigma * 0.5 / root)
-
-
 CASES = {'flow_matching': (FlowMatching(), GaussianVelocity), 'edm': (EDM(), GaussianEDM)}
-LABELS = torch.zeros(3, dtype=torch.long)
 
 
 def solution(name: str, start: Tensor) -> Tensor:
@@ -60,14 +21,6 @@ def solution(name: str, start: Tensor) -> Tensor:
     if name == 'flow_matching':
         return MEAN + STD * start
     return MEAN + (start - MEAN) * STD / math.sqrt(STD**2 + 80.0**2)
-
-
-def noise() -> Tensor:
-    return torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(2))
-
-
-def unasked(step: int) -> Tensor:
-    raise AssertionError(f'step {step} drew noise')
 
 
 class Plain:
@@ -101,14 +54,6 @@ def test_convergence_to_the_exact_solution_has_the_sampler_s_order(name: str, sa
     assert orders == pytest.approx([order, order], abs=0.35)
 
 
-def test_samples_of_gaussian_data_have_its_mean_and_spread() -> None:
-    for objective, network in CASES.values():
-        start = objective.prior(torch.randn(3, 8, 64, 64, generator=torch.Generator().manual_seed(4)))
-        samples = heun(Equation(objective, network(), LABELS), start, objective.sampling_times(40), unasked)
-        assert samples.mean() == pytest.approx(MEAN, abs=0.01)
-        assert samples.std() == pytest.approx(STD, abs=0.01)
-
-
 @pytest.mark.parametrize('name', CASES)
 @pytest.mark.parametrize(('sampler', 'calls'), [('euler', 40), ('heun', 79)])
 def test_forty_steps_make_the_published_number_of_calls(name: str, sampler: str, calls: int) -> None:
@@ -127,10 +72,10 @@ def test_heun_is_second_order_where_the_last_time_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize('sampler', [euler, heun])
-def test_one_step_to_zero_is_an_euler_step(sampler: object) -> None:
+def test_one_step_to_zero_is_an_euler_step(sampler: Callable) -> None:
     times = torch.tensor([2.0, 0.0], dtype=torch.float64)
-    assert SAMPLERS[sampler.__name__] is sampler  # type: ignore[attr-defined]
-    assert sampler(plain(lambda x, time: 3 * x * time), torch.ones(1), times, unasked).item() == -11.0  # type: ignore[operator]
+    assert SAMPLERS[sampler.__name__] is sampler
+    assert sampler(plain(lambda x, time: 3 * x * time), torch.ones(1), times, unasked).item() == -11.0
 
 
 def test_edm_times_are_karras_sigmas_then_zero() -> None:

@@ -51,15 +51,9 @@ def choose_attention(
 ) -> tuple[Attend, str]:
     """An implementation that has been seen to work here. Probes once in a process, however often it is asked.
 
-    Args:
-        name: One of ``ATTENTIONS``.
-        device: Where it is to run.
-        heads: Number of heads A and width F of each attention layer of the network, without repetitions.
-        dtypes: What it is to run in.
-        training: Probe the gradients too.
-
-    Returns:
-        The function, and a line for people: what runs and how far it is from ``sdpa``.
+    Returns the function, and a line for people: what runs and how far it is from ``sdpa``. ``heads`` are the number of
+    heads A and the width F of each attention layer of the network, without repetitions; with ``training`` the gradients
+    are probed too.
 
     Raises:
         UserError: It is not installed, cannot run here, or gives something else than ``sdpa``.
@@ -85,7 +79,9 @@ def choose_attention(
             )
         operators = f' by {_operators(xformers, device, num_heads, head_size, dtype)}' if xformers else ''
         rows.append(f'{size}{operators} (differs from sdpa by {difference:.0e} of the largest value)')
-    version = xformers.__version__ if xformers else f'of torch {torch.__version__}, {_form(device)}'
+    # Not compiled, FlexAttention holds all N x N scores.
+    form = 'compiled' if device.type == 'cuda' else 'not compiled: all scores in memory'
+    version = xformers.__version__ if xformers else f'of torch {torch.__version__}, {form}'
     return attend, f'attention: {name} {version} on {device}: {"; ".join(rows)}'
 
 
@@ -109,14 +105,9 @@ def _xformers(device: torch.device) -> ModuleType:
 def _flex(device: torch.device) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it holds all N x N scores, as plain formulas do. Inductor makes the kernel on a GPU; on a CPU it makes
-    # forward passes only, and the formulas have a backward pass.
+    # Inductor makes the kernel on a GPU; on a CPU it makes forward passes only, and the plain formulas have a backward.
     function: Any = torch.compile(flex_attention) if device.type == 'cuda' else flex_attention
     return function
-
-
-def _form(device: torch.device) -> str:
-    return 'compiled' if device.type == 'cuda' else 'not compiled: all scores in memory'
 
 
 def _probe(

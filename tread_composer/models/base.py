@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tread_composer.models.attention import choose_attention
 from tread_composer.models.layers import Attention, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
 
-__all__ = ['LatentTransformer', 'check_sizes', 'initialise', 'size_table', 'unpatchify']
+__all__ = ['LatentTransformer', 'initialise', 'size_table', 'unpatchify']
 
 
 class LatentTransformer(nn.Module):
@@ -62,7 +62,6 @@ class LatentTransformer(nn.Module):
 
     def __init__(
         self,
-        *,
         latent_size: int,
         in_channels: int,
         num_classes: int,
@@ -71,19 +70,12 @@ class LatentTransformer(nn.Module):
         depth: int,
         mlp_ratio: float,
         learn_sigma: bool,
-        num_heads: int | None = None,
+        num_heads: int = 1,
     ) -> None:
         super().__init__()
-        sizes = {
-            'latent_size': latent_size,
-            'in_channels': in_channels,
-            'patch_size': patch_size,
-            'hidden_size': hidden_size,
-            'depth': depth,
-        }
-        check_sizes(sizes if num_heads is None else {**sizes, 'num_heads': num_heads}, num_classes, mlp_ratio)
         self.latent_size, self.in_channels, self.num_classes = latent_size, in_channels, num_classes
         self.patch_size, self.hidden_size, self.depth = patch_size, hidden_size, depth
+        self._check_sizes(mlp_ratio, num_heads)
         self.null_label = num_classes  # one row more in the table of labels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels  # O: noise, then variance fraction
         self.num_tokens = (latent_size // patch_size) ** 2  # N in training
@@ -97,16 +89,12 @@ class LatentTransformer(nn.Module):
         self.pos_embed = nn.Parameter(positions_ND.unsqueeze(0), requires_grad=False)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Predict from noisy latents.
+        """The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
 
         Args:
             x_BCHW: Noisy latents, H and W divisible by p.
             t_B: What the objective says about the noise level, in any dtype; embedded in float32.
-            labels_B: Class ids, int64, ``0 .. num_classes``. An id outside is refused by the table look-up, see
-                ``LabelEmbedder``. Ignored by an unconditional model.
-
-        Returns:
-            The prediction ``[B, O, H, W]``, O = C or, with ``learn_sigma``, 2C.
+            labels_B: Class ids, int64, ``0 .. num_classes`` (see ``LabelEmbedder``). Ignored without classes.
 
         Raises:
             ValueError: The latents are not such as the model takes (``grid_of``), or labels are missing.
@@ -123,9 +111,7 @@ class LatentTransformer(nn.Module):
     def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
         """What blocks get beside tokens and condition: block i the entry ``i % len``. Nothing, unless a backbone says.
 
-        Args:
-            x_BND: The tokens of all patches, whose number, device and dtype count.
-            grid: h and w.
+        ``x_BND`` are the tokens of all patches, whose number, device and dtype count; ``grid`` is h and w.
         """
         del x_BND, grid
         return ((),)
@@ -176,16 +162,9 @@ class LatentTransformer(nn.Module):
     ) -> str:
         """Compute attention otherwise from now on. Weights, their names and, up to rounding, results stay the same.
 
-        To be called before compilation. Probes on the device, see ``choose_attention``.
-
-        Args:
-            name: One of ``attentions``, or ``'sdpa'``, which is what a network starts with.
-            device: Where the network will run.
-            dtypes: What its attention will run in: that of autocast, and that of the weights where there is none.
-            training: Whether it will be trained.
-
-        Returns:
-            One line that says what runs.
+        To be called before compilation; probes on the device (``choose_attention``) and returns one line that says what
+        runs. A network starts with ``'sdpa'``. ``dtypes`` are what its attention will run in: that of autocast, and
+        that of the weights where there is none.
 
         Raises:
             ValueError: The network has no such attention.
@@ -208,51 +187,39 @@ class LatentTransformer(nn.Module):
     # Likewise: is this module recomputed as one in the backward pass?
     activation_checkpointing_fn = fsdp_wrap_fn
 
+    def _check_sizes(self, mlp_ratio: float, num_heads: int) -> None:
+        names = ('latent_size', 'in_channels', 'patch_size', 'hidden_size', 'depth')
+        for name, value in {**{name: getattr(self, name) for name in names}, 'num_heads': num_heads}.items():
+            if value < 1:
+                raise ValueError(f'{name}={value}: must be at least 1')
+        if self.num_classes < 0:
+            raise ValueError(f'num_classes={self.num_classes}: must be at least 1, or 0 for a model without labels')
+        if mlp_ratio <= 0:
+            raise ValueError(f'mlp_ratio={mlp_ratio}: must be positive')
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f'latent_size={self.latent_size} is not divisible by patch_size={self.patch_size}; '
+                'choose a patch size that tiles the latents'
+            )
+        width = f'hidden_size={self.hidden_size} is not divisible by'
+        if self.hidden_size % num_heads:
+            raise ValueError(f'{width} num_heads={num_heads}; heads take equal shares')
+        if self.hidden_size % 4:
+            raise ValueError(f'{width} 4; positions need sines and cosines of two coordinates')
+
 
 def size_table(
     sizes: Mapping[str, tuple[int, ...]], names: Sequence[str], patch_sizes: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """Presets ``'<size>/<patch size>'`` from a table of published sizes, as constructor arguments.
+    """Presets ``'<size>/<patch size>'`` as constructor arguments: each row of the published table at each patch size.
 
-    Args:
-        sizes: Rows of the table, by the names of the sizes.
-        names: What the columns are.
-        patch_sizes: Each size comes with each of them.
+    ``names`` are the arguments that the columns of ``sizes`` stand for.
     """
     return {
         f'{size}/{patch_size}': {'patch_size': patch_size, **dict(zip(names, row, strict=True))}
         for size, row in sizes.items()
         for patch_size in patch_sizes
     }
-
-
-def check_sizes(sizes: Mapping[str, int], num_classes: int, mlp_ratio: float) -> None:
-    """Refuse sizes of a transformer that do not fit together.
-
-    Raises:
-        ValueError: Names the size, its value and the rule.
-    """
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f'{name}={value}: must be at least 1')
-    if num_classes < 0:
-        raise ValueError(f'num_classes={num_classes}: must be at least 1, or 0 for a model without labels')
-    if mlp_ratio <= 0:
-        raise ValueError(f'mlp_ratio={mlp_ratio}: must be positive')
-    hidden_size = sizes['hidden_size']
-    if sizes['latent_size'] % sizes['patch_size']:
-        raise ValueError(
-            f'latent_size={sizes["latent_size"]} is not divisible by patch_size={sizes["patch_size"]}; '
-            'choose a patch size that tiles the latents'
-        )
-    if hidden_size % sizes.get('num_heads', 1):
-        raise ValueError(
-            f'hidden_size={hidden_size} is not divisible by num_heads={sizes["num_heads"]}; heads take equal shares'
-        )
-    if hidden_size % 4:
-        raise ValueError(
-            f'hidden_size={hidden_size} is not divisible by 4; positions need sines and cosines of two coordinates'
-        )
 
 
 def initialise(network: nn.Module) -> None:

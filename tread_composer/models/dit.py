@@ -98,15 +98,7 @@ class DiT(LatentTransformer):
         qk_norm: Literal[False, 'rms', 'layer'] = False,
     ) -> None:
         super().__init__(
-            latent_size=latent_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            learn_sigma=learn_sigma,
+            latent_size, in_channels, num_classes, patch_size, hidden_size, depth, mlp_ratio, learn_sigma, num_heads
         )
         # Drawn in this order: blocks, head, then DiT's start over them. A seed's weights depend on it.
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
@@ -129,16 +121,9 @@ class DiT(LatentTransformer):
 
 
 def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size: int) -> dict[str, Tensor]:
-    """Weights of a ``learn_sigma=True`` DiT for a model with ``learn_sigma=False``: the variance half is left out.
+    """Weights of a ``learn_sigma=True`` DiT, C ``in_channels``, for a model with ``learn_sigma=False``.
 
-    Args:
-        state_dict: Weights with ``2 * in_channels`` output channels; not changed.
-        in_channels: C.
-        patch_size: p.
-
-    Returns:
-        The same weights, but of the head's rows only those of the first C channels: row ``(i * p + j) * 2C + channel``
-        belongs to pixel ``(i, j)`` of the patch.
+    Of the head's rows only those of the first C channels stay; ``state_dict`` itself is not changed.
 
     Raises:
         ValueError: The head does not have ``p * p * 2C`` rows.
@@ -154,6 +139,7 @@ def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size
                 f'{name!r} has {rows} rows; a head with variance has {expected} for patch_size={patch_size} and '
                 f'in_channels={in_channels}. Weights without variance are loaded as they are'
             )
+        # Row (i * p + j) * 2C + channel belongs to pixel (i, j) of the patch:
         # [p * p * 2C, ...] -> [p * p, 2C, ...] -> [p * p * C, ...]; a bias has no further dimension.
         out[name] = out[name].unflatten(0, (-1, 2 * in_channels))[:, :in_channels].flatten(0, 1)
     return out

@@ -36,7 +36,6 @@ def sincos_positions(width: int, grid_size: int) -> Tensor:
 
     The first half of the width encodes the column, the second half the row; within a half, sines before cosines. The
     official code calls the first half "h", but its grid holds the w coordinate there: checkpoints depend on it.
-    Computed in float64, as the official code does, and rounded once.
 
     Raises:
         ValueError: ``width`` cannot be split into sines and cosines of two coordinates.
@@ -44,6 +43,7 @@ def sincos_positions(width: int, grid_size: int) -> Tensor:
     if width % 4:
         raise ValueError(f'width {width} is not divisible by 4, which sines and cosines of two coordinates need')
     quarter = width // 4  # sines and cosines of two coordinates
+    # float64, as in the official code, and rounded once at the end.
     omega = _MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)  # [side, D / 4], radians
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D / 2]

@@ -21,7 +21,7 @@ from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import Attention, RMSNorm, modulate
 
-__all__ = ['LightningDiT', 'LightningDiTBlock', 'RMSNorm', 'SwiGLU', 'rotary_table', 'rotate']
+__all__ = ['LightningDiT', 'LightningDiTBlock', 'SwiGLU', 'rotary_table', 'rotate']
 
 _THETA = 10000.0
 
@@ -33,16 +33,11 @@ def rotary_table(grid: tuple[int, int], head_size: int, *, device: torch.device,
 
     Of a token in row r and column c, the first E / 2 pairs turn by ``r * 10000^(-2k / E)``, the others by c likewise:
     a dot product of two turned vectors depends on the difference of their positions alone (RoPE, arXiv 2104.09864,
-    eq. 16; for two coordinates as in EVA-02, arXiv 2303.11331).
-
-    Args:
-        grid: h and w.
-        head_size: Width of a head, 2E.
-        device: Where to make it.
-        dtype: Its numbers; float32 or wider, or else far positions would share an angle.
+    eq. 16; for two coordinates as in EVA-02, arXiv 2303.11331). ``dtype`` is float32 or wider, or else far positions
+    would share an angle.
 
     Raises:
-        ValueError: ``head_size`` cannot be split into pairs for two coordinates.
+        ValueError: ``head_size``, 2E, cannot be split into pairs for two coordinates.
     """
     if head_size % 4:
         raise ValueError(
@@ -100,15 +95,12 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor, rope: Tensor) -> Tensor:
-        """One step of the network.
+        """Tokens ``[B, N, D]``, for any N and in any order, to tokens of the same shape.
 
         Args:
-            x_BND: Tokens, for any N and in any order.
+            x_BND: Tokens.
             condition_BD: Times and labels.
             rope: Rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``.
-
-        Returns:
-            Tokens of the same shape.
 
         Raises:
             ValueError: ``rope`` is of other tokens than ``x_BND``, as far as its shape shows.
@@ -122,8 +114,7 @@ class LightningDiTBlock(nn.Module):
             )
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
-        x_BND = x_BND + gate1.unsqueeze(1) * attended
+        x_BND = x_BND + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
 
@@ -174,15 +165,7 @@ class LightningDiT(LatentTransformer):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(
-            latent_size=latent_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            learn_sigma=learn_sigma,
+            latent_size, in_channels, num_classes, patch_size, hidden_size, depth, mlp_ratio, learn_sigma, num_heads
         )
         self.head_size = hidden_size // num_heads  # 2E: pairs of numbers
         if self.head_size % 4:
@@ -192,19 +175,12 @@ class LightningDiT(LatentTransformer):
             )
         if 2 * int(hidden_size * mlp_ratio) < 3:
             raise ValueError(f'mlp_ratio={mlp_ratio}: leaves no inner width at hidden_size={hidden_size}; raise it')
-        self.blocks = nn.ModuleList(
-            LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, RMSNorm(hidden_size))
         initialise(self)
 
     def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
-        """The rotary table, for all blocks the same.
-
-        Args:
-            x_BND: The tokens of all patches.
-            grid: h and w.
-        """
+        """The rotary table of the grid, for all blocks the same."""
         # One row for each sample, all the same memory: a route then takes other rows for each sample.
         dtype = torch.promote_types(x_BND.dtype, torch.float32)
         rope = rotary_table(grid, self.head_size, device=x_BND.device, dtype=dtype).expand(len(x_BND), -1, -1, -1)

@@ -15,6 +15,7 @@ p patch size.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,10 +33,7 @@ __all__ = ['Mamba2Block', 'Mamba2DiT', 'scan_positions']
 def scan_positions(grid: tuple[int, int], order: str, *, device: torch.device | None = None) -> Tensor:
     """Where each token of a grid, in raster order, stands in a scan of it: int64 ``[h * w]``.
 
-    Args:
-        grid: h and w.
-        order: ``'raster'``, row by row, or ``'column'``, column by column.
-        device: Where to make it.
+    The scan goes row by row (``order`` ``'raster'``) or column by column (``'column'``).
     """
     tokens = torch.arange(grid[0] * grid[1], device=device)  # token i is at row i // w, column i % w
     return tokens if order == 'raster' else tokens % grid[1] * grid[0] + tokens // grid[1]
@@ -54,16 +52,13 @@ class Mamba2Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor, positions: Tensor) -> Tensor:
-        """One step of the network.
+        """Tokens ``[B, N, D]``, for any N and in any order, to tokens of the same shape in that order.
 
         Args:
-            x_BND: Tokens, for any N and in any order.
+            x_BND: Tokens.
             condition_BD: Times and labels.
             positions: Where these very tokens stand in this block's scan: ``[B, N]``, no two of a sample alike. Only
                 their order counts.
-
-        Returns:
-            Tokens of the same shape, in the order of ``x_BND``.
 
         Raises:
             ValueError: ``positions`` are of other tokens than ``x_BND``, as far as their shape shows.
@@ -139,36 +134,20 @@ class Mamba2DiT(LatentTransformer):
         kernel: Literal['torch', 'fused'] = 'torch',
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__(
-            latent_size=latent_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            depth=depth,
-            mlp_ratio=mlp_ratio,
-            learn_sigma=learn_sigma,
-        )
+        super().__init__(latent_size, in_channels, num_classes, patch_size, hidden_size, depth, mlp_ratio, learn_sigma)
         if scan not in ('raster', 'alternate'):
             raise ValueError(f"scan={scan!r}: must be 'raster' or 'alternate'")
         # Block i scans in the order i % len(orders).
         self.orders = ('raster', 'column') if scan == 'alternate' else ('raster',)
-        mixer = {
-            'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size
-        }  # fmt: skip
-        self.blocks = nn.ModuleList(
-            Mamba2Block(hidden_size, BidirectionalSSD(hidden_size, kernel=kernel, **mixer), mlp_ratio)
-            for _ in range(depth)
-        )
+        mixer = partial(
+            BidirectionalSSD, hidden_size, expand=expand, head_size=head_size, state_size=state_size,
+            chunk_size=chunk_size, kernel=kernel,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(Mamba2Block(hidden_size, mixer(), mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)  # the scans' own parameters have their first values already
 
     def block_inputs(self, x_BND: Tensor, grid: tuple[int, int]) -> Sequence[tuple[Tensor, ...]]:
-        """Where the tokens stand in each block's scan.
-
-        Args:
-            x_BND: The tokens of all patches.
-            grid: h and w.
-        """
+        """Where the tokens of the grid stand in each block's scan."""
         # One row for each sample, all the same memory: a route then takes other tokens of each sample.
         return [(scan_positions(grid, order, device=x_BND.device).expand(len(x_BND), -1),) for order in self.orders]

@@ -33,16 +33,10 @@ def bidirectional_ssd(
 ) -> Tensor:
     """The sum of a scan along the tokens and one against them, ``[B, N, H, P]`` in the dtype of x.
 
-    Each direction has its own ``dt``, ``A``, ``B`` and ``C``; a token's own contribution is in both. A decay is the
-    exponential of a sum of numbers below 0 in float32 or better: no difference of large sums, no decay above 1.
-
-    Args:
-        x_BNHP: What is mixed.
-        dt_BN2H: Step sizes, at least 0, in float32 or better.
-        A_2H: Rates, below 0, likewise.
-        B_BN2S: How a token is written to the state; one for all heads.
-        C_BN2S: How a token reads the state.
-        chunk_size: Q; sequences of at most so many tokens are one matrix.
+    Each direction has its own step sizes ``dt`` >= 0 and rates ``A`` < 0, in float32 or better, and its own ``B``,
+    ``C``, how a token is written to the state and reads it, the same for all heads; a token's own contribution is in
+    both. A decay is the exponential of a sum of numbers below 0: no difference of large sums, no decay above 1.
+    Sequences of at most ``chunk_size`` tokens, Q, are one matrix.
     """
     # R = 2 B scans: along the tokens for all samples, then against them. a = dt A, the logarithm of a decay.
     a_RNH, dt_RNH, B_RNS, C_RNS = (_both_ways(value) for value in (dt_BN2H * A_2H, dt_BN2H, B_BN2S, C_BN2S))
@@ -135,15 +129,14 @@ def fused_bidirectional_ssd(
     if reason is not None:
         raise UserError(f"kernel: 'fused' cannot run: {reason}; take kernel='torch', which gives the same result")
     scan = importlib.import_module('mamba_ssm.ops.triton.ssd_combined').mamba_chunk_scan_combined
-    x, total = x_BNHP, None
+    results = []
     for direction in range(2):
-        dt, B, C = (value[:, :, direction] for value in (dt_BN2H, B_BN2S, C_BN2S))
-        if direction:
-            x, dt, B, C = (value.flip(1) for value in (x, dt, B, C))
+        terms = [x_BNHP, *(value[:, :, direction] for value in (dt_BN2H, B_BN2S, C_BN2S))]
+        # The kernel scans one way: the other direction is read last token first.
+        x, dt, B, C = (value.flip(1) for value in terms) if direction else terms
         y = scan(x, dt, A_2H[direction], B.unsqueeze(2), C.unsqueeze(2), chunk_size=chunk_size)
-        total = y if total is None else total + y.flip(1)
-    assert total is not None
-    return total
+        results.append(y.flip(1) if direction else y)
+    return results[0] + results[1]
 
 
 class BidirectionalSSD(nn.Module):
@@ -158,32 +151,23 @@ class BidirectionalSSD(nn.Module):
     random distances in training and meet neighbours in sampling. A scan has no such fixed distances: what lies between
     two tokens enters by its own dt. The activation behind the convolution, SiLU on x, B and C, stays.
 
-    Args:
-        hidden_size: D.
-        expand: E / D.
-        head_size: P.
-        state_size: S.
-        chunk_size: Q; sequences of at most so many tokens are mixed by one matrix.
-        kernel: ``'torch'``, or ``'fused'``: the package ``mamba_ssm`` on a CUDA device, and an error without it.
-
     Raises:
         ValueError: The sizes do not fit together, or there is no such kernel.
     """
 
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: int,  # D
         *,
-        expand: int = 2,
-        head_size: int = 64,
-        state_size: int = 64,
-        chunk_size: int = 256,
-        kernel: Literal['torch', 'fused'] = 'torch',
+        expand: int = 2,  # E / D
+        head_size: int = 64,  # P
+        state_size: int = 64,  # S
+        chunk_size: int = 256,  # Q: sequences of at most so many tokens are mixed by one matrix
+        kernel: Literal['torch', 'fused'] = 'torch',  # 'fused': `mamba_ssm` on a CUDA device, and an error without it
     ) -> None:
         super().__init__()
-        for name, value in {
-            'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size
-        }.items():  # fmt: skip
+        sizes = {'expand': expand, 'head_size': head_size, 'state_size': state_size, 'chunk_size': chunk_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f'{name}={value}: must be at least 1')
         inner_size = expand * hidden_size

@@ -7,8 +7,8 @@ A new objective is a file here and a line in ``OBJECTIVES``. One of another pack
 from tread_composer.objectives.ddpm import DDPM
 from tread_composer.objectives.edm import EDM
 from tread_composer.objectives.flow_matching import FlowMatching
-from tread_composer.objectives.timesteps import CosMap, DiscreteUniform, LogitNormal, Mode, Shifted, Uniform
-from tread_composer.objectives.weighting import MinSNR, min_snr_weight
+from tread_composer.objectives.timesteps import CosMap, LogitNormal, Mode, Shifted, Uniform
+from tread_composer.objectives.weighting import MinSNR
 
 __all__ = [
     'OBJECTIVES',
@@ -16,7 +16,6 @@ __all__ = [
     'WEIGHTINGS',
     'CosMap',
     'DDPM',
-    'DiscreteUniform',
     'EDM',
     'FlowMatching',
     'LogitNormal',
@@ -24,7 +23,6 @@ __all__ = [
     'Mode',
     'Shifted',
     'Uniform',
-    'min_snr_weight',
 ]
 
 OBJECTIVES = {'flow_matching': FlowMatching, 'edm': EDM, 'ddpm': DDPM}

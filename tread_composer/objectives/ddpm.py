@@ -22,7 +22,6 @@ from tread_composer.core.bounds import AtLeast2, Positive
 from tread_composer.core.protocols import Denoiser, Drift, Transition, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_steps
-from tread_composer.objectives.timesteps import DiscreteUniform
 
 __all__ = ['DDPM', 'evenly_spaced']
 
@@ -62,8 +61,8 @@ class DDPM:
     weighting: Weighting | None = None
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
     """``alpha_bar``, float64 ``[T]`` on the CPU; the signal-to-noise ratio is ``alpha_bar / (1 - alpha_bar)``."""
-    _table: Tensor = field(init=False, repr=False, compare=False)
-    _levels: np.ndarray = field(init=False, repr=False, compare=False)
+    _table: Tensor = field(init=False, repr=False, compare=False)  # float32 [T, 6], see `__post_init__`
+    _levels: np.ndarray = field(init=False, repr=False, compare=False)  # sigma, float64 [T], rising
 
     def __post_init__(self) -> None:
         """Check the settings, and tabulate what depends on the timestep alone."""
@@ -81,12 +80,9 @@ class DDPM:
             alpha_bar / (1 - alpha_bar),  # signal-to-noise ratio
         )
         # From numpy: a model that is planned on torch's meta device still has real tables.
-        for name, value in (
-            ('alphas_cumprod', torch.from_numpy(alpha_bar)),
-            ('_table', torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))),
-            ('_levels', np.sqrt((1 - alpha_bar) / alpha_bar)),
-        ):
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, 'alphas_cumprod', torch.from_numpy(alpha_bar))
+        object.__setattr__(self, '_table', torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)))
+        object.__setattr__(self, '_levels', np.sqrt((1 - alpha_bar) / alpha_bar))
 
     @property
     def prediction(self) -> str:
@@ -105,7 +101,6 @@ class DDPM:
 
     def check_latents(self, latent_shape: Sequence[int]) -> None:
         """Any will do."""
-        del latent_shape
 
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
@@ -121,7 +116,7 @@ class DDPM:
         """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
         # Timesteps [B], and each column of the table at them, [B, 1, 1, 1].
-        t_B = DiscreteUniform(self.num_timesteps).step(quantiles_B)
+        t_B = self._timestep(quantiles_B)
         signal, spread, gain, log_least, log_most, snr = self._table.to(x.device)[t_B].T[:, :, None, None, None]
         out = predict(denoiser, signal * x + spread * noise, t_B, labels_B, learn_sigma=self.learned_variance)
         eps = out[:, : x.shape[1]]  # the first C channels
@@ -141,8 +136,7 @@ class DDPM:
 
     def noise_level(self, time: float) -> float:
         """``sqrt((1 - alpha_bar) / alpha_bar)`` of timestep ``floor(t T)``."""
-        step = DiscreteUniform(self.num_timesteps).step(torch.tensor(time, dtype=torch.float64))
-        alpha_bar = self.alphas_cumprod[step]
+        alpha_bar = self.alphas_cumprod[self._timestep(torch.tensor(time, dtype=torch.float64))]
         return float(((1 - alpha_bar) / alpha_bar).sqrt())
 
     def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
@@ -205,6 +199,10 @@ class DDPM:
         # 1 / alpha_bar = 1 + sigma^2.
         return noise_BCHW.double() * math.sqrt(1 + float(self._levels[-1]) ** 2)
 
+    def _timestep(self, u: Tensor) -> Tensor:
+        # In float64: in float32, the largest quantile below 1 times T would round up to T.
+        return (u.double() * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
+
     def _predict(self, denoiser: Denoiser, x_BCHW: Tensor, level: float, labels_B: Tensor) -> Tensor:
         t = float(np.interp(level, self._levels, np.arange(self.num_timesteps)))
         # An integer is what `predict` can hand over unrounded.
@@ -225,21 +223,18 @@ class DDPM:
         if self.schedule not in ('linear', 'cosine'):
             raise ValueError(f"DDPM: schedule={self.schedule!r} is neither 'linear' nor 'cosine'")
         betas = self.beta_start, self.beta_end
+        values = f'DDPM: beta_start={betas[0]}, beta_end={betas[1]}'
         if self.schedule == 'cosine' and betas != _DEFAULT_BETAS:
-            raise ValueError(
-                f"DDPM: beta_start={betas[0]}, beta_end={betas[1]} belong to schedule 'linear'; remove them or take it"
-            )
+            raise ValueError(f"{values} belong to schedule 'linear'; remove them or take it")
         if not 0 < betas[0] <= betas[1] < 1:
-            raise ValueError(f'DDPM: beta_start={betas[0]}, beta_end={betas[1]} must be 0 < beta_start <= beta_end < 1')
+            raise ValueError(f'{values} must be 0 < beta_start <= beta_end < 1')
 
 
 def evenly_spaced(num_timesteps: int, num_steps: int) -> list[int]:
     """The timesteps of a shortened chain: ADM's rule for one section, which DiT samples with.
 
     The first and the last are kept, and ``num_steps - 2`` at equal strides between, rounded to the nearest (halves to
-    even). The stride is added up in float64, as it is there: a product would round 283 of the 999 lists for T = 1000
-    otherwise. One step is the last timestep, where sampling begins. (ADM's rule gives the first, which takes noise for
-    data.)
+    even). One step is the last timestep, where sampling begins: ADM's rule gives the first, which takes noise for data.
 
     Raises:
         ValueError: ``num_steps`` is not between 1 and ``num_timesteps``.
@@ -250,6 +245,7 @@ def evenly_spaced(num_timesteps: int, num_steps: int) -> list[int]:
         )
     if num_steps == 1:
         return [num_timesteps - 1]
+    # Added up in float64, as it is there: a product would round 283 of the 999 lists for T = 1000 otherwise.
     strides = repeat((num_timesteps - 1) / (num_steps - 1), num_steps - 1)
     return [round(position) for position in accumulate(strides, initial=0.0)]
 
@@ -278,8 +274,7 @@ def _bound_in_bits(x: Tensor, error: Tensor, log_least: Tensor, log_variance: Te
 def _log_bin(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:
     """Logarithm of the probability of x's bin under a normal distribution whose mean lies ``error`` below x.
 
-    The outermost bins (beyond 0.999) are open, and no probability counts as less than 1e-12, as in ADM's code; the
-    distribution function is exact, where ADM's is a tanh that is off by up to 2e-4.
+    The outermost bins (beyond 0.999) are open, and no probability counts as less than 1e-12, as in ADM's code.
     """
     per_std, distance = torch.exp(-log_variance / 2), error.abs()
     # Mirrored to the left tail, where the difference of two small numbers is exact.
@@ -289,4 +284,4 @@ def _log_bin(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:
     return probability.clamp(min=_LEAST_PROBABILITY).log()
 
 
-_cdf = torch.special.ndtr
+_cdf = torch.special.ndtr  # exact, where ADM's is a tanh that is off by up to 2e-4

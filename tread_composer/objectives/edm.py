@@ -68,7 +68,6 @@ class EDM:
 
     def check_latents(self, latent_shape: Sequence[int]) -> None:
         """Any will do."""
-        del latent_shape
 
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
@@ -92,15 +91,11 @@ class EDM:
         return (sigma_B**2 + self.sigma_data**2) / (sigma_B * self.sigma_data) ** 2
 
     def denoise(self, denoiser: Denoiser, x_BCHW: Tensor, sigma_B: Tensor, labels_B: Tensor) -> Tensor:
-        """The denoised latents ``D(x; sigma)``, in the dtype of ``x`` (eq. 7; coefficients of Table 1).
+        """The denoised latents ``D(x; sigma)`` of noisy ones, in the dtype of ``x`` and ``sigma`` (eq. 7).
 
-        Args:
-            denoiser: The network F; it runs in float32 and is given ``ln(sigma) / 4``.
-            x_BCHW: Noisy latents.
-            sigma_B: Their noise levels, in the dtype of ``x``.
-            labels_B: Class ids.
+        The network F runs in float32 and is given ``ln(sigma) / 4``; the coefficients are those of Table 1.
         """
-        # Table 1: input and target of F have variance 1 where the data's deviation is sigma_data.
+        # Input and target of F have variance 1 where the data's deviation is sigma_data.
         variance_B = sigma_B**2 + self.sigma_data**2
         c_skip = (self.sigma_data**2 / variance_B).view(-1, 1, 1, 1)
         c_out = (sigma_B * self.sigma_data / variance_B.sqrt()).view(-1, 1, 1, 1)

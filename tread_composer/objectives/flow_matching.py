@@ -115,18 +115,9 @@ class FlowMatching:
     ) -> dict[str, Tensor]:
         """Losses per sample ``[B]`` in float32; see ``protocols.Objective``.
 
-        Args:
-            denoiser: The network.
-            latents_BCHW: Data.
-            labels_B: Class ids.
-            noise_BCHW: Standard normal noise.
-            quantiles_B: Uniform in (0, 1).
-            direction_switch_B: Multiplies the direction loss: 0 turns it off. On if None.
-
-        Returns:
-            ``'loss'``, the squared error of the velocity. With a weighting or the direction loss, ``'loss'`` is the
-            sum that is minimised, ``'mse'`` the plain squared error and ``'direction'`` the direction loss,
-            unweighted and also while it is off.
+        ``'loss'`` is the squared error of the velocity. With a weighting or the direction loss it is the sum that is
+        minimised, ``'mse'`` the plain squared error and ``'direction'`` the direction loss, unweighted and also while
+        it is off: ``direction_switch_B`` multiplies it, 0 turns it off.
         """
         x, noise = latents_BCHW.float(), noise_BCHW.float()
         t_B = self.times.quantile(quantiles_B.float())

@@ -9,6 +9,15 @@ from tread_composer.core.protocols import Denoiser
 
 __all__ = ['predict', 'squared_error']
 
+_ONE_CHANNEL = (
+    'this objective needs one output channel for each channel of the latents: set `learn_sigma: false` in the model '
+    '(weights that have the variance channels: tread_composer.models.without_sigma)'
+)
+_TWO_CHANNELS = (
+    'learned variance needs two output channels for each channel of the latents: set `learn_sigma: true` in the model, '
+    'or `learned_variance: false` in the objective'
+)
+
 
 def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, *, learn_sigma: bool = False) -> Tensor:
     """``denoiser(x, t, labels)`` with ``x``, ``t`` and the result in float32; whole timesteps stay integers.
@@ -22,20 +31,10 @@ def predict(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, *
     """
     # float64 states of a sampler and bfloat16 latents both arrive in float32.
     out = denoiser(x_BCHW.float(), t_B.float() if t_B.is_floating_point() else t_B, labels_B)
-    if learn_sigma:  # [B, 2C, H, W]: noise, then the place of the variance
-        if out.shape != (x_BCHW.shape[0], 2 * x_BCHW.shape[1], *x_BCHW.shape[2:]):
-            raise ValueError(
-                f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; learned variance needs two '
-                'output channels for each channel of the latents: set `learn_sigma: true` in the model, or '
-                '`learned_variance: false` in the objective'
-            )
-        return out.float()
-    if out.shape != x_BCHW.shape:
-        raise ValueError(
-            f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; this objective needs one output '
-            'channel for each channel of the latents: set `learn_sigma: false` in the model (weights that have the '
-            'variance channels: tread_composer.models.without_sigma)'
-        )
+    channels = x_BCHW.shape[1] * (2 if learn_sigma else 1)  # C, or 2C: noise, then the place of the variance
+    if out.shape != (x_BCHW.shape[0], channels, *x_BCHW.shape[2:]):
+        rule = _TWO_CHANNELS if learn_sigma else _ONE_CHANNEL
+        raise ValueError(f'the denoiser returns {list(out.shape)} for latents {list(x_BCHW.shape)}; {rule}')
     return out.float()
 
 

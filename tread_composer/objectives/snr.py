@@ -26,21 +26,13 @@ _LOWEST, _HIGHEST, _STEP = -100.0, 100.0, 0.1  # dB, the drawn range before the 
 
 @dataclass(frozen=True)
 class SNRDistribution:
-    """What SNR an objective trains on, in dB.
+    """What SNR an objective trains on, in dB."""
 
-    Args:
-        decibels: Where the density is given, ascending ``[K]``, float64.
-        density: Probability for each dB there ``[K]``, float64.
-        mean: Mean in dB.
-        std: Standard deviation in dB.
-        quantiles: 5 %, 50 % and 95 % quantile in dB.
-    """
-
-    decibels: Tensor
-    density: Tensor
-    mean: float
-    std: float
-    quantiles: tuple[float, float, float]
+    decibels: Tensor  # where the density is given, ascending [K], float64
+    density: Tensor  # probability per dB [K], float64
+    mean: float  # dB
+    std: float  # dB
+    quantiles: tuple[float, float, float]  # 5 %, 50 % and 95 %, dB
 
 
 def to_decibels(log_ratio: Tensor, data_std: float = 1.0) -> Tensor:
@@ -59,12 +51,8 @@ def from_times(
 ) -> SNRDistribution:
     """The distribution of the straight path ``(1 - t) x + t noise``: ``f(dB) = f_t(t) w(t) |dt / d dB| / E[w]``.
 
-    EDM's too, whose noise level is ``t / (1 - t)``.
-
-    Args:
-        times: How training times are spread.
-        data_std: Standard deviation of the latents as the network sees them.
-        weighting: The loss weight on the velocity; 1 if None.
+    EDM's too, whose noise level is ``t / (1 - t)``. ``data_std`` is the standard deviation of the latents as the
+    network sees them; ``weighting`` is the loss weight on the velocity, 1 if None.
     """
 
     def log_ratio(t: Tensor) -> Tensor:  # ln(alpha / sigma) = ln((1 - t) / t)
@@ -91,12 +79,8 @@ def from_steps(alphas_cumprod: Tensor, *, data_std: float = 1.0, weights: Tensor
     """The distribution of a discrete chain whose T steps are equally likely (DDPM).
 
     Mean, standard deviation and quantiles are those of the T values. The density is that of the straight lines between
-    neighbours, each of which holds the mean of their masses.
-
-    Args:
-        alphas_cumprod: ``alpha_bar`` of each step, falling, float64 ``[T]``.
-        data_std: Standard deviation of the latents as the network sees them.
-        weights: The loss weight of each step ``[T]``, beside that of the prediction; 1 if None.
+    neighbours, each of which holds the mean of their masses. ``alphas_cumprod`` falls, float64 ``[T]``; ``weights`` are
+    the loss weights of the steps ``[T]`` beside that of the prediction, 1 if None; ``data_std`` as for ``from_times``.
     """
     log_ratio = (alphas_cumprod / (1 - alphas_cumprod)).log() / 2  # ln(alpha / sigma): half of ln SNR
     decibels = to_decibels(log_ratio, data_std).flip(0)  # the chain falls, the result ascends
@@ -122,4 +106,6 @@ def _quantile(values: Tensor, below: Tensor, level: float) -> float:
     # that 5 % to 95 % holds 90 % of the steps, and for the median the middle.
     ends = torch.tensor([level - 1e-9, level + 1e-9], dtype=torch.float64)
     low, high = values[torch.searchsorted(below, ends).clamp(max=len(values) - 1)].tolist()
-    return low if level < 0.5 else high if level > 0.5 else (low + high) / 2
+    if level == 0.5:
+        return (low + high) / 2
+    return low if level < 0.5 else high

@@ -19,7 +19,7 @@ from torch import Tensor
 from tread_composer.core.bounds import Positive
 from tread_composer.core.protocols import TimeDistribution
 
-__all__ = ['CosMap', 'DiscreteUniform', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
+__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
 
 _LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it f' changes its sign
 _BISECTIONS = 60  # halves the unit interval to below float64's precision
@@ -133,53 +133,17 @@ class CosMap:
 
 
 @dataclass(frozen=True)
-class DiscreteUniform:
-    """DDPM's times (Ho et al. 2020, arXiv 2006.11239): ``num_steps`` steps, each as likely as any other.
-
-    Args:
-        num_steps: Length of the chain; 1000 in DDPM and DiT.
-
-    Raises:
-        ValueError: ``num_steps`` is below 1.
-    """
-
-    num_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        """Check the setting."""
-        if self.num_steps < 1:
-            raise ValueError(f'DiscreteUniform: num_steps={self.num_steps} must be at least 1')
-
-    def step(self, u: Tensor) -> Tensor:
-        """The step that a quantile stands for: int64, 0 (least noise) to ``num_steps - 1``."""
-        # In float64: in float32, the largest quantile below 1 times num_steps would round up.
-        return (u.double() * self.num_steps).long().clamp(0, self.num_steps - 1)
-
-    def quantile(self, u: Tensor) -> Tensor:
-        """The time of that step, ``(step + 1) / num_steps``: 0 is data, which no step is, and 1 the last step."""
-        return ((self.step(u) + 1).double() / self.num_steps).to(u.dtype)
-
-    def density(self, t: Tensor) -> Tensor:
-        """1 in (0, 1]: the mass of each step, spread evenly over the ``1 / num_steps`` that end at its time."""
-        return ((t > 0) & (t <= 1)).to(t.dtype)
-
-
-@dataclass(frozen=True)
 class Shifted:
     """Another distribution with its times moved by ``shift_times``, for another resolution or latent strength.
 
     ``Shifted(LogitNormal(m, s), shift)`` is ``LogitNormal(m + ln(shift), s)``.
-
-    Args:
-        distribution: The distribution to move.
-        shift: Above 1 trains more on noisy times; 1 changes nothing.
 
     Raises:
         ValueError: ``shift`` is not positive.
     """
 
     distribution: TimeDistribution
-    shift: float
+    shift: float  # above 1 trains more on noisy times; 1 changes nothing
 
     def __post_init__(self) -> None:
         """Check the setting."""
@@ -203,11 +167,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     SD3 (arXiv 2403.03206, eq. 23) moves the times of n pixels to those of m pixels with ``shift = sqrt(m / n)``, in
     this convention (t = 1 is noise). LightningDiT's "timestep shift 0.3" is the same formula with t = 1 at the data;
     here it is ``shift = 1 / 0.3``. On the straight path a shift changes the SNR by ``-20 lg(shift)`` dB at every
-    quantile.
-
-    Args:
-        t: Times in [0, 1].
-        shift: Above 1 moves them towards noise, below 1 towards data.
+    quantile. Above 1 it moves times towards noise, below 1 towards data.
 
     Raises:
         ValueError: ``shift`` is not positive.

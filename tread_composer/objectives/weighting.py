@@ -25,36 +25,10 @@ from torch import Tensor
 
 from tread_composer.core.bounds import Positive
 
-__all__ = ['MinSNR', 'Prediction', 'min_snr_weight']
+__all__ = ['MinSNR', 'Prediction']
 
 Prediction = Literal['x0', 'eps', 'v', 'flow']
 """What the network predicts; see the module's text."""
-
-
-def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
-    """The weight on the squared error of what the network predicts, in the shape and dtype of ``snr``.
-
-    Args:
-        snr: ``alpha^2 / sigma^2``, 0 and infinity included.
-        gamma: Where the weight of ``x0`` stops to grow; the paper takes 5.
-        prediction: ``'x0'``, ``'eps'``, ``'v'`` or ``'flow'``.
-
-    Raises:
-        ValueError: ``gamma`` is not positive, or there is no such prediction.
-    """
-    if not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(f'gamma={gamma} must be positive and finite')
-    clamped = snr.clamp(max=gamma)
-    if prediction == 'x0':
-        return clamped
-    # Each divides by the factor between the squared errors of x0 and of the prediction (see the module).
-    if prediction == 'eps':
-        return (gamma / snr).clamp(max=1.0)  # the same, and 1 at SNR 0
-    if prediction == 'v':
-        return clamped / (snr + 1)  # |dx0|^2 = |dv|^2 / (SNR + 1)
-    if prediction == 'flow':
-        return clamped / (snr.sqrt() + 1).square()  # t^2 = 1 / (sqrt(SNR) + 1)^2
-    raise ValueError(f"prediction={prediction!r}: choose 'x0', 'eps', 'v' or 'flow'")
 
 
 @dataclass(frozen=True)
@@ -76,5 +50,21 @@ class MinSNR:
             raise ValueError(f'MinSNR: gamma={self.gamma} must be positive and finite')
 
     def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor:
-        """``min_snr_weight`` with this gamma."""
-        return min_snr_weight(snr, self.gamma, prediction)
+        """The weight on the squared error of what the network predicts, in the shape and dtype of ``snr``.
+
+        ``snr`` is ``alpha^2 / sigma^2``, 0 and infinity included.
+
+        Raises:
+            ValueError: There is no such prediction.
+        """
+        clamped = snr.clamp(max=self.gamma)
+        if prediction == 'x0':
+            return clamped
+        # Each divides by the factor between the squared errors of x0 and of the prediction (see the module).
+        if prediction == 'eps':
+            return (self.gamma / snr).clamp(max=1.0)  # the same, and 1 at SNR 0
+        if prediction == 'v':
+            return clamped / (snr + 1)  # |dx0|^2 = |dv|^2 / (SNR + 1)
+        if prediction == 'flow':
+            return clamped / (snr.sqrt() + 1).square()  # t^2 = 1 / (sqrt(SNR) + 1)^2
+        raise ValueError(f"prediction={prediction!r}: choose 'x0', 'eps', 'v' or 'flow'")

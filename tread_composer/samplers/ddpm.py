@@ -1,8 +1,7 @@
 """Sampling step by step along the noise levels of a diffusion model: DDPM, which draws noise, and DDIM, which need not.
 
 Both work for an objective that is a ``protocols.ReverseChain``, in its coordinates: x at time sigma is ``data + sigma
-noise``. The predicted data are not clipped: latents have no bounds (DiT: ``clip_denoised=False``). Call them under
-``torch.no_grad()``.
+noise``. The predicted data are not clipped: latents have no bounds (DiT: ``clip_denoised=False``).
 
 Shapes: B samples, C channels, H x W latent pixels.
 """
@@ -28,47 +27,32 @@ _of_a_chain = needs(
 def ddpm(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Ancestral sampling: each step draws from the reverse chain (Ho et al. 2020, arXiv 2006.11239, Algorithm 2).
 
-    Args:
-        equation: Has the chain; its variances are those of the chain that visits ``times`` only.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]`` noise levels, descending.
-        noise: Fresh noise; step k is that from ``times[k]``. Not asked for a step to 0.
-
-    Returns:
-        x at ``times[-1]``, float64.
+    The chain is the one that visits ``times`` only; its variances are the chain's own.
     """
     x = x_BCHW.double()
     for step, (time, next_time) in enumerate(pairwise(times.double())):
-        mean, std = equation.transition(x, time, next_time)
+        mean, std = equation.transition(x, time, next_time)  # [B, C, H, W] both
+        # Algorithm 2, line 3: z = 0 in the last step, which is to the data themselves.
         x = mean if next_time == 0 else mean + std * noise(step).double()
     return x
 
 
 @_of_a_chain
 def ddim(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /, *, eta: float = 0.0) -> Tensor:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
+    """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16), which draws nothing with ``eta`` 0.
 
-    With ``eta`` 0 nothing is drawn, and in these coordinates it is Euler's method on the drift.
-
-    Args:
-        equation: Has the drift.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]`` noise levels, descending.
-        noise: Fresh noise; step k is that from ``times[k]``. Asked only with ``eta`` above 0, not for a step to 0.
-        eta: Share of the true posterior's standard deviation that each step draws anew, 0 to 1.
-
-    Returns:
-        x at ``times[-1]``, float64.
+    ``eta`` in [0, 1] is the share of the true posterior's standard deviation that each step draws anew.
 
     Raises:
         ValueError: ``eta`` is not in [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta={eta} must be between 0 (draws nothing) and 1 (draws as much as the true posterior)')
-    x = x_BCHW.double()
+    x = x_BCHW.double()  # data + sigma noise: x_t over sqrt(alpha_bar)
     for step, (time, next_time) in enumerate(pairwise(times.double())):
-        fresh = eta * float(next_time / time) * math.sqrt(time**2 - next_time**2)  # 0 in a step to 0
-        # The drift takes the noise down so far that, with the fresh noise, the level is next_time.
+        # Eq. 16 in noise levels: with eta 1 the posterior's deviation. 0 in a step to 0.
+        fresh = eta * float(next_time / time) * math.sqrt(time**2 - next_time**2)
+        # The drift takes the noise down so far that, with the fresh noise, the level is next_time: variances add up.
         x = x + (math.sqrt(next_time**2 - fresh**2) - float(time)) * equation.drift(x, time)
         if fresh:
             x = x + fresh * noise(step).double()

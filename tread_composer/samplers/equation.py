@@ -35,8 +35,6 @@ class Clock:
 class Equation:
     """An objective's sampling equation for one denoiser and the labels of one batch.
 
-    Whatever asks the denoiser first sets the clock, so that guidance knows where sampling stands.
-
     Args:
         objective: Has the equation (``protocols.Objective``); with ``transition`` or ``score``, the equation has them.
         denoiser: The network, guided or not.
@@ -46,27 +44,29 @@ class Equation:
 
     def __init__(self, objective: Any, denoiser: Denoiser, labels_B: Tensor, clock: Clock | None = None) -> None:
         self.objective, self.clock = objective, clock or Clock()
-        self._denoiser, self._labels_B = denoiser, labels_B
+        self._denoiser, self._labels_B = denoiser, labels_B  # int64 [B]
 
     def drift(self, x_BCHW: Tensor, time: Tensor) -> Tensor:
         """``dx/dtime`` at a time, a float64 scalar; float64."""
-        self.clock.times.append(float(time))
+        self.clock.times.append(float(time))  # before the network runs: its guidance may depend on the time
         return self.objective.drift(self._denoiser, self._labels_B)(x_BCHW, time)
 
     def transition(self, x_BCHW: Tensor, time: Tensor, next_time: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x at ``next_time``, float64, of a ``protocols.ReverseChain``."""
-        self.clock.times.append(float(time))
+        self.clock.times.append(float(time))  # one network call, as for a drift
         return self.objective.transition(self._denoiser, self._labels_B)(x_BCHW, time, next_time)
 
     def score(self, x_BCHW: Tensor, drift_BCHW: Tensor, time: Tensor) -> Tensor:
-        """The score that belongs to a drift at this place; asks no network."""
-        return self.objective.score(x_BCHW, drift_BCHW, time)
+        """The score that belongs to a drift at this place."""
+        return self.objective.score(x_BCHW, drift_BCHW, time)  # arithmetic alone: the clock stands still
 
 
 Sampler = Callable[Concatenate[Equation, Tensor, Tensor, StepNoise, ...], Tensor]
 """``sampler(equation, x_BCHW, times, noise, /, **settings) -> x_BCHW`` at ``times[-1]``, float64.
 
-It walks from ``times[0]`` through the descending ``times``. Its settings are keyword-only arguments with defaults.
+It walks from ``x_BCHW`` at ``times[0]`` through ``times`` ``[num_steps + 1]``, descending, in the time of the
+objective's equation. ``noise(k)`` is fresh noise for the step that begins at ``times[k]``; a sampler that draws nothing
+does not ask. Its settings are keyword-only arguments with defaults. To be called under ``torch.no_grad()``.
 """
 
 _Marked = TypeVar('_Marked', bound=Callable[..., Tensor])

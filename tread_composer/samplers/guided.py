@@ -24,38 +24,25 @@ from tread_composer.samplers.settings import SamplingSettings
 
 __all__ = ['SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser']
 
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # a step that is meant to lie on a bound of the interval (0.6 of a grid) may be off by this share
 
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """What one image takes.
+    """What one image takes."""
 
-    Attributes:
-        gmacs: 10^9 multiply-adds of all network calls together (what the DiT paper calls Gflops).
-        evaluations: How often the sampler asks for a prediction.
-        guided: How many of these are guided.
-    """
-
-    gmacs: float
-    evaluations: int
-    guided: int
+    gmacs: float  # 10^9 multiply-adds of all network calls together (what the DiT paper calls Gflops)
+    evaluations: int  # how often the sampler asks for a prediction
+    guided: int  # how many of these are guided
 
 
 def check_guidance(
     settings: SamplingSettings, denoiser: nn.Module, *, channels: int, num_classes: int, weak: nn.Module | None = None
 ) -> None:
-    """Refuse guidance that this network cannot give.
-
-    Args:
-        settings: What is asked for.
-        denoiser: The network.
-        channels: C, of the latents.
-        num_classes: 0 for a model without classes.
-        weak: The second network.
+    """Refuse guidance that this network, for latents of C ``channels``, cannot give.
 
     Raises:
-        ValueError: Classes, routes or the second network are missing, or what is asked for guides backwards.
+        ValueError: Classes, routes or the second network ``weak`` are missing, or the settings guide backwards.
     """
     provider, kind = settings.provider, settings.guidance
     check_channels(settings.guided_channels, channels)
@@ -79,16 +66,13 @@ def guided_denoiser(
     """The denoiser with all that ``settings`` ask for around it, for one run of a sampler on one batch.
 
     Args:
-        denoiser: The network.
-        settings: What is asked for, checked by ``check_guidance``.
+        denoiser: The network; returned as it is where there is nothing to guide.
+        settings: Checked by ``check_guidance``.
         null_label: The label that stands for no class.
         random: Keyed by the samples' seeds.
         clock: That of the sampler's ``Equation``.
         times: The objective's sampling times.
         weak: The second network.
-
-    Returns:
-        ``denoiser`` itself where there is nothing to guide.
     """
     if settings.provider is None or not settings.guides:
         return denoiser
@@ -105,36 +89,28 @@ def guidance_cost(
     null_label: int,
     weak: Any = None,
 ) -> SamplingCost:
-    """Count the multiply-adds of one image, by walking through sampling with shapes alone.
+    """Count the multiply-adds of one image with latents C x H x W, by walking through sampling with shapes alone.
 
     The guided denoiser is run as it will be, with networks that count in place of the real ones; each distinct call is
     counted once, on torch's meta device. Drawing tokens, guiding and decoding are not counted.
-
-    Args:
-        denoiser: The network.
-        objective: Has the sampling equation.
-        settings: What is asked for.
-        latent_shape: C, H and W.
-        null_label: The label that stands for no class.
-        weak: The second network.
 
     Raises:
         ValueError: The sampler or its settings do not fit, or the guidance does not fit the network.
     """
     check_sampler(settings.sampler, objective, settings.sampler_settings)
     check_guidance(settings, denoiser, channels=latent_shape[0], num_classes=null_label, weak=weak)
-    times, clock, spent = objective.sampling_times(settings.num_steps), Clock(), _Spent()
-    learned = objective.learned_variance
-    strong = _Counting(denoiser, spent, latent_shape, learned)
-    second = None if weak is None else _Counting(weak, spent, latent_shape, learned)
+    times, clock = objective.sampling_times(settings.num_steps), Clock()
+    strong = _Counting(denoiser, latent_shape, objective.learned_variance)
+    second = None if weak is None else _Counting(weak, latent_shape, objective.learned_variance)
     guided = guided_denoiser(
         strong, settings, null_label=null_label, random=KeyedRandom(0, 0, [0]), clock=clock, times=times, weak=second
     )
     small = torch.zeros(1, latent_shape[0], 1, 1, dtype=torch.float64)  # the equation works on each pixel alone
     equation = Equation(objective, guided, torch.zeros(1, dtype=torch.int64), clock)
     integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
-    num_guided = guided.num_guided if isinstance(guided, _Guided) else 0
-    return SamplingCost(spent.macs / 1e9, len(clock.times), num_guided)
+    # Drift and step noise are zeros of one pixel: only the calls count.
+    macs = strong.macs + (second.macs if second else 0)
+    return SamplingCost(macs / 1e9, len(clock.times), guided.num_guided if isinstance(guided, _Guided) else 0)
 
 
 class _Guided:
@@ -142,46 +118,36 @@ class _Guided:
 
     def __init__(self, run: SamplingRun, branches: Branches, settings: SamplingSettings) -> None:
         self.run, self.branches, self.settings = run, branches, settings
-        self.num_tokens, self.num_guided = run.denoiser.num_tokens, 0
+        self.num_tokens, self.num_guided = run.denoiser.num_tokens, 0  # N of one image; evaluations
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
-        if not self._is_inside():
-            return self.run.denoiser(x_BCHW, t_B, labels_B)
+        settings = self.settings
+        if settings.guidance_interval is not None:
+            low, high = (end * (1 + _ROUNDING) for end in settings.guidance_interval)
+            if not low < self.run.clock.time <= high:  # (low, high], as in Kynkaanniemi et al., section 3
+                return self.run.denoiser(x_BCHW, t_B, labels_B)
         strong, weak = self.branches(x_BCHW, t_B, labels_B)
-        if weak is None:
+        if weak is None:  # the provider found both branches alike
             return strong
         self.num_guided += 1
-        settings = self.settings
         return guide(strong, weak, settings.guidance_scale, x_BCHW.shape[1], settings.guided_channels)
-
-    def _is_inside(self) -> bool:
-        if self.settings.guidance_interval is None:
-            return True
-        # Relax both bounds by a rounding tolerance: a step that is meant to lie on one (0.6 of a grid) may be off.
-        low, high = (end * (1 + _ROUNDING) for end in self.settings.guidance_interval)
-        return low < self.run.clock.time <= high
-
-
-class _Spent:
-    def __init__(self) -> None:
-        self.macs = 0
 
 
 class _Counting(nn.Module):
-    """Stands for a network: adds what a call would cost and predicts 0. The network is inside, routes and all."""
+    """Stands for a network: adds up what its calls would cost and predicts 0. The network is inside, routes and all."""
 
-    def __init__(self, network: Any, spent: _Spent, latent_shape: tuple[int, ...], learned_variance: bool) -> None:
+    def __init__(self, network: Any, latent_shape: tuple[int, ...], learned_variance: bool) -> None:
         super().__init__()
         self.network, self.routing, self.num_tokens = network, routing_of(network), network.num_tokens
-        self._spent, self._factor = spent, 2 if learned_variance else 1
-        self._macs: Callable[[tuple[int, ...] | None], int] = cache(partial(_macs, network, latent_shape))
+        self.macs, self._factor = 0, 2 if learned_variance else 1  # O = C, or 2C with a variance
+        self._macs_of: Callable[[tuple[int, ...] | None], int] = cache(partial(_macs, network, latent_shape))
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
         counts = None
         if self.routing is not None and self.routing.in_evaluation and self.routing.kept is not None:
-            counts = tuple(ids.shape[1] for ids in self.routing.kept)
-        self._spent.macs += x_BCHW.shape[0] * self._macs(counts)  # a doubled batch is two calls for one image
-        return x_BCHW.repeat(1, self._factor, 1, 1)[:, : self._factor * x_BCHW.shape[1]] * 0
+            counts = tuple(ids.shape[1] for ids in self.routing.kept)  # K kept tokens of each route, ids [B, K]
+        self.macs += x_BCHW.shape[0] * self._macs_of(counts)  # a doubled batch is two calls for one image
+        return x_BCHW.repeat(1, self._factor, 1, 1) * 0
 
 
 def _macs(network: nn.Module, latent_shape: tuple[int, ...], counts: tuple[int, ...] | None) -> int:
@@ -190,7 +156,7 @@ def _macs(network: nn.Module, latent_shape: tuple[int, ...], counts: tuple[int, 
     tensors = {name: torch.empty_like(value, device='meta') for name, value in named.items()}
     dtype = next(network.parameters()).dtype
     x = torch.empty(1, *latent_shape, device='meta', dtype=dtype)
-    inputs = x, x[:, 0, 0, 0], torch.zeros(1, dtype=torch.int64, device='meta')
+    inputs = x, x[:, 0, 0, 0], torch.zeros(1, dtype=torch.int64, device='meta')  # x [1, C, H, W], t [1], label [1]
     routing, modes = routing_of(network), {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -202,6 +168,7 @@ def _macs(network: nn.Module, latent_shape: tuple[int, ...], counts: tuple[int, 
                 with routing.forced(kept, num_tokens=network.num_tokens):  # type: ignore[arg-type]
                     functional_call(network, tensors, inputs)
     finally:
+        # Module by module: a part that was frozen in evaluation mode stays so.
         for module, mode in modes.items():
             module.training = mode
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # torch counts a multiply-add as two

@@ -1,6 +1,6 @@
-"""Integrators of ``dx/dtime = drift(x, time)`` from noise to data, in float64.
+"""Integrators of ``dx/dtime = drift(x, time)`` from noise to data (see ``Sampler``).
 
-They draw nothing: a sample depends on its starting noise and label alone. Call them under ``torch.no_grad()``.
+They draw nothing: a sample depends on its starting noise and label alone.
 
 Shapes: B samples, C channels, H x W latent pixels.
 """
@@ -12,25 +12,16 @@ from torch import Tensor
 from tread_composer.core.protocols import StepNoise
 from tread_composer.samplers.equation import Equation
 
-__all__ = ['euler', 'heun']
+__all__ = ['euler', 'heun', 'heun_step']
 
 
 def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
-    """Euler's method: one drift per step, first order.
-
-    Args:
-        equation: Has the drift.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]``, in the order to walk.
-        noise: Not asked.
-
-    Returns:
-        x at ``times[-1]``, float64.
-    """
+    """Euler's method: one drift per step, first order."""
     del noise
+    # float64 throughout: a step adds a small difference to x, and float32 would round it off a thousand times.
     x = x_BCHW.double()
     for time, next_time in pairwise(times.double()):
-        x = x + (next_time - time) * equation.drift(x, time)
+        x = x + (next_time - time) * equation.drift(x, time)  # next_time - time < 0: from noise to data
     return x
 
 
@@ -38,21 +29,19 @@ def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /)
     """Heun's method: two drifts per step, second order (EDM, arXiv 2206.00364, Algorithm 1 without churn).
 
     A step to time 0 is an Euler step, since EDM's drift divides by the time there: ``2 n - 1`` drifts for n steps.
-
-    Args:
-        equation: Has the drift.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]``, in the order to walk.
-        noise: Not asked.
-
-    Returns:
-        x at ``times[-1]``, float64.
     """
     del noise
     x = x_BCHW.double()
     for time, next_time in pairwise(times.double()):
-        slope = equation.drift(x, time)
-        # Predict with Euler, then correct with the mean slope of both ends (the trapezoidal rule).
-        ahead = x + (next_time - time) * slope
-        x = ahead if next_time == 0 else x + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2
+        x = heun_step(equation, x, time, next_time)
     return x
+
+
+def heun_step(equation: Equation, x_BCHW: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+    """One step of ``heun``: x at ``next_time``, float64."""
+    slope = equation.drift(x_BCHW, time)
+    ahead = x_BCHW + (next_time - time) * slope  # predicted by Euler (Algorithm 1, line 5)
+    if next_time == 0:
+        return ahead
+    # Corrected by the mean slope of both ends, the trapezoidal rule (lines 7 and 8).
+    return x_BCHW + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2

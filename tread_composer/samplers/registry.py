@@ -33,26 +33,22 @@ def sampler_named(name: str) -> Sampler:
 
 
 def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None = None) -> None:
-    """Refuse a sampler that does not exist, does not fit the objective or does not have these settings.
-
-    Args:
-        name: The sampler's name.
-        objective: An objective, or the class of one.
-        settings: Keyword arguments for the sampler.
+    """Refuse a sampler that does not exist, does not fit the objective (or its class) or does not have these settings.
 
     Raises:
         ValueError: Says which, and what to take instead.
     """
     sampler = sampler_named(name)
-    attribute, does, instead = getattr(sampler, 'needs', (None, '', ''))
+    attribute, does, instead = getattr(sampler, 'needs', (None, '', ''))  # set by the decorator `needs`
     if attribute is not None and not hasattr(objective, attribute):
         kind = objective if isinstance(objective, type) else type(objective)
         raise ValueError(f'{name!r} {does}, which {kind.__name__} does not have; {instead}')
+    # A sampler's settings are its keyword-only arguments.
     parameters = inspect.signature(sampler).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = sorted(set(settings or {}) - set(names))
-    if unknown:
-        raise ValueError(f'{name!r} has no settings {unknown}; it has {names or "none"}')
+    foreign = sorted(set(settings or {}) - set(names))
+    if foreign:
+        raise ValueError(f'{name!r} has no settings {foreign}; it has {names or "none"}')
 
 
 def integrate(
@@ -63,7 +59,7 @@ def integrate(
     noise: StepNoise,
     settings: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """From ``x_BCHW`` at ``times[0]`` to x at ``times[-1]`` by the sampler of this name, float64.
+    """From ``x_BCHW`` at ``times[0]`` to x at ``times[-1]`` by the sampler of this name, float64 (see ``Sampler``).
 
     Raises:
         ValueError: As ``check_sampler``, or a setting is out of range.

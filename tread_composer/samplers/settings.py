@@ -13,7 +13,7 @@ from tread_composer.samplers.guidance.provider import GuidanceProvider, GuidedCh
 
 __all__ = ['SamplingSettings']
 
-_GUIDED_ONLY = ('guidance_interval', 'guided_channels')
+_GUIDED_ONLY = ('guidance_interval', 'guided_channels')  # without effect where nothing is guided
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SamplingSettings:
     """How images are drawn: the sampling part of an evaluation protocol.
 
     Args:
-        sampler: Name of a sampler (``samplers.check_sampler`` knows which fit an objective).
+        sampler: Name of a sampler (``samplers.check_sampler``: which fit an objective).
         num_steps: Its steps.
         sampler_settings: Its further settings, such as ``{'eta': 0.5}`` for ``'ddim'``.
         guidance: Where the weak prediction comes from, of ``samplers.GUIDANCE``; ``'none'`` is no guidance.
@@ -47,6 +47,7 @@ class SamplingSettings:
     guidance_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A frozen dataclass: what is made canonical here is set past its guard.
         check_choice('guided_channels', self.guided_channels, GuidedChannels)
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number, at least 1')
@@ -72,6 +73,7 @@ class SamplingSettings:
     def guides(self) -> bool:
         """Whether any prediction can differ from the plain conditional one."""
         low, high = self.guidance_interval or (0.0, math.inf)
+        # Scale 1 is the strong prediction; (low, low] is empty.
         return self.provider is not None and self.guidance_scale != 1 and low < high
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,11 +81,12 @@ class SamplingSettings:
         skipped = ['guidance_settings', *(_GUIDED_ONLY if self.provider is None else ())]
         tree = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         if tree.get('guidance_interval') is not None:
-            tree['guidance_interval'] = list(tree['guidance_interval'])
+            tree['guidance_interval'] = list(tree['guidance_interval'])  # JSON has no tuples
         return {**tree, **self.guidance_settings}
 
     def protocol(self, routes: Sequence[Route] = ()) -> dict[str, Any]:
         """``to_dict`` and what else decides the images of a model with these routes, for the protocol of a number."""
+        # Which blocks are routed, for example, decides sparse guidance.
         return {**self.to_dict(), **(self.provider.protocol_facts(routes) if self.provider else {})}
 
     @classmethod
@@ -94,13 +97,14 @@ class SamplingSettings:
             ValueError: A key is unknown or a value not allowed.
         """
         field_names = {entry.name for entry in dataclasses.fields(cls)}
+        # Flat, as ``to_dict`` writes it: what is no field is a setting of the guidance.
         of_guidance = {name: value for name, value in tree.items() if name not in field_names}
-        allowed = [*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))]
-        unknown = sorted(set(of_guidance) - set(allowed))
-        if unknown:
-            raise ValueError(f'sampling: {", ".join(unknown)}: unknown; known are {", ".join(dict.fromkeys(allowed))}')
-        settings = {**tree.get('guidance_settings', {}), **of_guidance}
-        return cls(**{**{name: tree[name] for name in tree if name in field_names}, 'guidance_settings': settings})
+        allowed = dict.fromkeys([*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))])
+        foreign = sorted(of_guidance.keys() - allowed.keys())
+        if foreign:
+            raise ValueError(f'sampling: {", ".join(foreign)}: unknown; known are {", ".join(allowed)}')
+        fields = {name: value for name, value in tree.items() if name in field_names}
+        return cls(**{**fields, 'guidance_settings': {**tree.get('guidance_settings', {}), **of_guidance}})
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -111,6 +115,7 @@ class SamplingSettings:
     def _check_numbers(self) -> None:
         if not _is_number(self.guidance_scale):
             raise ValueError(f'guidance_scale={self.guidance_scale!r}: must be a finite number')
+        # Below 0 the result lies on the far side of the weak prediction, which is no guidance of any paper.
         if self.guidance_scale < 0:
             raise ValueError(
                 f'guidance_scale={self.guidance_scale}: must be 0 or more; 1 is no guidance, above 1 guides'
@@ -131,10 +136,9 @@ class SamplingSettings:
                 f"guidance_scale: {self.guidance_scale} says how far to guide, but guidance is 'none'; set guidance to "
                 f'{_either(list(GUIDANCE))}, or leave the scale at 1'
             )
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
         for name in _GUIDED_ONLY:
-            if getattr(self, name) != defaults[name]:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if value != getattr(type(self), name):  # a dataclass keeps plain defaults as class attributes
                 raise ValueError(f"{name}: {value!r} has no effect with guidance 'none'; it belongs to guidance")
 
     def _misplaced(self, name: str, value: object) -> str:
@@ -153,4 +157,5 @@ def _either(names: Sequence[str]) -> str:
 
 
 def _is_number(value: object) -> bool:
+    # True is an int in Python, and JSON has neither inf nor nan.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

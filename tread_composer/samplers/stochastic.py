@@ -1,6 +1,6 @@
 """Samplers that add fresh noise on the way: EDM's Heun with churn, and Euler-Maruyama on flow matching's SDE.
 
-Call them under ``torch.no_grad()``. Shapes: B samples, C channels, H x W latent pixels.
+Shapes: B samples, C channels, H x W latent pixels.
 """
 
 import math
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tread_composer.core.protocols import StepNoise
 from tread_composer.samplers.equation import Equation, needs
+from tread_composer.samplers.ode import heun_step
 
 __all__ = ['edm_heun', 'sde']
 
-_MOST_CHURN = math.sqrt(2) - 1
+_MOST_CHURN = math.sqrt(2) - 1  # fresh noise of at most the variance that x holds: (1 + gamma)^2 = 2
 
 
 @needs('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none")
@@ -25,28 +26,16 @@ def edm_heun(
     noise: StepNoise,
     /,
     *,
-    S_churn: float = 0.0,
-    S_min: float = 0.0,
-    S_max: float = math.inf,
-    S_noise: float = 1.0,
+    S_churn: float = 0.0,  # of the whole trajectory
+    S_min: float = 0.0,  # lowest noise level with churn
+    S_max: float = math.inf,  # highest noise level with churn
+    S_noise: float = 1.0,  # deviation of the fresh noise over what the raised level asks for
 ) -> Tensor:
     """Heun's method that first raises the noise level of a step a little (EDM, arXiv 2206.00364, Algorithm 2).
 
-    Without churn it is ``heun``. Names and defaults of the settings are the paper's.
-
-    Args:
-        equation: Has the drift, over noise levels.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]`` noise levels, descending.
-        noise: Fresh noise; asked only in steps that churn.
-        S_churn: Churn of the whole trajectory; a step raises its level by the factor ``1 + min(S_churn / num_steps,
-            sqrt(2) - 1)``.
-        S_min: Lowest noise level with churn.
-        S_max: Highest noise level with churn.
-        S_noise: Standard deviation of the fresh noise, relative to what the raised level asks for.
-
-    Returns:
-        x at ``times[-1]``, float64.
+    Names and defaults of the settings are the paper's; without churn it is ``heun``. A step from a noise level between
+    ``S_min`` and ``S_max`` raises it by the factor ``1 + min(S_churn / num_steps, sqrt(2) - 1)`` with fresh noise,
+    whose standard deviation is multiplied by ``S_noise``.
 
     Raises:
         ValueError: A setting is out of range.
@@ -55,17 +44,15 @@ def edm_heun(
         raise ValueError(
             f'S_churn={S_churn}, S_noise={S_noise} must be 0 or more, and 0 <= S_min={S_min} <= S_max={S_max}'
         )
-    gamma = min(S_churn / (len(times) - 1), _MOST_CHURN)
+    gamma = min(S_churn / (len(times) - 1), _MOST_CHURN)  # line 3; N steps
     x = x_BCHW.double()
     for step, (time, next_time) in enumerate(pairwise(times.double())):
         if gamma and S_min <= float(time) <= S_max:
-            raised = time * (1 + gamma)
-            # x holds noise of variance time^2; fresh noise of the difference brings it to raised^2.
+            raised = time * (1 + gamma)  # line 5
+            # x holds noise of variance time^2; fresh noise of the difference brings it to raised^2 (line 6).
             x = x + float((raised**2 - time**2).sqrt()) * S_noise * noise(step).double()
             time = raised
-        slope = equation.drift(x, time)
-        ahead = x + (next_time - time) * slope
-        x = ahead if next_time == 0 else x + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2
+        x = heun_step(equation, x, time, next_time)  # lines 7 to 11
     return x
 
 
@@ -77,26 +64,15 @@ def sde(
     noise: StepNoise,
     /,
     *,
-    last_step: float = 0.04,
-    diffusion: float = 1.0,
+    last_step: float = 0.04,  # in t
+    diffusion: float = 1.0,  # w / t
 ) -> Tensor:
     """Euler-Maruyama on the reverse SDE of flow matching, as SiT samples (arXiv 2401.08740; its form ``sigma``).
 
     With t = 0 for data, a step of size s is ``x + s (w score - velocity) + sqrt(2 w s) noise``, with ``w = diffusion
-    t`` (SiT's code calls w the diffusion; the paper's w is twice that). The last step, from ``t = last_step`` to 0,
-    adds no noise (SiT: "Mean"). The other steps have the spacing of ``times``, squeezed between the start and
-    ``last_step``. Each step is one network call.
-
-    Args:
-        equation: Has the drift, which is the velocity, and the score that belongs to it.
-        x_BCHW: The start, at ``times[0]``.
-        times: ``[num_steps + 1]`` times, descending to 0.
-        noise: Fresh noise; not asked for the last step.
-        last_step: Size of the last step.
-        diffusion: How much noise is added on the way and taken out again; 0 is Euler's method on these times.
-
-    Returns:
-        x at time 0, float64.
+    t`` (SiT's code calls w the diffusion; the paper's w is twice that): so much noise is added on the way and taken out
+    again, and 0 is Euler's method. The last step, from ``t = last_step`` to 0, adds no noise (SiT: "Mean"). The other
+    steps have the spacing of ``times``, squeezed between the start and ``last_step``. Each step is one network call.
 
     Raises:
         ValueError: A setting is out of range.
@@ -107,12 +83,12 @@ def sde(
         raise ValueError(f'diffusion={diffusion} must be 0 or more')
     x = x_BCHW.double()
     for step, (time, next_time) in enumerate(pairwise(_squeezed(times.double(), last_step))):
-        size, w = float(time - next_time), diffusion * float(time)
+        size, w = float(time - next_time), diffusion * float(time)  # w ends at 0 with the data, as the noise does
         velocity = equation.drift(x, time)
         # Time runs down, so the velocity is subtracted; the score takes out what the fresh noise below adds.
         x = x + size * (w * equation.score(x, velocity, time) - velocity)
         if next_time > 0 and w:
-            x = x + math.sqrt(2 * w * size) * noise(step).double()
+            x = x + math.sqrt(2 * w * size) * noise(step).double()  # variance 2 w per unit of time
     return x
 
 

@@ -30,7 +30,7 @@ def guidance_named(name: str) -> Callable[..., GuidanceProvider]:
         ValueError: There is none of this name.
     """
     try:
-        return part_named(name, {'none': None, **GUIDANCE})
+        return part_named(name, {'none': None, **GUIDANCE})  # 'none' is among the choices that a refusal lists
     except ValueError as error:
         raise ValueError(f'guidance: {error}') from None
 
@@ -43,7 +43,7 @@ def guidance_defaults(name: str) -> dict[str, Any]:
     """
     if name == 'none':
         return {}
-    parameters = inspect.signature(guidance_named(name)).parameters
+    parameters = inspect.signature(guidance_named(name)).parameters  # the constructor is the schema
     return {key: parameter.default for key, parameter in parameters.items()}
 
 

@@ -3,28 +3,26 @@
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tread_composer.routing import Route
-from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.guidance.provider import (
     Branches,
+    GuidanceProvider,
     SamplingRun,
+    Unlabelled,
     WeakLabel,
     check_choice,
     needs_classes,
-    without_label,
 )
 
 __all__ = ['Autoguidance']
 
 
 @dataclass(frozen=True)
-class Autoguidance:
+class Autoguidance(GuidanceProvider):
     """A second network of the same objective, for the same latents: an early checkpoint, a smaller model.
 
     Args:
@@ -52,18 +50,12 @@ class Autoguidance:
                 "guidance: 'auto' needs a second, weaker network, such as an early checkpoint of the same run"
             )
 
-    def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
-        """Any network will do."""
-
-    def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:
-        """The settings say all; which network it is, the protocol says under ``weak``."""
-        return {}
-
     def branches(self, run: SamplingRun) -> Branches:
         """See ``GuidanceProvider``."""
-        weak = without_label(run.weak, run.null_label) if self.weak_label == 'null' else run.weak
+        weak = Unlabelled(run.weak, run.null_label) if self.weak_label == 'null' else run.weak
 
         def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+            # Two calls: the networks may differ in size, so they cannot share a batch.
             return run.denoiser(x_BCHW, t_B, labels_B), weak(x_BCHW, t_B, labels_B)
 
         return branches_at

@@ -21,61 +21,54 @@ __all__ = [
     'GuidanceProvider',
     'GuidedChannels',
     'SamplingRun',
+    'Unlabelled',
     'WeakLabel',
     'check_channels',
     'check_choice',
     'guide',
     'needs_classes',
-    'without_label',
 ]
 
-GuidedChannels = Literal['all', 'first3']
-WeakLabel = Literal['same', 'null']
+GuidedChannels = Literal['all', 'first3']  # of the latents
+WeakLabel = Literal['same', 'null']  # the class of the weak branch
 
 Branches = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """``branches(x_BCHW, t_B, labels_B) -> strong, weak``: both predictions; weak is None where nothing is to be guided."""
 
-_FIRST = 3  # the channels that DiT's scripts guide, out of 4
+_FIRST = 3  # DiT's scripts guide three of the four channels of SD-VAE latents
 
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """One run of a sampler on one batch, as a provider sees it.
+    """One run of a sampler on one batch, as a provider sees it."""
 
-    Attributes:
-        denoiser: The network.
-        weak: The second network, if there is one.
-        null_label: The label that stands for no class.
-        random: Keyed by the samples' seeds, one row for each sample of the batch.
-        clock: Tells time and number of the present evaluation.
-        times: The objective's sampling times ``[num_steps + 1]``, descending.
-    """
-
-    denoiser: Any
-    weak: Any
-    null_label: int
-    random: KeyedRandom
-    clock: Clock
-    times: Tensor
+    denoiser: Any  # the network
+    weak: Any  # the second network, or None
+    null_label: int  # stands for no class
+    random: KeyedRandom  # keyed by the samples' seeds: one row for each sample of the batch
+    clock: Clock  # tells time and number of the present evaluation
+    times: Tensor  # the objective's sampling times [num_steps + 1], descending, float64
 
 
 class GuidanceProvider(Protocol):
-    """Where the weak prediction comes from. The constructor's arguments are its settings, checked there."""
+    """Where the weak prediction comes from. The constructor's arguments are its settings, checked there.
 
-    second_network: ClassVar[bool]
+    Ours inherit what stands here: any model will do, and the settings say all.
+    """
+
+    second_network: ClassVar[bool] = False
     """Whether a second network may be given."""
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """Refuse, with a ``ValueError`` in words, a model that cannot be guided like this."""
-        ...
 
     def prepare(self, network: nn.Module, *, routes: Sequence[Route], always_keep: AlwaysKeep) -> None:
         """Make a trained network ready; ``ValueError`` if its training lacked what the weak prediction needs."""
-        ...
 
     def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:
         """What decides the images besides the settings, for the protocol of a number."""
-        ...
+        del routes
+        return {}
 
     def branches(self, run: SamplingRun) -> Branches:
         """Both predictions of one run. Calls of the networks are its cost: ``guidance_cost`` counts them."""
@@ -87,17 +80,10 @@ def guide(
 ) -> Tensor:
     """``weak + scale * (strong - weak)`` on the channels that are guided, the strong prediction on the others; float32.
 
-    Not guided is the variance of a model with ``learn_sigma``: its output channels beyond those of the latents. With
-    ``'first3'`` the fourth latent channel is not guided either: DiT's scripts do that (``forward_with_cfg``), and its
-    published figures with guidance were made so. For EDM it makes no difference whether the network's output or the
-    denoised latents are guided: the other terms are the same in both.
-
-    Args:
-        strong_BOHW: Prediction of the strong branch.
-        weak_BOHW: Of the weak branch, same shape.
-        scale: The guidance scale; 1 is no guidance, 0 the weak prediction.
-        channels: C, of the latents.
-        guided_channels: ``'all'`` or ``'first3'``.
+    Scale 1 is no guidance, 0 the weak prediction. ``channels`` is C: the output channels beyond, the variance of a
+    model with ``learn_sigma``, are not guided. With ``'first3'`` the fourth latent channel is not guided either: DiT's
+    scripts do that (``forward_with_cfg``), and its published figures with guidance were made so. For EDM it makes no
+    difference whether the network's output or the denoised latents are guided: the other terms are the same in both.
 
     Raises:
         ValueError: The shapes differ, or ``'first3'`` for latents of fewer than four channels.
@@ -111,17 +97,14 @@ def guide(
     guided = channels if guided_channels == 'all' else _FIRST
     # The difference of two bfloat16 predictions, times the scale, would be mostly rounding.
     strong, weak = strong_BOHW.float(), weak_BOHW.float()
+    # Ho and Salimans, eq. 6, with scale = 1 + w.
     # Not strong + (scale - 1) * (strong - weak), which is the same but for rounding: recorded samples are of this form.
     away = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
-    return torch.cat([away, strong[:, guided:]], dim=1)
+    return torch.cat([away, strong[:, guided:]], dim=1)  # [B, O, H, W]
 
 
 def check_channels(guided_channels: GuidedChannels, channels: int) -> None:
-    """Refuse ``'first3'`` where there is no fourth channel to leave alone.
-
-    Raises:
-        ValueError: The latents have fewer than four channels.
-    """
+    """Raise ``ValueError`` for ``'first3'`` where there is no fourth channel to leave alone."""
     if guided_channels == 'first3' and channels <= _FIRST:
         raise ValueError(
             f"guided_channels: 'first3' repeats what DiT does with latents of 4 channels; these have {channels}, take "
@@ -130,33 +113,23 @@ def check_channels(guided_channels: GuidedChannels, channels: int) -> None:
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of the choices of a ``Literal``.
-
-    Raises:
-        ValueError: Names the choices.
-    """
+    """Raise ``ValueError``, which names them, for a value that is none of the choices of a ``Literal``."""
     if value not in get_args(choices):
         raise ValueError(f'{name}: {value!r} is none of {", ".join(get_args(choices))}')
 
 
 def needs_classes(name: str, num_classes: int) -> None:
-    """Refuse a weak branch without a class where no model has one.
-
-    Raises:
-        ValueError: The model has no classes.
-    """
+    """Raise ``ValueError`` for a weak branch without a class where the model has no classes."""
     if not num_classes:
         raise ValueError(f'guidance: {name!r} without a class needs classes, and this model has none')
 
 
-def without_label(denoiser: Denoiser, null_label: int) -> Denoiser:
+class Unlabelled:
     """The denoiser without a class, whatever labels it is given."""
-    return _Unlabelled(denoiser, null_label)
 
-
-class _Unlabelled:
     def __init__(self, denoiser: Denoiser, null_label: int) -> None:
         self.denoiser, self.null_label, self.num_tokens = denoiser, null_label, denoiser.num_tokens
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
+        """Predict."""
         return self.denoiser(x_BCHW, t_B, torch.full_like(labels_B, self.null_label))

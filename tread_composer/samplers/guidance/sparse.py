@@ -16,21 +16,22 @@ from tread_composer.routing import Route, Routing, apply_tread, keep_lowest, rou
 from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.guidance.provider import (
     Branches,
+    GuidanceProvider,
     SamplingRun,
+    Unlabelled,
     WeakLabel,
     check_choice,
     needs_classes,
-    without_label,
 )
 
 __all__ = ['RateSchedule', 'SparseGuidance']
 
 RateSchedule = Literal['constant', 'cosine']
-_Rates = Callable[[float], tuple[float, float]]  # rates(time) -> strong, weak
+_Rates = Callable[[float], tuple[float, float]]  # rates(time) -> strong, weak; shares of the tokens that skip
 
 
 @dataclass(frozen=True)
-class SparseGuidance:
+class SparseGuidance(GuidanceProvider):
     """Another selection rate in each branch; the same network, or a second one in the weak branch.
 
     Where both branches are one denoiser and keep equally many tokens there is nothing to guide by: the network is
@@ -62,7 +63,7 @@ class SparseGuidance:
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate):
                 raise ValueError(f'{name}={rate!r}: must be a finite number')
-            if not 0 <= rate < 1:
+            if not 0 <= rate < 1:  # at 1 a routed block would get no token
                 raise ValueError(f'{name}: {rate} is not in [0, 1); 0 lets no token skip a block')
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
@@ -76,7 +77,7 @@ class SparseGuidance:
                     'apply_tread(network, routes) for one that was trained with them'
                 )
         if weak is not None or self.weak_label == 'null':
-            return
+            return  # weaker for another reason: the rates may be anything
         if self.rate_schedule == 'cosine' and self.strong_rate > 0:
             raise ValueError(
                 f"strong_rate: {self.strong_rate} with rate_schedule 'cosine' makes the strong branch the sparser one "
@@ -105,13 +106,14 @@ class SparseGuidance:
         """See ``GuidanceProvider``."""
         network, num_tokens, rates = run.denoiser, run.denoiser.num_tokens, self._rates(run.times)
         second = network if run.weak is None else run.weak
-        branch = without_label(second, run.null_label) if self.weak_label == 'null' else second
+        branch = Unlabelled(second, run.null_label) if self.weak_label == 'null' else second
         routing = _routing(network)
         strong = _Routed(network, routing, lambda: rates(run.clock.time)[0], 'strong', run)
         weak = _Routed(branch, _routing(second), lambda: rates(run.clock.time)[1], 'weak', run)
 
         def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
             counts = [_kept_counts(routing, rate, num_tokens) for rate in rates(run.clock.time)]
+            # The same network with as many tokens: two draws of one distribution, whose difference guides nowhere.
             if branch is network and counts[0] == counts[1]:
                 return network(x_BCHW, t_B, labels_B), None
             return strong(x_BCHW, t_B, labels_B), weak(x_BCHW, t_B, labels_B)
@@ -127,12 +129,13 @@ class SparseGuidance:
         """
         if self.rate_schedule == 'constant':
             return lambda time: (self.strong_rate, self.weak_rate)
-        ascending = times[:-1].flip(0).numpy()
+        ascending = times[:-1].flip(0).numpy()  # np.interp wants rising places; no step begins at the last time
         steps = np.arange(len(ascending))[::-1]
 
         def rates(time: float) -> tuple[float, float]:
+            # u: the second evaluation of a Heun step lies at the next step's time, so it counts as that step.
             share = float(np.interp(time, ascending, steps)) / max(len(ascending) - 1, 1)
-            falling = (1 + math.cos(math.pi * share)) / 2
+            falling = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0
             return self.strong_rate * (1 - falling), self.weak_rate * falling
 
         return rates
@@ -145,7 +148,7 @@ def _kept_counts(routing: Routing, rate: float, num_tokens: int) -> list[int]:
 
 def _routing(network: nn.Module) -> Routing:
     routing = routing_of(network)
-    assert routing is not None  # SparseGuidance.check was here
+    assert routing is not None  # SparseGuidance.check has refused such a network
     return routing
 
 
@@ -163,12 +166,14 @@ class _Routed:
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
         counts = _kept_counts(self.routing, self.rate(), self.num_tokens)
-        if all(count == self.num_tokens for count in counts):
+        if all(count == self.num_tokens for count in counts):  # dense: no gather, no other kernel
             return self.denoiser(x_BCHW, t_B, labels_B)
         kept = []
         for route, count in enumerate(counts):
+            # Branch, evaluation and route in the purpose: each draws numbers of its own from the sample's seed.
             purpose = f'sparse_guidance/{self.branch}/{self.run.clock.evaluation}/{route}'
-            scores = self.run.random.uniform(purpose, self.num_tokens)
+            scores = self.run.random.uniform(purpose, self.num_tokens)  # [B, N]; the lowest of each row stay
+            # [B, K] ascending ids, as in training.
             kept.append(keep_lowest(scores, count, always_keep=self.routing.always_keep).to(x_BCHW.device))
         with self.routing.forced(kept, num_tokens=self.num_tokens):
             return self.denoiser(x_BCHW, t_B, labels_B)
