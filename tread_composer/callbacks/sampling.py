@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
@@ -156,19 +157,12 @@ def _average(state: State) -> Any:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, state: State) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the global random streams as they were afterwards.
-
-    The mode is restored module by module: a part that its owner froze in evaluation mode stays there.
-    """
-    modes = {module: module.training for module in model.modules()}
+    """Evaluation mode, no gradients, and the global random streams as they were afterwards."""
     streams = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if state.device.name == 'gpu' else []
-    model.eval()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with evaluating(model), torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         random.setstate(streams[0])
         np.random.set_state(streams[1])

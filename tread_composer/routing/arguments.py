@@ -5,26 +5,16 @@ route.
 """
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from tread_composer.routing.tokens import take_along
 
-__all__ = [
-    'Argument',
-    'RoutingError',
-    'TokenArgument',
-    'TokenArguments',
-    'bare',
-    'find_argument',
-    'kind',
-    'output_tokens',
-    'parse_token_arguments',
-]
+__all__ = ['Argument', 'Call', 'RoutingError', 'TokenArgument', 'TokenArguments', 'parse_token_arguments']
 
 TokenArguments = Sequence[str] | Mapping[str, Any]
 """Names of arguments ``[B, N, ...]``, or a mapping from names to the dimensions that count tokens.
@@ -35,25 +25,28 @@ where they come last; ``'without_first': 1`` where the class token has no entry;
 a tuple follows, or keys of a dict.
 """
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block's call, by position and by name."""
+
 
 class RoutingError(RuntimeError):
     """The model cannot be routed soundly as it is; the text says why, and what would help."""
 
 
 class Argument(NamedTuple):
-    """An argument of a block's ``forward``: it may be given by position or by name."""
+    """An argument of a block's ``forward``: it may be passed by position or by name."""
 
     name: str
     position: int
 
     def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The value in a call; None if the call leaves it away."""
+        """The value in a call; None if it was not passed."""
         if self.name in kwargs:
             return kwargs[self.name]
         return args[self.position] if self.position < len(args) else None
 
-    def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-        """Arguments of the same call with another value for this one, which it must have."""
+    def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Call:
+        """The same call with another value for this argument, which it must have."""
         if self.name in kwargs:
             return args, {**kwargs, self.name: value}
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
@@ -66,9 +59,9 @@ class TokenArgument:
     Args:
         argument: Which argument of the block.
         dims: The dimensions that count tokens. If dimension 0 is one, the tensor has none for the samples.
-        after: What precedes the tokens' entries: so many entries, or one for each token of another argument.
-        before: What follows the tokens' entries, likewise.
-        without_first: So many leading tokens have no entry: a rotary table without the class token's row.
+        after: Number of entries before those of the tokens, or the argument whose tokens they belong to.
+        before: Number of entries behind those of the tokens, or the argument whose tokens they belong to.
+        without_first: Number of leading tokens that have no entry: a rotary table without the class token's row.
         members: Places in a tuple, or keys of a dict, that follow; all of them if None. None inside stays None.
     """
 
@@ -80,12 +73,9 @@ class TokenArgument:
     members: tuple[int | str, ...] | None = None
 
     def __str__(self) -> str:
-        after, before = (
-            neighbour.name if isinstance(neighbour, Argument) else neighbour for neighbour in (self.after, self.before)
-        )
-        options = {'after': after, 'before': before, 'without_first': self.without_first, 'members': self.members}
-        options = {'dims': self.dims, **{name: option for name, option in options.items() if option}}
-        return f'{self.argument.name}: {options}'
+        options = {name: getattr(self, name) for name in _OPTIONS if name == 'dims' or getattr(self, name)}
+        named = {name: value.name if isinstance(value, Argument) else value for name, value in options.items()}
+        return f'{self.argument.name}: {named}'
 
     def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, int], kept: Tensor) -> Any:
         """The argument's value for the kept tokens of a sequence of B samples x N tokens; None if the call lacks it.
@@ -98,9 +88,26 @@ class TokenArgument:
             return None
         # Entries of other tokens in the same table, such as text before the image: they all stay.
         around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
-        return self._members(value, shape, around, kept)
+        take = functools.partial(self._taken, shape=shape, around=around, kept=kept)
+        if type(value) not in (tuple, list, dict):
+            if self.members is not None:
+                raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
+            return take(value)
+        members = dict(value) if type(value) is dict else dict(enumerate(value))
+        follow = members.keys() if self.members is None else self.members
+        missing = [str(key) for key in follow if key not in members]
+        if missing:
+            raise RoutingError(
+                f'token argument {self.argument.name!r}: members {sorted(missing)} are not in {kind(value)}'
+            )
+        for key in follow:
+            if members[key] is not None:
+                note = f' (member {key!r}; where not all follow, name those that do: members)'
+                members[key] = take(members[key], note=note)
+        return members if type(value) is dict else type(value)(members.values())
 
     def _count(self, neighbour: int | Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many entries stand on one side of those of the tokens."""
         if isinstance(neighbour, int):
             return neighbour
         value = neighbour.value(args, kwargs)
@@ -111,70 +118,46 @@ class TokenArgument:
             )
         return value.shape[1]
 
-    def _members(self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor) -> Any:
-        """The value, or those of its members that follow, for the kept tokens."""
-        if type(value) not in (tuple, list, dict):
-            if self.members is not None:
-                raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
-            return self._taken(value, shape, around, kept)
-        items = list(value.items()) if type(value) is dict else list(enumerate(value))
-        missing = set(self.members or ()) - {key for key, _ in items}
-        if missing:
-            raise RoutingError(
-                f'token argument {self.argument.name!r}: members {sorted(map(str, missing))} are not in {kind(value)}'
-            )
-        taken = {
-            key: member
-            if member is None or (self.members is not None and key not in self.members)
-            else self._taken(
-                member, shape, around, kept, f' (member {key!r}; where not all follow, name those that do: members)'
-            )
-            for key, member in items
-        }
-        if isinstance(value, dict):
-            return taken
-        return tuple(taken.values()) if isinstance(value, tuple) else list(taken.values())
-
     def _taken(
-        self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor, member: str = ''
+        self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor, note: str = ''
     ) -> Tensor:
+        """One tensor for the kept tokens; ``note`` says in an error which member it is."""
         if not isinstance(value, Tensor):
-            raise self._mismatch(value, shape, around, member)
+            raise self._mismatch(value, shape, around, note)
         # take_along counts dimensions from the front.
         dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
         length = shape[1] + sum(around) - self.without_first
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
-            raise self._mismatch(value, shape, around, member)
+            raise self._mismatch(value, shape, around, note)
         if 0 in dims and kept.shape[0] != 1:
             raise RoutingError(
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
             )
         if 0 not in dims and value.shape[0] not in (1, shape[0]):  # 1: for all samples alike
-            raise self._mismatch(value, shape, around, member)
+            raise self._mismatch(value, shape, around, note)
         if self.without_first:  # those tokens are always kept, so they are the first ids
             kept = kept[:, self.without_first :] - self.without_first
         for dim in dims:  # a mask [B, 1, N, N] loses rows, then columns
             value = take_along(value, kept, dim, *around)
         return value
 
-    def _mismatch(self, value: Any, shape: tuple[int, int], around: tuple[int, int], member: str) -> RoutingError:
-        name, (batch, tokens) = self.argument.name, shape
-        expected = f'a tensor of {batch} samples x {tokens} tokens'
+    def _mismatch(self, value: Any, shape: tuple[int, int], around: tuple[int, int], note: str) -> RoutingError:
+        name, tokens = self.argument.name, shape[1]
+        expected, remedy = f'a tensor of {shape[0]} samples x {tokens} tokens', ''
         if self.dims != (1,) or any(around) or self.without_first:
-            beside = f' after {around[0]} others' if around[0] else ''
-            beside += f' before {around[1]} others' if around[1] else ''
-            count = tokens - self.without_first
-            expected = f'a tensor with {count} tokens{beside} in dimension {" and ".join(map(str, self.dims))}'
-        remedy = ''
-        if self.dims == (1,) and isinstance(value, Tensor) and value.dim() > 0:
+            sides = zip(('after', 'before'), around, strict=True)
+            beside = ''.join(f' {side} {count} others' for side, count in sides if count)
+            places = ' and '.join(map(str, self.dims))
+            expected = f'a tensor with {tokens - self.without_first} tokens{beside} in dimension {places}'
+        if self.dims == (1,) and isinstance(value, Tensor):
             # Batch dimensions are counted from the front, the others from the back, as users write them.
             at = [dim - value.dim() if dim > 1 else dim for dim, size in enumerate(value.shape) if size == tokens]
-            if at:
-                shared = ', shared=True' if 0 in at else ''
-                remedy = f'. Is it dimension {at} that counts tokens? Say token_arguments={{{name!r}: {at}}}{shared}'
+            shared = ', shared=True' if 0 in at else ''
+            remedy = f'. Is it dimension {at} that counts tokens? Say token_arguments={{{name!r}: {at}}}{shared}'
+            remedy = remedy if at else ''
         return RoutingError(
-            f'token argument {name!r}: expected {expected}, the block got {kind(value)}{member}; it cannot follow the '
+            f'token argument {name!r}: expected {expected}, the block got {kind(value)}{note}; it cannot follow the '
             f'kept tokens{remedy}'
         )
 
@@ -183,57 +166,57 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     """The setting ``token_arguments`` for blocks like this one.
 
     Raises:
-        ValueError: A name, a dimension or an ``after`` is wrong, or a tensor without samples follows several routes.
+        ValueError: A name, a dimension or an option is wrong, or a tensor without samples follows several routes.
     """
     if isinstance(settings, str):
         raise ValueError(f'token_arguments: {settings!r} is one name; write a list, [{settings!r}]')
     mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)
-    parsed = []
-    for name, written in mapping.items():
-        argument = _parse(name, written, block)
+    parsed = tuple(_parsed(name, written, block) for name, written in mapping.items())
+    for argument in parsed:
         if 0 in argument.dims and not shared:
             raise ValueError(
-                f'token_arguments: {name!r} counts tokens in dimension 0, so it has none for the samples and cannot '
-                'follow another route for each of them; give them one: shared=True'
+                f'token_arguments: {argument.argument.name!r} counts tokens in dimension 0, so it has none for the '
+                'samples and cannot follow another route for each of them; give them one: shared=True'
             )
-        parsed.append(argument)
-    return tuple(parsed)
+    return parsed
 
 
+_OPTIONS = 'dims', 'after', 'before', 'without_first', 'members'
 _FORM = (
     "write the dimension(s) that count tokens, for example -1 or [-2, -1], or {'dims': 0, 'after': 'text'} with any of "
     "'after', 'before', 'without_first', 'members'"
 )
 
 
-def _parse(name: str, written: Any, block: nn.Module) -> TokenArgument:
+def _parsed(name: str, written: Any, block: nn.Module) -> TokenArgument:
     """One entry of the setting."""
+    setting = f'token_arguments: {name!r}'
     argument = find_argument(block, name, 'token_arguments')
     options = dict(written) if isinstance(written, Mapping) else {'dims': written}
-    if 'dims' not in options or set(options) - {'dims', 'after', 'before', 'without_first', 'members'}:
-        raise ValueError(f'token_arguments: {name!r}: {options!r} is not understood; {_FORM}')
-    dims = options['dims']
-    dims = (dims,) if isinstance(dims, int) else dims
+    if 'dims' not in options or set(options) - set(_OPTIONS):
+        raise ValueError(f'{setting}: {options!r} is not understood; {_FORM}')
+    dims = (options['dims'],) if isinstance(options['dims'], int) else options['dims']
     is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
     if not (is_list and dims and all(type(dim) is int for dim in dims) and len(set(dims)) == len(dims)):
-        raise ValueError(f'token_arguments: {name!r}: {options["dims"]!r} names no dimensions; {_FORM}')
-    beside: dict[str, int | Argument] = {}
+        raise ValueError(f'{setting}: {options["dims"]!r} names no dimensions; {_FORM}')
+    options['dims'] = tuple(dims)
     for side in ('after', 'before'):
-        neighbour = options.get(side, 0)
+        neighbour = options.setdefault(side, 0)
         if isinstance(neighbour, str):
-            neighbour = find_argument(block, neighbour, f'token_arguments: {name!r}: {side}')
-        elif type(neighbour) is not int or neighbour < 0:
-            raise ValueError(
-                f"token_arguments: {name!r}: {side}: {neighbour!r} is neither a count nor an argument's name"
-            )
-        beside[side] = neighbour
-    without, members = options.get('without_first', 0), options.get('members')
-    if type(without) is not int or without < 0:
-        raise ValueError(f'token_arguments: {name!r}: without_first: {without!r} is not a number of tokens')
+            options[side] = find_argument(block, neighbour, f'{setting}: {side}')
+        elif not _is_count(neighbour):
+            raise ValueError(f"{setting}: {side}: {neighbour!r} is neither a count nor an argument's name")
+    if not _is_count(options.setdefault('without_first', 0)):
+        raise ValueError(f'{setting}: without_first: {options["without_first"]!r} is not a number of tokens')
+    members = options.get('members')
     if members is not None and (not isinstance(members, (list, tuple)) or not members):
-        raise ValueError(f'token_arguments: {name!r}: members: {members!r} is no list of places or keys')
-    members = None if members is None else tuple(members)
-    return TokenArgument(argument, tuple(dims), **beside, without_first=without, members=members)
+        raise ValueError(f'{setting}: members: {members!r} is no list of places or keys')
+    options['members'] = None if members is None else tuple(members)
+    return TokenArgument(argument, **options)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # by type: True is an int
 
 
 def find_argument(block: nn.Module, name: str | None, setting: str) -> Argument:
@@ -262,7 +245,7 @@ def output_tokens(out: Any, position: int | None) -> Tensor:
     """The tokens in a block's output: the output itself, or the tensor at ``position`` of a tuple.
 
     Raises:
-        RoutingError: It is no tensor, and the position is not given or outside of the tuple.
+        RoutingError: It is no tensor, and the position is missing or outside of the tuple.
     """
     if isinstance(out, Tensor):
         return out
@@ -276,8 +259,17 @@ def output_tokens(out: Any, position: int | None) -> Tensor:
     return out[position]
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested mappings, tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(member)
+
+
 def kind(value: Any) -> str:
     """A value in an error message."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f'a tensor of shape {tuple(value.shape)}'
     return 'nothing' if value is None else f'a {type(value).__name__}'

@@ -3,20 +3,20 @@
 Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import RoutingError, bare
-from tread_composer.routing.checks import explained, explained_behind
+from tread_composer.routing.arguments import RoutingError, bare, kind, tensors_in
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
 from tread_composer.routing.taps import Slot
 
-__all__ = ['calls_of']
+__all__ = ['calls_of', 'in_float32']
 
 # What torch, a model's own checks and Python raise on a tensor of an unexpected shape.
 _FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
@@ -26,7 +26,7 @@ def calls_of(
     blocks: Sequence[nn.Module],
     offset: int,
     passes: Mapping[int, Pass],
-    float32: Set[int],
+    float32: Collection[int],
     slots: Sequence[Slot],
 ) -> list[Callable[..., Any]]:
     """One callable for each block: the block itself wherever nothing is to be done.
@@ -43,14 +43,12 @@ def calls_of(
     for index, block in enumerate(blocks, offset):
         call: Callable[..., Any] = in_float32(block) if index in float32 else block
         route, taps = passes.get(index), [slot for slot in slots if slot.index == index]
-        if route is not None:
-            if taps or route.wraps(index):
-                call = OnRoute(route, block, call, index, taps)
-            # From here on an error may come of what the route has shortened.
-            if index == route.end and route.explains:
-                passed.append(route)
-        elif taps or passed:
+        if route is None and (taps or passed):
             call = OffRoute(tuple(passed), block, call, index, taps)
+        elif route is not None and (taps or route.wraps(index)):
+            call = OnRoute(route, block, call, index, taps)
+        if route is not None and index == route.end and route.explains:
+            passed.append(route)  # from here on an error may come of what the route has shortened
         calls.append(call)
     return calls
 
@@ -74,10 +72,7 @@ class _StandIn:
 
 
 class OffRoute(_StandIn):
-    """A block beside the routes: one that is tapped, or, in the first forward passes, one behind a route.
-
-    The latter says so where it fails on something of the route's length.
-    """
+    """A block beside the routes: one that is tapped, or, in the probed forward passes, one behind a route."""
 
     def __init__(self, passed: tuple[Pass, ...], *block: Any) -> None:
         super().__init__(*block)
@@ -91,13 +86,27 @@ class OffRoute(_StandIn):
             slot.put(out, None)  # all tokens
         return out
 
-    def _explained(self, args: Any, kwargs: Any) -> Any:
+    def _explained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call; where it fails on something of the route's length, the error says so."""
         try:
             return self.call(*args, **kwargs)
         except _FAILURES as error:
-            name = f'block {self.index} of {self.passed[-1].settings.path!r}'
             counts = [route.counts for route in self.passed if route.kept is not None]
-            _raise(error, explained_behind(error, name, counts, _named(self.block, args, kwargs)))
+            short = {
+                f'{argument!r} ({kind(value)})': None
+                for kept, total in counts
+                for argument, value in _named(self.block, args, kwargs)
+                if kept != total and _has_length(value, kept) and not _has_length(value, total)
+            }
+            if not short or _speaks_for_itself(error):
+                raise
+            raise RoutingError(
+                f'block {self.index} of {self.passed[-1].settings.path!r}, behind the route, failed on all tokens: '
+                f'{error}\n'
+                f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there.'
+                ' Let the route hold both ends of such a connection or neither: where block i hands something to block '
+                'depth - 1 - i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
+            ) from error
 
 
 class OnRoute(_StandIn):
@@ -122,38 +131,44 @@ class OnRoute(_StandIn):
         return route.leave(out) if self.index == route.end else out
 
     def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
-        """The call; where it fails, with a word on how routing may have caused it."""
-        route, name = self.route, f'block {self.index} of {self.route.settings.path!r}'
+        """The call, tried if the pass has a probe; where it fails, with a word on how routing may have caused it."""
+        route, starts = self.route, self.index == self.route.start
+        name = f'block {self.index} of {route.settings.path!r}'
         _refuse_reentrant(route.with_grad, name)
         try:
-            fault = None if route.probe is None else self._fault(args, kwargs, name)
-            out = None if fault else self.call(*reduced_args, **reduced_kwargs)
+            if route.probe is not None:
+                if not starts:
+                    route.probe.between(self.index, route.settings.tokens.value(args, kwargs))
+                reduced = functools.partial(route.reduced, args, kwargs, starts=starts)
+                route.probe.check(self.index, self.block, self.call, reduced)
+            out = self.call(*reduced_args, **reduced_kwargs)
         except _FAILURES as error:
-            _raise(error, explained(error, name, route.counts, _named(self.block, reduced_args, reduced_kwargs)))
-        if fault:
-            raise RoutingError(fault)
+            kept, total = route.counts
+            if kept == total or _speaks_for_itself(error):
+                raise
+            values = _named(self.block, reduced_args, reduced_kwargs)
+            full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, total)]
+            hint = f' Arguments that still have {total} entries: {", ".join(full)}.' if full else ''
+            raise RoutingError(
+                f'{name} failed on {kept} of {total} tokens: {error}\n'
+                f'An argument with one entry per token must be named in token_arguments.{hint} If there is none, and '
+                'the block runs on all tokens, its work depends on their number or their grid (windows, a reshape to '
+                'height x width, a position table of fixed size), or it receives tokens of a block before the route (a '
+                'long skip connection, residuals of a ControlNet), and it cannot be routed; leave such blocks out of '
+                'the route'
+            ) from error
         if route.probe is not None:
-            route.probe.note(self.index, route.tokens_of(out))
+            route.probe.note(route.tokens_of(out))
         return out
 
-    def _fault(self, args: Any, kwargs: Any, name: str) -> str | None:
-        """The probe's verdict on this block, or on what the model did before it."""
-        route, starts = self.route, self.index == self.route.start
-        assert route.probe is not None
-        between = None if starts else route.probe.between(self.index, route.settings.tokens.value(args, kwargs))
-        if between:
-            return between
-        fault = route.probe.fault(
-            self.block, self.call, lambda order: route.reduced(args, kwargs, starts=starts, order=order)
-        )
-        return fault and f'{name} cannot be routed: {fault}'
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error has no need of an explanation: ours, or the one that Composer reads to try a smaller batch."""
+    return isinstance(error, RoutingError) or 'out of memory' in str(error)
 
 
-def _raise(error: Exception, explanation: Exception) -> NoReturn:
-    """Raise the explanation of an error; the error itself, with its own traceback, if it needs none."""
-    if explanation is error:
-        raise error
-    raise explanation from error
+def _has_length(value: Any, length: int) -> bool:
+    return any(length in tensor.shape for tensor in tensors_in(value))
 
 
 def _refuse_reentrant(with_grad: bool, name: str) -> None:
@@ -169,11 +184,8 @@ def _refuse_reentrant(with_grad: bool, name: str) -> None:
 
 def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     """The arguments of a call with their names; what ``*args`` takes has none but its number."""
-    names = [
-        name
-        for name, parameter in inspect.signature(bare(block).forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    parameters = inspect.signature(bare(block).forward).parameters.values()
+    names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     names += [f'argument {index}' for index in range(len(names), len(args))]
     return [*zip(names, args, strict=False), *kwargs.items()]
 

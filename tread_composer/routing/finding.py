@@ -2,6 +2,7 @@
 
 The decisive trial keeps *all* tokens, in another order: the model's output is then the dense one if and only if
 everything that belongs to a token follows it and the blocks treat tokens as a set. No guess survives it unnoticed.
+Shapes: B samples, N tokens, D width.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import RoutingError, bare
+from tread_composer.core.evaluating import evaluating
+from tread_composer.routing.arguments import RoutingError, bare, tensors_in
 from tread_composer.routing.route import Route
 from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread
 
@@ -61,22 +63,24 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
         ValueError: The list is not found, is empty, or the forward pass does not go through it.
     """
     path, container = find_blocks(model, blocks)
-    if len(container) == 0:
+    depth = len(container)
+    if depth == 0:
         raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
-    was_training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        calls, dense = _observed(model, run, container)
-        if calls is None:
-            raise ValueError(f'blocks: the forward pass does not go through {path!r}')
-        outcome = _searched(_Trials(model, run, path, len(container), dense), *calls)
-        route, notes = _route(len(container))
-        notes = outcome.notes if outcome.fault else (*outcome.notes, *notes)
-        return dataclasses.replace(outcome, settings={'blocks': path, **outcome.settings}, notes=notes, route=route)
-    finally:
-        remove_tread(model)
-        for module, training in was_training.items():
-            module.training = training
+    inner = (1, -2) if depth > 2 else (0, -1)  # all blocks but the first and the last, where others are left
+    with evaluating(model):
+        try:
+            calls, dense = _observed(model, run, container)
+            if not calls:
+                raise ValueError(f'blocks: the forward pass does not go through {path!r}')
+            outcome = _searched(_Trials(model, run, path, depth, inner, dense), *calls[0])
+        finally:
+            remove_tread(model)
+    route, notes = (2, -4), outcome.notes
+    if depth < 7:  # with 7, the paper's route has two blocks to skip
+        start, end = route = inner
+        note = f"{depth} blocks are too few for the paper's route, start=2 and end=-4, so this is from {start} to {end}"
+        notes = notes if outcome.fault else (*notes, note)
+    return FoundSettings({'blocks': path, **outcome.settings}, notes, outcome.fault, route)
 
 
 def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSettings:
@@ -88,13 +92,14 @@ def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSetti
     settings: dict[str, Any] = {} if name == next(iter(values)) else {'tokens': name}
     settings |= {} if position is None else {'tokens_out': position}
     shape = values[name].shape
+    # Arguments [B, M, ...] that may be tokens of text: M of each.
     texts = {
         argument: value.shape[1]
         for argument, value in values.items()
         if argument != name and isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] == shape[0]
     }
     choices = {key: list(_meanings(value, shape[1], texts)) for key, value in values.items() if key != name}
-    choices = {key: [*meanings, None] for key, meanings in choices.items() if meanings}
+    choices = {key: [*meanings, None] for key, meanings in choices.items() if meanings}  # None: it follows nothing
     fault = 'the tokens in another order give another result, whatever follows them'
     for combination in itertools.islice(itertools.product(*choices.values()), _TRIALS):
         chosen = {key: meaning for key, meaning in zip(choices, combination, strict=True) if meaning is not None}
@@ -104,13 +109,13 @@ def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSetti
                 return FoundSettings(trial, (*notes, *_questions(shape[1], trial)), trials.fault_in_training(trial))
         except _FAILURES as error:
             fault = str(error).partition('\n')[0]
-    return FoundSettings(settings, tuple(notes), fault)
+    return FoundSettings(settings, notes, fault)
 
 
 def _observed(
     model: nn.Module, run: Callable[[nn.Module], Any], container: nn.ModuleList | nn.Sequential
-) -> tuple[tuple[dict[str, Any], Any] | None, list[Tensor]]:
-    """The named arguments and the output of an inner block's first call, and the model's output."""
+) -> tuple[list[tuple[dict[str, Any], Any]], list[Tensor]]:
+    """The named arguments and the output of each call of an inner block, and the model's output."""
     calls: list[tuple[dict[str, Any], Any]] = []
     block = container[min(1, len(container) - 1)]
     signature = inspect.signature(bare(block).forward)
@@ -121,10 +126,9 @@ def _observed(
 
     handle = block.register_forward_hook(note, with_kwargs=True)
     try:
-        out = _run(model, run)
+        return calls, _run(model, run)
     finally:
         handle.remove()
-    return (calls[0] if calls else None), out
 
 
 def _run(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
@@ -134,22 +138,14 @@ def _run(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return [leaf.detach().float() for leaf in _leaves(run(model)) if leaf.is_floating_point()]
+            return [tensor.detach().float() for tensor in tensors_in(run(model)) if tensor.is_floating_point()]
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    for member in members:
-        yield from _leaves(member)
-
-
-def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, list[str]] | None:
-    """The argument with the tokens and their position in the output: of several, the one with the most tokens."""
-    places = [(None, out)] if isinstance(out, Tensor) else list(enumerate(out)) if isinstance(out, tuple) else []
+def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, tuple[str, ...]] | None:
+    """The argument with the tokens, their position in the output, and a note where several arguments fit."""
+    places = list(enumerate(out)) if isinstance(out, tuple) else [(None, out)]
     fits = [
         (value.shape[1], name, position)
         for name, value in values.items()
@@ -161,55 +157,52 @@ def _tokens(values: dict[str, Any], out: Any) -> tuple[str, int | None, list[str
         return None
     # Image tokens outnumber text in nearly every model; a person sees the note where both fit.
     most, name, position = max(fits, key=lambda fit: fit[0])
-    rivals = sorted({rival for _, rival, _ in fits if rival != name})
-    if not rivals:
-        return name, position, []
-    return name, position, [f'{name!r} holds the tokens: {most} of them; {", ".join(map(repr, rivals))} would fit too']
+    rivals = ', '.join(repr(rival) for rival in sorted({rival for _, rival, _ in fits if rival != name}))
+    return name, position, (f'{name!r} holds the tokens: {most} of them; {rivals} would fit too',) if rivals else ()
 
 
-def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
-    """What an argument may say of tokens, as ``token_arguments`` writes it; nothing for one that has no such length."""
+def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """What an argument may say of tokens, as options of ``token_arguments``; nothing for one without such a length."""
     if isinstance(value, Tensor):
-        yield from _of_tensor(value, num_tokens, texts)
+        yield from _meanings_of_tensor(value, num_tokens, texts)
     elif type(value) in (tuple, list, dict):
         members = value if isinstance(value, dict) else dict(enumerate(value))
         members = {key: member for key, member in members.items() if member is not None}
         tensors = {key: member for key, member in members.items() if isinstance(member, Tensor)}
-        meanings = {key: list(_of_tensor(member, num_tokens, texts)) for key, member in tensors.items()}
+        meanings = {key: list(_meanings_of_tensor(member, num_tokens, texts)) for key, member in tensors.items()}
         follow = [key for key in meanings if meanings[key]]
-        for meaning in meanings[follow[0]] if follow else ():
-            options = meaning if isinstance(meaning, dict) else {'dims': meaning}
-            yield meaning if len(follow) == len(members) else {**options, 'members': follow}
+        for meaning in meanings[follow[0]] if follow else ():  # all members that follow do so alike
+            yield meaning if len(follow) == len(members) else {**meaning, 'members': follow}
 
 
-def _of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterator[Any]:
-    def at(length: int) -> list[int]:
+def _meanings_of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    def dims_of(length: int) -> list[int]:
         return [dim if dim < 2 else dim - value.dim() for dim, size in enumerate(value.shape) if size == length]
 
-    dims = at(num_tokens)
+    dims = dims_of(num_tokens)
     for count in range(len(dims), 0, -1):  # all of them first: a mask [N, N]
         for subset in itertools.combinations(dims, count):
-            yield subset[0] if count == 1 else list(subset)
+            yield {'dims': list(subset)}
     for text, length in texts.items():  # tables of text and image together, in either order
-        for dim, side in itertools.product(at(num_tokens + length), ('after', 'before')):
-            yield {'dims': dim, side: text}
+        for dim, side in itertools.product(dims_of(num_tokens + length), ('after', 'before')):
+            yield {'dims': [dim], side: text}
     for missing in range(1, min(6, num_tokens)):  # class token and up to four registers have no position
-        for dim in at(num_tokens - missing):
-            yield {'dims': dim, 'without_first': missing}
+        for dim in dims_of(num_tokens - missing):
+            yield {'dims': [dim], 'without_first': missing}
 
 
-def _written(chosen: dict[str, Any]) -> dict[str, Any]:
-    """Settings of ``apply_tread`` for these token arguments."""
-    options = [meaning if isinstance(meaning, dict) else {'dims': meaning} for meaning in chosen.values()]
-    dims = [[option['dims']] if isinstance(option['dims'], int) else option['dims'] for option in options]
-    missing = max((option.get('without_first', 0) for option in options), default=0)
-    plain = all(meaning == 1 for meaning in chosen.values())
-    settings: dict[str, Any] = {'token_arguments': list(chosen) if plain else chosen} if chosen else {}
-    return (
-        settings
-        | ({'always_keep': missing} if missing else {})
-        | ({'shared': True} if 0 in itertools.chain(*dims) else {})
-    )
+def _written(chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings of ``apply_tread`` for these token arguments, as a person would write them."""
+    short: dict[str, Any] = {}
+    for key, options in chosen.items():
+        dims = options['dims'] if len(options['dims']) > 1 else options['dims'][0]
+        short[key] = {**options, 'dims': dims} if len(options) > 1 else dims
+    names = list(short) if all(meaning == 1 for meaning in short.values()) else short
+    settings: dict[str, Any] = {'token_arguments': names} if chosen else {}
+    missing = max((options.get('without_first', 0) for options in chosen.values()), default=0)
+    settings |= {'always_keep': missing} if missing else {}
+    # A table without a dimension for the samples cannot follow several routes.
+    return settings | ({'shared': True} if any(0 in options['dims'] for options in chosen.values()) else {})
 
 
 @dataclasses.dataclass
@@ -220,6 +213,7 @@ class _Trials:
     run: Callable[[nn.Module], Any]
     path: str
     depth: int
+    inner: tuple[int, int]
     dense: list[Tensor]
 
     def move_together(self, shape: torch.Size, settings: dict[str, Any]) -> bool:
@@ -228,7 +222,7 @@ class _Trials:
         generator = torch.Generator().manual_seed(0)
         # A permutation of the tokens that may move, another for each sample.
         orders = [torch.randperm(shape[1] - fixed, generator=generator) + fixed for _ in range(samples)]
-        kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])
+        kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])  # [B, N] or [1, N]
         kept = kept.to(next(self.model.parameters()).device)
         remove_tread(self.model)
         route = Route(0, self.depth - 1, 0.5)
@@ -246,7 +240,7 @@ class _Trials:
         """What a routed forward pass in training mode, with all its checks, says against the settings."""
         remove_tread(self.model)
         # Half of the tokens, so that whatever counts them fails.
-        apply_tread(self.model, Route(*_inner(self.depth), 0.5), blocks=self.path, **settings)
+        apply_tread(self.model, Route(*self.inner, 0.5), blocks=self.path, **settings)
         self.model.train()
         try:
             _run(self.model, self.run)
@@ -255,20 +249,6 @@ class _Trials:
         finally:
             self.model.eval()
         return None
-
-
-def _inner(depth: int) -> tuple[int, int]:
-    """All blocks but the first and the last, where others are left."""
-    return (1, -2) if depth > 2 else (0, -1)
-
-
-def _route(depth: int) -> tuple[tuple[int, int], list[str]]:
-    """Start and end to propose, with a note where they are not the paper's."""
-    if depth >= 7:  # at least two blocks to skip
-        return (2, -4), []
-    start, end = _inner(depth)
-    note = f"{depth} blocks are too few for the paper's route, start=2 and end=-4, so this is from {start} to {end}"
-    return (start, end), [note]
 
 
 def _questions(num_tokens: int, settings: dict[str, Any]) -> list[str]:

@@ -17,27 +17,19 @@ from tread_composer.routing.routing import Routing
 from tread_composer.routing.stack import in_forward
 from tread_composer.routing.taps import Slot
 
-__all__ = ['ROUTED', 'BlockList', 'RoutedList', 'RoutedModuleList', 'RoutedSequential']
+__all__ = ['ROUTED', 'BlockList', 'RoutedList']
 
 BlockList = nn.ModuleList | nn.Sequential
 
 
 class RoutedList:
-    """Mixin: routed callables in a forward pass while training with an armed route or inside of ``forced``.
+    """Mixin: routed callables in a forward pass while training with an armed route or inside of ``forced``."""
 
-    Attributes:
-        routing: The routing that decides the routes; None where there is none.
-        list_number: Which of the lists of the routing this is.
-        offset: Number of a slice's first block within the list.
-        step: Step of a slice.
-        slots: Where to leave what blocks return: those of all taps.
-    """
-
-    routing: Routing | None = None
-    list_number: int = 0
-    offset: int = 0
-    step: int = 1
-    slots: tuple[Slot, ...] = ()
+    routing: Routing | None = None  # decides the routes
+    list_number: int = 0  # which of the lists of the routing this is
+    offset: int = 0  # of a slice: number of its first block within the list
+    step: int = 1  # of a slice
+    slots: tuple[Slot, ...] = ()  # where to leave what blocks return: those of all taps
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._walked())
@@ -52,6 +44,7 @@ class RoutedList:
             positions = range(len(self))[index]  # type: ignore[arg-type]
             piece.training = self.training  # type: ignore[attr-defined]
             piece.routing, piece.list_number, piece.slots = self.routing, self.list_number, self.slots
+            # Counted within the whole list: a slice of a slice is one too.
             piece.offset, piece.step = self.offset + positions.start * self.step, self.step * positions.step
         return piece
 
@@ -68,34 +61,28 @@ class RoutedList:
         training = self.training  # type: ignore[attr-defined]
         routed = routing is not None and (training or routing.in_evaluation) and routing.armed
         slots = [slot for slot in self.slots if training or slot.evaluation]
+        # Asked last: it looks through the call stack.
         if not (routed or slots) or not blocks or not in_forward(blocks[0]):
             return blocks
         if not routed or routing is None:
-            return calls_of(blocks, self.offset, {}, set(), slots if self.step == 1 else [])
+            return calls_of(blocks, self.offset, {}, (), slots if self.step == 1 else [])
         if self.step != 1:
             raise RoutingError(
                 f'{routing.paths[self.list_number]}: the model walks over a slice of it with step {self.step}: a route '
                 'is a stretch of neighbouring blocks in their order'
             )
         passes = routing.passes(self.list_number, self.offset, len(blocks), training=training)
-        return calls_of(blocks, self.offset, passes, routing.float32_blocks(self.list_number), slots)
+        return calls_of(blocks, self.offset, passes, routing.float32_blocks[self.list_number], slots)
 
     @property
     def is_slice(self) -> bool:
         """Whether this is a slice of the list that was routed or tapped."""
         return 'offset' in vars(self)
 
-    def unroute(self) -> None:
-        """Route no more; without taps, become the plain list again."""
-        self.routing = None
-        self._settle()
-
-    def untap(self, slots: Collection[Slot]) -> None:
-        """Give slots back; without a route and other taps, become the plain list again."""
+    def release(self, *, route: bool = False, slots: Collection[Slot] = ()) -> None:
+        """Give the route or some slots back; without any left, become the plain list again."""
+        self.routing = None if route else self.routing
         self.slots = tuple(slot for slot in self.slots if slot not in slots)
-        self._settle()
-
-    def _settle(self) -> None:
         if self.routing is None and not self.slots:
             for name in ('routing', 'list_number', 'offset', 'step', 'slots'):
                 self.__dict__.pop(name, None)

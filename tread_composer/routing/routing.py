@@ -5,15 +5,16 @@ Shapes: B samples, N tokens, K kept tokens, D width.
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from tread_composer.routing.passes import Pass, Record
+from tread_composer.routing.passes import Pass, Stretch
 from tread_composer.routing.settings import RoutingSettings
-from tread_composer.routing.tokens import AlwaysKeep, sample_kept
+from tread_composer.routing.tokens import AlwaysKeep, sample_kept, with_ends
 
 __all__ = ['KeptSampler', 'Routing']
 
@@ -33,13 +34,27 @@ class Routing:
     def __init__(self, settings: RoutingSettings) -> None:
         self.settings = settings
         # Copied once: what a compiled forward reads are plain attributes.
-        self.routes, self.spans, self.paths = settings.routes, settings.spans, settings.paths
-        self.shared, self.offsets = settings.shared, settings.offsets
+        self.routes, self.spans, self.shared = settings.routes, settings.spans, settings.shared
+        self.paths = tuple(part.path for part in settings.lists)
         leading, trailing = settings.lists[0].always_keep
         self.always_keep: AlwaysKeep = (leading, trailing) if trailing else leading
-        self.segments = tuple(tuple((segment, Record()) for segment in part) for part in settings.segments())
-        self.kept: tuple[Tensor, ...] | None = None
-        self.num_tokens: int | None = None
+        depths = [part.depth for part in settings.lists]
+        # Number of the first block of each list, counted through all of them.
+        offsets = list(itertools.accumulate(depths[:-1], initial=0))
+        # List by list, the part of each route in it, counted within the list.
+        self.stretches = tuple(
+            tuple(
+                Stretch(route, max(start - offset, 0), min(end - offset, depth - 1))
+                for route, (start, end) in enumerate(settings.spans)
+                if start < offset + depth and end >= offset
+            )
+            for offset, depth in zip(offsets, depths, strict=True)
+        )
+        # The paper's code leaves autocast for the block behind a route, where both kinds of tokens meet again.
+        ends = [end for _, end in settings.spans if settings.float32_after]
+        self.float32_blocks = tuple(tuple(end + 1 - offset for end in ends) for offset in offsets)
+        self.kept: tuple[Tensor, ...] | None = None  # armed ids of each route, [B, K] or [1, K]
+        self.num_tokens: int | None = None  # N that they were drawn for
         self.sampler: KeptSampler | None = self.sample
         self.in_evaluation = False
 
@@ -51,17 +66,14 @@ class Routing:
     @property
     def unused_paths(self) -> list[str]:
         """The block lists with a route that no forward pass has been along."""
-        segments = zip(self.paths, self.segments, strict=True)
-        return [path for path, pairs in segments if not all(record.used for _, record in pairs)]
+        parts = zip(self.paths, self.stretches, strict=True)
+        return [path for path, stretches in parts if not all(stretch.used for stretch in stretches)]
 
     @property
     def checked(self) -> bool | None:
         """Whether the blocks were found to be sound: None before a probe, False if rounding hid what they do."""
-        verdicts = [record.conclusive for record in self._records()]
+        verdicts = [stretch.conclusive for stretch in itertools.chain(*self.stretches)]
         return None if None in verdicts else all(verdicts)
-
-    def _records(self) -> list[Record]:
-        return [record for part in self.segments for _, record in part]
 
     def sample(self, route: int, batch_size: int, num_tokens: int) -> Tensor:
         """Kept ids for ``routes[route]`` from the global generator: the default sampler."""
@@ -93,6 +105,11 @@ class Routing:
         """Run the following training forwards densely."""
         self.kept = self.num_tokens = self.sampler = None
 
+    @property
+    def armed(self) -> bool:
+        """Whether the next training forward is routed."""
+        return self.kept is not None or self.sampler is not None
+
     @contextlib.contextmanager
     def forced(self, kept: Sequence[Tensor], *, num_tokens: int) -> Iterator[None]:
         """Route each forward pass inside of the context, in evaluation mode too, along these ids.
@@ -106,48 +123,37 @@ class Routing:
         """
         # Sampling within training (a callback, sparse guidance) must leave no trace on the armed batch.
         before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
-        records = self._records()
-        used = [record.used for record in records]
+        used = [(stretch, stretch.used) for stretch in itertools.chain(*self.stretches)]
         try:
             self.arm(kept, num_tokens=num_tokens)
             self.in_evaluation = True
             yield
         finally:
             self.kept, self.num_tokens, self.sampler, self.in_evaluation = before
-            for record, was_used in zip(records, used, strict=True):
-                record.used = was_used
-
-    @property
-    def armed(self) -> bool:
-        """Whether the next training forward is routed."""
-        return self.kept is not None or self.sampler is not None
+            for stretch, was_used in used:
+                stretch.used = was_used
 
     def kept_ids(self, route: int, x_BND: Tensor, number: int = 0) -> Tensor:
-        """The ids kept on ``routes[route]`` for these tokens, ``[B, K]`` or, of a shared route, ``[1, K]``.
+        """The ids kept on ``routes[route]`` for the tokens that enter it: ``[B, K]`` or, of a shared route, ``[1, K]``.
 
-        Ids are armed and sampled for the first list; where another list has more or fewer tokens that never skip
+        Ids are armed and sampled for the first list; where list ``number`` has more or fewer tokens that never skip
         (text in front, say), the same of the rest stay in it.
-
-        Args:
-            route: Number of the route.
-            x_BND: The tokens that enter it.
-            number: Which of the lists.
 
         Raises:
             ValueError: The ids were drawn for sequences of another length or another number of samples.
         """
         fixed, drawn_fixed = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
         batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(fixed) + sum(drawn_fixed)
-        fits = self.kept is not None and num_tokens == self.num_tokens
-        if fits and self.sampler is not None and not torch.compiler.is_compiling():
+        kept = self.kept[route] if self.kept is not None and num_tokens == self.num_tokens else None
+        if kept is not None and self.sampler is not None and not torch.compiler.is_compiling():
             # Two views or the frames of a video may be samples of the blocks: their ids are drawn anew.
-            fits = self.kept is not None and self.kept[route].shape[0] in (1, batch_size)
-        if fits and self.kept is not None:  # drawn for this batch
-            kept = self.kept[route]
-        elif self.sampler is not None:  # nothing armed, or ids of another length
+            kept = kept if kept.shape[0] in (1, batch_size) else None
+        if kept is None:  # nothing armed, or ids of another length
+            if self.sampler is None:
+                raise ValueError(
+                    f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}'
+                )
             kept = self.sampler(route, batch_size, num_tokens).to(x_BND.device)
-        else:
-            raise ValueError(f'the kept ids were drawn for {self.num_tokens} tokens, the block list got {num_tokens}')
         if kept.shape[0] != batch_size and not (self.shared and kept.shape[0] == 1):
             raise ValueError(f'kept ids for {kept.shape[0]} samples, but the block list got {batch_size} samples')
         should_skip = self.routes[route].selection_rate > 0 and not self.in_evaluation
@@ -158,7 +164,11 @@ class Routing:
                 'enough of them for the selection rate',
                 stacklevel=2,
             )
-        return kept if fixed == drawn_fixed else _moved_between(kept, num_tokens, drawn_fixed, fixed)
+        if fixed == drawn_fixed:
+            return kept
+        # Ids of tokens that may skip, moved from behind the first list's leading tokens to behind this one's.
+        free = kept[:, drawn_fixed[0] : kept.shape[1] - drawn_fixed[1]] - drawn_fixed[0] + fixed[0]
+        return with_ends(free, x_BND.shape[1], *fixed)
 
     def passes(self, number: int, offset: int, count: int, *, training: bool) -> dict[int, Pass]:
         """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
@@ -169,25 +179,12 @@ class Routing:
             count: How many are walked. A slice that ends within a route puts the tokens back at its own end.
             training: Whether the list is in training mode.
         """
+        settings, probed = self.settings.lists[number], not self.settings.ordered
         passes: dict[int, Pass] = {}
-        for segment, record in self.segments[number]:
-            start, end = max(segment.start, offset), min(segment.end, offset + count - 1)
+        for stretch in self.stretches[number]:
+            start, end = max(stretch.start, offset), min(stretch.end, offset + count - 1)
             if start <= end:
-                ids, probed = functools.partial(self.kept_ids, segment.route, number=number), not self.settings.ordered
-                route = Pass(self.settings.lists[number], (start, end), record, ids, training=training, probed=probed)
+                ids = functools.partial(self.kept_ids, stretch.route, number=number)
+                route = Pass(settings, stretch, (start, end), ids, training=training, probed=probed)
                 passes.update(dict.fromkeys(range(start, end + 1), route))
         return passes
-
-    def float32_blocks(self, number: int) -> set[int]:
-        """The blocks of a list that run in float32: the one behind each route if that was asked for."""
-        # The paper's code leaves autocast for this one block, where both kinds of tokens meet again.
-        ends = self.spans if self.settings.float32_after else ()
-        return {end + 1 - self.offsets[number] for _, end in ends}
-
-
-def _moved_between(kept: Tensor, num_tokens: int, drawn_fixed: tuple[int, int], fixed: tuple[int, int]) -> Tensor:
-    """Ids drawn for a list with ``drawn_fixed`` leading and trailing tokens that never skip, for one with ``fixed``."""
-    # Ids of tokens that may skip, moved from behind one head of fixed tokens to behind another.
-    free = kept[:, drawn_fixed[0] : kept.shape[1] - drawn_fixed[1]] - drawn_fixed[0] + fixed[0]
-    places = torch.arange(num_tokens - sum(drawn_fixed) + sum(fixed), device=kept.device).expand(len(kept), -1)
-    return torch.cat([places[:, : fixed[0]], free, places[:, places.shape[1] - fixed[1] :]], dim=1)

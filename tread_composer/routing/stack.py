@@ -37,8 +37,7 @@ def inside_reentrant() -> bool:
 
 
 def _callers() -> Iterator[FrameType]:
-    """The frames of the present call, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)  # innermost first
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -51,8 +50,8 @@ def _is_forward_method(frame: FrameType, block: nn.Module) -> bool:
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + catching]
     if not names:
         return False
-    values = frame.f_locals
-    owner, arguments = values.get(names[0]), [values.get(name) for name in names[1:]]
+    variables = frame.f_locals
+    owner, *arguments = [variables.get(name) for name in names]  # of a method: self first
     if not isinstance(owner, nn.Module) or not (code.co_name == 'forward' or any(map(_has_tensor, arguments))):
         return False
     return any(module is block for module in owner.modules())

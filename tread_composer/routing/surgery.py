@@ -3,7 +3,7 @@
 The blocks stay as they are and know nothing. State-dict keys, ``len``, indexing and evaluation do not change.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,8 @@ __all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of', 'tap_bloc
 
 Blocks = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None
 """Path of a block list; several; or a mapping from paths to what differs from the other settings in that list."""
+
+_PER_LIST = 'tokens', 'tokens_out', 'token_arguments', 'always_keep'
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
@@ -64,11 +66,12 @@ def routing_of(model: nn.Module) -> Routing | None:
     Raises:
         ValueError: Parts of the model were routed one by one: ask for each part.
     """
-    routings = {id(routing): routing for routing in _routings(model).values()}
+    routed = {name: part.routing for name, part in _routed(model).items() if part.routing is not None}
+    routings = {id(routing): routing for routing in routed.values()}
     if len(routings) > 1:
         raise ValueError(
-            f'the model has {len(routings)} routings, of {", ".join(map(repr, _routings(model)))}: ask for the routing '
-            'of one part, or route these lists together: blocks=[...]'
+            f'the model has {len(routings)} routings, of {", ".join(map(repr, routed))}: ask for the routing of one '
+            'part, or route these lists together: blocks=[...]'
         )
     return next(iter(routings.values()), None)
 
@@ -89,18 +92,17 @@ def apply_tread(
     """Let a random share of the tokens skip the blocks of a route while ``model`` trains (TREAD, arXiv 2501.04765).
 
     In place, without a new parameter, and without effect on evaluation or on state-dict keys. Applied again with the
-    same settings it returns the routing that is there.
-
-    Some training forwards (the first, second, 16th and 128th that are not compiled) also try whether each block of a
-    route treats its tokens as a set, and raise ``RoutingError`` if not (see ``checks``); nothing else is changed by it.
+    same settings it returns the routing that is there. Some training forwards (the first, second, 16th and 128th that
+    are not compiled) also try whether each block of a route treats its tokens as a set, and raise ``RoutingError`` if
+    not (see ``probe``); nothing else is changed by it.
 
     Args:
         model: Any module with a list of blocks that it iterates over.
         routes: One route, or several disjoint ones in order of depth.
         blocks: Path of the block list; found by itself if there is only one candidate (see ``find_blocks``). Several
             paths, in the order in which the model runs the lists, are counted through like one list, and a route may
-            go from one into the next: its tokens are put back in between, and where no ids are given with ``arm``,
-            each list draws its own. A mapping from paths to settings says what differs in a list: ``{'joint': None,
+            go from one into the next: its tokens are put back in between, and without armed ids each list draws its
+            own. A mapping from paths to settings says what differs in a list: ``{'joint': None,
             'single': {'always_keep': 77, 'token_arguments': {'rope': 0}}}``; the same tokens of the rest are kept.
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens where a block returns a tuple, counted from 0.
@@ -129,17 +131,33 @@ def apply_tread(
     """
     routes = (routes,) if isinstance(routes, Route) else tuple(routes)
     lists = _lists(model, blocks)
-    paths, depths = list(lists), [len(container) for container in lists.values()]
-    name = ' + '.join(paths)
+    depths = [len(container) for container in lists.values()]
     try:
         spans = check_routes(routes, sum(depths))
     except ValueError as error:
-        raise ValueError(f'{name}: {error}') from None
-    common: dict[str, Any] = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
-    per_list = _per_list(model, lists, spans, blocks, common, shared=shared)
-    settings = RoutingSettings(per_list, routes, tuple(spans), shared, ordered, float32_after)
-    attached = _attached(model, settings)
+        raise ValueError(f'{" + ".join(lists)}: {error}') from None
+    common = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
+    per_list = []
+    for path, container in lists.items():
+        exceptions = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
+        if not isinstance(exceptions, Mapping) or set(exceptions) - set(_PER_LIST):
+            raise ValueError(f'blocks: {path!r}: {exceptions!r}: expected settings of one list: {", ".join(_PER_LIST)}')
+        offset = sum(part.depth for part in per_list)
+        starts = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
+        # The first block on a route stands for all; None if no route comes here.
+        block = bare(container[starts[0]]) if starts else None
+        settings = {**common, **exceptions}
+        per_list.append(_list_settings(model, path, len(container), block, settings, shared=shared))
+    settings = RoutingSettings(tuple(per_list), routes, tuple(spans), shared, ordered, float32_after)
+    attached = routing_of(model)
     if attached is not None:
+        differences = attached.settings.differences(settings)
+        if differences:
+            names = ', '.join(name for name, part in _routed(model).items() if part.routing is attached)
+            raise ValueError(
+                f'{names} is routed already with other settings ({"; ".join(differences)}). Call '
+                'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
+            )
         return attached
     _refuse_copies(model, lists)
     routing = Routing(settings)
@@ -155,9 +173,8 @@ def remove_tread(model: nn.Module) -> None:
 
     Parameters, optimizer state and checkpoints do not notice. Nothing happens to a model that is not routed.
     """
-    for module in model.modules():
-        if isinstance(module, RoutedList):
-            module.unroute()
+    for container in _routed(model).values():
+        container.release(route=True)
 
 
 def tap_blocks(
@@ -189,7 +206,11 @@ def tap_blocks(
     Raises:
         ValueError: The list is not found, or there is no such block.
     """
-    lists = _lists(model, blocks) if blocks is not None or routing_of(model) is None else _routed_lists(model)
+    routed = {name: part for name, part in _routed(model).items() if not part.is_slice}
+    if blocks is not None or routing_of(model) is None:
+        lists = _lists(model, blocks)
+    else:  # in the order in which the route goes through them
+        lists = dict(sorted(routed.items(), key=lambda item: item[1].list_number))
     _refuse_copies(model, lists)
     _check_position(tokens_out)
     numbers = [at] if isinstance(at, int) else list(at)
@@ -203,9 +224,7 @@ def tap_blocks(
     slots: dict[int, Slot] = {}
     for number in numbers:
         container, index = places[number]
-        if not isinstance(container, RoutedList):
-            container.__class__ = ROUTED[type(container)]
-        assert isinstance(container, RoutedList)
+        container.__class__ = ROUTED.get(type(container), type(container))
         position = tokens_out
         if position is None and container.routing is not None:
             position = container.routing.settings.lists[container.list_number].tokens_out
@@ -215,84 +234,41 @@ def tap_blocks(
     def remove() -> None:
         for container in lists.values():
             if isinstance(container, RoutedList):
-                container.untap(slots.values())
+                container.release(slots=slots.values())
 
     return Taps(slots, remove)
 
 
-def _routed_lists(model: nn.Module) -> dict[str, BlockList]:
-    routed = {name: part for name, part in model.named_modules() if isinstance(part, RoutedList) and not part.is_slice}
-    return dict(sorted(routed.items(), key=lambda item: item[1].list_number))  # type: ignore[return-value]
+def _routed(model: nn.Module) -> dict[str, RoutedList]:
+    """Routed and tapped lists by their paths, kept slices among them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedList)}
 
 
-def _refuse_copies(model: nn.Module, lists: Mapping[str, BlockList]) -> None:
+def _refuse_copies(model: nn.Module, lists: Mapping[str, Any]) -> None:
     """Refuse a model that holds the same blocks in another list too: walked there, they would not route.
 
     Raises:
         ValueError: Names the lists.
     """
     blocks = {id(block): path for path, container in lists.items() for block in container.children()}
-    # A slice of a routed list that the model keeps routes too.
-    slices = {id(part) for part in model.modules() if isinstance(part, RoutedList) and part.is_slice}
-    named = slices | {id(container) for container in lists.values()}
+    named = {id(container) for container in lists.values()}
+    named |= {id(part) for part in _routed(model).values() if part.is_slice}  # which routes with its list
     plain = set(vars(nn.Module()))  # torch's own attributes: the module's children stand in one of them
     copies: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named:
-            copies.update((name, blocks[id(child)]) for child in module.children() if id(child) in blocks)
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and id(module) not in named
+        held: dict[str, Iterable[Any]] = {name: module.children()} if is_list else {}
         for attribute, value in vars(module).items():
-            members = value.values() if isinstance(value, dict) else value
             if attribute not in plain and isinstance(value, (list, tuple, dict)):
-                dotted = f'{name}.{attribute}'.lstrip('.')
-                copies.update((dotted, blocks[id(member)]) for member in members if id(member) in blocks)
+                held[f'{name}.{attribute}'.lstrip('.')] = value.values() if isinstance(value, dict) else value
+        for place, members in held.items():
+            copies.update((place, blocks[id(member)]) for member in members if id(member) in blocks)
     if copies:
         raise ValueError(
             f'blocks: {", ".join(f"{name!r} holds blocks of {path!r}" for name, path in copies.items())}. Walked there '
             'they would run on all tokens, unnoticed: keep one list of the blocks in the model, and take slices of it '
             'in the forward pass'
         )
-
-
-def _attached(model: nn.Module, settings: RoutingSettings) -> Routing | None:
-    """The routing that the model already has, which must have these settings."""
-    paths = list(_routings(model))
-    if not paths:
-        return None
-    routing = routing_of(model)
-    assert routing is not None
-    differences = routing.settings.differences(settings)
-    if differences:
-        raise ValueError(
-            f'{", ".join(paths)} is routed already with other settings ({"; ".join(differences)}). Call '
-            'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
-        )
-    return routing
-
-
-_PER_LIST = ('tokens', 'tokens_out', 'token_arguments', 'always_keep')
-
-
-def _per_list(
-    model: nn.Module,
-    lists: dict[str, BlockList],
-    spans: Sequence[tuple[int, int]],
-    blocks: Blocks,
-    common: Mapping[str, Any],
-    *,
-    shared: bool,
-) -> tuple[ListSettings, ...]:
-    """The settings of each list: the common ones, and the exceptions that ``blocks`` makes for it."""
-    rows, offset = [], 0
-    for path, container in lists.items():
-        exceptions = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
-        if not isinstance(exceptions, Mapping) or set(exceptions) - set(_PER_LIST):
-            raise ValueError(f'blocks: {path!r}: {exceptions!r}: expected settings of one list: {", ".join(_PER_LIST)}')
-        depth = len(container)
-        starts = [max(start - offset, 0) for start, end in spans if start < offset + depth and end >= offset]
-        block = bare(container[starts[0]]) if starts else None
-        rows.append(_list_settings(model, path, depth, block, {**common, **exceptions}, shared=shared))
-        offset += depth
-    return tuple(rows)
 
 
 def _list_settings(
@@ -328,15 +304,6 @@ def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
     if not paths or len({id(container) for container in lists.values()}) < len(paths):
         raise ValueError(f'blocks: {paths} names no list, or one of them twice')
     return lists
-
-
-def _routings(model: nn.Module) -> dict[str, Routing]:
-    """Routed lists by their paths."""
-    return {
-        name: module.routing
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedList) and module.routing is not None
-    }
 
 
 def _is_stack(module: nn.Module) -> bool:

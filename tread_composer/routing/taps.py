@@ -28,36 +28,34 @@ class Tapped(NamedTuple):
 
 
 class Slot:
-    """Where a walk over a block list leaves what one block returned, for one reader.
+    """Where a walk over a block list leaves what block ``index`` returned, for one reader.
 
     The one thing of a forward pass that outlives it: written by the walk, never read by it, so that a compiled graph
     has no guard on it.
-
-    Args:
-        index: Number of the block within its list.
-        tokens_out: Position of the tokens in the block's tuple output; None where the output is a tensor.
-        evaluation: Whether it is written in evaluation mode too.
     """
 
     def __init__(self, index: int, tokens_out: int | None, *, evaluation: bool) -> None:
-        self.index, self.tokens_out, self.evaluation = index, tokens_out, evaluation
+        self.index, self.tokens_out = index, tokens_out
+        self.evaluation = evaluation  # written in evaluation mode too
         self.tokens: Tensor | None = None
         self.kept: Tensor | None = None
 
     def put(self, out: Any, kept: Tensor | None) -> None:
-        """Leave a block's output and its kept ids.
-
-        Not during a backward pass: checkpointing that runs the walk again would replace the tokens of the true pass,
-        which the loss stands on, by copies.
-        """
+        """Leave a block's output and its kept ids."""
+        # Not during a backward pass (graph task -1 is none): checkpointing that runs the walk again would replace the
+        # tokens of the true pass, which the loss stands on, by copies.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             tokens = output_tokens(out, self.tokens_out)  # [B, K, D], with its graph
             self.tokens = tokens
             # A shared route has ids [1, K]; readers get one row for each sample.
             self.kept = None if kept is None else kept.expand(tokens.shape[0], -1)
 
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self.tokens = self.kept = None
+
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the tensors, which belong to one graph."""
+        # Copies and pickles go without the tensors, which belong to one graph.
         return {**self.__dict__, 'tokens': None, 'kept': None}
 
 
@@ -78,20 +76,21 @@ class Taps:
         Raises:
             RoutingError: No forward pass went through one of the blocks since the last reading.
         """
+        taken = {}
         for at, slot in self._slots.items():
             if slot.tokens is None:
                 raise RoutingError(
                     f'tap_blocks: no forward pass went through block {at} since the last reading. Taps are written in '
                     'training mode (with evaluation=True in both), by a model that walks over its list of blocks'
                 )
-        taken = {at: Tapped(slot.tokens, slot.kept) for at, slot in self._slots.items() if slot.tokens is not None}
-        self.clear()
+            taken[at] = Tapped(slot.tokens, slot.kept)
+        self.clear()  # only once all of them are there
         return taken
 
     def clear(self) -> None:
         """Let go of what is there, unread."""
         for slot in self._slots.values():
-            slot.tokens = slot.kept = None
+            slot.clear()
 
     def remove(self) -> None:
         """Tap no more; other taps of the same blocks, and a route, stay."""

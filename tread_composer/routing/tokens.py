@@ -8,16 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    'AlwaysKeep',
-    'both_ends',
-    'count_kept',
-    'keep_lowest',
-    'put_back',
-    'sample_kept',
-    'take_along',
-    'take_kept',
-]
+__all__ = ['AlwaysKeep', 'both_ends', 'count_kept', 'keep_lowest', 'put_back', 'sample_kept', 'take_along', 'take_kept']
 
 AlwaysKeep = int | Sequence[int]
 """Number of leading tokens that never skip, or a pair: of leading and of trailing ones."""
@@ -40,25 +31,22 @@ def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
 def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
     """How many of ``num_tokens`` stay on the blocks: ``always_keep + free - int(free * selection_rate)``.
 
-    ``free = num_tokens - always_keep``: the rate counts only tokens that may skip.
-
     Raises:
         ValueError: There are not even ``always_keep`` tokens.
     """
     fixed = sum(both_ends(always_keep))
-    free = num_tokens - fixed
+    free = num_tokens - fixed  # the rate is a share of the tokens that may skip
     if free < 0:
         raise ValueError(f'always_keep: {fixed} tokens cannot stay in a sequence of {num_tokens}')
     return fixed + free - int(free * selection_rate)
 
 
 def keep_lowest(scores_BN: Tensor, num_kept: int, *, always_keep: AlwaysKeep = 0) -> Tensor:
-    """Ids ``[B, K]`` (int64) of each sample's ``num_kept`` lowest scores, ascending.
+    """Ids ``[B, K]`` (int64) of each sample's ``num_kept`` lowest scores ``[B, N]``, ascending.
 
-    The leading and trailing ``always_keep`` positions are among them whatever their scores are.
-
-    Ascending order changes nothing for attention and MLPs, keeps the raster order that scanning blocks need, and
-    makes a route at rate 0 the identity to the bit.
+    The leading and trailing ``always_keep`` positions are among them whatever their scores are. Ascending order changes
+    nothing for attention and MLPs, keeps the raster order that scanning blocks need, and makes a route at rate 0 the
+    identity to the bit.
 
     Raises:
         ValueError: ``num_kept`` is not between 1 (or ``always_keep``) and N.
@@ -88,14 +76,7 @@ def sample_kept(
     """Draw the ids of the tokens that stay on the blocks: ``[B, K]`` int64, ascending, another set for each sample.
 
     Uniform without replacement (TREAD, arXiv 2501.04765); K is ``count_kept(num_tokens, selection_rate, always_keep)``.
-
-    Args:
-        batch_size: B.
-        num_tokens: N.
-        selection_rate: Share of the tokens that skip the blocks, out of those that may.
-        always_keep: Number of leading tokens (a class token, text) that never skip, or of leading and trailing ones.
-        generator: Source of randomness, on ``device``; the global one if None.
-        device: Where the ids are made.
+    ``generator`` is on ``device``; the global one if None.
     """
     # The K lowest of N independent uniform numbers are a uniform subset without replacement.
     scores_BN = torch.rand(batch_size, num_tokens, generator=generator, device=device)
@@ -111,16 +92,14 @@ def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing
     """The kept tokens' entries of a tensor whose dimension ``dim`` counts tokens.
 
     Args:
-        value: With samples in dimension 0 (or 1, for all of them), or for all samples alike.
+        value: Samples in dimension 0 (size B, or 1 for all of them); with ids for all samples it may have none.
         kept: Ids ``[B, K]``, or ``[1, K]`` for all samples.
         dim: Not negative; 0 only with ids for all samples.
-        leading: So many entries precede those of the tokens and stay.
-        trailing: So many entries follow those of the tokens and stay.
+        leading: Number of entries before those of the tokens, which stay.
+        trailing: Number of entries behind those of the tokens, which stay.
     """
     if leading or trailing:
-        # Entries beside the tokens' stay: the ids move behind the leading ones.
-        places = torch.arange(value.shape[dim], device=kept.device).expand(len(kept), -1)
-        kept = torch.cat([places[:, :leading], kept + leading, places[:, value.shape[dim] - trailing :]], dim=1)
+        kept = with_ends(kept + leading, value.shape[dim], leading, trailing)
     if len(kept) == 1:  # one route for all samples: works in dimension 0 too
         return value.index_select(dim, kept[0])
     value = value.expand(len(kept), *value.shape[1:])
@@ -129,26 +108,29 @@ def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing
     return value.gather(dim, index.expand(*value.shape[:dim], kept.shape[1], *value.shape[dim + 1 :]))
 
 
-def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor:
-    """A copy of ``full_BND`` in which the kept tokens are replaced by their processed selves.
+def with_ends(ids: Tensor, length: int, leading: int, trailing: int) -> Tensor:
+    """Ids ``[B, K]`` between the first ``leading`` and the last ``trailing`` ones of a sequence of this length."""
+    places = torch.arange(length, device=ids.device).expand(len(ids), -1)  # [B, length] without a copy
+    return torch.cat([places[:, :leading], ids, places[:, length - trailing :]], dim=1)
 
-    Where the two differ in dtype (a block under autocast may return another one than the stored sequence has) the
-    result has the wider one: ``scatter`` itself would refuse.
+
+def put_back(full_BND: Tensor, processed_BKD: Tensor, kept_BK: Tensor) -> Tensor:
+    """A copy of ``full_BND`` in which the kept tokens are replaced by their processed selves, in the wider dtype.
 
     Raises:
-        ValueError: There are more or fewer processed tokens than ids. ``scatter`` would take the first K of more.
+        ValueError: There are more or fewer processed tokens than ids.
     """
-    if processed_BKD.shape[1] != kept_BK.shape[1]:
+    if processed_BKD.shape[1] != kept_BK.shape[1]:  # of more tokens, scatter would silently take the first K
         raise ValueError(
             f'put_back: {processed_BKD.shape[1]} tokens came off the route and {kept_BK.shape[1]} went onto it; '
             'something between adds or drops tokens'
         )
     # Out of place: the full sequence belongs to the autograd graph, and may be read again by a recomputation.
+    # A block under autocast may return another dtype than the stored sequence has, which scatter would refuse.
     dtype = torch.promote_types(full_BND.dtype, processed_BKD.dtype)
     return full_BND.to(dtype).scatter(1, _like_trailing(kept_BK, processed_BKD), processed_BKD.to(dtype))
 
 
 def _like_trailing(kept_BK: Tensor, x: Tensor) -> Tensor:
-    """Ids expanded over the dimensions of ``x`` behind batch and token."""
     # [B, K] -> [B, K, 1, ...] -> [B, K, ...] without a copy.
     return kept_BK.view(*kept_BK.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from tread_composer.core.evaluating import evaluating
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import routing_of
@@ -157,18 +158,12 @@ def _macs(network: nn.Module, latent_shape: tuple[int, ...], counts: tuple[int, 
     dtype = next(network.parameters()).dtype
     x = torch.empty(1, *latent_shape, device='meta', dtype=dtype)
     inputs = x, x[:, 0, 0, 0], torch.zeros(1, dtype=torch.int64, device='meta')  # x [1, C, H, W], t [1], label [1]
-    routing, modes = routing_of(network), {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            if counts is None or routing is None:
+    routing = routing_of(network)
+    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if counts is None or routing is None:
+            functional_call(network, tensors, inputs)
+        else:
+            kept = [torch.empty(1, count, dtype=torch.int64, device='meta') for count in counts]
+            with routing.forced(kept, num_tokens=network.num_tokens):  # type: ignore[arg-type]
                 functional_call(network, tensors, inputs)
-            else:
-                kept = [torch.empty(1, count, dtype=torch.int64, device='meta') for count in counts]
-                with routing.forced(kept, num_tokens=network.num_tokens):  # type: ignore[arg-type]
-                    functional_call(network, tensors, inputs)
-    finally:
-        # Module by module: a part that was frozen in evaluation mode stays so.
-        for module, mode in modes.items():
-            module.training = mode
     return counter.get_total_flops() // 2  # torch counts a multiply-add as two
