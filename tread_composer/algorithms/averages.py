@@ -5,20 +5,22 @@ row. An average must be kept beside whatever there is, and must be saved so that
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from composer.core import State
+from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard as _reshard_fsdp1
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import ResumeError, UserError
 
-__all__ = ['Shard', 'refuse_hidden_weights', 'shards_of']
+__all__ = ['Averages', 'Shard', 'refuse_hidden_weights', 'shards_of']
 
 _WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.')
 
@@ -53,10 +55,9 @@ class Shard:
 
     @torch.no_grad()
     def whole(self, local: Tensor) -> Tensor:
-        """The full tensor ``[*parameter's shape]`` on the CPU. All ranks must ask at once: their parts are gathered.
+        """The full tensor ``[*parameter's shape]`` on the CPU, of values in place of ``self.local``.
 
-        Args:
-            local: Of the shape of ``local``, on its device: another value for each of its entries.
+        All ranks must ask at once: their parts are gathered.
         """
         parameter = self.parameter
         if isinstance(parameter, DTensor):
@@ -88,11 +89,11 @@ class Shard:
 def shards_of(model: nn.Module) -> dict[str, Shard]:
     """All parameters under the names that they have in the unwrapped model, those without gradient too.
 
-    To be asked anew at each event: FSDP leaves the outermost module gathered after a forward pass without backward
-    (an evaluation). Its copy would be used in the next forward pass whatever is written to the shards, so it is
-    dropped here.
+    To be asked anew at each event, because parameters may have been exchanged since.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
+    # FSDP leaves the outermost module gathered after a forward pass without backward (an evaluation). Its copy would be
+    # used in the next forward pass whatever is written to the shards.
     for module in model.modules():
         _drop_gathered_copy(module)
     pieces = dict(_fsdp1_pieces(model))
@@ -102,6 +103,71 @@ def shards_of(model: nn.Module) -> dict[str, Shard]:
             name = name.replace(wrapper, '')
         named[name] = Shard(parameter, pieces.get(id(parameter)))
     return named
+
+
+class Averages:
+    """Float32 averages of the trainable weights, one for each key: of this rank's shards, or as loaded, in full.
+
+    Args:
+        owner: Name of the algorithm, for errors.
+        keys: What tells the averages apart.
+    """
+
+    def __init__(self, owner: str, keys: Iterable[Any]) -> None:
+        self.owner, self.keys = owner, tuple(keys)
+        self.local: dict[Any, dict[str, Tensor]] = {}  # of this rank's shards, by parameter
+        self.loaded: dict[Any, dict[str, Tensor]] = {}  # full tensors from a checkpoint, until training starts
+        self.shards: dict[str, Shard] = {}  # of the moment
+
+    def load(self, averages: Mapping[Any, dict[str, Tensor]]) -> None:
+        """Take over full tensors; they are laid out like the parameters at the next use."""
+        self.local, self.loaded = {}, dict(averages)
+
+    @torch.no_grad()
+    def lay_out(self, model: nn.Module) -> None:
+        """Find the shards of this moment; begin the averages as copies of the weights, or cut the loaded ones.
+
+        Raises:
+            ResumeError: The loaded ones are of other parameters than the model has.
+        """
+        self.shards = shards_of(model)
+        if self.local:
+            return
+        trainable = {name: shard for name, shard in self.shards.items() if shard.trainable}
+        if not self.loaded:
+            self.local = {
+                key: {name: shard.local.float().clone() for name, shard in trainable.items()} for key in self.keys
+            }
+            return
+        names = self.loaded[self.keys[0]].keys()
+        # A layer that is frozen by now stays in the average; one that thaws could not be.
+        missing, strange = trainable.keys() - names, names - self.shards.keys()
+        if missing or strange:
+            raise ResumeError(
+                f'{self.owner}: the checkpoint averages other parameters than the model has. Not in the checkpoint: '
+                f'{sorted(missing)[:5]}; not in the model: {sorted(strange)[:5]}'
+            )
+        for key, average in self.loaded.items():
+            self.local[key] = {name: self.shards[name].cut(whole) for name, whole in average.items()}
+        self.loaded = {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, shares: Mapping[Any, float]) -> None:
+        """``average = (1 - share) * average + share * weights``, with the share of each key."""
+        self.lay_out(model)
+        for key, average in self.local.items():
+            weights = [self.shards[name].local.float() for name in average]
+            torch._foreach_lerp_(list(average.values()), weights, shares[key])  # type: ignore[attr-defined]
+
+    def whole(self) -> dict[Any, dict[str, Tensor]]:
+        """Full tensors on the CPU of rank 0, none on the others, all of which must ask; as loaded before training."""
+        gathered: dict[Any, dict[str, Tensor]] = {key: {} for key in self.local}
+        for key, average in self.local.items():
+            for name, local in average.items():
+                tensor = self.shards[name].whole(local)
+                if dist.get_global_rank() == 0:
+                    gathered[key][name] = tensor
+        return gathered or self.loaded
 
 
 def refuse_hidden_weights(algorithm: object, state: State) -> None:

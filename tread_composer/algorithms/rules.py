@@ -13,36 +13,24 @@ from composer.core import State, TimeUnit
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.core.errors import UserError
 
-__all__ = [
-    'cannot_work',
-    'conflict',
-    'never_resumes',
-    'refuse_conflicts',
-    'refuse_resume',
-    'refuse_unfit',
-    'without_checkpoints_only',
-]
+__all__ = ['cannot_work', 'conflict', 'never_resumes', 'refuse_conflicts', 'refuse_unfit', 'without_checkpoints_only']
 
 
 def conflict(one: type, other: type) -> str | None:
     """Why these two classes may not stand in one run; None if they may."""
     if one is other:
         return None
-    for declaring, named in ((one, other), (other, one)):
-        rules = getattr(declaring, 'incompatible_with', {})
-        if named.__name__ in rules:
-            return rules[named.__name__]
-    return None
+    pairs = (one, other), (other, one)
+    reasons = (getattr(declaring, 'incompatible_with', {}).get(named.__name__) for declaring, named in pairs)
+    return next(filter(None, reasons), None)
 
 
 def cannot_work(algorithm: object, model: nn.Module | None = None) -> str | None:
     """Why this algorithm of Composer's cannot do its work on a model; None if it can.
 
-    Args:
-        algorithm: Any.
-        model: With the weights that training starts from. If None, one of our denoisers, freshly made.
+    The model has the weights that training starts from; None stands for one of our denoisers, freshly made.
     """
     parts = () if model is None else model.modules()
     if isinstance(algorithm, StochasticDepth) and not any(isinstance(part, Bottleneck) for part in parts):
@@ -91,10 +79,10 @@ def refuse_conflicts(algorithm: object, state: State) -> None:
         UserError: The run has an algorithm that this one may not stand beside, the same one twice, or one of Composer's
             that cannot work in this run.
     """
-    name = type(algorithm).__name__
+    name, two = type(algorithm).__name__, getattr(algorithm, 'instead_of_two', 'Take one out')
     for other in state.algorithms:
         if type(other) is type(algorithm) and other is not algorithm:
-            raise UserError(f'{name}: the run has two, and each would undo or repeat what the other does. Take one out')
+            raise UserError(f'{name}: the run has two, and each would undo or repeat what the other does. {two}')
         reason = conflict(type(algorithm), type(other))
         if reason is not None:
             raise UserError(f'{name} cannot stand beside {type(other).__name__}: {reason}. Take one of them out')
@@ -109,31 +97,12 @@ def refuse_unfit(state: State) -> None:
     """
     saves = any(isinstance(callback, CheckpointSaver) for callback in state.callbacks)
     for algorithm in state.algorithms:
-        reason, remedy = (
-            conflict(type(state.model), type(algorithm)) or cannot_work(algorithm, state.model),
-            'Take it out',
-        )
+        reason, remedy = conflict(type(state.model), type(algorithm)), 'Take it out'
+        reason = reason or cannot_work(algorithm, state.model)
         if reason is None and saves:
             reason, remedy = without_checkpoints_only(algorithm), f'{remedy}, or train without saving (no save_folder)'
         if reason is not None:
             raise UserError(f'{type(algorithm).__name__} cannot work in this run: {reason}. {remedy}')
-
-
-def refuse_resume(state: State) -> None:
-    """To be called on ``Event.AFTER_LOAD``.
-
-    Raises:
-        ResumeError: Training was resumed, and the run has an algorithm that cannot be.
-    """
-    if not int(state.timestamp.batch):
-        return
-    for algorithm in state.algorithms:
-        reason = never_resumes(algorithm)
-        if reason is not None:
-            raise ResumeError(
-                f'{type(algorithm).__name__}: a run with it cannot be resumed: {reason}. Start a new run from the '
-                f'weights alone (load_weights_only: true)'
-            )
 
 
 def _all_zero(model: nn.Module) -> str | None:

@@ -2,20 +2,16 @@
 
 from composer.core import State, Time, TimeUnit
 
-__all__ = ['parse_time', 'reached']
+__all__ = ['Window', 'parse_time', 'reached']
 
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
 
 
 def parse_time(value: str | Time | None, setting: str) -> Time | None:
-    """A time string such as ``'0.92dur'``, ``'300000ba'`` or ``'60ep'`` as Composer's ``Time``.
-
-    Args:
-        value: The time, or None for "not set".
-        setting: Its name, for the error.
+    """A time string such as ``'0.92dur'``, ``'300000ba'`` or ``'60ep'`` as Composer's ``Time``; None is "not set".
 
     Raises:
-        ValueError: It is no time string, or one in a unit that cannot be used here.
+        ValueError: It is no time string, or one in a unit that cannot be used here; names ``setting``.
     """
     if value is None:
         return None
@@ -45,3 +41,27 @@ def reached(time: Time, state: State) -> bool:
     if elapsed is None:
         raise ValueError(f'{time} is a share of the run, and the run has no max_duration')
     return elapsed >= time
+
+
+class Window:
+    """A part of a run, from ``start_time`` until before ``end_time``; None stands for the run's own begin and end.
+
+    Args:
+        start_time: Composer time string, or None.
+        end_time: Composer time string, or None.
+        fault: What an empty window would mean, for its error.
+
+    Raises:
+        ValueError: One is no time string, or the window is empty.
+    """
+
+    def __init__(self, start_time: str | None, end_time: str | None, fault: str) -> None:
+        self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
+        # Times in different units compare only once the run's length is known.
+        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
+            raise ValueError(f'from start_time {start_time!r} to end_time {end_time!r} {fault}')
+
+    def holds(self, state: State) -> bool:
+        """Whether the present batch lies in it."""
+        begun = self._start is None or reached(self._start, state)
+        return begun and not (self._end is not None and reached(self._end, state))

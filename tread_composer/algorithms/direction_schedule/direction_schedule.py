@@ -9,19 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from composer.core import Event, State
+from composer.core import State
 from composer.loggers import Logger
 
-from tread_composer.algorithms.bound import BoundAlgorithm
-from tread_composer.algorithms.rules import refuse_conflicts
-from tread_composer.algorithms.schedule import parse_time, reached
+from tread_composer.algorithms.base import AlgorithmBase
+from tread_composer.algorithms.schedule import Window
 from tread_composer.core.batch import DIRECTION_SWITCH, RAW_LATENTS
 from tread_composer.core.errors import UserError
 
 __all__ = ['DirectionSchedule']
 
 
-class DirectionSchedule(BoundAlgorithm):
+class DirectionSchedule(AlgorithmBase):
     """Trains with the velocity-direction loss from ``start_time`` to ``end_time`` only.
 
     The weight is ``FlowMatching``'s (``direction_weight``). On ``Event.BATCH_START`` this writes the entry
@@ -47,23 +46,11 @@ class DirectionSchedule(BoundAlgorithm):
         if start_time is None and end_time is None:
             raise ValueError('DirectionSchedule: give start_time, end_time or both; without it the loss is always on')
         self.start_time, self.end_time = start_time, end_time
-        self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
-        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
-            raise ValueError(
-                f'DirectionSchedule: from start_time {start_time!r} to end_time {end_time!r} the loss would never be on'
-            )
+        self._window = Window(start_time, end_time, 'the loss would never be on')
         self._on = False
 
-    def __repr__(self) -> str:
-        """The call that makes an equal ``DirectionSchedule``."""
-        return f'DirectionSchedule(start_time={self.start_time!r}, end_time={self.end_time!r})'
-
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
-        """What speaks against this algorithm in a run: a window of a loss that is absent would have no effect.
-
-        Args:
-            config: The run's ``tread_composer.config.Config``.
-        """
+        """What speaks against it in a run with this ``Config``: a window of an absent loss would have no effect."""
         weight = getattr(config.objective.instance, 'direction_weight', None)
         text = 'opens and closes the velocity-direction loss, and '
         if weight is None:
@@ -71,29 +58,22 @@ class DirectionSchedule(BoundAlgorithm):
         elif not weight:
             yield '', f'{text}objective.direction_weight is 0; set it, for example to 1.0, or remove this'
 
-    def match(self, event: Event, state: State) -> bool:
-        """Whether ``apply`` has something to do at this event."""
-        return event in (Event.INIT, Event.AFTER_LOAD, Event.BATCH_START, Event.BATCH_END)
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Do what is due at ``event``."""
-        if event == Event.INIT:
-            refuse_conflicts(self, state)
-            if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
-                raise UserError(
-                    'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
-                    'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
-                )
-        elif event == Event.AFTER_LOAD:
-            self.refuse_foreign_checkpoint(state)
-        elif event == Event.BATCH_START:
-            ended = self._end is not None and reached(self._end, state)
-            self._on = not ended and (self._start is None or reached(self._start, state))
-            size = state.batch[RAW_LATENTS].shape[0]
-            state.batch[DIRECTION_SWITCH] = torch.full((size,), float(self._on))
-        else:
-            logger.log_metrics({'direction/switch': float(self._on)})
-
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to."""
         return {'start_time': self.start_time, 'end_time': self.end_time}
+
+    def _on_init(self, state: State, logger: Logger) -> None:
+        super()._on_init(state, logger)
+        if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
+            raise UserError(
+                'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
+                'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
+            )
+
+    def _on_batch_start(self, state: State, logger: Logger) -> None:
+        self._on = self._window.holds(state)
+        size = state.batch[RAW_LATENTS].shape[0]
+        state.batch[DIRECTION_SWITCH] = torch.full((size,), float(self._on))  # [B]: cut like any other entry
+
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({'direction/switch': float(self._on)})

@@ -10,22 +10,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from composer.core import Algorithm, Event, State, TimeUnit
+from composer.core import State, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor
 
-from tread_composer.algorithms.averages import Shard, refuse_hidden_weights, shards_of
-from tread_composer.algorithms.rules import refuse_conflicts, refuse_resume
+from tread_composer.algorithms.averages import Averages, refuse_hidden_weights
+from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.schedule import parse_time
 from tread_composer.core.errors import ResumeError
 
 __all__ = ['EMA']
 
-_EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
 
-
-class EMA(Algorithm):
+class EMA(AlgorithmBase):
     """Average the trainable weights: ``average = decay * average + (1 - decay) * weights`` after each batch.
 
     The average starts as a copy of the weights on ``Event.FIT_START`` (after a checkpoint was loaded), is updated on
@@ -53,7 +50,9 @@ class EMA(Algorithm):
         'back what the other has put in',
     }
 
-    num_averages = 1
+    joins_later: ClassVar[bool] = True
+
+    num_averages: ClassVar[int] = 1
     """Copies of the trainable weights in float32."""
 
     def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
@@ -64,47 +63,24 @@ class EMA(Algorithm):
             raise ValueError(f"update_interval: {update_interval!r} is not a number of batches such as '1ba'")
         self.decay, self.update_interval = float(decay), update_interval
         self._every = int(interval.value)
-        self._average: dict[str, Tensor] | None = None  # of this rank's shards
-        self._shards: dict[str, Shard] = {}
-        self._loaded: dict[str, Tensor] | None = None
+        self._averages = Averages('EMA', ['average'])
         self._weights: dict[str, Tensor] | None = None  # the raw weights, while the average stands in for them
 
-    def __repr__(self) -> str:
-        """The call that makes an equal ``EMA``."""
-        return f'EMA(decay={self.decay!r}, update_interval={self.update_interval!r})'
-
-    def match(self, event: Event, state: State) -> bool:
-        """Whether ``apply`` has something to do at this event."""
-        return event in _EVENTS
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Check, start, update, swap in or swap out, according to ``event``."""
-        if event == Event.INIT:
-            refuse_conflicts(self, state)
-            refuse_hidden_weights(self, state)
-        elif event == Event.AFTER_LOAD:
-            refuse_resume(state)
-        elif event == Event.BATCH_END:
-            if int(state.timestamp.batch) % self._every == 0:
-                self._update(state)
-        elif event == Event.FIT_START:
-            self._average_of(state)
-        elif event == Event.EVAL_START:
-            self._swap_in(state)
-        else:
-            self._swap_out(state)
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        return {'decay': self.decay, 'update_interval': self.update_interval}
 
     @contextlib.contextmanager
     def averaged(self, state: State) -> Iterator[None]:
         """The model holds the averaged weights inside of this context, and its own again behind it."""
         swapped_already = self._weights is not None
         if not swapped_already:
-            self._swap_in(state)
+            self._on_eval_start(state)
         try:
             yield
         finally:
             if not swapped_already:
-                self._swap_out(state)
+                self._on_eval_end(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and average, full tensors on the CPU of rank 0, which writes them; the other ranks get none.
@@ -117,12 +93,7 @@ class EMA(Algorithm):
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
-        average: dict[str, Tensor] | None = self._loaded if self._average is None else {}  # saved on untrained
-        for name, local in (self._average or {}).items():
-            whole = self._shards[name].whole(local)
-            if dist.get_global_rank() == 0:
-                average[name] = whole  # type: ignore[index]
-        return {**super().state_dict(), 'settings': self._settings(), 'average': average}
+        return {**super().state_dict(), 'average': self._averages.whole().get('average')}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved average; it is laid out like the parameters when training or evaluation starts.
@@ -135,59 +106,34 @@ class EMA(Algorithm):
                 "EMA: the checkpoint's average is of Composer's own EMA, which this one cannot read. "
                 'Resume with composer_ema, or start a new run from the weights alone (load_weights_only: true).'
             )
-        if state['settings'] != self._settings():
-            remedy = (
-                'Resume with the saved settings, or start a new run from the weights alone (load_weights_only: true).'
-            )
-            raise ResumeError.from_differences('EMA: the checkpoint', state['settings'], self._settings(), remedy)
-        self._loaded = state['average']
-        self._average = None
+        super().load_state_dict(state)
+        # None: saved before training had begun.
+        self._averages.load({} if state['average'] is None else {'average': state['average']})
 
-    def _settings(self) -> dict[str, Any]:
-        return {'decay': self.decay, 'update_interval': self.update_interval}
+    def _on_init(self, state: State, logger: Logger) -> None:
+        super()._on_init(state, logger)
+        refuse_hidden_weights(self, state)
 
-    @torch.no_grad()
-    def _average_of(self, state: State) -> dict[str, Tensor]:
-        """The average of this rank's shards, begun if need be; ``_shards`` are those of this moment."""
-        self._shards = shards_of(state.model)
-        if self._average is None:
-            self._average = self._begun() if self._loaded is None else self._resumed(self._loaded)
-            self._loaded = None
-        return self._average
+    def _on_fit_start(self, state: State, logger: Logger) -> None:
+        self._averages.lay_out(state.model)
 
-    def _begun(self) -> dict[str, Tensor]:
-        return {name: shard.local.float().clone() for name, shard in self._shards.items() if shard.trainable}
-
-    def _resumed(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-        # A layer that is frozen by now stays in the average; one that thaws could not be.
-        missing = {name for name, shard in self._shards.items() if shard.trainable} - loaded.keys()
-        unknown = loaded.keys() - self._shards.keys()
-        if missing or unknown:
-            raise ResumeError(
-                f'EMA: the checkpoint averages other parameters than the model has. Not in the checkpoint: '
-                f'{sorted(missing)[:5]}; not in the model: {sorted(unknown)[:5]}'
-            )
-        return {name: self._shards[name].cut(whole) for name, whole in loaded.items()}
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) % self._every == 0:
+            self._averages.update(state.model, {'average': 1.0 - self.decay})
 
     @torch.no_grad()
-    def _update(self, state: State) -> None:
-        average = self._average_of(state)
-        torch._foreach_lerp_(  # type: ignore[attr-defined]
-            list(average.values()), [self._shards[name].local.float() for name in average], 1.0 - self.decay
-        )
-
-    @torch.no_grad()
-    def _swap_in(self, state: State) -> None:
-        average = self._average_of(state)
-        self._weights = {name: self._shards[name].local.clone() for name in average}
+    def _on_eval_start(self, state: State, logger: Logger | None = None) -> None:
+        self._averages.lay_out(state.model)
+        shards, average = self._averages.shards, self._averages.local['average']
+        self._weights = {name: shards[name].local.clone() for name in average}
         for name, value in average.items():
-            self._shards[name].local.copy_(value)
+            shards[name].local.copy_(value)
 
     @torch.no_grad()
-    def _swap_out(self, state: State) -> None:
+    def _on_eval_end(self, state: State, logger: Logger | None = None) -> None:
         if self._weights is None:
             raise RuntimeError('EMA: evaluation ended without having begun; were the events fired out of order?')
-        self._shards = shards_of(state.model)  # drops what the forward passes have gathered of the average
+        self._averages.lay_out(state.model)  # drops what the forward passes have gathered of the average
         for name, value in self._weights.items():
-            self._shards[name].local.copy_(value)
+            self._averages.shards[name].local.copy_(value)
         self._weights = None

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from composer.core import Event, State, TimeUnit
+from composer.core import State, TimeUnit
 from composer.loggers import Logger
 from composer.utils.module_surgery import update_params_in_optimizer
 from torch import nn
 
-from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.maskdit.decoder import Masking, attach_decoder, num_kept
 from tread_composer.algorithms.maskdit.objective import MaskedEDM
-from tread_composer.algorithms.rules import refuse_conflicts, refuse_unfit
+from tread_composer.algorithms.rules import refuse_unfit
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.core.batch import SAMPLE_IDS, UNMASKED_TOKENS
 from tread_composer.core.errors import UserError
@@ -33,7 +33,7 @@ def cosine_ratio(start: float, progress: float, power: int) -> float:
     return start * math.cos(math.pi / 2 * progress) ** power
 
 
-class MaskDiT(BoundAlgorithm):
+class MaskDiT(AlgorithmBase):
     """Train the blocks of a DiT on a random part of the tokens and let a small decoder fill in the others.
 
     MaskDiT, arXiv 2306.09305. Works on a ``LatentDiffusion`` whose denoiser is a ``DiT`` and whose objective is
@@ -111,13 +111,18 @@ class MaskDiT(BoundAlgorithm):
         self.decoder = {'depth': decoder_depth, 'hidden_size': decoder_hidden_size, 'num_heads': decoder_num_heads}
         self._masking: Masking | None = None
         self._num_tokens = 0
-        self._now: tuple[float, int] = (0.0, 0)  # ratio and kept tokens of this batch
+        self._ratio, self._kept = 0.0, 0  # of this batch
 
-    def __repr__(self) -> str:
-        """The call that makes an equal ``MaskDiT``."""
-        arguments = {name: getattr(self, name) for name in ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')}
-        arguments |= {f'decoder_{name}': value for name, value in self.decoder.items()}
-        return f'MaskDiT({", ".join(f"{name}={value!r}" for name, value in arguments.items())})'
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make an equal one."""
+        names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
+        sizes = {f'decoder_{name}': value for name, value in self.decoder.items()}
+        return {**{name: getattr(self, name) for name in names}, **sizes}
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
+        return {**{name: getattr(self, name) for name in names}, 'decoder': dict(self.decoder)}
 
     @staticmethod
     def required_on_load() -> bool:
@@ -125,25 +130,21 @@ class MaskDiT(BoundAlgorithm):
         return True
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
-        """What speaks against this algorithm in a run: pairs of a setting ('' for the algorithm as such) and a text.
-
-        Args:
-            config: The run's ``tread_composer.config.Config``.
-        """
+        """What speaks against it in a run with this ``Config``: pairs of a setting ('' for all of it) and a text."""
         if config.objective.name != 'edm':
-            text = (
-                f'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
+            yield (
+                '',
+                'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
                 f'EDM with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: '
-                'edm}'
+                'edm}',
             )
-            yield '', text
         if config.model.name != 'dit':
-            text = (
-                f"is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), "
+            yield (
+                '',
+                "is defined on a DiT alone (its decoder is made of DiT's blocks and takes the place of DiT's head), "
                 f'and model.name is {config.model.name!r}; take model.name: dit, or route tokens instead '
-                '(algorithms.tread)'
+                '(algorithms.tread)',
             )
-            yield '', text
 
     def cost_window(self) -> tuple[str | None, str | None]:
         """Time strings from and until which tokens are saved: the whole run.
@@ -160,11 +161,7 @@ class MaskDiT(BoundAlgorithm):
         return [num_kept(num_tokens, self.mask_ratio)] * depth
 
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends.
-
-        Args:
-            plan: ``tokens_per_block`` and ``num_tokens`` of the run.
-        """
+        """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends."""
         kept, num_tokens = plan['tokens_per_block'][0], plan['num_tokens']
         text = f'the encoder sees {kept} of {num_tokens} tokens, the decoder all'
         if self.unmask_time is not None:
@@ -176,29 +173,17 @@ class MaskDiT(BoundAlgorithm):
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
         """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.
 
-        Args:
-            denoiser: The network; it keeps the decoder.
-            batch_size: Samples of a forward.
-
         Raises:
-            ValueError: The decoder does not fit the network.
+            ValueError: The decoder, which the network keeps, does not fit it.
         """
         masking = self.attach(denoiser)
         kept = num_kept(denoiser.num_tokens, self.mask_ratio)
-        unmasked = kept == denoiser.num_tokens
-        masking.arm(None if unmasked else torch.empty(batch_size, kept, dtype=torch.int64, device='meta'))
+        if kept < denoiser.num_tokens:
+            masking.arm(torch.empty(batch_size, kept, dtype=torch.int64, device='meta'))  # shapes are all that counts
         try:
             yield
         finally:
             masking.disarm()
-
-    def match(self, event: Event, state: State) -> bool:
-        """Whether ``apply`` has something to do at this event."""
-        return event in _STEPS
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Do what is due at ``event``."""
-        _STEPS[event](self, state, logger)
 
     def attach(self, denoiser: nn.Module, seed: int = 0) -> Masking:
         """Add the decoder to a ``DiT`` (``attach_decoder`` with this algorithm's sizes).
@@ -222,11 +207,7 @@ class MaskDiT(BoundAlgorithm):
         """Add decoder and masked loss to a ``LatentDiffusion``, as on ``Event.INIT``; a second time it does nothing.
 
         To be called before an optimizer with several parameter groups is made: on ``Event.INIT`` it could not be
-        known to which of them the decoder's parameters belong.
-
-        Args:
-            model: The Composer model.
-            seed: Of the decoder's first weights; the run's seed.
+        known to which of them the decoder's parameters belong. The run's seed decides the decoder's first weights.
 
         Raises:
             ValueError: The model is not as the class says.
@@ -244,8 +225,8 @@ class MaskDiT(BoundAlgorithm):
         model.objective = MaskedEDM.of(objective, masking, self.mae_weight, patch_size)  # type: ignore[assignment, arg-type]
         return masking
 
-    def _init(self, state: State, logger: Logger) -> None:
-        refuse_conflicts(self, state)
+    def _on_init(self, state: State, logger: Logger) -> None:
+        super()._on_init(state, logger)
         denoiser: Any = getattr(state.model, 'denoiser', None)
         head = list(denoiser.final_layer.parameters()) if isinstance(denoiser, DiT) else []
         try:
@@ -259,33 +240,28 @@ class MaskDiT(BoundAlgorithm):
         self._num_tokens = denoiser.num_tokens
         self._masking.disarm()
 
-    def _after_load(self, state: State, logger: Logger) -> None:
-        self.refuse_foreign_checkpoint(state)
-
-    def _batch_start(self, state: State, logger: Logger) -> None:
-        ratio = self._ratio(state)
-        kept = num_kept(self._num_tokens, ratio)
-        self._now = (ratio, kept)
-        if kept == self._num_tokens:
+    def _on_batch_start(self, state: State, logger: Logger) -> None:
+        self._ratio = self._mask_ratio_at(state)
+        self._kept = num_kept(self._num_tokens, self._ratio)
+        if self._kept == self._num_tokens:
             return
         if not isinstance(state.batch, dict) or SAMPLE_IDS not in state.batch:
             raise ValueError(f'MaskDiT: the batch must be a dict with {SAMPLE_IDS!r}, by which its masks are drawn')
         random = KeyedRandom(state.rank_zero_seed, int(state.timestamp.batch), state.batch[SAMPLE_IDS].tolist())
-        state.batch[UNMASKED_TOKENS] = keep_lowest(random.uniform('maskdit', self._num_tokens), kept)
+        state.batch[UNMASKED_TOKENS] = keep_lowest(random.uniform('maskdit', self._num_tokens), self._kept)  # [B, K]
 
-    def _before_forward(self, state: State, logger: Logger) -> None:
+    def _on_before_forward(self, state: State, logger: Logger) -> None:
         kept_BK = state.batch.get(UNMASKED_TOKENS)
         self._attached().arm(None if kept_BK is None else state.device.tensor_to_device(kept_BK))
 
-    def _after_backward(self, state: State, logger: Logger) -> None:
+    def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing may run the network again during backward.
         self._attached().disarm()
 
-    def _batch_end(self, state: State, logger: Logger) -> None:
-        ratio, kept = self._now
-        logger.log_metrics({'maskdit/mask_ratio': ratio, 'maskdit/kept_tokens': kept})
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({'maskdit/mask_ratio': self._ratio, 'maskdit/kept_tokens': self._kept})
 
-    def _ratio(self, state: State) -> float:
+    def _mask_ratio_at(self, state: State) -> float:
         if self._from is None or not reached(self._from, state):
             return self.mask_ratio
         if self.unmask == 'at_once':
@@ -299,21 +275,6 @@ class MaskDiT(BoundAlgorithm):
         if self._masking is None:
             raise RuntimeError('MaskDiT: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
         return self._masking
-
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
-        return {**{name: getattr(self, name) for name in names}, 'decoder': dict(self.decoder)}
-
-
-_STEPS = {
-    Event.INIT: MaskDiT._init,
-    Event.AFTER_LOAD: MaskDiT._after_load,
-    Event.BATCH_START: MaskDiT._batch_start,
-    Event.BEFORE_FORWARD: MaskDiT._before_forward,
-    Event.AFTER_BACKWARD: MaskDiT._after_backward,
-    Event.BATCH_END: MaskDiT._batch_end,
-}
 
 
 def _hand_over(

@@ -11,30 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
-from torch import Tensor
 
-from tread_composer.algorithms.averages import Shard, refuse_hidden_weights, shards_of
-from tread_composer.algorithms.bound import BoundAlgorithm
+from tread_composer.algorithms.averages import Averages, refuse_hidden_weights
+from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.power_ema.snapshots import (
     list_snapshots,
     power_exponent,
     refuse_other_run,
     write_snapshot,
 )
-from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time
-from tread_composer.core.errors import ResumeError
 
 __all__ = ['PowerEMA']
 
 log = logging.getLogger(__name__)
 
 
-class PowerEMA(BoundAlgorithm):
+class PowerEMA(AlgorithmBase):
     """Keep power-function averages of the trainable weights, and write them down at an interval.
 
     After batch t, ``average = beta * average + (1 - beta) * weights`` with ``beta = (1 - 1 / t) ** (gamma + 1)``: the
@@ -85,9 +81,7 @@ class PowerEMA(BoundAlgorithm):
         if time is None or time.value <= 0:
             raise ValueError(f"interval: {interval!r} is not a time above 0 such as '500ba'")
         self._is_due = create_interval_scheduler(interval)
-        self._averages: dict[float, dict[str, Tensor]] = {}  # by width; of this rank's shards, float32
-        self._shards: dict[str, Shard] = {}
-        self._loaded: dict[float, dict[str, Tensor]] = {}  # full tensors, from a checkpoint
+        self._averages = Averages('PowerEMA', self.widths)
         self._run: str | None = None
         self._previous: str | None = None  # digest of the last snapshot
         self._written = 0  # its batch
@@ -98,12 +92,7 @@ class PowerEMA(BoundAlgorithm):
         return len(self.widths)
 
     def files_written(self, plan: Mapping[str, Any]) -> dict[str, float] | None:
-        """How many snapshots a run writes (``count``) and the size of each (``gib_each``, GiB); None if not known.
-
-        Args:
-            plan: ``batches``, ``batches_per_epoch`` (None where the data are not known), ``samples_per_step`` and
-                ``parameters`` of the run.
-        """
+        """How many snapshots a run writes (``count``) and the size of each (``gib_each``, GiB); None if not known."""
         if plan['batches'] is None:
             return None
         interval = Time.from_timestring(self.interval)
@@ -127,30 +116,6 @@ class PowerEMA(BoundAlgorithm):
         total = f'{count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
         return {'snapshots': f'{count:,} files of {each:,.2f} GiB, {total}'}
 
-    def __repr__(self) -> str:
-        """The call that makes an equal ``PowerEMA``."""
-        arguments = f'widths={self.widths!r}, interval={self.interval!r}, folder={self.folder!r}'
-        return f'PowerEMA({arguments}, settings_digest={self.settings_digest!r})'
-
-    def match(self, event: Event, state: State) -> bool:
-        """Whether ``apply`` has something to do at this event."""
-        writing = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT)
-        return event in (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, *writing)
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Check, start, update or write, according to ``event``."""
-        if event == Event.INIT:
-            refuse_conflicts(self, state)
-            refuse_hidden_weights(self, state)
-        elif event == Event.AFTER_LOAD:
-            self.refuse_foreign_checkpoint(state)
-        elif event == Event.FIT_START:
-            self._start(state)
-        elif event == Event.BATCH_END:
-            self._update(state)
-        elif self._is_due(state, event) and int(state.timestamp.batch) != self._written:
-            self._write(state)  # the last batch of an epoch has both events
-
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to: the widths. Interval and folder decide only what is written down."""
         return {'widths': list(self.widths)}
@@ -160,8 +125,7 @@ class PowerEMA(BoundAlgorithm):
 
         To be called on all ranks: shards are gathered.
         """
-        averages = {str(width): self._gathered(width) for width in self._averages}
-        averages = averages or {str(width): average for width, average in self._loaded.items()}  # saved on untrained
+        averages = {str(width): average for width, average in self._averages.whole().items()}
         written = {'run': self._run, 'previous': self._previous, 'written': self._written}
         return {**super().state_dict(), 'averages': averages, **written}
 
@@ -172,71 +136,46 @@ class PowerEMA(BoundAlgorithm):
             ResumeError: They are of other widths.
         """
         super().load_state_dict(state)
-        self._loaded = {float(width): average for width, average in state['averages'].items()}
-        self._averages, self._run = {}, state['run']
-        self._previous, self._written = state['previous'], state['written']
+        self._averages.load({float(width): average for width, average in state['averages'].items()})
+        self._run, self._previous, self._written = state['run'], state['previous'], state['written']
 
-    def _folder(self, state: State) -> Path:
-        return Path(self.folder.replace('{run_name}', state.run_name))
+    def _on_init(self, state: State, logger: Logger) -> None:
+        super()._on_init(state, logger)
+        refuse_hidden_weights(self, state)
 
-    def _start(self, state: State) -> None:
-        """Lay out what was loaded, and refuse a folder of another run before time is spent on this one."""
+    def _on_fit_start(self, state: State, logger: Logger) -> None:
         if self._run is None:
             self._run = ' '.join(filter(None, (state.run_name, self.settings_digest)))
+        # A folder of another run is refused before time is spent on this one.
         if dist.get_global_rank() == 0:
             for path, snapshot in list_snapshots(self._folder(state)):
                 refuse_other_run(snapshot, self._run, path)
-        if self._averages:
-            return
-        self._shards = shards_of(state.model)
-        trainable = {name: shard for name, shard in self._shards.items() if shard.trainable}
-        if not self._loaded:
-            # The first update has beta = 0: what stands here before is forgotten.
-            self._averages = {
-                width: {name: shard.local.float().clone() for name, shard in trainable.items()} for width in self.widths
-            }
-            return
-        loaded = self._loaded[self.widths[0]].keys()
-        missing, unknown = trainable.keys() - loaded, loaded - self._shards.keys()
-        if missing or unknown:
-            raise ResumeError(
-                f'PowerEMA: the checkpoint averages other parameters than the model has. Not in the checkpoint: '
-                f'{sorted(missing)[:5]}; not in the model: {sorted(unknown)[:5]}'
-            )
-        self._averages = {
-            width: {name: self._shards[name].cut(whole) for name, whole in average.items()}
-            for width, average in self._loaded.items()
-        }
-        self._loaded = {}
+        self._averages.lay_out(state.model)
 
-    @torch.no_grad()
-    def _update(self, state: State) -> None:
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
-        self._shards = shards_of(state.model)
-        for width, average in self._averages.items():
-            share = 1.0 - (1.0 - 1.0 / batch) ** (self._exponents[width] + 1.0)
-            # What was frozen in the course of the run is still averaged.
-            weights = [self._shards[name].local.float() for name in average]
-            torch._foreach_lerp_(list(average.values()), weights, share)  # type: ignore[attr-defined]
+        # 1 - beta; in the first batch beta is 0, so that what stood there before is forgotten.
+        shares = {width: 1.0 - (1.0 - 1.0 / batch) ** (gamma + 1.0) for width, gamma in self._exponents.items()}
+        self._averages.update(state.model, shares)
 
-    def _gathered(self, width: float) -> dict[str, Tensor]:
-        """Full tensors on rank 0, nothing on the others, all of which must ask."""
-        gathered = {}
-        for name, local in self._averages[width].items():
-            whole = self._shards[name].whole(local)
-            if dist.get_global_rank() == 0:
-                gathered[name] = whole
-        return gathered
+    def _on_batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write_if_due(state, Event.BATCH_CHECKPOINT)
 
-    def _write(self, state: State) -> None:
+    def _on_epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write_if_due(state, Event.EPOCH_CHECKPOINT)
+
+    def _write_if_due(self, state: State, event: Event) -> None:
+        batch = int(state.timestamp.batch)
+        if not self._is_due(state, event) or batch == self._written:  # the last batch of an epoch has both events
+            return
         assert self._run is not None
-        averages, batch = {width: self._gathered(width) for width in self.widths}, int(state.timestamp.batch)
-        written: list[Any] = [None]
+        averages = self._averages.whole()
+        digests: list[Any] = [None]
         if dist.get_global_rank() == 0:
             snapshot, aside = write_snapshot(
                 self._folder(state), averages, batch=batch, run=self._run, previous=self._previous
             )
-            written = [snapshot.digest]
+            digests = [snapshot.digest]
             if aside is not None:
                 log.warning(
                     'power_ema: the run was resumed from an earlier checkpoint and has come to other averages at '
@@ -244,5 +183,8 @@ class PowerEMA(BoundAlgorithm):
                     batch,
                     aside,
                 )
-        dist.broadcast_object_list(written)  # a sharded checkpoint may hold the state of any rank
-        self._previous, self._written = written[0], batch
+        dist.broadcast_object_list(digests)  # a sharded checkpoint may hold the state of any rank
+        self._previous, self._written = digests[0], batch
+
+    def _folder(self, state: State) -> Path:
+        return Path(self.folder.replace('{run_name}', state.run_name))

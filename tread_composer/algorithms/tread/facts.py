@@ -24,11 +24,7 @@ class RouteFacts:
     always_keep: int | list[int]
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
-        """What speaks against this algorithm in a run: pairs of a setting ('' for the algorithm as such) and a text.
-
-        Args:
-            config: The run's ``tread_composer.config.Config``.
-        """
+        """What speaks against it in a run with this ``Config``: pairs of a setting ('' for all of it) and a text."""
         depth = config.depth()
         try:
             if depth is not None:
@@ -40,13 +36,13 @@ class RouteFacts:
         # Without the setting, the network itself says which arguments follow the tokens.
         missing = [] if written is None else [name for name in needed if name not in written]
         if written is not None and missing:
-            text = (
+            yield (
+                'token_arguments',
                 f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with '
                 'a row for each token that says where it is in the image; the rows must follow the tokens that a route '
                 'keeps. Leave token_arguments out, or write token_arguments: '
-                f'[{", ".join(dict.fromkeys([*written, *needed]))}]'
+                f'[{", ".join(dict.fromkeys([*written, *needed]))}]',
             )
-            yield 'token_arguments', text
 
     def cost_window(self) -> tuple[str | None, str | None]:
         """Time strings from and until which tokens are saved; None: from the beginning, to the end."""
@@ -61,11 +57,7 @@ class RouteFacts:
         return counts
 
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one.
-
-        Args:
-            plan: ``routes`` in words.
-        """
+        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one."""
         window = {'start_time': self.start_time, 'end_time': self.end_time}
         schedule = ''.join(f', {name} {time}' for name, time in window.items() if time)
         return {'route': '; '.join(plan['routes']) + schedule}
@@ -74,14 +66,10 @@ class RouteFacts:
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
         """Route the training forwards of a network on the meta device, so that their cost can be counted.
 
-        Args:
-            denoiser: The network alone; ``blocks`` are named as in the model around it.
-            batch_size: Samples of a forward.
-
         Raises:
             UserError: The network has no blocks of that name.
         """
-        model = nn.Module()
+        model = nn.Module()  # blocks are named as in the model around the network
         model.denoiser = denoiser
         for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
             try:
@@ -89,12 +77,9 @@ class RouteFacts:
             except ValueError as error:
                 raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
         routing = apply_tread(denoiser, self.routes, always_keep=self.always_keep)
-        num_tokens = denoiser.num_tokens
-        kept_counts = [route.num_kept(num_tokens, self.always_keep) for route in self.routes]
-        routing.arm(
-            [torch.empty(batch_size, count, dtype=torch.int64, device='meta') for count in kept_counts],
-            num_tokens=num_tokens,
-        )
+        counts = [route.num_kept(denoiser.num_tokens, self.always_keep) for route in self.routes]
+        kept = [torch.empty(batch_size, count, dtype=torch.int64, device='meta') for count in counts]
+        routing.arm(kept, num_tokens=denoiser.num_tokens)
         try:
             yield
         finally:

@@ -3,38 +3,36 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from composer.core import Event, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tread_composer.algorithms.bound import BoundAlgorithm
-from tread_composer.algorithms.rules import refuse_conflicts
-from tread_composer.algorithms.schedule import parse_time, reached
+from tread_composer.algorithms.base import AlgorithmBase
+from tread_composer.algorithms.schedule import Window
 from tread_composer.algorithms.tread.facts import RouteFacts
 from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.routing import (
-    Route,
-    Routing,
-    RoutingError,
-    TokenArguments,
-    apply_tread,
-    keep_lowest,
-)
+from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
+from tread_composer.routing.arguments import tensors_in
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['Tread']
 
 log = logging.getLogger(__name__)
 
+# Settings that are handed to ``apply_tread`` as they are.
+_OF_ROUTING = (
+    'blocks', 'tokens', 'tokens_out', 'token_arguments', 'always_keep', 'shared', 'ordered', 'float32_after'
+)  # fmt: skip
 
-class Tread(RouteFacts, BoundAlgorithm):
+
+class Tread(RouteFacts, AlgorithmBase):
     """Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).
 
     Runs on ``Event.INIT``: routes the model's block list (see ``tread_composer.routing.apply_tread``); parameters and
@@ -85,6 +83,8 @@ class Tread(RouteFacts, BoundAlgorithm):
         'every token before a loss on all of them, and a token that MaskDiT has masked is not there to return',
     }
 
+    instead_of_two: ClassVar[str] = 'One routes several lists: blocks=[...], and several times: routes=[...]'
+
     def __init__(
         self,
         start: int = 2,
@@ -113,10 +113,7 @@ class Tread(RouteFacts, BoundAlgorithm):
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
         self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
         self.start_time, self.end_time = start_time, end_time
-        try:
-            both_ends(always_keep)
-        except ValueError as error:
-            raise ValueError(f'Tread: {error}') from None
+        both_ends(always_keep)  # refuses what is neither a count nor a pair of counts
         if isinstance(blocks, Mapping):
             self.blocks: Any = {path: dict(settings or {}) for path, settings in blocks.items()}
         else:
@@ -127,92 +124,72 @@ class Tread(RouteFacts, BoundAlgorithm):
         self.token_arguments = token_arguments
         self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
         self.shared, self.ordered, self.float32_after = shared, ordered, float32_after
-        self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
-        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
-            raise ValueError(f'Tread: from start_time {start_time!r} to end_time {end_time!r} nothing would be routed')
+        self._window = Window(start_time, end_time, 'nothing would be routed')
         self._routing: Routing | None = None
         self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
         self._active = False
-        self._rows: list[int] = []
-        self._beside: Tensor | None = None
-        self._offset = 0
+        self._rows: list[int] = []  # what tells the samples of the batch apart
+        self._beside: Tensor | None = None  # ids [B, sum of K] of a batch that has no place for them
+        self._offset = 0  # of the next microbatch
         self._looked = False
 
-    def __repr__(self) -> str:
-        """The call that makes an equal ``Tread``."""
-        text = ', '.join(f'{name}={value!r}' for name, value in self._arguments().items())
-        return f'Tread({text})'
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make an equal one; a single route is one of ``routes``."""
+        names = ('start_time', 'end_time', *_OF_ROUTING[:-1], 'num_tokens', 'float32_after')
+        return {'routes': list(self.routes), **{name: getattr(self, name) for name in names}}
 
-    def match(self, event: Event, state: State) -> bool:
-        """Whether ``apply`` has something to do at this event."""
-        return event in _STEPS
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        # The later ones only where they say something: a checkpoint from before there were any has no such keys.
+        later = {'always_keep': self.always_keep, 'shared': self.shared}
+        if isinstance(self.blocks, (list, dict)):
+            later['blocks'] = self.blocks
+        return {
+            'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},
+            'start_time': self.start_time,
+            'end_time': self.end_time,
+            'float32_after': self.float32_after,
+            **{name: value for name, value in later.items() if value},
+        }
 
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Do what is due at ``event``."""
-        _STEPS[event](self, state, logger)
-
-    def _init(self, state: State, logger: Logger) -> None:
-        if sum(isinstance(algorithm, Tread) for algorithm in state.algorithms) > 1:
-            raise UserError(
-                'algorithms: there is more than one Tread; one routes several lists: blocks=[...], and several times: '
-                'routes=[...]'
-            )
-        refuse_conflicts(self, state)
-        model = state.model
+    def _on_init(self, state: State, logger: Logger) -> None:
+        super()._on_init(state, logger)
         try:
-            self._attach(model)
+            settings = {name: getattr(self, name) for name in _OF_ROUTING}
+            self._routing = apply_tread(state.model, self.routes, **settings)
         except ValueError as error:
             raise UserError(f'algorithms.tread: {error}') from None
-        self._attached().disarm()
+        self._routing.disarm()
         if self.num_tokens is None:
-            path = self._attached().paths[0]
-            guess = getattr(model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
+            path = self._routing.paths[0]
+            guess = getattr(state.model.get_submodule(path.rpartition('.')[0]), 'num_tokens', None)
             self._known_tokens = guess if type(guess) is int and guess > sum(both_ends(self._keeps)) else None
 
-    def _attach(self, model: nn.Module) -> None:
-        self._routing = apply_tread(
-            model,
-            self.routes,
-            blocks=self.blocks,
-            tokens=self.tokens,
-            tokens_out=self.tokens_out,
-            token_arguments=self.token_arguments,
-            always_keep=self.always_keep,
-            shared=self.shared,
-            ordered=self.ordered,
-            float32_after=self.float32_after,
-        )
-
-    def _after_load(self, state: State, logger: Logger) -> None:
-        self.refuse_foreign_checkpoint(state)
-
-    def _batch_start(self, state: State, logger: Logger) -> None:
-        begun = self._start is None or reached(self._start, state)
-        self._active = begun and not (self._end is not None and reached(self._end, state))
-        self._beside = None
+    def _on_batch_start(self, state: State, logger: Logger) -> None:
+        self._active, self._beside = self._window.holds(state), None
         if not self._active:
             return
-        batch_size = _first_tensor(state.batch).shape[0]
+        batch_size = _num_samples(state.batch)
         if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:
             self._rows = state.batch[SAMPLE_IDS].tolist()
-        else:
+        else:  # places in the global batch
             begin = dist.get_global_rank() * batch_size
             self._rows = list(range(begin, begin + batch_size))
         self._random = (state.rank_zero_seed, int(state.timestamp.batch))
         self._drawn_for = self._known_tokens
         if self._known_tokens is not None:
             ids = [self._draw(self._rows, k, batch_size, self._known_tokens) for k in range(len(self.routes))]
-            ids_BK = torch.cat(ids, dim=1).expand(batch_size, -1)
+            ids_BK = torch.cat(ids, dim=1).expand(batch_size, -1)  # K summed over the routes
             if type(state.batch) is dict:
                 state.batch[KEPT_TOKENS] = ids_BK
             else:
                 self._beside = ids_BK
 
-    def _before_train_batch(self, state: State, logger: Logger) -> None:
+    def _on_before_train_batch(self, state: State, logger: Logger) -> None:
         self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
 
-    def _before_forward(self, state: State, logger: Logger) -> None:
+    def _on_before_forward(self, state: State, logger: Logger) -> None:
         routing = self._attached()
         if not self._active:
             return
@@ -221,7 +198,7 @@ class Tread(RouteFacts, BoundAlgorithm):
             ids = state.batch[KEPT_TOKENS]
             # A new dict: the device batch itself must keep its ids for a second try.
             state.batch = {key: value for key, value in state.batch.items() if key != KEPT_TOKENS}
-        batch_size = _first_tensor(state.batch).shape[0]
+        batch_size = _num_samples(state.batch)
         samples = slice(self._offset, self._offset + batch_size)
         self._offset += batch_size
         if self._beside is not None:
@@ -230,11 +207,11 @@ class Tread(RouteFacts, BoundAlgorithm):
             assert self._drawn_for is not None  # there are no ids without it
             lengths = [route.num_kept(self._drawn_for, self._keeps) for route in self.routes]
             ids = ids[:1] if self.shared else ids
-            ids = state.device.tensor_to_device(ids).split(lengths, dim=1)
+            ids = state.device.tensor_to_device(ids).split(lengths, dim=1)  # one [B, K] for each route
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
         routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[samples]))
 
-    def _after_forward(self, state: State, logger: Logger) -> None:
+    def _on_after_forward(self, state: State, logger: Logger) -> None:
         routing = self._attached()
         if self._active and not routing.used:
             raise RoutingError(
@@ -251,11 +228,11 @@ class Tread(RouteFacts, BoundAlgorithm):
                     'train a batch without torch.compile once, if this model never was'
                 )
 
-    def _after_backward(self, state: State, logger: Logger) -> None:
+    def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing around the whole list runs it again during backward.
         self._attached().disarm()
 
-    def _batch_end(self, state: State, logger: Logger) -> None:
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
         for k, route in enumerate(self.routes):
             prefix = 'tread' if len(self.routes) == 1 else f'tread/route_{k}'
             metrics = {f'{prefix}/selection_rate': route.selection_rate if self._active else 0.0}
@@ -293,65 +270,10 @@ class Tread(RouteFacts, BoundAlgorithm):
         """The tokens that never skip in the first list, for which ids are drawn."""
         return self._attached().always_keep
 
-    def _arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {'routes': list(self.routes)}
-        for name in (
-            'start_time',
-            'end_time',
-            'blocks',
-            'tokens',
-            'tokens_out',
-            'token_arguments',
-            'always_keep',
-            'shared',
-            'ordered',
-            'num_tokens',
-            'float32_after',
-        ):
-            arguments[name] = getattr(self, name)
-        return arguments
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        # The later ones only where they say something: a checkpoint from before there were any has no such keys.
-        later = {'always_keep': self.always_keep, 'shared': self.shared}
-        if isinstance(self.blocks, (list, dict)):
-            later['blocks'] = self.blocks
-        return {
-            'routes': {f'{k}': dataclasses.asdict(route) for k, route in enumerate(self.routes)},
-            'start_time': self.start_time,
-            'end_time': self.end_time,
-            'float32_after': self.float32_after,
-            **{name: value for name, value in later.items() if value},
-        }
-
-
-_STEPS = {
-    Event.INIT: Tread._init,
-    Event.AFTER_LOAD: Tread._after_load,
-    Event.BATCH_START: Tread._batch_start,
-    Event.BEFORE_TRAIN_BATCH: Tread._before_train_batch,
-    Event.BEFORE_FORWARD: Tread._before_forward,
-    Event.AFTER_FORWARD: Tread._after_forward,
-    Event.AFTER_BACKWARD: Tread._after_backward,
-    Event.BATCH_END: Tread._batch_end,
-}
-
-
-def _first_tensor(batch: Any) -> Tensor:
-    """Any tensor of the batch that has dimensions: the first one counts the samples."""
-    for leaf in _leaves(batch):
-        if leaf.dim():
-            return leaf
+def _num_samples(batch: Any) -> int:
+    """The samples of a batch, counted by its first tensor that has dimensions."""
+    for tensor in tensors_in(batch):
+        if tensor.dim():
+            return tensor.shape[0]
     raise ValueError(f'Tread: no tensor with samples in a batch of type {type(batch).__name__}')
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)

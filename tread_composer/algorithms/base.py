@@ -1,0 +1,85 @@
+"""What our algorithms share: a handler for each event, and settings that bind a checkpoint."""
+
+import inspect
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+
+from tread_composer.algorithms.rules import never_resumes, refuse_conflicts
+from tread_composer.core.errors import ResumeError
+
+__all__ = ['AlgorithmBase']
+
+_REMEDY = 'start a new run from the weights alone (load_weights_only: true)'
+
+
+class AlgorithmBase(Algorithm):
+    """Base of our algorithms. A subclass has a method ``_on_<event>`` for each event on which it does something.
+
+    What they draw is keyed and times are the run's, so that most have nothing to save but their settings. The other way
+    round, a checkpoint of a run with one resumed without it, nothing of ours is there to refuse, and Composer says
+    nothing: ``ResumeContract`` refuses it, in each run from a YAML file and wherever it is among the callbacks.
+    """
+
+    joins_later: ClassVar[bool] = False
+    """Whether a checkpoint that was trained without it may go on with it."""
+
+    _resumed = False
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What decides how the model is trained, as plain types: a checkpoint then loads without pickled classes."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make an equal one."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        arguments = ', '.join(f'{name}={value!r}' for name, value in self.arguments().items())
+        return f'{type(self).__name__}({arguments})'
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether ``apply`` has something to do at this event."""
+        return hasattr(self, f'_on_{event.value}')
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do what is due at ``event``."""
+        getattr(self, f'_on_{event.value}')(state, logger)
+
+    def _on_init(self, state: State, logger: Logger) -> None:
+        refuse_conflicts(self, state)
+
+    def _on_after_load(self, state: State, logger: Logger) -> None:
+        """A checkpoint that was trained without this algorithm, or with one that cannot be resumed, must not go on."""
+        name = type(self).__name__
+        if not int(state.timestamp.batch):
+            return
+        for algorithm in state.algorithms:
+            reason = never_resumes(algorithm)
+            if reason is not None:
+                raise ResumeError(
+                    f'{type(algorithm).__name__}: a run with it cannot be resumed: {reason}. To go on, {_REMEDY}'
+                )
+        if not self._resumed and not self.joins_later:
+            raise ResumeError(
+                f'{name}: the checkpoint was trained without {name} up to {state.timestamp.batch}, and this run has '
+                f'{self!r}. Take {name} out, or {_REMEDY}.'
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {**super().state_dict(), 'settings': self.settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the checkpoint's settings with ours.
+
+        Raises:
+            ResumeError: They differ.
+        """
+        self._resumed = True
+        if state.get('settings') != self.settings():
+            remedy = f'Resume with the saved settings, or {_REMEDY}.'
+            source = f'{type(self).__name__}: the checkpoint'
+            raise ResumeError.from_differences(source, state.get('settings'), self.settings(), remedy)
