@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.advisor.architecture import RouteAdvice, propose_route
 from tread_composer.advisor.latents import RealLatents, read_latents
-from tread_composer.advisor.placement import candidate_spans
+from tread_composer.advisor.placement import RouteAdvice, candidate_spans, propose_route
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
 from tread_composer.algorithms.tread import Tread
@@ -31,9 +30,9 @@ from tread_composer.weights.trained import Trained, load_trained
 
 __all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run', 'network_call']
 
-_SHOWN = 5
-_SEED = 0
-_FLAT = 0.99
+_SHOWN = 5  # candidates at the top of the ranking
+_SEED = 0  # of the noise
+_FLAT = 0.99  # similarity above which a map says little
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Request:
         path: Run folder, checkpoint or exported file.
         data: Another folder of latents; the run's own data if None.
         times: Between 0 (data) and 1 (noise).
-        samples: How many.
+        samples: Number of samples.
         weights: ``'ema'`` or ``'raw'``.
         batch_size: Samples in one network call; changes memory and nothing else.
         device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
@@ -60,47 +59,27 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """A candidate with its cost.
+class Suggestion(Candidate):
+    """A candidate with its rank by score (1 is the best), its similarity over the times, and what it would save."""
 
-    Attributes:
-        candidate: Route, similarity and score.
-        rank: By score among all candidates, 1 is the best.
-        over_times: Lowest and highest similarity over the times.
-        ideal_step_ratio: Multiply-adds of a dense training step over those of a routed one.
-    """
-
-    candidate: Candidate
     rank: int
-    over_times: tuple[float, float]
-    ideal_step_ratio: float
+    lowest_over_times: float
+    highest_over_times: float
+    ideal_step_ratio: float  # multiply-adds of a dense training step over those of a routed one
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    Attributes:
-        trained: The model and its run.
-        protocol: All that decides the maps.
-        maps: Similarity at each time.
-        mean: Over the times, ``[L + 1, L + 1]``.
-        routes: Spans of the run's own routes, first and last block.
-        readings: What the mean map says about these.
-        advice: From the architecture alone.
-        suggestions: The best candidates, then the proposed route and the run's own where they are candidates too.
-        num_candidates: How many there are in all.
-        notes: What a reader must know, a sentence each.
-    """
+    """A trained model with its similarity maps, the protocol that decides them, and what follows from them."""
 
     trained: Trained
     protocol: dict[str, Any]
-    maps: dict[float, TokenSimilarity]
-    mean: Tensor
-    routes: tuple[tuple[int, int], ...]
-    readings: tuple[RouteReading, ...]
+    maps: dict[float, TokenSimilarity]  # by time
+    mean: Tensor  # over the times, [L + 1, L + 1]
+    routes: tuple[tuple[int, int], ...]  # the run's own, first and last block
+    readings: tuple[RouteReading, ...]  # what the mean map says about these
     advice: RouteAdvice
-    suggestions: tuple[Suggestion, ...]
+    suggestions: tuple[Suggestion, ...]  # the best candidates, then the proposed route and the run's own
     num_candidates: int
     notes: tuple[str, ...]
 
@@ -120,22 +99,35 @@ def inspect_run(request: Request) -> Inspection:
             fresh = _fresh(trained)
             blocks = find_blocks(fresh, 'blocks' if hasattr(fresh, 'blocks') else None)[0]
             levels = [trained.model.objective.noise_level(time) for time in request.times]
-            maps = {
-                time: token_similarity(
-                    trained.model.denoiser, _calls(trained, data, time, request.batch_size), blocks=blocks
-                )
-                for time in request.times
-            }
+            maps: dict[float, TokenSimilarity] = {}
+            for time in request.times:
+                calls = _calls(trained, data, time, request.batch_size)
+                maps[time] = token_similarity(trained.model.denoiser, calls, blocks=blocks)
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
-    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)
-    depth = len(mean) - 1
-    routes = tuple(route.span(depth) for route in trained.routes)
+    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(
+        0
+    )  # [times, L + 1, L + 1] -> [L + 1, L + 1]
+    routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
     advice = propose_route(fresh, blocks)
     ranked = rank_routes(mean)
     return Inspection(
         trained=trained,
-        protocol=_protocol(request, trained, data, levels),
+        protocol={
+            'weights': trained.weights,
+            'weights_digest': trained.digest,
+            'batch': trained.batch,
+            'data': data.source,
+            'samples': request.samples,
+            'sample_ids': 'at equal distances in the split',
+            'labels': "the samples' own" if trained.model.num_classes else 'none',
+            'times': list(request.times),
+            'noise_levels': [float(f'{level:.6g}') for level in levels],
+            'noise_seed': _SEED,
+            'objective': trained.config.objective.name,
+            'network': 'evaluation mode, dense, float32',
+            'similarity': 'cosine of the same token at two depths, mean over tokens and samples',
+        },
         maps=maps,
         mean=mean,
         routes=routes,
@@ -145,25 +137,6 @@ def inspect_run(request: Request) -> Inspection:
         num_candidates=len(ranked),
         notes=_notes(trained, mean, routes),
     )
-
-
-def _protocol(request: Request, trained: Trained, data: RealLatents, levels: Sequence[float]) -> dict[str, Any]:
-    """All that decides the maps."""
-    return {
-        'weights': trained.weights,
-        'weights_digest': trained.digest,
-        'batch': trained.batch,
-        'data': data.source,
-        'samples': request.samples,
-        'sample_ids': 'at equal distances in the split',
-        'labels': "the samples' own" if trained.model.num_classes else 'none',
-        'times': list(request.times),
-        'noise_levels': [float(f'{level:.6g}') for level in levels],
-        'noise_seed': _SEED,
-        'objective': trained.config.objective.name,
-        'network': 'evaluation mode, dense, float32',
-        'similarity': 'cosine of the same token at two depths, mean over tokens and samples',
-    }
 
 
 def _check(request: Request) -> None:
@@ -195,15 +168,7 @@ def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) ->
 def network_call(
     model: LatentDiffusion, time: float, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor
 ) -> Callable[[], Tensor]:
-    """A call of the model's network on noisy latents, in the convention of its objective.
-
-    Args:
-        model: On the device of the tensors.
-        time: In (0, 1), 0 is data.
-        latents_BCHW: As the network sees them, without noise.
-        labels_B: Class ids.
-        noise_BCHW: Standard normal noise.
-    """
+    """A call of the model's network on latents with noise as at ``time`` in (0, 1), where 0 is data."""
     # In float64, as the samplers do it: only the network itself computes in float32.
     noisy_BCHW, level = model.objective.noised(latents_BCHW.double(), noise_BCHW.double(), time)
     drift = model.objective.drift(model.denoiser, labels_B)  # type: ignore[arg-type]
@@ -235,25 +200,31 @@ def _suggestions(
     for span in dict.fromkeys(selected):
         if span not in spans:  # a route of the run that the guidelines would not have
             continue
-        candidate = ranked[spans.index(span)]
-        alike = [float(similarity.mean[candidate.start, candidate.end + 1]) for similarity in maps.values()]
+        rank = spans.index(span)
+        alike = [float(similarity.mean[span[0], span[1] + 1]) for similarity in maps.values()]
         ratio = dense / count_macs(_fresh(trained), facts, {'tread': Tread(*span, rate)})
-        suggestions.append(Suggestion(candidate, spans.index(span) + 1, (min(alike), max(alike)), ratio))
+        suggestions.append(
+            Suggestion(
+                **vars(ranked[rank]),
+                rank=rank + 1,
+                lowest_over_times=min(alike),
+                highest_over_times=max(alike),
+                ideal_step_ratio=ratio,
+            )
+        )
     return tuple(suggestions)
 
 
 def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    notes = []
-    if routes:
-        notes.append(
-            'these weights were trained with a route and have adapted to it: the map speaks for routes like that one; '
-            'inspect the dense twin to see what the network does without'
-        )
-    else:
-        notes.append(
-            'these weights were trained densely: training with a route would change them, and with them this map (the '
-            'ends of a route become alike)'
-        )
+    with_route = (
+        'these weights were trained with a route and have adapted to it: the map speaks for routes like that one; '
+        'inspect the dense twin to see what the network does without'
+    )
+    densely = (
+        'these weights were trained densely: training with a route would change them, and with them this map (the '
+        'ends of a route become alike)'
+    )
+    notes = [with_route if routes else densely]
     for start, end in routes:
         if (start, end) not in candidate_spans(len(mean) - 1):
             notes.append(f"the run's route, blocks {start} to {end}, does not keep to the guidelines: it has no rank")

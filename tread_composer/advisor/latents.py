@@ -6,7 +6,6 @@ Shapes: S samples, C channels (2C stored, for moments), H x W latent pixels.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +24,11 @@ __all__ = ['RealLatents', 'read_latents']
 
 @dataclass(frozen=True)
 class RealLatents:
-    """Some samples of a split.
+    """Some samples of a split, and where they were read, in words."""
 
-    Attributes:
-        raw: As stored, float32 ``[S, C or 2C, H, W]``.
-        labels: Int64 ``[S]``.
-        sample_ids: Their positions in the split.
-        manifest: Of the split.
-        source: Where they were read, in words.
-    """
-
-    raw: Tensor
-    labels: Tensor
-    sample_ids: tuple[int, ...]
+    raw: Tensor  # as stored, float32 [S, C or 2C, H, W]
+    labels: Tensor  # int64 [S]
+    sample_ids: tuple[int, ...]  # positions in the split
     manifest: Manifest
     source: str
 
@@ -45,25 +36,26 @@ class RealLatents:
 def read_latents(
     config: Config, facts: LatentFacts, num_samples: int, folder: str | os.PathLike[str] | None = None
 ) -> RealLatents:
-    """Samples at equal distances in the split that the run evaluates on; that it trains on where it has no other.
+    """Samples at equal distances in the split that a run evaluates on; that it trains on where it has no other.
 
     Args:
-        config: Of the run.
-        facts: Of the data that the run was trained on.
+        config: The run's configuration.
+        facts: What it knows of its training data.
         num_samples: S.
         folder: Another data set (a split, or the folder around it) in place of the run's own.
 
     Raises:
         UserError: There are no such data, or fewer samples; they are damaged, or of another kind or shape.
     """
-    data = config.data
-    if folder is None and data.name == 'digits':
-        split = 'eval'
-        manifest, (images, labels) = digits_manifest(split), load_digits_arrays(split)
-        ids = _spread(num_samples, manifest, f'the {split} split of the digits')
-        return RealLatents(
-            torch.from_numpy(images[list(ids)]), torch.from_numpy(labels[list(ids)]), ids, manifest, manifest.source
+    if folder is None and config.data.name == 'digits':
+        manifest, (images, labels) = digits_manifest('eval'), load_digits_arrays('eval')
+        ids = _spread(num_samples, manifest, 'the eval split of the digits')
+        raw, labels_S, source = (
+            torch.from_numpy(images[list(ids)]),
+            torch.from_numpy(labels[list(ids)]),
+            manifest.source,
         )
+        return RealLatents(raw, labels_S, ids, manifest, source)
     path = _split_folder(config, folder)
     try:
         manifest = Manifest.load(path)
@@ -75,7 +67,16 @@ def read_latents(
         remedy = 'Give a local copy of latents like those that the run was trained on: --data FOLDER'
         raise UserError(f'{error}\n{remedy}') from None
     ids = _spread(num_samples, manifest, str(path))
-    rows = _rows(path, ids)
+    from streaming import LocalDataset
+
+    dataset = LocalDataset(str(path))
+    try:
+        rows = [dataset[index] for index in ids]
+    except FileNotFoundError as error:
+        raise UserError(
+            f'{error.filename}: this shard is there in compressed form only; unpack the shards, or give --data with a '
+            'data set without compression'
+        ) from None
     raw = np.stack([np.asarray(row[LATENTS], np.float32) for row in rows])
     labels_S = torch.tensor([int(row[LABEL]) for row in rows], dtype=torch.int64)
     return RealLatents(torch.from_numpy(raw), labels_S, ids, manifest, f'{path} ({manifest.source})')
@@ -90,14 +91,14 @@ def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f'--data {path}: there is no such folder; give the folder of a latents data set or of a split')
-    places = [path, *(path / name for name in dict.fromkeys([*splits, 'val', 'eval', 'train']))]
-    split = next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
-    if split is None:
-        raise UserError(
-            f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it '
-            f'({", ".join(place.name for place in places[1:])}); give the folder of a latents data set or of a split'
-        )
-    return split
+    inner = list(dict.fromkeys([*splits, 'val', 'eval', 'train']))
+    for place in (path, *(path / name for name in inner)):
+        if (place / MANIFEST_NAME).is_file():
+            return place
+    raise UserError(
+        f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it ({", ".join(inner)}); give the folder of a '
+        'latents data set or of a split'
+    )
 
 
 def _check_fit(facts: LatentFacts, manifest: Manifest, path: Path) -> None:
@@ -120,16 +121,3 @@ def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...
     if not 1 <= num_samples <= available:
         raise UserError(f'--count: {num_samples} is not between 1 and {available}, the samples of {source}')
     return tuple(index * available // num_samples for index in range(num_samples))
-
-
-def _rows(path: Path, ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    from streaming import LocalDataset
-
-    rows = LocalDataset(str(path))
-    try:
-        return [rows[index] for index in ids]
-    except FileNotFoundError as error:
-        raise UserError(
-            f'{error.filename}: this shard is there in compressed form only; unpack the shards, or give --data with a '
-            'data set without compression'
-        ) from None

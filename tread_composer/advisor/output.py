@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from tread_composer.advisor.architecture import format_advice
 from tread_composer.advisor.inspection import Inspection
+from tread_composer.advisor.placement import format_advice
 from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
@@ -26,15 +27,9 @@ _DARK = 0.45  # share of the colour scale below which white reads better than bl
 
 
 def write_inspection(inspection: Inspection, folder: str | Path, command: str) -> list[Path]:
-    """Write ``similarity.png`` and ``inspection.json``, each whole or not at all.
+    """Write ``similarity.png`` and ``inspection.json``, each whole or not at all, and return their paths.
 
-    Args:
-        inspection: What to write.
-        folder: Where; made if it is missing.
-        command: How to get the same again.
-
-    Returns:
-        The files.
+    ``command`` is written down as the way to get the same again.
 
     Raises:
         UserError: They cannot be written.
@@ -71,16 +66,7 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
         },
         'score': SCORE_RULE,
         'num_candidates': inspection.num_candidates,
-        'candidates': [
-            {
-                **asdict(entry.candidate),
-                'rank': entry.rank,
-                'lowest_over_times': entry.over_times[0],
-                'highest_over_times': entry.over_times[1],
-                'ideal_step_ratio': entry.ideal_step_ratio,
-            }
-            for entry in inspection.suggestions
-        ],
+        'candidates': [asdict(suggestion) for suggestion in inspection.suggestions],
         'notes': list(inspection.notes),
     }
 
@@ -140,20 +126,12 @@ def _table(inspection: Inspection) -> list[str]:
     proposed = None if advice.route is None else advice.route.span(advice.depth)
     head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
     rows = []
-    for suggestion in inspection.suggestions:
-        span = suggestion.candidate.start, suggestion.candidate.end
+    for row in inspection.suggestions:
+        span = row.start, row.end
         marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
-        rows.append(
-            (
-                str(suggestion.rank),
-                f'{span[0]} to {span[1]}',
-                f'{suggestion.candidate.similarity:.3f}',
-                f'{suggestion.over_times[0]:.3f} to {suggestion.over_times[1]:.3f}',
-                f'{suggestion.candidate.score:.3f}',
-                f'{suggestion.ideal_step_ratio:.2f}x',
-                ', '.join(marks),
-            )
-        )
+        over_times = f'{row.lowest_over_times:.3f} to {row.highest_over_times:.3f}'
+        cells = f'{row.similarity:.3f}', over_times, f'{row.score:.3f}', f'{row.ideal_step_ratio:.2f}x'
+        rows.append((str(row.rank), f'{span[0]} to {span[1]}', *cells, ', '.join(marks)))
     return [
         f'what the map says of the {inspection.num_candidates} routes that keep to the guidelines',
         text_table(head, rows, 'rrrrrrl'),
@@ -181,8 +159,9 @@ def draw_inspection(inspection: Inspection) -> bytes:
             continue
         title, values = panels[index]
         image = axes.imshow(values.numpy(), origin='lower', cmap='viridis', vmin=lowest, vmax=1.0)
-        axes.set_title(title)
-        _label(axes, len(values))
+        ticks = range(0, len(values), max(1, -(-len(values) // 10)))  # ten at most
+        xlabel = 'depth (0: embedding, k: after block k - 1)'
+        axes.set(title=title, xlabel=xlabel, ylabel='depth', xticks=ticks, yticks=ticks)
         if len(values) <= _MOST_WRITTEN:
             _write_values(axes, values, lowest)
         _outline_routes(axes, inspection)
@@ -198,24 +177,11 @@ def draw_inspection(inspection: Inspection) -> bytes:
     return content.getvalue()
 
 
-def _label(axes: Any, num_depths: int) -> None:
-    stride = max(1, -(-num_depths // 10))
-    ticks = list(range(0, num_depths, stride))
-    axes.set_xticks(ticks)
-    axes.set_yticks(ticks)
-    axes.set_xlabel('depth (0: embedding, k: after block k - 1)')
-    axes.set_ylabel('depth')
-
-
 def _write_values(axes: Any, values: Tensor, lowest: float) -> None:
-    for row in range(len(values)):
-        for column in range(len(values)):
-            value = float(values[row, column])
-            dark = (value - lowest) / (1 - lowest) < _DARK
-            axes.text(
-                column, row, f'{value:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=7,
-                color='white' if dark else 'black',
-            )  # fmt: skip
+    for (row, column), value in np.ndenumerate(values.numpy()):
+        colour = 'white' if (value - lowest) / (1 - lowest) < _DARK else 'black'
+        text = f'{value:.2f}'.replace('0.', '.')
+        axes.text(column, row, text, ha='center', va='center', fontsize=7, color=colour)
 
 
 def _outline_routes(axes: Any, inspection: Inspection) -> None:

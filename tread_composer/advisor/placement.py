@@ -1,17 +1,23 @@
-"""Which blocks a route should cover, from the number of blocks alone: the authors' rule, and ours where that ends."""
+"""Where a route should be, from a model's list of blocks alone: the authors' rule, and ours where that ends."""
 
+import contextlib
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from tread_composer.routing import Route
+from torch import nn
 
-__all__ = ['Placement', 'Rule', 'candidate_spans', 'recommended_route']
+from tread_composer.routing import Route, find_blocks, routing_of
+
+__all__ = ['Placement', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route']
 
 Rule = Literal['authors', 'scaled', 'none']
 
 _FEWEST_FOR_AUTHORS = 8  # below, their rule leaves two blocks or fewer to the route
 _RATE = 0.5
 _BEFORE, _AFTER = 1 / 6, 1 / 4  # shares of the blocks that the authors' rule keeps dense in 12 blocks: 2 and 3
+_WIDTH = 110  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,22 @@ class Placement:
     route: Route | None
     rule: Rule
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RouteAdvice(Placement):
+    """A proposed route for a model.
+
+    Attributes:
+        blocks: Path of the block list within the model.
+        depth: Number of blocks.
+        arguments: Keyword arguments for ``Tread`` that follow from the list and from what its owner declares; what the
+            blocks' arguments mean, ``routing.find_settings`` measures.
+    """
+
+    blocks: str
+    depth: int
+    arguments: Mapping[str, Any]
 
 
 def recommended_route(depth: int) -> Placement:
@@ -48,7 +70,7 @@ def recommended_route(depth: int) -> Placement:
         reason = f'{depth} blocks: with a dense block on either side none is left to route; train densely'
         return Placement(None, 'none', (reason,))
     text = (
-        f"our rule, not the authors': theirs (2 to B - 4) leaves {_in_words(max(0, depth - 5))} of {depth} blocks, so "
+        f"our rule, not the authors': theirs (2 to B - 4) leaves {max(0, depth - 5) or 'none'} of {depth} blocks, so "
         f'their dense shares in 12 blocks are scaled: {before} before the route and {after} behind it. Nobody has '
         'measured routes in so few blocks; compare with a dense run'
     )
@@ -70,6 +92,53 @@ def candidate_spans(depth: int) -> list[tuple[int, int]]:
     return [(start, end) for start in starts for end in range(start + shortest - 1, last_block + 1)]
 
 
+def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
+    """Propose a route for a model, which is neither run nor changed, and say why.
+
+    Args:
+        model: Any module with a list of blocks; its weights may be on the meta device.
+        blocks: Path of the list; found if there is only one candidate.
+
+    Raises:
+        ValueError: The list is not found (the message names the candidates), or is empty.
+    """
+    path, block_list = find_blocks(model, blocks)
+    depth = len(block_list)
+    if not depth:
+        raise ValueError(f'blocks: {path!r} is empty; name a list of blocks')
+    placement = recommended_route(depth)
+    reasons = [f'{path or "the model itself"}: {depth} blocks', *placement.reasons]
+    routing = routing_of(model)
+    if routing is not None:
+        spans = ', '.join(f'{start} to {end}' for start, end in routing.spans)
+        reasons.append(f'the model is routed already (blocks {spans}); another route needs a fresh copy')
+    arguments: dict[str, Any] = {}
+    if placement.route is not None:
+        arguments = {name: getattr(placement.route, name) for name in ('start', 'end', 'selection_rate')}
+        arguments['blocks'] = path
+        with contextlib.suppress(ValueError):  # it needs no name where it is found without
+            find_blocks(model)
+            del arguments['blocks']
+        owner = model.get_submodule(path.rpartition('.')[0])
+        declared = tuple(getattr(owner, 'token_arguments', ()))
+        if declared:
+            arguments['token_arguments'] = declared
+            reasons.append(f'token_arguments={declared!r}: declared by the model')
+    return RouteAdvice(placement.route, placement.rule, tuple(reasons), path, depth, arguments)
+
+
+def format_advice(advice: RouteAdvice) -> str:
+    """The advice as lines for a terminal."""
+    if advice.route is None:
+        lines = ['proposed: no route']
+    else:
+        start, end = advice.route.span(advice.depth)
+        call = ', '.join(f'{name}={value!r}' for name, value in advice.arguments.items())
+        lines = [f'proposed: blocks {start} to {end} of 0 to {advice.depth - 1}, Tread({call})']
+    wrapper = textwrap.TextWrapper(_WIDTH, initial_indent='  because  ', subsequent_indent=' ' * 11)
+    return '\n'.join([*lines, *map(wrapper.fill, advice.reasons)])
+
+
 _GUIDELINES = (
     'not from block 0: in the study (DiT-B/2, 12 blocks) 0 to 8 gained 16 points of FID, 1 to 8 and 2 to 8 almost 22',
     'long: 2 to 8 gained 22, 4 to 8 14, 5 to 8 5, and 6 to 8 lost 1',
@@ -85,7 +154,3 @@ _AUTHORS_REASONS = (
 
 def _rounded(share: float) -> int:
     return max(1, int(share + 0.5))
-
-
-def _in_words(count: int) -> str:
-    return str(count) if count else 'none'

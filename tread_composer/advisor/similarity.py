@@ -4,7 +4,6 @@ Shapes: B samples, N tokens, D width, L blocks. Depth 0 is behind the embedding,
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tread_composer.core.evaluating import evaluating
 from tread_composer.routing import find_blocks
+from tread_composer.routing.arguments import find_argument
 
 __all__ = ['TokenSimilarity', 'token_similarity']
 
@@ -67,13 +68,13 @@ def token_similarity(
     block_list = _block_list(model, blocks)
     total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
     count, num_tokens = 0, 0
-    with _evaluating(model), _recording(block_list, tokens, tokens_out) as depths:
+    with evaluating(model), _recording(block_list, tokens, tokens_out) as depths:
         for call in calls:
             depths.clear()
             call()
             _check(depths, len(block_list))
             for sample in range(len(depths[0])):
-                cosines = _cosines(torch.stack([tokens_BND[sample] for tokens_BND in depths]))
+                cosines = _cosines(torch.stack([tokens_BND[sample] for tokens_BND in depths]))  # [L + 1, L + 1]
                 total += cosines
                 squares += cosines.square()
             count, num_tokens = count + len(depths[0]), depths[0].shape[1]
@@ -92,12 +93,13 @@ def _cosines(tokens_LND: Tensor) -> Tensor:
 
 def _block_list(model: nn.Module, path: str | None) -> list[nn.Module]:
     if path is None:
-        _, listed = find_blocks(model)
-        return [listed[index] for index in range(len(listed))]  # not by iterating: in training that may yield a route
-    try:
-        block_list = model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
+        block_list: nn.Module = find_blocks(model)[1]
+    else:
+        try:
+            block_list = model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
+    # A subclass will do, such as that of MaskDiT: nothing here iterates over it.
     if not isinstance(block_list, nn.ModuleList | nn.Sequential) or not len(block_list):
         raise ValueError(f'blocks: {path!r} is a {type(block_list).__name__}; a list of blocks is needed')
     return [block_list[index] for index in range(len(block_list))]
@@ -120,9 +122,9 @@ def _check(depths: list[Tensor], num_blocks: int) -> None:
 def _recording(blocks: list[nn.Module], tokens: str | None, tokens_out: int | None) -> Iterator[list[Tensor]]:
     """The tokens at each depth, in order, of one call after the other; the reader clears the list in between."""
     depths: list[Tensor] = []
-    name, position = _argument(blocks[0], tokens)
+    argument = find_argument(blocks[0], tokens, 'tokens')
 
-    def keep(value: Any, depth: int) -> None:
+    def keep(value: Any, depth: int) -> None:  # tokens [B, N, D]
         if not isinstance(value, Tensor):
             raise ValueError(
                 f'at depth {depth} the tokens are a {type(value).__name__}, not a tensor [B, N, D]: say tokens= (the '
@@ -135,7 +137,7 @@ def _recording(blocks: list[nn.Module], tokens: str | None, tokens_out: int | No
         depths.append(value.detach().clone())  # a copy: the next block may change it in place
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(kwargs[name] if name in kwargs else args[position] if position < len(args) else None, 0)
+        keep(argument.value(args, kwargs), 0)
 
     def after(depth: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -143,29 +145,10 @@ def _recording(blocks: list[nn.Module], tokens: str | None, tokens_out: int | No
 
         return hook
 
-    with contextlib.ExitStack() as stack:
-        handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        handles += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield depths
-
-
-def _argument(block: nn.Module, name: str | None) -> tuple[str, int]:
-    names = list(inspect.signature(block.forward).parameters)
-    if not names:
-        raise ValueError(f'the forward method of {type(block).__name__} takes no argument that could be tokens')
-    if name is not None and name not in names:
-        raise ValueError(f'tokens: {type(block).__name__}.forward has no argument {name!r}, only {names}')
-    return (names[0], 0) if name is None else (name, names.index(name))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
     try:
-        yield
+        yield depths
     finally:
-        for module, mode in modes.items():  # one by one: a part may have been in evaluation mode before
-            module.training = mode
+        for handle in handles:
+            handle.remove()
