@@ -202,8 +202,8 @@ def test_repr_rebuilds_it(settings):
         ({'start_time': '10sec'}, 'wall-clock'),
         ({'end_time': '5tok'}, 'no token count'),
         ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
-        ({'always_keep': -2}, 'Tread: always_keep: -2 is not a number of tokens'),
-        ({'always_keep': [1]}, r'Tread: always_keep: \[1\] is not a number of tokens'),
+        ({'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
+        ({'always_keep': [1]}, r'always_keep: \[1\] is not a number of tokens'),
     ],
 )
 def test_wrong_settings_are_refused_at_once(settings, message):
@@ -443,7 +443,7 @@ def test_settings_that_came_later_bind_a_checkpoint_only_where_they_are_used(tmp
 
 
 def test_a_second_tread_is_refused():
-    with pytest.raises(UserError, match=r'more than one Tread; one routes several lists: blocks=\[\.\.\.\]'):
+    with pytest.raises(UserError, match=r'Tread: the run has two.* One routes several lists: blocks=\[\.\.\.\]'):
         make_trainer(algorithms=[Tread(**ROUTE), Tread(**ROUTE)])
 
 

@@ -105,9 +105,7 @@ def inspect_run(request: Request) -> Inspection:
                 maps[time] = token_similarity(trained.model.denoiser, calls, blocks=blocks)
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
-    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(
-        0
-    )  # [times, L + 1, L + 1] -> [L + 1, L + 1]
+    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
     routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
     advice = propose_route(fresh, blocks)
     ranked = rank_routes(mean)

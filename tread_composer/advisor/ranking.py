@@ -58,15 +58,12 @@ class RouteReading:
 def rank_routes(similarity: Tensor) -> list[Candidate]:
     """All routes that keep to the guidelines (``candidate_spans``), best score first; the earlier start among equals.
 
-    The score is ``similarity[start, end + 1] * (end - start + 1) / L``. Its two factors are what a route needs and what
-    it is for: tokens that skip are handed to block ``end + 1`` as they were at ``start``, and the blocks between are
-    the arithmetic that is saved.
-
-    Args:
-        similarity: ``[L + 1, L + 1]`` for L blocks.
+    The score is ``similarity[start, end + 1] * (end - start + 1) / L`` of the map ``[L + 1, L + 1]`` of L blocks. Its
+    two factors are what a route needs and what it is for: tokens that skip are handed to block ``end + 1`` as they were
+    at ``start``, and the blocks between are the arithmetic that is saved.
 
     Raises:
-        ValueError: It is not square.
+        ValueError: The map is not square.
     """
     depth = _depth_of(similarity)
     candidates = []
@@ -77,12 +74,7 @@ def rank_routes(similarity: Tensor) -> list[Candidate]:
 
 
 def read_route(similarity: Tensor, start: int, end: int) -> RouteReading:
-    """What the map says about one route.
-
-    Args:
-        similarity: ``[L + 1, L + 1]`` for L blocks.
-        start: First block, from 0.
-        end: Last block, inclusive.
+    """What the map ``[L + 1, L + 1]`` of L blocks says about the route from block ``start`` to ``end``, inclusive.
 
     Raises:
         ValueError: The map is not square, or the route does not lie within it.
@@ -90,7 +82,7 @@ def read_route(similarity: Tensor, start: int, end: int) -> RouteReading:
     depth = _depth_of(similarity)
     if not 0 <= start <= end < depth:
         raise ValueError(f'the route from block {start} to block {end} does not lie within {depth} blocks')
-    outputs = similarity[start, start + 1 : end + 2]
+    outputs = similarity[start, start + 1 : end + 2]  # row of depth start: behind each block of the route
     off_diagonal = similarity.sum() - similarity.diagonal().sum()
     return RouteReading(
         start=start,
