@@ -3,9 +3,8 @@
 It has no mathematics of its own. Shapes: B samples, C channels, H x W latent pixels.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,8 @@ from tread_composer.core.batch import (
     RAW_LATENTS,
     TIME_QUANTILES,
 )
-from tread_composer.core.protocols import Autoencoder, Objective, StepNoise
+from tread_composer.core.evaluating import evaluating
+from tread_composer.core.protocols import Autoencoder, Objective
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (
     Clock,
@@ -38,14 +38,12 @@ from tread_composer.samplers import (
 
 __all__ = ['LatentDiffusion']
 
-_TIME_QUARTERS = 4
-
 
 class LatentDiffusion(ComposerModel):
     """A latent diffusion model that Composer can train.
 
-    Its batches are dicts (see ``tread_composer.core.batch``). Noise, times and label dropout must be in them: the
-    callback ``KeyedDraws`` puts them there. ``latents = (raw_latents - latent_shift) * latent_scale``.
+    Its batches are dicts (see ``tread_composer.core.batch``) with noise, times and label dropout in them, where the
+    callback ``KeyedDraws`` puts them. ``latents = (raw_latents - latent_shift) * latent_scale``.
 
     Args:
         denoiser: The network, ``(x_BCHW, t_B, labels_B) -> prediction``.
@@ -95,14 +93,11 @@ class LatentDiffusion(ComposerModel):
         self.class_names = tuple(class_names)
         self.label_dropout = label_dropout if num_classes else 0.0
         # Not persistent: a checkpoint of the network alone keeps the keys of the network.
-        self.register_buffer('latent_scale', self._per_channel(latent_scale, 'latent_scale'), persistent=False)
-        self.register_buffer('latent_shift', self._per_channel(latent_shift, 'latent_shift'), persistent=False)
+        for name, value in (('latent_scale', latent_scale), ('latent_shift', latent_shift)):
+            self.register_buffer(name, self._per_channel(value, name), persistent=False)
         self._autoencoder = (autoencoder,)  # in a tuple: its weights are no parameters of this model
-        metrics = {'loss': MeanLoss()}
-        for quarter in range(_TIME_QUARTERS):
-            bounds = quarter / _TIME_QUARTERS, (quarter + 1) / _TIME_QUARTERS
-            metrics[f'loss_time_quarter_{quarter + 1}'] = MeanLoss(*bounds)
-        self._metrics = metrics
+        quarters = {f'loss_time_quarter_{k + 1}': MeanLoss(k / 4, (k + 1) / 4) for k in range(4)}
+        self._metrics = {'loss': MeanLoss(), **quarters}
 
     @property
     def autoencoder(self) -> Autoencoder | None:
@@ -152,7 +147,7 @@ class LatentDiffusion(ComposerModel):
         raw = batch[RAW_LATENTS].float()
         if POSTERIOR_NOISE in batch:
             raw = sample_moments(raw, batch[POSTERIOR_NOISE])  # [B, 2C, H, W] -> [B, C, H, W]
-        return (raw - self.latent_shift) * self.latent_scale
+        return (raw - self.latent_shift) * self.latent_scale  # a number, or [C, 1, 1]
 
     def sample(
         self,
@@ -168,19 +163,16 @@ class LatentDiffusion(ComposerModel):
         """Draw latents with the settings that are asked for most; see ``draw`` for all of them and for the promises.
 
         Args:
-            labels: One class each; ``null_label`` samples without a class.
-            seeds: One non-negative seed each.
+            labels: See ``draw``.
+            seeds: See ``draw``.
             sampler: Name of a sampler that fits the objective (``tread_composer.samplers.check_sampler``).
             num_steps: Its steps.
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
             batch_size: Samples in one network call.
             sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
 
-        Returns:
-            Latents, float32 ``[len(labels), C, H, W]`` on the model's device.
-
         Raises:
-            ValueError: Unknown sampler or one that does not fit, a label out of range, or lengths that differ.
+            ValueError: The model has no classes to guide by, or what ``draw`` refuses.
         """
         if guidance_scale != 1 and not self.num_classes:
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
@@ -224,7 +216,7 @@ class LatentDiffusion(ComposerModel):
         """
         self._check_draw(labels, seeds, settings, weak)
         device, results = self.latent_scale.device, []
-        with _evaluating(self), _evaluating(self if weak is None else weak):
+        with evaluating(self, *([] if weak is None else [weak])):
             times = self.objective.sampling_times(settings.num_steps)  # on the CPU: the samplers look at their values
             for offset in range(0, len(labels), batch_size):
                 chunk = slice(offset, offset + batch_size)
@@ -236,9 +228,12 @@ class LatentDiffusion(ComposerModel):
                     weak=weak,
                 )  # fmt: skip
                 equation = Equation(self.objective, denoiser, labels_B, clock)
-                noise = self._step_noise(random)
+
+                def noise(step: int, random: KeyedRandom = random) -> Tensor:
+                    return random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
+
                 x = integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
-                results.append(x.float())
+                results.append(x.float())  # the equation is solved in float64
         return torch.cat(results)
 
     def _check_draw(
@@ -255,10 +250,6 @@ class LatentDiffusion(ComposerModel):
         wrong = [label for label in labels if not 0 <= label <= self.null_label]
         if wrong:
             raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
-
-    def _step_noise(self, random: KeyedRandom) -> StepNoise:
-        device = self.latent_scale.device
-        return lambda step: random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -311,13 +302,3 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """The mean, float32."""
         return (self.total / self.count).float()
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

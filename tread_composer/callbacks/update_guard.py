@@ -40,9 +40,8 @@ class UpdateGuard(Callback):
     """Looks at the gradient of each batch before the optimizer does.
 
     A gradient that holds NaN or infinity never reaches weights, averages or checkpoints: the check runs on
-    ``Event.AFTER_TRAIN_BATCH``, all ranks decide alike, and a skipped batch leaves the optimizer's state as it was
-    (every optimizer of torch passes over parameters without a gradient). Under fp16 the gradient scaler does this work,
-    as it does in every Trainer, and the guard leaves it alone.
+    ``Event.AFTER_TRAIN_BATCH``, all ranks decide alike, and a skipped batch leaves the optimizer's state as it was.
+    Under fp16 the gradient scaler does this work, as it does in every Trainer, and the guard leaves it alone.
 
     Logs ``gradient_norm``, measured before any clipping, and ``skipped_updates``, the count of this run.
 
@@ -96,6 +95,8 @@ class UpdateGuard(Callback):
             return
         if self._norm is None or (state.scaler is not None and state.scaler.is_enabled()):
             return
+        # The host waits for the device here. It would in Composer's next line, which reads the loss before the optimizer
+        # steps (docs/lab_notes.md), so this costs no wait of its own.
         norm = float(self._norm)
         logger.log_metrics({'gradient_norm': norm, 'skipped_updates': self._skipped})
         reason = self._problem(norm)
@@ -149,7 +150,7 @@ def gradient_norm(state: State) -> Tensor:
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # type: ignore[attr-defined]
-        square = torch.linalg.vector_norm(torch.stack(norms)).square()
+        square = torch.linalg.vector_norm(torch.stack(norms)).square()  # of the norms' norm, in two kernels
     else:
         square = state.device.tensor_to_device(torch.zeros(()))
     if state.fsdp_config is not None and dist.get_world_size() > 1:
@@ -163,6 +164,7 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _drop_gradients(state: State) -> None:
+    # Every optimizer of torch passes over parameters without a gradient, moments included.
     for parameter in state.model.parameters():
         parameter.grad = None
 

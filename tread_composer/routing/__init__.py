@@ -16,7 +16,7 @@ returned, with or without a route. ``tread_composer.algorithms.Tread`` drives al
 
 From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``settings``, frozen; ``probe``, which
 tries whether a block can be routed; ``passes``, one forward pass along one route; ``callables``, what a list yields for
-it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery`` on them; and ``finding``, which
+it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery`` on them; ``finding``, which
 runs a model to learn its settings.
 """
 

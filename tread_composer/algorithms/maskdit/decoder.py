@@ -37,11 +37,7 @@ class Masking:
         self.kept: Tensor | None = None
 
     def arm(self, kept_BK: Tensor | None) -> None:
-        """Mask the following training forwards; None masks nothing. Evaluation is never masked.
-
-        Args:
-            kept_BK: Ids of the kept tokens of each sample, int64, ascending.
-        """
+        """Mask the following training forwards by ascending int64 ids; None masks nothing. Evaluation never masks."""
         self.kept = kept_BK
 
     def disarm(self) -> None:
@@ -93,16 +89,8 @@ class DecoderHead(FinalLayer):
 class Decoder(nn.Module):
     """From the encoder's tokens to patches of the whole grid (MaskDiT, arXiv 2306.09305, section 3).
 
-    It stands where DiT's head stood, under ``final_layer``, and is called like it.
-
-    Args:
-        grid_size: Tokens along one side of the grid.
-        encoder_size: D.
-        hidden_size: E.
-        depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        patch_values: O.
-        masking: Tells which tokens were kept.
+    It stands where DiT's head stood, under ``final_layer``, and is called like it. ``grid_size`` counts the tokens along
+    one side, ``encoder_size`` is D, ``hidden_size`` E, ``patch_values`` O; ``masking`` tells which tokens were kept.
 
     Raises:
         ValueError: The sizes do not fit together.
@@ -144,7 +132,7 @@ class Decoder(nn.Module):
         """The encoder's tokens (all N in evaluation) to patches ``[B, N, O]``."""
         x = self.bridge(x_BKD, condition_BD)
         kept_BK = self.masking.kept if self.training else None
-        if kept_BK is not None:
+        if kept_BK is not None:  # [B, K, E] -> [B, N, E], mask tokens between
             x = put_back(self.mask_token.to(x.dtype).expand(x.shape[0], self.grid_size**2, -1), x, kept_BK)
         elif self.training:
             # Without a masked token nothing reads it, and DDP waits for a gradient of every parameter.
@@ -178,14 +166,8 @@ class Decoder(nn.Module):
 def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
     """Make a MaskDiT of a DiT, in place: its own head is gone, since no output would depend on it.
 
-    Applied again with the same settings it returns the masking that is there.
-
-    Args:
-        denoiser: The network.
-        depth: Blocks of the decoder.
-        hidden_size: Width of the decoder.
-        num_heads: Attention heads of a decoder block.
-        seed: Of the decoder's first weights.
+    ``depth``, ``hidden_size`` and ``num_heads`` are those of the decoder; ``seed`` decides its first weights. Applied
+    again with the same settings it returns the masking that is there.
 
     Returns:
         The ``Masking``: arm it with kept ids before a training forward.

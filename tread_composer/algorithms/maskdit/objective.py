@@ -4,7 +4,6 @@ Shapes: B samples, C channels, H x W latent pixels, N patches (tokens), K kept p
 """
 
 import dataclasses
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ __all__ = ['MaskedEDM', 'patches']
 _EPS = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class MaskedEDM(EDM):
     """EDM with MaskDiT's masked training loss (arXiv 2306.09305, section 3.3); sampling is EDM's.
 
@@ -29,7 +28,7 @@ class MaskedEDM(EDM):
         patch_size: Height and width of a patch.
     """
 
-    masking: Masking = field(default_factory=Masking, compare=False)
+    masking: Masking = dataclasses.field(default_factory=Masking, compare=False)
     mae_weight: float = 0.1
     patch_size: int = 2
 
@@ -56,6 +55,7 @@ class MaskedEDM(EDM):
         x = latents_BCHW.float()
         noisy, sigma_B = self.training_noise(x, noise_BCHW, quantiles_B)
         denoised = self.denoise(denoiser, noisy, sigma_B, labels_B)
+        # Mean over the values of a patch, then over the kept ones.
         errors_BN = patches((denoised - x).square(), self.patch_size).mean(2)
         dsm_B = self.weight(sigma_B) * take_kept(errors_BN, kept_BK).mean(1)
         differences_BNP = patches(denoised, self.patch_size) - _normalised(patches(noisy, self.patch_size))

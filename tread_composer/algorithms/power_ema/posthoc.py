@@ -76,16 +76,12 @@ def inner_products(
 def fit_profile(exponents: Sequence[float], batches: Sequence[int], exponent: float, batch: int) -> Fit:
     """The sum of stored profiles, with coefficients that sum to 1, that is closest to the wanted one.
 
-    Args:
-        exponents: ``[S]``; of the stored averages.
-        batches: ``[S]``; where each ends.
-        exponent: Of the wanted average.
-        batch: Where it ends.
+    ``exponents`` and ``batches`` of the ends are ``[S]``, of the stored averages; the wanted one has one of each.
     """
     exponents_S, batches_S = np.asarray(exponents, np.float64), np.asarray(batches, np.float64)
     same_S = (exponents_S == exponent) & (batches_S == batch)
     if same_S.any():  # it is stored: to the bit, then
-        return Fit(np.where(np.arange(len(same_S)) == same_S.argmax(), 1.0, 0.0), 0.0)
+        return Fit(np.eye(len(same_S))[same_S.argmax()], 0.0)
     gram_SS = inner_products(exponents_S[:, None], batches_S[:, None], exponents_S, batches_S)
     with_wanted_S = inner_products(exponents_S, batches_S, exponent, batch)
     # Norms span orders of magnitude from the first snapshot to the last: solved for profiles of norm 1.
@@ -94,6 +90,7 @@ def fit_profile(exponents: Sequence[float], batches: Sequence[int], exponent: fl
     sums_S = 1 / norms_S  # what a profile of norm 1 adds up to
     scale = 1 / np.abs(sums_S).max()
     border_S = sums_S * scale
+    # Lagrange's condition for the minimum of |profile - wanted|^2 on the plane where the coefficients sum to 1.
     system = np.block([[gram_SS, border_S[:, None]], [border_S[None, :], np.zeros((1, 1))]])
     solution_S = np.linalg.lstsq(system, np.append(with_wanted_S, scale), rcond=None)[0][:-1]
     target_products = inner_products(exponent, batch, exponent, batch)
@@ -127,16 +124,17 @@ def reconstruct(
     snapshots = list_snapshots(folder)
     chain = _chain(snapshots, last, str(folder), allow_inexact)
     end = chain[-1][1].batch
-    if batch is not None and batch > end:
-        raise UserError(
-            f'{folder}: the last snapshot is of batch {end}, and the average is to end with {batch}; take {end}'
-        )
     target = end if batch is None else batch
+    if target > end:
+        raise UserError(
+            f'{folder}: the last snapshot is of batch {end}, and the average is to end with {target}; take {end}'
+        )
     chain = [(path, snapshot) for path, snapshot in chain if snapshot.batch <= target]
     if not chain:
         raise UserError(f'{folder}: no snapshot is as early as batch {target}')
-    stored = [(gamma, snapshot.batch) for _, snapshot in chain for gamma in snapshot.gammas]
-    fit = fit_profile([gamma for gamma, _ in stored], [end for _, end in stored], exponent, target)
+    gammas = [gamma for _, snapshot in chain for gamma in snapshot.gammas]
+    ends = [snapshot.batch for _, snapshot in chain for _ in snapshot.gammas]
+    fit = fit_profile(gammas, ends, exponent, target)
     if fit.residual > LARGEST_RESIDUAL and not allow_inexact:
         widths = ', '.join(f'{width:g}' for width in chain[-1][1].widths)
         raise UserError(
@@ -181,18 +179,12 @@ def _chain(
 def _summed(chain: list[tuple[Path, Snapshot]], coefficients_S: np.ndarray) -> dict[str, Tensor]:
     """The weighted sum in float64, one file after the other; what counts nothing is not read."""
     total: dict[str, Tensor] = {}
-    at = 0
+    rest = iter(coefficients_S.tolist())
     for path, snapshot in chain:
-        share = dict(zip(snapshot.widths, coefficients_S[at : at + len(snapshot.widths)].tolist(), strict=True))
-        at += len(snapshot.widths)
-        if not any(share.values()):
-            continue
-
-        def take(width: float, name: str, tensor: Tensor, share: dict[float, float] = share) -> None:
-            if share[width]:
-                if name not in total:
-                    total[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-                total[name].add_(tensor, alpha=share[width])
-
-        read_snapshot(path, take)
+        shares = {width: next(rest) for width in snapshot.widths}
+        for width, name, tensor in read_snapshot(path) if any(shares.values()) else ():
+            if shares[width] and name not in total:
+                total[name] = torch.zeros(tensor.shape, dtype=torch.float64)
+            if shares[width]:
+                total[name].add_(tensor, alpha=shares[width])
     return {name: value.float() for name, value in total.items()}

@@ -8,9 +8,10 @@ section 3 and appendix C.
 """
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,7 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import TensorDigest, write_tensors
 
-__all__ = [
-    'WIDEST',
-    'Snapshot',
-    'list_snapshots',
-    'posthoc_width',
-    'power_exponent',
-    'read_header',
-    'read_snapshot',
-    'refuse_other_run',
-    'snapshot_path',
-    'write_snapshot',
-]
+__all__ = ['Snapshot', 'list_snapshots', 'posthoc_width', 'power_exponent', 'read_snapshot', 'write_snapshot']
 
 WIDEST = 12**-0.5
 """Relative standard deviation of the plain mean over the whole run (exponent 0, 0.2887): no average is wider."""
@@ -76,23 +66,14 @@ def posthoc_width(weights: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a file says of itself.
+    """What a file says of itself."""
 
-    Attributes:
-        batch: Batches that were averaged.
-        widths: Relative standard deviations of the averages.
-        gammas: Their exponents.
-        run: Name of the run and digest of its settings.
-        previous: Digest of the snapshot before it; None for the first.
-        digest: Over all tensors and, but for itself, what stands here: so no two snapshots have the same.
-    """
-
-    batch: int
-    widths: tuple[float, ...]
-    gammas: tuple[float, ...]
-    run: str
-    previous: str | None
-    digest: str = ''
+    batch: int  # number of batches that were averaged
+    widths: tuple[float, ...]  # relative standard deviations of the averages
+    gammas: tuple[float, ...]  # their exponents
+    run: str  # its name and the digest of its settings
+    previous: str | None  # digest of the snapshot before it; None for the first
+    digest: str = ''  # over all tensors and, but for itself, what stands here: so no two snapshots have the same
 
     def new_digest(self) -> TensorDigest:
         """What the tensors are to be added to, in the order of their names."""
@@ -114,15 +95,9 @@ def write_snapshot(
 ) -> tuple[Snapshot, Path | None]:
     """Write the averages of one batch, unless the same are there already.
 
-    Where the file of this batch holds something else (the run was resumed from an earlier checkpoint and did not repeat
-    itself to the bit), that file is kept under another name, and this one takes its place.
-
-    Args:
-        folder: ``snapshots`` of the run.
-        averages: Full tensors by width and parameter's name.
-        batch: Batches that were averaged.
-        run: Whose they are.
-        previous: Digest of the run's snapshot before this one.
+    ``averages`` are full tensors by width and parameter's name. Where the file of this batch holds something else (the
+    run was resumed from an earlier checkpoint and did not repeat itself to the bit), that file is kept under another
+    name, and this one takes its place.
 
     Returns:
         What was written, and the new name of what was there before, if something else was.
@@ -130,10 +105,9 @@ def write_snapshot(
     Raises:
         UserError: The file is one of another run, or it cannot be written.
     """
-    path, widths = snapshot_path(folder, batch), tuple(averages)
-    tensors = {_tensor_name(width, name): tensor for width in widths for name, tensor in averages[width].items()}
-    exponents = tuple(power_exponent(width) for width in widths)
-    snapshot = Snapshot(batch, widths, exponents, run, previous)
+    path = snapshot_path(folder, batch)
+    tensors = {f'{width}/{name}': tensor for width, average in averages.items() for name, tensor in average.items()}
+    snapshot = Snapshot(batch, tuple(averages), tuple(map(power_exponent, averages)), run, previous)
     digest = snapshot.new_digest()
     for name, tensor in sorted(tensors.items()):
         digest.add(name, tensor)
@@ -144,7 +118,8 @@ def write_snapshot(
             if existing == snapshot:
                 return snapshot, None
             refuse_other_run(existing, run, path)
-            aside = _free_name(path)
+            names = (path.with_name(f'{path.stem}.given_up{number}.safetensors') for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             os.replace(path, aside)
         write_tensors(path, tensors, {_KEY: json.dumps({'format': _FORMAT, **dataclasses.asdict(snapshot)})})
     except (OSError, SafetensorError) as error:
@@ -159,13 +134,6 @@ def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
             f'{path}: is a snapshot of another run ({existing.run}), and this one is {run}; take another run_name or '
             f'folder, or move those files away'
         )
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f'{path.stem}.given_up{number}.safetensors')).exists():
-        number += 1
-    return aside
 
 
 def list_snapshots(folder: str | os.PathLike[str]) -> list[tuple[Path, Snapshot]]:
@@ -197,11 +165,11 @@ def read_header(path: str | os.PathLike[str]) -> Snapshot:
         raise UserError(f'{path}: a damaged snapshot: {error}. Copy it again') from None
 
 
-def read_snapshot(path: str | os.PathLike[str], take: Callable[[float, str, Tensor], None]) -> None:
-    """Hand every tensor to ``take(width, name, tensor)``, one at a time: all of them may not fit into the memory.
+def read_snapshot(path: str | os.PathLike[str]) -> Iterator[tuple[float, str, Tensor]]:
+    """Width, parameter's name and tensor, one at a time: all of them may not fit into the memory.
 
     Raises:
-        UserError: The file is damaged: what was taken must not be used.
+        UserError: The file is damaged, found out at the latest behind its last tensor: none of them must be used.
     """
     snapshot = read_header(path)
     digest = snapshot.new_digest()
@@ -212,12 +180,8 @@ def read_snapshot(path: str | os.PathLike[str], take: Callable[[float, str, Tens
                 tensor = file.get_tensor(full_name)
                 digest.add(full_name, tensor)
                 width, _, name = full_name.partition('/')
-                take(of_name[width], name, tensor)
+                yield of_name[width], name, tensor
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f'{path}: a damaged snapshot: {error}. Copy it again') from None
     if digest.value != snapshot.digest:
         raise UserError(f'{path}: holds something else than was written (its digest differs); copy it again')
-
-
-def _tensor_name(width: float, name: str) -> str:
-    return f'{width}/{name}'
