@@ -95,8 +95,8 @@ class UpdateGuard(Callback):
             return
         if self._norm is None or (state.scaler is not None and state.scaler.is_enabled()):
             return
-        # The host waits for the device here. It would in Composer's next line, which reads the loss before the optimizer
-        # steps (docs/lab_notes.md), so this costs no wait of its own.
+        # The host waits for the device here. It would in Composer's next line, which reads the loss before the
+        # optimizer steps (docs/lab_notes.md), so this costs no wait of its own.
         norm = float(self._norm)
         logger.log_metrics({'gradient_norm': norm, 'skipped_updates': self._skipped})
         reason = self._problem(norm)

@@ -89,7 +89,7 @@ class DecoderHead(FinalLayer):
 class Decoder(nn.Module):
     """From the encoder's tokens to patches of the whole grid (MaskDiT, arXiv 2306.09305, section 3).
 
-    It stands where DiT's head stood, under ``final_layer``, and is called like it. ``grid_size`` counts the tokens along
+    It stands where DiT's head stood, under ``final_layer``, and is called like it. ``grid_size`` counts tokens along
     one side, ``encoder_size`` is D, ``hidden_size`` E, ``patch_values`` O; ``masking`` tells which tokens were kept.
 
     Raises:
