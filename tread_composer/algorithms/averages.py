@@ -29,7 +29,7 @@ _WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.
 class _Piece:
     """Where FSDP1's piece of a parameter lies in the whole, whose values stand in one row."""
 
-    shape: torch.Size
+    shape: torch.Size  # of the whole
     start: int
     group: torch_dist.ProcessGroup
 

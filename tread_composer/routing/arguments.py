@@ -54,23 +54,14 @@ class Argument(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenArgument:
-    """An argument with one entry for each token: a tensor, or a tuple, list or dict of tensors that are treated alike.
-
-    Args:
-        argument: Which argument of the block.
-        dims: The dimensions that count tokens. If dimension 0 is one, the tensor has none for the samples.
-        after: Number of entries before those of the tokens, or the argument whose tokens they belong to.
-        before: Number of entries behind those of the tokens, or the argument whose tokens they belong to.
-        without_first: Number of leading tokens that have no entry: a rotary table without the class token's row.
-        members: Places in a tuple, or keys of a dict, that follow; all of them if None. None inside stays None.
-    """
+    """An argument with one entry for each token: a tensor, or a tuple, list or dict of tensors, all treated alike."""
 
     argument: Argument
-    dims: tuple[int, ...] = (1,)
-    after: int | Argument = 0
-    before: int | Argument = 0
-    without_first: int = 0
-    members: tuple[int | str, ...] | None = None
+    dims: tuple[int, ...]  # those that count tokens; if 0 is one, the tensor has none for the samples
+    after: int | Argument  # number of entries before those of the tokens, or the argument whose tokens they belong to
+    before: int | Argument  # likewise, behind those of the tokens
+    without_first: int  # leading tokens that have no entry: a rotary table without the class token's row
+    members: tuple[int | str, ...] | None  # places in a tuple, or keys of a dict, that follow; None: all of them
 
     def __str__(self) -> str:
         options = {name: getattr(self, name) for name in _OPTIONS if name == 'dims' or getattr(self, name)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import RoutingError, bare, kind, tensors_in
+from tread_composer.routing.arguments import Call, RoutingError, bare, kind, tensors_in
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
 from tread_composer.routing.taps import Slot
@@ -31,35 +31,42 @@ def calls_of(
 ) -> list[Callable[..., Any]]:
     """One callable for each block: the block itself wherever nothing is to be done.
 
-    Args:
-        blocks: The blocks of the list, or of a slice of it.
-        offset: Number of ``blocks[0]`` within the list.
-        passes: The pass that goes through each block on a route.
-        float32: Blocks that run without autocast, in float32.
-        slots: Where to leave what blocks return.
+    ``offset`` is the number of ``blocks[0]`` within the list. By such numbers, ``passes`` has the pass through a block,
+    and ``float32`` the blocks that run without autocast; ``slots`` are where to leave what blocks return.
     """
     calls: list[Callable[..., Any]] = []
-    passed: list[Pass] = []
+    passed: tuple[Pass, ...] = ()
     for index, block in enumerate(blocks, offset):
         call: Callable[..., Any] = in_float32(block) if index in float32 else block
         route, taps = passes.get(index), [slot for slot in slots if slot.index == index]
-        if route is None and (taps or passed):
-            call = OffRoute(tuple(passed), block, call, index, taps)
-        elif route is not None and (taps or route.wraps(index)):
-            call = OnRoute(route, block, call, index, taps)
+        if taps or (passed if route is None else route.wraps(index)):
+            call = _StandIn(block, call, index, taps, route, passed)
         if route is not None and index == route.end and route.explains:
-            passed.append(route)  # from here on an error may come of what the route has shortened
+            passed = (*passed, route)  # from here on an error may come of what the route has shortened
         calls.append(call)
     return calls
 
 
 class _StandIn:
-    """A callable in place of a block. Every other attribute, read or written, is the block's own."""
+    """A callable in place of a block. Every other attribute, read or written, is the block's own.
 
-    _STATE = ('route', 'passed', 'block', 'call', 'index', 'slots', 'with_grad')
+    It stands on a route; or beside the routes for a block that is tapped, or, in the probed forward passes, behind one.
+    """
 
-    def __init__(self, block: nn.Module, call: Callable[..., Any], index: int, slots: Sequence[Slot]) -> None:
+    _STATE = ('block', 'call', 'index', 'slots', 'route', 'passed', 'with_grad')
+
+    def __init__(
+        self,
+        block: nn.Module,
+        call: Callable[..., Any],
+        index: int,
+        slots: Sequence[Slot],
+        route: Pass | None,
+        passed: tuple[Pass, ...],
+    ) -> None:
         self.block, self.call, self.index, self.slots = block, call, index, slots
+        self.route, self.passed = route, passed
+        self.with_grad = torch.is_grad_enabled()  # of the pass: a checkpoint may switch it off around the call
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -70,83 +77,45 @@ class _StandIn:
         else:
             setattr(self.block, name, value)
 
-
-class OffRoute(_StandIn):
-    """A block beside the routes: one that is tapped, or, in the probed forward passes, one behind a route."""
-
-    def __init__(self, passed: tuple[Pass, ...], *block: Any) -> None:
-        super().__init__(*block)
-        self.passed, self.with_grad = passed, torch.is_grad_enabled()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.route is not None:
+            return self._on_route(self.route, args, kwargs)
         if self.slots:
-            _refuse_reentrant(self.with_grad, f'block {self.index}')
-        out = self._explained(args, kwargs) if self.passed else self.call(*args, **kwargs)
+            self._refuse_reentrant(f'block {self.index}')
+        out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
         for slot in self.slots:
             slot.put(out, None)  # all tokens
         return out
 
-    def _explained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call; where it fails on something of the route's length, the error says so."""
-        try:
-            return self.call(*args, **kwargs)
-        except _FAILURES as error:
-            counts = [route.counts for route in self.passed if route.kept is not None]
-            short = {
-                f'{argument!r} ({kind(value)})': None
-                for kept, total in counts
-                for argument, value in _named(self.block, args, kwargs)
-                if kept != total and _has_length(value, kept) and not _has_length(value, total)
-            }
-            if not short or _speaks_for_itself(error):
-                raise
-            raise RoutingError(
-                f'block {self.index} of {self.passed[-1].settings.path!r}, behind the route, failed on all tokens: '
-                f'{error}\n'
-                f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there.'
-                ' Let the route hold both ends of such a connection or neither: where block i hands something to block '
-                'depth - 1 - i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
-            ) from error
-
-
-class OnRoute(_StandIn):
-    """A block of a route."""
-
-    def __init__(self, route: Pass, *block: Any) -> None:
-        super().__init__(*block)
-        self.route = route
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        route, starts = self.route, self.index == self.route.start
+    def _on_route(self, route: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        starts = self.index == route.start
         if starts:  # again in a recomputation: the pass remembers its ids
             route.enter(args, kwargs)
-        reduced_args, reduced_kwargs = route.reduced(args, kwargs, starts=starts)
+        reduced = route.reduced(args, kwargs, starts=starts)
         if route.watched:
-            out = self._watched(args, kwargs, reduced_args, reduced_kwargs)
+            out = self._watched(route, (args, kwargs), reduced)
         else:
-            out = self.call(*reduced_args, **reduced_kwargs)
+            out = self.call(*reduced[0], **reduced[1])
         for slot in self.slots:
-            # Before the tokens are put back: what the block itself returned.
-            slot.put(route.tokens_of(out), route.ids)
+            slot.put(route.tokens_of(out), route.ids)  # [B, K, D]: what the block itself returned
         return route.leave(out) if self.index == route.end else out
 
-    def _watched(self, args: Any, kwargs: Any, reduced_args: Any, reduced_kwargs: Any) -> Any:
+    def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
         """The call, tried if the pass has a probe; where it fails, with a word on how routing may have caused it."""
-        route, starts = self.route, self.index == self.route.start
-        name = f'block {self.index} of {route.settings.path!r}'
-        _refuse_reentrant(route.with_grad, name)
+        starts, name = self.index == route.start, f'block {self.index} of {route.settings.path!r}'
+        self._refuse_reentrant(name)
         try:
             if route.probe is not None:
                 if not starts:
-                    route.probe.between(self.index, route.settings.tokens.value(args, kwargs))
-                reduced = functools.partial(route.reduced, args, kwargs, starts=starts)
-                route.probe.check(self.index, self.block, self.call, reduced)
-            out = self.call(*reduced_args, **reduced_kwargs)
+                    route.probe.between(self.index, route.settings.tokens.value(*original))
+                arguments = functools.partial(route.reduced, *original, starts=starts)
+                route.probe.check(self.index, self.block, self.call, arguments)
+            out = self.call(*reduced[0], **reduced[1])
         except _FAILURES as error:
             kept, total = route.counts
             if kept == total or _speaks_for_itself(error):
                 raise
-            values = _named(self.block, reduced_args, reduced_kwargs)
+            values = self._named(reduced)
             full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, total)]
             hint = f' Arguments that still have {total} entries: {", ".join(full)}.' if full else ''
             raise RoutingError(
@@ -161,6 +130,46 @@ class OnRoute(_StandIn):
             route.probe.note(route.tokens_of(out))
         return out
 
+    def _behind_routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call; where it fails on something of a route's length, the error says so."""
+        try:
+            return self.call(*args, **kwargs)
+        except _FAILURES as error:
+            counts = [route.counts for route in self.passed if route.kept is not None]
+            short = {
+                f'{argument!r} ({kind(value)})': None
+                for kept, total in counts
+                for argument, value in self._named((args, kwargs))
+                if kept != total and _has_length(value, kept) and not _has_length(value, total)
+            }
+            if not short or _speaks_for_itself(error):
+                raise
+            raise RoutingError(
+                f'block {self.index} of {self.passed[-1].settings.path!r}, behind the route, failed on all tokens: '
+                f'{error}\n'
+                f'{", ".join(short)} has as many entries as tokens were kept on the route: it comes from a block there.'
+                ' Let the route hold both ends of such a connection or neither: where block i hands something to block '
+                'depth - 1 - i, a route that begins as far from the start as it ends before the end (start=2, end=-3)'
+            ) from error
+
+    def _refuse_reentrant(self, name: str) -> None:
+        """Refuse a call without gradients by the model's own reentrant checkpointing, in a pass that has them."""
+        if self.with_grad and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and inside_reentrant():
+            raise RoutingError(
+                f'{name} is called inside of reentrant activation checkpointing of the model itself, which does not '
+                "work with a route or a tap: its backward pass would run twice, on copies. Switch the model's own "
+                "checkpointing off (or to use_reentrant=False) and use Composer's: parallelism_config with "
+                "activation_checkpointing, or torch's checkpoint_wrapper around each block"
+            )
+
+    def _named(self, call: Call) -> list[tuple[str, Any]]:
+        """The arguments of a call with their names; what ``*args`` takes has none but its number."""
+        args, kwargs = call
+        parameters = inspect.signature(bare(self.block).forward).parameters.values()
+        names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+        names += [f'argument {index}' for index in range(len(names), len(args))]
+        return [*zip(names, args, strict=False), *kwargs.items()]
+
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether an error has no need of an explanation: ours, or the one that Composer reads to try a smaller batch."""
@@ -169,25 +178,6 @@ def _speaks_for_itself(error: Exception) -> bool:
 
 def _has_length(value: Any, length: int) -> bool:
     return any(length in tensor.shape for tensor in tensors_in(value))
-
-
-def _refuse_reentrant(with_grad: bool, name: str) -> None:
-    """Refuse a call without gradients, made by the model's own reentrant checkpointing, in a pass with gradients."""
-    if with_grad and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and inside_reentrant():
-        raise RoutingError(
-            f'{name} is called inside of reentrant activation checkpointing of the model itself, which does not work '
-            "with a route or a tap: its backward pass would run twice, on copies. Switch the model's own "
-            "checkpointing off (or to use_reentrant=False) and use Composer's: parallelism_config with "
-            "activation_checkpointing, or torch's checkpoint_wrapper around each block"
-        )
-
-
-def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The arguments of a call with their names; what ``*args`` takes has none but its number."""
-    parameters = inspect.signature(bare(block).forward).parameters.values()
-    names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
-    names += [f'argument {index}' for index in range(len(names), len(args))]
-    return [*zip(names, args, strict=False), *kwargs.items()]
 
 
 def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:

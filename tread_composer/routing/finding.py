@@ -28,19 +28,12 @@ _FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
 
 @dataclasses.dataclass(frozen=True)
 class FoundSettings:
-    """How to route a model, or why not.
+    """How to route a model, or why not."""
 
-    Args:
-        settings: Arguments of ``apply_tread`` and ``Tread`` beside the route.
-        notes: What a person must decide or should know.
-        fault: Why the model cannot be routed so; None if it can.
-        route: First and last block of a route that fits the model: the paper's, if it is deep enough.
-    """
-
-    settings: dict[str, Any]
-    notes: tuple[str, ...] = ()
-    fault: str | None = None
-    route: tuple[int, int] = (2, -4)
+    settings: dict[str, Any]  # arguments of ``apply_tread`` and ``Tread`` beside the route
+    notes: tuple[str, ...] = ()  # what a person must decide or should know
+    fault: str | None = None  # why the model cannot be routed so; None if it can
+    route: tuple[int, int] = (2, -4)  # first and last block of one that fits: the paper's, if the model is deep enough
 
     def __str__(self) -> str:
         written = ''.join(f', {name}={value!r}' for name, value in self.settings.items())

@@ -22,35 +22,20 @@ __all__ = ['Pass', 'Stretch']
 
 @dataclasses.dataclass(eq=False)
 class Stretch:
-    """The part of a route that lies in one block list, and what forward passes along it have shown so far.
+    """The part of a route that lies in one block list, and what forward passes along it have shown so far."""
 
-    Args:
-        route: Number of the route.
-        start: First block, counted within the list.
-        end: Last block, inclusive.
-        used: Whether a forward pass went along it. Written only: a counter would recompile the graph each time.
-        forwards: How many training forwards were not compiled.
-        conclusive: Whether a probe could tell that all its blocks are sound; None before there was one.
-    """
-
-    route: int
-    start: int
-    end: int
-    used: bool = False
-    forwards: int = 0
-    conclusive: bool | None = None
+    route: int  # its number
+    start: int  # first block, counted within the list
+    end: int  # last block, inclusive
+    used: bool = False  # by any pass. Written only: a counter would recompile the graph each time
+    forwards: int = 0  # training forwards that were not compiled
+    conclusive: bool | None = None  # whether a probe could tell that all blocks are sound; None before there was one
 
 
 class Pass:
     """One pass along a stretch: holds the full sequence and the kept ids between its first and its last block.
 
-    Args:
-        settings: How the blocks of the list take their tokens.
-        stretch: Where it goes, and what passes have shown; written.
-        span: First and last block that are walked: a slice of the list may end within the stretch.
-        ids: ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass.
-        training: Whether the list is in training mode.
-        probed: Whether blocks may be tried (see ``probe``).
+    ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass; ``probed``: its blocks may be tried.
     """
 
     def __init__(
@@ -64,11 +49,10 @@ class Pass:
         probed: bool,
     ) -> None:
         self.settings, self.stretch, self.ids_of = settings, stretch, ids
-        self.start, self.end = span
+        self.start, self.end = span  # a slice of the list may end within the stretch
         self.kept: Tensor | None = None
         # What only an eager forward can do, and only training needs.
         self.watched = training and not torch.compiler.is_compiling()
-        self.with_grad = torch.is_grad_enabled()
         self.probed = probed
         self.probe: Probe | None = None
 

@@ -31,13 +31,7 @@ depend on the findings, for under FSDP all ranks must call a block equally often
 
 
 class Probe:
-    """The checks of one pass along a route within one list.
-
-    Args:
-        settings: How the blocks of the list take their tokens.
-        full_BND: The tokens that the first block was given.
-        kept: Kept ids ``[B, K]`` or ``[1, K]``.
-    """
+    """The checks of one pass along a route within one list: from the tokens of its first block, and the kept ids."""
 
     def __init__(self, settings: ListSettings, full_BND: Tensor, kept: Tensor) -> None:
         self.settings, self.device = settings, full_BND.device
@@ -45,8 +39,8 @@ class Probe:
         self.conclusive = True
         self.full = self._copy(full_BND)
         self.previous: Tensor | None = None  # a copy of what the block before returned
-        self.outputs: list[Tensor] = []
-        self.hooks: dict[str, list[nn.Module]] = {}
+        self.outputs: list[Tensor] = []  # of the blocks so far, [B, K, D]
+        self.hooks: dict[str, list[nn.Module]] = {}  # of users, by name: the blocks that have one
 
     def check(self, index: int, block: nn.Module, call: Callable[..., Any], reduced: Callable[..., Call]) -> None:
         """Try block ``index`` before the call that counts; ``reduced(order=...)`` are its arguments on the route.
@@ -146,12 +140,10 @@ class Probe:
 
 
 def _compared(outcome: Callable[..., Tensor | None], x_BKD: Tensor, fixed: tuple[int, int]) -> tuple[str | None, bool]:
-    """Compare a block with itself on the same tokens in another order, and with the first sample changed.
+    """Compare a block on its kept tokens with itself on the same in another order, and with the first sample changed.
 
-    Args:
-        outcome: ``outcome(order, changed=...)`` gives its output tokens, without trace; None if memory was short.
-        x_BKD: Its kept tokens.
-        fixed: Number of leading and of trailing tokens that keep their places.
+    ``outcome(order, changed=...)`` gives its output tokens, or None if memory was short. The ``fixed`` leading and
+    trailing tokens keep their places.
 
     Returns:
         A fault in words, or none; and whether rounding left anything to be seen.

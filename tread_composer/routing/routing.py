@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tread_composer.routing.passes import Pass, Stretch
 from tread_composer.routing.settings import RoutingSettings
-from tread_composer.routing.tokens import AlwaysKeep, sample_kept, with_ends
+from tread_composer.routing.tokens import sample_kept, with_ends
 
 __all__ = ['KeptSampler', 'Routing']
 
@@ -36,8 +36,7 @@ class Routing:
         # Copied once: what a compiled forward reads are plain attributes.
         self.routes, self.spans, self.shared = settings.routes, settings.spans, settings.shared
         self.paths = tuple(part.path for part in settings.lists)
-        leading, trailing = settings.lists[0].always_keep
-        self.always_keep: AlwaysKeep = (leading, trailing) if trailing else leading
+        self.always_keep = settings.lists[0].always_keep  # number of leading and trailing tokens that never skip
         depths = [part.depth for part in settings.lists]
         # Number of the first block of each list, counted through all of them.
         offsets = list(itertools.accumulate(depths[:-1], initial=0))
@@ -173,11 +172,8 @@ class Routing:
     def passes(self, number: int, offset: int, count: int, *, training: bool) -> dict[int, Pass]:
         """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
 
-        Args:
-            number: Which of the lists.
-            offset: First block that is walked: 0, but in a slice of the list.
-            count: How many are walked. A slice that ends within a route puts the tokens back at its own end.
-            training: Whether the list is in training mode.
+        ``count`` blocks of list ``number`` are walked, from ``offset`` on: a slice that ends within a route puts the
+        tokens back at its own end.
         """
         settings, probed = self.settings.lists[number], not self.settings.ordered
         passes: dict[int, Pass] = {}

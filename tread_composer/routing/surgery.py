@@ -151,7 +151,8 @@ def apply_tread(
     settings = RoutingSettings(tuple(per_list), routes, tuple(spans), shared, ordered, float32_after)
     attached = routing_of(model)
     if attached is not None:
-        differences = attached.settings.differences(settings)
+        pairs = zip(attached.settings.words().items(), settings.words().values(), strict=True)
+        differences = [f'{name}: {old!r}, requested: {new!r}' for (name, old), new in pairs if old != new]
         if differences:
             names = ', '.join(name for name, part in _routed(model).items() if part.routing is attached)
             raise ValueError(

@@ -75,9 +75,7 @@ class MaskDiT(AlgorithmBase):
         ``Trainer(model=model, algorithms=[MaskDiT()], ...)``
     """
 
-    incompatible_with: ClassVar[Mapping[str, str]] = {
-        'Tread': 'both take tokens out of the same blocks, each as its own cure for the same cost: a route of TREAD '
-        'returns every token before a loss on all of them, and a token that MaskDiT has masked is not there to return',
+    incompatible_with: ClassVar[Mapping[str, str]] = {  # Tread names MaskDiT
         'ProgressiveResizing': "it changes the number of tokens, and the decoder's positions are made for one number",
     }
 

@@ -33,24 +33,20 @@ LARGEST_RESIDUAL = 0.05
 class Fit:
     """How to put an average together.
 
-    Attributes:
-        coefficients_S: One for each stored average; they sum to 1.
-        residual: ``|profile - wanted| / |wanted|`` in the L2 norm over training time. The weights err by at most this,
-            times ``|wanted|``, times the norm of how far the weights in training were from any fixed point.
+    The residual is ``|profile - wanted| / |wanted|`` in the L2 norm over training time. The weights err by at most it,
+    times ``|wanted|``, times the norm of how far the weights in training were from any fixed point.
     """
 
-    coefficients_S: np.ndarray
+    coefficients_S: np.ndarray  # one for each stored average; they sum to 1
     residual: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """An average that was put together.
+    """An average that was put together: float32 tensors under the names of the snapshots, and plain facts.
 
-    Attributes:
-        tensors: float32, under the names of the snapshots.
-        facts: Plain values: ``sigma_rel``, ``gamma``, ``batch``, ``residual``, ``snapshots`` (how many were used),
-            ``first`` and ``last`` (their batches), ``unused`` (files of continuations that were given up), ``run``.
+    Facts: ``sigma_rel``, ``gamma``, ``batch``, ``residual``, ``snapshots`` (how many were used), ``first`` and ``last``
+    (their batches), ``unused`` (files of continuations that were given up) and ``run``.
     """
 
     tensors: dict[str, Tensor]
@@ -106,11 +102,11 @@ def reconstruct(
     last: str | None = None,
     allow_inexact: bool = False,
 ) -> Average:
-    """The average of this width, from the snapshots of a run.
+    """The average of this width (``sigma_rel``), from the snapshots in a run's folder.
 
     Args:
         folder: Where the snapshots are.
-        width: Relative standard deviation (``sigma_rel``) that is wanted.
+        width: Relative standard deviation over the run so far.
         batch: Where the average ends; by default with the last snapshot.
         last: Digest of the snapshot to count as the last one, as the checkpoint of a run knows it; by default the
             newest. Later ones, and those of continuations that were given up, are not used.
@@ -143,10 +139,10 @@ def reconstruct(
             f'{LARGEST_RESIDUAL:.0%} is refused. Take a width nearer to those, write snapshots more often, or take it '
             f'all the same: --allow-inexact'
         )
+    last_one = chain[-1][1]
     facts = {
         'sigma_rel': width, 'gamma': exponent, 'batch': target, 'residual': fit.residual, 'snapshots': len(chain),
-        'first': chain[0][1].batch, 'last': chain[-1][1].batch, 'unused': len(snapshots) - len(chain),
-        'run': chain[-1][1].run,
+        'first': chain[0][1].batch, 'last': last_one.batch, 'unused': len(snapshots) - len(chain), 'run': last_one.run,
     }  # fmt: skip
     return Average(_summed(chain, fit.coefficients_S), facts)
 
