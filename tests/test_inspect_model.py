@@ -1,11 +1,17 @@
 """``inspect-model`` on models of others: the printed call routes them, and what cannot be is refused in words."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+from tests.routing.small import Busy, tokens
+from tests.routing.test_between import pose
+from tests.routing.test_checks import Convolution, Stack
 from tests.runs import ROOT
 from tread_composer.cli import main
-from tread_composer.routing import Route, apply_tread
+from tread_composer.routing import Route, apply_tread, find_settings
 
 MODULE = """
 import torch
@@ -93,6 +99,33 @@ def test_what_cannot_be_routed_ends_with_2_and_the_reason(words, message, capsys
     assert message in capsys.readouterr().err
 
 
-def test_the_page_names_the_command():
-    assert 'python -m tread_composer inspect-model' in (ROOT / 'docs' / 'your_model.md').read_text()
-    assert torch.is_grad_enabled()
+@pytest.mark.parametrize(
+    ('depth', 'route'), [(1, (0, -1)), (2, (0, -1)), (3, (1, -2)), (6, (1, -2)), (7, (2, -4)), (8, (2, -4))]
+)
+def test_the_printed_route_fits_the_model(depth, route):
+    model = Busy()
+    model.blocks = nn.ModuleList(copy.deepcopy(model.blocks[0]) for _ in range(depth))
+    outcome = find_settings(model, lambda model: model(tokens()), blocks='blocks')
+    assert outcome.fault is None and outcome.route == route
+    assert str(outcome).startswith(f'Tread(start={route[0]}, end={route[1]}, ')
+    apply_tread(model, Route(*outcome.route), **outcome.settings)
+    model.train()(tokens())
+    assert (f'{depth} blocks are too few' in str(outcome)) is (depth < 7)
+
+
+@pytest.mark.parametrize(
+    ('model', 'fault'),
+    [
+        (lambda: Stack(Convolution()), 'the tokens in another order give another result, whatever follows them'),
+        (lambda: Busy(pose), 'another order give another result'),
+        (lambda: Busy(lambda model, x: model.norm(x)), 'between block 2 and block 3'),
+    ],
+)
+def test_what_cannot_be_routed_says_why(model, fault):
+    outcome = find_settings(model(), lambda model: model(tokens()))
+    assert fault in str(outcome.fault) and str(outcome).startswith('cannot be routed: ')
+
+
+def test_a_forward_pass_beside_the_blocks_is_refused():
+    with pytest.raises(ValueError, match="the forward pass does not go through 'blocks'"):
+        find_settings(Busy(), lambda model: torch.zeros(1))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from tests.helpers import assert_equal_weights, weights
-from tests.routing.foreign import FAMILIES, build_dit, build_flux, build_vit, noise
+from tests.routing.foreign import CASES, noise
 from tests.routing.test_foreign import Counts
 from tread_composer.algorithms.tread import Tread
 
@@ -22,7 +22,7 @@ class Denoiser(ComposerModel):
 
     def __init__(self):
         super().__init__()
-        self.transformer = build_dit()
+        self.transformer = CASES['diffusers_dit'].build()
 
     def forward(self, batch):
         names = ('hidden_states', 'timestep', 'class_labels')
@@ -42,7 +42,7 @@ class Classifier(ComposerModel):
 
     def __init__(self):
         super().__init__()
-        self.vit, self.head = build_vit(), torch.nn.Linear(16, 5)
+        self.vit, self.head = CASES['hf_vit'].build(), torch.nn.Linear(16, 5)
 
     def forward(self, batch):
         return self.head(self.vit(batch[0]).last_hidden_state[:, 0])
@@ -56,12 +56,11 @@ class TextToImage(ComposerModel):
 
     def __init__(self):
         super().__init__()
-        self.transformer = build_flux()
+        self.transformer = CASES['diffusers_flux'].build()
 
     def forward(self, batch):
-        places = FAMILIES['diffusers_flux'].inputs()
         image, text, pooled, times = batch
-        ids = {'img_ids': places['img_ids'], 'txt_ids': places['txt_ids']}
+        ids = {name: CASES['diffusers_flux'].inputs()[name] for name in ('img_ids', 'txt_ids')}
         return self.transformer(image, text, pooled, times, **ids, return_dict=False)[0]
 
     def loss(self, outputs, batch):
@@ -81,7 +80,7 @@ def text(index):
     return {'input_ids': ids, 'attention_mask': mask, 'labels': torch.tensor(index % 5)}
 
 
-CASES = {
+TRAINED = {
     'diffusers_dit': (Denoiser, denoising, 'transformer'),
     'hf_vit': (Classifier, lambda index: (noise(3, 16, 16, seed=index), torch.tensor(index % 5)), 'vit'),
     'hf_bert': (classifier_of_text, text, 'model.bert'),
@@ -94,9 +93,8 @@ CASES = {
 
 
 def train(name, microbatch=4, algorithms=None):
-    make, sample, path = CASES[name]
-    family = FAMILIES[name]
-    settings = dict(family.settings)
+    make, sample, path = TRAINED[name]
+    settings = dict(CASES[name].settings)
     if 'blocks' in settings:
         settings['blocks'] = [f'{path}.{one}' for one in settings['blocks']]
     torch.manual_seed(0)
@@ -113,32 +111,32 @@ def train(name, microbatch=4, algorithms=None):
         seed=7,
         progress_bar=False,
     )
-    counts = Counts(model.get_submodule(path), family)
+    counts = Counts(model.get_submodule(path), CASES[name])
     trainer.fit()
     return trainer, counts.seen, logger
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', TRAINED)
 def test_two_batches_with_the_route_and_an_uneven_microbatch(name):
     trainer, seen, logger = train(name)
-    family, depth = FAMILIES[name], 6 if name == 'diffusers_flux' else 4
-    kept = family.tokens - (family.tokens - family.settings.get('always_keep', 0)) // 2
-    pass_of_one = [family.tokens] + [kept] * (depth - 2) + [family.tokens]
-    assert seen == pass_of_one * 2
+    case, depth = CASES[name], 6 if name == 'diffusers_flux' else 4
+    kept = case.tokens - (case.tokens - case.settings.get('always_keep', 0)) // 2
+    forward = [case.tokens] + [kept] * (depth - 2) + [case.tokens]
+    assert seen == forward * 2
     assert [value for _, value in logger.data['tread/kept_tokens']] == [kept, kept]
     dense, seen, _ = train(name, algorithms=[])
-    assert seen == [family.tokens] * depth * 2
+    assert seen == [case.tokens] * depth * 2
     assert list(weights(trainer)) == list(weights(dense))
     assert any(not torch.equal(a, b) for a, b in zip(weights(trainer).values(), weights(dense).values(), strict=True))
     if name != 'diffusers_dit':  # its labels are dropped by the global generator, once for each microbatch
         other, seen, _ = train(name, microbatch=3)
-        assert seen == pass_of_one * 4
+        assert seen == forward * 4
         for (key, one), two in zip(weights(trainer).items(), weights(other).values(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_the_check_of_the_blocks_changes_nothing_in_training():
-    settings = {**FAMILIES['hf_vit'].settings, 'ordered': True}
+    settings = {**CASES['hf_vit'].settings, 'ordered': True}
     checked, _, _ = train('hf_vit')
     unchecked, _, _ = train('hf_vit', algorithms=[Tread(1, -2, 0.5, **settings)])
     assert_equal_weights(weights(checked), weights(unchecked))

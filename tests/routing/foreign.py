@@ -1,7 +1,4 @@
-"""Small random instances of other people's models, each with the settings that route it and an explicit loop.
-
-``Family.explicit`` is the model's forward pass written out from its own parts, with the route as indexing by hand.
-"""
+"""Small random instances of other people's models, each with its inputs and with the settings that route it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,14 +7,24 @@ from typing import Any
 import timm.models.vision_transformer
 import torch
 import transformers
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanVideoTransformer3DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from timm.models.eva import Eva
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, DINOv3ViTConfig, DINOv3ViTModel, ViTConfig, ViTModel
 
-B, N = 3, 16
+B, N, TEXT = 3, 16, 5
 # Release 5 renamed ViTModel.encoder.layer to ViTModel.layers, and BertLayer returns the tokens themselves, no tuple.
 TRANSFORMERS_5 = int(transformers.__version__.split('.')[0]) >= 5
-VIT_LAYERS = 'layers' if TRANSFORMERS_5 else 'encoder.layer'
 STEPS, LABELS = torch.tensor([5, 400, 900]), torch.tensor([1, 2, 3])
 
 
@@ -25,165 +32,132 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rows(x: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
-    """The kept entries of each sample, one sample after the other; ``dim`` counts the samples' dimension too."""
-    return torch.stack([x[b].index_select(dim - 1, kept[b]) for b in range(len(x))])
-
-
-LOOPED: list[Tensor] = []
-"""What each block of the last explicit loop returned."""
-
-
-def walk(blocks: nn.Module, x: Tensor, call: Callable[..., Tensor], span: tuple[int, int], kept: Tensor) -> Tensor:
-    """``call(block, tokens, kept or None)`` for each block, with the route from span[0] to span[1]."""
-    full = x
-    LOOPED.clear()
-    for index in range(len(blocks)):
-        on = span[0] <= index <= span[1]
-        if index == span[0]:
-            full, x = x, rows(x, kept)
-        x = call(blocks[index], x, kept if on else None)
-        LOOPED.append(x)
-        if index == span[1]:
-            processed, x = x, full.clone()
-            for b in range(len(x)):
-                x[b, kept[b]] = processed[b]
-    return x
-
-
 @dataclasses.dataclass
-class Family:
-    """How a model is made, called, routed, and written out."""
+class Case:
+    """A model, its call, its settings, and where its tokens are among the keys of an attention."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    call: Callable[[nn.Module, dict[str, Any]], Tensor]
-    explicit: Callable[[nn.Module, dict[str, Any], tuple[int, int], Tensor], Tensor]
-    lists: tuple[str, ...]
+    lists: tuple[str, ...]  # paths of its block lists
     settings: dict[str, Any]
-    tokens: int = N
-    tokens_name: str = 'hidden_states'
+    tokens: int = N  # in the first list, those that never skip included
+    first_key: tuple[int, ...] = (0,)  # where the first token is among the keys, in each list
+    route: tuple[int, int] = (1, -2)
+
+    @property
+    def shared(self) -> bool:
+        return self.settings.get('shared', False)
+
+    def of_list(self, number: int, name: str, default: Any) -> Any:
+        """A setting of one list."""
+        blocks = self.settings.get('blocks')
+        own = (blocks[self.lists[number]] or {}) if isinstance(blocks, dict) else {}
+        return own.get(name, self.settings.get(name, default))
+
+    def randomised(self) -> nn.Module:
+        """The model in training mode, no gate of which is zero."""
+        torch.manual_seed(0)
+        model = self.build().train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.1 if parameter.dim() > 1 else parameter + 0.1)
+        return model
+
+    def call(self, model: nn.Module, inputs: dict[str, Any] | None = None) -> Tensor:
+        torch.manual_seed(3)  # diffusers' DiT drops labels while training, DINOv3 jitters its positions
+        out = model(**(inputs or self.inputs()))
+        return out if isinstance(out, Tensor) else out[0]
 
 
-def unpatchified(x: Tensor, patch: int = 2) -> Tensor:
-    x = x.reshape(len(x), 4, 4, patch, patch, -1)
-    return torch.einsum('nhwpqc->nchpwq', x).reshape(len(x), -1, 4 * patch, 4 * patch)
-
-
-def build_dit() -> nn.Module:
+def diffusion(kind: type[nn.Module], **more: Any) -> Callable[[], nn.Module]:
+    """A model of diffusers with 2 heads of width 8 and 4 blocks on 4 x 4 patches."""
     sizes = {'num_attention_heads': 2, 'attention_head_dim': 8, 'num_layers': 4}
-    return DiTTransformer2DModel(**sizes, in_channels=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10)
+    return lambda: kind(**sizes, sample_size=8, patch_size=2, **more)
 
 
-def explicit_dit(model, inputs, span, kept):
-    c = {'timestep': inputs['timestep'], 'class_labels': inputs['class_labels']}
-    x = model.pos_embed(inputs['hidden_states'])
-    x = walk(model.transformer_blocks, x, lambda block, x, _: block(x, **c), span, kept)
-    emb = model.transformer_blocks[0].norm1.emb(*c.values(), hidden_dtype=x.dtype)
-    shift, scale = model.proj_out_1(nn.functional.silu(emb)).chunk(2, dim=1)
-    return unpatchified(model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None]))
-
-
-def build_pixart() -> nn.Module:
-    sizes = {'num_attention_heads': 2, 'attention_head_dim': 8, 'num_layers': 4, 'cross_attention_dim': 16}
-    return PixArtTransformer2DModel(
-        **sizes, in_channels=4, out_channels=4, sample_size=8, patch_size=2, caption_channels=12,
-        use_additional_conditions=False,
-    )  # fmt: skip
-
-
-def explicit_pixart(model, inputs, span, kept):
-    x = model.pos_embed(inputs['hidden_states'])
-    c, emb = model.adaln_single(inputs['timestep'], {}, batch_size=B, hidden_dtype=x.dtype)
-    text = model.caption_projection(inputs['encoder_hidden_states'])
-    bias = (1 - inputs['encoder_attention_mask'].float()).unsqueeze(1) * -10000.0
-    others = {'encoder_hidden_states': text, 'encoder_attention_mask': bias, 'timestep': c}
-    x = walk(model.transformer_blocks, x, lambda block, x, _: block(x, **others), span, kept)
-    shift, scale = (model.scale_shift_table[None] + emb[:, None]).chunk(2, dim=1)
-    return unpatchified(model.proj_out(model.norm_out(x) * (1 + scale) + shift))
-
-
-def build_sd3() -> nn.Module:
-    sizes = {'num_attention_heads': 2, 'attention_head_dim': 8, 'num_layers': 4, 'caption_projection_dim': 16}
-    return SD3Transformer2DModel(
-        **sizes, in_channels=4, out_channels=4, sample_size=8, patch_size=2, joint_attention_dim=12,
-        pooled_projection_dim=6, pos_embed_max_size=8,
-    )  # fmt: skip
-
-
-def explicit_sd3(model, inputs, span, kept):
-    x = model.pos_embed(inputs['hidden_states'])
-    temb = model.time_text_embed(inputs['timestep'], inputs['pooled_projections'])
-    text = [model.context_embedder(inputs['encoder_hidden_states'])]
-
-    def call(block, x, _):
-        text[0], x = block(hidden_states=x, encoder_hidden_states=text[0], temb=temb)
-        return x
-
-    x = walk(model.transformer_blocks, x, call, span, kept)
-    return unpatchified(model.proj_out(model.norm_out(x, temb)))
-
-
-def build_flux() -> nn.Module:
+def flux() -> nn.Module:
     sizes = {'num_layers': 3, 'num_single_layers': 3, 'attention_head_dim': 8, 'num_attention_heads': 2}
     return FluxTransformer2DModel(
         **sizes, patch_size=1, in_channels=4, joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4)
     )
 
 
-def flux_inputs() -> dict[str, Any]:
-    places = torch.stack([torch.zeros(N), torch.arange(N) // 4, torch.arange(N) % 4], dim=1)
-    return {
-        'hidden_states': noise(B, N, 4),
-        'encoder_hidden_states': noise(B, 5, 12, seed=2),
-        'pooled_projections': noise(B, 6, seed=3),
-        'timestep': STEPS / 1000,
-        'img_ids': places,
-        'txt_ids': torch.zeros(5, 3),
-    }
+def places(columns: int) -> Tensor:
+    """Row and column of each of 4 x 4 tokens, among ``columns`` coordinates."""
+    coordinates = torch.zeros(N, columns)
+    coordinates[:, 1], coordinates[:, 2] = torch.arange(N) // 4, torch.arange(N) % 4
+    return coordinates
 
 
-def explicit_flux(model, inputs, span, kept):
-    x = model.x_embedder(inputs['hidden_states'])
-    temb = model.time_text_embed(inputs['timestep'] * 1000, inputs['pooled_projections'])
-    text = [model.context_embedder(inputs['encoder_hidden_states'])]
-    whole = model.pos_embed(torch.cat([inputs['txt_ids'], inputs['img_ids']]))
-    places = torch.cat([torch.arange(5), kept[0] + 5])
-    reduced = tuple(table[places] for table in whole)
-
-    def call(block, x, on):
-        rope = whole if on is None else reduced
-        text[0], x = block(hidden_states=x, encoder_hidden_states=text[0], temb=temb, image_rotary_emb=rope)
-        return x
-
-    x = walk([*model.transformer_blocks, *model.single_transformer_blocks], x, call, span, kept)
-    return model.proj_out(model.norm_out(x, temb))
+def qwen() -> nn.Module:
+    sizes = {'num_layers': 4, 'attention_head_dim': 16, 'num_attention_heads': 2, 'joint_attention_dim': 12}
+    return QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, **sizes, axes_dims_rope=(4, 6, 6))
 
 
-def build_timm() -> nn.Module:
+def hunyuan_video() -> nn.Module:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
+        num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=6,
+        rope_axes_dim=(4, 6, 6), guidance_embeds=False,
+    )  # fmt: skip
+
+
+def flux2() -> nn.Module:
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+
+
+def hunyuan_dit() -> nn.Module:
+    return HunyuanDiT2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, patch_size=2, num_layers=8, mlp_ratio=1.0,
+        hidden_size=32, cross_attention_dim=12, cross_attention_dim_t5=16, pooled_projection_dim=12, text_len=TEXT,
+        text_len_t5=TEXT, sample_size=8, learn_sigma=False, use_style_cond_and_image_meta_size=False,
+    )  # fmt: skip
+
+
+def hidream() -> nn.Module:
+    return HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=4, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, caption_channels=[12, 12], text_emb_dim=6, num_routed_experts=1,
+        num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(8, 8), llama_layers=[0, 1, 2, 3, 4],
+    )  # fmt: skip
+
+
+def eva() -> nn.Module:
+    sizes = {'img_size': 16, 'patch_size': 4, 'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'num_classes': 5}
+    return Eva(**sizes, use_rot_pos_emb=True, ref_feat_shape=(4, 4), qkv_fused=True)
+
+
+def timm_vit() -> nn.Module:
     sizes = {'img_size': 16, 'patch_size': 4, 'embed_dim': 16, 'depth': 4, 'num_heads': 2, 'num_classes': 5}
     return timm.models.vision_transformer.VisionTransformer(**sizes)
 
 
-def explicit_timm(model, inputs, span, kept):
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(inputs['x']))))
-    return model.head(model.norm(walk(model.blocks, x, lambda block, x, _: block(x), span, kept))[:, 0])
+def sizes_of_hf(width: int) -> dict[str, int]:
+    return {'hidden_size': width, 'num_hidden_layers': 4, 'num_attention_heads': 2, 'intermediate_size': 32}
 
 
-def build_vit() -> nn.Module:
-    sizes = {'hidden_size': 16, 'num_hidden_layers': 4, 'num_attention_heads': 2, 'intermediate_size': 32}
-    return ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4), add_pooling_layer=False)
+def vit() -> nn.Module:
+    return ViTModel(ViTConfig(**sizes_of_hf(16), image_size=16, patch_size=4), add_pooling_layer=False)
 
 
-def explicit_vit(model, inputs, span, kept):
-    x = model.embeddings(inputs['pixel_values'])
-    return model.layernorm(walk(model.get_submodule(VIT_LAYERS), x, lambda block, x, _: block(x), span, kept))
+def dinov3() -> nn.Module:
+    return DINOv3ViTModel(DINOv3ViTConfig(**sizes_of_hf(32), image_size=16, patch_size=4, num_register_tokens=2))
 
 
-def build_bert() -> nn.Module:
-    sizes = {'hidden_size': 16, 'num_hidden_layers': 4, 'num_attention_heads': 2, 'intermediate_size': 32}
+def bert() -> nn.Module:
     dropout = {'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}
-    return BertModel(BertConfig(vocab_size=50, **sizes, **dropout), add_pooling_layer=False)
+    return BertModel(BertConfig(vocab_size=50, **sizes_of_hf(16), **dropout), add_pooling_layer=False)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(layer(), 4, enable_nested_tensor=False)
+
+
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 
 
 def padding() -> Tensor:
@@ -193,102 +167,148 @@ def padding() -> Tensor:
     return mask
 
 
-def explicit_bert(model, inputs, span, kept):
-    def call(block, x, on):
-        mask = inputs['attention_mask'] if on is None else rows(inputs['attention_mask'], on)
-        bias = torch.zeros(B, 1, 1, x.shape[1]).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
-        return block(x, bias) if TRANSFORMERS_5 else block(x, bias)[0]
-
-    return walk(model.encoder.layer, model.embeddings(inputs['input_ids']), call, span, kept)
+def padded_text() -> Tensor:
+    mask = torch.ones(B, TEXT, dtype=torch.int64)
+    mask[1, 3:] = 0
+    return mask
 
 
-def layer() -> nn.Module:
-    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+def captioned(channels: int, **more: Any) -> dict[str, Any]:
+    return {
+        'hidden_states': noise(B, channels, 8, 8), 'timestep': STEPS,
+        'encoder_hidden_states': noise(B, TEXT, 12, seed=2), **more,
+    }  # fmt: skip
 
 
-def explicit_encoder(model, inputs, span, kept):
-    def call(block, x, on):
-        mask = inputs['src_key_padding_mask'] if on is None else rows(inputs['src_key_padding_mask'], on)
-        return block(x, src_key_padding_mask=mask)
-
-    return walk(model.layers, inputs['src'], call, span, kept)
-
-
-def explicit_masked_encoder(model, inputs, span, kept):
-    def call(block, x, on):
-        return block(x, src_mask=inputs['mask'] if on is None else inputs['mask'][kept[0]][:, kept[0]])
-
-    return walk(model.layers, inputs['src'], call, span, kept)
+def sequence(channels: int, **more: Any) -> dict[str, Any]:
+    return {
+        'hidden_states': noise(B, N, channels), 'timestep': STEPS / 1000,
+        'encoder_hidden_states': noise(B, TEXT, 12, seed=2), **more,
+    }  # fmt: skip
 
 
-def sample(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, return_dict=False)[0]
+def hunyuan_dit_inputs() -> dict[str, Any]:
+    mask, angles = torch.ones(B, TEXT), noise(16, 16, seed=6)
+    more = {'text_embedding_mask': mask, 'text_embedding_mask_t5': mask}
+    t5 = {'encoder_hidden_states_t5': noise(B, TEXT, 16, seed=3)}
+    return captioned(4, **more, **t5, image_rotary_emb=(angles.cos(), angles.sin())) | {'timestep': STEPS.float()}
 
 
-def image(channels: int, side: int = 8) -> Tensor:
-    return noise(B, channels, side, side)
+def hidream_inputs() -> dict[str, Any]:
+    return {
+        'hidden_states': noise(B, 4, 8, 8), 'timesteps': STEPS, 'pooled_embeds': noise(B, 6, seed=3),
+        'encoder_hidden_states_t5': noise(B, 2, 12, seed=2), 'encoder_hidden_states_llama3': noise(5, B, 3, 12, seed=4),
+    }  # fmt: skip
 
 
-BIAS = noise(N, N, seed=4)
-FAMILIES = {
-    'diffusers_dit': Family(
-        build_dit,
-        lambda: {'hidden_states': image(3), 'timestep': STEPS, 'class_labels': LABELS},
-        sample, explicit_dit, ('transformer_blocks',), {},
+JOINT, SINGLE, ROPE, CAPTION = (
+    'transformer_blocks', 'single_transformer_blocks', 'image_rotary_emb', 'encoder_hidden_states'
+)  # fmt: skip
+PADDED = {'attention_mask': {'dims': -1, 'before': CAPTION}}
+CASES = {
+    'diffusers_dit': Case(
+        diffusion(DiTTransformer2DModel, in_channels=3, num_embeds_ada_norm=10),
+        lambda: {'hidden_states': noise(B, 3, 8, 8), 'timestep': STEPS, 'class_labels': LABELS}, (JOINT,), {},
     ),
-    'diffusers_pixart': Family(
-        build_pixart,
-        lambda: {
-            'hidden_states': image(4), 'encoder_hidden_states': noise(B, 5, 12, seed=2), 'timestep': STEPS,
-            'encoder_attention_mask': torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
-        },
-        sample, explicit_pixart, ('transformer_blocks',), {},
+    'diffusers_pixart': Case(
+        diffusion(
+            PixArtTransformer2DModel, in_channels=4, out_channels=4, cross_attention_dim=16, caption_channels=12,
+            use_additional_conditions=False,
+        ),
+        lambda: captioned(4, encoder_attention_mask=padded_text()), (JOINT,), {},
     ),
-    'diffusers_sd3': Family(
-        build_sd3,
-        lambda: {
-            'hidden_states': image(4), 'encoder_hidden_states': noise(B, 5, 12, seed=2),
-            'pooled_projections': noise(B, 6, seed=3), 'timestep': STEPS,
-        },
-        sample, explicit_sd3, ('transformer_blocks',), {'tokens_out': 1},
+    'diffusers_sd3': Case(
+        diffusion(
+            SD3Transformer2DModel, in_channels=4, out_channels=4, caption_projection_dim=16, joint_attention_dim=12,
+            pooled_projection_dim=6, pos_embed_max_size=8,
+        ),
+        lambda: captioned(4, pooled_projections=noise(B, 6, seed=3)), (JOINT,), {'tokens_out': 1},
     ),
-    'diffusers_flux': Family(
-        build_flux, flux_inputs, sample, explicit_flux, ('transformer_blocks', 'single_transformer_blocks'),
+    'diffusers_flux': Case(
+        flux,
+        lambda: sequence(4, pooled_projections=noise(B, 6, seed=3), img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)),
+        (JOINT, SINGLE),
         {
-            'blocks': ['transformer_blocks', 'single_transformer_blocks'], 'tokens_out': 1, 'shared': True,
-            'token_arguments': {'image_rotary_emb': {'dims': 0, 'after': 'encoder_hidden_states'}},
+            'blocks': [JOINT, SINGLE], 'tokens_out': 1, 'shared': True,
+            'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}},
         },
+        first_key=(TEXT, TEXT),
     ),
-    'timm_vit': Family(
-        build_timm, lambda: {'x': image(3, 16)}, lambda model, inputs: model(**inputs), explicit_timm, ('blocks',),
-        {'always_keep': 1}, tokens=N + 1, tokens_name='x',
+    'timm_vit': Case(
+        timm_vit, lambda: {'x': noise(B, 3, 16, 16)}, ('blocks',), {'always_keep': 1}, tokens=N + 1
     ),
-    'hf_vit': Family(
-        build_vit, lambda: {'pixel_values': image(3, 16)}, sample, explicit_vit, (VIT_LAYERS,),
+    'hf_vit': Case(
+        vit, lambda: {'pixel_values': noise(B, 3, 16, 16)}, ('layers' if TRANSFORMERS_5 else 'encoder.layer',),
         {'always_keep': 1}, tokens=N + 1,
     ),
-    'hf_bert': Family(
-        build_bert,
-        lambda: {'input_ids': torch.arange(B * N).view(B, N), 'attention_mask': padding()},
-        sample, explicit_bert, ('encoder.layer',),
+    'hf_bert': Case(
+        bert, lambda: {'input_ids': torch.arange(B * N).view(B, N), 'attention_mask': padding()}, ('encoder.layer',),
         {'always_keep': 1, 'tokens_out': 0, 'token_arguments': {'attention_mask': [-2, -1]}},
     ),
-    'torch_encoder': Family(
-        lambda: nn.TransformerEncoder(layer(), 4, enable_nested_tensor=False),
-        lambda: {'src': noise(B, N, 16), 'src_key_padding_mask': padding() == 0},
-        lambda model, inputs: model(**inputs), explicit_encoder, ('layers',),
-        {'always_keep': 1, 'token_arguments': ['src_key_padding_mask']}, tokens_name='src',
+    'torch_encoder': Case(
+        encoder, lambda: {'src': noise(B, N, 16), 'src_key_padding_mask': padding() == 0}, ('layers',),
+        {'always_keep': 1, 'token_arguments': ['src_key_padding_mask']},
     ),
-    'torch_encoder_with_a_bias': Family(
-        lambda: nn.TransformerEncoder(layer(), 4, enable_nested_tensor=False),
-        lambda: {'src': noise(B, N, 16), 'mask': BIAS},
-        lambda model, inputs: model(**inputs), explicit_masked_encoder, ('layers',),
-        {'shared': True, 'token_arguments': {'src_mask': [0, 1]}}, tokens_name='src',
+    'torch_encoder_with_a_bias': Case(
+        encoder, lambda: {'src': noise(B, N, 16), 'mask': noise(N, N, seed=4)}, ('layers',),
+        {'shared': True, 'token_arguments': {'src_mask': [0, 1]}},
     ),
-    'torch_sequential': Family(
-        lambda: nn.Sequential(*(layer() for _ in range(4))),
-        lambda: {'input': noise(B, N, 16)}, lambda model, inputs: model(**inputs),
-        lambda model, inputs, span, kept: walk(model, inputs['input'], lambda block, x, _: block(x), span, kept),
-        ('',), {}, tokens_name='src',
+    'torch_sequential': Case(
+        lambda: nn.Sequential(*(layer() for _ in range(4))), lambda: {'input': noise(B, N, 16)}, ('',), {},
+    ),
+    'qwen_image': Case(
+        qwen,
+        lambda: sequence(
+            16, encoder_hidden_states_mask=torch.ones(B, TEXT, dtype=torch.int64), img_shapes=[[(1, 4, 4)]] * B
+        ),
+        (JOINT,), {'tokens_out': 1, 'shared': True, 'token_arguments': {ROPE: {'dims': 0, 'members': [0]}}},
+        first_key=(TEXT,),
+    ),
+    'hunyuan_video': Case(
+        hunyuan_video,
+        lambda: captioned(4, encoder_attention_mask=padded_text(), pooled_projections=noise(B, 6, seed=3))
+        | {'hidden_states': noise(B, 4, 1, 8, 8)},
+        (JOINT, SINGLE),
+        {
+            'tokens_out': 0, 'shared': True,
+            'blocks': {
+                JOINT: {'token_arguments': {**PADDED, 'freqs_cis': 0}}, SINGLE: {'token_arguments': {**PADDED, ROPE: 0}}
+            },
+        },
+        first_key=(0, 0),
+    ),
+    'flux2': Case(
+        flux2, lambda: sequence(4, img_ids=places(4), txt_ids=torch.arange(TEXT)[:, None] * torch.eye(4)[3]),
+        (JOINT, SINGLE),
+        {
+            'shared': True,
+            'blocks': {
+                JOINT: {'tokens_out': 1, 'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}}},
+                SINGLE: {'always_keep': TEXT, 'token_arguments': {ROPE: 0}},
+            },
+        },
+        first_key=(TEXT, 0),
+    ),
+    'hidream': Case(
+        hidream, hidream_inputs, ('double_stream_blocks',),
+        {
+            'blocks': 'double_stream_blocks', 'tokens_out': 0,
+            'token_arguments': {ROPE: {'dims': 1, 'before': CAPTION}},
+        },
+    ),
+    'hunyuan_dit': Case(
+        hunyuan_dit, hunyuan_dit_inputs, ('blocks',), {'shared': True, 'token_arguments': {ROPE: 0}}, route=(2, -3)
+    ),
+    'dinov3': Case(
+        dinov3, lambda: {'pixel_values': noise(B, 3, 16, 16)}, ('model.layer' if TRANSFORMERS_5 else 'layer',),
+        {
+            'always_keep': 3, 'shared': True,
+            'token_arguments': {'position_embeddings': {'dims': 0, 'without_first': 3}},
+        },
+        tokens=N + 3,
+    ),
+    'eva02': Case(
+        eva, lambda: {'x': noise(B, 3, 16, 16)}, ('blocks',),
+        {'always_keep': 1, 'shared': True, 'token_arguments': {'rope': {'dims': 0, 'without_first': 1}}}, tokens=N + 1,
     ),
 }  # fmt: skip

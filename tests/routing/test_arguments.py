@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.routing.test_blocks import AddOne, N
+from tests.routing.small import AddOne, N
 from tread_composer.routing import Route, RoutingError, apply_tread, routing_of, sample_kept
 
 

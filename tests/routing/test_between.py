@@ -4,45 +4,11 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from tests.algorithms.test_tread import Foreign, foreign
+from tests.routing.small import Block, Busy, N, explicit, tokens
 from tread_composer.routing import Route, RoutingError, apply_tread, put_back, sample_kept, take_kept
-
-N, K = 16, 8
-
-
-class Block(nn.Module):
-    def __init__(self, skips: bool = False):
-        super().__init__()
-        self.mix, self.linear = nn.Linear(8, 24), nn.Linear(16 if skips else 8, 8)
-
-    def forward(self, x, skip=None):
-        q, k, v = self.mix(x).chunk(3, dim=-1)
-        h = x + functional.scaled_dot_product_attention(q, k, v)
-        return h + self.linear(h if skip is None else torch.cat([h, skip], dim=-1))
-
-
-class Busy(nn.Module):
-    """Six blocks, and work of the model's own before block ``at``."""
-
-    def __init__(self, work=None, at: int = 3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block() for _ in range(6))
-        self.norm, self.work, self.at = nn.LayerNorm(8), work, at
-
-    def forward(self, x):
-        for index, block in enumerate(self.blocks):
-            if index == self.at and self.work is not None:
-                x = self.work(self, x)
-            x = block(x)
-        return x
-
-
-def tokens(samples: int = 4) -> Tensor:
-    return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
 
 
 def pose(model, x):
@@ -66,17 +32,18 @@ def prepend(model, x):
     return torch.cat([x[:, :1] * 0.0, x], dim=1)
 
 
+CHANGED = 'between block 2 and block 3 of .blocks. the model itself changes the tokens. On the route only 8 of 16'
+
+
 @pytest.mark.parametrize(
     ('work', 'message'),
     [
-        (
-            pose,
-            'between block 2 and block 3 of .blocks. the model itself changes the tokens. On the route only 8 of 16',
-        ),
-        (pose_in_place, 'between block 2 and block 3 of .blocks. the model itself changes the tokens'),
-        (over_time, 'between block 2 and block 3 of .blocks. the model itself changes the tokens'),
+        (pose, CHANGED),
+        (pose_in_place, CHANGED),
+        (over_time, CHANGED),
         (prepend, 'between block 2 and block 3 .* adds or drops them there.* End the route at block 2, or begin'),
         (lambda model, x: x.unflatten(0, (2, 2)).flatten(1, 2), 'between block 2 and block 3 .* it folds'),
+        (lambda model, x: model.norm(x), r'treats each token alone .* say ordered=True'),
     ],
 )
 def test_work_between_two_blocks_of_a_route_is_refused_by_name(work, message):
@@ -95,19 +62,13 @@ def test_work_outside_of_a_route_is_the_models_own_affair(at):
 
 
 def test_work_on_each_token_alone_is_let_through_in_words():
-    def norm(model, x):
-        return model.norm(x)
-
-    model = Busy(norm).train()
-    apply_tread(model, Route(1, 4, 0.5))
-    with pytest.raises(RoutingError, match=r'treats each token alone .* say ordered=True'):
-        model(tokens())
-    model, kept = Busy(norm).train(), sample_kept(4, N, 0.5)
-    apply_tread(model, Route(1, 4, 0.5), ordered=True).arm([kept], num_tokens=N)
+    model, kept = Busy(lambda model, x: model.norm(x)).train(), sample_kept(4, N, 0.5)
     blocks = list(model.blocks)
-    x = blocks[0](tokens())
-    h = blocks[4](blocks[3](model.norm(blocks[2](blocks[1](take_kept(x, kept))))))
-    assert torch.equal(model(tokens()), blocks[5](put_back(x, h, kept)))
+    apply_tread(model, Route(1, 4, 0.5), ordered=True).arm([kept], num_tokens=N)
+    expected = explicit(
+        blocks, tokens(), [(1, 4)], [kept], between=lambda index, x: model.norm(x) if index == 3 else x
+    )  # fmt: skip
+    assert torch.equal(model(tokens()), expected)
 
 
 @pytest.mark.parametrize('compiled', ['no', 'partly', 'whole'])
@@ -125,17 +86,14 @@ def test_tokens_that_are_added_on_the_way_are_counted_also_where_nothing_is_prob
 
 
 def test_tokens_that_are_written_to_while_they_wait_are_noticed():
-    class Hoarding(Busy):
-        def forward(self, x):
-            for index, block in enumerate(self.blocks):
-                if index == 1:
-                    entering = x
-                if index == 4:
-                    entering.zero_()
-                x = block(x)
-            return x
+    waiting = []
 
-    model = Hoarding().train()
+    def overwrite(model, x):
+        waiting[0].zero_()
+        return x
+
+    model = Busy(overwrite, at=4).train()
+    model.blocks[0].register_forward_hook(lambda _, __, out: waiting.append(out))
     apply_tread(model, Route(1, 4, 0.5))
     with torch.no_grad(), pytest.raises(RoutingError, match='tokens that skip it were changed in place'):
         model(tokens())
@@ -202,29 +160,26 @@ def test_long_skip_connections_within_a_route_are_sound_and_pass_the_check():
 
 
 @pytest.mark.parametrize('ordered', [False, True])
-def test_a_long_skip_connection_across_the_edge_of_a_route_is_explained(ordered):
+@pytest.mark.parametrize(
+    ('route', 'message'),
+    [
+        (Route(2, 4, 0.5), r"block 5 of 'blocks', behind the route.*\n'skip' \(.*8, 8.*both ends"),
+        (Route(3, 6, 0.5), r"block 5 of 'blocks' failed on 8 of 16.*\n.*'skip' .*long skip connection"),
+    ],
+)
+def test_a_long_skip_connection_across_the_edge_of_a_route_is_explained(route, message, ordered):
     model = Long().train()
-    apply_tread(model, Route(2, 4, 0.5), ordered=ordered)
-    with pytest.raises(RoutingError, match=r"block 5 of 'blocks', behind the route.*\n'skip' \(.*8, 8.*both ends"):
-        model(tokens())
-    model = Long().train()
-    apply_tread(model, Route(3, 6, 0.5), ordered=ordered)
-    with pytest.raises(RoutingError, match=r"block 5 of 'blocks' failed on 8 of 16.*\n.*'skip' .*long skip connection"):
+    apply_tread(model, route, ordered=ordered)
+    with pytest.raises(RoutingError, match=message):
         model(tokens())
 
 
-class Copied(Busy):
-    """Holds its blocks in a second list."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.early = nn.ModuleList(list(self.blocks)[:3]) if kind == 'modules' else list(self.blocks)
-
-
-@pytest.mark.parametrize('kind', ['modules', 'python'])
+@pytest.mark.parametrize('kind', [list, nn.ModuleList])
 def test_another_list_of_the_same_blocks_is_refused_by_name(kind):
+    model = Busy()
+    model.early = kind(list(model.blocks)[:3])
     with pytest.raises(ValueError, match=r"'early' holds blocks of 'blocks'.*unnoticed"):
-        apply_tread(Copied(kind), Route(1, 4, 0.5), blocks='blocks')
+        apply_tread(model, Route(1, 4, 0.5), blocks='blocks')
 
 
 def test_another_list_of_the_same_blocks_is_refused_by_the_algorithm_too(monkeypatch):

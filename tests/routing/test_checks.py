@@ -251,21 +251,6 @@ def test_blocks_that_need_their_grid_are_explained_swin_of_hugging_face():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_table_of_fixed_size_is_explained():
-    class Relative(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(N, N))
-
-        def forward(self, x):
-            return attention(x, attn_mask=self.bias)
-
-    model = Stack(Relative()).train()
-    apply_tread(model, Route(1, -2, 0.5))
-    with pytest.raises(RoutingError, match=r'failed on 6 of 12 tokens.*\n.*a position table of fixed size'):
-        model(tokens())
-
-
 def test_a_block_that_changes_the_number_of_tokens_is_refused():
     class Merging(nn.Module):
         def __init__(self):

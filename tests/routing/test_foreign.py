@@ -1,134 +1,224 @@
-"""Other people's models, unedited: what each block sees, and the output against an explicit loop."""
+"""Other people's models against an oracle that gathers nothing: dense attention in which skipped tokens are masked.
+
+On the blocks of the route every attention sees all tokens, with those that skip masked out as keys; behind the last
+one they are restored. A table or a mask that went to the wrong token shows in it.
+"""
 
 import copy
+import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from tests.routing.foreign import FAMILIES, TRANSFORMERS_5, B
-from tread_composer.routing import Route, RoutingError, apply_tread, routing_of
+from tests.routing.foreign import CASES, JOINT, ROPE, SINGLE, TRANSFORMERS_5, B, Case
+from tread_composer.routing import Route, RoutingError, apply_tread, find_settings, routing_of, take_kept, tap_blocks
 
-DEPTHS = {'diffusers_flux': 6}
+SDPA = functional.scaled_dot_product_attention
+
+
+def blocks_of(model: nn.Module, case: Case) -> list[tuple[int, nn.Module]]:
+    """All blocks with the number of their list."""
+    lists = [model.get_submodule(path) for path in case.lists]
+    return [(number, blocks[index]) for number, blocks in enumerate(lists) for index in range(len(blocks))]
+
+
+def tokens_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    names = ('hidden_states', 'x', 'src')
+    return next((kwargs[name] for name in names if name in kwargs), args[0] if args else None)
 
 
 class Counts:
     """How many tokens each block of several lists sees, in order of the calls, however they are passed."""
 
-    def __init__(self, model, family):
-        self.seen = []
-        for path in family.lists:
-            container = model.get_submodule(path)
-            for index in range(len(container)):
-                container[index].register_forward_pre_hook(
-                    lambda _, args, kwargs: self.seen.append(
-                        (kwargs[family.tokens_name] if family.tokens_name in kwargs else args[0]).shape[1]
-                    ),
-                    with_kwargs=True,
-                )
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        self.seen: list[int] = []
+        for _, block in blocks_of(model, case):
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: self.seen.append(tokens_in(args, kwargs).shape[1]), with_kwargs=True
+            )
 
 
-@pytest.fixture(params=FAMILIES)
-def case(request):
-    torch.manual_seed(0)
-    family = FAMILIES[request.param]
-    model = family.build()
-    return family, model, copy.deepcopy(model), DEPTHS.get(request.param, 4)
+class Masked:
+    """Makes a dense model behave as if tokens skipped its blocks from ``start`` to ``end``."""
+
+    def __init__(self, model: nn.Module, case: Case, span: tuple[int, int], skipped: Tensor) -> None:
+        self.case, self.skipped, self.active, self.first_key = case, skipped, False, 0
+        self.waiting = torch.empty(0)
+        self.outputs: list[Tensor] = []  # of each block
+        blocks = blocks_of(model, case)
+        for index, (number, block) in enumerate(blocks):
+            on = span[0] <= index <= span[1]
+            begins = on and (index == span[0] or blocks[index - 1][0] != number)
+            ends = on and (index == span[1] or blocks[index + 1][0] != number)
+            block.register_forward_pre_hook(self.before(number, on, begins), with_kwargs=True)
+            block.register_forward_hook(self.after(number, ends))
+
+    def ends_of(self, number: int) -> tuple[int, int]:
+        fixed = self.case.of_list(number, 'always_keep', 0)
+        return (fixed, 0) if isinstance(fixed, int) else fixed
+
+    def before(self, number: int, on: bool, begins: bool) -> Any:
+        def hook(block: nn.Module, args: Any, kwargs: Any) -> None:
+            self.active, self.first_key = on, self.case.first_key[number] + self.ends_of(number)[0]
+            if begins:
+                self.waiting = tokens_in(args, kwargs)
+
+        return hook
+
+    def after(self, number: int, ends: bool) -> Any:
+        def hook(block: nn.Module, args: Any, out: Any) -> Any:
+            self.active, position = False, self.case.of_list(number, 'tokens_out', None)
+            x = out if isinstance(out, Tensor) else out[position]
+            if ends:
+                x = torch.where(functional.pad(self.skipped, self.ends_of(number))[..., None], self.waiting, x)
+            self.outputs.append(x)
+            return x if isinstance(out, Tensor) else (*out[:position], x, *out[position + 1 :])
+
+        return hook
+
+    def attention(self, query, key, value, attn_mask=None, *args, **kwargs):
+        keys, free = key.shape[-2], self.skipped.shape[1]
+        if self.active and keys >= self.first_key + free and keys == query.shape[-2]:
+            hidden = functional.pad(self.skipped, (self.first_key, keys - self.first_key - free))[:, None, None]
+            if attn_mask is None:
+                attn_mask = ~hidden
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & ~hidden
+            else:
+                attn_mask = attn_mask.masked_fill(hidden, -math.inf)
+        return SDPA(query, key, value, attn_mask, *args, **kwargs)
 
 
-def run(family, model, *, explicit=None):
-    torch.manual_seed(3)  # diffusers' DiT drops labels at random while training
-    inputs = family.inputs()
-    return family.call(model, inputs) if explicit is None else family.explicit(model, inputs, *explicit)
-
-
-def test_tokens_of_each_block_and_the_output_against_an_explicit_loop(case):
-    family, model, plain, depth = case
-    routing = apply_tread(model, Route(1, -2, 0.5), **family.settings)
-    start, end, first = 1, depth - 2, family.settings.get('always_keep', 0)
-    num_kept = family.tokens - (family.tokens - first) // 2
-    seen, dense = Counts(model, family).seen, Counts(plain, family).seen
-    assert torch.equal(run(family, model.eval()), run(family, plain.eval()))
-    assert seen == dense == [family.tokens] * depth
+@pytest.mark.parametrize('name', CASES)
+def test_tokens_taps_output_and_gradients_equal_dense_attention_with_skipped_tokens_masked(name):
+    case = CASES[name]
+    model = case.randomised()
+    plain, dense = copy.deepcopy(model), copy.deepcopy(model)
+    depth = len(blocks_of(model, case))
+    span = Route(*case.route).span(depth)
+    settings = {'blocks': case.lists[0], **case.settings}
+    routing = apply_tread(model, Route(*case.route, 0.5), **settings)
+    seen = Counts(model, case).seen
     assert list(model.state_dict()) == list(plain.state_dict())
-
+    assert torch.equal(case.call(model.eval()), case.call(dense.eval())) and len(seen) == depth
+    full = list(seen)
     seen.clear()
-    model.train(), plain.train()
-    generator = torch.Generator().manual_seed(8)
-    rest = torch.rand(1 if routing.shared else B, family.tokens - first, generator=generator)
-    ids = (rest.argsort(dim=1)[:, : num_kept - first] + first).sort(dim=1).values
-    kept = torch.cat([torch.arange(first).expand(len(ids), -1), ids], dim=1)
-    routing.arm([kept], num_tokens=family.tokens)
-    out = run(family, model)
-    assert seen == [family.tokens] + [num_kept] * (end - start + 1) + [family.tokens]
-    expected = run(family, plain, explicit=((start, end), kept.expand(B, -1)))
+    model.train(), dense.train()
+
+    oracle = Masked(plain, case, span, torch.empty(0))
+    lead, trail = oracle.ends_of(0)
+    free = case.tokens - lead - trail
+    rows = [torch.randperm(free, generator=torch.Generator().manual_seed(b)) for b in range(1 if case.shared else B)]
+    stay = torch.stack(rows)[:, : free - free // 2].sort(dim=1).values
+    oracle.skipped = torch.ones(len(stay), free, dtype=torch.bool).scatter(1, stay, False).expand(B, -1)
+    kept = torch.cat([torch.arange(lead).expand(len(stay), -1), stay + lead], dim=1)
+    routing.arm([kept], num_tokens=case.tokens)
+    taps = tap_blocks(model, range(depth))
+    out, tapped = case.call(model), taps.read()
+    assert routing.used and routing.checked is True  # the blocks were tried, and rounding did not hide them
+    expected_lengths = [n - free // 2 if span[0] <= at <= span[1] else n for at, n in enumerate(full)]
+    assert seen == expected_lengths
+    beside = None
+    if not isinstance(settings['blocks'], dict):  # on a model that is not routed
+        beside = tap_blocks(plain, range(depth), blocks=case.lists, tokens_out=settings.get('tokens_out'))
+    with mock.patch.object(functional, 'scaled_dot_product_attention', oracle.attention):
+        expected = case.call(plain)
+    unrouted = beside.read() if beside else {}
+    assert all(torch.equal(tap.tokens, oracle.outputs[at]) and tap.kept is None for at, tap in unrouted.items())
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(out, run(family, plain), atol=1e-3)  # dense
-    assert routing.checked is True  # the blocks were tried, and rounding did not hide them
+    loss, reference = out.square().mean(), expected.square().mean()
+    for at, output in enumerate(oracle.outputs):
+        ids = tapped[at].kept
+        assert (ids is None) is not (span[0] <= at <= span[1])
+        wanted = output if ids is None else take_kept(output, ids)
+        torch.testing.assert_close(tapped[at].tokens, wanted, rtol=1e-5, atol=1e-5)
+        loss = loss + (at + 1) * tapped[at].tokens.pow(3).mean()
+        reference = reference + (at + 1) * wanted.pow(3).mean()
+    loss.backward()
+    reference.backward()
+    for (at, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), at
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=at)
 
     routing.disarm()
-    assert torch.equal(run(family, model), run(family, plain))
-    routing.arm(sampler=routing.sample)
+    assert torch.equal(case.call(model), case.call(dense)) and (out - case.call(dense)).abs().max() > 1e-4
+    routing.arm(sampler=routing.sample)  # draws of its own, in the layout of the first list
     seen.clear()
-    run(family, model).sum().backward()
-    assert seen == [family.tokens] + [num_kept] * (end - start + 1) + [family.tokens]
+    case.call(model).sum().backward()
+    assert seen == expected_lengths
 
 
-def test_gradients_equal_those_of_the_explicit_loop(case):
-    family, model, plain, depth = case
-    routing = apply_tread(model, Route(1, -2, 0.5), **family.settings)
-    first = family.settings.get('always_keep', 0)
-    kept = torch.cat([torch.arange(first), torch.arange(first, family.tokens, 2)]).unique().expand(B, -1)
-    routing.arm([kept[:1] if routing.shared else kept], num_tokens=family.tokens)
-    run(family, model.train()).square().mean().backward()
-    run(family, plain.train(), explicit=((1, depth - 2), kept)).square().mean().backward()
-    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (one.grad is None) == (other.grad is None), name
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+@pytest.mark.parametrize('name', [name for name in CASES if name not in ('hunyuan_video', 'flux2')])
+def test_the_settings_are_found_by_running_the_model(name):
+    """One list at a time, and all but whether the first tokens are part of the image."""
+    case = CASES[name]
+    model, path = case.randomised().eval(), case.lists[0]
+    before = case.call(model)
+    outcome = find_settings(model, case.call, blocks=path)
+    expected = {**case.settings, 'blocks': path}
+    if 'without_first' not in str(expected):
+        expected.pop('always_keep', None)
+    if name == 'hf_bert' and TRANSFORMERS_5:
+        expected.pop('tokens_out')
+    assert outcome.fault is None and outcome.settings == expected
+    container = model.get_submodule(path)
+    assert type(container) in (nn.ModuleList, nn.Sequential) and torch.equal(case.call(model), before)
+    printed = eval(str(outcome).partition('\n')[0], {'Tread': dict})
+    apply_tread(model, Route(printed.pop('start'), printed.pop('end')), **printed)
+    assert ('always_keep=1, or [0, 1]' in str(outcome)) is (name in ('timm_vit', 'hf_vit'))
+    rivals = "'hidden_states' holds the tokens: 16 of them; 'encoder_hidden_states' would fit too"
+    two_streams = ('diffusers_sd3', 'diffusers_flux', 'qwen_image', 'hidream')
+    assert (rivals in outcome.notes) is (name in two_streams)
 
 
 @pytest.mark.parametrize(
-    ('path', 'lengths'),
-    [('transformer_blocks', [16, 8, 8, 16, 16, 16]), ('single_transformer_blocks', [16, 16, 16, 16, 8, 8])],
-)
+    ('path', 'lengths'), [(JOINT, [16, 8, 8, 16, 16, 16]), (SINGLE, [16, 16, 16, 16, 8, 8])]
+)  # fmt: skip
 def test_one_list_of_flux_alone(path, lengths):
-    torch.manual_seed(0)
-    family = FAMILIES['diffusers_flux']
-    model = family.build().train()
-    routing = apply_tread(model, Route(1, 2, 0.5), **{**family.settings, 'blocks': path})
-    seen = Counts(model, family).seen
-    run(family, model)
+    case = CASES['diffusers_flux']
+    model = case.randomised()
+    routing = apply_tread(model, Route(1, 2, 0.5), **{**case.settings, 'blocks': path})
+    seen = Counts(model, case).seen
+    case.call(model)
     assert seen == lengths
     assert routing_of(model) is routing
-    other = next(one for one in family.lists if one != path)
+    second = next(part for part in case.lists if part != path)
     with pytest.raises(ValueError, match=rf'{path} is routed already .* several lists of one model together'):
-        apply_tread(model, Route(1, 2, 0.5), **{**family.settings, 'blocks': other})
+        apply_tread(model, Route(1, 2, 0.5), **{**case.settings, 'blocks': second})
 
 
-def test_without_the_settings_each_model_says_what_is_missing():
-    def attempt(name, **settings):
-        torch.manual_seed(0)
-        model = FAMILIES[name].build().train()
+FLUX = CASES['diffusers_flux'].settings
+INCOMPLETE = [
+    ('diffusers_flux', {}, ValueError, r"blocks: .* found 'transformer_blocks' .*, 'single_transformer_blocks'"),
+    (
+        'diffusers_flux', {**FLUX, 'shared': False}, ValueError,
+        r"'image_rotary_emb' counts tokens in dimension 0.* shared=True",
+    ),
+    (
+        'diffusers_flux', {**FLUX, 'token_arguments': {ROPE: 0}}, RoutingError,
+        r"'image_rotary_emb': expected a tensor with 16 tokens in dimension 0",
+    ),
+    ('diffusers_flux', {**FLUX, 'token_arguments': ()}, RoutingError, r'failed on 8 of 16 tokens'),
+    ('diffusers_sd3', {}, RoutingError, r'the blocks return a tuple: say where the tokens are'),
+    (
+        'hf_bert', {'tokens_out': 0}, RoutingError,
+        r'named in token_arguments\. Arguments .* 16 entries: .*\(3, 1, 16, 16\)',
+    ),
+    (
+        'hf_bert', {'tokens_out': 0, 'token_arguments': ['attention_mask']}, RoutingError,
+        r"'attention_mask': expected .* 3 samples x 16 .*'attention_mask': \[-2, -1\]",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'settings', 'error', 'message'), INCOMPLETE)
+def test_without_the_settings_each_model_says_what_is_missing(name, settings, error, message):
+    model = CASES[name].randomised()
+    with pytest.raises(error, match=message):
         apply_tread(model, Route(1, -2, 0.5), **settings)
-        run(FAMILIES[name], model)
-
-    with pytest.raises(ValueError, match=r"blocks: .* found 'transformer_blocks' .*, 'single_transformer_blocks'"):
-        attempt('diffusers_flux')
-    flux = FAMILIES['diffusers_flux'].settings
-    with pytest.raises(ValueError, match=r"'image_rotary_emb' counts tokens in dimension 0.* shared=True"):
-        attempt('diffusers_flux', **{**flux, 'shared': False})
-    with pytest.raises(RoutingError, match=r"'image_rotary_emb': expected a tensor with 16 tokens in dimension 0"):
-        attempt('diffusers_flux', **{**flux, 'token_arguments': {'image_rotary_emb': 0}})
-    with pytest.raises(RoutingError, match=r'failed on 8 of 16 tokens'):
-        attempt('diffusers_flux', **{**flux, 'token_arguments': ()})
-    if not TRANSFORMERS_5:
-        with pytest.raises(RoutingError, match=r'the blocks return a tuple: say where the tokens are'):
-            attempt('hf_bert', token_arguments={'attention_mask': [-2, -1]})
-    with pytest.raises(RoutingError, match=r'the blocks return a tuple: say where the tokens are'):
-        attempt('diffusers_sd3')
-    with pytest.raises(RoutingError, match=r'named in token_arguments\. Arguments .* 16 entries: .*\(3, 1, 16, 16\)'):
-        attempt('hf_bert', tokens_out=0)
-    with pytest.raises(
-        RoutingError, match=r"'attention_mask': expected .* 3 samples x 16 .*'attention_mask': \[-2, -1\]"
-    ):
-        attempt('hf_bert', tokens_out=0, token_arguments=['attention_mask'])
+        CASES[name].call(model)
