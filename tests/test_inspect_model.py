@@ -9,7 +9,6 @@ from torch import nn
 from tests.routing.small import Busy, tokens
 from tests.routing.test_between import pose
 from tests.routing.test_checks import Convolution, Stack
-from tests.runs import ROOT
 from tread_composer.cli import main
 from tread_composer.routing import Route, apply_tread, find_settings
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 import yaml
 from composer import ComposerModel, Evaluator, Trainer
-from composer.algorithms import GradientClipping
 from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.data import DataLoader
 
-from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_dit, tiny_model, weights
+from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_model, weights
 from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.config.schema import native, signature_model
 from tread_composer.config.validation import check
@@ -23,7 +22,66 @@ ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
 def run(algorithms=(), **keywords):
     trainer, recorder = fit(algorithms, **keywords)
-    return recorder.losses, weights(trainer), recorder.batches
+    return recorder.losses, weights(trainer)
+
+
+def losses(*algorithms, **keywords):
+    return [float.fromhex(loss) for loss in run(algorithms, **keywords)[0]]
+
+
+def trained(*algorithms, **keywords):
+    """The lengths that the blocks saw, the kept ids of each forward pass, and what was logged."""
+    logger, model, kept = InMemoryLogger(), keywords.pop('model', None) or tiny_model(), []
+    trainer = make_trainer(model, algorithms, loggers=[logger], **keywords)
+    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept))
+    log = Lengths([model.denoiser.blocks[index] for index in range(6)])
+    trainer.fit()
+    return log.seen, kept, {name: [value for _, value in rows] for name, rows in logger.data.items()}
+
+
+def test_routes_are_fresh_in_every_batch_and_other_for_every_sample():
+    seen, kept, _ = trained(Tread(**ROUTE), data=lambda: loader(shuffle=False))
+    assert seen == [16, 8, 8, 8, 8, 16] * 6
+    rows = torch.cat([ids[0] for ids in kept]).tolist()
+    assert len({tuple(row) for row in rows}) == len(rows) == 48
+
+
+def test_several_routes_draw_tokens_of_their_own():
+    routes = [Route(0, 1, 0.25), {'start': 3, 'end': 4, 'selection_rate': 0.75}]
+    seen, _, logged = trained(Tread(routes=routes), max_duration='1ba')
+    assert seen == [12, 12, 16, 4, 4, 16]
+    assert logged['tread/route_0/kept_tokens'] == [12] and logged['tread/route_1/selection_rate'] == [0.75]
+    _, ((a, b),), _ = trained(Tread(routes=[Route(0, 1), Route(3, 4)]), max_duration='1ba')
+    assert all(x != y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+
+@pytest.mark.parametrize('always_keep', [3, [2, 1]])
+def test_tokens_that_are_always_kept_are_counted_and_seen(always_keep):
+    seen, kept, logged = trained(Tread(**ROUTE, always_keep=always_keep), max_duration='2ba')
+    assert seen == [16, 10, 10, 10, 10, 16] * 2  # 3 + 13 - int(13 / 2)
+    assert logged['tread/kept_tokens'] == [10, 10]
+    fixed = [0, 1, 2] if always_keep == 3 else [0, 1, 15]
+    assert all(set(fixed) <= set(row) for ids in kept for row in ids[0].tolist())
+
+
+def test_a_shared_route_is_one_for_all_microbatches_also_the_last_that_is_smaller():
+    settings = {'device_train_microbatch_size': 3, 'data': lambda: loader(shuffle=False)}
+    _, kept, _ = trained(Tread(**ROUTE, shared=True), **settings)
+    assert len(kept) == 6 * 3 and all(ids.shape == (1, 8) for (ids,) in kept)
+    batches = [[ids for (ids,) in kept[index : index + 3]] for index in range(0, 18, 3)]
+    assert all(torch.equal(ids, batch[0]) for batch in batches for ids in batch)
+    assert len({tuple(batch[0][0].tolist()) for batch in batches}) == 6
+    small = losses(Tread(**ROUTE, shared=True), device_train_microbatch_size=3)
+    assert small == pytest.approx(losses(Tread(**ROUTE, shared=True)), rel=1e-5)
+
+
+def test_the_model_may_be_trained_again_with_it_and_then_densely_without_it():
+    model = tiny_model()
+    for algorithms, lengths in (([Tread(**ROUTE)], [16, 8, 8, 8, 8, 16]), ([], [16] * 6)):
+        for _ in range(2):
+            log = Lengths([model.denoiser.blocks[index] for index in range(6)])
+            fit(algorithms, model=model, max_duration='1ba')
+            assert log.seen == lengths
 
 
 def test_rate_zero_equals_the_run_without_it_bit_for_bit():
@@ -31,13 +89,6 @@ def test_rate_zero_equals_the_run_without_it_bit_for_bit():
     assert dense[0] == zero[0] and len(dense[0]) == 6
     assert_equal_weights(dense[1], zero[1])
     assert run([Tread(**ROUTE)])[0] != dense[0]
-
-
-def test_dense_and_routed_runs_see_the_same_samples_labels_noise_and_times():
-    dense, routed = run()[2], run([Tread(**ROUTE)])[2]
-    assert dense == routed
-    assert len(dense) == 6 and set(dense[0]) == {'sample_ids', 'labels', 'noise', 'time_quantiles', 'label_dropped'}
-    assert dense[0]['noise'] != dense[1]['noise']
 
 
 def test_the_global_generator_is_left_alone():
@@ -48,70 +99,19 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(*states)
 
 
-def test_routes_are_fresh_in_every_batch_and_other_for_every_sample():
-    model, seen = tiny_model(), []
-    trainer = make_trainer(model, [Tread(**ROUTE)], data=lambda: loader(shuffle=False))
-    original = model.denoiser.blocks[1].register_forward_pre_hook
-
-    def note(_, args):
-        seen.append(args[0].detach().clone())
-
-    original(note)
-    routing = model.denoiser.blocks.routing
-    ids = []
-    model.denoiser.register_forward_pre_hook(lambda *_: ids.append(routing.kept[0].clone()) if routing.kept else None)
-    trainer.fit()
-    assert len(ids) == 6 and all(x.shape[1] == 8 for x in seen)
-    rows = torch.cat(ids).tolist()
-    assert len({tuple(row) for row in rows}) == len(rows) == 48
-
-
-def test_what_is_logged_and_what_each_block_sees():
-    logger, model = InMemoryLogger(), tiny_model()
-    trainer = make_trainer(model, [Tread(**ROUTE)], loggers=[logger], max_duration='2ba')
-    log = Lengths(list(model.denoiser.blocks))
-    trainer.fit()
-    assert log.seen == [16, 8, 8, 8, 8, 16] * 2
-    assert [value for _, value in logger.data['tread/kept_tokens']] == [8, 8]
-    assert [value for _, value in logger.data['tread/selection_rate']] == [0.5, 0.5]
-
-
-def test_several_routes():
-    logger, model = InMemoryLogger(), tiny_model()
-    routes = [Route(0, 1, 0.25), {'start': 3, 'end': 4, 'selection_rate': 0.75}]
-    trainer = make_trainer(model, [Tread(routes=routes)], loggers=[logger], max_duration='1ba')
-    log = Lengths(list(model.denoiser.blocks))
-    trainer.fit()
-    assert log.seen == [12, 12, 16, 4, 4, 16]
-    assert logger.data['tread/route_0/kept_tokens'][0][1] == 12
-    assert logger.data['tread/route_1/selection_rate'][0][1] == 0.75
-
-
-def test_each_route_draws_its_own_tokens():
-    model, kept = tiny_model(), []
-    trainer = make_trainer(model, [Tread(routes=[Route(0, 1), Route(3, 4)])], max_duration='1ba')
-    routing = model.denoiser.blocks.routing
-    model.denoiser.register_forward_pre_hook(lambda *_: kept.extend(routing.kept))
-    trainer.fit()
-    assert all(a != b for a, b in zip(kept[0].tolist(), kept[1].tolist(), strict=True))
-
-
 @pytest.mark.parametrize(
     ('window', 'routed'),
     [
+        ({}, [1, 1, 1, 1, 1, 1]),
         ({'end_time': '0.5dur'}, [1, 1, 1, 0, 0, 0]),
         ({'start_time': '2ba'}, [0, 0, 1, 1, 1, 1]),
         ({'start_time': '1ba', 'end_time': '1ep'}, [0, 1, 1, 0, 0, 0]),
     ],
 )
 def test_routing_is_on_within_its_time_window_only(window, routed):
-    logger, model = InMemoryLogger(), tiny_model()
-    trainer = make_trainer(model, [Tread(**ROUTE, **window)], loggers=[logger])
-    log = Lengths([model.denoiser.blocks[2]])
-    trainer.fit()
-    assert log.seen == [8 if on else 16 for on in routed]
-    assert [value for _, value in logger.data['tread/kept_tokens']] == log.seen
-    assert [value for _, value in logger.data['tread/selection_rate']] == [0.5 * on for on in routed]
+    seen, _, logged = trained(Tread(**ROUTE, **window))
+    assert seen[2::6] == logged['tread/kept_tokens'] == [8 if on else 16 for on in routed]
+    assert logged['tread/selection_rate'] == [0.5 * on for on in routed]
 
 
 def test_evaluation_and_sampling_are_those_of_the_plain_model_bit_for_bit():
@@ -130,17 +130,14 @@ def test_evaluation_and_sampling_are_those_of_the_plain_model_bit_for_bit():
 
 
 def test_evaluation_within_training_changes_nothing():
-    with_evaluation = run([Tread(**ROUTE)], eval_dataloader=loader(shuffle=False), eval_interval='2ba')
-    assert with_evaluation[0] == run([Tread(**ROUTE)])[0]
+    with_evaluation = losses(Tread(**ROUTE), eval_dataloader=loader(shuffle=False), eval_interval='2ba')
+    assert with_evaluation == losses(Tread(**ROUTE))
 
 
 def test_losses_do_not_depend_on_the_microbatch_size():
-    losses = [
-        [float.fromhex(loss) for loss in run([Tread(**ROUTE)], device_train_microbatch_size=size)[0]]
-        for size in (8, 4, 2)
-    ]
-    for other in losses[1:]:
-        assert other == pytest.approx(losses[0], rel=1e-5)
+    whole, *cut = (losses(Tread(**ROUTE), device_train_microbatch_size=size) for size in (8, 4, 2))
+    for values in cut:
+        assert values == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize('kind', [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
@@ -148,29 +145,7 @@ def test_losses_do_not_depend_on_activation_checkpointing(kind):
     model = tiny_model()
     for index, block in enumerate(model.denoiser.blocks):
         model.denoiser.blocks[index] = checkpoint_wrapper(block, checkpoint_impl=kind)
-    losses, _, _ = run([Tread(**ROUTE)], model=model)
-    assert losses == run([Tread(**ROUTE)])[0]
-
-
-def test_any_order_beside_gradient_clipping():
-    both = [Tread(**ROUTE), GradientClipping('norm', 0.1)]
-    assert run(both)[0] == run(both[::-1])[0] != run(both[:1])[0]
-
-
-def test_attaching_twice_is_harmless():
-    model = tiny_model()
-    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
-    log = Lengths(list(model.denoiser.blocks))
-    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
-    assert log.seen == [16, 8, 8, 8, 8, 16]
-
-
-def test_after_training_with_it_the_model_trains_densely_without_it():
-    model = tiny_model()
-    fit([Tread(**ROUTE)], model=model, max_duration='1ba')
-    log = Lengths(list(model.denoiser.blocks))
-    fit([], model=model, max_duration='1ba')
-    assert log.seen == [16] * 6
+    assert losses(Tread(**ROUTE), model=model) == losses(Tread(**ROUTE))
 
 
 @pytest.mark.parametrize(
@@ -233,22 +208,6 @@ def test_a_checkpoint_of_another_route_is_refused_with_the_difference(tmp_path):
     make_trainer(algorithms=[Tread(1, -3, 0.5)], load_path=path, load_weights_only=True)
 
 
-def test_a_dense_checkpoint_is_not_resumed_with_a_route(tmp_path):
-    path = saved(tmp_path, [])
-    with pytest.raises(ResumeError, match='was trained without Tread up to 3'):
-        make_trainer(algorithms=[Tread(**ROUTE)], load_path=path)
-
-
-@pytest.mark.parametrize('at', [2, 3, 4])  # 3 is the last batch of the first epoch
-def test_resume_equals_the_uninterrupted_run(tmp_path, at):
-    losses, final, batches = run([Tread(**ROUTE)], data=lambda: loader(shuffle=False))
-    arguments = {'data': lambda: loader(shuffle=False)}
-    run([Tread(**ROUTE)], save_folder=str(tmp_path), save_interval=f'{at}ba', max_duration=f'{at}ba', **arguments)
-    resumed = run([Tread(**ROUTE)], load_path=str(tmp_path / 'latest-rank0.pt'), **arguments)
-    assert resumed[0] == losses[at:] and resumed[2] == batches[at:]
-    assert_equal_weights(resumed[1], final)
-
-
 class Foreign(ComposerModel):
     """Somebody else's model: batches are tuples, nothing is declared."""
 
@@ -275,13 +234,14 @@ class Foreign(ComposerModel):
         return (outputs - batch[1]).square().mean()
 
 
-def foreign(style: str, microbatch: int = 8, **settings):
+def foreign(style='loop', microbatch=8, kind=None, data=None, **settings):
+    """Two batches of tuples: what the blocks saw, and the last loss."""
     generator = torch.Generator().manual_seed(3)
-    data = [(torch.randn(12, 16, generator=generator), torch.randn(12, generator=generator)) for _ in range(16)]
-    model = Foreign(style)
+    rows = [(torch.randn(12, 16, generator=generator), torch.randn(12, generator=generator)) for _ in range(16)]
+    model = (kind or Foreign)(style)
     trainer = Trainer(
         model=model,
-        train_dataloader=DataLoader(data, batch_size=8),
+        train_dataloader=data or DataLoader(rows, batch_size=8),
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
         algorithms=[Tread(**ROUTE, **settings)],
         max_duration='2ba',
@@ -300,9 +260,9 @@ def foreign(style: str, microbatch: int = 8, **settings):
 def test_a_foreign_model_with_tuple_batches(style, num_tokens):
     seen, loss = foreign(style, num_tokens=num_tokens)
     assert seen == [12, 6, 6, 6, 6, 12] * 2
-    seen, other = foreign(style, microbatch=2, num_tokens=num_tokens)
+    seen, cut = foreign(style, microbatch=2, num_tokens=num_tokens)
     assert seen == [12, 6, 6, 6, 6, 12] * 8
-    assert other == pytest.approx(loss, rel=1e-5)
+    assert cut == pytest.approx(loss, rel=1e-5)
 
 
 class Views(Foreign):
@@ -317,119 +277,59 @@ class Views(Foreign):
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('num_tokens', [None, 12])
 def test_two_views_of_each_sample_are_routed_each_on_its_own(monkeypatch, num_tokens, shared):
-    monkeypatch.setitem(globals(), 'Foreign', Views)
     kept = []
     original = Routing.kept_ids
     monkeypatch.setattr(Routing, 'kept_ids', lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
-    seen, _ = foreign('loop', num_tokens=num_tokens, shared=shared)
+    seen, _ = foreign(kind=Views, num_tokens=num_tokens, shared=shared)
     assert seen == [12, 6, 6, 6, 6, 12] * 2
     ids = kept[0]
     assert ids.shape == ((1, 6) if shared else (16, 6))
     assert shared or len({tuple(row) for row in ids.tolist()}) > 12  # views do not share a route
 
 
-def test_samples_that_are_no_multiple_of_the_batch_are_refused():
-    class Odd(Foreign):
-        def forward(self, batch):
-            return super().forward((torch.cat([batch[0], batch[0][:3]]), None))[: len(batch[0])]
-
-    with pytest.raises(RoutingError, match='the batch has 8 samples, but the block list got 11, which is no multiple'):
-        train_odd(Odd)
+class Odd(Foreign):
+    def forward(self, batch):
+        return super().forward((torch.cat([batch[0], batch[0][:3]]), None))[: len(batch[0])]
 
 
-def train_odd(kind):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), 'Foreign', kind)
-        foreign('loop')
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'kind': Odd}, 'the batch has 8 samples, but the block list got 11, which is no multiple'),
+        ({'style': 'index'}, 'never iterated over the routed block list'),  # an error, not a dense run
+    ],
+)
+def test_what_is_not_routed_as_a_whole_is_refused(settings, message):
+    with pytest.raises(RoutingError, match=message):
+        foreign(**settings)
 
 
-def test_a_foreign_attribute_of_that_name_is_not_believed():
-    logger = InMemoryLogger()
-    model = tiny_model()
-    model.denoiser.num_tokens = 1000  # a vocabulary, say
-    trainer = make_trainer(
-        model, [Tread(**ROUTE)], loggers=[logger], device_train_microbatch_size=4, max_duration='3ba'
-    )
-    log = Lengths(list(model.denoiser.blocks))
-    trainer.fit()
-    assert log.seen == [16, 8, 8, 8, 8, 16] * 6
-    assert [value for _, value in logger.data['tread/kept_tokens']] == [8, 8, 8]
+class Numbered(Foreign):
+    def forward(self, batch):
+        return super().forward((batch['x'], None))
+
+    def loss(self, outputs, batch):
+        return (outputs - batch['y']).square().mean()
 
 
 def test_a_batch_may_hold_numbers_beside_its_samples():
     """Composer itself cannot split them; a DataSpec of the user's can."""
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(4, 12, 16, generator=generator), torch.randn(4, 12, generator=generator)
-
-    class Numbered(Foreign):
-        def forward(self, batch):
-            return super().forward((batch['x'], None))
-
-        def loss(self, outputs, batch):
-            return (outputs - batch['y']).square().mean()
-
-    model = Numbered()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataSpec(
-            [{'number': torch.tensor(k), 'x': x, 'y': y} for k in range(2)],
-            split_batch=lambda batch, _: [batch],
-            get_num_samples_in_batch=lambda batch: len(batch['x']),
-        ),
-        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
-        algorithms=[Tread(**ROUTE, num_tokens=12)],
-        max_duration='2ba',
-        device_train_microbatch_size=4,
-        device='cpu',
-        progress_bar=False,
+    x, y = torch.randn(4, 12, 16), torch.randn(4, 12)
+    data = DataSpec(
+        [{'number': torch.tensor(k), 'x': x, 'y': y} for k in range(2)],
+        split_batch=lambda batch, _: [batch],
+        get_num_samples_in_batch=lambda batch: len(batch['x']),
     )
-    log = Lengths([model.layers[index] for index in range(6)])
-    trainer.fit()
-    assert log.seen == [12, 6, 6, 6, 6, 12] * 2
+    seen, _ = foreign(kind=Numbered, data=data, microbatch=4, num_tokens=12)
+    assert seen == [12, 6, 6, 6, 6, 12] * 2
 
 
-def test_a_model_that_indexes_its_blocks_is_an_error_not_a_dense_run():
-    with pytest.raises(RoutingError, match='never iterated over the routed block list'):
-        foreign('index')
-
-
-def test_state_dict_keys_are_those_of_the_plain_model():
+def test_a_foreign_attribute_of_that_name_is_not_believed():
     model = tiny_model()
-    make_trainer(model, [Tread(**ROUTE)])
-    assert list(model.state_dict()) == [f'denoiser.{key}' for key in tiny_dit().state_dict()]
-
-
-def test_tokens_that_are_always_kept_are_counted_and_seen():
-    logger, model = InMemoryLogger(), tiny_model()
-    trainer = make_trainer(model, [Tread(**ROUTE, always_keep=3)], loggers=[logger], max_duration='2ba')
-    kept = []
-    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
-    log = Lengths(list(model.denoiser.blocks))
-    trainer.fit()
-    assert log.seen == [16, 10, 10, 10, 10, 16] * 2  # 3 + 13 - int(13 / 2)
-    assert [value for _, value in logger.data['tread/kept_tokens']] == [10, 10]
-    assert all((ids[:, :3] == torch.arange(3)).all() for ids in kept)
-    model = tiny_model()
-    trainer = make_trainer(model, [Tread(**ROUTE, always_keep=[2, 1])], max_duration='1ba')
-    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
-    trainer.fit()
-    assert (kept[-1][:, -1] == 15).all() and (kept[-1][:, :2] == torch.arange(2)).all() and kept[-1].shape[1] == 10
-
-
-def test_a_shared_route_is_one_for_all_microbatches_also_the_last_that_is_smaller():
-    model, kept = tiny_model(), []
-    trainer = make_trainer(
-        model, [Tread(**ROUTE, shared=True)], device_train_microbatch_size=3, data=lambda: loader(shuffle=False)
-    )
-    model.denoiser.register_forward_pre_hook(lambda *_: kept.append(model.denoiser.blocks.routing.kept[0]))
-    trainer.fit()
-    assert len(kept) == 6 * 3 and all(ids.shape == (1, 8) for ids in kept)
-    batches = [kept[index : index + 3] for index in range(0, 18, 3)]
-    assert all(torch.equal(ids, batch[0]) for batch in batches for ids in batch)
-    assert len({tuple(batch[0][0].tolist()) for batch in batches}) == 6
-    small = [float.fromhex(x) for x in run([Tread(**ROUTE, shared=True)], device_train_microbatch_size=3)[0]]
-    whole = [float.fromhex(x) for x in run([Tread(**ROUTE, shared=True)])[0]]
-    assert small == pytest.approx(whole, rel=1e-5)
+    model.denoiser.num_tokens = 1000  # a vocabulary, say
+    seen, _, logged = trained(Tread(**ROUTE), model=model, device_train_microbatch_size=4, max_duration='3ba')
+    assert seen == [16, 8, 8, 8, 8, 16] * 6
+    assert logged['tread/kept_tokens'] == [8, 8, 8]
 
 
 def test_settings_that_came_later_bind_a_checkpoint_only_where_they_are_used(tmp_path):

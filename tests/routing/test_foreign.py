@@ -218,7 +218,9 @@ INCOMPLETE = [
 
 @pytest.mark.parametrize(('name', 'settings', 'error', 'message'), INCOMPLETE)
 def test_without_the_settings_each_model_says_what_is_missing(name, settings, error, message):
-    model = CASES[name].randomised()
-    with pytest.raises(error, match=message):
+    def attempt(model):
         apply_tread(model, Route(1, -2, 0.5), **settings)
         CASES[name].call(model)
+
+    with pytest.raises(error, match=message):
+        attempt(CASES[name].randomised())

@@ -48,7 +48,7 @@ class Walking(Busy):
 
 def routed(model: nn.Module, **settings):
     """A model with an armed route from 1 to 4, a plain copy of its blocks, and the kept ids."""
-    plain, kept = list(copy.deepcopy(model).children())[0], sample_kept(4, N, 0.5)
+    plain, kept = next(copy.deepcopy(model).children()), sample_kept(4, N, 0.5)
     routing = apply_tread(model.train(), Route(1, 4, 0.5), **settings)
     routing.arm([kept], num_tokens=N)
     return routing, plain, kept
