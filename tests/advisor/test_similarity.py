@@ -148,7 +148,7 @@ class Reversed(Stack):
     ('model', 'blocks', 'message'),
     [
         (Stack(Times(1.0), Times(1.0)), 'layers', "no module 'layers'"),
-        (Stack(Times(1.0), Times(1.0)), 'blocks.0', "'blocks.0' is a Times; a list of blocks"),
+        (Stack(Times(1.0), Times(1.0)), 'blocks.0', "'blocks.0' is a Times; a ModuleList or Sequential"),
         (Reversed(Times(1.0), Times(1.0)), 'blocks', 'was not called in its turn'),
         (Stack(Times(math.nan), Times(1.0)), 'blocks', 'not finite'),
         (Stack(nn.Linear(4, 5), nn.Linear(5, 4)), 'blocks', r'\(2, 3, 4\), \(2, 3, 5\).*one shape'),

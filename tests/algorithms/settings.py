@@ -25,50 +25,29 @@ from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import EDM, FlowMatching
 
-__all__ = ['ALL', 'BATCHES', 'OURS', 'PAIRS', 'Entry', 'Run', 'Seen', 'built', 'expected_tokens', 'foreign', 'model',
-           'objective', 'prepared', 'refusal', 'same', 'saved', 'train']  # fmt: skip
-
 NUM_TOKENS, DEPTH = 16, 4
 BATCHES, PER_EPOCH = 6, 4
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An algorithm on trial.
-
-    Args:
-        make: A new one.
-        yaml: The same as an entry under ``algorithms:``.
-        objective: The only one that it works with; any if empty.
-        names: What its ``repr`` names.
-        tokens: What each block sees while training, from the beginning; and from ``dense_from`` on all tokens.
-        dense_from: The batch where that ends.
-        observes: It changes nothing of training: the losses are those of the run without it.
-        required_on_load: What the method of that name says.
-        gone: How a checkpoint made with it is refused to a run without it; empty if that may go on.
-        new: How a checkpoint made without it is refused to a run with it; empty if that may go on.
-        refused: Why it stands beside none of ours, in a Trainer written by hand.
-        unsaved: Why no run with it may save.
-        unresumed: Why no run with it may be resumed.
-        unfit: Why the loader of YAML files refuses it in a run as ``digits.yaml`` has it.
-        remedy: What to change so that it does not; none if empty.
-    """
+    """An algorithm on trial."""
 
     make: Callable[[], Algorithm]
-    yaml: str
-    objective: str = ''
-    names: tuple[type, ...] = ()
-    tokens: tuple[int, ...] = (NUM_TOKENS,) * DEPTH
-    dense_from: int | None = None
-    observes: bool = False
+    yaml: str  # the same as an entry under `algorithms:`
+    objective: str = ''  # the only one that it works with; any if empty
+    names: tuple[type, ...] = ()  # what its `repr` names
+    tokens: tuple[int, ...] = (NUM_TOKENS,) * DEPTH  # what each block sees while training
+    dense_from: int | None = None  # the batch from which on that is all tokens
+    observes: bool = False  # it changes nothing of training: the losses are those of the run without it
     required_on_load: bool = False
-    gone: str = ''
-    new: str = ''
-    refused: str = ''
-    unsaved: str = ''
-    unresumed: str = ''
-    unfit: str = ''
-    remedy: str = ''
+    gone: str = ''  # how a checkpoint made with it is refused to a run without it; empty if that may go on
+    new: str = ''  # how a checkpoint made without it is refused to a run with it; empty if that may go on
+    refused: str = ''  # why it stands beside none of ours, in a Trainer written by hand
+    unsaved: str = ''  # why no run with it may save
+    unresumed: str = ''  # why no run with it may be resumed
+    unfit: str = ''  # why the loader of YAML files refuses it in a run as `digits.yaml` has it
+    remedy: str = ''  # what to change so that it does not; none if empty
 
 
 SMALL_DECODER = {'decoder_depth': 1, 'decoder_hidden_size': 8, 'decoder_num_heads': 2}

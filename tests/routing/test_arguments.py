@@ -11,11 +11,17 @@ from tests.routing.small import AddOne, N
 from tread_composer.routing import Route, RoutingError, apply_tread, routing_of, sample_kept
 
 
-def test_the_first_tokens_never_skip():
+@pytest.mark.parametrize('always_keep', [3, [3, 2]])
+def test_tokens_at_the_ends_never_skip(always_keep):
     x_BND, model = torch.randn(50, N, 3), AddOne(6)
-    apply_tread(model, Route(1, 4, 0.75), always_keep=3)
+    routing = apply_tread(model, Route(1, 4, 0.75), always_keep=always_keep)
     change = (model.train()(x_BND) - x_BND).round()[..., 0]
-    assert (change[:, :3] == 6).all() and (change[:, 3:] == 6).sum(dim=1).eq(13 - 9).all()
+    lead, trail = routing.always_keep
+    assert (lead, trail) == (3, 0 if always_keep == 3 else 2)
+    free = change[:, lead : N - trail]
+    assert (change[:, :lead] == 6).all() and (change[:, N - trail :] == 6).all()
+    assert (free == 6).sum(dim=1).eq(13 - trail - int((13 - trail) * 0.75)).all()
+    assert ((free == 6).sum(dim=0) > 0).all()  # each of the others stays sometimes
 
 
 def test_one_route_for_all_samples():
@@ -26,10 +32,10 @@ def test_one_route_for_all_samples():
             routing.arm(ids, num_tokens=N)
         change = (model.train()(x_BND) - x_BND).round()[..., 0]
         assert (change == change[0]).all() and (change[0] == 6).sum() == 8
-    other = apply_tread(AddOne(6), Route(1, 4, 0.5))
-    other.arm([sample_kept(1, N, 0.5)], num_tokens=N)
+    several = apply_tread(AddOne(6), Route(1, 4, 0.5))
+    several.arm([sample_kept(1, N, 0.5)], num_tokens=N)
     with pytest.raises(ValueError, match='kept ids for 1 samples, but the block list got 5'):
-        other.kept_ids(0, x_BND)
+        several.kept_ids(0, x_BND)
 
 
 class Tables(nn.Module):
@@ -41,7 +47,7 @@ class Tables(nn.Module):
             self.one = nn.Parameter(torch.ones(()))
 
         def forward(self, x, pair=None, mask=None, text=None):
-            self.seen = pair, mask
+            self.seen = pair if mask is None else mask
             return x + self.one
 
     def __init__(self):
@@ -62,75 +68,54 @@ def looked_up(settings, kept, **tables):
     return model.blocks[1].seen
 
 
-def test_tables_of_any_layout_follow_their_tokens():
-    kept = torch.tensor([[0, 3, 9], [1, 2, 15]])
-    both = torch.arange(2)[:, None]
-    mask, wide = torch.randn(2, 1, 1, N), torch.randn(2, 4, N, N)
-    assert torch.equal(
-        looked_up({'token_arguments': {'mask': -1}}, kept, mask=mask)[1][:, 0, 0], mask[both, 0, 0, kept]
-    )
-    seen = looked_up({'token_arguments': {'mask': [-2, -1]}}, kept, mask=wide)[1]
-    assert torch.equal(seen, torch.stack([wide[b][:, kept[b]][:, :, kept[b]] for b in range(2)]))
-    one_for_all = torch.randn(1, N, 3)
-    seen = looked_up({'token_arguments': ['mask']}, kept, mask=one_for_all)[1]
-    assert torch.equal(seen, one_for_all[0][kept])
-    table = torch.randn(5 + N, 6), torch.randn(5 + N, 6)
-    places = torch.tensor([0, 1, 2, 3, 4, 5 + 0, 5 + 3, 5 + 9])
-    for after, text in (('text', torch.randn(2, 5, 7)), (5, None)):
-        settings = {'token_arguments': {'pair': {'dims': 0, 'after': after}}, 'shared': True}
-        seen = looked_up(settings, kept[:1], pair=table, text=text)[0]
+def arguments(**settings):
+    return {'token_arguments': settings}
+
+
+KEPT, BOTH = torch.tensor([[0, 3, 9], [0, 2, 15]]), torch.arange(2)[:, None]
+TEXT = torch.randn(2, 5, 7)
+WIDE = torch.randn(2, 4, N, N)
+BEHIND = torch.cat([KEPT, torch.arange(N, N + 5).expand(2, -1)], dim=1)  # 5 entries behind those of the tokens
+LAYOUTS = [
+    (arguments(mask=-1), torch.randn(2, N), lambda x: x[BOTH, KEPT]),
+    (arguments(mask=[-2, -1]), WIDE, lambda x: torch.stack([x[b][:, KEPT[b]][:, :, KEPT[b]] for b in range(2)])),
+    ({'token_arguments': ['mask']}, torch.randn(1, N, 3), lambda x: x[0][KEPT]),  # one for all samples
+    (arguments(mask={'dims': 1, 'before': 'text'}), torch.randn(2, N + 5), lambda x: x[BOTH, BEHIND]),
+    (arguments(mask={'dims': 1, 'before': 5}), torch.randn(2, N + 5), lambda x: x[BOTH, BEHIND]),
+    (
+        arguments(mask={'dims': -1, 'after': 2, 'before': 'text'}), torch.randn(2, 2 + N + 5),
+        lambda x: x[BOTH, torch.cat([torch.arange(2).expand(2, -1), 2 + BEHIND], dim=1)],
+    ),
+    (  # no row for the class token
+        {**arguments(mask={'dims': 1, 'without_first': 1}), 'always_keep': 1}, torch.randn(2, N - 1, 6),
+        lambda x: x[BOTH, KEPT[:, 1:] - 1],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('settings', 'table', 'expected'), LAYOUTS)
+def test_tables_of_any_layout_follow_their_tokens(settings, table, expected):
+    assert torch.equal(looked_up(settings, KEPT, mask=table, text=TEXT), expected(table))
+
+
+def test_a_pair_of_tables_follows_one_route_for_all():
+    table, places = (torch.randn(5 + N, 6), torch.randn(5 + N, 6)), torch.tensor([0, 1, 2, 3, 4, 5, 8, 14])
+    for after, text in (('text', TEXT), (5, None)):
+        settings = {**arguments(pair={'dims': 0, 'after': after}), 'shared': True}
+        seen = looked_up(settings, KEPT[:1], pair=table, text=text)
         assert type(seen) is tuple and all(torch.equal(a, b[places]) for a, b in zip(seen, table, strict=True))
 
 
-def test_entries_of_other_tokens_behind_and_tables_without_the_first_tokens():
-    kept = torch.tensor([[0, 3, 9], [0, 2, 15]])
-    both = torch.arange(2)[:, None]
-    mask, text = torch.randn(2, N + 5), torch.randn(2, 5, 7)
-    places = torch.cat([kept, torch.arange(N, N + 5).expand(2, -1)], dim=1)
-    for before in ('text', 5):
-        seen = looked_up({'token_arguments': {'mask': {'dims': 1, 'before': before}}}, kept, mask=mask, text=text)[1]
-        assert torch.equal(seen, mask[both, places])
-    inner = torch.randn(2, 2 + N + 5)
-    places = torch.cat([torch.arange(2).expand(2, -1), 2 + places], dim=1)
-    settings = {'token_arguments': {'mask': {'dims': -1, 'after': 2, 'before': 'text'}}}
-    assert torch.equal(looked_up(settings, kept, mask=inner, text=text)[1], inner[both, places])
-    short = torch.randn(2, N - 1, 6)  # no row for the class token
-    settings = {'token_arguments': {'mask': {'dims': 1, 'without_first': 1}}, 'always_keep': 1}
-    assert torch.equal(looked_up(settings, kept, mask=short)[1], short[both, kept[:, 1:] - 1])
-
-
 def test_members_of_tuples_and_dicts():
-    kept = torch.tensor([[0, 3, 9], [1, 2, 15]])
-    both = torch.arange(2)[:, None]
     image, text = torch.randn(2, N, 6), torch.randn(2, 5, 6)
-    for members, value in (([0], (image, text, None)), ([-1], None)):
-        settings = {'token_arguments': {'pair': {'dims': 1, 'members': members}}}
-        if value is None:
-            with pytest.raises(RoutingError, match=r"'pair': members \['-1'\] are not in a tuple"):
-                looked_up(settings, kept, pair=(image, text))
-            continue
-        seen = looked_up(settings, kept, pair=value)[0]
-        assert torch.equal(seen[0], image[both, kept]) and seen[1] is text and seen[2] is None
-    seen = looked_up({'token_arguments': ['pair']}, kept, pair=[image, None])[0]
-    assert type(seen) is list and torch.equal(seen[0], image[both, kept]) and seen[1] is None
+    seen = looked_up(arguments(pair={'dims': 1, 'members': [0]}), KEPT, pair=(image, text, None))
+    assert torch.equal(seen[0], image[BOTH, KEPT]) and seen[1] is text and seen[2] is None
+    seen = looked_up({'token_arguments': ['pair']}, KEPT, pair=[image, None])
+    assert type(seen) is list and torch.equal(seen[0], image[BOTH, KEPT]) and seen[1] is None
     tables = {'image': image, 'text': text}
-    seen = looked_up({'token_arguments': {'pair': {'dims': 1, 'members': ['image']}}}, kept, pair=tables)[0]
-    assert torch.equal(seen['image'], image[both, kept]) and seen['text'] is text
-    assert torch.equal(tables['image'], image)  # the model's own
-    with pytest.raises(RoutingError, match=r'got a tensor of shape \(2, 5, 6\) \(member 1; where not all follow, name'):
-        looked_up({'token_arguments': ['pair']}, kept, pair=(image, text))
-    with pytest.raises(RoutingError, match=r"'pair': a tensor of shape .* has no members"):
-        looked_up({'token_arguments': {'pair': {'dims': 1, 'members': [0]}}}, kept, pair=image)
-
-
-def test_tokens_at_both_ends_never_skip():
-    x_BND, model = torch.randn(50, N, 3), AddOne(6)
-    routing = apply_tread(model, Route(1, 4, 0.75), always_keep=[3, 2])
-    change = (model.train()(x_BND) - x_BND).round()[..., 0]
-    assert (change[:, :3] == 6).all() and (change[:, -2:] == 6).all()
-    assert (change[:, 3:-2] == 6).sum(dim=1).eq(11 - 8).all() and routing.always_keep == (3, 2)
-    counts = (change[:, 3:-2] == 6).sum(dim=0)
-    assert (counts > 0).all()  # each of the others stays sometimes
+    seen = looked_up(arguments(pair={'dims': 1, 'members': ['image']}), KEPT, pair=tables)
+    assert torch.equal(seen['image'], image[BOTH, KEPT]) and seen['text'] is text
+    assert tables['image'] is image  # the model's own
 
 
 class Growing(nn.Module):
@@ -163,27 +148,14 @@ def test_lists_with_settings_of_their_own_keep_the_same_tokens_on_one_route(arme
     change = (model(x, mask) - x).round()[0, :, 0]
     assert change.tolist() == [6.0 if index in kept[0] else 2.0 for index in range(N)]
     places = torch.cat([torch.arange(4), kept[0] + 4, torch.arange(2) + N + 4])
-    assert torch.equal(model.b[0].seen[1], mask[:, places])
+    assert torch.equal(model.b[0].seen, mask[:, places])
     assert asked == ([] if armed else [N, N])
-
-
-def test_a_table_without_samples_is_refused_where_routes_differ_between_them():
-    two = torch.tensor([[0, 3], [1, 2]])
-    with pytest.raises(ValueError, match=r"'pair' counts tokens in dimension 0.*shared=True"):
-        looked_up({'token_arguments': {'pair': 0}}, two)
-    with pytest.raises(RoutingError, match=r"'pair': .* has no dimension for the samples.*shared=True"):
-        looked_up({'token_arguments': {'pair': -2}}, two, pair=torch.randn(N, 6))
-    with pytest.raises(
-        RoutingError, match=r"'pair': .* has no dimension for the samples.*shared=True"
-    ):  # ids of one's own
-        looked_up({'token_arguments': {'pair': 0}, 'shared': True}, two, pair=torch.randn(N, 6))
-    with pytest.raises(RoutingError, match=r"Is it dimension \[0\].*\{'pair': \[0\]\}, shared=True"):
-        looked_up({'token_arguments': ['pair']}, two, pair=torch.randn(N, 6))
 
 
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
+        ({'token_arguments': {'pair': 0}}, r"'pair' counts tokens in dimension 0.*shared=True"),
         ({'token_arguments': 'pair'}, r"'pair' is one name; write a list, \['pair'\]"),
         ({'token_arguments': ['rope']}, "token_arguments: Block.forward has no argument 'rope'"),
         ({'token_arguments': {'pair': []}}, r"'pair': \[\] names no dimensions"),
@@ -225,28 +197,42 @@ def test_wrong_settings_are_refused_in_words(settings, message):
         apply_tread(Tables(), Route(1, 1, 0.5), **settings)
 
 
-@pytest.mark.parametrize(
-    ('settings', 'tables', 'message'),
-    [
-        (
-            {'mask': -1},
-            {'mask': torch.zeros(2, 1, 1, 5)},
-            r"'mask': expected .* 16 tokens in dimension -1, .*1, 1, 5\)",
-        ),
-        ({'mask': 3}, {'mask': torch.zeros(2, N)}, r"'mask': expected a tensor with 16 tokens in dimension 3"),
-        (['mask'], {'mask': torch.zeros(4, N)}, r"'mask': expected a tensor of 2 samples x 16 tokens"),
-        (['mask'], {'mask': 'all'}, "'mask': .* the block got a str"),
-        ({'pair': {'dims': 1, 'after': 3}}, {'pair': torch.zeros(2, N)}, '16 tokens after 3 others in dimension 1'),
-        (
-            {'pair': {'dims': 1, 'after': 'text'}},
-            {'pair': torch.zeros(2, N)},
-            "of 'text', which should be .* got nothing",
-        ),
-    ],
-)
+MISFITS = [
+    ({'mask': -1}, {'mask': torch.zeros(2, 1, 1, 5)}, r"'mask': expected .* 16 tokens in dimension -1, .*1, 1, 5\)"),
+    ({'mask': 3}, {'mask': torch.zeros(2, N)}, r"'mask': expected a tensor with 16 tokens in dimension 3"),
+    (['mask'], {'mask': torch.zeros(4, N)}, r"'mask': expected a tensor of 2 samples x 16 tokens"),
+    (['mask'], {'mask': 'all'}, "'mask': .* the block got a str"),
+    ({'pair': {'dims': 1, 'after': 3}}, {'pair': torch.zeros(2, N)}, '16 tokens after 3 others in dimension 1'),
+    (
+        {'pair': {'dims': 1, 'after': 'text'}}, {'pair': torch.zeros(2, N)},
+        "of 'text', which should be .* got nothing",
+    ),
+    (
+        {'pair': {'dims': 1, 'members': [-1]}}, {'pair': (torch.zeros(2, N), None)},
+        r"'pair': members \['-1'\] are not in a tuple",
+    ),
+    (
+        ['pair'], {'pair': (torch.zeros(2, N, 6), torch.zeros(2, 5, 6))},
+        r'got a tensor of shape \(2, 5, 6\) \(member 1; where not all follow, name',
+    ),
+    (
+        {'pair': {'dims': 1, 'members': [0]}}, {'pair': torch.zeros(2, N, 6)},
+        r"'pair': a tensor of shape .* has no members",
+    ),
+    ({'pair': -2}, {'pair': torch.randn(N, 6)}, r"'pair': .* has no dimension for the samples.*shared=True"),
+    (['pair'], {'pair': torch.randn(N, 6)}, r"Is it dimension \[0\].*\{'pair': \[0\]\}, shared=True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('settings', 'tables', 'message'), MISFITS)
 def test_tables_that_do_not_fit_are_refused_by_name(settings, tables, message):
     with pytest.raises(RoutingError, match=message):
         looked_up({'token_arguments': settings}, torch.tensor([[0, 3], [1, 2]]), **tables)
+
+
+def test_ids_of_ones_own_must_be_shared_where_a_table_has_no_samples():
+    with pytest.raises(RoutingError, match=r"'pair': .* has no dimension for the samples.*shared=True"):
+        looked_up({**arguments(pair=0), 'shared': True}, KEPT, pair=torch.randn(N, 6))
 
 
 class Declaring(Tables):
@@ -264,7 +250,7 @@ def test_what_the_model_declares_is_the_default_and_what_is_said_counts_more():
         routing = apply_tread(model, Route(1, 1, 0.5), ordered=True, **settings)
         routing.arm([kept], num_tokens=N)
         model['inner'](torch.randn(2, N, 4), mask=mask)
-        assert model['inner'].blocks[1].seen[1].shape[-1] == seen
+        assert model['inner'].blocks[1].seen.shape[-1] == seen
     foreign = Declaring()
     foreign.token_arguments = lambda text: text.split()  # something else of that name
     assert apply_tread(foreign, Route(1, 1, 0.5)).settings.lists[0].token_arguments == ()

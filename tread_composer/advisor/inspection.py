@@ -37,25 +37,15 @@ _FLAT = 0.99  # similarity above which a map says little
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at.
+    """What to look at."""
 
-    Attributes:
-        path: Run folder, checkpoint or exported file.
-        data: Another folder of latents; the run's own data if None.
-        times: Between 0 (data) and 1 (noise).
-        samples: Number of samples.
-        weights: ``'ema'`` or ``'raw'``.
-        batch_size: Samples in one network call; changes memory and nothing else.
-        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-    """
-
-    path: str
-    data: str | None = None
-    times: tuple[float, ...] = (0.2, 0.5, 0.8)
+    path: str  # run folder, checkpoint or exported file
+    data: str | None = None  # another folder of latents; the run's own data if None
+    times: tuple[float, ...] = (0.2, 0.5, 0.8)  # between 0 (data) and 1 (noise)
     samples: int = 64
-    weights: str = 'ema'
-    batch_size: int = 16
-    device: str | None = None
+    weights: str = 'ema'  # or 'raw'
+    batch_size: int = 16  # samples in one network call; changes memory and nothing else
+    device: str | None = None  # 'cuda', 'cpu' or None for a GPU if there is one
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from tread_composer.routing import Route, find_blocks, routing_of
 
 __all__ = ['Placement', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route']
 
-Rule = Literal['authors', 'scaled', 'none']
-
 _FEWEST_FOR_AUTHORS = 8  # below, their rule leaves two blocks or fewer to the route
 _RATE = 0.5
 _BEFORE, _AFTER = 1 / 6, 1 / 4  # shares of the blocks that the authors' rule keeps dense in 12 blocks: 2 and 3
@@ -22,28 +20,19 @@ _WIDTH = 110  # characters of a line
 
 @dataclass(frozen=True)
 class Placement:
-    """A route by rule.
+    """A route by rule."""
 
-    Attributes:
-        route: None where there are too few blocks for one.
-        rule: ``'authors'`` (TREAD's), ``'scaled'`` (ours) or ``'none'``.
-        reasons: Why, a sentence each.
-    """
-
-    route: Route | None
-    rule: Rule
-    reasons: tuple[str, ...]
+    route: Route | None  # None where there are too few blocks for one
+    rule: Literal['authors', 'scaled', 'none']  # TREAD's, ours
+    reasons: tuple[str, ...]  # a sentence each
 
 
 @dataclass(frozen=True)
 class RouteAdvice(Placement):
-    """A proposed route for a model.
+    """A proposed route for a model, with the path of its block list.
 
-    Attributes:
-        blocks: Path of the block list within the model.
-        depth: Number of blocks.
-        arguments: Keyword arguments for ``Tread`` that follow from the list and from what its owner declares; what the
-            blocks' arguments mean, ``routing.find_settings`` measures.
+    ``arguments`` are those for ``Tread`` that follow from the list and from what its owner declares; what the blocks' own
+    arguments mean, ``routing.find_settings`` measures.
     """
 
     blocks: str

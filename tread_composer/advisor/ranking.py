@@ -17,42 +17,25 @@ SCORE_RULE = 'score = similarity of the tokens where the route starts and where 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A route that keeps to the guidelines.
-
-    Attributes:
-        start: First block.
-        end: Last block, inclusive.
-        similarity: Mean cosine of the same token at depth ``start`` and at depth ``end + 1``.
-        score: ``similarity`` times the share of the model's blocks that are on the route.
-    """
+    """A route that keeps to the guidelines, first and last block."""
 
     start: int
     end: int
-    similarity: float
-    score: float
+    similarity: float  # mean cosine of the same token at depth `start` and at depth `end + 1`
+    score: float  # similarity times the share of the model's blocks that are on the route
 
 
 @dataclass(frozen=True)
 class RouteReading:
-    """What a map says about one route.
-
-    Attributes:
-        start: First block.
-        end: Last block, inclusive.
-        ends: Mean cosine of the same token at depth ``start`` (the output of the block before the route, or the
-            embedding) and at depth ``end + 1`` (where skipped tokens return).
-        outputs_mean: Mean over the route's blocks of the cosine between depth ``start`` and the block's output. The
-            paper's observation: with a route these become alike.
-        outputs_lowest: The lowest of these.
-        all_pairs: Mean over all pairs of different depths of the model, to hold the others against.
-    """
+    """What a map says about one route, in mean cosines of the same token at two depths."""
 
     start: int
     end: int
-    ends: float
+    ends: float  # depth `start`, where tokens leave, and depth `end + 1`, where they return
+    # Depth `start` and the output of each block of the route. The paper's observation: with a route these become alike.
     outputs_mean: float
     outputs_lowest: float
-    all_pairs: float
+    all_pairs: float  # of different depths of the model, to hold the others against
 
 
 def rank_routes(similarity: Tensor) -> list[Candidate]:

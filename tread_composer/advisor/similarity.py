@@ -21,17 +21,10 @@ __all__ = ['TokenSimilarity', 'token_similarity']
 
 @dataclass(frozen=True)
 class TokenSimilarity:
-    """Cosine similarity of the same token at two depths.
+    """Cosine similarity of the same token at two depths, float64 ``[L + 1, L + 1]`` on the CPU."""
 
-    Attributes:
-        mean: Over tokens and samples, float64 ``[L + 1, L + 1]`` on the CPU.
-        std: Over samples, of each sample's mean over its tokens; 0 for one sample.
-        num_samples: How many samples.
-        num_tokens: N.
-    """
-
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # over tokens and samples
+    std: Tensor  # over samples, of each sample's mean over its tokens; 0 for one sample
     num_samples: int
     num_tokens: int
 
@@ -65,7 +58,10 @@ def token_similarity(
         ValueError: The list is not found, a call does not run each block once and in order, the tokens are not where
             they should be, change their shape on the way, or are not finite; or there was no call.
     """
-    block_list = _block_list(model, blocks)
+    _, container = find_blocks(model, blocks)
+    if not len(container):
+        raise ValueError(f'blocks: {blocks!r} is empty; name a list that has blocks')
+    block_list = [container[index] for index in range(len(container))]  # not by iterating: that may yield a route
     total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
     count, num_tokens = 0, 0
     with evaluating(model), _recording(block_list, tokens, tokens_out) as depths:
@@ -89,20 +85,6 @@ def _cosines(tokens_LND: Tensor) -> Tensor:
     """Of one sample, float64: sums do not depend on how samples were put into batches."""
     units = functional.normalize(tokens_LND.flatten(2).double(), dim=2).flatten(1)
     return (units @ units.T / tokens_LND.shape[1]).cpu()
-
-
-def _block_list(model: nn.Module, path: str | None) -> list[nn.Module]:
-    if path is None:
-        block_list: nn.Module = find_blocks(model)[1]
-    else:
-        try:
-            block_list = model.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
-    # A subclass will do, such as that of MaskDiT: nothing here iterates over it.
-    if not isinstance(block_list, nn.ModuleList | nn.Sequential) or not len(block_list):
-        raise ValueError(f'blocks: {path!r} is a {type(block_list).__name__}; a list of blocks is needed')
-    return [block_list[index] for index in range(len(block_list))]
 
 
 def _check(depths: list[Tensor], num_blocks: int) -> None:

@@ -84,7 +84,7 @@ class TokenArgument:
             if self.members is not None:
                 raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
             return take(value)
-        members = dict(value) if type(value) is dict else dict(enumerate(value))
+        members: dict[Any, Any] = dict(value) if type(value) is dict else dict(enumerate(value))
         follow = members.keys() if self.members is None else self.members
         missing = [str(key) for key in follow if key not in members]
         if missing:

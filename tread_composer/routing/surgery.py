@@ -107,13 +107,9 @@ def apply_tread(
         tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
         tokens_out: Position of the tokens where a block returns a tuple, counted from 0.
         token_arguments: Further block arguments that belong to their tokens (rotary tables, masks): they are reduced
-            to the kept tokens on the route. A list of names, for ``[B, N, ...]``, or a mapping from names to the
-            dimensions that count tokens: ``{'mask': [-2, -1]}``. Without a dimension for the samples (dimension 0
-            counts tokens) only with ``shared``. ``{'rope': {'dims': 0, 'after': 'text'}}`` says that the table begins
-            with the entries of other tokens, which stay: one for each token of the argument ``text`` (a number is
-            fine too), ``before`` that it ends with them, ``without_first: 1`` that the class token has no entry.
-            The members of a tuple or dict are reduced one by one, or those that ``members`` names. If None, what the
-            module around the list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
+            to the kept tokens on the route (forms: ``routing.TokenArguments``). Those without a dimension for the
+            samples only with ``shared``. If None, what the module around the list declares in an attribute
+            ``token_arguments``, as our backbones do; else nothing.
         always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of trailing
             ones. ``selection_rate`` is a share of the rest: ``always_keep + rest - int(rest * selection_rate)`` of
             ``N = always_keep + rest`` are kept.
@@ -189,8 +185,8 @@ def tap_blocks(
     """Hand out what blocks returned in a forward pass, for losses on features: alignment, auxiliary heads.
 
     On any model that walks over its list of blocks, routed or not, before or after ``apply_tread``; several taps stand
-    beside each other. Exact under activation checkpointing around the blocks or the whole list, compilation of the
-    model or of its blocks, and several forward passes before one backward pass: read after each of them.
+    beside each other. Exact whatever recomputes or compiles, and with several forward passes before one backward pass:
+    read after each of them, tokens ``[B, K, D]`` with their kept ids ``[B, K]``, None where these are all.
 
     Args:
         model: Any module with a list of blocks that it iterates over.
@@ -201,17 +197,15 @@ def tap_blocks(
         tokens_out: Position of the tokens where a block returns a tuple; that of the route if None.
         evaluation: Also in evaluation mode: for heads that sampling uses, or a teacher.
 
-    Returns:
-        ``Taps``: ``read()`` gives tokens ``[B, K, D]`` with their kept ids ``[B, K]``, None where these are all.
-
     Raises:
         ValueError: The list is not found, or there is no such block.
     """
-    routed = {name: part for name, part in _routed(model).items() if not part.is_slice}
+    lists: dict[str, Any]
     if blocks is not None or routing_of(model) is None:
-        lists = _lists(model, blocks)
+        lists = dict(_lists(model, blocks))
     else:  # in the order in which the route goes through them
-        lists = dict(sorted(routed.items(), key=lambda item: item[1].list_number))
+        routed = [(name, part) for name, part in _routed(model).items() if not part.is_slice]
+        lists = dict(sorted(routed, key=lambda item: item[1].list_number))
     _refuse_copies(model, lists)
     _check_position(tokens_out)
     numbers = [at] if isinstance(at, int) else list(at)

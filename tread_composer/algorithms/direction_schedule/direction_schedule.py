@@ -1,8 +1,6 @@
 """``DirectionSchedule``: turns the velocity-direction loss of ``FlowMatching`` on and off in the course of a run.
 
-An algorithm of its own, not two more settings of the objective: the objective is a pure function that knows nothing of
-a run, this has the words of ``Tread`` (``start_time``, ``end_time``), and a YAML file and a Trainer written by hand say
-the same thing. A run without a window needs neither.
+Not two more settings of the objective, which is a pure function that knows nothing of a run.
 """
 
 from collections.abc import Iterator

@@ -33,7 +33,7 @@ class EMA(AlgorithmBase):
     Under FSDP a rank keeps the average of its own shard alone. Saving gathers one parameter after the other into the
     main memory of the first rank, and loading reads the full average into that of every rank until training starts.
     A checkpoint therefore resumes on another number of ranks and under another strategy, as far as Composer can load
-    the weights themselves: between full checkpoints, or between sharded ones.
+    the weights themselves.
 
     Args:
         decay: Share of the old average that stays at an update; DiT, SiT and TREAD use 0.9999 (half-life of 6931

@@ -1,13 +1,11 @@
 """MaskDiT's network: a DiT whose blocks see the kept tokens only, and a decoder that sees the whole grid.
 
-Two parts of the DiT are exchanged, in place, and its ``forward`` stays as it is. The *list* of blocks gets a class
-whose iterator, while training with kept tokens armed, takes them out of the sequence before the first block (positions
-were added by then). The *head* ``final_layer`` is replaced by the decoder, which puts the tokens back on the grid.
+The DiT's ``forward`` stays as it is. Its first *block* gets a hook that takes the kept tokens out of the sequence
+(positions were added by then); its *head* ``final_layer`` is replaced by the decoder, which puts them back on the grid.
 
 Shapes: B samples, N tokens, K kept tokens, D width of the encoder, E width of the decoder, O values of a patch.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import sincos_positions
 from tread_composer.routing.tokens import put_back, take_kept
 
-__all__ = ['Decoder', 'MaskedModuleList', 'Masking', 'attach_decoder', 'num_kept']
+__all__ = ['Decoder', 'Masking', 'attach_decoder', 'num_kept']
 
 _MLP_RATIO = 4.0
 
@@ -45,29 +43,16 @@ class Masking:
         self.kept = None
 
 
-class MaskedModuleList(nn.ModuleList):
-    """An ``nn.ModuleList`` whose first block, while training with kept tokens armed, sees those tokens only."""
+class _TakeKept:
+    """Forward pre-hook of the encoder's first block: while training with kept tokens armed, it sees those only."""
 
-    masking: Masking | None = None  # a slice of the list is a plain list: it masks nothing
+    def __init__(self, masking: Masking) -> None:
+        self.masking = masking  # an attribute, no closure: a copy of the model copies it with the decoder's
 
-    def __iter__(self) -> Iterator[Any]:
-        blocks: list[Any] = list(self._modules.values())
-        if self.masking is None or not self.training or self.masking.kept is None:
-            return iter(blocks)
-        return iter([_OnKept(blocks[0], self.masking.kept), *blocks[1:]])
-
-
-class _OnKept:
-    """The first block, as the iteration yields it. Whatever is not a call is the block's own."""
-
-    def __init__(self, block: Callable[..., Tensor], kept_BK: Tensor) -> None:
-        self.block, self.kept = block, kept_BK
-
-    def __call__(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.block(take_kept(x_BND, self.kept), *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not block.training or self.masking.kept is None:
+            return None
+        return (take_kept(args[0], self.masking.kept), *args[1:])  # [B, N, D] -> [B, K, D]
 
 
 class DecoderBlock(DiTBlock):
@@ -181,7 +166,7 @@ def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: in
         if head.settings != settings:
             raise ValueError(f'the model has a decoder already, of other sizes: {head.settings} there, {settings} now')
         return head.masking
-    if type(denoiser.blocks) is not nn.ModuleList:
+    if type(denoiser.blocks) is not nn.ModuleList:  # routed, say
         raise ValueError(f'its block list is a {type(denoiser.blocks).__name__} already; give a fresh model')
     masking, like = Masking(), denoiser.pos_embed
     with torch.device('meta'):  # shapes alone: torch's own start would draw from the global generator
@@ -196,8 +181,7 @@ def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: in
     if like.device.type != 'meta':
         decoder.initialise(seed)
     denoiser.final_layer = decoder.train(denoiser.training)  # type: ignore[assignment]
-    denoiser.blocks.__class__ = MaskedModuleList
-    denoiser.blocks.masking = masking  # type: ignore[assignment]
+    denoiser.blocks[0].register_forward_pre_hook(_TakeKept(masking))
     return masking
 
 

@@ -40,20 +40,14 @@ class MaskDiT(AlgorithmBase):
     ``EDM``: the reconstruction compares EDM's *denoised latents* with the noisy ones, and is not defined for a network
     that predicts a velocity.
 
-    Runs on ``Event.INIT``: DiT's head ``final_layer`` is replaced by the decoder (``final_layer.bridge``, ``.blocks``,
-    ``.head``, ``.mask_token``, ``.positions``), the keys of all other weights stay, the objective becomes its masked
-    form, and the optimizer gets the decoder's parameters in place of the head's. On ``Event.BATCH_START`` it draws the
-    kept tokens of the whole device batch, keyed by (seed, batch, sample), as one more entry of the batch: they are the
-    same after a resume, an out-of-memory retry or with another microbatch size. Evaluation and sampling mask nothing
-    and run encoder and decoder on all tokens.
+    On ``Event.INIT`` DiT's head ``final_layer`` is replaced by the decoder, the keys of all other weights stay, the
+    objective becomes its masked form, and the optimizer gets the decoder's parameters in place of the head's. On
+    ``Event.BATCH_START`` the kept tokens of the whole device batch are drawn, keyed by (seed, batch, sample).
+    Evaluation and sampling mask nothing and run encoder and decoder on all tokens. What differs from the authors' code
+    is in the method card (README.md).
 
     Logs ``maskdit/mask_ratio`` and ``maskdit/kept_tokens``; the loss's terms as ``loss/train/dsm`` and
     ``loss/train/mae``.
-
-    The published model has a bias-free linear label embedding on one-hot classes, and a null class that is always the
-    zero vector. That is our label table with the transposed matrix as its rows and a last row of zeros; ours trains
-    that last row. Its code also drops the labels of a whole batch at once and leaves that batch unmasked; here labels
-    are dropped sample by sample (``label_dropout``) and all samples are masked.
 
     Args:
         mask_ratio: Share of the tokens that the encoder does not see, in [0, 1). ``int(N * (1 - mask_ratio))`` are

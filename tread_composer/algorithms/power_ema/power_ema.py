@@ -1,8 +1,6 @@
 """``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen after training.
 
-How long the weights should be averaged is known only once images have been drawn, and a run keeps one length. Two
-power-function averages, written down now and then, are enough to put any length together afterwards
-(``tread_composer.algorithms.power_ema.posthoc``).
+Two power-function averages, written down now and then, are enough to put any length together afterwards (``posthoc``).
 """
 
 import logging

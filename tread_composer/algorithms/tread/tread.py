@@ -1,24 +1,33 @@
 """``Tread``: draws a fresh route for every batch and hands it to the model's block list."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.schedule import Window
-from tread_composer.algorithms.tread.facts import RouteFacts
 from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.routing import Route, Routing, RoutingError, TokenArguments, apply_tread, keep_lowest
+from tread_composer.routing import (
+    Route,
+    Routing,
+    RoutingError,
+    TokenArguments,
+    apply_tread,
+    check_routes,
+    find_blocks,
+    keep_lowest,
+)
 from tread_composer.routing.arguments import tensors_in
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
@@ -32,17 +41,15 @@ _OF_ROUTING = (
 )  # fmt: skip
 
 
-class Tread(RouteFacts, AlgorithmBase):
+class Tread(AlgorithmBase):
     """Train with a random share of the tokens skipping most of the blocks (TREAD, arXiv 2501.04765).
 
-    Runs on ``Event.INIT``: routes the model's block list (see ``tread_composer.routing.apply_tread``); parameters and
-    state-dict keys do not change, evaluation is dense. On ``Event.BATCH_START`` it draws the kept tokens of the whole
-    device batch, another set for each sample, keyed by (seed, batch, sample): they are the same after a resume, an
-    out-of-memory retry or with another microbatch size, and the global generators are left alone. In a batch that is
-    a ``dict`` the ids travel as one more entry, removed before the model sees it; beside any other batch they are
-    kept here and cut in the order of the microbatches. A sample is known by its entry ``sample_ids`` if the batch has
-    one, else by its place in the global batch. With ``shared`` one draw serves all samples of all ranks, so that the
-    result depends neither on the microbatch size nor on the number of ranks either.
+    On ``Event.INIT`` the model's block list is routed (see ``tread_composer.routing.apply_tread``); parameters and
+    state-dict keys do not change, evaluation is dense. On ``Event.BATCH_START`` the kept tokens of the whole device
+    batch are drawn, another set for each sample, keyed by (seed, batch, sample): they are the same after a resume, an
+    out-of-memory retry or with another microbatch size, and the global generators are left alone. A sample is known by
+    its entry ``sample_ids`` if the batch has one, else by its place in the global batch. With ``shared`` one draw
+    serves all samples of all ranks.
 
     Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
     ``tread/route_<k>/...`` for each.
@@ -153,6 +160,68 @@ class Tread(RouteFacts, AlgorithmBase):
             **{name: value for name, value in later.items() if value},
         }
 
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against it in a run with this ``Config``: pairs of a setting ('' for all of it) and a text."""
+        depth = config.depth()
+        try:
+            if depth is not None:
+                check_routes(self.routes, depth)
+        except ValueError as error:
+            yield '', f'{error}; change the route or model.depth'
+            return
+        written, needed = self.token_arguments, config.token_arguments()
+        # Without the setting, the network itself says which arguments follow the tokens.
+        missing = [] if written is None else [name for name in needed if name not in written]
+        if written is not None and missing:
+            yield (
+                'token_arguments',
+                f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with '
+                'a row for each token that says where it is in the image; the rows must follow the tokens that a route '
+                'keeps. Leave token_arguments out, or write token_arguments: '
+                f'[{", ".join(dict.fromkeys([*written, *needed]))}]',
+            )
+
+    def cost_window(self) -> tuple[str | None, str | None]:
+        """Time strings from and until which tokens are saved; None: from the beginning, to the end."""
+        return self.start_time, self.end_time
+
+    def tokens_per_block(self, depth: int, num_tokens: int) -> list[int]:
+        """How many tokens each block sees while routing is on."""
+        counts = [num_tokens] * depth
+        for route in self.routes:
+            start, end = route.span(depth)
+            counts[start : end + 1] = [route.num_kept(num_tokens, self.always_keep)] * (end - start + 1)
+        return counts
+
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one."""
+        window = {'start_time': self.start_time, 'end_time': self.end_time}
+        schedule = ''.join(f', {name} {time}' for name, time in window.items() if time)
+        return {'route': '; '.join(plan['routes']) + schedule}
+
+    @contextlib.contextmanager
+    def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
+        """Route the training forwards of a network on the meta device, so that their cost can be counted.
+
+        Raises:
+            UserError: The network has no blocks of that name.
+        """
+        model = nn.Module()  # blocks are named as in the model around the network
+        model.denoiser = denoiser
+        for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
+            try:
+                find_blocks(model, path)
+            except ValueError as error:
+                raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
+        routing = apply_tread(denoiser, self.routes, always_keep=self.always_keep)
+        counts = [route.num_kept(denoiser.num_tokens, self.always_keep) for route in self.routes]
+        kept = [torch.empty(batch_size, count, dtype=torch.int64, device='meta') for count in counts]
+        routing.arm(kept, num_tokens=denoiser.num_tokens)
+        try:
+            yield
+        finally:
+            routing.disarm()
+
     def _on_init(self, state: State, logger: Logger) -> None:
         super()._on_init(state, logger)
         try:
@@ -181,6 +250,7 @@ class Tread(RouteFacts, AlgorithmBase):
         if self._known_tokens is not None:
             ids = [self._draw(self._rows, k, batch_size, self._known_tokens) for k in range(len(self.routes))]
             ids_BK = torch.cat(ids, dim=1).expand(batch_size, -1)  # K summed over the routes
+            # In a dict the ids travel as one more entry; beside any other batch they are cut here, by microbatches.
             if type(state.batch) is dict:
                 state.batch[KEPT_TOKENS] = ids_BK
             else:
