@@ -31,8 +31,8 @@ class Placement:
 class RouteAdvice(Placement):
     """A proposed route for a model, with the path of its block list.
 
-    ``arguments`` are those for ``Tread`` that follow from the list and from what its owner declares; what the blocks' own
-    arguments mean, ``routing.find_settings`` measures.
+    ``arguments`` are those for ``Tread`` that follow from the list and from what its owner declares; what the blocks'
+    own arguments mean, ``routing.find_settings`` measures.
     """
 
     blocks: str

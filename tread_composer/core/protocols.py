@@ -43,6 +43,7 @@ class Denoiser(Protocol):
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, /) -> Tensor:
         """Predict; same shape as ``x_BCHW``, or twice its channels with ``learn_sigma``."""
+        ...
 
 
 class Backbone(Denoiser, Protocol):
@@ -61,6 +62,7 @@ class Backbone(Denoiser, Protocol):
 
     def __init__(self, *, latent_size: int, in_channels: int, num_classes: int) -> None:
         """Beside these three, which the data decide, arguments of its own; label ``num_classes`` is the null label."""
+        ...
 
 
 class TimeDistribution(Protocol):
@@ -68,9 +70,11 @@ class TimeDistribution(Protocol):
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` in (0, 1) of the training times lies."""
+        ...
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at ``t``."""
+        ...
 
 
 class Weighting(Protocol):
@@ -78,6 +82,7 @@ class Weighting(Protocol):
 
     def __call__(self, snr_B: Tensor, prediction: Any, /) -> Tensor:
         """``[B]``; ``prediction`` is ``'x0'``, ``'eps'``, ``'v'`` or ``'flow'`` (``objectives.weighting``)."""
+        ...
 
 
 class Objective(Protocol):
@@ -92,29 +97,37 @@ class Objective(Protocol):
     @property
     def prediction(self) -> str:
         """What the network puts out, in words: for whoever reads an exported file."""
+        ...
 
     @property
     def time_convention(self) -> str:
         """Which end of the time is data, and what the network is given as its time, in words."""
+        ...
 
     @property
     def learned_variance(self) -> bool:
         """Whether the network needs twice the channels of the latents: the second half for a variance."""
+        ...
 
     def time_grid(self) -> Mapping[str, Any]:
         """The settings that decide, besides the number of steps, at which times it is sampled: part of a protocol."""
+        ...
 
     def target(self) -> Mapping[str, Any]:
         """The settings that decide what the network predicts: two networks that share them may guide each other."""
+        ...
 
     def check_latents(self, latent_shape: Sequence[int]) -> None:
         """Raise ``ValueError`` for latents (C, H, W) that it cannot work with."""
+        ...
 
     def noised(self, latents_BCHW: Tensor, noise_BCHW: Tensor, time: float) -> tuple[Tensor, float]:
         """The point of the sampling equation at ``time`` in (0, 1), 0 being data: x and the equation's own time."""
+        ...
 
     def noise_level(self, time: float) -> float:
         """Standard deviation of the noise over the factor of the data, at ``time`` in (0, 1)."""
+        ...
 
     def __call__(
         self, denoiser: Denoiser, latents_BCHW: Tensor, labels_B: Tensor, noise_BCHW: Tensor, quantiles_B: Tensor, /
@@ -126,15 +139,19 @@ class Objective(Protocol):
 
         ``quantiles_B`` in (0, 1) is uniform noise for the time draw: the objective owns the distribution.
         """
+        ...
 
     def drift(self, denoiser: Denoiser, labels_B: Tensor) -> Drift:
         """The right-hand side of the sampling equation for these labels."""
+        ...
 
     def sampling_times(self, num_steps: int) -> Tensor:
         """``num_steps + 1`` descending times, float64, from pure noise to 0."""
+        ...
 
     def prior(self, noise_BCHW: Tensor) -> Tensor:
         """The start of sampling made from standard normal noise, float64."""
+        ...
 
 
 class ReverseChain(Objective, Protocol):
@@ -145,6 +162,7 @@ class ReverseChain(Objective, Protocol):
 
     def transition(self, denoiser: Denoiser, labels_B: Tensor) -> Transition:
         """The chain's step for these labels; to time 0 its standard deviation is 0."""
+        ...
 
 
 class AlgorithmFacts(Protocol):
@@ -158,21 +176,27 @@ class AlgorithmFacts(Protocol):
 
     def problems(self, config: Any) -> Iterable[tuple[str, str]]:
         """What speaks against it in a run: pairs of one of its settings (``''`` for the algorithm) and a text."""
+        ...
 
     def cost_window(self) -> tuple[str | None, str | None]:
         """Composer time strings from and until which it saves work; None for the begin and the end of the run."""
+        ...
 
     def rehearse(self, denoiser: nn.Module, batch_size: int) -> AbstractContextManager[None]:
         """A context in which a training forward on the meta device costs what it costs while the algorithm is on."""
+        ...
 
     def tokens_per_block(self, depth: int, num_tokens: int) -> Sequence[int]:
         """The tokens that each block then sees; an algorithm that leaves all of them in place needs no such method."""
+        ...
 
     def plan_rows(self, plan: Mapping[str, Any]) -> Mapping[str, str]:
         """Rows of ``plan``: a word or two, and the text beside it."""
+        ...
 
     def files_written(self, plan: Mapping[str, Any]) -> Mapping[str, float] | None:
         """``count`` and ``gib_each`` of the files that it leaves beside the checkpoints; None if not known."""
+        ...
 
 
 class Autoencoder(Protocol):
@@ -181,6 +205,8 @@ class Autoencoder(Protocol):
     @property
     def id(self) -> str | None:
         """What the manifest of its data calls it."""
+        ...
 
     def decode(self, raw_latents_BCHW: Tensor) -> Tensor:
         """``[B, C, H, W]`` raw latents to pixels ``[B, 1 or 3, H', W']`` in about [-1, 1]."""
+        ...
