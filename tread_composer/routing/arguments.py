@@ -47,7 +47,7 @@ class Argument(NamedTuple):
 
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Call:
         """The same call with another value for this argument, which it must have."""
-        if self.name in kwargs:
+        if self.name in kwargs:  # new containers: the call's own belong to the model
             return args, {**kwargs, self.name: value}
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
 
@@ -117,10 +117,10 @@ class TokenArgument:
             raise self._mismatch(value, shape, around, note)
         # take_along counts dimensions from the front.
         dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
-        length = shape[1] + sum(around) - self.without_first
+        length = shape[1] + sum(around) - self.without_first  # entries: N tokens and what stands beside them
         if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
             raise self._mismatch(value, shape, around, note)
-        if 0 in dims and kept.shape[0] != 1:
+        if 0 in dims and kept.shape[0] != 1:  # [N, ...] and another route for each sample
             raise RoutingError(
                 f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
                 'follow another route for each of them; give them one: shared=True'
@@ -161,7 +161,7 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     """
     if isinstance(settings, str):
         raise ValueError(f'token_arguments: {settings!r} is one name; write a list, [{settings!r}]')
-    mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)
+    mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)  # names alone: [B, N, ...]
     parsed = tuple(_parsed(name, written, block) for name, written in mapping.items())
     for argument in parsed:
         if 0 in argument.dims and not shared:
@@ -227,6 +227,7 @@ def find_argument(block: nn.Module, name: str | None, setting: str) -> Argument:
 
 def bare(block: nn.Module) -> nn.Module:
     """The block inside of torch's wrappers: they take ``*args`` and so hide the names of its arguments."""
+    # Of activation checkpointing, torch.compile and FSDP1; FSDP2 wraps nothing.
     for wrapper in ('_checkpoint_wrapped_module', '_orig_mod', '_fsdp_wrapped_module'):
         block = getattr(block, wrapper, block)
     return block

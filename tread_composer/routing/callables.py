@@ -74,7 +74,7 @@ class _StandIn:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._STATE:
             object.__setattr__(self, name, value)
-        else:
+        else:  # what a model writes on its blocks in the loop belongs to them
             setattr(self.block, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,14 +91,14 @@ class _StandIn:
         starts = self.index == route.start
         if starts:  # again in a recomputation: the pass remembers its ids
             route.enter(args, kwargs)
-        reduced = route.reduced(args, kwargs, starts=starts)
+        reduced = route.reduced(args, kwargs, starts=starts)  # N -> K tokens, tables and masks alike
         if route.watched:
             out = self._watched(route, (args, kwargs), reduced)
         else:
             out = self.call(*reduced[0], **reduced[1])
         for slot in self.slots:
             slot.put(route.tokens_of(out), route.ids)  # [B, K, D]: what the block itself returned
-        return route.leave(out) if self.index == route.end else out
+        return route.leave(out) if self.index == route.end else out  # [B, N, D] behind the last block
 
     def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
         """The call, tried if the pass has a probe; where it fails, with a word on how routing may have caused it."""
@@ -113,7 +113,7 @@ class _StandIn:
             out = self.call(*reduced[0], **reduced[1])
         except _FAILURES as error:
             kept, total = route.counts
-            if kept == total or _speaks_for_itself(error):
+            if kept == total or _speaks_for_itself(error):  # with all tokens kept, it has nothing to do with the route
                 raise
             values = self._named(reduced)
             full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, total)]
@@ -135,7 +135,7 @@ class _StandIn:
         try:
             return self.call(*args, **kwargs)
         except _FAILURES as error:
-            counts = [route.counts for route in self.passed if route.kept is not None]
+            counts = [route.counts for route in self.passed if route.kept is not None]  # K and N
             short = {
                 f'{argument!r} ({kind(value)})': None
                 for kept, total in counts

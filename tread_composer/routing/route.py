@@ -28,7 +28,7 @@ class Route:
         ValueError: A value is of the wrong type or outside of its range.
     """
 
-    start: int = 2
+    start: int = 2  # the defaults are the paper's placement and rate, for every depth
     end: int = -4
     selection_rate: float = 0.5
 

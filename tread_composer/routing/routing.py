@@ -179,7 +179,7 @@ class Routing:
         passes: dict[int, Pass] = {}
         for stretch in self.stretches[number]:
             start, end = max(stretch.start, offset), min(stretch.end, offset + count - 1)
-            if start <= end:
+            if start <= end:  # it lies in what is walked
                 ids = functools.partial(self.kept_ids, stretch.route, number=number)
                 route = Pass(settings, stretch, (start, end), ids, training=training, probed=probed)
                 passes.update(dict.fromkeys(range(start, end + 1), route))

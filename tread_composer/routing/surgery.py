@@ -67,7 +67,7 @@ def routing_of(model: nn.Module) -> Routing | None:
         ValueError: Parts of the model were routed one by one: ask for each part.
     """
     routed = {name: part.routing for name, part in _routed(model).items() if part.routing is not None}
-    routings = {id(routing): routing for routing in routed.values()}
+    routings = {id(routing): routing for routing in routed.values()}  # several lists may share one
     if len(routings) > 1:
         raise ValueError(
             f'the model has {len(routings)} routings, of {", ".join(map(repr, routed))}: ask for the routing of one '
@@ -138,7 +138,7 @@ def apply_tread(
         exceptions = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
         if not isinstance(exceptions, Mapping) or set(exceptions) - set(_PER_LIST):
             raise ValueError(f'blocks: {path!r}: {exceptions!r}: expected settings of one list: {", ".join(_PER_LIST)}')
-        offset = sum(part.depth for part in per_list)
+        offset = sum(part.depth for part in per_list)  # of the list's first block, counted through all lists
         starts = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
         # The first block on a route stands for all; None if no route comes here.
         block = bare(container[starts[0]]) if starts else None
@@ -221,7 +221,7 @@ def tap_blocks(
         container, index = places[number]
         container.__class__ = ROUTED.get(type(container), type(container))
         position = tokens_out
-        if position is None and container.routing is not None:
+        if position is None and container.routing is not None:  # the route knows it
             position = container.routing.settings.lists[container.list_number].tokens_out
         slots[number] = Slot(index, position, evaluation=evaluation)
         container.slots = (*container.slots, slots[number])
@@ -303,5 +303,5 @@ def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
 
 def _is_stack(module: nn.Module) -> bool:
     children = list(module.children())
-    same_class = len({type(child) for child in children}) == 1
+    same_class = len({type(child) for child in children}) == 1  # an MLP as nn.Sequential is no stack of blocks
     return len(children) > 1 and same_class and any(True for _ in module.parameters())
