@@ -82,29 +82,30 @@ class OwnRotary(nn.Module):
         return functional.scaled_dot_product_attention(turned, turned, x)
 
 
+def routed(mixing, **settings):
+    """A stack whose inner blocks are routed, and its routing."""
+    model = Stack(mixing).train()
+    return model, apply_tread(model, Route(1, -2, 0.5), **settings)
+
+
 @pytest.mark.parametrize('mixing', [Convolution, Local, Scan, Causal, OwnRotary])
 def test_blocks_that_mix_by_position_are_refused_and_may_be_allowed_in_words(mixing):
-    model = Stack(mixing()).train()
-    apply_tread(model, Route(1, -2, 0.5))
+    model, _ = routed(mixing())
     with pytest.raises(RoutingError, match=r"block 1 of 'blocks' cannot be routed: the same tokens in another order"):
         model(tokens())
-    model = Stack(mixing()).train()
-    routing = apply_tread(model, Route(1, -2, 0.5), ordered=True)
+    model, routing = routed(mixing(), ordered=True)
     model(tokens())
     assert routing.used and routing.checked is None
 
 
 def test_each_block_of_a_route_is_tried_but_none_outside():
-    model = Stack(nn.Identity(), depth=5).train()
-    model.blocks[2].mixing = Convolution()
-    apply_tread(model, Route(1, 3, 0.5))
-    with pytest.raises(RoutingError, match="block 2 of 'blocks' cannot be routed"):
-        model(tokens())
-    model = Stack(nn.Identity(), depth=5).train()
-    model.blocks[0].mixing = model.blocks[4].mixing = Convolution()
-    routing = apply_tread(model, Route(1, 3, 0.5))
+    model, routing = routed(nn.Identity())
+    model.blocks[0].mixing = model.blocks[3].mixing = Convolution()
     model(tokens())
     assert routing.checked is True
+    model.blocks[2].mixing = Convolution()
+    with pytest.raises(RoutingError, match="block 2 of 'blocks' cannot be routed"):
+        model(tokens())
 
 
 def test_samples_behind_tokens_are_refused():
@@ -115,11 +116,10 @@ def test_samples_behind_tokens_are_refused():
 
 
 def test_a_gate_that_is_still_zero_is_looked_at_again():
-    model = Stack(Convolution()).train()
+    model, routing = routed(Convolution())
     for block in model.blocks:
         nn.init.zeros_(block.linear.weight)
         nn.init.zeros_(block.linear.bias)
-    routing = apply_tread(model, Route(1, -2, 0.5))
     model(tokens())
     assert routing.checked is False
     nn.init.normal_(model.blocks[2].linear.weight, std=1e-3)
@@ -184,11 +184,10 @@ def test_autocast_that_a_block_switches_on_itself_keeps_its_gradients():
         with torch.autocast('cpu', enabled=False):
             return block(x)
 
-    model = Stack(nn.Identity()).train()
+    model, routing = routed(nn.Identity())
     for block in model.blocks:
         block.mixing = Casting()
     model.wrap = wide
-    routing = apply_tread(model, Route(1, -2, 0.5))
     with torch.autocast('cpu', dtype=torch.bfloat16):
         model(tokens()).square().mean().backward()
         assert torch.is_autocast_cache_enabled()
@@ -205,8 +204,7 @@ def test_a_check_that_runs_out_of_memory_leaves_the_run_alone():
 
     outputs = []
     for ordered in (False, True):
-        model = Stack(Scarce()).train()
-        routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
+        model, routing = routed(Scarce(), ordered=ordered)
         routing.arm([torch.arange(0, N, 2).expand(3, -1)], num_tokens=N)
         outputs.append(model(tokens()))
         assert routing.checked is (None if ordered else False)
@@ -271,17 +269,15 @@ def test_running_out_of_memory_stays_what_it_is():
         def forward(self, x):
             raise RuntimeError('CUDA out of memory. Tried to allocate')
 
-    model = Stack(Hungry()).train()
-    apply_tread(model, Route(0, -1, 0.5))
+    model, _ = routed(Hungry())
     with pytest.raises(RuntimeError, match=r'^CUDA out of memory') as caught:
         model(tokens())
     assert type(caught.value) is RuntimeError  # Composer looks for this to try a smaller microbatch
 
 
 def test_a_model_that_checkpoints_its_blocks_reentrantly_is_refused_before_its_backward_pass():
-    model = Stack(nn.Identity()).train()
+    model, _ = routed(nn.Identity())
     model.wrap = lambda block, x: checkpoint(block, x, use_reentrant=True)
-    apply_tread(model, Route(1, -2, 0.5))
     with pytest.raises(RoutingError, match=r'block 1 .* reentrant activation .* activation_checkpointing'):
         model(tokens().requires_grad_())
 
@@ -291,9 +287,8 @@ def test_frozen_blocks_without_gradients_are_no_checkpointing():
         with torch.no_grad():
             return block(x)
 
-    model = Stack(nn.Identity()).train()
+    model, routing = routed(nn.Identity())
     model.wrap = frozen
-    routing = apply_tread(model, Route(1, -2, 0.5))
     model(tokens())
     assert routing.used
 
@@ -303,10 +298,9 @@ def test_a_block_compiled_in_place_gets_no_graph_for_the_check():
     for ordered in (False, True):
         torch._dynamo.reset()
         counter = CompileCounter()
-        model = Stack(nn.Identity()).train()
-        for block in model.blocks:
-            block.compile(backend=counter, fullgraph=True)
-        routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
+        model, routing = routed(nn.Identity(), ordered=ordered)
+        for index in range(4):
+            model.blocks[index].compile(backend=counter, fullgraph=True)
         for _ in range(2):
             model(tokens().requires_grad_())
         counts.append(counter.frame_count)
