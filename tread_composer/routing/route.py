@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tread_composer.routing.tokens import AlwaysKeep, count_kept
 
-__all__ = ['Route', 'check_routes']
+__all__ = ['Route', 'check_routes', 'parts_within']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +84,15 @@ def check_routes(routes: Sequence[Route], depth: int) -> list[tuple[int, int]]:
                 'before it has ended'
             )
     return spans
+
+
+def parts_within(spans: Sequence[tuple[int, int]], offset: int, depth: int) -> list[tuple[int, int, int]]:
+    """The parts of routes in a list of ``depth`` blocks behind ``offset`` others.
+
+    Number of the route, first and last block, both counted within the list.
+    """
+    return [
+        (route, max(start - offset, 0), min(end - offset, depth - 1))
+        for route, (start, end) in enumerate(spans)
+        if start < offset + depth and end >= offset
+    ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.routing.passes import Pass, Stretch
+from tread_composer.routing.route import parts_within
 from tread_composer.routing.settings import RoutingSettings
 from tread_composer.routing.tokens import sample_kept, with_ends
 
@@ -40,15 +41,8 @@ class Routing:
         depths = [part.depth for part in settings.lists]
         # Number of the first block of each list, counted through all of them.
         offsets = list(itertools.accumulate(depths[:-1], initial=0))
-        # List by list, the part of each route in it, counted within the list.
-        self.stretches = tuple(
-            tuple(
-                Stretch(route, max(start - offset, 0), min(end - offset, depth - 1))
-                for route, (start, end) in enumerate(settings.spans)
-                if start < offset + depth and end >= offset
-            )
-            for offset, depth in zip(offsets, depths, strict=True)
-        )
+        parts = [parts_within(settings.spans, *place) for place in zip(offsets, depths, strict=True)]
+        self.stretches = tuple(tuple(Stretch(*part) for part in within) for within in parts)  # list by list
         # The paper's code leaves autocast for the block behind a route, where both kinds of tokens meet again.
         ends = [end for _, end in settings.spans if settings.float32_after]
         self.float32_blocks = tuple(tuple(end + 1 - offset for end in ends) for offset in offsets)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tread_composer.routing.arguments import Argument, TokenArguments, bare, find_argument, parse_token_arguments
 from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
-from tread_composer.routing.route import Route, check_routes
+from tread_composer.routing.route import Route, check_routes, parts_within
 from tread_composer.routing.routing import Routing
 from tread_composer.routing.settings import ListSettings, RoutingSettings
 from tread_composer.routing.taps import Slot, Taps
@@ -133,28 +133,20 @@ def apply_tread(
     except ValueError as error:
         raise ValueError(f'{" + ".join(lists)}: {error}') from None
     common = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
-    per_list = []
+    per_list: list[ListSettings] = []
     for path, container in lists.items():
         exceptions = (blocks.get(path) or {}) if isinstance(blocks, Mapping) else {}
         if not isinstance(exceptions, Mapping) or set(exceptions) - set(_PER_LIST):
             raise ValueError(f'blocks: {path!r}: {exceptions!r}: expected settings of one list: {", ".join(_PER_LIST)}')
         offset = sum(part.depth for part in per_list)  # of the list's first block, counted through all lists
-        starts = [max(start - offset, 0) for start, end in spans if start < offset + len(container) and end >= offset]
+        parts = parts_within(spans, offset, len(container))
         # The first block on a route stands for all; None if no route comes here.
-        block = bare(container[starts[0]]) if starts else None
-        settings = {**common, **exceptions}
-        per_list.append(_list_settings(model, path, len(container), block, settings, shared=shared))
+        block = bare(container[parts[0][1]]) if parts else None
+        per_list.append(_list_settings(model, path, len(container), block, {**common, **exceptions}, shared=shared))
     settings = RoutingSettings(tuple(per_list), routes, tuple(spans), shared, ordered, float32_after)
     attached = routing_of(model)
     if attached is not None:
-        pairs = zip(attached.settings.words().items(), settings.words().values(), strict=True)
-        differences = [f'{name}: {old!r}, requested: {new!r}' for (name, old), new in pairs if old != new]
-        if differences:
-            names = ', '.join(name for name, part in _routed(model).items() if part.routing is attached)
-            raise ValueError(
-                f'{names} is routed already with other settings ({"; ".join(differences)}). Call '
-                'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
-            )
+        _refuse_differences(model, attached, settings)
         return attached
     _refuse_copies(model, lists)
     routing = Routing(settings)
@@ -237,6 +229,18 @@ def tap_blocks(
 def _routed(model: nn.Module) -> dict[str, RoutedList]:
     """Routed and tapped lists by their paths, kept slices among them."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedList)}
+
+
+def _refuse_differences(model: nn.Module, attached: Routing, settings: RoutingSettings) -> None:
+    """Refuse settings that are not those of the routing that the model already has."""
+    pairs = zip(attached.settings.words().items(), settings.words().values(), strict=True)
+    differences = [f'{name}: {old!r}, requested: {new!r}' for (name, old), new in pairs if old != new]
+    if differences:
+        names = ', '.join(name for name, part in _routed(model).items() if part.routing is attached)
+        raise ValueError(
+            f'{names} is routed already with other settings ({"; ".join(differences)}). Call '
+            'remove_tread(model) first, and route several lists of one model together: blocks=[...]'
+        )
 
 
 def _refuse_copies(model: nn.Module, lists: Mapping[str, Any]) -> None:
