@@ -1,5 +1,6 @@
 """How alike tokens are from block to block: figures by hand, any model with a list of blocks, and what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -44,11 +45,8 @@ class Times(nn.Module):
 
 
 def similarity_of(*blocks: nn.Module) -> Tensor:
-    return token_similarity(Stack(*blocks), [lambda: model_input(blocks)], blocks='blocks').mean
-
-
-def model_input(blocks: tuple[nn.Module, ...]) -> Tensor:
-    return Stack(*blocks)(torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)))
+    model, x = Stack(*blocks), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    return token_similarity(model, [lambda: model(x)], blocks='blocks').mean
 
 
 def test_it_is_the_mean_cosine_of_an_explicit_loop():
@@ -58,17 +56,11 @@ def test_it_is_the_mean_cosine_of_an_explicit_loop():
         for block in model.blocks:
             depths.append(block(depths[-1], model.t_embedder(t) + model.y_embedder(labels)))
     found = token_similarity(model, [lambda: model(x, t, labels)])
-    for i, one in enumerate(depths):
-        for j, other in enumerate(depths):
-            means = []
-            for sample in range(2):
-                cosines = []
-                for token in range(16):
-                    a, b = one[sample, token].double(), other[sample, token].double()
-                    cosines.append(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
-                means.append(sum(cosines) / 16)
-            assert float(found.mean[i, j]) == pytest.approx(sum(means) / 2, abs=1e-6)
-            assert float(found.std[i, j]) == pytest.approx(abs(means[0] - means[1]) / 2, abs=1e-6)
+    for (i, a), (j, b) in itertools.product(enumerate(depths), repeat=2):
+        a, b = a.double(), b.double()
+        means = ((a * b).sum(2) / (a.square().sum(2) * b.square().sum(2)).sqrt()).mean(1)  # of each sample
+        assert float(found.mean[i, j]) == pytest.approx(float(means.mean()), abs=1e-6)
+        assert float(found.std[i, j]) == pytest.approx(abs(float(means[0] - means[1])) / 2, abs=1e-6)
     assert found.mean[0, 3] < 0.999  # the blocks do something
     assert (found.num_samples, found.num_tokens) == (2, 16)
 

@@ -16,17 +16,19 @@ from tread_composer.objectives import EDM
 TOKENS = 16
 
 
-def prepared(**settings):
+def prepared(channels=1, **settings):
     """A model with a decoder, no weight of which is zero."""
-    model = edm_model()
+    sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 6, 'num_heads': 2}
+    network = DiT(latent_size=8, in_channels=channels, num_classes=10, **sizes)
+    model = LatentDiffusion(network, EDM(), latent_shape=(channels, 8, 8), num_classes=10)
     masking = MaskDiT(**SMALL, **settings).prepare(model)
     randomised(model, seed=5)
     return model.train(), masking
 
 
-def draws(count=3):
+def draws(count=3, channels=1):
     generator = torch.Generator().manual_seed(7)
-    x, noise = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
+    x, noise = (torch.randn(count, channels, 8, 8, generator=generator) for _ in range(2))
     kept = torch.stack([torch.randperm(TOKENS, generator=generator)[:6].sort().values for _ in range(count)])
     return x, torch.tensor([3, 10, 0])[:count], noise, torch.tensor([0.1, 0.5, 0.8])[:count], kept
 
@@ -53,14 +55,16 @@ def slow_network(net: DiT, x, t, label, kept):
     for index in range(len(decoder.blocks)):
         grid = decoder.blocks[index](grid, c)
     out = decoder.head(grid, c)[0]
-    image = torch.zeros(1, 8, 8)
+    channels = len(x)
+    image = torch.zeros(channels, 8, 8)
     for token in range(TOKENS):
-        for value in range(4):
-            image[0, token // 4 * 2 + value // 2, token % 4 * 2 + value % 2] = out[token, value]
+        for value in range(4 * channels):  # row, column, channel
+            row, column = token // 4 * 2 + value // channels // 2, token % 4 * 2 + value // channels % 2
+            image[value % channels, row, column] = out[token, value]
     return image
 
 
-def slow_loss(net: DiT, x, label, noise, quantile, kept, mae_weight=0.1):
+def slow_loss(net: DiT, x, label, noise, quantile, kept, mae_weight):
     """DSM and MAE of one sample from the formulas, value by value."""
     sigma = math.exp(-1.2 + 1.2 * NormalDist().inv_cdf(quantile))
     total = sigma**2 + 0.25
@@ -69,7 +73,8 @@ def slow_loss(net: DiT, x, label, noise, quantile, kept, mae_weight=0.1):
     out = slow_network(net, c_in * noisy, torch.tensor(c_noise), label, kept)
     dsm, mae = [], []
     for token in range(TOKENS):
-        pixels = [(0, token // 4 * 2 + i, token % 4 * 2 + j) for i in (0, 1) for j in (0, 1)]
+        corner = token // 4 * 2, token % 4 * 2
+        pixels = [(c, corner[0] + i, corner[1] + j) for c in range(len(x)) for i in (0, 1) for j in (0, 1)]
         predicted = [0.25 / total * float(noisy[p]) + sigma * 0.5 / math.sqrt(total) * float(out[p]) for p in pixels]
         if token in kept:
             errors = [(d - float(x[p])) ** 2 for d, p in zip(predicted, pixels, strict=True)]
@@ -81,39 +86,19 @@ def slow_loss(net: DiT, x, label, noise, quantile, kept, mae_weight=0.1):
     return mean(dsm) + mae_weight * mean(mae), mean(dsm), mean(mae)
 
 
-def test_loss_is_that_of_the_formulas():
-    model, masking = prepared()
-    x, labels, noise, quantiles, kept = draws()
+@pytest.mark.parametrize(('channels', 'mae_weight'), [(1, 0.1), (3, 2.0)])
+def test_loss_is_that_of_the_formulas(channels, mae_weight):
+    model, masking = prepared(channels, mae_weight=mae_weight)
+    x, labels, noise, quantiles, kept = draws(channels=channels)
     with torch.no_grad():
         losses = masked_losses(model, masking, kept, x, labels, noise, quantiles)
         slow = [
-            slow_loss(model.denoiser, x[i], labels[i], noise[i], float(quantiles[i]), kept[i].tolist())
+            slow_loss(model.denoiser, x[i], labels[i], noise[i], float(quantiles[i]), kept[i].tolist(), mae_weight)
             for i in range(3)
         ]  # fmt: skip
     for column, name in enumerate(('loss', 'dsm', 'mae')):
         assert losses[name].tolist() == pytest.approx([row[column] for row in slow], rel=1e-4)
     assert losses['mae'].min() > 0.1
-
-
-def test_patches_of_several_channels_and_their_weight():
-    net = DiT(latent_size=4, in_channels=3, num_classes=0, patch_size=2, hidden_size=8, depth=1, num_heads=2)
-    model = LatentDiffusion(net, EDM(), latent_shape=(3, 4, 4), num_classes=0).train()
-    masking = MaskDiT(mae_weight=2.0, **SMALL).prepare(model)
-    x, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
-    quantiles, kept = torch.tensor([0.5, 0.3]), torch.tensor([[0, 3], [1, 2]])
-    losses = masked_losses(model, masking, kept, x, torch.zeros(2), noise, quantiles)
-    for i in range(2):  # the head is still zero, so the denoised latents are c_skip times the noisy ones
-        sigma = math.exp(-1.2 + 1.2 * NormalDist().inv_cdf(float(quantiles[i])))
-        noisy = x[i] + sigma * noise[i]
-        denoised, dsm, mae = 0.25 / (sigma**2 + 0.25) * noisy, [], []
-        for token in range(4):
-            here = (slice(None), slice(token // 2 * 2, token // 2 * 2 + 2), slice(token % 2 * 2, token % 2 * 2 + 2))
-            if token in kept[i]:
-                dsm.append((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * float((denoised[here] - x[i][here]).pow(2).mean()))
-            else:
-                target = (noisy[here] - noisy[here].mean()) / (noisy[here].var() + 1e-6).sqrt()
-                mae.append(float((denoised[here] - target).pow(2).mean()))
-        assert float(losses['loss'][i]) == pytest.approx(mean(dsm) + 2.0 * mean(mae), rel=1e-5)
 
 
 def test_keeping_every_patch_is_edm_itself():

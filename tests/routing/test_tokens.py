@@ -15,15 +15,10 @@ def test_kept_counts_are_those_of_the_paper(num_tokens, rate, kept):
     assert sample_kept(3, num_tokens, rate).shape == (3, kept)
 
 
-def test_kept_ids_are_ascending_and_distinct_and_differ_between_samples():
-    kept_BK = sample_kept(64, 16, 0.5)
-    assert (kept_BK.diff(dim=1) > 0).all()
-    assert kept_BK.min() >= 0 and kept_BK.max() < 16
-    assert len({tuple(row) for row in kept_BK.tolist()}) > 32
-
-
-def test_every_token_is_kept_equally_often():
-    counts = torch.bincount(sample_kept(8000, 16, 0.75, generator=torch.Generator().manual_seed(0)).flatten())
+def test_every_token_is_kept_equally_often_and_samples_differ():
+    kept_BK = sample_kept(8000, 16, 0.75, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(kept_BK.flatten(), minlength=16)
+    assert len({tuple(row) for row in kept_BK.tolist()}) > 1000
     assert torch.allclose(counts / 8000, torch.full((16,), 0.25), atol=0.02)
 
 
@@ -69,12 +64,6 @@ def test_tokens_with_further_dimensions_and_with_none():
     assert torch.equal(take_kept(torch.arange(6).view(2, 3), kept_BK), torch.tensor([[0, 2], [4, 5]]))
 
 
-@pytest.mark.parametrize('num_kept', [0, 5])
-def test_an_impossible_count_is_refused(num_kept):
-    with pytest.raises(ValueError, match=f'cannot keep {num_kept} of 4'):
-        keep_lowest(torch.rand(2, 4), num_kept)
-
-
 @pytest.mark.parametrize(
     ('num_tokens', 'always_keep', 'rate', 'kept'),
     [(257, 1, 0.5, 129), (17, 1, 0.5, 9), (18, 3, 0.5, 11), (333, 77, 0.75, 141), (5, 5, 0.9, 5), (16, 0, 0.5, 8)],
@@ -88,8 +77,16 @@ def test_what_is_always_kept_comes_on_top_of_the_share_of_the_rest(num_tokens, a
         assert ids_BK[:, always_keep:].unique().tolist() == list(range(always_keep, num_tokens))
 
 
-def test_more_always_kept_tokens_than_there_are_is_refused():
+@pytest.mark.parametrize(
+    ('num_kept', 'always_keep', 'message'),
+    [
+        (0, 0, 'cannot keep 0 of 8 tokens; keep between 1 and all'),
+        (9, 0, 'cannot keep 9 of 8'),
+        (3, 4, 'cannot keep 3 of 8 tokens; keep between 4 and all'),
+    ],
+)
+def test_an_impossible_count_is_refused(num_kept, always_keep, message):
+    with pytest.raises(ValueError, match=message):
+        keep_lowest(torch.rand(2, 8), num_kept, always_keep=always_keep)
     with pytest.raises(ValueError, match='always_keep: 17 tokens cannot stay in a sequence of 16'):
         sample_kept(2, 16, 0.5, always_keep=17)
-    with pytest.raises(ValueError, match='cannot keep 3 of 8 tokens; keep between 4 and all'):
-        keep_lowest(torch.rand(2, 8), 3, always_keep=4)
