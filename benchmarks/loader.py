@@ -119,33 +119,8 @@ def contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Callabl
         'ours, no workers': train_loader(local, batch_size=batch, **mirror),
         'tars of .npy': DataLoader(Tars(folder / 'tars'), collate_fn=stack, drop_last=True, **options),
         **webdataset(folder / 'tars', arguments.mirrored, options),
-        'ours, in memory': train_loader(local, batch_size=batch, in_memory=True, **mirror),
     }
-    result: dict[str, Callable[[], Iterable]] = {
-        name: (lambda loader=loader: loader) for name, loader in loaders.items()
-    }
-    result['numpy loop'] = numpy_loop(local, batch, arguments.mirrored)
-    return result
-
-
-def numpy_loop(local: str, batch_size: int, mirrored: bool) -> Callable[[], Iterable]:
-    """Gather rows of one array by a shuffled index and stack them: the least that a set in memory can cost."""
-    rows = StreamingDataset(local=local, batch_size=1)
-    arrays = np.stack([rows[index][LATENTS] for index in range(rows.size)])
-    twins = np.stack([rows[index][LATENTS_MIRRORED] for index in range(rows.size)]) if mirrored else None
-    random = np.random.default_rng(1)
-
-    def epoch() -> Iterator[torch.Tensor]:
-        order = random.permutation(len(arrays))
-        for first in range(0, len(order) - batch_size + 1, batch_size):
-            ids = order[first : first + batch_size]
-            if twins is None:
-                yield torch.from_numpy(np.stack([arrays[i] for i in ids]))
-            else:
-                flips = random.integers(0, 2, batch_size)
-                yield torch.from_numpy(np.stack([(arrays, twins)[f][i] for f, i in zip(flips, ids, strict=True)]))
-
-    return epoch
+    return {name: (lambda loader=loader: loader) for name, loader in loaders.items()}
 
 
 def rate(batches: Iterable, batch_size: int) -> float:
@@ -198,7 +173,6 @@ def report(loaders: dict[str, Callable[[], Iterable]], arguments: argparse.Names
         ('ours, streaming', 'tars of .npy', 5.0),
         ('ours, streaming', 'webdataset library', 5.0),
         ('ours, no workers', 'webdataset library', 5.0),
-        ('ours, in memory', 'numpy loop', 0.9),
     ):
         if other not in rates:
             continue
@@ -208,7 +182,7 @@ def report(loaders: dict[str, Callable[[], Iterable]], arguments: argparse.Names
     print('\nDiT-XL/2 on one H200 (no rank can take more than at 100 % of its bfloat16 peak; 40 % is usual):')
     for name, gmac in (('dense', DENSE_GMAC), ('routed', ROUTED_GMAC)):
         needed = H200_TFLOPS * 1e12 / (6e9 * gmac)
-        have = {reader: statistics.median(rates[reader]) for reader in ('ours, streaming', 'ours, in memory')}
+        have = {reader: statistics.median(rates[reader]) for reader in ('ours, streaming', 'ours, no workers')}
         factors = ', '.join(f'{value / needed:.1f} x that ({reader})' for reader, value in have.items())
         most = f'at most {needed:,.0f} samples/s, at 40 % {0.4 * needed:,.0f}'
         print(f"  {name}: {most}; one rank's loader supplies {factors}")

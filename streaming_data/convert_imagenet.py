@@ -9,6 +9,6 @@ from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
     prepare_process()
-    from tread_composer.cli.convert import main
+    from tread_composer.cli.convert import convert_main
 
-    sys.exit(main())
+    sys.exit(convert_main())

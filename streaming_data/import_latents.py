@@ -6,6 +6,6 @@ from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
     prepare_process()
-    from tread_composer.cli.import_latents import main
+    from tread_composer.cli.convert import import_main
 
-    sys.exit(main())
+    sys.exit(import_main())

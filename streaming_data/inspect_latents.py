@@ -6,6 +6,6 @@ from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
     prepare_process()
-    from tread_composer.conversion.draw import main
+    from tread_composer.cli.convert import inspect_main
 
-    sys.exit(main())
+    sys.exit(inspect_main())

@@ -6,6 +6,6 @@ from tread_composer.core.process import prepare_process
 
 if __name__ == '__main__':
     prepare_process()
-    from tread_composer.conversion.verify import main
+    from tread_composer.cli.convert import verify_main
 
-    sys.exit(main())
+    sys.exit(verify_main())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.runs import ROOT, SMALL, checkpoint, launch_here
-from tread_composer.conversion.verify import main as verify
+from tread_composer.cli.convert import verify_main as verify
 
 
 @pytest.fixture(scope='module')

@@ -228,9 +228,9 @@ def test_train_tars_that_are_not_one_tar_a_class_are_refused(tmp_path, opened):
     for files, message in (
         ({'n1.tar': inner, 'b.JPEG': b'x'}, r'holds b\.JPEG, where each member should be the one tar of a class'),
         ({'n1.tar': inner, 'x/n1.tar': inner}, r'holds n1\.tar, where'),
-        ({'n1.tar': inner, 'n2.tar': tar_bytes({})}, '1 classes hold no image: n2'),
+        ({'n1.tar': inner, 'n2.tar': tar_bytes({})}, '1 class folders hold no image: train/n2'),
         ({'n1.tar': tar_bytes({'n2/a.JPEG': b'x'})}, "'n2/a.JPEG' lies in a folder"),
-        ({'n1.tar': tar_bytes({'a.JPEG': b'x', 'n1/a.JPEG': b'x'})}, r'more than once: n1/a\.JPEG'),
+        ({'n1.tar': tar_bytes({'a.JPEG': b'x', 'n1/a.JPEG': b'x'})}, r'train/n1/a\.JPEG occurs more than once'),
     ):
         with pytest.raises(UserError, match=message):
             opened(write_tar(tmp_path / 'train.tar', files))

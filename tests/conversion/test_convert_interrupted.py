@@ -12,17 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.conversion import test_importers as importers
 from tests.conversion.worlds import SCRIPT, digests, make_images, make_vae, manifest, read, words
 from tests.runs import COMPOSER, launch
 from tests.warm import exit_codes, rank_variables, start, wait_until
-from tread_composer.cli import convert as cli
+from tread_composer.cli.convert import convert_main, import_main
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 
@@ -42,19 +43,21 @@ def vae(tmp_path_factory) -> str:
 @pytest.fixture(scope='module')
 def undisturbed(source, vae, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('undisturbed') / 'out'
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     return out
 
 
-def in_own_process(arguments: list[str], log: Path, **variables: str) -> BaseProcess:
+def in_own_process(
+    arguments: list[str], log: Path, command: Callable[..., int] = convert_main, **variables: str
+) -> BaseProcess:
     """The command in a process that can be killed; what it prints goes to ``log``."""
-    return start(run_command, arguments, log, variables)
+    return start(run_command, command, arguments, log, variables)
 
 
-def run_command(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
+def run_command(command: Callable[..., int], arguments: list[str], log: Path, variables: dict[str, str]) -> None:
     os.environ.update(variables)
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)  # noqa: SIM115
-    os._exit(cli.main(arguments))
+    os._exit(command(arguments))
 
 
 def kill(process: BaseProcess) -> None:
@@ -85,10 +88,26 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, vae, undistu
         assert_only_whole_parts(out / 'train')
         states.append((len(list((out / 'train').glob('0*'))), len(list((out / 'train').glob('.writing-*')))))
     assert any(0 < done < 20 for done, _ in states) and any(unfinished for _, unfinished in states), states
-    assert cli.main(arguments) == 0
+    assert convert_main(arguments) == 0
     assert digests(out) == digests(undisturbed)
     names = read(out / 'train')['name']
     assert len(names) == len(set(names)) == IMAGES
+
+
+def test_a_killed_import_goes_on_and_is_never_joined_by_another(tmp_path, capsys):
+    words = importers.source(tmp_path, 'lightningdit')
+    words += [*importers.COMMON, '--split', 'train', '--part-size', '1']
+    assert import_main([*words, '--out', str(tmp_path / 'whole')]) == 0
+    out = tmp_path / 'out'
+    words += ['--out', str(out)]
+    process = in_own_process(words, tmp_path / 'log', import_main)
+    wait_until(lambda: len(list((out / 'train').glob('0*'))) > 3, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert import_main(words) == 2 and 'being written by another conversion' in capsys.readouterr().err
+    kill(process)
+    assert 3 < len(list((out / 'train').glob('0*'))) < importers.SAMPLES
+    assert not (out / 'train' / 'manifest.json').exists()
+    assert import_main(words) == 0 and digests(out) == digests(tmp_path / 'whole')
 
 
 def test_killed_while_starting(source, vae, undisturbed, tmp_path):
@@ -97,7 +116,7 @@ def test_killed_while_starting(source, vae, undisturbed, tmp_path):
         process = in_own_process(words(source, out, vae, **SMALL_PARTS), tmp_path / 'log')
         wait_until(path.exists, process)
         kill(process)
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed)
 
 
@@ -105,7 +124,7 @@ def test_killed_while_writing_its_record(source, vae, undisturbed, tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     (out / '.unfinished-conversion.json.x1').write_text('{"half')
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed)
 
 
@@ -123,7 +142,7 @@ def test_killed_while_merging(source, vae, undisturbed, tmp_path, last):
             (out / 'train' / name).write_text('{"half')
         (out / 'train' / '.writing-00003-77-x').mkdir()
         (out / 'train' / '.writing-00003-77-x' / 'shard.00000.mds').write_text('half')
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed) and not (out / '.conversion').exists()
     check_shards(out / 'train', Manifest.load(out / 'train'), hashes=True)
 
@@ -134,11 +153,11 @@ def test_a_part_that_was_damaged_later_is_named(source, vae, undisturbed, tmp_pa
     (out / 'train' / 'manifest.json').unlink()
     shard = out / 'train' / '00004' / 'shard.00000.mds'
     os.truncate(shard, 100)
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 2
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 2
     error = capsys.readouterr().err
     assert str(shard) in error and 'Remove its folder' in error and not (out / 'train' / 'manifest.json').exists()
     shutil.rmtree(shard.parent)
-    assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed)
 
 
@@ -149,7 +168,7 @@ def test_a_second_writer_is_refused(source, vae, undisturbed, tmp_path, capsys):
     os.kill(first.pid, signal.SIGSTOP)
     try:
         assert first.is_alive()
-        assert cli.main(words(source, out, vae, **SMALL_PARTS)) == 2
+        assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 2
         assert f'being written by another conversion (host {socket.gethostname()}, process {first.pid})' in (
             capsys.readouterr().err
         )
@@ -175,7 +194,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def test_a_disk_that_is_too_small_is_refused_at_once(source, vae, tmp_path, capsys):
     with small_disk(tmp_path / 'disk', '1m') as disk:
-        assert cli.main(words(source, disk / 'out', vae, resolution=128)) == 2
+        assert convert_main(words(source, disk / 'out', vae, resolution=128)) == 2
         assert re.search(r'need [\d.]+ MB, and 1.04 MB are free', capsys.readouterr().err)
         assert not any(disk.iterdir())
 
@@ -183,7 +202,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(source, vae, tmp_path, caps
 def test_a_disk_that_fills_up_in_the_middle(source, vae, tmp_path, capsys):
     whole = tmp_path / 'whole'
     options = {'resolution': 64, 'part_size': 2, 'batch_size': 2}
-    assert cli.main(words(source, whole, vae, **options)) == 0
+    assert convert_main(words(source, whole, vae, **options)) == 0
     with small_disk(tmp_path / 'disk', '8m') as disk:
         out, filler = disk / 'out', disk / 'filler'
 
@@ -195,7 +214,7 @@ def test_a_disk_that_fills_up_in_the_middle(source, vae, tmp_path, capsys):
 
         thread = threading.Thread(target=fill)
         thread.start()
-        assert cli.main(words(source, out, vae, **options)) == 2
+        assert convert_main(words(source, out, vae, **options)) == 2
         thread.join()
         error = capsys.readouterr().err
         assert 'No space left on device' in error and 'run the same command again' in error
@@ -203,7 +222,7 @@ def test_a_disk_that_fills_up_in_the_middle(source, vae, tmp_path, capsys):
         done = len(list((out / 'train').glob('0*')))
         assert 3 <= done < 20 and not list((out / 'train').glob('.writing-*'))
         filler.unlink()
-        assert cli.main(words(source, out, vae, **options)) == 0
+        assert convert_main(words(source, out, vae, **options)) == 0
         assert digests(out) == digests(whole)
 
 
@@ -225,7 +244,7 @@ def test_the_documented_command_with_two_ranks(source, tmp_path):
     """Without an autoencoder, to save the import of its library; else it is the real thing."""
     done = launch(tmp_path, [COMPOSER, '-n', '2', SCRIPT, *words(source, tmp_path / 'two', None, **SMALL_PARTS)])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert cli.main(words(source, tmp_path / 'one', None, **SMALL_PARTS)) == 0
+    assert convert_main(words(source, tmp_path / 'one', None, **SMALL_PARTS)) == 0
     assert digests(tmp_path / 'one') == digests(tmp_path / 'two')
 
 
@@ -233,7 +252,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(vae, tmp_path):
     source = make_images(tmp_path / 'in', IMAGES)
     arguments = words(source, tmp_path / 'out', vae, **SMALL_PARTS)
     plain = words(source, tmp_path / 'plain', vae, **SMALL_PARTS, max_unreadable=0.1)
-    assert cli.main(plain) == 0
+    assert convert_main(plain) == 0
     # The last part is rank 1's, and rank 0 has long finished its own when it fails there.
     (source / read(tmp_path / 'plain' / 'train')['name'][-1]).write_text('no image')
     ranks = on_two_ranks(arguments, tmp_path)
@@ -257,7 +276,7 @@ def test_a_rank_that_outlives_its_killed_run_does_no_harm(source, vae, undisturb
         wait_until(lambda: len(list((out / 'train').glob('0*'))) > 3, ranks[1])
         os.kill(ranks[1].pid, signal.SIGSTOP)
         kill(ranks[0])
-        assert cli.main(arguments) == 0
+        assert convert_main(arguments) == 0
         os.kill(ranks[1].pid, signal.SIGCONT)
         ranks[1].join()
         assert ranks[1].exitcode == 1  # it could neither finish nor meet the others
@@ -287,7 +306,7 @@ def test_an_upload_that_is_killed_goes_on(source, vae, undisturbed, tmp_path):
         wait_until(lambda n=parts: len(list((work / 'train').glob('0*'))) > n, process)
         kill(process)
         assert not (remote / 'train' / 'index.json').exists()
-    assert cli.main(arguments) == 0
+    assert convert_main(arguments) == 0
     here, there = read(undisturbed / 'train'), read(remote / 'train')
     assert here['name'] == there['name'] and not list(work.rglob('*.mds'))
     np.testing.assert_array_equal(here['latents'], there['latents'])
@@ -297,9 +316,9 @@ def test_an_upload_that_fails_is_named_and_goes_on_later(source, vae, tmp_path, 
     remote, work = tmp_path / 'remote', tmp_path / 'work'
     remote.write_text('a file where a folder should be')
     arguments = words(source, f'file://{remote}', vae, **SMALL_PARTS, work=work)
-    assert cli.main(arguments) == 2
+    assert convert_main(arguments) == 2
     error = capsys.readouterr().err
     assert f'{remote}/train/00000' in error and 'upload failed' in error and 'Traceback' not in error
     assert not list((work / 'train').iterdir())
     remote.unlink()
-    assert cli.main(arguments) == 0 and (remote / 'train' / 'manifest.json').exists()
+    assert convert_main(arguments) == 0 and (remote / 'train' / 'manifest.json').exists()

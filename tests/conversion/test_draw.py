@@ -7,7 +7,8 @@ from PIL import Image
 
 from tests.conversion.small_sets import SAMPLES, make_rows, write_split
 from tread_composer.autoencoders import KL, to_uint8
-from tread_composer.conversion.draw import draw, main
+from tread_composer.cli.convert import inspect_main as main
+from tread_composer.conversion.draw import draw
 from tread_composer.core.errors import UserError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conversion.layouts import pictures
 from tests.conversion.test_sources import LAYOUTS
-from tread_composer.cli.convert import main
+from tread_composer.cli.convert import convert_main as main
 
 SPLITS = pictures(train_per_class=3, val_per_class=2)
 

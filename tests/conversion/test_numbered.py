@@ -17,9 +17,9 @@ from tread_composer.core.errors import UserError
 @pytest.mark.parametrize(
     ('files', 'message'),
     [
-        ({'a.jpg': b'x', 'a.cls': b'0', 'b.jpg': b'x'}, r"1 of 2 images have no label, such as 'b\.jpg'"),
-        ({'a.jpg': b'x', 'a.cls': b'0', 'b.cls': b'0'}, "1 keys have a label and no image, such as 'b'"),
-        ({'a.jpg': b'x', 'a.png': b'x', 'a.cls': b'0'}, "two images of key 'a'"),
+        ({'a.jpg': b'x', 'a.cls': b'0', 'b.jpg': b'x'}, r"1 of 2 samples have no label, such as 'b\.jpg'"),
+        ({'a.jpg': b'x', 'a.cls': b'0', 'b.cls': b'0'}, "1 keys have a label and no sample, such as 'b'"),
+        ({'a.jpg': b'x', 'a.png': b'x', 'a.cls': b'0'}, "two samples of key 'a'"),
         ({'a.jpg': b'x', 'a.cls': b'cat'}, "label of 'a' in its .cls is b'cat', not a whole number"),
         ({'a.jpg': b'x', 'a.json': b'{"label": "cat"}'}, "label of 'a' in its .json is 'cat'"),
         ({'a.jpg': b'x', 'a.json': b'{'}, "in its .json is b'{'"),
@@ -122,7 +122,7 @@ _CLASS = {'_type': 'ClassLabel', 'names': ['a']}
 def test_unclear_parquet_files_are_refused(columns, metadata, message, tmp_path, opened):
     with pytest.raises(UserError, match=message):
         opened(_parquet(tmp_path / 'train.parquet', columns, metadata))
-    assert not list((tmp_path / 'scratch').glob('parquet/.partial*'))
+    assert not list((tmp_path / 'scratch').glob('parquet/.unfinished*'))
 
 
 def test_parquet_files_of_different_data_sets_or_cut_off_are_refused(tmp_path, splits, opened):
@@ -155,7 +155,7 @@ def test_the_copy_of_parquet_is_made_once_and_goes_on_after_a_kill(tmp_path, spl
     redone[0].unlink()
     os.truncate(redone[1], 200)
     os.truncate(redone[2].with_suffix('.images'), 100)
-    (spool / '.partial-x').write_bytes(b'half')
+    (spool / '.unfinished-x').write_bytes(b'half')
     sources = opened(root)
     assert '3 parquet files are copied here' in capsys.readouterr().err
     after = {path: path.stat().st_mtime_ns for path in spool.iterdir() if path.name != '.lock'}

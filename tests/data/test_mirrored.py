@@ -1,8 +1,7 @@
-"""Image or mirror, the set in memory: the reader's promises beyond the plain order."""
+"""Image or mirror: the reader's promises beyond the plain order."""
 
 import os
 import resource
-import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -43,9 +42,8 @@ def test_both_are_drawn_about_equally_and_anew_each_epoch():
     assert np.array_equal(choices[3, :64], mirror_choices(5, 3, 64))  # a function of the sample, not of the size
 
 
-@pytest.mark.parametrize('in_memory', [False, True])
-def test_an_epoch_takes_image_or_mirror_and_never_another_sample(mirrored: Path, in_memory: bool):
-    loader = train_loader(mirrored, batch_size=16, mirror_seed=5, in_memory=in_memory)
+def test_an_epoch_takes_image_or_mirror_and_never_another_sample(mirrored: Path):
+    loader = train_loader(mirrored, batch_size=16, mirror_seed=5)
     for epoch in range(2):
         chosen = mirror_choices(5, epoch, SAMPLES)
         for batch in loader:
@@ -65,48 +63,21 @@ def test_a_mirror_that_is_not_there_is_refused(split: Path):
         train_loader(split, batch_size=16, mirror_seed=5)
 
 
-def test_workers_memory_and_ranks_give_the_same_batches(mirrored: Path, tmp_path: Path):
-    alone = read_mirrors(mirrored, 12, 0, False)
-    assert read_mirrors(mirrored, 12, 2, False) == alone
-    assert read_mirrors(mirrored, 12, 0, True) == alone
-    for in_memory in (False, True):
-        ranks = on_ranks(2, read_mirrors, mirrored, 12, 0, in_memory)
-        together = [
-            [sorted(chain.from_iterable(batches)) for batches in zip(*epochs, strict=True)]
-            for epochs in zip(*ranks, strict=True)
-        ]
-        assert together == [[sorted(batch) for batch in epoch] for epoch in alone]
+def test_workers_and_ranks_give_the_same_batches(mirrored: Path):
+    alone = read_mirrors(mirrored, 12, 0)
+    assert read_mirrors(mirrored, 12, 2) == alone
+    ranks = on_ranks(2, read_mirrors, mirrored, 12, 0)
+    together = [
+        [sorted(chain.from_iterable(batches)) for batches in zip(*epochs, strict=True)]
+        for epochs in zip(*ranks, strict=True)
+    ]
+    assert together == [[sorted(batch) for batch in epoch] for epoch in alone]
 
 
-@pytest.mark.parametrize('in_memory', [False, True])
-def test_a_resumed_run_goes_on_with_the_same_mirrors(mirrored: Path, tmp_path: Path, in_memory: bool):
-    whole, rest = resumed_mirrors(mirrored, tmp_path, in_memory)
+def test_a_resumed_run_goes_on_with_the_same_mirrors(mirrored: Path, tmp_path: Path):
+    whole, rest = resumed_mirrors(mirrored, tmp_path)
     assert len(whole) == 20
     assert rest == whole[15:]  # 12 batches an epoch: from the middle of the second
-
-
-def test_memory_that_is_not_there_is_refused(mirrored: Path, monkeypatch: pytest.MonkeyPatch):
-    import psutil
-
-    class Little:
-        available = 1000
-
-    monkeypatch.setattr(psutil, 'virtual_memory', Little)
-    with pytest.raises(ValueError, match=r'data.in_memory: .* GB of memory are free; set in_memory: false'):
-        train_loader(mirrored, batch_size=16, in_memory=True)
-
-
-def test_workers_are_refused_where_they_would_only_copy(mirrored: Path):
-    with pytest.raises(ValueError, match=r'num_workers=2 must be 0'):
-        train_loader(mirrored, batch_size=16, in_memory=True, num_workers=2)
-
-
-def test_in_memory_needs_its_remote_no_more_once_it_is_there(mirrored: Path, tmp_path: Path):
-    loader = train_loader(tmp_path / 'cache', batch_size=16, remote=str(mirrored), mirror_seed=5, in_memory=True)
-    shutil.rmtree(mirrored)
-    shutil.rmtree(tmp_path / 'cache')
-    ids = [list(chain.from_iterable(batch[SAMPLE_IDS].tolist() for batch in loader)) for _ in range(2)]
-    assert len(ids[0]) == len(set(ids[0])) == 192 and ids[0] != ids[1]
 
 
 def test_more_shards_than_a_process_may_have_open_files(mirrored: Path):

@@ -38,10 +38,10 @@ def read_epochs(
     return [[batch[SAMPLE_IDS].tolist() for batch in loader] for _ in range(epochs)]
 
 
-def read_mirrors(local: Path, global_batch_size: int, num_workers: int, in_memory: bool) -> list[list[list[float]]]:
+def read_mirrors(local: Path, global_batch_size: int, num_workers: int) -> list[list[list[float]]]:
     """The first number of each sample's latents by epoch, batch and row, for two epochs."""
     batch_size = global_batch_size // dist.get_world_size()
-    loader = train_loader(local, batch_size=batch_size, num_workers=num_workers, in_memory=in_memory, mirror_seed=5)
+    loader = train_loader(local, batch_size=batch_size, num_workers=num_workers, mirror_seed=5)
     return [[batch[RAW_LATENTS][:, 0, 0, 0].tolist() for batch in loader] for _ in range(2)]
 
 
@@ -113,11 +113,10 @@ def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[in
     return model.evaluated
 
 
-def resumed_mirrors(local: Path, folder: Path, in_memory: bool) -> tuple[list, list]:
+def resumed_mirrors(local: Path, folder: Path) -> tuple[list, list]:
     """First numbers of the latents by batch: of a run of 20 batches, and of one that continues it after 15."""
-    arguments = {'in_memory': in_memory, 'mirror_seed': 5}
-    whole = _train(local, folder / 'whole', '20ba', **arguments)
-    rest = _train(local, folder / 'rest', '20ba', str(folder / 'whole' / 'ba15.pt'), **arguments)
+    whole = _train(local, folder / 'whole', '20ba', mirror_seed=5)
+    rest = _train(local, folder / 'rest', '20ba', str(folder / 'whole' / 'ba15.pt'), mirror_seed=5)
     return whole.latents, rest.latents
 
 

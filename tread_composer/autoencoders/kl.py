@@ -5,6 +5,8 @@ Raw latents are what the network gives: no scale, no shift. Those belong to the 
 Legend: B images, C channels of the latent, H x W pixels, h x w latent pixels.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,55 +81,47 @@ class KL:
     def encode(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Pixels in [-1, 1] to moments ``[B, 2C, h, w]``, float32: means, then log-variances in -30..20.
 
-        Args:
-            pixels_BCHW: The images.
-            dtype: What to compute in: float32, or bfloat16 by autocast (the weights and the result stay float32, but
-                the result carries the 8 significant bits of bfloat16).
+        ``dtype`` is what to compute in: float32, or bfloat16 by autocast (the weights and the result stay float32, but
+        the result carries the 8 significant bits of bfloat16).
 
         Raises:
             UserError: Height or width is no multiple of the downsampling.
             ValueError: Another ``dtype``.
         """
-        _check_dtype(dtype)
         step = self.downsampling
         if pixels_BCHW.shape[-2] % step or pixels_BCHW.shape[-1] % step:
             raise UserError(
                 f'images of {pixels_BCHW.shape[-2]} x {pixels_BCHW.shape[-1]} pixels: both sides must be multiples '
                 f'of {step}, the downsampling of {self.path}; crop or resize them'
             )
-        network = self.network.to(pixels_BCHW.device)
-        # Half precision overflows in the middle block of the public autoencoders, so a caller's autocast stays out.
-        autocast = torch.autocast(pixels_BCHW.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with torch.no_grad(), autocast:
+        with self._computing(pixels_BCHW, dtype) as network:
             posterior = network.encode(pixels_BCHW.float()).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def decode(self, raw_latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Raw latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not clamped.
-
-        Args:
-            raw_latents_BCHW: Samples, not moments.
-            dtype: What to compute in: float32, or bfloat16 by autocast, as in ``encode``.
+        """Raw latents ``[B, C, h, w]`` (samples, not moments) to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not
+        clamped; ``dtype`` as in ``encode``.
 
         Raises:
             UserError: The latents have other channels than the autoencoder, e.g. because they are moments.
             ValueError: Another ``dtype``.
-        """
-        _check_dtype(dtype)
+        """  # noqa: D205
         if raw_latents_BCHW.shape[1] != self.channels:
             raise UserError(
                 f'latents with {raw_latents_BCHW.shape[1]} channels for {self.path}, which decodes {self.channels}; '
                 f'moments must be sampled first, see sample_moments'
             )
-        network = self.network.to(raw_latents_BCHW.device)
-        autocast = torch.autocast(raw_latents_BCHW.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with torch.no_grad(), autocast:
+        with self._computing(raw_latents_BCHW, dtype) as network:
             return network.decode(raw_latents_BCHW.float()).sample.float()
 
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
+    @contextlib.contextmanager
+    def _computing(self, x: Tensor, dtype: torch.dtype) -> Iterator[Any]:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
+        # Half precision overflows in the middle block of the public autoencoders, so a caller's autocast stays out.
+        autocast = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with torch.no_grad(), autocast:
+            yield self.network.to(x.device)
 
 
 def network_class(path: str) -> Any:
@@ -150,7 +144,6 @@ def _pretrained(path: str, subfolder: str | None, revision: str | None) -> Any:
     # Hub ids are `owner/name`; anything else that is no folder is a mistyped path, not a reason to ask the network.
     if not Path(path).is_dir() and (path.startswith(('.', '/', '~')) or path.count('/') != 1):
         raise UserError(f'autoencoder {path!r}: no such folder, and not of the form owner/name of a hub id')
-    options = {'subfolder': subfolder, 'revision': revision}
     try:
         # safetensors only: the other format is a pickle, which can run code when it is loaded
         return autoencoder_kl.from_pretrained(
@@ -158,7 +151,8 @@ def _pretrained(path: str, subfolder: str | None, revision: str | None) -> Any:
             use_safetensors=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,  # else diffusers prints a hint to install accelerate at each load
-            **{k: v for k, v in options.items() if v is not None},
+            subfolder=subfolder,
+            revision=revision,
         )
     except OSError as error:
         raise UserError(

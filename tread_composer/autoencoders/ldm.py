@@ -79,8 +79,8 @@ def open_autoencoder(
         path: A file of the latent-diffusion layout, a folder of diffusers, or a hub id such as
             ``stabilityai/sd-vae-ft-ema``.
         id: What the manifest of the data calls it. (Default: ``path``.)
-        subfolder: Of a folder or hub id.
-        revision: Of a hub id.
+        subfolder: Where in a folder or hub id it lies.
+        revision: Commit of a hub id.
         other_weights: Decode with weights that are not those of the data, such as a fine-tuned decoder.
 
     Raises:
@@ -201,22 +201,19 @@ def _original_name(name: str, levels: int) -> str:
 
 def _compare(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str) -> None:
     """Refuse what is missing, left over or of another shape: a name that fits nothing is not an autoencoder we know."""
-    misshapen = [
-        f'{name} is {list(tensors[name].shape)}, the rest asks for {list(size)}'
-        for name, size in shapes.items()
-        if name in tensors and tensors[name].shape not in (size, (*size, 1, 1))
-    ]
     complaints = {
         'missing': [name for name in shapes if name not in tensors],
         'not known to belong to such an autoencoder': [name for name in tensors if name not in shapes],
-        'of the wrong shape': misshapen,
+        'of the wrong shape': [
+            f'{name} is {list(tensors[name].shape)}, the rest asks for {list(size)}'
+            for name, size in shapes.items()
+            if name in tensors and tensors[name].shape not in (size, (*size, 1, 1))
+        ],
     }
-    lines = [f'  {words}: {_shortened(names)}' for words, names in complaints.items() if names]
-    if lines:
-        summary = f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents'
-        raise UserError('\n'.join([summary, *lines]))
-
-
-def _shortened(names: list[str]) -> str:
-    ending = f' and {len(names) - 5} more' if len(names) > 5 else ''
-    return ', '.join(names[:5]) + ending
+    lines = [f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents']
+    for words, names in complaints.items():
+        if names:
+            more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+            lines.append(f'  {words}: {", ".join(names[:5])}{more}')
+    if len(lines) > 1:
+        raise UserError('\n'.join(lines))

@@ -30,8 +30,6 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
     if data.name == 'latents':
         if data.num_workers is None:
             common['num_workers'] = 8 if data.remote else 2  # local shards need workers only where the disk is slow
-        if data.in_memory:
-            training |= {'in_memory': True, 'num_workers': 0}
         if splits['train'].mirrored and data.mirror is not False:
             training['mirror_seed'] = config.seed
         names = {'train': data.train_split, 'eval': data.eval_split}

@@ -15,7 +15,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 from tread_composer import __version__
 from tread_composer.cli.evaluate import add_arguments as add_evaluate_arguments
@@ -24,6 +23,7 @@ from tread_composer.cli.inspect import add_arguments as add_inspect_arguments
 from tread_composer.cli.inspect import inspect_command
 from tread_composer.cli.inspect_model import add_arguments as add_inspect_model_arguments
 from tread_composer.cli.inspect_model import inspect_model_command
+from tread_composer.cli.parser import Parser
 from tread_composer.cli.sample import WEIGHTS
 from tread_composer.cli.sample import add_arguments as add_sample_arguments
 from tread_composer.cli.sweep import add_arguments as add_sweep_arguments
@@ -79,13 +79,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     return options.command(options)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Wrong words are refused as everything else is: with several ranks, by one message."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{self.format_usage().rstrip()} (--help lists them)\n{message}')
-
-
 # What follows the command's name in its short usage, and an example of it.
 _USAGES = {
     'train': ('YAML [key=value ...]', 'yamls/digits_tread.yaml max_duration=200ba'),
@@ -120,7 +113,7 @@ def _ranks(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     program = 'python -m tread_composer'
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         usage=f'{program} COMMAND ... [options]',
         description='Train diffusion transformers with token routing.',

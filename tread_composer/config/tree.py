@@ -61,9 +61,9 @@ class LatentsData(Strict):
     mirror: bool | None = None
     """Take the latents of the mirrored image half of the time; null does so where the data have them."""
     in_memory: bool = False
-    """Hold the training split in RAM, one copy a node."""
+    """Without effect, for files of earlier versions: local shards are read from the page cache, which ranks share."""
     num_workers: Count | None = None
-    """Reading processes per rank; null is 2, with ``remote`` 8. Training from memory uses none, evaluation does."""
+    """Reading processes per rank; null is 2, with ``remote`` 8."""
     shuffle_seed: Count | None = None
     """Seed of the order of the samples; the run's seed if null."""
     cache_limit: Positive | str | None = None

@@ -1,102 +1,100 @@
-"""Reading and decoding images in worker processes, a batch at a time, in the order in which they are written.
+"""Reading and preparing samples in worker processes, a batch at a time, in the order in which they are written.
 
-Legend: B images of a batch, R resolution.
+Legend: B samples of a batch.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tread_composer.conversion.images import UnreadableImage, decode_image
+from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources import Source
 from tread_composer.core.errors import UserError
 
-__all__ = ['Batch', 'decoded_batches']
+__all__ = ['Batch', 'Prepared', 'prepared_batches']
 
 _PREFETCH = 4  # batches per worker: enough that a slow image or a slow read does not make the encoder wait
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What is decoded together.
-
-    Args:
-        split: Name of the split.
-        part: Number of the part.
-        positions: In the split's source.
-    """
+class Batch(NamedTuple):
+    """What is read together: positions in a split's source, all of one part."""
 
     split: str
     part: int
     positions: list[int]
 
 
-class _Decoded(Dataset):
-    """Item ``i`` is the whole batch ``i``: one worker decodes it; nothing is left to collate in the main process."""
+class Prepared(NamedTuple):
+    """A batch that was read.
 
-    def __init__(self, sources: Mapping[str, Source], batches: Sequence[Batch], resolution: int) -> None:
-        self._sources, self._batches, self._resolution = sources, batches, resolution
+    Args:
+        batch: Which one.
+        samples: ``[B, ...]`` as the encoder takes them; None if none is readable.
+        positions: Of these, in the source.
+        unreadable: Position and reason of the others.
+        problem: Why reading has to stop, or None. Not raised: a worker's exception would carry its traceback.
+    """
+
+    batch: Batch
+    samples: Tensor | None
+    positions: list[int]
+    unreadable: list[tuple[int, str]]
+    problem: str | None
+
+
+class _Batches(Dataset):
+    """Item ``i`` is the whole batch ``i``: one worker reads it; nothing is left to collate in the main process."""
+
+    def __init__(self, sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder) -> None:
+        self._sources, self._batches, self._prepare = sources, batches, encoder.prepare
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Prepared:
         batch = self._batches[index]
         source = self._sources[batch.split]
-        images, positions, unreadable, problem = [], [], [], None
+        samples, positions, unreadable, problem = [], [], [], None
         for position in batch.positions:
             try:
-                images.append(decode_image(source.read(position), self._resolution))
+                samples.append(torch.from_numpy(self._prepare(source.read(position))))
                 positions.append(position)
             except UnreadableImage as error:
                 unreadable.append((position, str(error)))
             except (UserError, OSError) as error:
-                # Told as data: raised in a worker it would arrive with that worker's traceback in its text.
                 problem = f'{batch.split}: {source.names[position]}: cannot be read: {error}'
                 break
-        shape = (0, 3, self._resolution, self._resolution)
-        pixels = torch.from_numpy(np.stack(images) if images else np.zeros(shape, np.uint8))
-        return {
-            'images': pixels,
-            'batch': batch,
-            'positions': positions,
-            'unreadable': unreadable,
-            'problem': problem,
-        }
+        return Prepared(batch, torch.stack(samples) if samples else None, positions, unreadable, problem)
 
 
-def decoded_batches(
-    sources: Mapping[str, Source], batches: Sequence[Batch], resolution: int, *, workers: int, pin_memory: bool
+def prepared_batches(
+    sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder, *, workers: int
 ) -> DataLoader:
-    """Decode ``batches`` in order; each comes as a dict.
-
-    ``images`` is uint8 ``[B, 3, R, R]`` of those that are readable, ``positions`` are theirs, ``unreadable`` holds
-    position and reason of the others, ``problem`` is None or says why reading has to stop, ``batch`` is the Batch.
+    """Read ``batches`` in order, each as a ``Prepared``.
 
     Args:
-        sources: Of each split.
-        batches: What to decode.
-        resolution: R.
-        workers: Processes; 0 decodes in this one.
-        pin_memory: Whether the images come in memory that a GPU can fetch by itself.
+        sources: By split.
+        batches: What to read.
+        encoder: Says how a sample is prepared, and for which device.
+        workers: Processes; 0 reads in this one.
 
     Raises:
         UserError: The shared memory cannot hold what the workers prepare.
     """
     workers = min(workers, len(batches))
-    largest = max((len(batch.positions) for batch in batches), default=0)
     if workers:
-        _check_shared_memory(workers, workers * _PREFETCH * largest * 3 * resolution**2)
+        largest = max(len(batch.positions) for batch in batches)
+        _check_shared_memory(workers, workers * _PREFETCH * largest * encoder.prepared_bytes)
     return DataLoader(
-        _Decoded(sources, batches, resolution),
+        _Batches(sources, batches, encoder),
         batch_size=None,
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=encoder.device.type == 'cuda',
         prefetch_factor=_PREFETCH if workers else None,
     )
 

@@ -4,41 +4,33 @@ The eye finds what no check does: another autoencoder's latents, wrong class nam
 Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
 """
 
-import argparse
 import io
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tread_composer.autoencoders import KL, Pixels, open_autoencoder, to_tiles
-from tread_composer.conversion.shards import Content, read_index
+from tread_composer.autoencoders import KL, Pixels, to_tiles
+from tread_composer.conversion.contents import Content, read_shard
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import Manifest
+from tread_composer.data.shards import read_index
 from tread_composer.io.files import write_atomically
 from tread_composer.io.picture_grid import picture_grid
 
-__all__ = ['Drawn', 'draw', 'main']
+__all__ = ['Drawn', 'draw']
 
 _TILE = 96  # pixels that an image is wide at least, so that there is room for a name
 _BATCH = 4  # images that are decoded together
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """One sample of the picture.
-
-    Args:
-        position: In the split.
-        label: Of the sample.
-        name: Of the sample.
-    """
+class Drawn(NamedTuple):
+    """One sample of the picture: its position in the split, label and name."""
 
     position: int
     label: int
@@ -54,19 +46,19 @@ def draw(
     mirrored: bool = False,
     seed: int = 0,
     other_weights: bool = False,
-    device: str = 'cpu',
+    device: str | torch.device = 'cpu',
 ) -> list[Drawn]:
     """Decode samples of a split and write them to a PNG as a grid, in the order of their positions.
 
     Of moments the mean is decoded. Which samples are taken depends on ``seed``, ``count`` and the split's size.
 
     Args:
-        folder: Of the split.
+        folder: The split's.
         out: The picture; its folder is made if need be.
         autoencoder: That of the data; None for pixels.
         count: How many samples; all if the split has fewer.
         mirrored: Draw the mirrored image's latents at the right of each.
-        seed: Of the choice.
+        seed: Decides about the choice.
         other_weights: Decode with an autoencoder whose weights are not those of the manifest.
         device: Where to decode.
 
@@ -150,9 +142,9 @@ def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: in
         inside = chosen[(chosen >= shard.first) & (chosen < shard.first + shard.samples)]
         if not len(inside):
             continue
-        if dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False)) != expected:
+        if shard.encodings != expected:
             raise UserError(f'{shard.path}: its columns are not those of the manifest; verify the data set')
-        data, faults = shard.read()
+        data, faults = read_shard(shard)
         if data is None or faults:
             raise UserError(f'{faults[0]}; verify the data set')
         try:
@@ -172,40 +164,3 @@ def _class_name(label: int, class_names: Sequence[str]) -> str:
     if not 0 <= label < len(class_names):
         return f'{label}: NO SUCH CLASS'
     return class_names[label] if class_names[label] == str(label) else f'{label}: {class_names[label]}'
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0 done, 2 the input is at fault.
-
-    Args:
-        arguments: What stands behind the program's name; that of this process if None.
-    """
-    parser = argparse.ArgumentParser(prog='inspect_latents.py', description='Draw samples of a data set as a picture.')
-    parser.add_argument('folder', type=Path, help='of the data set')
-    parser.add_argument('--autoencoder', metavar='PATH', help='folder, hub id or file; pixels need none')
-    parser.add_argument('--split', default='train', help='(default: train)')
-    parser.add_argument('--count', type=int, default=64, help='of samples (default: 64)')
-    parser.add_argument('--mirrored', action='store_true', help='draw the mirrored latents beside each')
-    parser.add_argument('--seed', type=int, default=0, help='of the choice of samples (default: 0)')
-    parser.add_argument('--out', type=Path, default=Path('samples.png'), help='the picture (default: samples.png)')
-    parser.add_argument(
-        '--other-weights', action='store_true', help='decode with weights that are not those of the data'
-    )
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options = parser.parse_args(arguments)
-    try:
-        drawn = draw(
-            options.folder / options.split,
-            options.out,
-            autoencoder=open_autoencoder(options.autoencoder) if options.autoencoder else None,
-            count=options.count,
-            mirrored=options.mirrored,
-            seed=options.seed,
-            other_weights=options.other_weights,
-            device=options.device,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f'{options.out}: {len(drawn)} samples')
-    return 0

@@ -1,4 +1,4 @@
-"""The place that a conversion writes to: whose it is, the lock, what was asked for before, uploading.
+"""The place that a conversion writes to: whose it is, the lock, what was asked for before, room, uploading.
 
 ``OUT/.lock`` stands for one conversion at a time, ``OUT/conversion.json`` for what all of its data were made with,
 ``OUT/.conversion`` for scratch. With a URL as ``--out`` all of this lies in ``--work``.
@@ -7,8 +7,8 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tread_composer.conversion.settings import Settings
@@ -17,7 +17,7 @@ from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['Output', 'Uploader', 'scratch_of']
+__all__ = ['Output', 'refuse_foreign', 'refuse_if_too_large', 'scratch_of', 'size_in_words', 'upload']
 
 _RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
@@ -28,22 +28,12 @@ def scratch_of(folder: Path) -> Path:
 
 
 class Output:
-    """An output folder under lock, as a context manager; a refusal leaves it as it was found.
-
-    Args:
-        settings: Of the conversion.
-
-    Raises:
-        UserError: On entering: the folder holds something else, or another conversion is at work.
-    """
+    """The local folder of a conversion."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self.folder = settings.state
         self._record_path = self.folder / _RECORD
-        self._lock = contextlib.ExitStack()
-        self._made: list[Path] = []  # folders that were not there before, outermost first
-        self._made_scratch = self._began = False
+        self._began = False
         self._pending: dict[str, Any] | None = None  # a record that is still to be written
 
     def check(self) -> None:
@@ -64,59 +54,51 @@ class Output:
                 f'folder that is empty or does not exist yet'
             )
 
-    def __enter__(self) -> 'Output':
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Path]:
+        """Hold the folder and yield its scratch; what is refused before ``record`` leaves it as it was.
+
+        Raises:
+            UserError: As ``check``, or another conversion is at work.
+        """
         self.check()
-        self._made = [path for path in (*reversed(self.folder.parents), self.folder) if not path.exists()]
+        made = [path for path in (*reversed(self.folder.parents), self.folder) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = f'{self.folder} is being written by another conversion ({{holder}}); wait for it, or stop it'
-        self._lock.enter_context(locked(self.folder / _LOCK, busy))
-        try:
-            self.check()  # somebody may have been here in between
-            self._made_scratch = not scratch_of(self.folder).exists()
-            scratch_of(self.folder).mkdir(exist_ok=True)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._made_scratch and not self._began:  # refused, or there was nothing to do
-            shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
-        if not self._record_path.exists():  # refused before anything was decided
-            shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
-            (self.folder / _LOCK).unlink(missing_ok=True)
-            for path in reversed(self._made):
-                with contextlib.suppress(OSError):  # no longer empty: then it is not ours alone
-                    path.rmdir()
-        self._lock.close()
+        scratch = scratch_of(self.folder)
+        with locked(self.folder / _LOCK, busy):
+            is_new = not scratch.exists()
+            try:
+                self.check()  # somebody may have been here in between
+                scratch.mkdir(exist_ok=True)
+                yield scratch
+            finally:
+                if not self._record_path.exists() or (is_new and not self._began):
+                    shutil.rmtree(scratch, ignore_errors=True)
+                if not self._record_path.exists():  # refused before anything was decided
+                    (self.folder / _LOCK).unlink(missing_ok=True)
+                    for path in reversed(made):
+                        with contextlib.suppress(OSError):  # no longer empty: then it is not ours alone
+                            path.rmdir()
 
     def settle(self, content: dict[str, Any], splits: dict[str, dict[str, Any]]) -> None:
-        """Record what the data are made with, or compare it with the record.
+        """Compare what the data are made with, in all splits and in each, with what is recorded.
 
-        Args:
-            content: What holds for all splits.
-            splits: What holds for each one that is wanted now. Others that were recorded before stay.
+        Other splits that were recorded before stay.
 
         Raises:
             ResumeError: The record says something else; lists the differences.
         """
         saved = read_json(self._record_path) if self._record_path.exists() else {'content': content, 'splits': {}}
-        current = {'content': content, 'splits': {**saved['splits'], **splits}}
-        if saved['content'] != content or any(
-            saved['splits'].get(name, split) != split for name, split in splits.items()
-        ):
-            unchanged = {name: split for name, split in splits.items() if name in saved['splits']}
+        common = {name: split for name, split in splits.items() if name in saved['splits']}
+        if saved['content'] != content or any(saved['splits'][name] != split for name, split in common.items()):
             raise ResumeError.from_differences(
                 f'{self.folder}',
-                {**saved['content'], **{name: saved['splits'][name] for name in unchanged}},
-                {**content, **unchanged},
+                {**saved['content'], **{name: saved['splits'][name] for name in common}},
+                {**content, **common},
                 'Continue with the same settings and the same source, or choose another --out.',
             )
+        current = {'content': content, 'splits': {**saved['splits'], **splits}}
         self._pending = current if current != saved or not self._record_path.exists() else None
 
     def record(self) -> None:
@@ -126,59 +108,62 @@ class Output:
             write_json(self._record_path, self._pending)
 
 
-class Uploader:
-    """Brings files of a split to where they are wanted, by streaming's uploaders.
+def upload(path: Path, target: str, *, keep: bool) -> None:
+    """Bring a file into a folder elsewhere by streaming's uploaders; here it stays only if ``keep``.
 
-    Args:
-        remote: URL or folder of the whole data set.
+    Raises:
+        UserError: It could not be uploaded.
     """
+    from streaming.base.storage.upload import CloudUploader
 
-    def __init__(self, remote: str) -> None:
-        self._remote = remote
+    try:
+        CloudUploader.get((str(path.parent), target), keep_local=keep, exist_ok=True).upload_file(path.name)
+    except Exception as error:  # each of the clouds has its own
+        raise UserError(
+            f'{target}/{path.name}: upload failed: {type(error).__name__}: {error}. Finished parts are kept: run '
+            f'the same command again when it works'
+        ) from error
 
-    def move(self, path: Path, name: str) -> None:
-        """Upload a file and remove it here.
 
-        Args:
-            path: The file.
-            name: Its path within the data set; the last part is the file's own name.
+def refuse_foreign(remote: str) -> None:
+    """Do not write over a finished split that somebody else made.
 
-        Raises:
-            UserError: It could not be uploaded.
-        """
-        self._send(path, name, keep=False)
+    Raises:
+        UserError: There is a manifest already.
+    """
+    from streaming.base.storage.download import CloudDownloader
 
-    def copy(self, path: Path, name: str) -> None:
-        """The same, but the file stays."""
-        self._send(path, name, keep=True)
-
-    def refuse_foreign(self, split: str) -> None:
-        """Do not write over a finished data set that somebody else made.
-
-        Raises:
-            UserError: There is a manifest already.
-        """
-        from streaming.base.storage.download import CloudDownloader
-
-        url = f'{self._remote}/{split}/{MANIFEST_NAME}'
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / MANIFEST_NAME
-            try:
-                CloudDownloader.get(url).download(url, str(target), 60)
-            except Exception:
-                # Each of the clouds says "not there" in its own way. Should it be out of reach, uploading will tell.
-                return
-        raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
-
-    def _send(self, path: Path, name: str, keep: bool) -> None:
-        from streaming.base.storage.upload import CloudUploader
-
-        target = f'{self._remote}/{name}'.rpartition('/')[0]
+    url = f'{remote}/{MANIFEST_NAME}'
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            uploader = CloudUploader.get((str(path.parent), target), keep_local=keep, exist_ok=True)
-            uploader.upload_file(path.name)
-        except Exception as error:  # each of the clouds has its own
-            raise UserError(
-                f'{target}/{path.name}: upload failed: {type(error).__name__}: {error}. Finished parts are kept: run '
-                f'the same command again when it works'
-            ) from error
+            CloudDownloader.get(url).download(url, str(Path(folder) / MANIFEST_NAME), 60)
+        except Exception:
+            # Each of the clouds says "not there" in its own way. Should it be out of reach, uploading will tell.
+            return
+    raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
+
+
+def refuse_if_too_large(
+    folder: Path, needed: float, what: str, remedy: str = 'make room, or choose another place'
+) -> int:
+    """Free bytes where ``folder`` is or will be.
+
+    Raises:
+        UserError: Fewer than ``needed``.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f'{folder}: {what} need {size_in_words(needed)}, and {size_in_words(free)} are free there; {remedy}'
+        )
+    return free
+
+
+def size_in_words(count: float) -> str:
+    """Bytes as people say them (powers of 1000, as disks are sold)."""
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000:
+            return f'{count:.0f} {unit}' if unit == 'B' else f'{count:.2f} {unit}'
+        count /= 1000
+    return f'{count:.2f} TB'

@@ -9,21 +9,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from streaming import MDSWriter
 
+from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.output import upload
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import read_json, to_disk, write_json
 
-__all__ = ['PART_FILE', 'SHARD_BYTES', 'PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
+__all__ = ['PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
 
-PART_FILE = 'part.json'
-SHARD_BYTES = 1 << 26
+_PART_FILE = 'part.json'
+_SHARD_BYTES = 1 << 26
 _WRITING = '.writing-'
 
 
@@ -33,22 +35,18 @@ def part_name(part: int) -> str:
 
 
 def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished parts of a split: number -> what ``part.json`` says.
-
-    Args:
-        folder: Of the split; need not exist.
-        content: What the parts must have been made with.
+    """The finished parts of a split, which need not exist: number -> what ``part.json`` says.
 
     Raises:
-        UserError: A part was made with something else, or is not one of ours.
+        UserError: A part was made with something else than ``content``, or is not one of ours.
     """
     done = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not re.fullmatch(r'\d{5,}', path.name):
             continue
-        if not (path / PART_FILE).is_file():
-            raise UserError(f'{path}: has no {PART_FILE}, so the conversion did not write it; move it away')
-        part = read_json(path / PART_FILE)
+        if not (path / _PART_FILE).is_file():
+            raise UserError(f'{path}: has no {_PART_FILE}, so the conversion did not write it; move it away')
+        part = read_json(path / _PART_FILE)
         if part['content'] != content:
             raise ResumeError.from_differences(
                 str(path), part['content'], content, 'Use the same settings, or choose another --out.'
@@ -84,35 +82,27 @@ class PartWriter:
     """Writes one part.
 
     Args:
-        folder: Of the split.
+        folder: The split's.
         part: Number of the part.
-        columns: As MDSWriter wants them.
-        compression: Likewise.
-        kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
+        encoder: Says what a row is.
+        compression: Of the shards, as ``MDSWriter`` wants it.
         content: What the part is made with; goes into ``part.json``.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        part: int,
-        *,
-        columns: dict[str, str],
-        compression: str | None,
-        kind: str,
-        content: dict[str, Any],
+        self, folder: Path, part: int, encoder: Encoder, compression: str | None, content: dict[str, Any]
     ) -> None:
         self.part = part
-        self._folder, self._kind, self._content = folder, kind, content
+        self._folder, self._kind, self._content = folder, encoder.kind, content
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f'{_WRITING}{part_name(part)}-{os.getpid()}-'
         self._place = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
         self._writer = MDSWriter(
             out=str(self._place),
-            columns=columns,
+            columns=encoder.columns,
             compression=compression,
             hashes=['xxh64'],
-            size_limit=SHARD_BYTES,
+            size_limit=_SHARD_BYTES,
             max_workers=1,
         )
         self._count = 0
@@ -121,15 +111,10 @@ class PartWriter:
         self.unreadable: list[dict[str, str]] = []
 
     def write(self, views_BSHW: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str]) -> None:
-        """Append rows.
-
-        Args:
-            views_BSHW: float16 latents of the images, then of their mirror images if there are any.
-            labels: Of each row.
-            names: Of each row.
+        """Append rows: float16 latents of the images, then of their mirror images if there are any; labels and names.
 
         Raises:
-            UserError: A value is not finite; names the image.
+            UserError: A value is not finite; names the sample.
         """
         for view in views_BSHW:
             _check_finite(view, names)
@@ -140,18 +125,14 @@ class PartWriter:
             self._writer.write({**arrays, LABEL: int(label), NAME: name})
         self._count += len(names)
 
-    def finish(self, upload: Callable[[Path, str], None] | None = None) -> None:
-        """Bring everything to the disk, upload the shards if they are wanted elsewhere, and take the final name.
-
-        Args:
-            upload: Called with a local file and its path in the split; moves the file away.
-        """
+    def finish(self, remote: str | None = None) -> None:
+        """Bring everything to the disk, or the shards to where the split is wanted; take the final name."""
         try:
             self._writer.finish()
-            write_json(self._place / PART_FILE, self._summary())
-            if upload is not None:
+            write_json(self._place / _PART_FILE, self._summary())
+            if remote is not None:
                 for path in sorted(self._place.glob('shard.*')):
-                    upload(path, f'{part_name(self.part)}/{path.name}')
+                    upload(path, f'{remote}/{part_name(self.part)}', keep=False)
             for path in self._place.iterdir():
                 to_disk(path)
             to_disk(self._place)
@@ -173,7 +154,7 @@ class PartWriter:
         except OSError:
             # A rank of a killed run may live on for some seconds and finish a part. It was made with the same settings,
             # so its rows are as good as ours.
-            if not (final / PART_FILE).is_file():
+            if not (final / _PART_FILE).is_file():
                 raise
             shutil.rmtree(self._place)
         to_disk(self._folder)
@@ -181,13 +162,13 @@ class PartWriter:
     def _summary(self) -> dict[str, Any]:
         # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
         sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
-        sums_1, second = np.sort(sums, axis=0).sum(axis=0).tolist()
+        sum_of_values, sum_of_squares = np.sort(sums, axis=0).sum(axis=0).tolist()
         return {
             'content': self._content,
             'samples': self._count,
             'values_per_channel': self._values_per_channel,
-            'sum': sums_1,
-            'sum_of_squares': second,
+            'sum': sum_of_values,
+            'sum_of_squares': sum_of_squares,
             'unreadable': self.unreadable,
         }
 
@@ -198,5 +179,5 @@ def _check_finite(view_BSHW: np.ndarray, names: Sequence[str]) -> None:
         row, channel = np.argwhere(~finite)[0]
         raise UserError(
             f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or beyond '
-            f'65504). The autoencoder does not fit: its raw latents must be smaller'
+            f'65504): the autoencoder does not fit, or, of imported latents, --stored-scale is wrong'
         )

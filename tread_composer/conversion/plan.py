@@ -1,12 +1,12 @@
-"""Which images go where: splits, the one permutation, parts. The same for any number of ranks.
+"""Which samples go where: splits, the one permutation, parts. The same for any number of ranks.
 
-Legend: N images of a split.
+Legend: N samples of a split.
 """
 
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ __all__ = ['SplitPlan', 'make_plans', 'permutation']
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One split to be written: its images in writing order, cut into parts.
+    """One split to be written: its samples in writing order, cut into parts.
 
     Args:
-        name: Of the split and its folder.
-        source: Where the images are.
+        name: Name of the split and its folder.
+        source: Where the samples are.
         order: int64 ``[N]``, positions in the source.
-        part_size: Images of a part; the last may have fewer.
+        part_size: Samples of a part; the last may have fewer.
         note: What was done to the source, for the manifest.
     """
 
@@ -43,20 +43,20 @@ class SplitPlan:
         return -(-len(self.order) // self.part_size)
 
     def positions(self, part: int) -> np.ndarray:
-        """Positions in the source of the images of a part, in writing order."""
+        """Positions in the source of the samples of a part, in writing order."""
         return self.order[part * self.part_size : (part + 1) * self.part_size]
 
     def batches(self, part: int, batch_size: int) -> Iterator[list[int]]:
         """The positions of a part in batches, which never reach over into the next part.
 
-        So which images are encoded together depends on nothing but the batch size.
+        So which samples are encoded together depends on nothing but the batch size.
         """
         positions = self.positions(part)
         for start in range(0, len(positions), batch_size):
             yield positions[start : start + batch_size].tolist()
 
     def content(self) -> dict[str, Any]:
-        """What identifies the images, their labels and their order: compared when a conversion is continued."""
+        """What identifies the samples, their labels and their order: compared when a conversion is continued."""
         digest = hashlib.sha256()
         names, labels = self.source.names, self.source.labels
         for position in self.order.tolist():
@@ -93,12 +93,9 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     """A plan for each split that is asked for.
 
     Raises:
-        UserError: A split that does not exist or is empty, splits that disagree about the classes, or images to hold
-            out where that cannot be done.
+        UserError: A split that does not exist, splits that disagree about the classes, or images to hold out where that
+            cannot be done.
     """
-    for name, source in sources.items():
-        if len(source) == 0:
-            raise UserError(f'{settings.source}: split {name!r} has no images')
     plans = {
         name: SplitPlan(name, source, permutation(len(source), settings.seed, name), settings.part_size)
         for name, source in sources.items()
@@ -126,23 +123,26 @@ def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, Spli
     if count >= len(whole.order):
         raise UserError(f'--held-out {count}: train has {len(whole.order):,} images; hold out fewer')
     note = f'; {{}} {count:,} of them, held out by seed {settings.seed}'
-    train = SplitPlan('train', whole.source, whole.order[:-count], whole.part_size, note.format('all but'))
-    val = SplitPlan('val', whole.source, whole.order[-count:], whole.part_size, note.format('only'))
+    train = replace(whole, order=whole.order[:-count], note=note.format('all but'))
+    val = replace(whole, name='val', order=whole.order[-count:], note=note.format('only'))
     return {**plans, 'train': train, 'val': val}
 
 
-def _check_same_classes(one: SplitPlan, other: SplitPlan, settings: Settings) -> None:
+def _check_same_classes(plan: SplitPlan, counterpart: SplitPlan, settings: Settings) -> None:
     """With other classes the same label would mean something else in each split."""
-    first, second = one.source.class_names, other.source.class_names
-    if first == second:
+    classes, counterparts = plan.source.class_names, counterpart.source.class_names
+    if classes == counterparts:
         return
     lines = [
-        f'  only in {plan.name}: {", ".join(sorted(only)[:5])}{" ..." if len(only) > 5 else ""} ({len(only):,})'
-        for plan, only in ((one, set(first) - set(second)), (other, set(second) - set(first)))
-        if only
+        f'{settings.source}: {plan.name} has {len(classes):,} classes and {counterpart.name} {len(counterparts):,}, '
+        f'but labels must mean the same in both; complete the data or convert one split with --splits'
     ]
-    raise UserError('\n'.join([
-        f'{settings.source}: {one.name} has {len(first):,} classes and {other.name} {len(second):,}, but labels must '
-        f'mean the same in both; complete the data or convert one split with --splits',
-        *(lines or ['  the same names in another order']),
-    ]))  # fmt: skip
+    for name, missing in (
+        (plan.name, set(classes) - set(counterparts)),
+        (counterpart.name, set(counterparts) - set(classes)),
+    ):
+        if missing:
+            lines.append(f'  only in {name}: {", ".join(sorted(missing)[:5])} ({len(missing):,})')
+    if len(lines) == 1:
+        lines.append('  the same names in another order')
+    raise UserError('\n'.join(lines))

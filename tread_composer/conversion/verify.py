@@ -5,10 +5,8 @@ the next one: whatever can still be read is read. Memory: one shard, and some 20
 Legend: B samples, C latent channels, K stored channels (2C for moments), H x W latent pixels.
 """
 
-import argparse
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +14,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tread_composer.conversion.shards import Content, Shard, read_index, sample_numbers
+from tread_composer.conversion.contents import Content, read_shard, sample_numbers
+from tread_composer.conversion.encoding import LOGVAR_RANGE
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.data.shards import Shard, read_index
 from tread_composer.io.progress import Progress
 
-__all__ = ['STATISTICS_TOLERANCE', 'main', 'verify']
+__all__ = ['STATISTICS_TOLERANCE', 'verify']
 
 STATISTICS_TOLERANCE = 0.05  # of the standard deviation: the splits of a data set may carry those of `train`
-_LOGVAR_RANGE = (-30.0, 20.0)
 _SUSPICIOUS_SHARE = 0.1  # of mirrored pairs that are equal: a few symmetric images are no fault
 _FEW = 10  # samples a class, on average: with more, a class without any is no accident
 _CHUNK = 64  # samples that are looked at together
@@ -84,10 +83,10 @@ def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
     """Of all splits with the first: what one run could not read together."""
     if not manifests:
         return []
-    (first, reference), *others = manifests.items()
+    (reference_split, reference), *others = manifests.items()
     keys = ('kind', 'autoencoder_hash', 'latent_shape', 'resolution', 'crop', 'class_names')
     return [
-        f'{split / MANIFEST_NAME}: {key} is not that of {first / MANIFEST_NAME}, so they are not one data set'
+        f'{split / MANIFEST_NAME}: {key} is not that of {reference_split / MANIFEST_NAME}, so they are not one data set'
         for split, manifest in others
         for key in keys
         if getattr(manifest, key) != getattr(reference, key)
@@ -120,26 +119,32 @@ class _SplitCheck:
             self._fault('index.json', f'{total} samples, the manifest has num_samples={self.manifest.num_samples}')
         progress = Progress(str(self.folder), total, 'samples', log=self.say)
         for shard in self.shards:
-            self._check_shard(shard)
+            data, faults = read_shard(shard)
+            self.faults += faults
+            if self.manifest is not None:  # else nobody knows what is in the bytes
+                self._check_shard(shard, data, self.manifest)
             progress.add(shard.samples)
         self._note_files()
+        read = np.flatnonzero(self.labels != _NO_SAMPLE)
         if self.manifest:
-            self._check_whole(self.manifest, total)
+            self._note(f'{total:,} samples by the index, {len(read):,} of them read; {self.manifest.source}', '')
+            if len(read):
+                self._check_labels(self.manifest, self.labels[read])
+                self._check_names(read)
+                self._check_statistics(self.manifest, len(read))
         return self.faults
 
     def _fault(self, file: str, words: str) -> None:
         self.faults.append(f'{self.folder / file}: {words}')
 
-    def _check_shard(self, shard: Shard) -> None:
-        data, faults = shard.read()
-        self.faults += faults
+    def _note(self, words: str, kind: str = 'note: ') -> None:
+        self.say(f'{self.folder}: {kind}{words}')
+
+    def _check_shard(self, shard: Shard, data: bytes | None, manifest: Manifest) -> None:
         name = shard.reader.raw_data.basename
-        if self.manifest is None:
-            return  # nobody knows what is in the bytes
-        encodings = dict(zip(shard.reader.column_names, shard.reader.column_encodings, strict=False))
-        expected = columns(self.manifest.kind, self.manifest.latent_shape, self.manifest.mirrored)
-        if encodings != expected:  # decoding foreign columns could even mean running a pickle
-            self._fault(name, f'its columns are {encodings}, the manifest describes {expected}; samples not read')
+        expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
+        if shard.encodings != expected:  # decoding foreign columns could even mean running a pickle
+            self._fault(name, f'its columns are {shard.encodings}, the manifest describes {expected}; not read')
             return
         if data is None:
             return
@@ -158,7 +163,7 @@ class _SplitCheck:
                 except ValueError as error:
                     problems[str(error)].append(number)
             if rows:
-                self._check_rows(shard, rows, self.manifest, problems)
+                self._check_rows(shard, rows, manifest, problems)
         for words, positions in problems.items():
             self._fault(name, f'{sample_numbers(positions)}: {words}')
 
@@ -179,9 +184,9 @@ class _SplitCheck:
                 problems[f'NaN or infinity in {column}'] += numbers[~finite_B.numpy()].tolist()
             if manifest.kind == 'moments':
                 low_B, high_B = stored_BKHW[:, manifest.channels :].flatten(1).aminmax(dim=1)
-                outside_B = ((low_B < _LOGVAR_RANGE[0]) | (high_B > _LOGVAR_RANGE[1])) & finite_B
+                outside_B = ((low_B < LOGVAR_RANGE[0]) | (high_B > LOGVAR_RANGE[1])) & finite_B
                 if outside_B.any():
-                    words = f'log-variance outside of {_LOGVAR_RANGE[0]:g}..{_LOGVAR_RANGE[1]:g} in {column}'
+                    words = f'log-variance outside of {LOGVAR_RANGE[0]:g}..{LOGVAR_RANGE[1]:g} in {column}'
                     problems[words] += numbers[outside_B.numpy()].tolist()
             self.statistics.add(stored_BKHW[finite_B], manifest.channels)
             latents[column] = stored_BKHW
@@ -192,79 +197,54 @@ class _SplitCheck:
 
     def _note_files(self) -> None:
         """What lies there beside the data, and hashes that are not there: no faults, but worth knowing."""
-        listed = {info.basename for s in self.shards for info in (s.reader.raw_data, s.reader.zip_data) if info}
-        strange = sorted(
-            str(path.relative_to(self.folder))
-            for path in self.folder.rglob('*.mds*')
-            if str(path.relative_to(self.folder)) not in listed
-        )
-        if strange:
-            self.say(f'{self.folder}: note: {len(strange)} shard files are not in the index, e.g. {strange[0]}')
-        without = sum(not shard.reader.raw_data.hashes for shard in self.shards)
-        if without:
-            self.say(f'{self.folder}: note: the index has no hash of {without} shards: changed bytes cannot be found')
+        listed = {info.basename for shard in self.shards for info in shard.forms}
+        present = {str(path.relative_to(self.folder)) for path in self.folder.rglob('*.mds*')}
+        if strange := sorted(present - listed):
+            self._note(f'{len(strange)} shard files are not in the index, e.g. {strange[0]}')
+        if bare := sum(not shard.reader.raw_data.hashes for shard in self.shards):
+            self._note(f'the index has no hash of {bare} shards: changed bytes cannot be found')
 
-    def _check_whole(self, manifest: Manifest, total: int) -> None:
-        """What only all samples together show."""
-        read = self.labels[self.labels != _NO_SAMPLE]
-        self.say(f'{self.folder}: {total:,} samples by the index, {len(read):,} of them read; {manifest.source}')
-        if not len(read):
-            return
-        self._check_labels(manifest, read)
-        self._check_names()
-        self._check_statistics(manifest, len(read))
-
-    def _check_labels(self, manifest: Manifest, read: np.ndarray) -> None:
+    def _check_labels(self, manifest: Manifest, labels: np.ndarray) -> None:
         if manifest.num_classes:
-            counts = np.bincount(read[(read >= 0) & (read < manifest.num_classes)], minlength=manifest.num_classes)
-            never = [f'{label} ({manifest.class_names[label]})' for label in np.flatnonzero(counts == 0)]
-            self.say(
-                f'{self.folder}: {manifest.num_classes} classes with {counts.min()} to {counts.max()} samples, '
-                f'median {np.median(counts):g}; {len(never) or "no"} class{"es" * (len(never) != 1)} without any'
+            inside = labels[(labels >= 0) & (labels < manifest.num_classes)]
+            counts = np.bincount(inside, minlength=manifest.num_classes)
+            absent = [f'{label} ({manifest.class_names[label]})' for label in np.flatnonzero(counts == 0)]
+            self._note(
+                f'{manifest.num_classes} classes with {counts.min()} to {counts.max()} samples, median '
+                f'{np.median(counts):g}; {len(absent) or "no"} class{"es" * (len(absent) != 1)} without any',
+                '',
             )
-            if never:
-                words = f'no sample of class {", ".join(never[:5])}' + (
-                    f' and {len(never) - 5} more' * (len(never) > 5)
-                )
-                if len(read) >= _FEW * manifest.num_classes and self.sample_every == 1:
+            if absent:
+                more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
+                words = f'no sample of class {", ".join(absent[:5])}{more}'
+                if len(labels) >= _FEW * manifest.num_classes and self.sample_every == 1:
                     self._fault(MANIFEST_NAME, words)
                 else:
-                    self.say(f'{self.folder}: note: {words}')
-        place = _in_class_order(read)
+                    self._note(words)
+        place = _in_class_order(labels)
         if manifest.permutation_seed is not None and place:
             self._fault(
                 MANIFEST_NAME,
                 f'permutation_seed is {manifest.permutation_seed}, but the labels are not mixed: {place}',
             )
 
-    def _check_names(self) -> None:
-        read = np.flatnonzero(self.labels != _NO_SAMPLE)
-        values, positions, counts = np.unique(self.names[read], return_index=True, return_counts=True)
+    def _check_names(self, read: np.ndarray) -> None:
+        values, counts = np.unique(self.names[read], return_counts=True)
         if len(values) == 1 and len(read) > 1:
-            self.say(f'{self.folder}: note: all samples have the same name')
+            self._note('all samples have the same name')
             return
-        twice = np.flatnonzero(counts > 1)
-        for index in twice[:_FEW]:
-            places = [self._place(position) for position in read[self.names[read] == values[index]][:3]]
-            self._fault(
-                MANIFEST_NAME, f'the same name, {self._name(int(read[positions[index]]))!r}, of {" and ".join(places)}'
-            )
-        if len(twice) > _FEW:
-            self._fault(MANIFEST_NAME, f'{len(twice) - _FEW} more names that stand for several samples')
-
-    def _shard_of(self, position: int) -> tuple[Shard, int]:
-        shard = next(shard for shard in reversed(self.shards) if shard.first <= position)
-        return shard, int(position - shard.first)
-
-    def _place(self, position: int) -> str:
-        shard, number = self._shard_of(position)
-        return f'{shard.reader.raw_data.basename} sample {number}'
-
-    def _name(self, position: int) -> str:
-        shard, number = self._shard_of(position)
-        data, _ = shard.read()
-        assert data is not None  # it was read a moment ago
-        return Content(shard, data).row(number)[NAME]
+        repeated = values[counts > 1]
+        for value in repeated[:_FEW]:
+            places, name = [], ''
+            for position in read[self.names[read] == value][:3]:
+                shard = next(shard for shard in reversed(self.shards) if shard.first <= position)
+                places.append(f'{shard.reader.raw_data.basename} sample {position - shard.first}')
+                data, _ = read_shard(shard)
+                assert data is not None  # it was read a moment ago
+                name = Content(shard, data).row(int(position - shard.first))[NAME]
+            self._fault(MANIFEST_NAME, f'the same name, {name!r}, of {" and ".join(places)}')
+        if len(repeated) > _FEW:
+            self._fault(MANIFEST_NAME, f'{len(repeated) - _FEW} more names that stand for several samples')
 
     def _check_statistics(self, manifest: Manifest, images: int) -> None:
         mean, std = self.statistics.result()
@@ -295,8 +275,7 @@ class _Statistics:
     """Per channel: mean and standard deviation of the latents (of moments: of their draws); and of mirrored pairs."""
 
     def __init__(self) -> None:
-        self._first: Tensor | float = 0.0
-        self._second: Tensor | float = 0.0
+        self._sums: Tensor | float = 0.0  # of x and of x squared, [2, C]
         self._count = 0
         self.pairs = self.equal = self.flipped = 0
 
@@ -307,8 +286,7 @@ class _Statistics:
         if logvar.shape[1]:
             second = second + logvar.exp()
         # Sums in double: over 10^9 values single precision would drift by more than the tolerance.
-        self._first = self._first + mean.sum((2, 3)).double().sum(0)
-        self._second = self._second + second.sum((2, 3)).double().sum(0)
+        self._sums = self._sums + torch.stack([mean, second]).sum((3, 4)).double().sum(1)
         self._count += mean.shape[0] * mean.shape[2] * mean.shape[3]
 
     def add_pairs(self, latents_BKHW: Tensor, mirrored_BKHW: Tensor) -> Tensor:
@@ -323,8 +301,8 @@ class _Statistics:
         """Mean and standard deviation of each channel; empty if there was no finite sample."""
         if not self._count:
             return [], []
-        first, second = torch.as_tensor(self._first) / self._count, torch.as_tensor(self._second) / self._count
-        return first.tolist(), (second - first.square()).clamp(min=0).sqrt().tolist()
+        mean, second = torch.as_tensor(self._sums) / self._count
+        return mean.tolist(), (second - mean.square()).clamp(min=0).sqrt().tolist()
 
 
 def _in_class_order(labels: np.ndarray) -> str:
@@ -348,32 +326,3 @@ def _in_class_order(labels: np.ndarray) -> str:
                     f'{expected:.1f} would be expected'
                 )
     return ''
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0 no fault, 1 faults, 2 there is nothing to verify.
-
-    Args:
-        arguments: What stands behind the program's name; that of this process if None.
-    """
-    parser = argparse.ArgumentParser(
-        prog='verify.py', description='Check a data set of latents: every file, every sample.'
-    )
-    parser.add_argument('folder', help='of the data set, or of one split')
-    parser.add_argument(
-        '--sample-every',
-        type=int,
-        default=1,
-        metavar='K',
-        help='decode only every K-th sample; all files are still read and hashed (default: 1, every sample)',
-    )
-    options = parser.parse_args(arguments)
-    try:
-        faults = verify(options.folder, sample_every=options.sample_every, say=lambda line: print(line, flush=True))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for fault in faults:
-        print(fault)
-    print(f'{len(faults)} fault{"s" * (len(faults) != 1)} found' if faults else 'no fault found')
-    return 1 if faults else 0

@@ -1,19 +1,15 @@
-"""Checks before training that a data set is whole and is the one that the run was written for.
+"""Checks before training that a data set is whole and is the one that the run was written for."""
 
-Needed because the reader of mosaicml-streaming never looks at sizes or hashes of local shards.
-"""
-
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.data.shards import Shard, file_faults, read_index
 
 __all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
 
@@ -35,17 +31,16 @@ def check_shards(
         UserError: The first thing that is wrong; names the file, what was expected and what was found.
     """
     path = Path(folder) / 'index.json'
-    shards = _read_index(path)
+    shards = read_index(Path(folder))
     expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
     for number, shard in enumerate(shards):
-        encodings = dict(zip(shard['column_names'], shard['column_encodings'], strict=False))
-        if encodings != expected:
+        if shard.encodings != expected:
             raise UserError(
-                f'{path}: columns of shard {number} are {encodings}, the manifest describes {expected}; {_REMEDY}'
+                f'{path}: columns of shard {number} are {shard.encodings}, the manifest describes {expected}; {_REMEDY}'
             )
         if not remote:
-            _check_files(Path(folder), shard, hashes)
-    total = sum(shard['samples'] for shard in shards)
+            _check_files(shard, hashes)
+    total = sum(shard.samples for shard in shards)
     if total != manifest.num_samples:
         raise UserError(f'{path}: {total} samples, but the manifest has num_samples={manifest.num_samples}; {_REMEDY}')
 
@@ -130,30 +125,11 @@ _AGREEMENT_REMEDIES = {
 }
 
 
-def _read_index(path: Path) -> list[dict[str, Any]]:
-    try:
-        shards = json.loads(path.read_bytes())['shards']
-        for shard in shards:  # fails on what is used below and is not there
-            _ = [shard[key] for key in ('samples', 'column_names', 'column_encodings')]
-            _ = [shard['raw_data'][key] for key in ('basename', 'bytes', 'hashes')]
-        return shards
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: no such file, so this is no data set; give the folder of one split') from error
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: empty or broken ({error!r}); {_REMEDY}') from error
-
-
-def _check_files(folder: Path, shard: dict[str, Any], hashes: bool) -> None:
+def _check_files(shard: Shard, hashes: bool) -> None:
     """Of the two forms that the index may know, raw and compressed, the first that is there must be right."""
-    forms = [form for form in (shard['raw_data'], shard.get('zip_data')) if form]
-    form = next((form for form in forms if (folder / form['basename']).is_file()), None)
+    form = next((form for form in shard.forms if (shard.folder / form.basename).is_file()), None)
     if form is None:
-        raise UserError(f'{folder / forms[0]["basename"]}: this shard is missing; {_REMEDY}')
-    path = folder / form['basename']
-    if path.stat().st_size != form['bytes']:
-        raise UserError(f'{path}: {path.stat().st_size} bytes, the index says {form["bytes"]}; {_REMEDY}')
-    if hashes:
-        data = path.read_bytes()
-        for name, value in form['hashes'].items():
-            if get_hash(name, data) != value:
-                raise UserError(f'{path}: its {name} is not the one of the index, so bytes have changed; {_REMEDY}')
+        raise UserError(f'{shard.path}: this shard is missing; {_REMEDY}')
+    path = shard.folder / form.basename
+    for fault in file_faults(path, form, path.stat().st_size, path.read_bytes() if hashes else None):
+        raise UserError(f'{fault}; {_REMEDY}')

@@ -115,8 +115,7 @@ class LatentDataset(StreamingDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """The sample at a position of the data set; fetches its shard if need be."""
-        mirrored = self._mirrored is not None and self._mirrored[sample_id]
-        latents, label = self.row(sample_id, LATENTS_MIRRORED if mirrored else LATENTS, retry)
+        latents, label = self._chosen(sample_id, retry)
         return {
             # The array is a view of bytes that must not be written to; torch wants one that may.
             RAW_LATENTS: torch.from_numpy(latents.copy()),
@@ -128,8 +127,10 @@ class LatentDataset(StreamingDataset):
         """The name of the image that a sample was made of; the empty text where the data have none."""
         return str(super().get_item(sample_id).get(NAME, ''))
 
-    def row(self, sample_id: int, name: str, retry: int = 7) -> tuple[NDArray[np.float16], int]:
-        """One of the latents columns as it is stored (not to be written to), and the label."""
+    def _chosen(self, sample_id: int, retry: int = 7) -> tuple[NDArray[np.float16], int]:
+        """Latents of the image or of its mirror, as the epoch has it (not to be written to), and the label."""
+        mirrored = self._mirrored is not None and self._mirrored[sample_id]
+        name = LATENTS_MIRRORED if mirrored else LATENTS
         if not self._may_map:
             row = super().get_item(sample_id, retry)
             return row[name], int(row[LABEL])
@@ -195,7 +196,8 @@ class LatentDataset(StreamingDataset):
         # A reader that failed once stays failed: the parent would wait for ever for the threads of the lost epoch.
         if self._failure is None:
             try:
-                for item in self._items():
+                # The parent's threads fetch shards ahead; with all of them here they would only slow the reading down.
+                for item in super().__iter__() if self.streams[0].remote else self._positions():
                     self._delivered += 1
                     yield item
             except Exception as error:
@@ -212,22 +214,15 @@ class LatentDataset(StreamingDataset):
         if isinstance(items[0], dict):
             return default_collate(list(items))
         try:
-            return self.gather(np.asarray(items, np.int64))
+            rows = [self._chosen(int(sample_id)) for sample_id in items]  # type: ignore[arg-type]
         except Exception as error:
             self._failure = error
             self._delivered -= len(items)
             raise self._stopped(error) from error
-
-    def gather(self, ids_B: NDArray[np.int64]) -> dict[str, Tensor]:
-        """A batch by positions, image or mirror as the current epoch has it."""
-        rows = []
-        for sample_id in ids_B:
-            mirrored = self._mirrored is not None and self._mirrored[sample_id]
-            rows.append(self.row(int(sample_id), LATENTS_MIRRORED if mirrored else LATENTS))
         return {
             RAW_LATENTS: torch.from_numpy(np.stack([latents for latents, _ in rows])),
             LABELS: torch.tensor([label for _, label in rows], dtype=torch.int64),
-            SAMPLE_IDS: torch.from_numpy(ids_B),
+            SAMPLE_IDS: torch.tensor(items, dtype=torch.int64),
         }
 
     def _stopped(self, error: BaseException) -> RuntimeError:
@@ -236,10 +231,6 @@ class LatentDataset(StreamingDataset):
             f'{type(error).__name__}: {error}. Restore the data (compare it with its index: '
             f'streaming_data/verify.py), then resume from the last checkpoint'
         )
-
-    def _items(self) -> Iterator[Sample | int]:
-        # The parent's threads fetch shards ahead; with all of them here they would only slow the reading down.
-        return super().__iter__() if self.streams[0].remote else self._positions()
 
     def _positions(self) -> Iterator[int]:
         # What the parent does before it starts its threads.

@@ -10,7 +10,6 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
-from tread_composer.data.in_memory import LatentsInMemory
 from tread_composer.data.latents import LatentDataset, Sample
 
 __all__ = ['eval_loader', 'train_loader']
@@ -36,7 +35,6 @@ def train_loader(
     num_workers: int = 0,
     shuffle: bool = True,
     worker_timeout: float = 600,
-    in_memory: bool = False,
     **dataset_arguments: Any,
 ) -> DataLoader:
     """Batches for training; Composer saves and restores its position (a plain DataLoader over the streaming reader).
@@ -51,16 +49,12 @@ def train_loader(
         num_workers: Reading processes per rank.
         shuffle: Whether each epoch has an order of its own.
         worker_timeout: Seconds to wait for a worker's batch: should a worker die or a disk hang, the run ends.
-        in_memory: Hold the split in RAM (``LatentsInMemory``): the same batches, without ``num_workers``.
         **dataset_arguments: Further arguments of ``LatentDataset``.
 
     Raises:
-        ValueError: The split has fewer samples than one batch of all ranks, or workers are asked for in vain.
+        ValueError: The split has fewer samples than one batch of all ranks.
     """
-    if in_memory and num_workers:
-        raise ValueError(f'in_memory reads without workers, so num_workers={num_workers} must be 0')
-    reader = LatentsInMemory if in_memory else LatentDataset
-    dataset = reader(local, batch_size=batch_size, shuffle=shuffle, **dataset_arguments)
+    dataset = LatentDataset(local, batch_size=batch_size, shuffle=shuffle, **dataset_arguments)
     if len(dataset) < batch_size:
         raise ValueError(
             f'{local}: {dataset.size} samples are no full batch of {batch_size} on each of {dist.get_world_size()} '

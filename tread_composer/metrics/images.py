@@ -7,7 +7,6 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels.
 import functools
 import hashlib
 import io
-import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -159,12 +158,15 @@ class MDSImages(ImageSet):
     def __init__(self, path: Path) -> None:
         from streaming import LocalDataset
 
-        index = json.loads((path / 'index.json').read_bytes())
-        if any(shard.get('compression') for shard in index['shards']):
+        from tread_composer.data.shards import read_index
+
+        shards = read_index(path)
+        if any(shard.reader.compression for shard in shards):
             raise UserError(f'{path}: its shards are compressed; write them without compression')
-        if any(encoding == 'pkl' for shard in index['shards'] for encoding in shard['column_encodings']):
+        if any('pkl' in shard.encodings.values() for shard in shards):
             raise UserError(f'{path}: has a column of pickles, which can run code when they are read')
         self._rows: Any = LocalDataset(str(path))
+        self._files = [shard.reader.raw_data.basename for shard in shards]
         self._is_pixels = (path / MANIFEST_NAME).exists()
         if self._is_pixels:
             kind = Manifest.load(path).kind
@@ -174,9 +176,7 @@ class MDSImages(ImageSet):
                 )
             self._column = LATENTS
         else:
-            columns = dict(
-                zip(index['shards'][0]['column_names'], index['shards'][0]['column_encodings'], strict=True)
-            )  # fmt: skip
+            columns = shards[0].encodings
             images = [name for name, encoding in columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
             if len(images) != 1:
                 raise UserError(f'{path}: needs one column of images ({", ".join(_MDS_IMAGES)}), it has {columns}')
@@ -186,10 +186,8 @@ class MDSImages(ImageSet):
     @functools.cached_property
     def hash(self) -> str:
         """Over the index and the shards."""
-        index = json.loads((self.path / 'index.json').read_bytes())
-        files = [shard['raw_data']['basename'] for shard in index['shards']]
         described = [name for name in ('index.json', MANIFEST_NAME) if (self.path / name).exists()]
-        return tree_hash(self.path, [*described, *files])
+        return tree_hash(self.path, [*described, *self._files])
 
     def _row(self, index: int) -> np.ndarray:
         value = self._rows[index][self._column]

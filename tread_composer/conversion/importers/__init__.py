@@ -1,6 +1,6 @@
 """Latents that other projects have made, as data sets of this one."""
 
-from tread_composer.conversion.importers.layouts import LAYOUTS, Layout, open_layout
-from tread_composer.conversion.importers.writing import Facts, import_latents
+from tread_composer.conversion.importers.settings import ImportSettings
+from tread_composer.conversion.importers.stored import import_latents
 
-__all__ = ['LAYOUTS', 'Facts', 'Layout', 'import_latents', 'open_layout']
+__all__ = ['ImportSettings', 'import_latents']

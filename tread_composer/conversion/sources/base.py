@@ -1,31 +1,26 @@
-"""What every source of images promises, and the rules that all layouts share: names, litter, order, progress."""
+"""What every source of samples promises, and the rules that all layouts share: names, litter, order, labels.
+
+A layout is one file with a function ``open_<layout>(request, ...)``, which ``detect`` calls: it finds out what the
+samples are called, how they are labelled and where their bytes are, and hands that to ``Source.arranged``.
+"""
 
 import collections
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 
+from tread_composer.conversion.images import UnreadableImage
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'IMAGE_SUFFIXES',
-    'SPLITS',
-    'Ignored',
-    'Listed',
-    'Source',
-    'arrange',
-    'canonical_order',
-    'check_member',
-    'check_same_classes',
-    'few',
-    'in_label_order',
-    'is_image',
-    'is_litter',
-    'read_class_names',
-]
+    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'OpenFiles', 'RangeSource', 'Request', 'Source', 'check_member',
+    'check_names', 'check_same_classes', 'few', 'in_label_order', 'is_image', 'is_litter', 'read_class_names',
+    'refuse_giant',
+]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
 """What makes a file an image, in small or capital letters. What is inside is found out by decoding it."""
@@ -33,40 +28,220 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 """Folder and file names that mean a split, and which."""
 
+_MAX_FILE_BYTES = 2**29  # a file above it is no image; reading it would only fill the memory of a worker
+_MAX_OPEN = 64
 
-class Source(Protocol):
-    """The encoded images of one split, read at random, with their labels. Can be pickled; read in any process.
+Kind = TypeVar('Kind', bound='Source')
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layout is opened with.
 
     Attributes:
-        layout: ``'class folders'``, ``'flat folder'``, ``'ILSVRC tars'``, ``'zip'``, ``'webdataset tars'`` or
-            ``'parquet files'``.
-        description: One line for the log: layout, where, how many images and classes, what was ignored.
-        class_names: In label order; empty without labels.
-        names: ``<class>/<file>`` (without classes ``<file>``), sorted by (label, name): equal for equal images,
-            whatever the layout.
-        labels: int64, in the same order; zeros without labels.
-        ignored: How many files beside the images were left out; ``description`` says which.
+        root: The folder or file; absolute.
+        scratch: Folder for a copy of images that cannot be read at random.
+        ground_truth: Labels of validation images that lie in no class folders.
+        class_names: In label order, for layouts whose labels are numbers; empty: the numbers are the names.
     """
 
-    layout: str
+    root: Path
+    scratch: Path
+    ground_truth: Path | None = None
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass
+class Ignored:
+    """What lies beside the images: counted and reported, so that nothing is left out silently."""
+
+    litter: int = 0
+    others: collections.Counter[str] = field(default_factory=collections.Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, parts: Sequence[str]) -> None:
+        """Count a file that is not an image."""
+        if is_litter(parts):
+            self.litter += 1
+        else:
+            self.others[PurePosixPath(parts[-1]).suffix.lower() or 'no extension'] += 1
+
+    def __str__(self) -> str:
+        texts = [f'{self.litter:,} hidden or system files'] if self.litter else []
+        if self.others:
+            kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.others.items()))
+            texts.append(f'{self.others.total():,} files that are not images ({kinds})')
+        return '; '.join([f'ignored {" and ".join(texts)}'] * bool(texts) + self.notes)
+
+
+@dataclass
+class Images:
+    """The images of one split as a layout lists them, in any order.
+
+    Attributes:
+        names: ``<class>/<file>``; without classes, or before they are known, ``<file>``.
+        labels: One for each name.
+        class_names: In label order; empty without labels.
+        ignored: What lies beside them.
+        places: The values of ``COLUMNS`` of the source's class for each image.
+    """
+
+    names: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    ignored: Ignored = field(default_factory=Ignored)
+    places: list[tuple[int, ...]] = field(default_factory=list)
+
+    def in_classes(self, class_names: tuple[str, ...]) -> None:
+        """Put the class before the name of each file."""
+        self.class_names = class_names
+        self.names = [f'{class_names[label]}/{file}' for label, file in zip(self.labels, self.names, strict=True)]
+
+
+@dataclass(eq=False)
+class Source:
+    """The samples of one split, read at random, with their labels. Can be pickled; read in any process.
+
+    Attributes:
+        description: One line for the log: layout, where, how many images and classes, what was ignored.
+        class_names: In label order; empty without labels.
+        names: Of the samples, no two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
+            name): equal for equal images, whatever the layout.
+        labels: int64, in the same order; zeros without labels.
+    """
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that say where the samples are: arrays with one number for each."""
+
     description: str
     class_names: tuple[str, ...]
     names: Sequence[str]
     labels: np.ndarray
-    ignored: int
 
     def __len__(self) -> int:
-        """Number of images."""
-        ...
+        return len(self.names)
 
-    def read(self, position: int) -> bytes:
-        """The image file at ``names[position]``, as it is.
+    def read(self, position: int) -> Any:
+        """The sample at ``names[position]`` as it is stored: an image file's bytes.
 
         Raises:
             UserError: The file is gone, or has changed since the source was opened.
             UnreadableImage: This one is damaged within its archive, or too large to be an image.
         """
-        ...
+        raise NotImplementedError
+
+    @classmethod
+    def arranged(cls: type[Kind], layout: str, where: Path | str, images: Images, **facts: Any) -> Kind:
+        """The images in the order of every layout, by (label, name); ``facts`` are attributes that are no ``COLUMNS``.
+
+        Raises:
+            UserError: No image at all, two of one name, or a name that is not UTF-8; names ``layout`` and ``where``.
+        """
+        names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
+        if not names:
+            raise UserError(f'{where}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
+        check_names(where, names)
+        order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
+        classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
+        description = f'{layout} at {where}: {len(names):,} images, {classes}'
+        places = np.array(images.places, np.int64).reshape(-1, len(cls.COLUMNS))[order] if cls.COLUMNS else np.empty(0)
+        return cls(
+            description=f'{description}; {ignored}' if ignored else description,
+            class_names=class_names,
+            names=[names[position] for position in order],
+            labels=np.array(labels, dtype=np.int64)[order],
+            **dict(zip(cls.COLUMNS, places.T, strict=True)),
+            **facts,
+        )
+
+
+def refuse_giant(size: int) -> None:
+    """Raise ``UnreadableImage`` for a size that no image has."""
+    if size > _MAX_FILE_BYTES:
+        raise UnreadableImage(f'{size:,} bytes; more than {_MAX_FILE_BYTES:,} are not read as an image')
+
+
+class OpenFiles:
+    """Files by number, opened when first read in a process, a limited number at once.
+
+    Reads say their offset (``pread``), so that processes which inherited an open file do not disturb each other. Only
+    the paths are pickled.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = list(paths)
+        self._stamps = [_stamp(os.stat(path)) for path in self.paths]
+        self._open: dict[int, BinaryIO] = {}
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """``size`` bytes of file ``number`` from ``offset``.
+
+        Raises:
+            UserError: The file cannot be read, or is not the one that was indexed.
+        """
+        data = b''
+        try:
+            file = self._open.get(number) or self._opened(number)
+            while len(data) < size:  # a network file system may return less than asked for
+                piece = os.pread(file.fileno(), size - len(data), offset + len(data))
+                if not piece:
+                    raise UserError(f'{self.paths[number]}: ends before an image that it held. Start again')
+                data = data + piece if data else piece
+        except OSError as error:
+            raise UserError(f'{self.paths[number]}: cannot be read: {error}') from error
+        return data
+
+    def _opened(self, number: int) -> BinaryIO:
+        file = open(self.paths[number], 'rb', buffering=0)  # noqa: SIM115  (stays open; closed when it is forgotten)
+        if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
+            raise UserError(f'{self.paths[number]}: has changed since it was indexed. Start again')
+        if len(self._open) >= _MAX_OPEN:
+            self._open.pop(next(iter(self._open)))
+        self._open[number] = file
+        return file
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_open': {}}
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+@dataclass(eq=False)
+class RangeSource(Source):
+    """Sample ``i`` is ``sizes[i]`` bytes of file ``numbers[i]`` from ``offsets[i]``."""
+
+    COLUMNS: ClassVar = ('numbers', 'offsets', 'sizes')
+
+    files: OpenFiles
+    numbers: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+    def read(self, position: int) -> bytes:
+        """The bytes at that position; see ``Source.read``."""
+        size = int(self.sizes[position])
+        refuse_giant(size)
+        return self.files.read(int(self.numbers[position]), int(self.offsets[position]), size)
+
+
+def check_names(where: Path | str, names: Sequence[str]) -> None:
+    """Each sample needs a name of its own that a shard can hold.
+
+    Raises:
+        UserError: Two have one name, or a name is not UTF-8.
+    """
+    if len(set(names)) != len(names):
+        repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+        raise UserError(
+            f'{where}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
+        )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f'{where}: the name {name!r} is not UTF-8. Rename the file') from error
 
 
 def is_image(name: str) -> bool:
@@ -105,96 +280,6 @@ def check_member(archive: Path, name: str) -> tuple[str, ...]:
     return PurePosixPath(name).parts
 
 
-@dataclass
-class Ignored:
-    """What lies beside the images: counted and told, so that nothing is left out silently."""
-
-    litter: int = 0
-    others: collections.Counter[str] = field(default_factory=collections.Counter)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, parts: Sequence[str]) -> None:
-        """Count a file that is not an image."""
-        if is_litter(parts):
-            self.litter += 1
-        else:
-            self.others[PurePosixPath(parts[-1]).suffix.lower() or 'no extension'] += 1
-
-    def __int__(self) -> int:
-        return self.litter + self.others.total()
-
-    def __str__(self) -> str:
-        texts = []
-        if self.litter:
-            texts.append(f'{self.litter:,} hidden or system files')
-        if self.others:
-            kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.others.items()))
-            texts.append(f'{self.others.total():,} files that are not images ({kinds})')
-        texts = [f'ignored {" and ".join(texts)}'] if texts else []
-        return '; '.join(texts + self.notes)
-
-
-@dataclass(eq=False)
-class Listed:
-    """The part of a source that does not depend on where its bytes are."""
-
-    layout: str
-    description: str
-    class_names: tuple[str, ...]
-    names: Sequence[str]
-    labels: np.ndarray
-    ignored: int
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def arrange(
-    layout: str,
-    where: Path | str,
-    names: Sequence[str],
-    labels: Sequence[int],
-    class_names: tuple[str, ...],
-    ignored: Ignored,
-) -> tuple[dict[str, Any], np.ndarray]:
-    """What ``Listed`` holds, in canonical order, and that order: positions in ``names`` as given.
-
-    Raises:
-        UserError: No image at all, two of one name, or a name that is not UTF-8.
-    """
-    if not names:
-        raise UserError(f'{where}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {str(ignored) or "it is empty"}')
-    order = canonical_order(where, names, labels)
-    classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
-    description = f'{layout} at {where}: {len(names):,} images, {classes}'
-    facts = {
-        'layout': layout,
-        'description': f'{description}; {ignored}' if str(ignored) else description,
-        'class_names': class_names,
-        'names': [names[position] for position in order],
-        'labels': np.array(labels, dtype=np.int64)[order],
-        'ignored': int(ignored),
-    }
-    return facts, np.array(order)
-
-
-def canonical_order(where: Path | str, names: Sequence[str], labels: Sequence[int]) -> list[int]:
-    """Positions sorted by (label, name): the order of every layout.
-
-    Raises:
-        UserError: Two images of one name, or a name that is not UTF-8.
-    """
-    if len(set(names)) != len(names):
-        twice = [name for name, count in collections.Counter(names).items() if count > 1]
-        raise UserError(f'{where}: {len(twice):,} names occur more than once: {few(twice)}. Each image needs its own')
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f'{where}: the name {name!r} is not UTF-8. Rename the file') from error
-    return sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
-
-
 def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     """Class names by label: 0 to n - 1 by their value, all other names as texts, which is torchvision's order."""
     classes = sorted(set(names))
@@ -202,15 +287,13 @@ def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(numbers if sorted(numbers) == classes else classes)
 
 
-def check_same_classes(where: Path | str, classes: dict[str, Iterable[str]]) -> None:
+def check_same_classes(where: Path | str, train: Iterable[str], val: Iterable[str]) -> None:
     """Train and val must have the same class folders: a missing one means an incomplete copy.
 
     Raises:
         UserError: They have not; says which are missing where.
     """
-    if set(classes) != {'train', 'val'}:
-        return
-    train, val = set(classes['train']), set(classes['val'])
+    train, val = set(train), set(val)
     for split, counterpart, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
         if missing:
             raise UserError(

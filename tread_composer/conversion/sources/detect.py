@@ -1,10 +1,10 @@
-"""Which layout lies at a path. What is mixed or unclear is refused with what was found: a guess would cost days."""
+"""Which layout lies at a path. What is mixed or unclear is refused with what there is: a guess would cost days."""
 
 import os
 import re
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Source, few, read_class_names
+from tread_composer.conversion.sources.base import Request, Source, few, read_class_names
 from tread_composer.conversion.sources.folders import holds_images, open_folders
 from tread_composer.conversion.sources.ilsvrc import open_ilsvrc
 from tread_composer.conversion.sources.numbered import PLACES, split_files
@@ -15,14 +15,12 @@ from tread_composer.core.errors import UserError
 
 __all__ = ['open_sources']
 
-_KNOWN = (
+_LAYOUTS = (
     'a folder of images, of class folders, or of train/ and val/ with class folders; a .zip of these; '
     'the official ILSVRC tars; webdataset .tar files; Hugging Face .parquet files'
 )
-_COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
-_KINDS = ('.zip', '.parquet', '.tar', *_COMPRESSED)
+_COMPRESSED_TAR = re.compile(r'.*\.(tgz|tar\.(gz|bz2|xz|zst))')
 _OFFICIAL = re.compile(r'ILSVRC\d+_img_(train|val|test)\b.*\.tar')
-
 _OF_ONE_CLASS = re.compile(r'n\d{8}\.tar')
 
 
@@ -32,7 +30,6 @@ def open_sources(
     scratch: Path,
     ground_truth: Path | None = None,
     class_names: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Source]:
     """Find out what lies at ``path`` and list its images.
 
@@ -42,7 +39,6 @@ def open_sources(
         ground_truth: Classes of ImageNet's validation images where they lie in no class folders: the devkit (tar.gz or
             folder), Kaggle's ``LOC_val_solution.csv`` or a text of two columns.
         class_names: A text with one name a line, for webdataset tars and parquet files, whose labels are numbers.
-        progress: Whether a long scan reports on standard error.
 
     Returns:
         ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. A test split is
@@ -53,7 +49,7 @@ def open_sources(
     """
     root = Path(path).absolute()  # sources are read in other processes, whose current folder may differ
     if not root.exists():
-        raise UserError(f'{root}: no such file or folder. Expected {_KNOWN}')
+        raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     kind, tars = _kind(root, with_truth=ground_truth is not None)
     names: tuple[str, ...] = ()
     if class_names is not None:
@@ -62,20 +58,18 @@ def open_sources(
         names = read_class_names(class_names)
     if ground_truth is not None and kind in ('webdataset', '.parquet'):
         raise UserError(f'ground_truth={ground_truth}: {root} brings its own labels. Leave it out')
+    request = Request(root, scratch, ground_truth, names)
     if kind == 'folders':
-        return open_folders(root, ground_truth=ground_truth, progress=progress)
+        return open_folders(request)
     if kind == '.zip':
-        return open_zip(root, ground_truth=ground_truth, progress=progress)
+        return open_zip(request)
     if kind == 'ILSVRC':
-        train, val, notes = _official(root, tars)
-        return open_ilsvrc(train, val, ground_truth=ground_truth, notes=notes, progress=progress)
+        return open_ilsvrc(request, *_official(root, tars))
     if kind == 'webdataset':
-        files, notes = split_files(root, '.tar')
-        return open_webdataset(root, files, class_names=names, notes=notes, progress=progress)
+        return open_webdataset(request, *split_files(root, '.tar'))
     from tread_composer.conversion.sources.parquet import open_parquet  # here: slow to import
 
-    files, notes = split_files(root, '.parquet')
-    return open_parquet(root, files, scratch, class_names=names, notes=notes, progress=progress)
+    return open_parquet(request, *split_files(root, '.parquet'))
 
 
 def _kind(root: Path, with_truth: bool) -> tuple[str, dict[Path, str]]:
@@ -83,7 +77,7 @@ def _kind(root: Path, with_truth: bool) -> tuple[str, dict[Path, str]]:
     archives = _archives(root)
     shown = few([file.name if root.is_file() else str(file.relative_to(root)) for file in archives])
     if root.is_file() and not archives:
-        raise UserError(f'{root}: not a file of a known kind. Expected {_KNOWN}')
+        raise UserError(f'{root}: not a file of a known kind. Expected {_LAYOUTS}')
     if root.is_dir() and holds_images(root):
         if archives:
             raise UserError(
@@ -91,11 +85,6 @@ def _kind(root: Path, with_truth: bool) -> tuple[str, dict[Path, str]]:
             )
         return 'folders', {}
     kinds = {_suffix(file) for file in archives}
-    if kinds & set(_COMPRESSED):
-        raise UserError(
-            f'{root}: {shown}: compressed tars cannot be read at random, and compressing JPEGs saves nothing. '
-            f'Unpack them to .tar (gunzip, bunzip2, unxz, unzstd)'
-        )
     if not kinds:
         return 'folders', {}  # which will say that there is nothing in it
     if len(kinds) > 1:
@@ -109,17 +98,23 @@ def _kind(root: Path, with_truth: bool) -> tuple[str, dict[Path, str]]:
 def _archives(root: Path) -> list[Path]:
     """Files that may hold images: ``root`` itself, or those in the folders where they usually lie."""
     if root.is_file():
-        return [root] if _suffix(root) in _KINDS else []
+        return [root] if _suffix(root) else []
     folders = [root / place for place in PLACES if (root / place).is_dir()]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    files = [file for file in files if _suffix(file) in _KINDS and not file.name.startswith('.')]
     # ImageNet's ground truth and bounding boxes come as archives too; they hold no images
-    return [file for file in files if not re.search('devkit|bbox', file.name)]
+    return [
+        file
+        for file in files
+        if _suffix(file) and not file.name.startswith('.') and not re.search('devkit|bbox', file.name)
+    ]
 
 
 def _suffix(file: Path) -> str:
+    """``'.zip'``, ``'.parquet'`` or ``'.tar'``, also of a compressed tar, which ``Archive`` refuses; else ``''``."""
     name = file.name.lower()
-    return next((kind for kind in _KINDS if name.endswith(kind)), '')
+    if _COMPRESSED_TAR.fullmatch(name):
+        return '.tar'
+    return next((suffix for suffix in ('.zip', '.parquet', '.tar') if name.endswith(suffix)), '')
 
 
 def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, dict[Path, str]]:
@@ -129,7 +124,7 @@ def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, 
         ('folders', 'a tar of folders of images. Unpack it, or pack the folders as a zip (zip -0 -r)'),
     ):
         if matching := [tar for tar in tars if roles[tar] == role]:
-            raise UserError(f'{few([str(tar) for tar in matching])}: {fault}. Expected {_KNOWN}')
+            raise UserError(f'{few([str(tar) for tar in matching])}: {fault}. Expected {_LAYOUTS}')
     if single := [tar for tar in tars if roles[tar] == 'images' and _OF_ONE_CLASS.fullmatch(tar.name)]:
         raise UserError(
             f'{root}: {few([tar.name for tar in single])}: tars of one class each, whose labels would be lost. Give '
@@ -137,9 +132,10 @@ def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, 
         )
     if with_truth or 'tars' in roles.values():  # then images alone are those of the validation set
         roles = {tar: 'val' if role == 'images' else role for tar, role in roles.items()}
-    if not set(roles.values()) & {'tars', 'val', 'test'}:
+    present = set(roles.values())
+    if not present & {'tars', 'val', 'test'}:
         return 'webdataset', roles
-    if set(roles.values()) & {'labels', 'images'}:
+    if present & {'labels', 'images'}:
         matching = ', '.join(f'{tar.name} ({role})' for tar, role in roles.items())
         raise UserError(
             f'{root}: ILSVRC tars beside others: {matching}. Give a folder with one kind, or the tar itself'
@@ -149,12 +145,11 @@ def _kind_of_tars(root: Path, tars: list[Path], with_truth: bool) -> tuple[str, 
 
 def _role(tar: Path) -> str:
     official = _OFFICIAL.fullmatch(tar.name)
-    if official and official[1] != 'train':
-        return official[1]
-    return role_of(tar)
+    return official[1] if official and official[1] != 'train' else role_of(tar)
 
 
 def _official(root: Path, roles: dict[Path, str]) -> tuple[Path | None, Path | None, list[str]]:
+    """The tar of the training images, that of the validation images, and what is left out."""
     chosen: dict[str, Path | None] = {}
     for role in ('tars', 'val'):
         matching = [tar for tar, tar_role in roles.items() if tar_role == role]

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Listed, Source, arrange, is_image, is_litter
-from tread_composer.conversion.sources.ranges import refuse_giant
-from tread_composer.conversion.sources.tree import Branch, Listing, holds_labels, lay_out
+from tread_composer.conversion.sources.base import Request, Source, is_image, is_litter, refuse_giant
+from tread_composer.conversion.sources.tree import Listing
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
@@ -15,15 +14,16 @@ __all__ = ['FolderSource', 'holds_images', 'open_folders']
 
 
 @dataclass(eq=False)
-class FolderSource(Listed):
-    """Image ``i`` is the file ``root / branch.path(names[i])``."""
+class FolderSource(Source):
+    """Image ``i`` is a file below ``folder``; ``bare``: the class in its name is no folder."""
 
-    root: str
-    branch: Branch
+    folder: str
+    bare: bool
 
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
-        path = f'{self.root}/{self.branch.path(self.names[position])}'
+        name = self.names[position]
+        path = f'{self.folder}/{name.partition("/")[2] if self.bare else name}'
         try:
             with open(path, 'rb', buffering=0) as file:
                 refuse_giant(os.fstat(file.fileno()).st_size)
@@ -32,37 +32,27 @@ class FolderSource(Listed):
             raise UserError(f'{path}: was there when the source was opened and cannot be read now: {error}') from error
 
 
-def open_folders(root: Path, *, ground_truth: Path | None = None, progress: bool = True) -> dict[str, Source]:
-    """The splits of a folder; see ``open_sources``."""
-    listing, counter = Listing(), Progress(f'scanning {root}', show=progress)
+def open_folders(request: Request) -> dict[str, Source]:
+    """The splits of a folder."""
+    root, listing = request.root, Listing()
+    progress = Progress(f'scanning {root}')
     for parts, is_folder in _walk(root):
-        counter.add()
-        if not is_folder and holds_labels(parts):
-            listing.label_files['/'.join(parts)] = _content(root.joinpath(*parts))
+        progress.add()
+        if is_folder:
+            listing.folders.add('/'.join(parts))
         else:
-            listing.add(parts, is_folder)
+            listing.add(parts, root.joinpath(*parts).read_bytes)
     sources: dict[str, Source] = {}
-    for split, branch in lay_out(root, listing, ground_truth).items():
-        layout = 'class folders' if branch.class_names else 'flat folder'
-        folder = root / branch.prefix
-        facts, _ = arrange(layout, folder, branch.names, branch.labels, branch.class_names, listing.ignored)
-        branch.names, branch.labels = [], []  # the facts hold them; workers get a copy of all that is here
-        sources[split] = FolderSource(**facts, root=str(root), branch=branch)
+    for split, branch in listing.branches(request).items():
+        layout, folder = 'class folders' if branch.class_names else 'flat folder', root / branch.prefix
+        sources[split] = FolderSource.arranged(layout, folder, branch, folder=str(folder), bare=branch.bare)
     return sources
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error}') from error
 
 
 def holds_images(root: Path) -> bool:
     """Whether there is an image anywhere below."""
-    return any(
-        is_image(parts[-1]) and not is_litter(parts) for parts, is_folder in _walk(root) if not is_folder
-    )  # fmt: skip
+    files = (parts for parts, is_folder in _walk(root) if not is_folder)
+    return any(is_image(parts[-1]) and not is_litter(parts) for parts in files)
 
 
 def _walk(root: Path) -> Iterator[tuple[tuple[str, ...], bool]]:

@@ -11,7 +11,7 @@ import numpy as np
 from tread_composer.conversion.sources.base import check_same_classes, few, is_image
 from tread_composer.core.errors import UserError
 
-__all__ = ['assign_classes', 'read_ground_truth']
+__all__ = ['assign_classes', 'missing_truth']
 
 _META, _TRUTH = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
 _THREE_FORMS = (
@@ -21,26 +21,25 @@ _THREE_FORMS = (
 _MAX_BYTES = 2**26
 
 
-def assign_classes(
-    ground_truth: Path | None, files: Sequence[str], known: tuple[str, ...] | None, where: Path
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and the label of each file.
+def missing_truth(where: Path) -> UserError:
+    """The error for validation images without labels."""
+    return UserError(
+        f'{where}: the validation images lie in no class folders, so their classes must come from elsewhere. '
+        f'Give ground_truth (--ground-truth), one of: {_THREE_FORMS}'
+    )
 
-    Args:
-        ground_truth: One of the three forms.
-        files: Names of the images, with extension.
-        known: The classes of the training images, sorted; None where there are none.
-        where: The images, for messages.
+
+def assign_classes(
+    ground_truth: Path | None, files: Sequence[str], train_classes: tuple[str, ...] | None, where: Path
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, and the label of each file, given the classes of the training images if there are any.
 
     Raises:
-        UserError: No ground truth; it and the images are not the same; or its classes are not the known ones.
+        UserError: No ground truth; it and the images are not the same; or its classes are not those of the training.
     """
     if ground_truth is None:
-        raise UserError(
-            f'{where}: the validation images lie in no class folders, so their classes must come from elsewhere. '
-            f'Give ground_truth (--ground-truth), one of: {_THREE_FORMS}'
-        )
-    truth = read_ground_truth(ground_truth)
+        raise missing_truth(where)
+    truth = _read_ground_truth(ground_truth)
     stems = [_stem(file) for file in files]
     for text, missing in (
         (f'{where}: images that {ground_truth} does not know', set(stems) - truth.keys()),
@@ -50,20 +49,17 @@ def assign_classes(
             raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
     classes = [truth[stem] for stem in stems]
     names = set(classes)
-    if all(name.isdecimal() for name in names) and not (known and names <= set(known)):
-        return _numbered(ground_truth, classes, known)
-    check_same_classes(where, {'train': known, 'val': names} if known else {})
-    class_names = known or tuple(sorted(names))
+    if all(name.isdecimal() for name in names) and not (train_classes and names <= set(train_classes)):
+        return _numbered(ground_truth, classes, train_classes)
+    if train_classes:
+        check_same_classes(where, train_classes, names)
+    class_names = train_classes or tuple(sorted(names))
     label_of = {name: label for label, name in enumerate(class_names)}
     return class_names, [label_of[name] for name in classes]
 
 
-def read_ground_truth(path: Path) -> dict[str, str]:
-    """Class (synset, or a number) of each image, by the image's name without extension.
-
-    Raises:
-        UserError: Not one of the three forms, or damaged.
-    """
+def _read_ground_truth(path: Path) -> dict[str, str]:
+    """Class (synset, or a number) of each image, by the image's name without extension."""
     try:
         if path.is_dir() or path.name.lower().endswith(('.tar.gz', '.tgz', '.tar')):
             return _devkit(path)
@@ -81,24 +77,26 @@ def _stem(name: str) -> str:
     return name.rpartition('.')[0] if is_image(name) else name
 
 
-def _numbered(path: Path, classes: list[str], known: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
-    if known is None:
+def _numbered(
+    path: Path, classes: list[str], train_classes: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    if train_classes is None:
         raise UserError(
             f'ground_truth={path}: numbers of classes say nothing without the training images. '
             f'Give synsets, or a source that holds train too'
         )
-    labels = [int(name) for name in classes]
-    if set(labels) != set(range(len(known))):
+    labels, total = [int(name) for name in classes], len(train_classes)
+    if set(labels) != set(range(total)):
         raise UserError(
             f'ground_truth={path}: class numbers from {min(labels)} to {max(labels)}, {len(set(labels)):,} different '
-            f'ones, for {len(known):,} classes; 0 to {len(known) - 1} must all occur, in the order of the sorted names'
+            f'ones, for {total:,} classes; 0 to {total - 1} must all occur, in the order of the sorted names'
         )
-    return known, labels
+    return train_classes, labels
 
 
 def _kaggle(path: Path, text: str) -> list[tuple[str, str]]:
     rows = []
-    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
         # An image may show several objects, each as "synset x y x y"; the image has one class.
         classes = set(row[1].split()[::5]) if len(row) == 2 else set()
         if len(classes) != 1:
@@ -108,13 +106,13 @@ def _kaggle(path: Path, text: str) -> list[tuple[str, str]]:
 
 
 def _two_columns(path: Path, text: str) -> list[tuple[str, str]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.split()
+    rows = [line.split() for line in text.splitlines()]
+    for number, words in enumerate(rows, start=1):
         if len(words) != 2:
-            raise UserError(f'ground_truth={path}: line {number}: {line!r} is not two columns. Expected {_THREE_FORMS}')
-        rows.append((words[0].rpartition('/')[2], words[1]))
-    return rows
+            raise UserError(
+                f'ground_truth={path}: line {number}: {" ".join(words)!r} is not two columns. Expected {_THREE_FORMS}'
+            )
+    return [(name.rpartition('/')[2], label) for name, label in rows]
 
 
 def _devkit(path: Path) -> dict[str, str]:
@@ -137,8 +135,8 @@ def _devkit(path: Path) -> dict[str, str]:
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:
     contents: dict[str, bytes] = {}
     if path.is_dir():
-        contents = {file.name: file.read_bytes() for folder in (path, path / 'data') for file in folder.glob('*')
-                 if file.name in (_META, _TRUTH)}  # fmt: skip
+        files = [folder / name for folder in (path, path / 'data') for name in (_META, _TRUTH)]
+        contents = {file.name: file.read_bytes() for file in files if file.is_file()}
     else:
         with tarfile.open(path) as archive:  # read into memory; nothing is extracted
             for member in archive:

@@ -1,121 +1,62 @@
 """The official tars of ImageNet (ILSVRC 2012): the training tar of one tar a class, and the flat validation tar."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from tread_composer.conversion.sources.base import (
-    Ignored,
-    Source,
-    arrange,
-    check_same_classes,
-    few,
-    in_label_order,
-    is_image,
-    is_litter,
-)
-from tread_composer.conversion.sources.ground_truth import assign_classes
-from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
+from tread_composer.conversion.sources.base import OpenFiles, RangeSource, Request, Source, is_image, is_litter
+from tread_composer.conversion.sources.ground_truth import missing_truth
 from tread_composer.conversion.sources.tars import Archive, Member
+from tread_composer.conversion.sources.tree import Listing
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
 __all__ = ['open_ilsvrc']
 
-_LAYOUT = 'ILSVRC tars'
 
-
-def open_ilsvrc(
-    train: Path | None,
-    val: Path | None,
-    *,
-    ground_truth: Path | None = None,
-    notes: Sequence[str] = (),
-    progress: bool = True,
-) -> dict[str, Source]:
-    """The splits of the official tars; see ``open_sources``.
-
-    Args:
-        train: The tar of tars.
-        val: The flat tar.
-        ground_truth: Classes of the validation images.
-        notes: What else was seen, for the description.
-        progress: Whether a long scan is reported.
-    """
-    sources: dict[str, Source] = {}
+def open_ilsvrc(request: Request, train: Path | None, val: Path | None, notes: Sequence[str]) -> dict[str, Source]:
+    """The splits of the official tars, of tars and flat: read as the folders that unpacking them would give."""
+    if val and not request.ground_truth:
+        raise missing_truth(val)
+    listing = Listing()
+    listing.ignored.notes += notes
     if train:
-        sources['train'] = _open_train(train, notes, progress)
+        _list_train(train, listing)
     if val:
-        classes = sources['train'].class_names if train else None
-        sources['val'] = _open_val(val, ground_truth, classes, notes, progress)
-    elif ground_truth:
-        raise UserError(f'ground_truth={ground_truth}: labels validation images, and {train} has none. Leave it out')
-    check_same_classes(train or val or '', {split: source.class_names for split, source in sources.items()})
-    return sources
+        with Archive(val) as archive:
+            _list(archive, ('val',), listing, Progress(f'scanning {val}'))
+    tars = {split: path for split, path in (('train', train), ('val', val)) if path}
+    return {
+        split: RangeSource.arranged('ILSVRC tars', tars[split], branch, files=OpenFiles([tars[split]]))
+        for split, branch in listing.branches(request).items()
+    }
 
 
-def _open_train(path: Path, notes: Sequence[str], progress: bool) -> RangeSource:
-    ignored, counter = Ignored(notes=list(notes)), Progress(f'scanning {path}', show=progress)
-    by_class: dict[str, list[Member]] = {}
+def _list_train(path: Path, listing: Listing) -> None:
+    progress = Progress(f'scanning {path}')
     with Archive(path) as archive:
         for outer in archive.members():
             name = outer.parts[-1]
             if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
-                ignored.add(outer.parts)
-            elif not name.endswith('.tar') or name.removesuffix('.tar') in by_class:
+                listing.ignored.add(outer.parts)
+                continue
+            folder = ('train', name.removesuffix('.tar'))
+            if is_image(name) or '/'.join(folder) in listing.folders:
                 raise UserError(f'{path}: holds {name}, where each member should be the one tar of a class')
-            else:
-                by_class[name.removesuffix('.tar')] = _of_class(path, archive, outer, ignored, counter)
-    empty = [name for name, members in by_class.items() if not members]
-    if empty:
-        raise UserError(f'{path}: {len(empty):,} classes hold no image: {few(empty)}. Get it anew')
-    class_names = in_label_order(by_class)
-    rows = [(label, member) for label, name in enumerate(class_names) for member in by_class[name]]
-    names = [f'{class_names[label]}/{member.parts[-1]}' for label, member in rows]
-    facts, order = arrange(_LAYOUT, path, names, [label for label, _ in rows], class_names, ignored)
-    return _source(path, facts, [member for _, member in rows], order)
+            listing.folders.add('/'.join(folder))
+            _list(archive, folder, listing, progress, outer)
 
 
-def _of_class(path: Path, archive: Archive, outer: Member, ignored: Ignored, counter: Progress) -> list[Member]:
-    images = []
+def _list(
+    archive: Archive, folder: tuple[str, ...], listing: Listing, progress: Progress, outer: Member | None = None
+) -> None:
     for member in archive.members(outer):
-        counter.add()
-        if is_litter(member.parts) or not is_image(member.parts[-1]):
-            ignored.add(member.parts)
-        elif len(member.parts) > 2 or (len(member.parts) == 2 and f'{member.parts[0]}.tar' != outer.parts[-1]):
+        progress.add()
+        *folders, name = member.parts
+        if outer and folders and folders != [folder[-1]] and is_image(name):
             raise UserError(
-                f'{path}: {"/".join(outer.parts)}: {"/".join(member.parts)!r} lies in a folder, where a class has none'
+                f'{archive.path}: {"/".join(outer.parts)}: {"/".join(member.parts)!r} lies in a folder, where a class '
+                f'has none'
             )
-        else:
-            images.append(member)
-    return images
-
-
-def _open_val(
-    path: Path, ground_truth: Path | None, known: tuple[str, ...] | None, notes: Sequence[str], progress: bool
-) -> RangeSource:
-    ignored, counter = Ignored(notes=list(notes)), Progress(f'scanning {path}', show=progress)
-    members = []
-    with Archive(path) as archive:
-        for member in archive.members():
-            counter.add()
-            if is_litter(member.parts) or not is_image(member.parts[-1]):
-                ignored.add(member.parts)
-            else:
-                members.append(member)
-    files = [member.parts[-1] for member in members]
-    class_names, labels = assign_classes(ground_truth, files, known, path)
-    names = [f'{class_names[label]}/{file}' for label, file in zip(labels, files, strict=True)]
-    facts, order = arrange(_LAYOUT, path, names, labels, class_names, ignored)
-    return _source(path, facts, members, order)
-
-
-def _source(path: Path, facts: dict, members: list[Member], order: np.ndarray) -> RangeSource:
-    return RangeSource(
-        **facts,
-        files=OpenFiles([path]),
-        numbers=np.zeros(len(order), dtype=np.uint8),
-        offsets=np.array([member.offset for member in members], dtype=np.int64)[order],
-        sizes=np.array([member.size for member in members], dtype=np.int64)[order],
-    )
+        read = functools.partial(archive.read, member.offset, member.size)
+        listing.add((*folder, name), read, (0, member.offset, member.size))

@@ -2,15 +2,15 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import SPLITS, few, is_litter
+from tread_composer.conversion.sources.base import SPLITS, Images, few, is_litter
 from tread_composer.core.errors import UserError
 
-__all__ = ['PLACES', 'classes_of_numbers', 'split_files']
+__all__ = ['PLACES', 'name_by_number', 'split_files']
 
 PLACES = ('', 'data', *SPLITS)
 """Folders below the given one in which such files are looked for."""
@@ -20,7 +20,7 @@ _LAST_NUMBER = re.compile(r'(.*?)(\d+)$')
 
 
 def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
-    """Files by split, sorted by name, and what to tell about those left out.
+    """Files by split, sorted by name, and what to report about those left out.
 
     They lie in ``root``, in ``root/data`` or in folders named after splits. In one folder the split is a word of the
     name: ``train-00000-of-00294.parquet``, ``imagenet1k-validation-0003.tar``; without any such word all are ``train``.
@@ -28,17 +28,20 @@ def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[st
     Raises:
         UserError: Files in several of these places, names that do not say their split, or a number missing.
     """
-    places = {'': [root]} if root.is_file() else {place: _files(root / place, suffix) for place in PLACES}
-    filled = {place: files for place, files in places.items() if files}
+    filled = {'': [root]} if root.is_file() else {}
+    for place in PLACES if root.is_dir() else ():
+        names = sorted((root / place).glob('*')) if (root / place).is_dir() else []
+        files = [file for file in names if file.name.lower().endswith(suffix) and not is_litter([file.name])]
+        if files:
+            filled[place] = files
     if len(filled) > 1 and not filled.keys() <= SPLITS.keys():
         raise UserError(
             f'{root}: *{suffix} in several places: {few([f"{root / place}" for place in filled])}. Give one'
         )
     by_split: dict[str, list[Path]] = {}
     for place, files in filled.items():
-        names = {_split_of(file) for file in files}
-        if place not in SPLITS and None in names and len(names) > 1:
-            unnamed = [file.name for file in files if _split_of(file) is None]
+        unnamed = [file.name for file in files if _split_of(file) is None]
+        if place not in SPLITS and 0 < len(unnamed) < len(files):
             raise UserError(f'{root / place}: some names say train or val, others do not: {few(unnamed)}. Rename them')
         for file in files:
             by_split.setdefault(SPLITS.get(place) or _split_of(file) or 'train', []).append(file)
@@ -52,48 +55,37 @@ def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[st
     return by_split, [f'{len(test)} files of the test split are not converted'] if test else []
 
 
-def classes_of_numbers(
-    where: Path, labels: Mapping[str, Sequence[int]], names: tuple[str, ...]
-) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """Class names, and for each split what to tell about classes that it lacks.
+def name_by_number(where: Path | str, splits: Mapping[str, Images], names: tuple[str, ...]) -> None:
+    """Give images whose labels are numbers their class names, and note in which splits a class has no image.
 
     Args:
         where: The data set, for messages.
-        labels: Of the images of each split.
-        names: As given; may be empty, then the numbers are the names.
+        splits: Images of each split, named by their files.
+        names: Class names in label order; empty: the numbers are the names.
 
     Raises:
         UserError: A negative number or one without a name, or a class without a training image.
     """
-    seen = {split: np.unique(np.asarray(numbers, dtype=np.int64)) for split, numbers in labels.items()}
-    reference = seen.get('train', next(iter(seen.values())))
-    lowest, highest = (pick([pick(numbers) for numbers in seen.values()]) for pick in (min, max))
+    present = {split: np.unique(np.array(images.labels, np.int64)) for split, images in splits.items()}
+    reference = present.get('train', next(iter(present.values())))
+    lowest, highest = (pick([pick(numbers) for numbers in present.values()]) for pick in (min, max))
     total = len(names) or int(reference.max()) + 1
     if lowest < 0 or highest >= total:
         origin = 'there are names for' if names else 'train has'
         raise UserError(f'{where}: labels from {lowest} to {highest}, but {origin} {total} classes (0 to {total - 1})')
     if len(reference) < total:
         # a wrong label can be any number: no table of that length
-        present = set(reference.tolist())
-        missing = itertools.islice((number for number in range(total) if number not in present), 5)
+        used = set(reference.tolist())
+        missing = itertools.islice((number for number in range(total) if number not in used), 5)
         listed = ', '.join(f'{number} ({names[number]})' if names else str(number) for number in missing)
         raise UserError(
             f'{where}: {total - len(reference):,} of {total:,} classes have no training image, such as {listed}. '
             f'Complete the data'
         )
-    notes = {
-        split: [f'{total - len(own):,} classes have no image'] if len(own) < total else []
-        for split, own in seen.items()
-    }
-    return names or tuple(str(number) for number in range(total)), notes
-
-
-def _files(folder: Path, suffix: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        file for file in folder.iterdir() if file.name.lower().endswith(suffix) and not is_litter([file.name])
-    )
+    for split, images in splits.items():
+        images.in_classes(names or tuple(str(number) for number in range(total)))
+        if len(present[split]) < total:
+            images.ignored.notes.append(f'{total - len(present[split]):,} classes have no image')
 
 
 def _split_of(file: Path) -> str | None:

@@ -5,11 +5,11 @@ once, in order, into a spool file for each parquet file.
 """
 
 import hashlib
+import itertools
 import json
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,20 +18,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from tread_composer.conversion.sources.base import Ignored, Source, arrange
-from tread_composer.conversion.sources.numbered import classes_of_numbers
-from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
+from tread_composer.conversion.output import refuse_if_too_large, size_in_words
+from tread_composer.conversion.sources.base import Ignored, Images, OpenFiles, RangeSource, Request, Source
+from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import whole_file
+from tread_composer.io.files import UNFINISHED, whole_file
 from tread_composer.io.locks import locked
 from tread_composer.io.progress import Progress
 
 __all__ = ['open_parquet']
 
-_BATCH = 64
-"""Rows that are in memory at once."""
-
-
+_BATCH = 64  # rows that are in memory at once
 # What reading raises; ValueError: texts that are not UTF-8.
 _DAMAGE = (OSError, ValueError, pyarrow.ArrowException)
 
@@ -55,66 +52,37 @@ class _Spool:
     files: list[str]
 
 
-def open_parquet(
-    root: Path,
-    files: dict[str, list[Path]],
-    scratch: Path,
-    *,
-    class_names: tuple[str, ...] = (),
-    notes: Sequence[str] = (),
-    progress: bool = True,
-) -> dict[str, Source]:
-    """The splits of a folder of parquet files; see ``open_sources``.
-
-    Args:
-        root: The folder, for messages.
-        files: Of each split.
-        scratch: Folder for the spool. What is there from an earlier, interrupted call is used again.
-        class_names: In label order; empty: those that the files themselves name, else the numbers.
-        notes: What else was seen, for the description.
-        progress: Whether the copying is reported.
-    """
-    everything = [file for split in files.values() for file in split]
-    columns = _agreed_columns(everything)
-    if class_names and columns.label is None:
+def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+    """The splits of parquet files; what an earlier, interrupted call left in the scratch folder is used again."""
+    root = request.root
+    columns = _agreed_columns([file for split in files.values() for file in split])
+    if request.class_names and columns.label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')
-    spools = _spool_all(everything, columns, scratch / 'parquet', progress)
-    by_split = {split: [spools[file] for file in paths] for split, paths in files.items()}
-    labels = {
-        split: np.concatenate([spool.labels for spool in split_spools]).tolist()
-        for split, split_spools in by_split.items()
-    }
-    for split, values in labels.items():
-        if not values:
-            raise UserError(f'{root}: the files of {split} hold no row')
-    lacking: dict[str, list[str]] = {}
-    names: tuple[str, ...] = ()
+    spools = _spool_all(files, columns, request.scratch / 'parquet')
+    splits = {split: _images(root, split, spools[split], notes) for split in files}
     if columns.label is not None:
-        names, lacking = classes_of_numbers(root, labels, class_names or columns.class_names)
+        name_by_number(root, splits, request.class_names or columns.class_names)
     return {
-        split: _source(root, split_spools, labels[split], names, Ignored(notes=[*notes, *lacking.get(split, [])]))
-        for split, split_spools in by_split.items()
+        split: RangeSource.arranged(
+            'parquet files', root, images, files=OpenFiles([spool.path for spool in spools[split]])
+        )
+        for split, images in splits.items()
     }
 
 
-def _source(
-    root: Path, spools: list[_Spool], labels: list[int], class_names: tuple[str, ...], ignored: Ignored
-) -> RangeSource:
-    files = [file for spool in spools for file in spool.files]
-    folders = [f'{class_names[label]}/' for label in labels] if class_names else [''] * len(labels)
-    names = [folder + file for folder, file in zip(folders, files, strict=True)]
-    if '' in files or len(set(names)) < len(names):
-        ignored.notes.append('named by row, since the files do not name each image')
-        names = [f'{folder}row-{row:08d}' for row, folder in enumerate(folders)]
-    facts, order = arrange('parquet files', root, names, labels, class_names, ignored)
-    counts = [len(spool.labels) for spool in spools]
-    return RangeSource(
-        **facts,
-        files=OpenFiles([spool.path for spool in spools]),
-        numbers=np.repeat(np.arange(len(spools), dtype=np.int32), counts)[order],
-        offsets=np.concatenate([spool.starts[:-1] for spool in spools])[order],
-        sizes=np.concatenate([np.diff(spool.starts) for spool in spools])[order],
-    )
+def _images(root: Path, split: str, spools: list[_Spool], notes: Sequence[str]) -> Images:
+    images = Images(ignored=Ignored(notes=list(notes)))
+    for number, spool in enumerate(spools):
+        images.names += spool.files
+        images.labels += spool.labels.tolist()
+        starts = spool.starts.tolist()
+        images.places += [(number, start, end - start) for start, end in itertools.pairwise(starts)]
+    if not images.names:
+        raise UserError(f'{root}: the files of {split} hold no row')
+    if '' in images.names or len(set(zip(images.labels, images.names, strict=True))) < len(images.names):
+        images.ignored.notes.append('named by row, since the files do not name each image')
+        images.names = [f'row-{row:08d}' for row in range(len(images.names))]
+    return images
 
 
 def _agreed_columns(files: list[Path]) -> _Columns:
@@ -140,17 +108,14 @@ def _columns_of(file: Path) -> _Columns:
             f'{file}: {len(images)} columns hold images (a struct with "bytes" and "path", as Hugging Face writes '
             f'them), 1 is expected. Columns: {shown}'
         )
-    features: dict[str, Any] = {}
+    named: dict[str, tuple[str, ...]] = {}
     if text := (schema.metadata or {}).get(b'huggingface'):
         try:
             features = json.loads(text)['info']['features']
             named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: the metadata 'huggingface' of its schema is damaged: {error!r}") from error
-    else:
-        named = {}
-    plain = [column.name for column in schema if column.name in ('label', 'labels')]
-    candidates = list(named) or plain
+    candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
     if len(candidates) > 1:
         raise UserError(f'{file}: {len(candidates)} columns of labels: {", ".join(candidates)}. Write files with one')
     label = candidates[0] if candidates else None
@@ -163,23 +128,30 @@ def _is_image(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_struct(kind) and {'bytes', 'path'} <= {kind.field(i).name for i in range(kind.num_fields)}
 
 
-def _spool_all(files: list[Path], columns: _Columns, folder: Path, progress: bool) -> dict[Path, _Spool]:
+def _spool_all(files: dict[str, list[Path]], columns: _Columns, folder: Path) -> dict[str, list[_Spool]]:
     """Copy what is not yet copied. Any number of processes may call this at once; one copies, the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / '.lock'):
-        for left_over in folder.glob('.partial-*'):
-            left_over.unlink(missing_ok=True)
-        targets = {file: _target(file, columns, folder) for file in files}
+        for abandoned in folder.glob(f'{UNFINISHED}*'):  # by a copy that was killed: only one runs at a time
+            abandoned.unlink()
+        targets = {file: _target(file, columns, folder) for split in files.values() for file in split}
         spools = {file: spool for file, target in targets.items() if (spool := _finished(target)) is not None}
-        todo = [file for file in files if file not in spools]
+        todo = [file for file in targets if file not in spools]
         if todo:
-            sizes = {file: _image_bytes(file, columns) for file in todo}
-            _announce(folder, sum(sizes.values()), len(todo), progress)
-            counter = Progress(f'copying to {folder}', sum(sizes.values()) // 2**20, 'MiB', show=progress)
+            # What is not image in such a file is less than what compression leaves of JPEGs.
+            size = sum(file.stat().st_size for file in todo)
+            free = refuse_if_too_large(folder, size, f'the images of {len(todo)} parquet files')
+            print(
+                f'{folder}: {len(todo)} parquet files are copied here, about {size_in_words(size)} of images; '
+                f'{size_in_words(free)} are free',
+                file=sys.stderr,
+                flush=True,
+            )
+            progress = Progress(f'copying to {folder}', len(todo), 'files')
             for file in todo:
                 spools[file] = _copy(file, columns, targets[file])
-                counter.add(sizes[file] // 2**20)
-    return spools
+                progress.add()
+    return {split: [spools[file] for file in paths] for split, paths in files.items()}
 
 
 def _target(file: Path, columns: _Columns, folder: Path) -> Path:
@@ -201,62 +173,38 @@ def _finished(target: Path) -> _Spool | None:
     return spool if target.stat().st_size == spool.starts[-1] else None
 
 
-def _image_bytes(file: Path, columns: _Columns) -> int:
-    try:
-        metadata = pyarrow.parquet.read_metadata(file)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-        chunks_of_image = [chunk for chunk in chunks if chunk.path_in_schema == f'{columns.image}.bytes']
-        return sum(chunk.total_uncompressed_size for chunk in chunks_of_image)
-    except _DAMAGE as error:
-        raise UserError(f'{file}: not a parquet file, or damaged: {error}. Get it anew') from error
-
-
-def _announce(folder: Path, size: int, count: int, progress: bool) -> None:
-    free = shutil.disk_usage(folder).free
-    text = (
-        f'{folder}: {count} parquet files are copied here, {size / 2**30:.2f} GiB of images; '
-        f'{free / 2**30:.2f} GiB are free'
-    )
-    if size > free:
-        raise UserError(f'{text}. Choose a scratch folder with more space')
-    if progress:
-        print(text, file=sys.stderr, flush=True)
-
-
 def _copy(file: Path, columns: _Columns, target: Path) -> _Spool:
-    sizes, labels, files = [], [], []
-    names = [columns.image] + ([columns.label] if columns.label else [])
-
-    def write_images(stream: IO[bytes]) -> None:
-        source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-        for batch in source.iter_batches(_BATCH, columns=names, use_threads=False):
-            images = batch.column(columns.image)
-            labels.extend(batch.column(columns.label).to_pylist() if columns.label else [0] * len(batch))
-            for image in images:
-                content, path = image['bytes'].as_buffer() if image.is_valid else None, image['path'].as_py()
-                if content is None:
-                    raise UserError(
-                        f'{file}: row {len(sizes)} holds no bytes (path {path!r}). Write files with embedded images'
-                    )
-                stream.write(content)
-                sizes.append(len(content))
-                files.append((path or '').rpartition('/')[2])
-        if None in labels:
-            raise UserError(f'{file}: row {labels.index(None)} has no label')
-
     try:
-        _write(target, write_images)
-        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        arrays = {'starts': starts, 'labels': np.array(labels, dtype=np.int64), 'files': np.array(files, dtype=np.str_)}
-        _write(target.with_suffix('.npz'), lambda stream: np.savez(stream, **arrays))
+        with whole_file(target) as unfinished, unfinished.open('wb') as stream:
+            arrays = _write_images(file, columns, stream)
+        with whole_file(target.with_suffix('.npz')) as unfinished, unfinished.open('wb') as stream:
+            np.savez(stream, **arrays)
     except UserError:
         raise
     except _DAMAGE as error:
         raise UserError(f'{file}: cannot be copied to {target}: {error}') from error
-    return _Spool(target, starts, arrays['labels'], files)
+    return _Spool(target, arrays['starts'], arrays['labels'], arrays['files'].tolist())
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    with whole_file(path) as unfinished, unfinished.open('wb') as stream:
-        write(stream)
+def _write_images(file: Path, columns: _Columns, stream: IO[bytes]) -> dict[str, Any]:
+    sizes, labels, files = [], [], []
+    names = [columns.image] + ([columns.label] if columns.label else [])
+    source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+    for batch in source.iter_batches(_BATCH, columns=names, use_threads=False):
+        labels += batch.column(columns.label).to_pylist() if columns.label else [0] * len(batch)
+        for image in batch.column(columns.image):
+            content, path = image['bytes'].as_buffer() if image.is_valid else None, image['path'].as_py()
+            if content is None:
+                raise UserError(
+                    f'{file}: row {len(sizes)} holds no bytes (path {path!r}). Write files with embedded images'
+                )
+            stream.write(content)
+            sizes.append(len(content))
+            files.append((path or '').rpartition('/')[2])
+    if None in labels:
+        raise UserError(f'{file}: row {labels.index(None)} has no label')
+    return {
+        'starts': np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        'labels': np.array(labels, dtype=np.int64),
+        'files': np.array(files, dtype=np.str_),
+    }

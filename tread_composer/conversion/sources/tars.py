@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from tread_composer.conversion.sources.base import check_member, is_image, is_litter
 from tread_composer.core.errors import UserError
@@ -24,6 +24,15 @@ class Member(NamedTuple):
     size: int
 
 
+class _Headers(io.FileIO):
+    """A file that ``tarfile`` reads headers from. Member data never pass through it, so a long read is damage."""
+
+    def read(self, size: int | None = -1, /) -> Any:
+        if size is None or not 0 <= size <= 2**20:
+            raise ValueError(f'a header of {size} bytes')
+        return super().read(size)
+
+
 class Archive:
     """A tar on disk, opened for reading; a context manager.
 
@@ -34,7 +43,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, 'rb', buffering=0)  # noqa: SIM115  (closed in __exit__)
+            self._file = _Headers(path)
         except OSError as error:
             raise UserError(f'{path}: cannot be read: {error}') from error
         start = self.read(0, 6)
@@ -63,58 +72,37 @@ class Archive:
             UserError: Not a tar; cut off; followed by other data; or it holds a link, a device, a sparse file or a name
                 that leads out of it. ``tarfile`` itself takes a damaged header in the middle for the end.
         """
-        inner_name = '/'.join(outer.parts) if outer else ''
-        place = Path(f'{self.path}: {inner_name}') if outer else self.path
-        end = outer.offset + outer.size if outer else os.fstat(self._file.fileno()).st_size
-        window = _Window(self._file.fileno(), outer.offset if outer else 0, end)
+        place, start, end = self.path, 0, os.fstat(self._file.fileno()).st_size
+        if outer is not None:
+            place, start, end = Path(f'{self.path}: {"/".join(outer.parts)}'), outer.offset, outer.offset + outer.size
         try:
-            with cast(Any, tarfile.open(fileobj=cast(IO[bytes], window), mode='r:')) as archive:
-                while (info := archive.next()) is not None:
-                    archive.members.clear()  # a million of them would fill gigabytes
+            self._file.seek(start)  # tarfile reads from there, and says offsets in the whole file
+            with tarfile.open(fileobj=self._file, mode='r:') as archive:
+                while (info := archive.next()) is not None and info.offset < end:
+                    archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill gigabytes
                     parts = check_member(place, info.name)
                     _check_kind(place, info)
-                    member = Member(parts, window.start + info.offset_data, info.size)
-                    if info.size < 0 or member.offset + info.size > end:
+                    if info.size < 0 or info.offset_data + info.size > end:
                         raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
                     if info.isreg() and parts:
-                        yield member
-                _check_end(place, window, archive.offset)
+                        yield Member(parts, info.offset_data, info.size)
+                self._check_end(place, start, end if info else archive.offset, end)
         except (OSError, ValueError, tarfile.TarError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f'{place}: not a tar, or cut off: {error}. Get it anew') from error
 
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, for ``tarfile``; reads say their offset, so several can be in use."""
-
-    _MAX_READ = 2**20  # long names and extended headers; member data are never read through it
-
-    def __init__(self, descriptor: int, start: int, end: int) -> None:
-        self._descriptor, self.start, self._end, self._position = descriptor, start, end, start
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position - self.start
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        assert whence == os.SEEK_SET, 'tarfile seeks from the start only'
-        if offset < 0:
-            raise ValueError('a header with a negative size')
-        self._position = self.start + offset
-        return offset
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self._MAX_READ:
-            raise ValueError(f'a header of {size} bytes')
-        data = os.pread(self._descriptor, max(0, min(size, self._end - self._position)), self._position)
-        self._position += len(data)
-        return data
+    def _check_end(self, place: Path, start: int, offset: int, end: int) -> None:
+        """After the last member a tar has at least one block of zeros, and nothing but zeros."""
+        for position in range(offset, end, 2**20):
+            block = self.read(position, min(2**20, end - position))
+            if block.count(0) != len(block):
+                raise UserError(
+                    f'{place}: there are other data at byte {position - start:,} where a header or the end should be: '
+                    f'it is damaged or cut off, or several tars were joined. Get it anew, or pack it again'
+                )
+        if end - offset < tarfile.BLOCKSIZE:
+            raise UserError(f'{place}: lacks the mark at its end: it is cut off. Get it anew')
 
 
 def _check_kind(place: Path, info: tarfile.TarInfo) -> None:
@@ -127,21 +115,6 @@ def _check_kind(place: Path, info: tarfile.TarInfo) -> None:
         reason = 'is neither a file nor a folder'
     if reason:
         raise UserError(f'{place}: member {info.name!r} {reason}. Refused: pack again with tar --dereference')
-
-
-def _check_end(place: Path, window: _Window, offset: int) -> None:
-    """After the last member a tar has at least one block of zeros, and nothing but zeros."""
-    window.seek(offset)
-    zeros = 0
-    while block := window.read(2**20):
-        if block.count(0) != len(block):
-            raise UserError(
-                f'{place}: there are other data at byte {offset + zeros:,} where a header or the end should be: it is '
-                f'damaged or cut off, or several tars were joined. Get it anew, or pack it again'
-            )
-        zeros += len(block)
-    if zeros < tarfile.BLOCKSIZE:
-        raise UserError(f'{place}: lacks the mark at its end: it is cut off. Get it anew')
 
 
 def role_of(path: Path) -> str:

@@ -1,125 +1,116 @@
 """webdataset tars: ``key.jpg`` beside ``key.cls`` (a number) or ``key.json`` with a ``label``."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from tread_composer.conversion.sources.base import Ignored, Source, arrange, is_image, is_litter
-from tread_composer.conversion.sources.numbered import classes_of_numbers
-from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource
+from tread_composer.conversion.sources.base import (
+    Ignored,
+    Images,
+    OpenFiles,
+    RangeSource,
+    Request,
+    Source,
+    is_image,
+    is_litter,
+)
+from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.conversion.sources.tars import Archive, Member
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
-__all__ = ['open_webdataset']
+__all__ = ['open_webdataset', 'scan_tars']
 
 _LABELS = {'cls': 64, 'json': 2**20}
 """Extensions of files that say the label, and how large these may be."""
 
 
-@dataclass
-class _Images:
-    """One split, in the order of its files."""
-
-    files: list[str] = field(default_factory=list)
-    labels: list[int | None] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    ignored: Ignored = field(default_factory=Ignored)
-
-
-def open_webdataset(
-    root: Path,
-    tars: dict[str, list[Path]],
-    *,
-    class_names: tuple[str, ...] = (),
-    notes: Sequence[str] = (),
-    progress: bool = True,
-) -> dict[str, Source]:
-    """The splits of a folder of webdataset tars; see ``open_sources``.
-
-    Args:
-        root: The folder, for messages.
-        tars: Files of each split.
-        class_names: In label order; empty: the numbers are the names.
-        notes: What else was seen, for the description.
-        progress: Whether a long scan is reported.
-    """
-    splits = {split: _scan(root, split, files, notes, progress) for split, files in tars.items()}
+def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+    """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
+    root = request.root
+    splits = {split: scan_tars(root, paths, _is_image, Ignored(notes=list(notes))) for split, paths in tars.items()}
     unlabelled = [split for split, images in splits.items() if None in images.labels]
     if unlabelled and len(unlabelled) < len(splits):
         raise UserError(f'{root}: {unlabelled[0]} has no labels, the other split has. Give one split alone')
-    labels = {split: [label or 0 for label in images.labels] for split, images in splits.items()}
-    if unlabelled and class_names:
+    if unlabelled and request.class_names:
         raise UserError(f'{root}: class names are given, but the images have no labels (key.cls or key.json)')
-    lacking = {}
-    if not unlabelled:
-        class_names, lacking = classes_of_numbers(root, labels, class_names)
-    sources: dict[str, Source] = {}
-    for split, images in splits.items():
-        names = images.files
-        if class_names:
-            names = [f'{class_names[label]}/{file}' for label, file in zip(labels[split], names, strict=True)]
-        images.ignored.notes += lacking.get(split, [])
-        facts, order = arrange('webdataset tars', root, names, labels[split], class_names, images.ignored)
-        sources[split] = RangeSource(
-            **facts,
-            files=OpenFiles(tars[split]),
-            numbers=np.array(images.numbers, dtype=np.int32)[order],
-            offsets=np.array(images.offsets, dtype=np.int64)[order],
-            sizes=np.array(images.sizes, dtype=np.int64)[order],
-        )
-    return sources
+    for images in splits.values():
+        images.names = [name.rpartition('/')[2] for name in images.names]
+    if unlabelled:
+        for images in splits.values():
+            images.labels = [0] * len(images.names)
+    else:
+        name_by_number(root, splits, request.class_names)
+    return {
+        split: RangeSource.arranged('webdataset tars', root, images, files=OpenFiles(tars[split]))
+        for split, images in splits.items()
+    }
 
 
-def _scan(root: Path, split: str, tars: list[Path], notes: Sequence[str], progress: bool) -> _Images:
-    images, counter = (
-        _Images(ignored=Ignored(notes=list(notes))),
-        Progress(f'scanning {split} of {root}', show=progress),
-    )
+def _is_image(extension: str) -> bool:
+    return '.' not in extension and is_image(f'.{extension}')
+
+
+def scan_tars(
+    root: Path, tars: Sequence[Path], is_sample: Callable[[str], bool], ignored: Ignored | None = None
+) -> Images:
+    """The samples in tars, in their order, named by their path in a tar; all labels are numbers, or all are None.
+
+    Args:
+        root: Their folder, for messages.
+        tars: The files.
+        is_sample: Whether a member with this extension (all behind the first dot of its name) is one.
+        ignored: Counts other members; None: they are refused.
+
+    Raises:
+        UserError: No sample, a key that occurs twice, labels without samples, or samples of which some have labels.
+    """
+    samples, progress = Images(ignored=ignored or Ignored()), Progress(f'scanning {root}')
     for number, path in enumerate(tars):
         with Archive(path) as archive:
-            _scan_tar(archive, number, images, counter)
-    if not images.files:
-        raise UserError(f'{root}: the tars of {split} hold no image; {images.ignored}')
-    without = images.labels.count(None)
-    if 0 < without < len(images.labels):
-        example = images.files[images.labels.index(None)]
-        raise UserError(f'{root}: {without:,} of {len(images.labels):,} images have no label, such as {example!r}')
-    return images
+            _scan_tar(archive, number, is_sample, samples, progress, strict=ignored is None)
+    if not samples.names:
+        raise UserError(f'{root}: {tars[0].name} and the like hold no sample; {samples.ignored}')
+    missing = samples.labels.count(None)  # type: ignore[arg-type]
+    if 0 < missing < len(samples.labels) or (missing and ignored is None):
+        example = samples.names[samples.labels.index(None)]  # type: ignore[arg-type]
+        raise UserError(f'{root}: {missing:,} of {len(samples.labels):,} samples have no label, such as {example!r}')
+    return samples
 
 
-def _scan_tar(archive: Archive, number: int, images: _Images, counter: Progress) -> None:
+def _scan_tar(
+    archive: Archive,
+    number: int,
+    is_sample: Callable[[str], bool],
+    samples: Images,
+    progress: Progress,
+    *,
+    strict: bool,
+) -> None:
     members: dict[str, Member] = {}
     labels: dict[str, dict[str, Member]] = {}
     for member in archive.members():
-        counter.add()
+        progress.add()
         name = member.parts[-1]
         stem, _, extension = name.partition('.')  # webdataset: a key ends at the first dot
         key = '/'.join((*member.parts[:-1], stem))
-        if is_litter(member.parts):
-            images.ignored.add(member.parts)
-        elif extension.lower() in _LABELS:
+        if is_sample(extension) and not is_litter(member.parts):
+            if members.setdefault(key, member) is not member:
+                raise UserError(f'{archive.path}: two samples of key {key!r}. Each needs its own')
+        elif extension.lower() in _LABELS and not is_litter(member.parts):
             if labels.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
                 raise UserError(f'{archive.path}: {name!r} occurs twice. Each sample needs its own key')
-        elif is_image(f'.{extension}') and '.' not in extension:
-            if members.setdefault(key, member) is not member:
-                raise UserError(f'{archive.path}: two images of key {key!r}. Each sample needs its own key')
+        elif strict:
+            raise UserError(f'{archive.path}: member {"/".join(member.parts)!r} does not belong to this layout')
         else:
-            images.ignored.others[f'.{extension}' if extension else 'no extension'] += 1
+            samples.ignored.add(member.parts)
     alone = [key for key in labels if key not in members]
     if alone:
-        raise UserError(f'{archive.path}: {len(alone):,} keys have a label and no image, such as {alone[0]!r}')
+        raise UserError(f'{archive.path}: {len(alone):,} keys have a label and no sample, such as {alone[0]!r}')
     for key, member in members.items():
-        images.files.append(member.parts[-1])
-        images.labels.append(_label(archive, key, labels.get(key, {})))
-        images.numbers.append(number)
-        images.offsets.append(member.offset)
-        images.sizes.append(member.size)
+        samples.names.append('/'.join(member.parts))
+        samples.labels.append(_label(archive, key, labels.get(key, {})))  # type: ignore[arg-type]
+        samples.places.append((number, member.offset, member.size))
 
 
 def _label(archive: Archive, key: str, members: dict[str, Member]) -> int | None:

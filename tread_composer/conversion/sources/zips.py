@@ -1,18 +1,19 @@
 """A zip of class folders, with or without train/ and val/ above; or of images alone."""
 
+import functools
 import stat
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.sources.base import Source, arrange, check_member
-from tread_composer.conversion.sources.ranges import OpenFiles, RangeSource, refuse_giant
-from tread_composer.conversion.sources.tree import Listing, holds_labels, lay_out
+from tread_composer.conversion.sources.base import OpenFiles, RangeSource, Request, Source, check_member, refuse_giant
+from tread_composer.conversion.sources.tree import Listing
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
@@ -30,6 +31,8 @@ class ZipSource(RangeSource):
 
     Python's own reader would hold an object of about a kilobyte for each member in every worker process.
     """
+
+    COLUMNS: ClassVar = (*RangeSource.COLUMNS, 'unpacked_sizes', 'checksums', 'is_deflated')
 
     unpacked_sizes: np.ndarray
     checksums: np.ndarray
@@ -53,45 +56,31 @@ class ZipSource(RangeSource):
         return data
 
 
-def open_zip(path: Path, *, ground_truth: Path | None = None, progress: bool = True) -> dict[str, Source]:
-    """The splits of a zip; see ``open_sources``."""
-    listing, counter = Listing(), Progress(f'scanning {path}', show=progress)
-    members: dict[str, zipfile.ZipInfo] = {}
+def open_zip(request: Request) -> dict[str, Source]:
+    """The splits of a zip."""
+    path, listing = request.root, Listing()
+    progress = Progress(f'scanning {path}')
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                counter.add()
+                progress.add()
                 parts = check_member(path, _name(info))
-                if not parts:
+                if info.is_dir() or not parts:
+                    listing.folders.add('/'.join(parts))
                     continue
-                if not info.is_dir():
-                    _check(path, info)
-                if not info.is_dir() and holds_labels(parts):
-                    listing.label_files['/'.join(parts)] = archive.read(info)
-                else:
-                    listing.add(parts, info.is_dir())
-                if not info.is_dir() and members.setdefault('/'.join(parts), info) is not info:
-                    raise UserError(f'{path}: holds {info.filename!r} twice. Pack it again')
+                _check(path, info)
+                is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
+                place = (0, info.header_offset, info.compress_size, info.file_size, info.CRC, is_deflated)
+                listing.add(parts, functools.partial(archive.read, info), place)
     except UserError:
         raise
     # NotImplementedError is zipfile's word for a compression or a version that it does not know.
     except (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
     sources: dict[str, Source] = {}
-    for split, branch in lay_out(path, listing, ground_truth).items():
-        place = f'{path}/{branch.prefix}' if branch.prefix else path
-        facts, _ = arrange('zip', place, branch.names, branch.labels, branch.class_names, listing.ignored)
-        infos = [members[branch.path(name)] for name in facts['names']]
-        sources[split] = ZipSource(
-            **facts,
-            files=OpenFiles([path]),
-            numbers=np.zeros(len(infos), dtype=np.uint8),
-            offsets=np.array([info.header_offset for info in infos], dtype=np.int64),
-            sizes=np.array([info.compress_size for info in infos], dtype=np.int64),
-            unpacked_sizes=np.array([info.file_size for info in infos], dtype=np.int64),
-            checksums=np.array([info.CRC for info in infos], dtype=np.uint32),
-            is_deflated=np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in infos]),
-        )
+    for split, branch in listing.branches(request).items():
+        where = f'{path}/{branch.prefix}' if branch.prefix else path
+        sources[split] = ZipSource.arranged('zip', where, branch, files=OpenFiles([path]))
     return sources
 
 
@@ -106,9 +95,8 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 
 def _check(path: Path, info: zipfile.ZipInfo) -> None:
-    mode = info.external_attr >> 16
     reason = None
-    if stat.S_ISLNK(mode):
+    if stat.S_ISLNK(info.external_attr >> 16):
         reason = 'is a link'
     elif info.flag_bits & _ENCRYPTED_FLAG:
         reason = 'is encrypted'

@@ -1,0 +1,88 @@
+"""What is in the files of a split, byte by byte from the local disk: for tools that must not trust what they read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from streaming.base.compression import decompress
+
+from tread_composer.data.shards import Shard, file_faults
+
+__all__ = ['Content', 'read_shard', 'sample_numbers']
+
+
+def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
+    """The bytes of a shard, uncompressed, and what is wrong with its files, in words.
+
+    All forms that lie there are compared with the index: size and every hash. The bytes are None if none can be had;
+    bytes with a fault are handed out all the same, so that the samples in them can be named.
+    """
+    faults: list[str] = []
+    contents: list[bytes] = []
+    for info in shard.forms:
+        path = shard.folder / info.basename
+        if not path.exists():
+            continue
+        try:
+            data = path.read_bytes()
+            faults += file_faults(path, info, len(data), data)
+            if info is shard.reader.zip_data and not contents:
+                data = decompress(shard.reader.compression, data)
+                faults += file_faults(f'{path}, decompressed', shard.reader.raw_data, len(data), data)
+            contents.append(data)
+        except OSError as error:
+            faults.append(f'{path}: cannot be read: {error}')
+        except Exception as error:  # every compressor has exceptions of its own
+            faults.append(f'{path}: cannot be decompressed: {error}')
+    if contents:
+        return contents[0], faults
+    return None, faults or [f'{shard.path}: this shard is missing']
+
+
+class Content:
+    """The samples in the bytes of a shard.
+
+    Args:
+        shard: Which one.
+        data: Its bytes, uncompressed, perhaps damaged.
+
+    Raises:
+        ValueError: The header is cut off or counts other samples than the index.
+    """
+
+    def __init__(self, shard: Shard, data: bytes) -> None:
+        self._reader, self._data = shard.reader, data
+        header = 4 * (shard.samples + 2)
+        if len(data) < header:
+            raise ValueError(f'is cut off in its header, at byte {len(data)}')
+        # MDS: the number of samples, then where each begins and the last one ends, all uint32.
+        numbers = np.frombuffer(data[:header], '<u4')
+        if numbers[0] != shard.samples:
+            raise ValueError(f'holds {numbers[0]} samples by its header, {shard.samples} by the index')
+        self._bounds = numbers[1:].astype(np.int64)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The sample at a position of the shard, column -> value.
+
+        Raises:
+            ValueError: It lies outside of the bytes or cannot be decoded.
+        """
+        begin, end = self._bounds[number], self._bounds[number + 1]
+        if not 0 <= begin < end <= len(self._data):
+            raise ValueError('cut off or misplaced')
+        try:
+            return self._reader.decode_sample(self._data[begin:end])
+        except Exception as error:  # numpy, struct and unicode errors, by what was damaged
+            raise ValueError('cannot be decoded') from error
+
+
+def sample_numbers(numbers: Sequence[int]) -> str:
+    """``'sample 4'``, ``'samples 1, 5-9'``: all of them, in little room."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = ', '.join(str(begin) if begin == end else f'{begin}-{end}' for begin, end in runs)
+    return f'sample{"s" if len(numbers) > 1 else ""} {words}'

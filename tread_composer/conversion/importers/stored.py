@@ -1,0 +1,136 @@
+"""Other people's latents as a source of the converter: raw again, in half precision, nothing else changed.
+
+Legend: B samples, V views (the image, its mirror image), C latent channels, K stored channels (2C for moments), H x W
+latent pixels.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tread_composer.autoencoders import open_autoencoder
+from tread_composer.conversion.convert import Conversion
+from tread_composer.conversion.encoding import LOGVAR_RANGE, Encoded, Encoder
+from tread_composer.conversion.importers.layouts import open_layout
+from tread_composer.conversion.importers.settings import ImportSettings
+from tread_composer.conversion.sources import Source
+from tread_composer.core.errors import UserError
+
+__all__ = ['import_latents']
+
+
+def import_latents(settings: ImportSettings, *, dry_run: bool = False, log: Callable[[str], None] = print) -> None:
+    """Write ``out/split``, or go on with what an earlier call began; see ``Conversion``."""
+
+    def open_splits(encoder: StoredLatents, scratch: Path) -> dict[str, Source]:
+        del scratch
+        return {settings.split: encoder.source}
+
+    Conversion(settings, functools.partial(StoredLatents, settings), open_splits, log).run(dry_run)
+
+
+class StoredLatents(Encoder):
+    """Latents that are only put into our form: ``raw = stored / scale + shift``.
+
+    Raises:
+        UserError: What is said about the samples contradicts them.
+    """
+
+    def __init__(self, settings: ImportSettings, device: torch.device) -> None:
+        assert settings.resolution is not None  # the settings have asked for it
+        self.device, self.kind = device, settings.stored_kind
+        self.resolution, self.crop = settings.resolution, settings.crop
+        self.autoencoder, self.autoencoder_hash = settings.autoencoder_id, settings.autoencoder_hash
+        channels, downsampling = settings.channels, None
+        if settings.autoencoder:
+            network = open_autoencoder(settings.autoencoder)
+            channels, downsampling = network.channels, network.downsampling
+            self.autoencoder_hash = network.weight_hash()
+            if settings.channels not in (None, channels):
+                raise UserError(f'--channels {settings.channels}: the autoencoder has {channels}')
+        factor = 2 if self.kind == 'moments' else 1
+        self.source, self.mirrored = open_layout(settings, None if channels is None else channels * factor)
+        self.source.description = f'imported: {self.source.description}'
+        self._set_labels(settings)
+        try:
+            self._stored = self.source.read(0)[0].shape
+        except UserError as error:
+            raise UserError(f'{self.source.names[0]}: cannot be read: {error}') from error
+        self.latent_shape = self._latent_shape(channels, downsampling)
+        self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
+        self.prepare = self._raw_views
+        self.prepared_bytes = 2 * (1 + self.mirrored) * int(np.prod(self._stored))
+        self.content = {
+            'layout': settings.layout,
+            'kind': self.kind,
+            'resolution': self.resolution,
+            'crop': self.crop,
+            'mirrored': self.mirrored,
+            'autoencoder': self.autoencoder,
+            'autoencoder_hash': self.autoencoder_hash,
+            'latent_shape': list(self.latent_shape),
+            'stored_scale': self._scale_C11.flatten().tolist(),
+            'stored_shift': self._shift_C11.flatten().tolist(),
+        }
+        shape = ' x '.join(str(size) for size in self.latent_shape)
+        mirror = ', with mirror images' if self.mirrored else ''
+        self.description = f'latents of {self.autoencoder} ({self.kind}): {shape}{mirror}'
+
+    def _set_labels(self, settings: ImportSettings) -> None:
+        source, classes = self.source, settings.names_of_classes
+        source.class_names = classes
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
+        if not classes:
+            source.description += '; no classes: the labels of the source are left out'
+            source.labels = np.zeros_like(source.labels)
+        elif len(wrong):
+            raise UserError(
+                f'{source.names[wrong[0]]}: label {source.labels[wrong[0]]} with {len(classes)} classes (0..'
+                f'{len(classes) - 1}), and {len(wrong) - 1} more like it; is --num-classes right?'
+            )
+
+    def _latent_shape(self, channels: int | None, downsampling: int | None) -> tuple[int, int, int]:
+        """That of the first sample, compared with what is said about all of them."""
+        stored, name = self._stored, self.source.names[0]
+        is_moments = self.kind == 'moments'
+        if len(stored) != 3 or (is_moments and stored[0] % 2):
+            raise UserError(f'{name}: shape {stored} cannot be channels, height, width of {self.kind}')
+        shape = (stored[0] // 2 if is_moments else stored[0], stored[1], stored[2])
+        if channels not in (None, shape[0]):
+            hint = ''
+            if channels in (2 * shape[0], shape[0] / 2):
+                hint = ' Twice as many are moments, half as many are samples: is --kind right?'
+            raise UserError(
+                f'{name}: shape {stored} as {self.kind} means {shape[0]} channels, {channels} are stated.{hint}'
+            )
+        if downsampling is not None and any(side * downsampling != self.resolution for side in shape[1:]):
+            raise UserError(
+                f'{name}: {shape[1]} x {shape[2]} latent pixels are {shape[1] * downsampling} pixels a side with this '
+                f'autoencoder, which divides by {downsampling}; --resolution {self.resolution} is not that'
+            )
+        return shape
+
+    def _raw_views(self, views: list[np.ndarray]) -> np.ndarray:
+        """Raw latents, float16 ``[V, K, H, W]``."""
+        for array in views:
+            if array.shape != self._stored or array.dtype.kind != 'f':
+                raise UserError(
+                    f'{array.dtype} values of shape {array.shape}, the first sample has floats of shape {self._stored}'
+                )
+        stored_VKHW = np.stack(views).astype(np.float32)
+        channels = self.latent_shape[0]
+        raw_VKHW = stored_VKHW[:, :channels] / self._scale_C11 + self._shift_C11
+        if self.kind == 'moments':
+            # a log-variance moves by the logarithm of the squared scale
+            logvar = stored_VKHW[:, channels:] - 2 * np.log(np.abs(self._scale_C11))
+            raw_VKHW = np.concatenate([raw_VKHW, logvar.clip(*LOGVAR_RANGE)], axis=1)
+        with np.errstate(over='ignore'):  # whoever writes them refuses what is not finite
+            return raw_VKHW.astype(np.float16)
+
+    def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
+        """Nothing is left to be done."""
+        return Encoded(list(samples_BVKHW.unbind(1)))

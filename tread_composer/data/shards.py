@@ -1,0 +1,88 @@
+"""The one reader of ``index.json``, and whether files are what it says.
+
+Streaming's own data set hides faults (it drops what it cannot read, and never compares local sizes or hashes). Its
+description of a shard is sound and is used here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash, is_hash
+
+from tread_composer.core.errors import UserError
+
+__all__ = ['Shard', 'file_faults', 'read_index']
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One entry of ``index.json``.
+
+    Attributes:
+        folder: The split's.
+        first: Position of its first sample in the split.
+        reader: Streaming's description of it.
+    """
+
+    folder: Path
+    first: int
+    reader: MDSReader
+
+    @property
+    def samples(self) -> int:
+        """How many the index says there are."""
+        return self.reader.samples
+
+    @property
+    def path(self) -> Path:
+        """Where it should lie, uncompressed."""
+        return self.folder / self.reader.raw_data.basename
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """Column -> MDS encoding."""
+        return dict(zip(self.reader.column_names, self.reader.column_encodings, strict=False))
+
+    @property
+    def forms(self) -> list[FileInfo]:
+        """Its files: uncompressed, then compressed where the index knows such a form. Any of them is enough."""
+        return [info for info in (self.reader.raw_data, self.reader.zip_data) if info is not None]
+
+
+def read_index(folder: Path) -> list[Shard]:
+    """The shards of a split, in order.
+
+    Raises:
+        UserError: ``index.json`` is missing, broken or of another format than MDS.
+    """
+    path = folder / 'index.json'
+    shards, begin = [], 0
+    try:
+        for entry in json.loads(path.read_bytes())['shards']:
+            shards.append(Shard(folder, begin, MDSReader.from_json(str(folder), None, entry)))
+            begin += entry['samples']
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such file, so this is no finished data set; give the folder of one split') from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path}: empty or broken, or not an index of MDS shards ({error!r}); copy or prepare the data again'
+        ) from error
+    return shards
+
+
+def file_faults(name: object, info: FileInfo, size: int, data: bytes | None = None) -> list[str]:
+    """What is wrong with a file, in words; with its content, every hash of the index is compared."""
+    if size != info.bytes:  # then the hash says nothing more
+        return [f'{name}: {size} bytes, the index says {info.bytes}']
+    if data is None:
+        return []
+    faults = []
+    for kind, value in info.hashes.items():
+        if not is_hash(kind):
+            faults.append(f'{name}: the index knows its {kind}, which streaming cannot compute')
+        elif get_hash(kind, data) != value:
+            faults.append(f'{name}: its {kind} is not the one of the index, so bytes have changed')
+    return faults
