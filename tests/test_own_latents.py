@@ -6,20 +6,16 @@ import re
 import pytest
 import torch
 
+from tests.conversion.worlds import make_vae
 from tests.runs import ROOT, SMALL, checkpoint, launch_here
 from tread_composer.cli.convert import verify_main as verify
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
     folder = tmp_path_factory.mktemp('latents')
-    torch.manual_seed(0)
-    blocks = {'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2}
-    sizes = {'block_out_channels': [4, 4], 'norm_num_groups': 2, 'latent_channels': 3, 'sample_size': 32}
-    AutoencoderKL(**sizes, **blocks).save_pretrained(folder / 'path' / 'to' / 'autoencoder')
-    AutoencoderKL(**sizes, **blocks).save_pretrained(folder / 'path' / 'to' / 'another')
+    for seed, name in enumerate(('autoencoder', 'another')):
+        make_vae(folder / 'path' / 'to' / name, seed=seed)
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'streaming_data' / 'README.md').read_text(), re.DOTALL)
     before = os.getcwd()
     os.chdir(folder)

@@ -5,23 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conversion.worlds import make_vae
 from tread_composer.autoencoders import KL, sample_moments
 from tread_composer.core.errors import UserError
 
 diffusers = pytest.importorskip('diffusers')
 
 
-def make(folder: Path, seed: int = 0, **save: object) -> str:
-    torch.manual_seed(seed)
-    block = {'down_block_types': ('DownEncoderBlock2D',) * 2, 'up_block_types': ('UpDecoderBlock2D',) * 2}
-    network = diffusers.AutoencoderKL(**block, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3)
-    network.save_pretrained(folder, **save)
-    return str(folder)
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make(tmp_path_factory.mktemp('kl') / 'vae')
+    return make_vae(tmp_path_factory.mktemp('kl') / 'vae')
 
 
 def test_encode_gives_moments_and_decode_gives_pixels(folder: str):
@@ -56,13 +49,13 @@ def test_network_is_frozen_and_float32_even_under_autocast(folder: str):
 
 
 def test_brain_floats_on_demand(folder: str):
-    kl = KL(folder)
-    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
-    exact, rough = kl.encode(pixels), kl.encode(pixels, dtype=torch.bfloat16)
-    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
-    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
-    with pytest.raises(ValueError, match='half precision overflows'):
-        kl.encode(pixels, dtype=torch.float16)
+    kl, pixels = KL(folder), torch.rand(2, 3, 8, 8) * 2 - 1
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for function, x in ((kl.encode, pixels), (kl.decode, latents)):
+        exact, rough = function(x), function(x, dtype=torch.bfloat16)
+        assert exact.dtype == rough.dtype == torch.float32 and 1e-4 < (exact - rough).abs().max() < 0.1
+        with pytest.raises(ValueError, match='float32 or bfloat16; half precision overflows'):
+            function(x, dtype=torch.float16)
 
 
 def test_half_precision_weights_are_widened(folder: str, tmp_path: Path):
@@ -71,19 +64,19 @@ def test_half_precision_weights_are_widened(folder: str, tmp_path: Path):
 
 
 def test_weight_hash_tells_weights_apart(folder: str, tmp_path: Path):
-    assert KL(folder).weight_hash() == KL(make(tmp_path / 'same')).weight_hash()
-    assert KL(folder).weight_hash() != KL(make(tmp_path / 'other', seed=1)).weight_hash()
+    assert KL(folder).weight_hash() == KL(make_vae(tmp_path / 'same')).weight_hash()
+    assert KL(folder).weight_hash() != KL(make_vae(tmp_path / 'other', seed=1)).weight_hash()
     assert KL(folder).weight_hash().startswith('sha256:')
 
 
 def test_weights_are_loaded_on_first_use(tmp_path: Path):
     kl = KL(str(tmp_path / 'later'))
-    make(tmp_path / 'later')
+    make_vae(tmp_path / 'later')
     assert kl.channels == 3
 
 
 def test_a_subfolder_of_a_pipeline(tmp_path: Path):
-    make(tmp_path / 'pipeline' / 'vae')
+    make_vae(tmp_path / 'pipeline' / 'vae')
     assert KL(str(tmp_path / 'pipeline'), subfolder='vae').channels == 3
 
 
@@ -93,24 +86,11 @@ def test_a_mistyped_folder_is_refused_without_asking_the_network(path: str):
         KL(path).network  # noqa: B018
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match='no AutoencoderKL'):
-        KL(str(tmp_path)).network  # noqa: B018
-
-
-def test_pickled_weights_are_refused(tmp_path: Path):
-    path = make(tmp_path / 'pickled', safe_serialization=False)
-    with pytest.raises(ValueError, match='safetensors'):
-        KL(path).network  # noqa: B018
-
-
-def test_decoding_is_float32_unless_brain_floats_are_asked_for(folder: str):
-    kl, latents = KL(folder), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    exact, rough = kl.decode(latents), kl.decode(latents, torch.bfloat16)
-    assert exact.dtype == rough.dtype == torch.float32
-    assert 1e-4 < (exact - rough).abs().max() < 0.1
-    with pytest.raises(ValueError, match='float32 or bfloat16'):
-        kl.decode(latents, torch.float16)
+def test_folders_without_weights_and_pickled_weights_are_refused(tmp_path: Path):
+    pickled = make_vae(tmp_path / 'pickled', safe_serialization=False)
+    for path in (str(tmp_path), pickled):
+        with pytest.raises(ValueError, match='no AutoencoderKL with safetensors weights'):
+            KL(path).network  # noqa: B018
 
 
 def test_wrong_sizes_are_refused(folder: str):

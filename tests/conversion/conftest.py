@@ -1,11 +1,29 @@
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import Pictures
+from tests.conversion.worlds import make_images, make_vae
 from tread_composer.conversion import Source, open_sources
+from tread_composer.core.errors import UserError
+
+
+class Opener:
+    """Opens a source as a conversion does."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+
+    def __call__(self, path: Path, **options: Any) -> dict[str, Source]:
+        return open_sources(path, scratch=self.scratch, **options)
+
+    def refuses(self, message: str, path: Path, **options: Any) -> str:
+        """The whole message of a refusal that matches."""
+        with pytest.raises(UserError, match=message) as caught:
+            self(path, **options)
+        return str(caught.value)
 
 
 @pytest.fixture(scope='module')
@@ -14,5 +32,17 @@ def splits() -> dict[str, Pictures]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Callable[..., dict[str, Source]]:
-    return lambda path, **options: open_sources(path, scratch=tmp_path / 'scratch', **options)
+def opened(tmp_path: Path) -> Opener:
+    return Opener(tmp_path / 'scratch')
+
+
+@pytest.fixture(scope='session')
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 JPEGs in three class folders."""
+    return make_images(tmp_path_factory.mktemp('images') / 'few', 40)
+
+
+@pytest.fixture(scope='session')
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an autoencoder with 3 channels that halves the sides."""
+    return make_vae(tmp_path_factory.mktemp('vae') / 'my-vae')

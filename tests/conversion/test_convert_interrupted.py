@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.conversion import test_importers as importers
-from tests.conversion.worlds import SCRIPT, digests, make_images, make_vae, manifest, read, words
+from tests.conversion.worlds import SCRIPT, digests, make_images, manifest, read, words
 from tests.runs import COMPOSER, launch
 from tests.warm import exit_codes, rank_variables, start, wait_until
 from tread_composer.cli.convert import convert_main, import_main
@@ -28,16 +28,6 @@ from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 
 IMAGES, SMALL_PARTS = 40, {'part_size': 2, 'batch_size': 2}
-
-
-@pytest.fixture(scope='module')
-def source(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp('images') / 'few', IMAGES)
-
-
-@pytest.fixture(scope='module')
-def vae(tmp_path_factory) -> str:
-    return make_vae(tmp_path_factory.mktemp('vae') / 'my-vae')
 
 
 @pytest.fixture(scope='module')

@@ -13,15 +13,8 @@ from tread_composer.core.errors import UserError
 
 
 @pytest.fixture(scope='module')
-def vae(tmp_path_factory: pytest.TempPathFactory) -> KL:
-    diffusers = pytest.importorskip('diffusers')
-    folder = tmp_path_factory.mktemp('draw') / 'vae'
-    torch.manual_seed(0)
-    block = {'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2}
-    diffusers.AutoencoderKL(**block, block_out_channels=[4, 4], norm_num_groups=2, latent_channels=3).save_pretrained(
-        folder
-    )
-    return KL(str(folder))
+def kl(vae: str) -> KL:
+    return KL(vae)
 
 
 def tile_of(pixels: torch.Tensor, scale: int) -> np.ndarray:
@@ -41,10 +34,10 @@ def contains(picture: np.ndarray, tile: np.ndarray) -> tuple[int, int] | None:
     return None
 
 
-def test_each_sample_is_decoded_into_a_tile_of_its_own(vae: KL, tmp_path: Path):
+def test_each_sample_is_decoded_into_a_tile_of_its_own(kl: KL, tmp_path: Path):
     rows = make_rows()
-    split = write_split(tmp_path / 'train', rows, autoencoder_hash=vae.weight_hash())
-    drawn = draw(split, tmp_path / 'new' / 'x.png', autoencoder=vae, count=5, mirrored=True)
+    split = write_split(tmp_path / 'train', rows, autoencoder_hash=kl.weight_hash())
+    drawn = draw(split, tmp_path / 'new' / 'x.png', autoencoder=kl, count=5, mirrored=True)
     picture = np.asarray(Image.open(tmp_path / 'new' / 'x.png'))
     places = []
     for sample in drawn:
@@ -53,7 +46,7 @@ def test_each_sample_is_decoded_into_a_tile_of_its_own(vae: KL, tmp_path: Path):
         for column in ('latents', 'latents_mirrored'):
             mean = torch.from_numpy(row[column][:3].astype(np.float32))
             # two tiles of 8 pixels side by side are enlarged six times to reach 96
-            places.append(contains(picture, tile_of(vae.decode(mean[None])[0], 6)))
+            places.append(contains(picture, tile_of(kl.decode(mean[None])[0], 6)))
     assert None not in places and len(set(places)) == 10
     for own, mirror in zip(places[::2], places[1::2], strict=True):
         assert mirror == (own[0], own[1] + 8 * 6 + 2)
@@ -99,9 +92,9 @@ def test_labels_and_names_are_in_the_picture(tmp_path: Path):
         assert columns == {divmod(i, across) for i, found in enumerate(rows) if found == label}
 
 
-def test_other_weights_are_refused_unless_they_are_wanted(vae: KL, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_other_weights_are_refused_unless_they_are_wanted(kl: KL, tmp_path: Path, capsys: pytest.CaptureFixture):
     write_split(tmp_path / 'set' / 'val')  # says that its weights have another hash
-    words = [str(tmp_path / 'set'), '--split', 'val', '--autoencoder', vae.path, '--out', str(tmp_path / 'x.png')]
+    words = [str(tmp_path / 'set'), '--split', 'val', '--autoencoder', kl.path, '--out', str(tmp_path / 'x.png')]
     assert main([*words, '--count', '2']) == 2
     assert 'has sha256:' in (message := capsys.readouterr().err) and '--other-weights' in message
     assert not (tmp_path / 'x.png').exists()
@@ -110,15 +103,15 @@ def test_other_weights_are_refused_unless_they_are_wanted(vae: KL, tmp_path: Pat
     assert Image.open(tmp_path / 'x.png').format == 'PNG'
 
 
-def test_what_cannot_be_drawn_is_refused(vae: KL, tmp_path: Path):
-    latents = write_split(tmp_path / 'latents', make_rows(mirrored=False), autoencoder_hash=vae.weight_hash())
+def test_what_cannot_be_drawn_is_refused(kl: KL, tmp_path: Path):
+    latents = write_split(tmp_path / 'latents', make_rows(mirrored=False), autoencoder_hash=kl.weight_hash())
     pixels = write_split(tmp_path / 'pixels', kind='pixels')
     out = tmp_path / 'x.png'
     cases = [
         ((latents, out), {}, 'holds latents of a/b; give it as --autoencoder'),
-        ((latents, out), {'autoencoder': vae, 'mirrored': True}, 'holds no latents of mirrored images'),
-        ((latents, out), {'autoencoder': vae, 'count': 0}, 'count: 0 must be at least 1'),
-        ((pixels, out), {'autoencoder': vae}, 'no autoencoder decodes'),
+        ((latents, out), {'autoencoder': kl, 'mirrored': True}, 'holds no latents of mirrored images'),
+        ((latents, out), {'autoencoder': kl, 'count': 0}, 'count: 0 must be at least 1'),
+        ((pixels, out), {'autoencoder': kl}, 'no autoencoder decodes'),
         ((tmp_path / 'nowhere', out), {}, 'no such folder'),
         ((tmp_path, out), {}, 'manifest.json: no such file'),
     ]

@@ -5,15 +5,14 @@ import json
 import pytest
 
 from tests.conversion.layouts import pictures
-from tests.conversion.test_sources import LAYOUTS
+from tests.conversion.test_sources import build
 from tread_composer.cli.convert import convert_main as main
 
 SPLITS = pictures(train_per_class=3, val_per_class=2)
 
 
 def convert(folder, name):
-    _, build = LAYOUTS[name]
-    built = build(folder, SPLITS)
+    built = build(name, folder, SPLITS)
     words = ['--source', str(built.pop('path')), '--out', str(folder / 'out'), '--pixels', '--resolution', '16']
     for option, value in built.items():
         words += ['--' + option.replace('_', '-'), str(value)]

@@ -11,7 +11,6 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, without, write_tar
-from tread_composer.core.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -36,32 +35,29 @@ from tread_composer.core.errors import UserError
     ],
 )
 def test_unclear_webdatasets_are_refused(files, message, tmp_path, opened):
-    with pytest.raises(UserError, match=message):
-        opened(write_tar(tmp_path / 'in.tar', files))
+    opened.refuses(message, write_tar(tmp_path / 'in.tar', files))
 
 
 def test_numbered_files_must_be_complete_and_agree(tmp_path, splits, opened):
     root = layouts.write_webdataset(tmp_path / 'wds', splits, tars=3)
     names = layouts.write_class_names(tmp_path / 'names.txt')
     (root / 'in1k-train-0001.tar').rename(root / 'more.tar')
-    with pytest.raises(UserError, match=r'do not: more\.tar'):
-        opened(root, class_names=names)
+    opened.refuses(r'do not: more\.tar', root, class_names=names)
     (root / 'more.tar').unlink()
-    with pytest.raises(UserError, match=r'in1k-train-<number>\.tar: 1 are missing, such as 1'):
-        opened(root, class_names=names)
+    opened.refuses(r'in1k-train-<number>\.tar: 1 are missing, such as 1', root, class_names=names)
     parquet = layouts.write_parquet(tmp_path / 'parquet', splits)
     (parquet / 'train-00001-of-00002.parquet').unlink()
-    with pytest.raises(UserError, match=r'<number>-of-00002\.parquet: 1 are missing, such as 1'):
-        opened(parquet)
+    opened.refuses(r'<number>-of-00002\.parquet: 1 are missing, such as 1', parquet)
     layouts.write_parquet(parquet, splits, files=3)
-    with pytest.raises(UserError, match='files of two copies, <number>-of-2 and -of-3'):
-        opened(parquet)
+    opened.refuses('files of two copies, <number>-of-2 and -of-3', parquet)
     (tmp_path / 'few.txt').write_text('a\nb\n')
-    with pytest.raises(UserError, match='labels from 0 to 2, but there are names for 2 classes'):
-        opened(layouts.write_webdataset(tmp_path / 'other', splits), class_names=tmp_path / 'few.txt')
+    opened.refuses(
+        'labels from 0 to 2, but there are names for 2 classes',
+        layouts.write_webdataset(tmp_path / 'other', splits),
+        class_names=tmp_path / 'few.txt',
+    )
     (tmp_path / 'few.txt').write_text('a\na\nb\n')
-    with pytest.raises(UserError, match='each name once'):
-        opened(tmp_path / 'other', class_names=tmp_path / 'few.txt')
+    opened.refuses('each name once', tmp_path / 'other', class_names=tmp_path / 'few.txt')
 
 
 def test_without_class_names_the_numbers_are_the_names(tmp_path, splits, opened):
@@ -120,8 +116,7 @@ _CLASS = {'_type': 'ClassLabel', 'names': ['a']}
     ],
 )
 def test_unclear_parquet_files_are_refused(columns, metadata, message, tmp_path, opened):
-    with pytest.raises(UserError, match=message):
-        opened(_parquet(tmp_path / 'train.parquet', columns, metadata))
+    opened.refuses(message, _parquet(tmp_path / 'train.parquet', columns, metadata))
     assert not list((tmp_path / 'scratch').glob('parquet/.unfinished*'))
 
 
@@ -130,14 +125,11 @@ def test_parquet_files_of_different_data_sets_or_cut_off_are_refused(tmp_path, s
     file = root / 'train-00001-of-00002.parquet'
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match='not a parquet file, or damaged'):
-        opened(root)
+    opened.refuses('not a parquet file, or damaged', root)
     file.write_bytes(whole.replace(b'.JPEG', b'.\xffPEG'))  # a name that is no text any more
-    with pytest.raises(UserError, match=r'00001-of-00002\.parquet: cannot be copied'):
-        opened(root)
+    opened.refuses(r'00001-of-00002\.parquet: cannot be copied', root)
     _parquet(file, {'image': _IMAGE, 'label': [0]}, _features(label=_CLASS))
-    with pytest.raises(UserError, match=r'00001-of-00002\.parquet: columns or class names differ'):
-        opened(root)
+    opened.refuses(r'00001-of-00002\.parquet: columns or class names differ', root)
 
 
 def test_the_copy_of_parquet_is_made_once_and_goes_on_after_a_kill(tmp_path, splits, opened, capsys):

@@ -40,39 +40,43 @@ def _webdataset(root: Path, splits: dict[str, Pictures], **options: Any) -> dict
     return {'path': layouts.write_webdataset(root / 'in', splits, **options), 'class_names': names}
 
 
-LAYOUTS: dict[str, tuple[str, Callable[[Path, dict[str, Pictures]], dict[str, Any]]]] = {
-    'folders': ('class folders', lambda root, splits: {'path': layouts.write_folders(root / 'in', splits)}),
-    'folders kaggle': ('class folders', _kaggle),
-    'zip stored': ('zip', lambda root, splits: {'path': layouts.zip_of_splits(root / 'in.zip', splits)}),
-    'zip deflated, wrapped': (
-        'zip',
-        lambda root, splits: {
-            'path': layouts.zip_of_splits(root / 'in.zip', splits, prefix='a/b/', compression=zipfile.ZIP_DEFLATED)
-        },
-    ),
-    'zip kaggle': ('zip', lambda root, splits: _kaggle(root, splits, zipped=True)),
-    **{
-        f'ILSVRC {truth}': ('ILSVRC tars', lambda root, splits, truth=truth: _ilsvrc(root, splits, truth))
-        for truth in ('devkit', 'devkit folder', 'kaggle', 'synsets', 'numbers')
-    },
-    'webdataset': ('webdataset tars', _webdataset),
-    'webdataset json': ('webdataset tars', lambda root, splits: _webdataset(root, splits, labels='json')),
-    'webdataset folders': (
-        'webdataset tars',
-        lambda root, splits: _webdataset(root, splits, name='{split}/{number:06d}.tar'),
-    ),
-    'parquet': ('parquet files', lambda root, splits: {'path': layouts.write_parquet(root / 'in', splits)}),
-    'parquet in data': (
-        'parquet files',
-        lambda root, splits: {'path': layouts.write_parquet(root / 'in/data', splits).parent},
-    ),
+def _zip(root: Path, splits: dict[str, Pictures], **options: Any) -> dict[str, Any]:
+    return {'path': layouts.zip_of_splits(root / 'in.zip', splits, **options)}
+
+
+def _parquet(root: Path, splits: dict[str, Pictures], place: str = '') -> dict[str, Any]:
+    layouts.write_parquet(root / 'in' / place, splits)
+    return {'path': root / 'in'}
+
+
+Build = Callable[..., dict[str, Any]]
+LAYOUTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
+    'folders': ('class folders', lambda root, splits: {'path': layouts.write_folders(root / 'in', splits)}, {}),
+    'folders kaggle': ('class folders', _kaggle, {}),
+    'zip stored': ('zip', _zip, {}),
+    'zip deflated, wrapped': ('zip', _zip, {'prefix': 'a/b/', 'compression': zipfile.ZIP_DEFLATED}),
+    'zip kaggle': ('zip', _kaggle, {'zipped': True}),
+    'webdataset': ('webdataset tars', _webdataset, {}),
+    'webdataset json': ('webdataset tars', _webdataset, {'labels': 'json'}),
+    'webdataset folders': ('webdataset tars', _webdataset, {'name': '{split}/{number:06d}.tar'}),
+    'parquet': ('parquet files', _parquet, {}),
+    'parquet in data': ('parquet files', _parquet, {'place': 'data'}),
+} | {
+    f'ILSVRC {truth}': ('ILSVRC tars', _ilsvrc, {'truth': truth})
+    for truth in ('devkit', 'devkit folder', 'kaggle', 'synsets', 'numbers')
 }
+
+
+def build(name: str, root: Path, splits: dict[str, Pictures]) -> dict[str, Any]:
+    """Write the images in that layout; arguments of ``open_sources``."""
+    _, write, options = LAYOUTS[name]
+    return write(root, splits, **options)
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_the_same_images_are_the_same_source_in_every_layout(name, tmp_path, splits, opened):
-    layout, build = LAYOUTS[name]
-    sources = opened(**build(tmp_path, splits))
+    layout = LAYOUTS[name][0]
+    sources = opened(**build(name, tmp_path, splits))
     assert sources.keys() == {'train', 'val'}
     for split, images in splits.items():
         source = sources[split]
@@ -184,14 +188,15 @@ def test_an_edm_data_set_without_labels_has_no_classes(tmp_path, opened):
     ],
 )
 def test_labels_of_edm_that_are_damaged_or_incomplete_are_refused(kind, labels, message, tmp_path, opened):
-    with pytest.raises(UserError, match=message):
-        opened(_edm(kind, tmp_path, labels))
+    opened.refuses(message, _edm(kind, tmp_path, labels))
 
 
 @pytest.mark.parametrize('name', ['metadata.jsonl', 'metadata.csv', 'labels.csv', 'n01440764/dataset.json'])
 def test_a_label_file_that_is_not_read_is_refused(name, tmp_path, splits, opened):
-    with pytest.raises(UserError, match=f'{name} hold labels that this layout does not read'):
-        opened(write_tree(tmp_path / 'in', {**splits['train'], name: b''}))
+    opened.refuses(
+        f'{name} hold labels that this layout does not read',
+        write_tree(tmp_path / 'in', {**splits['train'], name: b''}),
+    )
 
 
 # ----- read in other processes
@@ -203,7 +208,7 @@ def read_everything(sources: list[Source]) -> list[str]:
 
 def test_sources_are_read_in_spawned_and_forked_processes(tmp_path, splits, opened, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a path given relative to a folder that the other process is not in
-    built = {name: LAYOUTS[name][1](tmp_path / name.replace(' ', ''), splits) for name in LAYOUTS}
+    built = {name: build(name, tmp_path / name.replace(' ', ''), splits) for name in LAYOUTS}
     sources = []
     for options in built.values():
         options['path'] = options['path'].relative_to(tmp_path)
@@ -294,12 +299,10 @@ def test_links_in_folders_are_followed(tmp_path, splits, opened):
     assert list(source.names) == sorted(splits['train'])
     assert source.read(0) == splits['train'][source.names[0]]
     (linked / 'train/n01440764/x.jpg').symlink_to('nowhere')
-    with pytest.raises(UserError, match=r'x\.jpg: a link to nothing'):
-        opened(linked)
+    opened.refuses(r'x\.jpg: a link to nothing', linked)
     (linked / 'train/n01440764/x.jpg').unlink()
     (linked / 'train/again').symlink_to(linked)
-    with pytest.raises(UserError, match='again: a link to a folder that it is in'):
-        opened(linked)
+    opened.refuses('again: a link to a folder that it is in', linked)
 
 
 # ----- refusals: trees
@@ -339,71 +342,52 @@ def test_unclear_or_incomplete_trees_are_refused(kind, name, tmp_path, splits, o
         for path, content in images.items()
     }
     path = write_tree(tmp_path / 'in', files) if kind == 'folder' else write_zip(tmp_path / 'in.zip', files)
-    with pytest.raises(UserError, match=message) as caught:
-        opened(path)
-    assert str(path) in str(caught.value)
+    assert str(path) in opened.refuses(message, path)
 
 
 def test_empty_folders_are_refused(tmp_path, splits, opened):
     root = layouts.write_folders(tmp_path / 'in', splits)
     write_tree(root / 'train', {'n04/.DS_Store': b'', 'n05/readme.txt': b''})
-    with pytest.raises(UserError, match='2 class folders hold no image: train/n04, train/n05'):
-        opened(root)
+    opened.refuses('2 class folders hold no image: train/n04, train/n05', root)
     root = write_tree(tmp_path / 'other', {f'train/{name}': content for name, content in splits['train'].items()})
     (root / 'val').mkdir()
-    with pytest.raises(UserError, match='val holds no image'):
-        opened(root)
+    opened.refuses('val holds no image', root)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UserError, match='no image in it; it is empty'):
-        opened(tmp_path / 'empty')
+    opened.refuses('no image in it; it is empty', tmp_path / 'empty')
     zipped = write_zip(tmp_path / 'in.zip', {**splits['train'], 'n04/': b''})
-    with pytest.raises(UserError, match='1 class folders hold no image: n04'):
-        opened(zipped)
+    opened.refuses('1 class folders hold no image: n04', zipped)
 
 
 def test_paths_that_hold_nothing_known_or_too_much_are_refused(tmp_path, splits, opened):
-    with pytest.raises(UserError, match=r'absent: no such file or folder. Expected'):
-        opened(tmp_path / 'absent')
+    opened.refuses(r'absent: no such file or folder. Expected', tmp_path / 'absent')
     (tmp_path / 'a.rar').write_bytes(b'')
-    with pytest.raises(UserError, match=r'a\.rar: not a file of a known kind'):
-        opened(tmp_path / 'a.rar')
+    opened.refuses(r'a\.rar: not a file of a known kind', tmp_path / 'a.rar')
     both = layouts.write_webdataset(layouts.write_folders(tmp_path / 'both', splits), splits)
-    with pytest.raises(UserError, match=r'holds images, and also in1k-train-0000\.tar.*move it away'):
-        opened(both)
+    opened.refuses(r'holds images, and also in1k-train-0000\.tar.*move it away', both)
     kinds = layouts.write_webdataset(layouts.write_parquet(tmp_path / 'kinds', splits), splits)
-    with pytest.raises(UserError, match='several kinds'):
-        opened(kinds)
+    opened.refuses('several kinds', kinds)
     layouts.zip_of_splits(tmp_path / 'zips/in.zip', splits)
-    with pytest.raises(UserError, match=r'holds in\.zip. Give the zip file itself'):
-        opened(tmp_path / 'zips')
+    opened.refuses(r'holds in\.zip. Give the zip file itself', tmp_path / 'zips')
     with tarfile.open(tmp_path / 'a.tar.gz', 'w:gz'):
         pass
-    with pytest.raises(UserError, match=r'is compressed \(gzip\). Images in it cannot be read at random'):
-        opened(tmp_path / 'a.tar.gz')
+    opened.refuses(r'is compressed \(gzip\). Images in it cannot be read at random', tmp_path / 'a.tar.gz')
     os.rename(tmp_path / 'a.tar.gz', tmp_path / 'a.tar')
-    with pytest.raises(UserError, match=r'compressed \(gzip\)'):
-        opened(tmp_path / 'a.tar')
-    with pytest.raises(UserError, match='a tar of folders of images'):
-        opened(write_tar(tmp_path / 'folders.tar', splits['train']))
+    opened.refuses(r'compressed \(gzip\)', tmp_path / 'a.tar')
+    opened.refuses('a tar of folders of images', write_tar(tmp_path / 'folders.tar', splits['train']))
 
 
 def test_options_that_a_layout_has_no_use_for_are_refused(tmp_path, splits, opened):
     names = layouts.write_class_names(tmp_path / 'names.txt')
     truth = layouts.write_ground_truths(tmp_path / 'truth', splits['val'])['devkit']
     folders = layouts.write_folders(tmp_path / 'in', splits)
-    with pytest.raises(UserError, match='class_names='):
-        opened(folders, class_names=names)
-    with pytest.raises(UserError, match='ground_truth='):
-        opened(folders, ground_truth=truth)
-    with pytest.raises(UserError, match='ground_truth='):
-        opened(layouts.write_parquet(tmp_path / 'parquet', splits), ground_truth=truth)
+    opened.refuses('class_names=', folders, class_names=names)
+    opened.refuses('ground_truth=', folders, ground_truth=truth)
+    opened.refuses('ground_truth=', layouts.write_parquet(tmp_path / 'parquet', splits), ground_truth=truth)
     layouts.write_ilsvrc(tmp_path / 'tars', {'train': splits['train']})
-    with pytest.raises(UserError, match='ground_truth='):
-        opened(tmp_path / 'tars', ground_truth=truth)
+    opened.refuses('ground_truth=', tmp_path / 'tars', ground_truth=truth)
 
 
 def test_names_that_no_shard_can_hold_are_refused(tmp_path, opened):
     write_tree(tmp_path, {'a/x.jpg': b'', 'b/x.jpg': b''})
     (Path(os.fsdecode(os.fsencode(tmp_path) + b'/b/\xff.jpg'))).write_bytes(b'')
-    with pytest.raises(UserError, match='not UTF-8'):
-        opened(tmp_path)
+    opened.refuses('not UTF-8', tmp_path)

@@ -31,14 +31,14 @@ def make_images(folder: Path, count: int, size: int = 40, classes: tuple[str, ..
     return folder
 
 
-def make_vae(folder: Path, *, levels: int = 2, channels: int = 3, seed: int = 0) -> str:
+def make_vae(folder: Path, *, levels: int = 2, channels: int = 3, seed: int = 0, **save: Any) -> str:
     """A random ``AutoencoderKL`` on disk with downsampling ``2 ** (levels - 1)``."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
     blocks = {'down_block_types': ['DownEncoderBlock2D'] * levels, 'up_block_types': ['UpDecoderBlock2D'] * levels}
     network = AutoencoderKL(block_out_channels=[4] * levels, norm_num_groups=2, latent_channels=channels, **blocks)
-    network.save_pretrained(folder)
+    network.save_pretrained(folder, **save)
     return str(folder)
 
 

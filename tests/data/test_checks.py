@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,32 +8,26 @@ from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.manifest import Manifest
 
 
-def test_a_whole_split_passes(split: Path, manifest: Manifest):
-    check_shards(split, manifest, hashes=True)
-
-
-def test_a_missing_shard_is_named(split: Path, manifest: Manifest):
-    (split / 'shard.00003.mds').unlink()
-    with pytest.raises(ValueError, match=r'shard.00003.mds: this shard is missing'):
-        check_shards(split, manifest)
-    check_shards(split, manifest, remote=True)
-
-
-def test_a_truncated_shard_is_named(split: Path, manifest: Manifest):
-    shard = split / 'shard.00002.mds'
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r'shard.00002.mds: \d+ bytes, the index says'):
-        check_shards(split, manifest)
-
-
-def test_flipped_bytes_are_found_by_the_hash(split: Path, manifest: Manifest):
-    shard = split / 'shard.00001.mds'
+def flip_last_byte(shard: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    check_shards(split, manifest)
-    with pytest.raises(ValueError, match=r'shard.00001.mds: its xxh64'):
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message', 'passes'),
+    [
+        (Path.unlink, 'this shard is missing', {'remote': True}),
+        (lambda shard: os.truncate(shard, shard.stat().st_size - 1), r'\d+ bytes, the index says', {'remote': True}),
+        (flip_last_byte, 'its xxh64 is not the one of the index', {}),
+    ],
+)
+def test_a_shard_that_is_missing_cut_off_or_changed_is_named(split, manifest, damage, message, passes):
+    check_shards(split, manifest, hashes=True)
+    damage(split / 'shard.00003.mds')
+    with pytest.raises(ValueError, match=rf'shard\.00003\.mds: {message}'):
         check_shards(split, manifest, hashes=True)
+    check_shards(split, manifest, **passes)
 
 
 @pytest.mark.parametrize('remote', [False, True])
@@ -43,29 +38,19 @@ def test_the_index_must_agree_with_the_manifest(split: Path, manifest: Manifest,
         check_shards(split, manifest.model_copy(update={'kind': 'moments'}), remote=remote)
 
 
-@pytest.mark.parametrize('content', ['', '{}', '[]', json.dumps({'shards': [{'samples': 1}]})])
-def test_a_broken_index_is_named(split: Path, manifest: Manifest, content: str):
-    (split / 'index.json').write_text(content)
-    with pytest.raises(ValueError, match=r'index.json: empty or broken'):
+@pytest.mark.parametrize('content', ['', '{}', '[]', json.dumps({'shards': [{'samples': 1}]}), None])
+def test_an_index_that_is_broken_or_absent_is_named(split: Path, manifest: Manifest, content: str | None):
+    (split / 'index.json').unlink()
+    if content is not None:
+        (split / 'index.json').write_text(content)
+    with pytest.raises(ValueError, match=r'index\.json: ' + ('no such file' if content is None else 'empty or broken')):
         check_shards(split, manifest)
-
-
-def test_an_absent_index_is_named(tmp_path: Path, manifest: Manifest):
-    with pytest.raises(ValueError, match=r'index.json: no such file'):
-        check_shards(tmp_path, manifest)
 
 
 def test_agreement_passes_where_the_run_says_nothing_or_the_same(manifest: Manifest):
     check_agreement(manifest)
-    check_agreement(
-        manifest,
-        channels=1,
-        kind='pixels',
-        latent_size=(4, 6),
-        autoencoder='pixels',
-        autoencoder_hash=None,
-        num_classes=3,
-    )
+    facts = {'channels': 1, 'kind': 'pixels', 'latent_size': (4, 6), 'autoencoder': 'pixels', 'num_classes': 3}
+    check_agreement(manifest, **facts, autoencoder_hash=None)
 
 
 @pytest.mark.parametrize(

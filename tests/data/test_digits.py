@@ -76,19 +76,10 @@ def test_the_manifests_describe_the_data(digits: Path):
         check_shards(digits / split, manifest, hashes=True)
 
 
-def test_a_second_call_changes_nothing(digits: Path):
+def test_a_second_call_changes_nothing_and_damaged_data_are_refused_and_left_alone(digits: Path):
     before = contents(digits)
     prepare_digits(digits)
     assert contents(digits) == before
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path):
-    (tmp_path / 'digits').mkdir()
-    prepare_digits(tmp_path / 'digits')
-    assert sorted(os.listdir(tmp_path / 'digits')) == ['eval', 'train']
-
-
-def test_damaged_data_are_refused_and_left_alone(digits: Path):
     shard = digits / 'eval' / 'shard.00000.mds'
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -97,12 +88,15 @@ def test_damaged_data_are_refused_and_left_alone(digits: Path):
     with pytest.raises(ValueError, match=r'(?s)not an undamaged copy.*shard.00000.mds.*Move it away'):
         prepare_digits(digits)
     assert contents(digits) == before
-
-
-def test_a_lost_split_is_refused(digits: Path):
     (digits / 'train' / 'manifest.json').unlink()
     with pytest.raises(ValueError, match=r'manifest.json'):
         prepare_digits(digits)
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path):
+    (tmp_path / 'digits').mkdir()
+    prepare_digits(tmp_path / 'digits')
+    assert sorted(os.listdir(tmp_path / 'digits')) == ['eval', 'train']
 
 
 def test_foreign_folders_are_refused_and_left_alone(tmp_path: Path, split: Path, manifest: Manifest):

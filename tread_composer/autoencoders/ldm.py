@@ -118,7 +118,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The autoencoder's tensors without their prefix, and a count of the others that may be left out."""
+    """The autoencoder's tensors without their prefix, and a count of the rest, which may be left out."""
     prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name == _ANCHOR or name.endswith(f'.{_ANCHOR}')]
     if len(prefixes) != 1:
         raise UserError(
@@ -126,15 +126,15 @@ def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tenso
             f'latent-diffusion layout has one. A folder of diffusers is given as a folder'
         )
     (prefix,) = prefixes
-    parts, others = {}, Counter[str]()
+    parts, ignored = {}, Counter[str]()
     for name, value in tensors.items():
         bare_name = name.removeprefix(prefix)
         # Behind a prefix the autoencoder is one part of a larger model, and the other parts are not its own.
         if (prefix and not name.startswith(prefix)) or bare_name.startswith(_TRAINING_ONLY):
-            others[(name if not name.startswith(prefix) else bare_name).split('.')[0]] += 1
+            ignored[(name if not name.startswith(prefix) else bare_name).split('.')[0]] += 1
         else:
             parts[bare_name] = value
-    return parts, dict(others)
+    return parts, dict(ignored)
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def import_main(arguments: Words = None) -> int:
     parser = Parser(
         prog='import_latents.py', description='Write latents that other projects have made as a data set of this one.'
     )
-    _add_options(parser, ImportSettings, source=('source',))
+    _add_options(parser, ImportSettings)
 
     def command(options: dict[str, Any]) -> int:
         dry_run = options.pop('dry_run')
@@ -118,14 +118,14 @@ def inspect_main(arguments: Words = None) -> int:
     return _run(parser, arguments, command)
 
 
-def _add_options(parser: Parser, settings: type[Settings], **names: tuple[str, ...]) -> None:
-    """An option for each field of the settings that has a help; ``names`` replace those of its option."""
+def _add_options(parser: Parser, settings: type[Settings]) -> None:
+    """An option for each field of the settings that has a help."""
     for item in fields(settings):
         facts: dict[str, Any] = dict(item.metadata)
         if not facts:
             continue
         facts.pop('least', None)
-        flags = facts.pop('names', names.get(item.name, (option_name(item.name),)))
+        flags = facts.pop('names', (option_name(item.name),))
         if flags[0].startswith('-'):
             facts['dest'] = item.name
             facts.setdefault('required', item.default is MISSING)

@@ -216,13 +216,13 @@ class Conversion:
             self.log(f'{plan.name}: {size_in_words(each * len(plan.order))} expected in {plan.num_parts:,} parts')
         done = sum(split.samples_done for split in splits)
         needed = each * (sum(len(split.plan.order) for split in splits) - done)
-        what = 'the remaining parts' if done else 'the latents'
+        content = 'the remaining parts' if done else 'the latents'
         if self.settings.is_remote:  # a rank has one part at a time on its disk
             needed = self.ranks.world * each * max(len(split.plan.positions(0)) for split in splits)
-            what = f'parts on their way to {self.settings.out}'
+            content = f'parts on their way to {self.settings.out}'
         remedy = 'make room, choose another place, or store less (--no-mirror halves it)'
-        free = refuse_if_too_large(self.folder, needed, what, remedy)
-        self.log(f'{what} need {size_in_words(needed)} in {self.folder}, {size_in_words(free)} are free: fits')
+        free = refuse_if_too_large(self.folder, needed, content, remedy)
+        self.log(f'{content} need {size_in_words(needed)} in {self.folder}, {size_in_words(free)} are free: fits')
         if self.settings.is_remote:
             self.log(f'the room at {self.settings.out} is not known')
         if done:

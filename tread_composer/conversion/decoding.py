@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     Args:
         batch: Which one.
         samples: ``[B, ...]`` as the encoder takes them; None if none is readable.
-        positions: Of these, in the source.
+        positions: Their positions in the source.
         unreadable: Position and reason of the others.
         problem: Why reading has to stop, or None. Not raised: a worker's exception would carry its traceback.
     """

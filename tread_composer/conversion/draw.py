@@ -139,7 +139,7 @@ def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: in
     expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
     drawn, arrays = [], []
     for shard in shards:
-        inside = chosen[(chosen >= shard.first) & (chosen < shard.first + shard.samples)]
+        inside = chosen[(chosen >= shard.start) & (chosen < shard.start + shard.samples)]
         if not len(inside):
             continue
         if shard.encodings != expected:
@@ -150,7 +150,7 @@ def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: in
         try:
             content = Content(shard, data)
             for position in inside.tolist():
-                row = content.row(position - shard.first)
+                row = content.row(position - shard.start)
                 drawn.append(Drawn(position, int(row[LABEL]), row[NAME]))
                 arrays += [row[column] for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]]
         except ValueError as error:

@@ -98,8 +98,6 @@ def _merge_indexes(folder: Path, parts: list[int]) -> None:
 
 
 def _manifest(plan: SplitPlan, parts: list[dict[str, Any]], encoder: Encoder, settings: Settings) -> Manifest:
-    if not parts:
-        raise UserError(f'{plan.name}: not one of {len(plan.order):,} images can be read')
     values = sum(part['values_per_channel'] for part in parts)
     mean = np.array([part['sum'] for part in parts]).sum(axis=0) / values
     second = np.array([part['sum_of_squares'] for part in parts]).sum(axis=0) / values

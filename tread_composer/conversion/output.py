@@ -144,7 +144,7 @@ def refuse_foreign(remote: str) -> None:
 
 
 def refuse_if_too_large(
-    folder: Path, needed: float, what: str, remedy: str = 'make room, or choose another place'
+    folder: Path, needed: float, content: str, remedy: str = 'make room, or choose another place'
 ) -> int:
     """Free bytes where ``folder`` is or will be.
 
@@ -155,7 +155,7 @@ def refuse_if_too_large(
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f'{folder}: {what} need {size_in_words(needed)}, and {size_in_words(free)} are free there; {remedy}'
+            f'{folder}: {content} need {size_in_words(needed)}, and {size_in_words(free)} are free there; {remedy}'
         )
     return free
 

@@ -85,7 +85,7 @@ class PartWriter:
         folder: The split's.
         part: Number of the part.
         encoder: Says what a row is.
-        compression: Of the shards, as ``MDSWriter`` wants it.
+        compression: How the shards are compressed, as ``MDSWriter`` wants it.
         content: What the part is made with; goes into ``part.json``.
     """
 

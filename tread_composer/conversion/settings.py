@@ -10,6 +10,8 @@ from tread_composer.io.device import available_cores
 
 __all__ = ['ImageSettings', 'Settings', 'option', 'option_name']
 
+_STORES = ('moments', 'mean', 'sample')
+
 
 def option(default: Any, text: str, **facts: Any) -> Any:
     """A field of settings and its option.
@@ -39,9 +41,7 @@ class Settings:
     source: str = option(MISSING, 'folder or archive with the images')
     out: str = option(MISSING, 'folder of the data set, or a URL that streaming uploads to (s3://...)')
     seed: int = option(0, 'of the one permutation before writing (%(default)s)', least=0)
-    part_size: int = option(
-        8192, 'samples that are finished, or after an interruption made anew, together (%(default)s)', least=1
-    )
+    part_size: int = option(8192, 'samples finished, or after an interruption made anew, together (8192)', least=1)
     compression: str | None = option(None, 'e.g. zstd:3; saves at most 7%% of latents, so none by default')
     work: str | None = option(None, 'with a URL as --out: local folder that remembers what is done', metavar='FOLDER')
     # What else a conversion of images can be told; of stored latents it is always the same.
@@ -140,44 +140,25 @@ class ImageSettings(Settings):
     vae_subfolder: str | None = option(None, 'where in --vae the autoencoder lies, e.g. vae')
     vae_revision: str | None = option(None, 'commit of a hub id; name one for results that can be repeated')
     vae_id: str | None = option(None, 'what the manifest calls it (the hub id, or the name of the folder or file)')
-    store: str = option(
-        'moments',
-        'moments: mean and log-variance, sampled anew each time training reads them (default)',
-        choices=('moments', 'mean', 'sample'),
-    )
+    store: str = option('moments', 'moments (default): mean and log-variance, sampled whenever read', choices=_STORES)
     mirror: bool = option(True, 'do not store the mirrored images', names=('--no-mirror',), action='store_false')
-    precision: str = option(
-        'fp32', 'of the encoder: fp32 without TF32 (default), or autocast to bf16', choices=('fp32', 'bf16')
-    )
+    precision: str = option('fp32', 'fp32 without TF32 (default), or autocast to bf16', choices=('fp32', 'bf16'))
     batch_size: int = option(32, 'images per encoder call (%(default)s)', least=1)
     workers: int | None = option(
-        None, 'decoding processes per rank (its cores but one; without a GPU an eighth of them)', least=0, type=int
+        None, 'decoding processes per rank (its cores - 1; no GPU: an eighth)', least=0, type=int
     )
     device: str | None = option(None, 'where to encode (a GPU if there is one)', choices=('cuda', 'cpu'))
-    splits: tuple[str, ...] | None = option(
-        None, 'e.g. train val (all that the source has)', nargs='+', metavar='SPLIT'
-    )
-    held_out: int = option(
-        0, 'take N images out of train for val, where there is none (0: no evaluation split)', least=0, metavar='N'
-    )
-    max_unreadable: float = option(
-        0.001, 'stop if more images of a split than this share are unreadable (%(default)s)', metavar='SHARE'
-    )
-    ground_truth: str | None = option(
-        None, 'labels of the validation images, where the source does not say', metavar='FILE'
-    )
-    class_names: str | None = option(
-        None, 'class names in label order, one a line, where the source has none', metavar='FILE'
-    )
+    splits: tuple[str, ...] | None = option(None, 'e.g. train val (all of the source)', nargs='+', metavar='SPLIT')
+    held_out: int = option(0, 'take N images out of train for val, where there is none', least=0, metavar='N')
+    max_unreadable: float = option(0.001, 'stop if more of a split are unreadable (%(default)s)', metavar='SHARE')
+    ground_truth: str | None = option(None, 'labels of validation images in no class folders', metavar='FILE')
+    class_names: str | None = option(None, 'one a line, in label order, where the source has none', metavar='FILE')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vae is None:
-            given = [item.name for item in fields(self)
-                     if item.name in ('vae_subfolder', 'vae_revision', 'vae_id', 'store', 'precision')
-                     and getattr(self, item.name) != item.default]  # fmt: skip
-            if given:
-                raise UserError(f'{option_name(given[0])} says nothing without an autoencoder: give --vae, or leave it')
+        for name in ('vae_subfolder', 'vae_revision', 'vae_id', 'store', 'precision') if self.vae is None else ():
+            if getattr(self, name) != getattr(ImageSettings, name):  # a dataclass keeps defaults as class attributes
+                raise UserError(f'{option_name(name)} says nothing without an autoencoder: give --vae, or leave it')
 
     @property
     def kind(self) -> Kind:

@@ -41,7 +41,7 @@ def verify(folder: str | Path, *, sample_every: int = 1, say: Callable[[str], No
     not). Between splits: the same autoencoder, shape, crop and classes.
 
     Args:
-        folder: Of a data set with splits in it, or of one split.
+        folder: A data set with splits in it, or one split.
         sample_every: Decode only every so many samples of a shard. Files are still read and hashed as a whole.
         say: Where counts, histograms and progress go, a line at a time.
 
@@ -83,11 +83,11 @@ def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
     """Of all splits with the first: what one run could not read together."""
     if not manifests:
         return []
-    (reference_split, reference), *others = manifests.items()
+    (reference_split, reference), *remaining = manifests.items()
     keys = ('kind', 'autoencoder_hash', 'latent_shape', 'resolution', 'crop', 'class_names')
     return [
         f'{split / MANIFEST_NAME}: {key} is not that of {reference_split / MANIFEST_NAME}, so they are not one data set'
-        for split, manifest in others
+        for split, manifest in remaining
         for key in keys
         if getattr(manifest, key) != getattr(reference, key)
     ]
@@ -170,8 +170,8 @@ class _SplitCheck:
     def _check_rows(self, shard: Shard, rows: dict[int, dict], manifest: Manifest, problems: dict) -> None:
         numbers = np.array(list(rows))
         labels = np.array([row[LABEL] for row in rows.values()], np.int64)
-        self.labels[shard.first + numbers] = labels
-        self.names[shard.first + numbers] = [xxhash.xxh64_intdigest(row[NAME].encode()) for row in rows.values()]
+        self.labels[shard.start + numbers] = labels
+        self.names[shard.start + numbers] = [xxhash.xxh64_intdigest(row[NAME].encode()) for row in rows.values()]
         in_range = (labels >= 0) & (labels < max(manifest.num_classes, 1))
         for number, label in zip(numbers[~in_range].tolist(), labels[~in_range].tolist(), strict=True):
             problems[f'label {label} is not one of the {manifest.num_classes} classes of the manifest'].append(number)
@@ -237,11 +237,11 @@ class _SplitCheck:
         for value in repeated[:_FEW]:
             places, name = [], ''
             for position in read[self.names[read] == value][:3]:
-                shard = next(shard for shard in reversed(self.shards) if shard.first <= position)
-                places.append(f'{shard.reader.raw_data.basename} sample {position - shard.first}')
+                shard = next(shard for shard in reversed(self.shards) if shard.start <= position)
+                places.append(f'{shard.reader.raw_data.basename} sample {position - shard.start}')
                 data, _ = read_shard(shard)
                 assert data is not None  # it was read a moment ago
-                name = Content(shard, data).row(int(position - shard.first))[NAME]
+                name = Content(shard, data).row(int(position - shard.start))[NAME]
             self._fault(MANIFEST_NAME, f'the same name, {name!r}, of {" and ".join(places)}')
         if len(repeated) > _FEW:
             self._fault(MANIFEST_NAME, f'{len(repeated) - _FEW} more names that stand for several samples')

@@ -22,8 +22,8 @@ def check_shards(
     """Compare the shards with ``index.json`` and the index with the manifest. Reads no shard unless ``hashes``.
 
     Args:
-        folder: Of one split.
-        manifest: Of that split.
+        folder: One split.
+        manifest: That of the split.
         remote: The shards are fetched from elsewhere: check the index only, ``folder`` may lack any of them.
         hashes: Also read every shard and compare its hash: the only way to find flipped bytes.
 
@@ -79,12 +79,12 @@ def check_agreement(
     """Refuse data that contradict what a run expects. None means: the run does not say.
 
     Args:
-        manifest: Of the data.
-        channels: Of the latent that the model sees.
+        manifest: That of the data.
+        channels: Channels of the latent that the model sees.
         kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
         latent_size: Height and width of the latent.
         autoencoder: As the manifest writes it; ``'pixels'`` for none.
-        autoencoder_hash: Of the weights that will decode.
+        autoencoder_hash: Hash of the weights that will decode.
         num_classes: 0 for a run without labels.
 
     Raises:

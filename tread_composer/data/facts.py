@@ -18,17 +18,17 @@ class LatentFacts(BaseModel):
     """Facts of the training data, as a manifest has them (see ``Manifest``); null or empty is "not known".
 
     Attributes:
-        channels: Of the latent that the model sees.
-        latent_height: Of the latent that the model sees.
-        latent_width: Of the latent that the model sees.
+        channels: Channels of the latent that the model sees.
+        latent_height: Its height.
+        latent_width: Its width.
         num_classes: 0 for a model without labels.
         class_names: One for each class.
         autoencoder: Which autoencoder; None for pixels.
         autoencoder_hash: Hash of its weights; None for pixels, or where nobody has said it.
         resolution: Side of the image in pixels.
-        mean: Of each channel of the raw latents.
-        std: Of each channel, likewise.
-        num_samples: Of the training data.
+        mean: Mean of each channel of the raw latents.
+        std: Standard deviation of each channel.
+        num_samples: Samples of the training data.
         source: Where the images come from, in words.
     """
 

@@ -51,7 +51,7 @@ class LatentDataset(StreamingDataset):
         batch_size: Samples per rank and batch, the same as the DataLoader's.
         remote: Where the shards are fetched from; None if ``local`` has them all.
         shuffle: Whether each epoch has an order of its own.
-        shuffle_seed: Of that order.
+        shuffle_seed: Seed of that order.
         mirror_seed: With it, iterating takes the latents of the mirrored image in place of the image's with
             probability 1/2, decided by (seed, epoch, sample); the data must hold both. None takes the image always,
             and so does indexing before the first epoch.

@@ -27,24 +27,24 @@ class Manifest(BaseModel):
     """The manifest of one split. Frozen; every field is required, none may be added.
 
     Attributes:
-        format_version: Of this description, 1.
+        format_version: Version of this description, 1.
         kind: ``'pixels'`` (no autoencoder), ``'samples'`` (one draw of the posterior) or ``'moments'`` (mean and
             log-variance, ``2 * channels`` stored).
         autoencoder: Which autoencoder: a hub id or a name; None for pixels.
         autoencoder_hash: Hash of its weights, as ``KL.weight_hash()`` gives it; None for pixels.
-        channels: Of the latent that the model sees.
-        latent_height: Of the latent that the model sees.
-        latent_width: Of the latent that the model sees.
+        channels: Channels of the latent that the model sees.
+        latent_height: Its height.
+        latent_width: Its width.
         resolution: Side of the image in pixels.
         crop: ``'none'`` or ``'center'``.
         mirrored: Whether the latents of the mirrored images are stored too.
         num_samples: Rows in the shards.
         num_classes: 0 for data without labels.
         class_names: One for each class.
-        mean: Of each channel of the raw latents (for moments: of draws from the posterior).
-        std: Of each channel, likewise.
-        permutation_seed: Of the one permutation before writing; None if the source order was kept.
-        tool_version: Of the tool that wrote the data.
+        mean: Mean of each channel of the raw latents (for moments: of draws from the posterior).
+        std: Standard deviation of each channel, likewise.
+        permutation_seed: Seed of the one permutation before writing; None if the source order was kept.
+        tool_version: Version of the tool that wrote the data.
         source: Where the images come from, in words.
     """
 

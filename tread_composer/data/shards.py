@@ -23,12 +23,12 @@ class Shard:
 
     Attributes:
         folder: The split's.
-        first: Position of its first sample in the split.
+        start: Position of its first sample in the split.
         reader: Streaming's description of it.
     """
 
     folder: Path
-    first: int
+    start: int
     reader: MDSReader
 
     @property

@@ -88,8 +88,10 @@ class _LMDB(_Opened):
     @functools.cached_property
     def handle(self) -> Any:
         """Reads the value of a key."""
-        import lmdb
-
+        try:
+            import lmdb
+        except ImportError as error:
+            raise UserError('layout maskdit-lmdb needs lmdb, which is not installed: pip install lmdb') from error
         try:
             # no lock: it would need to write to the source
             environment = lmdb.open(str(self.path), readonly=True, lock=False, create=False, readahead=False)
@@ -110,7 +112,7 @@ class _LMDB(_Opened):
         try:
             return int(text.decode('ascii'))
         except ValueError as error:
-            raise UserError(f'{self.path}, entry {key}: the label {text[:20]!r} is not a number') from error
+            raise UserError(f'{self.path}, entry {key}: {text[:20]!r} is not a number') from error
 
     def read(self, position: int) -> list[np.ndarray]:
         """``[K, H, W]`` of the image."""
@@ -125,10 +127,6 @@ class _LMDB(_Opened):
 
 
 def _open_lmdb(root: Path, channels: int) -> Source:
-    try:
-        import lmdb  # noqa: F401
-    except ImportError as error:
-        raise UserError('layout maskdit-lmdb needs lmdb, which is not installed: pip install lmdb') from error
     if not (root / 'data.mdb').is_file():
         inner = sorted(path.parent.name for path in root.glob('*/data.mdb'))
         hint = f'; there is one in {", ".join(inner)}' if inner else ''
@@ -217,10 +215,10 @@ def _open_safetensors(root: Path, paths: list[Path]) -> tuple[Source, bool]:
         starts.append(len(names))
     if len(mirrored) > 1:
         raise UserError(f'{root}: some files have latents_flip and some have not')
-    (both,) = mirrored
-    columns = ('latents', 'latents_flip') if both else ('latents',)
+    (is_mirrored,) = mirrored
+    columns = ('latents', 'latents_flip') if is_mirrored else ('latents',)
     description = f'safetensors {root.name} of LightningDiT ({len(paths)} files)'
-    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts)), both
+    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts)), is_mirrored
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """What an import is asked to do. Every fact that the files of a layout do not carry is asked for, with the reason."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,30 +42,19 @@ _OF_LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
 class ImportSettings(Settings):
     """Latents of one split, and what their files do not say about themselves."""
 
+    source: str = option(MISSING, 'folder with the files of one split', names=('source',))
     layout: str = option('', 'whose files they are', choices=tuple(_OF_LAYOUT), required=True)
     split: str = option('', 'train or val', required=True)
     files: str | None = option(None, "of tars or safetensors, e.g. '*-train-*.tar' (default: all)", metavar='PATTERN')
-    autoencoder_id: str | None = option(
-        None, 'which autoencoder made the latents, as the manifest is to name it; the YAML of a run must name the same'
-    )
-    autoencoder: str | None = option(
-        None,
-        'folder, hub id or file of its weights (their hash is computed), so that no other decoder is used',
-        metavar='PATH',
-    )
-    autoencoder_hash: str | None = option(None, 'or the hash of its weights, as KL(...).weight_hash() gives it')
+    autoencoder_id: str | None = option(None, 'which autoencoder made the latents; the YAML of a run names the same')
+    autoencoder: str | None = option(None, 'its weights, so that no other decoder is used', metavar='PATH')
+    autoencoder_hash: str | None = option(None, 'or their hash, as KL(...).weight_hash() gives it')
     resolution: int | None = option(None, 'side of the images in pixels', type=int, least=1)
-    crop: str | None = option(
-        None,
-        "how the images were cropped; 'center' is ADM's, which all these projects use",
-        choices=('none', 'center'),
-    )
-    num_classes: int | None = option(
-        None, 'how many classes there are: a class may have no sample here; 0 for no labels', type=int, least=0
-    )
+    crop: str | None = option(None, "'center' is ADM's, which all these projects use", choices=('none', 'center'))
+    num_classes: int | None = option(None, 'a class may have no sample here; 0 for no labels', type=int, least=0)
     class_names: str | None = option(None, 'one name a line, in label order (default: the numbers)', metavar='FILE')
     channels: int | None = option(
-        None, 'of a latent (4 for SD-VAE): an LMDB holds bytes without a shape', type=int, least=1
+        None, 'of a latent (SD-VAE: 4); an LMDB holds bytes without a shape', type=int, least=1
     )
     mirrors: str | None = option(
         None,
@@ -78,14 +67,10 @@ class ImportSettings(Settings):
         choices=('moments', 'samples'),
     )
     stored_scale: tuple[float, ...] | None = option(
-        None,
-        'what raw latents were multiplied by, one number or one a channel (CompVis/tread decodes with 1 / 0.18215: '
-        'give 0.18215)',
-        type=_numbers,
-        metavar='S[,S...]',
+        None, 'what raw latents were multiplied by (CompVis/tread: 0.18215)', type=_numbers, metavar='S[,S...]'
     )
     stored_shift: tuple[float, ...] | None = option(
-        None, 'what was subtracted before that, likewise (0 for SD-VAE)', type=_numbers, metavar='S[,S...]'
+        None, 'what was subtracted before that (SD-VAE: 0); one, or one a channel', type=_numbers, metavar='S[,S...]'
     )
 
     def __post_init__(self) -> None:

@@ -103,9 +103,9 @@ class Source:
     """The samples of one split, read at random, with their labels. Can be pickled; read in any process.
 
     Attributes:
-        description: One line for the log: layout, where, how many images and classes, what was ignored.
+        description: One line for the log: layout, location, how many images and classes, what was ignored.
         class_names: In label order; empty without labels.
-        names: Of the samples, no two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
+        names: No two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
             name): equal for equal images, whatever the layout.
         labels: int64, in the same order; zeros without labels.
     """
@@ -131,19 +131,19 @@ class Source:
         raise NotImplementedError
 
     @classmethod
-    def arranged(cls: type[Kind], layout: str, where: Path | str, images: Images, **facts: Any) -> Kind:
+    def arranged(cls: type[Kind], layout: str, location: Path | str, images: Images, **facts: Any) -> Kind:
         """The images in the order of every layout, by (label, name); ``facts`` are attributes that are no ``COLUMNS``.
 
         Raises:
-            UserError: No image at all, two of one name, or a name that is not UTF-8; names ``layout`` and ``where``.
+            UserError: No image at all, two of one name, or a name that is not UTF-8; names ``layout`` and ``location``.
         """
         names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
         if not names:
-            raise UserError(f'{where}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
-        check_names(where, names)
+            raise UserError(f'{location}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
+        check_names(location, names)
         order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
         classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
-        description = f'{layout} at {where}: {len(names):,} images, {classes}'
+        description = f'{layout} at {location}: {len(names):,} images, {classes}'
         places = np.array(images.places, np.int64).reshape(-1, len(cls.COLUMNS))[order] if cls.COLUMNS else np.empty(0)
         return cls(
             description=f'{description}; {ignored}' if ignored else description,
@@ -226,7 +226,7 @@ class RangeSource(Source):
         return self.files.read(int(self.numbers[position]), int(self.offsets[position]), size)
 
 
-def check_names(where: Path | str, names: Sequence[str]) -> None:
+def check_names(location: Path | str, names: Sequence[str]) -> None:
     """Each sample needs a name of its own that a shard can hold.
 
     Raises:
@@ -235,13 +235,13 @@ def check_names(where: Path | str, names: Sequence[str]) -> None:
     if len(set(names)) != len(names):
         repeated = [name for name, count in collections.Counter(names).items() if count > 1]
         raise UserError(
-            f'{where}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
+            f'{location}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
         )
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f'{where}: the name {name!r} is not UTF-8. Rename the file') from error
+            raise UserError(f'{location}: the name {name!r} is not UTF-8. Rename the file') from error
 
 
 def is_image(name: str) -> bool:
@@ -287,7 +287,7 @@ def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(numbers if sorted(numbers) == classes else classes)
 
 
-def check_same_classes(where: Path | str, train: Iterable[str], val: Iterable[str]) -> None:
+def check_same_classes(location: Path | str, train: Iterable[str], val: Iterable[str]) -> None:
     """Train and val must have the same class folders: a missing one means an incomplete copy.
 
     Raises:
@@ -297,7 +297,7 @@ def check_same_classes(where: Path | str, train: Iterable[str], val: Iterable[st
     for split, counterpart, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
         if missing:
             raise UserError(
-                f'{where}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. '
+                f'{location}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. '
                 f'Complete the data, or give the folder of one split alone'
             )
 

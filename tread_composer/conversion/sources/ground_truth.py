@@ -21,16 +21,16 @@ _THREE_FORMS = (
 _MAX_BYTES = 2**26
 
 
-def missing_truth(where: Path) -> UserError:
+def missing_truth(location: Path) -> UserError:
     """The error for validation images without labels."""
     return UserError(
-        f'{where}: the validation images lie in no class folders, so their classes must come from elsewhere. '
+        f'{location}: the validation images lie in no class folders, so their classes must come from elsewhere. '
         f'Give ground_truth (--ground-truth), one of: {_THREE_FORMS}'
     )
 
 
 def assign_classes(
-    ground_truth: Path | None, files: Sequence[str], train_classes: tuple[str, ...] | None, where: Path
+    ground_truth: Path | None, files: Sequence[str], train_classes: tuple[str, ...] | None, location: Path
 ) -> tuple[tuple[str, ...], list[int]]:
     """Class names, and the label of each file, given the classes of the training images if there are any.
 
@@ -38,12 +38,12 @@ def assign_classes(
         UserError: No ground truth; it and the images are not the same; or its classes are not those of the training.
     """
     if ground_truth is None:
-        raise missing_truth(where)
+        raise missing_truth(location)
     truth = _read_ground_truth(ground_truth)
     stems = [_stem(file) for file in files]
     for text, missing in (
-        (f'{where}: images that {ground_truth} does not know', set(stems) - truth.keys()),
-        (f'{ground_truth}: knows images that {where} lacks', truth.keys() - set(stems)),
+        (f'{location}: images that {ground_truth} does not know', set(stems) - truth.keys()),
+        (f'{ground_truth}: knows images that {location} lacks', truth.keys() - set(stems)),
     ):
         if missing:
             raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
@@ -52,7 +52,7 @@ def assign_classes(
     if all(name.isdecimal() for name in names) and not (train_classes and names <= set(train_classes)):
         return _numbered(ground_truth, classes, train_classes)
     if train_classes:
-        check_same_classes(where, train_classes, names)
+        check_same_classes(location, train_classes, names)
     class_names = train_classes or tuple(sorted(names))
     label_of = {name: label for label, name in enumerate(class_names)}
     return class_names, [label_of[name] for name in classes]
@@ -126,9 +126,9 @@ def _devkit(path: Path) -> dict[str, str]:
         ids = [int(line) for line in truth.decode('ascii').split()]
     except Exception as error:  # a damaged .mat file fails in as many ways as it has fields
         raise UserError(f'ground_truth={path}: {_META} or {_TRUTH} is damaged: {error!r}') from error
-    unknown = {str(number) for number in ids if number not in synset_of}
-    if unknown:
-        raise UserError(f'ground_truth={path}: {_TRUTH} has ids that {_META} lacks: {few(unknown)}')
+    stray = {str(number) for number in ids if number not in synset_of}
+    if stray:
+        raise UserError(f'ground_truth={path}: {_TRUTH} has ids that {_META} lacks: {few(stray)}')
     return {f'ILSVRC2012_val_{image:08d}': synset_of[number] for image, number in enumerate(ids, start=1)}
 
 

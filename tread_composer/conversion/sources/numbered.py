@@ -55,11 +55,11 @@ def split_files(root: Path, suffix: str) -> tuple[dict[str, list[Path]], list[st
     return by_split, [f'{len(test)} files of the test split are not converted'] if test else []
 
 
-def name_by_number(where: Path | str, splits: Mapping[str, Images], names: tuple[str, ...]) -> None:
+def name_by_number(location: Path | str, splits: Mapping[str, Images], names: tuple[str, ...]) -> None:
     """Give images whose labels are numbers their class names, and note in which splits a class has no image.
 
     Args:
-        where: The data set, for messages.
+        location: The data set, for messages.
         splits: Images of each split, named by their files.
         names: Class names in label order; empty: the numbers are the names.
 
@@ -72,14 +72,16 @@ def name_by_number(where: Path | str, splits: Mapping[str, Images], names: tuple
     total = len(names) or int(reference.max()) + 1
     if lowest < 0 or highest >= total:
         origin = 'there are names for' if names else 'train has'
-        raise UserError(f'{where}: labels from {lowest} to {highest}, but {origin} {total} classes (0 to {total - 1})')
+        raise UserError(
+            f'{location}: labels from {lowest} to {highest}, but {origin} {total} classes (0 to {total - 1})'
+        )
     if len(reference) < total:
         # a wrong label can be any number: no table of that length
         used = set(reference.tolist())
         missing = itertools.islice((number for number in range(total) if number not in used), 5)
         listed = ', '.join(f'{number} ({names[number]})' if names else str(number) for number in missing)
         raise UserError(
-            f'{where}: {total - len(reference):,} of {total:,} classes have no training image, such as {listed}. '
+            f'{location}: {total - len(reference):,} of {total:,} classes have no training image, such as {listed}. '
             f'Complete the data'
         )
     for split, images in splits.items():

@@ -64,7 +64,7 @@ class Listing:
         Args:
             parts: Parts of its path.
             read: Gives its content.
-            place: Of an image.
+            place: What the source of an image will need.
 
         Raises:
             UserError: A label file cannot be read, or there is an image of this path already.

@@ -79,8 +79,8 @@ def open_zip(request: Request) -> dict[str, Source]:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
     sources: dict[str, Source] = {}
     for split, branch in listing.branches(request).items():
-        where = f'{path}/{branch.prefix}' if branch.prefix else path
-        sources[split] = ZipSource.arranged('zip', where, branch, files=OpenFiles([path]))
+        location = f'{path}/{branch.prefix}' if branch.prefix else path
+        sources[split] = ZipSource.arranged('zip', location, branch, files=OpenFiles([path]))
     return sources
 
 
