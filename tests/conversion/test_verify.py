@@ -15,10 +15,6 @@ from tread_composer.data.digits import prepare_digits
 SHARD = '00001/shard.00002.mds'
 
 
-def quiet(line: str) -> None:
-    del line
-
-
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
     folder = write_split(tmp_path / 'set' / 'train')
@@ -62,7 +58,7 @@ def test_files_that_are_missing_cut_off_or_changed_are_all_named(split: Path):
     content[-1] ^= 1  # in a name, where no sample can look wrong
     third.write_bytes(content)
     fourth.write_bytes(b'\1\0')
-    faults = '\n'.join(verify(split, say=quiet))
+    faults = '\n'.join(verify(split))
     size = second.stat().st_size
     assert f'{first}: this shard is missing' in faults
     assert f'{second}: {size} bytes, the index says {size + 500}' in faults
@@ -77,7 +73,7 @@ def test_a_broken_compressed_shard_is_named(tmp_path: Path):
     split = write_split(tmp_path / 'train', compression='zstd:1')
     shard = sorted(split.rglob('*.zstd'))[0]
     shard.write_bytes(shard.read_bytes()[:-9])
-    faults = verify(split, say=quiet)
+    faults = verify(split)
     assert len(faults) == 2 and 'the index says' in faults[0] and 'cannot be decompressed' in faults[1]
     assert all(str(shard) in fault for fault in faults)
 
@@ -87,13 +83,13 @@ def test_a_header_that_points_elsewhere_costs_only_its_samples(split: Path):
     content = bytearray(shard.read_bytes())
     content[4 * 4 : 5 * 4] = np.uint32(2**31).tobytes()  # where sample 2 ends and sample 3 begins
     shard.write_bytes(content)
-    faults = verify(split, say=quiet)
+    faults = verify(split)
     assert faults[1:] == [f'{shard}: samples 2-3: cut off or misplaced'] and 'xxh64' in faults[0]
     entries = json.loads((split / 'index.json').read_text())['shards']
     count = next(entry['samples'] for entry in entries if entry['raw_data']['basename'] == SHARD)
     content[:4] = np.uint32(count + 1).tobytes()
     shard.write_bytes(content)
-    assert f'{shard}: holds {count + 1} samples by its header, {count} by the index' in verify(split, say=quiet)[1]
+    assert f'{shard}: holds {count + 1} samples by its header, {count} by the index' in verify(split)[1]
 
 
 def nan(rows):
@@ -149,7 +145,7 @@ CONTENT_FAULTS = {
 @pytest.mark.parametrize(('change', 'messages'), CONTENT_FAULTS.values(), ids=list(CONTENT_FAULTS))
 def test_a_fault_in_the_samples_is_named(change, messages: list[str], tmp_path: Path):
     split = write_split(tmp_path / 'train', change=change)
-    faults = verify(split, say=quiet)
+    faults = verify(split)
     for message in messages:
         matching = [fault for fault in faults if re.search(message, fault)]
         assert len(matching) == 1 and str(split) in matching[0], faults
@@ -160,13 +156,13 @@ def test_pixels_must_be_mirrored_exactly(tmp_path: Path):
     def change(rows):
         rows[7]['latents_mirrored'][0, 0, 0] += np.float16(1)
 
-    faults = verify(write_split(tmp_path / 'train', kind='pixels', change=change), say=quiet)
+    faults = verify(write_split(tmp_path / 'train', kind='pixels', change=change))
     assert len(faults) == 1 and faults[0].endswith('sample 7: latents_mirrored are not the mirrored pixels')
 
 
 def test_source_order_is_no_fault_where_the_manifest_says_so(tmp_path: Path):
     rows = sorted(make_rows(), key=lambda row: row['label'])
-    assert verify(write_split(tmp_path / 'train', rows, permutation_seed=None), say=quiet) == []
+    assert verify(write_split(tmp_path / 'train', rows, permutation_seed=None)) == []
 
 
 def test_few_samples_of_many_classes_are_noted_and_no_fault(tmp_path: Path):
@@ -187,7 +183,7 @@ def test_few_samples_of_many_classes_are_noted_and_no_fault(tmp_path: Path):
 )
 def test_a_manifest_that_describes_other_data_is_a_fault(split: Path, changes: dict, message: str):
     Manifest.load(split).model_copy(update=changes).save(split)
-    faults = verify(split, say=quiet)
+    faults = verify(split)
     assert faults and all(re.search(message, fault) for fault in faults)
     if 'columns' in message:
         assert len(faults) == len(shard_sizes(split))
@@ -196,17 +192,17 @@ def test_a_manifest_that_describes_other_data_is_a_fault(split: Path, changes: d
 def test_without_a_manifest_or_an_index_the_rest_is_still_checked(split: Path):
     (split / SHARD).unlink()
     (split / 'manifest.json').write_text('{}')
-    faults = verify(split, say=quiet)
+    faults = verify(split)
     assert len(faults) == 2 and 'format_version: missing' in faults[0] and 'this shard is missing' in faults[1]
     (split / 'index.json').write_text('[]')
-    assert 'not an index of MDS shards' in verify(split, say=quiet)[1]
+    assert 'not an index of MDS shards' in verify(split)[1]
     (split / 'index.json').unlink()
-    assert 'index.json: no such file' in verify(split.parent, say=quiet)[1]
+    assert 'index.json: no such file' in verify(split.parent)[1]
 
 
 def test_splits_that_do_not_belong_together_are_a_fault(split: Path):
     write_split(split.parent / 'val', autoencoder_hash='sha256:1', resolution=16)
-    faults = verify(split.parent, say=quiet)
+    faults = verify(split.parent)
     assert len(faults) == 2 and all('is not that of' in fault for fault in faults)
     assert 'val/manifest.json: autoencoder_hash' in faults[0] and 'resolution' in faults[1]
 
@@ -227,8 +223,8 @@ def test_sampling_reads_fewer_samples_but_all_files(tmp_path: Path):
         rows[1]['latents'][:] = np.nan
 
     split = write_split(tmp_path / 'train', change=change)
-    assert verify(split, sample_every=2, say=quiet) == []
-    assert len(verify(split, say=quiet)) == 1
+    assert verify(split, sample_every=2) == []
+    assert len(verify(split)) == 1
     with pytest.raises(UserError, match='at least 1'):
         verify(split, sample_every=0)
 

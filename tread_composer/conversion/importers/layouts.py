@@ -33,16 +33,12 @@ from tread_composer.io.progress import Progress
 __all__ = ['open_layout']
 
 
-def open_layout(settings: ImportSettings, stored_channels: int | None) -> tuple[Source, bool]:
-    """Look through a folder of latents.
-
-    Args:
-        settings: The import.
-        stored_channels: K, for LMDB, whose values are bytes without a shape.
+def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
+    """Look through a folder of latents; ``stored_channels`` is K, for LMDB, whose values are bytes without a shape.
 
     Returns:
         A source whose ``read`` gives arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if
-        there is one; and whether there is one.
+        there is one.
 
     Raises:
         UserError: The source is not of that layout; names the file or the sample.
@@ -50,19 +46,18 @@ def open_layout(settings: ImportSettings, stored_channels: int | None) -> tuple[
     root = Path(settings.source)
     if not root.is_dir():
         raise UserError(f'{root}: no such folder; give the one that holds the files of one split')
-    mirrored = settings.mirrors == 'second-half'
     if settings.layout == 'maskdit-lmdb':
         assert stored_channels is not None  # the settings have asked for it
         source: Source = _open_lmdb(root, stored_channels)
     elif settings.layout == 'lightningdit':
-        source, mirrored = _open_safetensors(root, _matching(root, settings.files or '*.safetensors'))
+        source = _open_safetensors(root, _matching(root, settings.files or '*.safetensors'))
     else:
         member = 'latent' if settings.layout == 'maskdit-webdataset' else 'latent.npy'
         source = _open_tars(root, _matching(root, settings.files or '*.tar'), member)
     if not len(source):
         raise UserError(f'{root}: holds no samples')
     check_names(root, source.names)
-    return (_halves(source) if settings.mirrors == 'second-half' else source), mirrored
+    return _halves(source) if settings.mirrors == 'second-half' else source
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
@@ -190,7 +185,7 @@ class _SafeTensors(_Opened):
         return [self.handle[file][key][row : row + 1][0].float().numpy() for key in self.keys]
 
 
-def _open_safetensors(root: Path, paths: list[Path]) -> tuple[Source, bool]:
+def _open_safetensors(root: Path, paths: list[Path]) -> Source:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -215,10 +210,9 @@ def _open_safetensors(root: Path, paths: list[Path]) -> tuple[Source, bool]:
         starts.append(len(names))
     if len(mirrored) > 1:
         raise UserError(f'{root}: some files have latents_flip and some have not')
-    (is_mirrored,) = mirrored
-    columns = ('latents', 'latents_flip') if is_mirrored else ('latents',)
+    columns = ('latents', 'latents_flip') if mirrored.pop() else ('latents',)
     description = f'safetensors {root.name} of LightningDiT ({len(paths)} files)'
-    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts)), is_mirrored
+    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts))
 
 
 @dataclass(eq=False)

@@ -54,7 +54,7 @@ class ImportSettings(Settings):
     num_classes: int | None = option(None, 'a class may have no sample here; 0 for no labels', type=int, least=0)
     class_names: str | None = option(None, 'one name a line, in label order (default: the numbers)', metavar='FILE')
     channels: int | None = option(
-        None, 'of a latent (SD-VAE: 4); an LMDB holds bytes without a shape', type=int, least=1
+        None, 'of a latent (4 for SD-VAE); an LMDB holds bytes without a shape', type=int, least=1
     )
     mirrors: str | None = option(
         None,

@@ -53,13 +53,14 @@ class StoredLatents(Encoder):
             if settings.channels not in (None, channels):
                 raise UserError(f'--channels {settings.channels}: the autoencoder has {channels}')
         factor = 2 if self.kind == 'moments' else 1
-        self.source, self.mirrored = open_layout(settings, None if channels is None else channels * factor)
+        self.source = open_layout(settings, None if channels is None else channels * factor)
         self.source.description = f'imported: {self.source.description}'
         self._set_labels(settings)
         try:
-            self._stored = self.source.read(0)[0].shape
+            views = self.source.read(0)
         except UserError as error:
             raise UserError(f'{self.source.names[0]}: cannot be read: {error}') from error
+        self._stored, self.mirrored = views[0].shape, len(views) == 2
         self.latent_shape = self._latent_shape(channels, downsampling)
         self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
         self.prepare = self._raw_views
