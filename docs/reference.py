@@ -5,7 +5,7 @@ Run it after a change of a constructor or of its docstring: ``python docs/refere
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from tread_composer.config.components import component_schema
 from tread_composer.config.registry import KINDS, is_ours, part_names, resolve
-from tread_composer.config.tree import Config, DigitsData, LatentsData, PerChannelNormalization
+from tread_composer.config.tree import Config
+from tread_composer.core.options import argument_docs
 
 PAGE = Path(__file__).parent / 'configuration_reference.md'
 HEAD = """# Reference of the configuration
@@ -37,13 +38,9 @@ def _config() -> Iterator[str]:
     ours = {name: entry for name, entry in Config.model_fields.items() if name in Config.__annotations__}
     yield '## Top level\n'
     yield from _table(ours, _attribute_docs(Config))
-    for section in (DigitsData, LatentsData, PerChannelNormalization):
-        key = 'latent_normalization' if section is PerChannelNormalization else 'data'
-        yield f'\n## `{key}: {{name: {section.model_fields["name"].default}}}`\n\n{_summary(section)}\n'
-        yield from _table(section.model_fields, _attribute_docs(section))
     keywords = {name: entry for name, entry in Config.model_fields.items() if name not in Config.__annotations__}
     yield "\n## Keywords of Composer's Trainer\n"
-    yield from _table(keywords, _argument_docs(Trainer))
+    yield from _table(keywords, argument_docs(Trainer))
 
 
 def _kind(kind: str) -> Iterator[str]:
@@ -52,7 +49,7 @@ def _kind(kind: str) -> Iterator[str]:
     for name in ours:
         target = resolve(kind, name)
         yield f'\n## {kind} `{name}`\n\n{_summary(target)}\n'
-        yield from _table(component_schema(kind, name).model_fields, _argument_docs(target))
+        yield from _table(component_schema(kind, name).model_fields, argument_docs(target))
     if not others:
         return
     yield f"\n## {kind}: Composer's and torch's\n\n| name | arguments and defaults |\n|---|---|"
@@ -93,22 +90,6 @@ def _default(entry: FieldInfo) -> str:
 
 def _summary(target: Any) -> str:
     return ' '.join((inspect.getdoc(target) or '').split('\n\n')[0].replace('``', '`').split())
-
-
-def _argument_docs(target: Callable[..., Any]) -> dict[str, str]:
-    """Argument -> text of the ``Args`` of a class, its constructor and its bases, or of a function."""
-    owners: list[Any] = [target]
-    if inspect.isclass(target):  # what a class says of an argument goes before what its base says
-        owners = [owner for base in reversed(inspect.getmro(target)) for owner in (base, base.__init__)]
-    docs: dict[str, str] = {}
-    for owner in owners:
-        text = inspect.getdoc(owner) or ''
-        block = re.search(r'^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)', text, re.MULTILINE)
-        if block is None:
-            continue
-        entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[1], re.MULTILINE)
-        docs |= {name: body.partition('\n\n')[0] for name, body in entries}
-    return docs
 
 
 def _attribute_docs(target: type) -> dict[str, str]:

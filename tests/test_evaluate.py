@@ -285,9 +285,7 @@ def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, capsys)
     assert 'images of 16 pixels, and the samples have 8' in refused(capsys, trained, large, '--count', '20')
     assert not list((trained / 'evaluation_samples').glob('*-ba0*')), 'refused before sampling'
     assert 'say how many images' in refused(capsys, trained, digits)
-    assert '--count, the options of sampling: of a model' in refused(
-        capsys, images, digits, '--count', '9', '--steps', '3'
-    )
+    assert '--steps, --count: of a model' in refused(capsys, images, digits, '--count', '9', '--steps', '3')
     assert 'is a model, whose samples say so' in refused(
         capsys, trained, digits, '--describe', 'seed=0', '--count', '20'
     )
@@ -311,7 +309,7 @@ def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, capsys)
     assert sorted((trained / 'evaluation_samples').iterdir()) == before, 'refused before sampling'
     assert 'not of the form key=value' in refused(capsys, images, digits, '--describe', 'seed')
     assert 'no such file or folder' in refused(capsys, tmp_path / 'nowhere', digits)
-    assert 'at least 1 and 2' in refused(capsys, images, digits, '--kid-subset-size', '1')
+    assert '--kid-subset-size: 1 must be at least 2' in refused(capsys, images, digits, '--kid-subset-size', '1')
     assert 'kid needs 1000 images' in refused(capsys, images, digits, '--metrics', 'kid')
     capsys.readouterr()
     assert cli.main(['evaluate', str(images), '--reference', str(digits)]) == 2

@@ -1,6 +1,5 @@
 """``python -m tread_composer sample`` from its words to its files, in this process and in two."""
 
-import argparse
 import dataclasses
 import fcntl
 import json
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,11 +19,7 @@ from streaming import LocalDataset
 from tests.runs import environment
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
-from tread_composer.cli.sample import add_arguments
 from tread_composer.config import restore_config
-from tread_composer.sample.request import DECODE_DTYPES, FORMATS
-from tread_composer.samplers.guidance.provider import GuidedChannels, WeakLabel
-from tread_composer.samplers.guidance.sparse import RateSchedule
 from tread_composer.weights.exported import write_exported
 from tread_composer.weights.trained import load_trained, read_trained
 
@@ -271,16 +265,3 @@ def test_a_diverged_model_is_named_and_no_image_of_it_is_kept(trained, tmp_path,
     words = ['--guidance-scale', '1e38', '--sampler', 'euler', '--count', '3']
     assert 'the model or the sampler has diverged' in refused(capsys, trained, tmp_path / 'out', *words)
     assert not list((tmp_path / 'out').rglob('*.png'))
-
-
-def test_the_words_offer_what_the_code_knows():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    known = {
-        'format': FORMATS,
-        'guided-channels': get_args(GuidedChannels), 'rate-schedule': get_args(RateSchedule),
-        'weak-label': get_args(WeakLabel), 'decode-dtype': DECODE_DTYPES,
-    }  # fmt: skip
-    text = ' '.join(parser.format_help().split())
-    for name, values in known.items():
-        assert f'--{name} {{{",".join(values)}}}' in text

@@ -142,7 +142,10 @@ def test_moments_and_a_decoder_of_maskdit(tmp_path, capsys):
     a, b = (np.array(numbers(tmp_path / name)['mean']) for name in 'ab')
     assert np.abs(a - b).max() < 2e-6 and a.min() < 0.999
     text = capsys.readouterr().out
-    assert 'route of the run: none' in text and 'MaskDiT and TREAD exclude each other' in text
+    assert (
+        'route of the run: none' in text
+        and 'a run without algorithms.maskdit, for TREAD cannot stand beside it' in text
+    )
     shutil.rmtree(tmp_path / 'mine')
     assert inspect(folder, tmp_path / 'c', '--samples', '4') == 2
     assert '--data FOLDER' in capsys.readouterr().err
@@ -151,9 +154,9 @@ def test_moments_and_a_decoder_of_maskdit(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        (['--times', '0'], '--times: 0.0 is not between 0 (data) and 1 (noise)'),
-        (['--times', '0.5', '1.5'], '--times: 1.5 is not between'),
-        (['--times', 'nan'], '--times: nan is not between'),
+        (['--times', '0'], '--times: 0.0 must be above 0 and below 1'),
+        (['--times', '0.5', '1.5'], '--times: 1.5 must be'),
+        (['--times', 'nan'], '--times: nan must be'),
         (['--times', '0.5', '0.5'], '--times: 0.5 is given twice'),
         (['--samples', '298'], '--count: 298 is not between 1 and 297, the samples of the eval split of the digits'),
         (['--samples', '0'], '--count: 0 is not between 1 and 297'),

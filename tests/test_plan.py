@@ -151,9 +151,12 @@ def test_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
         (['plan', 'x.yaml', '--what', 'a'], 'unrecognized arguments: --what a'),
         (['plan', 'x.yaml', '--seed=3'], 'key=value, without dashes'),
         (['schema', 'a=b'], 'unrecognized arguments: a=b'),
-        (['plan'], 'the following arguments are required: yaml'),
-        (['sweep', 'x', '--out', 'o', '--reference', 'r', '--what'], 'tread_composer sweep RUN --reference IMAGES'),
-        (['plan', 'x.yaml', '--ranks', '0'], "'0' is no number of processes"),
+        (['plan'], 'the following arguments are required: YAML'),
+        (
+            ['sweep', 'x', '--out', 'o', '--reference', 'r', '--what'],
+            'tread_composer sweep RUN --out FOLDER --reference IMAGES',
+        ),
+        (['plan', 'x.yaml', '--ranks', '0'], '--ranks: 0 must be at least 1'),
         ([], 'required: command'),
     ],
 )

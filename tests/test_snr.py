@@ -85,9 +85,9 @@ def test_a_weighting_and_a_shift_are_in_the_density():
     ('words', 'message'),
     [
         (['latent_scale=2.0'], 'give a YAML file before the settings'),
-        ([], 'required: yaml'),
-        (['digits.yaml', '--std', '0'], '--std: 0.0 is not a positive number'),
-        (['digits.yaml', '--std', 'nan'], '--std: nan is not a positive number'),
+        ([], 'required: YAML'),
+        (['digits.yaml', '--std', '0'], '--std: 0.0 must be above 0'),
+        (['digits.yaml', '--std', 'nan'], '--std: nan must be above 0'),
         (['digits.yaml', 'latent_scale=[1.0, 2.0]'], 'latent_scale: 2 numbers for 1 channels'),
         (['digits.yaml', '--out', '/dev/null/x.png'], "--out: '/dev/null/x.png' cannot be written"),
     ],

@@ -18,7 +18,8 @@ from tests.pages import Page, assert_self_contained, drawings, lines_of
 from tests.runs import environment
 from tread_composer.cli import main
 from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.evaluate.sweep.drawn import SweepRequest, sampling_of, sweep
+from tread_composer.evaluate.sweep.drawn import rows_of, sampling_of, sweep
+from tread_composer.evaluate.sweep.request import SweepRequest
 from tread_composer.evaluate.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
 from tread_composer.io.ranks import Ranks
 from tread_composer.latent_diffusion import LatentDiffusion
@@ -139,14 +140,14 @@ def test_the_rows_of_a_request():
         'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), guidances=(CFG, sparse)
     )
     said = []
-    rows = request.rows(said.append)
+    rows = rows_of(request, said.append)
     # Without guidance neither an interval nor rates mean anything: 1 row and not 4.
     assert [(row['guidance'], row['guidance_scale'], row['guidance_interval']) for row in rows] == [
         ('none', 1.0, None), ('classifier_free', 2.0, None), ('classifier_free', 2.0, [0.1, 0.8]),
         ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
     ]  # fmt: skip
     assert said[0].startswith('8 combinations come to 5 rows: without guidance')
-    assert [row['guidance'] for row in SweepRequest('x', 'o', Measurement('r'), (2.0,), ((0.3, 0.3),)).rows()] == [
+    assert [row['guidance'] for row in rows_of(SweepRequest('x', 'o', Measurement('r'), (2.0,), ((0.3, 0.3),)))] == [
         'none'
     ]
     assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
@@ -154,7 +155,7 @@ def test_the_rows_of_a_request():
     assert (drawn.guidance, drawn.guidance_interval) == ('sparse', (0.1, 0.8))
     assert (drawn.guidance_settings['strong_rate'], drawn.guidance_settings['weak_rate']) == (0.5, 0.9)
     with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
-        SweepRequest('x', 'o', Measurement('r'), guidances=({'guidance': 'sparse', 'weak_rate': 1.5},)).rows()
+        rows_of(SweepRequest('x', 'o', Measurement('r'), guidances=({'guidance': 'sparse', 'weak_rate': 1.5},)))
 
 
 def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
@@ -361,18 +362,18 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     ('words', 'message'),
     [
         (['--samples', '45'], 'no multiple of the 10 classes'),
-        (['--samples', '1'], 'at least 2 samples'),
+        (['--samples', '1'], '--count: 1 must be at least 2'),
         (['--samples', '40', '--metrics', 'sfid'], "invalid choice: 'sfid'"),
-        (['--samples', '40', '--batch-size', '0'], 'at least 1 and 2'),
+        (['--samples', '40', '--batch-size', '0'], '--batch-size: 0 must be at least 1'),
         (['--samples', '40', '--metrics', 'kid'], 'kid needs 1000 images'),
         (['--samples', '40', '--inception-sha256', 'a' * 64], 'need no weights of Inception'),
         (['--samples', '40', '--reference', 'large'], 'images of 16 pixels, and the samples have 8'),
         (['optimizer.lr=3', '--samples', '40'], 'optimizer.lr: a trained model is sampled as it was trained'),
         (['autoencoder.path=/data/vae', '--samples', '40'], 'autoencoder'),
-        (['--samples', '40', '--interval', '0.1'], 'write LOW:HIGH, or none'),
+        (['--samples', '40', '--interval', '0.1'], "'0.1' is not LOW:HIGH, or none"),
         (['--count', '40', '--guidance', 'cfg'], "--guidance: 'cfg' is none of none, classifier_free"),
         (['--count', '40', '--guidance-settings', 'weak_rate=1'], 'weak_rate: no setting of classifier_free'),
-        (['--samples', '40', '--rates', 'half'], 'write STRONG:WEAK, or none'),
+        (['--samples', '40', '--rates', 'half'], "'half' is not STRONG:WEAK, or none"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(

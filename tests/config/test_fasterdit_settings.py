@@ -48,10 +48,7 @@ def test_a_setting_builds_its_class_and_survives_the_resolved_file(base, write, 
         ('algorithms.direction_schedule={}', 'DirectionSchedule refuses these arguments: give start_time, end_time'),
         ('algorithms.direction_schedule={end_time: 3}', 'direction_schedule.end_time: a bare number has no unit'),
         ('latent_normalization={name: per_channel, std: 0.0}', 'latent_normalization.std: 0.0 is not greater than 0'),
-        (
-            'latent_normalization={name: whitening}',
-            "latent_normalization.name: 'whitening' is not one of 'per_channel'",
-        ),
+        ('latent_normalization={name: whitening}', "latent_normalization.name: 'whitening' is unknown."),
     ],
 )
 def test_refused(message, override, part):

@@ -316,13 +316,13 @@ def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, capsys)
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'batch_size': 0}, '--batch-size 0: must be 1 or more'),
+        ({'batch_size': 0}, '--batch-size: 0 must be at least 1'),
         ({'compression': 'rar'}, "--compression 'rar' is not known"),
-        ({'max_unreadable': 1.5}, '--max-unreadable 1.5 is a share'),
+        ({'max_unreadable': 1.5}, '--max-unreadable: 1.5 must be at least 0 and below 1'),
         ({'splits': 'test'}, '--splits test'),
         ({'device': 'cuda'}, 'finds no GPU'),
         ({'held_out': 40}, 'hold out fewer'),
-        ({'precison': 'fp32'}, 'unrecognized arguments: --precison'),
+        ({'precison': 'fp32'}, "unrecognized arguments: --precison fp32. Did you mean '--precision'?"),
     ],
 )
 def test_wrong_words_are_refused(source, vae, options, message, tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_pixels_take_no_words_about_autoencoders(source, tmp_path, capsys):
     assert main(words(source, tmp_path / 'out', None, store='mean')) == 2
     assert '--store says nothing without an autoencoder' in capsys.readouterr().err
     assert main(['--source', str(source), '--out', str(tmp_path / 'out')]) == 2
-    assert 'one of the arguments --autoencoder/--vae --pixels is required' in capsys.readouterr().err
+    assert 'give one of --autoencoder (or --vae) and --pixels' in capsys.readouterr().err
 
 
 def test_the_source_is_looked_at_before_the_autoencoder(tmp_path, capsys):

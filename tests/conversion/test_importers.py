@@ -208,7 +208,7 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         ('lightningdit', ['--compression', 'rar'], "compression 'rar' is not known"),
         ('lightningdit', ['--kind', 'moments'], r'shape \(3, 4, 4\) cannot be channels, height, width of moments'),
         ('maskdit-lmdb', ['--channels', '4'], '384 bytes are no square of 8 channels'),
-        ('maskdit-lmdb', ['--channels', '0'], '--channels 0: must be 1 or more'),
+        ('maskdit-lmdb', ['--channels', '0'], '--channels: 0 must be at least 1'),
         ('maskdit-webdataset', ['--mirrors', 'second-half'], 'the labels are not the same. Say --mirrors none'),
         ('tread-webdataset', ['--class-names', 'nowhere'], 'class names nowhere: cannot be read'),
     ],

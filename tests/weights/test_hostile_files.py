@@ -20,8 +20,8 @@ from tests.weights.short_runs import Trap, again, batch_of, folder_of, refused, 
 from tread_composer.algorithms.power_ema.snapshots import read_header
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoint_reader import check_harmless, restricted_loading
 from tread_composer.io.checkpoints import DIGESTS, file_digests, write_digests
-from tread_composer.io.restricted_loading import check_harmless, restricted_loading
 
 FUNCTIONS = {
     'os.mkdir': lambda marker: Trap(marker),

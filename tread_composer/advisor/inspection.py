@@ -4,7 +4,6 @@ Legend: S samples, B samples of a batch, L blocks.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,9 @@ from torch import Tensor
 from tread_composer.advisor.latents import RealLatents, read_latents
 from tread_composer.advisor.placement import RouteAdvice, candidate_spans, propose_route
 from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
+from tread_composer.advisor.request import InspectRequest
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+from tread_composer.algorithms.rules import conflict
 from tread_composer.algorithms.tread import Tread
 from tread_composer.builders.cost import count_macs
 from tread_composer.builders.model import build_denoiser
@@ -28,24 +29,11 @@ from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route, find_blocks
 from tread_composer.weights.trained import Trained, load_trained
 
-__all__ = ['Inspection', 'Request', 'Suggestion', 'inspect_run', 'network_call']
+__all__ = ['Inspection', 'Suggestion', 'inspect_run', 'network_call']
 
 _SHOWN = 5  # candidates at the top of the ranking
 _SEED = 0  # of the noise
 _FLAT = 0.99  # similarity above which a map says little
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to look at."""
-
-    path: str  # run folder, checkpoint or exported file
-    data: str | None = None  # another folder of latents; the run's own data if None
-    times: tuple[float, ...] = (0.2, 0.5, 0.8)  # between 0 (data) and 1 (noise)
-    samples: int = 64
-    weights: str = 'ema'  # or 'raw'
-    batch_size: int = 16  # samples in one network call; changes memory and nothing else
-    device: str | None = None  # 'cuda', 'cpu' or None for a GPU if there is one
 
 
 @dataclass(frozen=True)
@@ -74,17 +62,16 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-def inspect_run(request: Request) -> Inspection:
+def inspect_run(request: InspectRequest) -> Inspection:
     """Look at a trained network.
 
     Raises:
         UserError: The request does not fit the run or its data.
     """
-    _check(request)
     device = choose_device(request.device, 0)
     with machine_for(device, 0, 1), plain_float32(device):
         trained = load_trained(request.path, weights=request.weights, device=device)
-        data = read_latents(trained.config, trained.data, request.samples, request.data)
+        data = read_latents(trained.config, trained.data, request.count, request.data)
         try:
             fresh = _fresh(trained)
             blocks = find_blocks(fresh, 'blocks' if hasattr(fresh, 'blocks') else None)[0]
@@ -106,7 +93,7 @@ def inspect_run(request: Request) -> Inspection:
             'weights_digest': trained.digest,
             'batch': trained.batch,
             'data': data.source,
-            'samples': request.samples,
+            'samples': request.count,
             'sample_ids': 'at equal distances in the split',
             'labels': "the samples' own" if trained.model.num_classes else 'none',
             'times': list(request.times),
@@ -125,18 +112,6 @@ def inspect_run(request: Request) -> Inspection:
         num_candidates=len(ranked),
         notes=_notes(trained, mean, routes),
     )
-
-
-def _check(request: Request) -> None:
-    if not request.times:
-        raise UserError('--times: give at least one, for example 0.2 0.5 0.8')
-    for time in request.times:
-        if not (math.isfinite(time) and 0 < time < 1):
-            raise UserError(f'--times: {time} is not between 0 (data) and 1 (noise), ends excluded')
-        if request.times.count(time) > 1:
-            raise UserError(f'--times: {time} is given twice')
-    if request.batch_size < 1:
-        raise UserError(f'--batch-size: {request.batch_size} must be at least 1')
 
 
 def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) -> Iterator[Callable[[], Tensor]]:
@@ -221,6 +196,10 @@ def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) ->
             f'the tokens hardly change from block to block (no similarity below {float(mean.min()):.3f}): the score '
             'says little more than how long a route is. Blocks of a fresh DiT are the identity: train longer first'
         )
-    if 'maskdit' in trained.config.algorithms:
-        notes.append('MaskDiT and TREAD exclude each other: the routes are for a run without algorithms.maskdit')
+    for name, part in trained.config.algorithms.items():
+        reason = conflict(type(part.instance), Tread)
+        if reason is not None:
+            notes.append(
+                f'the routes are for a run without algorithms.{name}, for TREAD cannot stand beside it: {reason}'
+            )
     return tuple(notes)

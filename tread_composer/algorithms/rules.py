@@ -15,7 +15,16 @@ from torchvision.models.resnet import Bottleneck
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['cannot_work', 'conflict', 'never_resumes', 'refuse_conflicts', 'refuse_unfit', 'without_checkpoints_only']
+__all__ = [
+    'cannot_work',
+    'conflict',
+    'never_resumes',
+    'never_sharded',
+    'num_averages',
+    'refuse_conflicts',
+    'refuse_unfit',
+    'without_checkpoints_only',
+]
 
 
 def conflict(one: type, other: type) -> str | None:
@@ -70,6 +79,18 @@ def never_resumes(algorithm: object) -> str | None:
             'moments at zero, with no more than a warning'
         )
     return None
+
+
+def never_sharded(algorithm: object) -> str | None:
+    """Why this algorithm of Composer's needs each rank to hold all parameters, on as many ranks as were saved."""
+    if isinstance(algorithm, EMA):
+        return "Composer's EMA fails under FSDP1 and corrupts training when resumed under FSDP2; take algorithms.ema"
+    return None
+
+
+def num_averages(algorithm: object) -> int:
+    """Copies of the trainable weights that it keeps in float32; Composer's average does not say so itself."""
+    return getattr(algorithm, 'num_averages', int(isinstance(algorithm, EMA)))
 
 
 def refuse_conflicts(algorithm: object, state: State) -> None:

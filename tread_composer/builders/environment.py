@@ -1,6 +1,5 @@
 """What a run ran on: versions, commit, machine. Written beside every run so that a number can be traced."""
 
-import json
 import os
 import platform
 import subprocess
@@ -12,9 +11,7 @@ from typing import Any
 import torch
 from composer.utils import dist
 
-from tread_composer.io.files import write_atomically
-
-__all__ = ['environment', 'write_environment']
+__all__ = ['environment']
 
 _PACKAGES = {
     'torchvision': 'torchvision',
@@ -48,13 +45,6 @@ def environment() -> dict[str, Any]:
         'cuda': torch.version.cuda,  # type: ignore[attr-defined]
         'world_size': dist.get_world_size(),
     }
-
-
-def write_environment(path: str | Path) -> dict[str, Any]:
-    """Write `environment` as JSON to ``path`` and return it."""
-    described = environment()
-    write_atomically(path, json.dumps(described, indent=2).encode())
-    return described
 
 
 def _version(package: str) -> str | None:

@@ -67,6 +67,9 @@ def build_model(
             those of a large network takes longer than to read them.
         algorithms: Those that will train it, by their names in the configuration. If None, copies of them add their
             parts: a model that is only looked at leaves no trace in what trains another.
+
+    Raises:
+        UserError: The parts do not fit each other or the data.
     """
     config = config.normalized(manifest.mean, manifest.std)
     with torch.device('meta') if unfilled else contextlib.nullcontext():
@@ -76,6 +79,7 @@ def build_model(
             latent_size=manifest.latent_height,
             num_classes=manifest.num_classes,
         )
+    place = ''  # of the fault, if there is one
     try:
         model = LatentDiffusion(
             denoiser,
@@ -89,20 +93,14 @@ def build_model(
             autoencoder=build_autoencoder(config, manifest),
         )
         # What an algorithm adds to the model is there before the optimizer and the compilation of its blocks.
-        parts = {name: component.instance for name, component in config.algorithms.items()}
-        for name, algorithm in (parts if algorithms is None else algorithms).items():
-            if hasattr(algorithm, 'prepare'):
-                _prepare(name, copy.deepcopy(algorithm) if algorithms is None else algorithm, model, config.seed)
+        for name, component in config.algorithms.items():
+            place = f'algorithms.{name}: '
+            if hasattr(component.instance, 'prepare'):
+                algorithm = copy.deepcopy(component.instance) if algorithms is None else algorithms[name]
+                algorithm.prepare(model, config.seed)
         return model
     except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _prepare(name: str, algorithm: Any, model: LatentDiffusion, seed: int) -> None:
-    try:
-        algorithm.prepare(model, seed)
-    except ValueError as error:
-        raise UserError(f'algorithms.{name}: {error}') from None
+        raise UserError(f'{place}{error}') from None
 
 
 def check_fit(config: Config) -> None:
@@ -117,8 +115,9 @@ def check_fit(config: Config) -> None:
     check_expectations(config, manifest)
     with torch.device('meta'):
         build_model(config, manifest)
-    if config.global_train_batch_size > manifest.num_samples:
+    size, count = config.global_train_batch_size, manifest.num_samples
+    if size > count:
         raise UserError(
-            f'global_train_batch_size: {config.global_train_batch_size} is more than the {manifest.num_samples} '
-            f'samples of the training data, so an epoch would be empty; take at most {manifest.num_samples}'
+            f'global_train_batch_size: {size} is more than the {count} samples of the training data, so an epoch would '
+            f'be empty; take at most {count}'
         )

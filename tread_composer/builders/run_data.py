@@ -10,7 +10,22 @@ from tread_composer.data.checks import check_agreement, check_shards, fetch_desc
 from tread_composer.data.digits import digits_manifest, prepare_digits
 from tread_composer.data.manifest import Manifest
 
-__all__ = ['check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'with_planned_numbers']
+__all__ = [
+    'check_expectations',
+    'identity',
+    'planned_manifest',
+    'prepare_data',
+    'split_folders',
+    'with_planned_numbers',
+]
+
+
+def split_folders(config: Config) -> dict[str, str]:
+    """Names of the sub-folders with the data: of ``'train'``, and of ``'eval'`` if the run has one."""
+    data = config.data
+    if data.name == 'digits':
+        return {'train': 'train', 'eval': 'eval'}
+    return {'train': data.train_split} | ({'eval': data.eval_split} if data.eval_split else {})
 
 
 def planned_manifest(config: Config) -> Manifest | None:
@@ -41,16 +56,12 @@ def prepare_data(config: Config) -> dict[str, Manifest]:
     Raises:
         UserError: A split is missing or damaged, or contradicts the configuration.
     """
-    data = config.data
-    if data.name == 'digits':
-        prepare_digits(data.local)
-        splits, remote = {'train': 'train', 'eval': 'eval'}, None
-    else:
-        splits = {'train': data.train_split} | ({'eval': data.eval_split} if data.eval_split else {})
-        remote = data.remote
+    remote = getattr(config.data, 'remote', None)
+    if config.data.name == 'digits':
+        prepare_digits(config.data.local)
     manifests = {}
-    for split, name in splits.items():
-        folder = os.path.join(data.local, name)
+    for split, name in split_folders(config).items():
+        folder = os.path.join(config.data.local, name)
         if remote is not None:
             fetch_descriptions(f'{remote.rstrip("/")}/{name}', folder)
         manifests[split] = Manifest.load(folder)

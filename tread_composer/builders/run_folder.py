@@ -1,6 +1,7 @@
 """The folder of a run: what binds its checkpoints to a configuration, and what is written beside them."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,15 @@ from typing import Any
 import yaml
 from composer.utils import dist, is_compressed_pt, is_tar
 
-from tread_composer.builders.environment import write_environment
+from tread_composer.builders.environment import environment
 from tread_composer.builders.run_data import with_planned_numbers
-from tread_composer.config import Config
+from tread_composer.config import Component, Config
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import Manifest
+from tread_composer.io.checkpoint_reader import check_harmless
 from tread_composer.io.checkpoints import check_whole, checkpoints_in, newest_whole
 from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
-from tread_composer.io.restricted_loading import check_harmless
 
 __all__ = [
     'DATA_NAME',
@@ -24,6 +25,7 @@ __all__ = [
     'check_run_folder',
     'decisive_settings',
     'locked_run',
+    'part_folder',
     'run_folder',
     'write_run_files',
 ]
@@ -39,9 +41,31 @@ _DECISIVE = (
 must change with the machine (ranks, microbatch, sharding, compile, ``model.attention``) and what only looks on."""
 
 
+def run_folder(config: Config) -> Path:
+    """``save_folder`` with Composer's placeholder filled in."""
+    return Path(config.save_folder.replace('{run_name}', config.run_name))
+
+
+def part_folder(part: Component, folder: Path, run_name: str) -> Path:
+    """Where a part with a ``default_folder`` writes: as its settings say, else there within the run's ``folder``."""
+    setting = part.kwargs.get('folder')
+    return folder / part.instance.default_folder if setting is None else Path(setting.replace('{run_name}', run_name))
+
+
 def decisive_settings(config: Config) -> dict[str, Any]:
     """The part of the configuration that decides what is trained: what a checkpoint is bound to."""
     return _decisive_part(config.to_dict())
+
+
+def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
+    model = dict(tree.get('model') or {})
+    model.pop('attention', None)  # the same function, computed otherwise
+    # Newer than the first checkpoints: at the value that they had without it, it is left out.
+    if model.get('name', 'dit') == 'dit' and model.get('qk_norm') is False:
+        del model['qk_norm']
+    data = {key: tree['data'].get(key) for key in keys}
+    return {**{key: tree.get(key) for key in _DECISIVE}, 'model': model, 'data': data}
 
 
 def check_run_folder(config: Config) -> None:
@@ -52,34 +76,25 @@ def check_run_folder(config: Config) -> None:
     """
     if config.save_folder is None:
         return
-    folder = run_folder(config)
-    path = folder / 'config.yaml'
+    path = run_folder(config) / 'config.yaml'
     # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
-    if not path.exists() or not checkpoints_in(folder):
+    if not path.exists() or not checkpoints_in(path.parent):
         return
     config = with_planned_numbers(config)
     if config.latent_normalization is not None:
         return  # the data are not described here yet; compared once they are
-    saved = _saved_settings(path)
-    current = decisive_settings(config)
-    if saved != current:
-        raise ResumeError.from_differences(
-            str(path),
-            saved,
-            current,
-            'To continue that run, give its settings; to start another, give it a name of its own: run_name=...',
-        )
-
-
-def _saved_settings(path: Path) -> dict[str, Any]:
     try:
-        return _decisive_part(yaml.safe_load(path.read_text()))
+        saved = _decisive_part(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(
             f'{path}: no configuration of a run, or a damaged one ({reason}); it says what the checkpoints beside it '
             f'are of. Put a copy of it back (MLflow keeps one with the run), or take another run_name'
         ) from None
+    current = decisive_settings(config)
+    if saved != current:
+        remedy = 'To continue that run, give its settings; to start another, give it a name of its own: run_name=...'
+        raise ResumeError.from_differences(str(path), saved, current, remedy)
 
 
 def check_load_path(config: Config) -> None:
@@ -102,38 +117,19 @@ def check_load_path(config: Config) -> None:
         raise UserError(f'load_path: {text}: archives are not unpacked; unpack it, and give the checkpoint within')
     if '://' in text or '{' in text or is_compressed_pt(text):
         return
-    path, remedy = Path(text), 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
     try:
-        check_harmless(check_whole(path))
+        check_harmless(check_whole(Path(text)))
     except UserError as error:
+        remedy = 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
         raise UserError(f'load_path: {error}\n{remedy}') from None
+    kind = 'sharded' if Path(text).is_dir() else 'full'
     fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp
-    kind, wanted = (
-        'sharded' if sharded else 'full'
-        for sharded in (path.is_dir(), fsdp is not None and fsdp.state_dict_type == 'sharded')
-    )
-    if kind != wanted:
+    expected = 'sharded' if fsdp is not None and fsdp.state_dict_type == 'sharded' else 'full'
+    if kind != expected:
         raise UserError(
-            f'load_path: {text} is a {kind} checkpoint, and this run reads {wanted} ones; '
+            f'load_path: {text} is a {kind} checkpoint, and this run reads {expected} ones; '
             f'set parallelism_config.fsdp.state_dict_type={kind}'
         )
-
-
-def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
-    data = {key: tree['data'].get(key) for key in keys}
-    decisive = {key: tree.get(key) for key in _DECISIVE}
-    model = dict(tree.get('model') or {})
-    model.pop('attention', None)  # the same function, computed otherwise
-    # Newer than the first checkpoints: at the value that they had without it, it is left out.
-    if model.get('name', 'dit') == 'dit' and model.get('qk_norm') is False:
-        del model['qk_norm']
-    return {**decisive, 'model': model, 'data': data}
-
-
-def run_folder(config: Config) -> Path:
-    """``save_folder`` with Composer's placeholder filled in."""
-    return Path(config.save_folder.replace('{run_name}', config.run_name))
 
 
 @contextlib.contextmanager
@@ -184,4 +180,4 @@ def write_run_files(config: Config, manifest: Manifest) -> None:
     folder = _made(config)
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
-    write_environment(folder / 'environment.json')
+    write_atomically(folder / 'environment.json', json.dumps(environment(), indent=2).encode())

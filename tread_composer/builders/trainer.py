@@ -10,11 +10,18 @@ import torch
 from composer import Callback, Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
+from tread_composer.algorithms.rules import never_sharded
 from tread_composer.autoencoders import KL
 from tread_composer.builders.data import build_loaders
 from tread_composer.builders.model import build_model
 from tread_composer.builders.run_data import identity, prepare_data
-from tread_composer.builders.run_folder import check_run_folder, decisive_settings, run_folder, write_run_files
+from tread_composer.builders.run_folder import (
+    check_run_folder,
+    decisive_settings,
+    part_folder,
+    run_folder,
+    write_run_files,
+)
 from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.keyed_draws import KeyedDraws
@@ -22,12 +29,12 @@ from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
-from tread_composer.config.attention import attention_dtypes
 from tread_composer.config.components import Component
+from tread_composer.config.machine import attention_dtypes
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
-from tread_composer.io.restricted_loading import restricted_loading
+from tread_composer.io.checkpoint_reader import restricted_loading
 
 __all__ = ['build_trainer', 'compile_blocks']
 
@@ -53,24 +60,19 @@ def build_trainer(
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
     contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
-    if 'composer_ema' in config.algorithms:  # its checkpoints corrupt training on another number of ranks
+    if any(never_sharded(part.instance) for part in config.algorithms.values()):
         contract['ranks'] = dist.get_world_size()
     algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
     model = build_model(config, splits['train'], algorithms=algorithms)
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
-    arguments = config.trainer_arguments()
-    # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
-    with_lines = arguments.pop('progress_bar')
-    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract)]
-    callbacks.append(UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches))
-    callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
+    callbacks = _callbacks(config, contract, skipped_batches)
     if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
-    if config.save_folder is not None and '://' not in config.save_folder:
-        callbacks.append(_build_saver(config))
     loggers = [component.take() for component in config.loggers.values()]
-    if with_lines:
+    arguments = config.trainer_arguments()
+    # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
+    if arguments.pop('progress_bar'):
         loggers.append(ProgressLines())
     if config.compile and dist.get_world_size() == 1:
         arguments['compile_config'] = {}
@@ -97,6 +99,31 @@ def build_trainer(
             if config.save_folder is not None:
                 logger.log_file(run_folder(config) / 'environment.json')
     return trainer
+
+
+def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collection[int]) -> list[Callback]:
+    """Those of every run, those of the configuration, and the saver of a local folder."""
+    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole()]
+    callbacks += [ResumeContract(contract), UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches)]
+    callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
+    folder = config.save_folder
+    if folder is None or '://' in folder:
+        return callbacks
+    # What the Trainer would make of `save_*` itself, but of our class, which it then takes for autoresume too.
+    latest = config.save_latest_filename
+    saver = WholeCheckpointSaver(
+        folder=folder,
+        filename=config.save_filename,
+        remote_file_name=f'{folder}/{config.save_filename}',
+        latest_filename=latest,
+        latest_remote_file_name=None if latest is None else f'{folder}/{latest}',
+        save_interval=config.save_interval,
+        overwrite=config.save_overwrite,
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        weights_only=config.save_weights_only,
+        ignore_keys=config.save_ignore_keys,
+    )
+    return [*callbacks, saver]
 
 
 def _choose_attention(config: Config, denoiser: Any) -> None:
@@ -144,46 +171,21 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
 
 
 def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> Any:
-    """An algorithm or callback, with what only the run can tell it, unless the user has.
-
-    Where it writes, if it has a ``default_folder`` within that of the run; whose files those are, if it has a
-    ``settings_digest``.
-    """
+    """An algorithm or callback, with what only the run can tell it: where it writes, and whose files those are."""
     part = component.take()
     if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
-        part.folder = str(run_folder(config) / part.default_folder)
+        part.folder = str(part_folder(component, run_folder(config), config.run_name))
     if getattr(part, 'settings_digest', '') is None:
         text = json.dumps(contract, sort_keys=True, default=str)
         part.settings_digest = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
     return part
 
 
-def _build_saver(config: Config) -> WholeCheckpointSaver:
-    """What the Trainer would make of ``save_*`` itself, but of our class, which it then takes for autoresume too."""
-    folder, names = config.save_folder, (config.save_filename, config.save_latest_filename)
-    remote, latest_remote = (None if name is None else f'{folder}/{name}' for name in names)
-    return WholeCheckpointSaver(
-        folder=folder,
-        filename=config.save_filename,
-        remote_file_name=remote,
-        latest_filename=config.save_latest_filename,
-        latest_remote_file_name=latest_remote,
-        save_interval=config.save_interval,
-        overwrite=config.save_overwrite,
-        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        weights_only=config.save_weights_only,
-        ignore_keys=config.save_ignore_keys,
-    )
+def compile_blocks(denoiser: Any, **settings: Any) -> None:
+    """Compile each block of a network in place, with settings of ``torch.compile``: parameters keep their names.
 
-
-def compile_blocks(denoiser: Any, **how: Any) -> None:
-    """Compile each block of a network in place: parameters and their names stay as they are.
-
-    For several processes, whose DDP and FSDP break a graph of the whole forward pass.
-
-    Args:
-        denoiser: A backbone; what its ``fsdp_wrap_fn`` says FSDP is to gather at once is a block.
-        how: Settings of ``torch.compile``.
+    For several processes, whose DDP and FSDP break a graph of the whole forward pass. A block is what the network's
+    ``fsdp_wrap_fn`` says FSDP is to gather at once.
 
     Raises:
         UserError: It does not say what its blocks are.
@@ -195,4 +197,4 @@ def compile_blocks(denoiser: Any, **how: Any) -> None:
         )
     for module in denoiser.modules():
         if denoiser.fsdp_wrap_fn(module):
-            module.compile(**how)
+            module.compile(**settings)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
@@ -29,9 +29,11 @@ from tread_composer.io.checkpoints import (
     write_digests,
 )
 from tread_composer.io.files import UNFINISHED, to_disk
-from tread_composer.io.ranks import nodes_without, send_file
+from tread_composer.io.ranks import agreed, gathered, nodes_without, send_file
 
 __all__ = ['WholeCheckpointSaver', 'checkpoint_names']
+
+Result = TypeVar('Result')
 
 
 def checkpoint_names(template: str) -> re.Pattern[str]:
@@ -71,7 +73,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         Raises:
             UserError: The folder cannot be written to, or its newest checkpoint is of the other kind, file or folder.
         """
-        self._on_first_rank(lambda: self._put_right(state))
+        self._on_first_rank(lambda: self._put_right(state, self._latest(state)))
         if dist.get_world_size() > dist.get_local_world_size():
             self._reach_all_nodes(state)
 
@@ -106,8 +108,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         super().fit_start(state, logger)
 
     def _make_way(self, state: State) -> None:
-        batch = int(state.timestamp.batch)
-        latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
+        batch, latest = int(state.timestamp.batch), self._latest(state)
         for path in checkpoints_in(self._root, self._names(state), after=batch):
             # A sharded copy does not say its batch. This run has begun at it, or `point_to` will rename it.
             if batch > 0 and path == latest and path.is_dir():
@@ -120,8 +121,10 @@ class WholeCheckpointSaver(CheckpointSaver):
             aside = set_aside(path, '.replaced')
             print(f'{path}: now {aside.name}, as this run begins at batch {batch}', file=sys.stderr, flush=True)
 
-    def _put_right(self, state: State) -> None:
-        latest = None if self.latest_filename is None else Path(self.latest_filename.format(state))
+    def _latest(self, state: State) -> Path | None:
+        return None if self.latest_filename is None else Path(self.latest_filename.format(state))
+
+    def _put_right(self, state: State, latest: Path | None) -> None:
         leftovers = remove_unfinished(self._root)
         newest, damaged = newest_whole(self._root, self._names(state))
         for path, reason in damaged.items():
@@ -159,40 +162,33 @@ class WholeCheckpointSaver(CheckpointSaver):
         path = file.parent if sharded else file
         # Sharded, Composer makes a folder of its own within the folder of the name that is asked for.
         unfinished = path.with_name(f'{UNFINISHED}{path.name}')
-        wrote = self._write(state, unfinished / file.name if sharded else unfinished)
+        saved = self._together(lambda: self._write(state, unfinished / file.name if sharded else unfinished))
         if sharded:
             self._add_digests(unfinished / path.name)
         self._on_first_rank(lambda: self._publish(state, unfinished, path))
-        if wrote:
+        if saved is not None:  # this rank has written something
             self._upload_saved(state, logger, file)
             self.saved_checkpoints.append(str(file))
         logger.log_metrics({'time/checkpoint': time.monotonic() - began})
 
-    def _write(self, state: State, unfinished: Path) -> bool:
-        """Composer's own writing, to another place; returns whether this rank has written anything."""
-        problem, saved = None, None
+    def _write(self, state: State, unfinished: Path) -> Any:
+        """Composer's own writing, to another place."""
+        settings: dict[str, Any] = {'weights_only': self.weights_only, 'ignore_keys': self.ignore_keys}
         try:
-            saved = checkpoint.save_checkpoint(
-                state, str(unfinished), weights_only=self.weights_only, ignore_keys=self.ignore_keys
-            )
+            return checkpoint.save_checkpoint(state, str(unfinished), **settings)
         except (OSError, RuntimeError, CheckpointException) as error:
-            problem = _disk_fault(error)
-            if problem is None:
+            fault = _disk_fault(error)
+            if fault is None:
                 raise
             dist.barrier()  # the one behind the writing, where ranks that had nothing to write wait
-        self._agree(problem)
-        return saved is not None
+            raise OSError(fault) from error
 
     def _add_digests(self, folder: Path) -> None:
         """Each rank reads its share of the files, whoever has written them."""
         names = dist.all_gather_object(sorted(os.listdir(folder)))[0]
-        problem, digests = None, {}
-        try:
-            digests = file_digests(folder, names[dist.get_global_rank() :: dist.get_world_size()])
-        except OSError as error:
-            problem = str(error)
-        self._agree(problem)
-        merged = {name: digest for share in dist.all_gather_object(digests) for name, digest in share.items()}
+        share = names[dist.get_global_rank() :: dist.get_world_size()]
+        digests = gathered(self._together(lambda: file_digests(folder, share)))
+        merged = {name: digest for of_rank in digests for name, digest in of_rank.items()}
         self._on_first_rank(lambda: write_digests(folder, merged))
 
     def _publish(self, state: State, unfinished: Path, path: Path) -> None:
@@ -202,8 +198,9 @@ class WholeCheckpointSaver(CheckpointSaver):
         else:
             to_disk(unfinished)
             publish(unfinished, path)
-        if self.latest_filename is not None:
-            point_to(Path(self.latest_filename.format(state)), path)
+        latest = self._latest(state)
+        if latest is not None:
+            point_to(latest, path)
         if self.num_checkpoints_to_keep > 0:
             for old in checkpoints_in(self._root, self._names(state))[self.num_checkpoints_to_keep :]:
                 remove(old)
@@ -228,30 +225,28 @@ class WholeCheckpointSaver(CheckpointSaver):
             logger.upload_file(remote_file_name=name, file_path=link, overwrite=True)
 
     def _on_first_rank(self, step: Callable[[], Any]) -> None:
-        """Do a step on one rank while the others wait; if it cannot be done, all ranks say so."""
-        problem = None
-        if dist.get_global_rank() == 0:
-            try:
-                step()
-            except UserError as error:
-                problem = error
-            except OSError as error:
-                problem = str(error)
-        self._agree(problem)
+        """Do a step on one rank while the others wait."""
+        self._together(lambda: step() if dist.get_global_rank() == 0 else None)
 
-    def _agree(self, problem: str | UserError | None) -> None:
-        problems = [text for text in dist.all_gather_object(problem) if text is not None]
-        if not problems:
-            return
-        if isinstance(problems[0], UserError):
-            raise problems[0]
-        if dist.get_global_rank() == 0:
-            with contextlib.suppress(OSError):
-                remove_unfinished(self._root)  # it takes the space that the user is asked to make
-        raise UserError(
-            f'save_folder: a checkpoint could not be written to {self._root}: {problems[0]}. Those that were saved '
-            f'before are whole: make room, or make the folder writable, and the same command goes on from them'
-        )
+    def _together(self, step: Callable[[], Result]) -> Result:
+        """Do a step on all ranks. If it cannot be done on one, all say so, and what it has written makes room."""
+
+        def in_words() -> Result:
+            try:
+                return step()
+            except OSError as error:
+                raise UserError(
+                    f'save_folder: a checkpoint could not be written to {self._root}: {error}. Those that were saved '
+                    f'before are whole: make room, or make the folder writable, and the same command goes on from them'
+                ) from error
+
+        try:
+            return agreed(in_words)
+        except UserError:
+            if dist.get_global_rank() == 0:
+                with contextlib.suppress(OSError):
+                    remove_unfinished(self._root)
+            raise
 
 
 # The key of its state within a checkpoint: those saved before, by Composer's own, have it too.

@@ -20,10 +20,10 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.measurer import Measurement, Measurer
+from tread_composer.metrics.measurement import Measurement, default_cache
+from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
 from tread_composer.metrics.protocol import append_results, load_results, series_name
-from tread_composer.metrics.references import default_cache
 
 __all__ = ['Evaluation']
 

@@ -3,17 +3,16 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 import torch
 from pydantic import create_model
 
-from tread_composer.config.errors import Path, Problem, did_you_mean
+from tread_composer.config.errors import Path, Problem
 from tread_composer.config.registry import (
     FROM_DATA,
-    KINDS,
     SECTIONS,
     is_ours,
     lacks,
@@ -21,11 +20,12 @@ from tread_composer.config.registry import (
     resolve,
     unkept,
 )
-from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, signature_model
+from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields
 from tread_composer.config.validation import check
+from tread_composer.core.errors import did_you_mean
 from tread_composer.core.named import is_reference
 
-__all__ = ['KINDS', 'Component', 'check_component', 'check_section', 'component_schema']
+__all__ = ['Component', 'check_component', 'check_section', 'component_schema']
 
 # Arguments that are not for YAML: the data or the run decide them, and the builders give them.
 _GIVEN = {
@@ -34,7 +34,7 @@ _GIVEN = {
     'optimizer': ('params',),
 }
 # What a section without a name is.
-_UNNAMED = {'backbone': 'dit'}
+_UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_channel'}}
 # Where Composer looks at a value only in the middle of training.
 _NARROWER: dict[str, dict[str, Any]] = {
     'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
@@ -49,7 +49,7 @@ class Component:
     """A part of the run by name, with arguments that its constructor's signature accepts.
 
     Args:
-        kind: One of ``KINDS``.
+        kind: One of ``registry.KINDS``.
         name: As YAML has it, or ``package.module:Class``.
         kwargs: Validated arguments as plain YAML values.
     """
@@ -91,58 +91,44 @@ class Component:
 def component_schema(kind: str, name: str) -> type[Strict]:
     """The constructor of a component as a strict section."""
     target = resolve(kind, name)
+    fields, refused = signature_fields(target, _GIVEN.get(kind, ()))
+    fields |= _NARROWER.get(name, {})
     if kind == 'backbone':
-        return _backbone_schema(target)
-    schema = signature_model(target, skip=_GIVEN.get(kind, ()))
-    if name not in _NARROWER:
-        return schema
-    return create_model(target.__name__, __base__=schema, **_NARROWER[name])
-
-
-def _backbone_schema(target: Callable[..., Any]) -> type[Strict]:
-    """A network's sizes one by one, or a published size by ``preset``, which decides them."""
-    fields, refused = signature_fields(target, _GIVEN['backbone'])
-    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {})
-    if presets:
-        sizes = next(iter(presets.values()))
-        optional = {name: (Union[fields[name][0], None], None) for name in sizes}  # noqa: UP007
-        fields = {'preset': (Literal[tuple(presets)] | None, None), **fields, **optional}  # type: ignore[operator]
-    attentions: tuple[str, ...] = getattr(target, 'attentions', ())
-    if attentions:
-        fields['attention'] = (Literal[attentions], 'sdpa')
+        fields = _with_presets(target, fields)
     model = create_model(target.__name__, __base__=Strict, **fields)
     model.refused = refused
     return model
 
 
-def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[Problem]]:
-    """A part whose section says its ``name``, with its problems; usable only if there are none.
+def _with_presets(target: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """A network's sizes one by one, or a published size by ``preset``, which decides them; and its attention."""
+    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {})
+    if presets:
+        optional = {name: (Union[fields[name][0], None], None) for name in next(iter(presets.values()))}  # noqa: UP007
+        fields = {'preset': (Literal[tuple(presets)] | None, None), **fields, **optional}  # type: ignore[operator]
+    attentions: tuple[str, ...] = getattr(target, 'attentions', ())
+    return {**fields, 'attention': (Literal[attentions], 'sdpa')} if attentions else fields
 
-    Args:
-        kind: One of ``KINDS``.
-        section: What stands there.
-        path: Where it stands.
-    """
-    empty = Component(kind, '')
+
+def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[Problem]]:
+    """A part whose section at ``path`` says its ``name``, with its problems; usable only if there are none."""
+    name_path = (*path, 'name')
     if not isinstance(section, dict):
-        return empty, [Problem(path, f'{section!r} is not a mapping with a name and arguments')]
-    if 'name' not in section and kind in _UNNAMED:
-        section = {'name': _UNNAMED[kind], **section}
-    if 'name' not in section:
+        return Component(kind, ''), [Problem(path, f'{section!r} is not a mapping with a name and arguments')]
+    arguments = {**_UNNAMED.get(kind, {}), **section}
+    if 'name' not in arguments:
+        text = f'is missing; say which {kind}'
         if kind in SECTIONS:
             text = f'is missing; say which kind this is, for example name: {part_names(kind)[-1]}'
-        else:
-            text = f'is missing; say which {kind}'
-        return empty, [Problem((*path, 'name'), text)]
-    kwargs = {key: value for key, value in section.items() if key != 'name'}
-    return check_component(kind, section['name'], kwargs, path, (*path, 'name'))
+        return Component(kind, ''), [Problem(name_path, text)]
+    return check_component(kind, arguments.pop('name'), arguments, path, name_path)
 
 
 def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Path) -> tuple[Component, list[Problem]]:
     """A component with its problems; the component is usable only if there are none.
 
     Args:
-        kind: One of ``KINDS``.
+        kind: One of ``registry.KINDS``.
         name: What stands where the name belongs.
         kwargs: What stands where its arguments belong.
         path: Where the arguments are in the tree.
@@ -150,44 +136,33 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     """
     empty, names = Component(kind, str(name)), part_names(kind)
     if name not in names and not is_reference(name):
-        unknown = f'{name!r} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
-        return empty, [Problem(name_path, f'{unknown}{did_you_mean(name, names)}', tuple(names))]
+        text = f'{name!r} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
+        return empty, [Problem(name_path, f'{text}{did_you_mean(name, names)}', tuple(names))]
     if not isinstance(kwargs, dict):
         return empty, [Problem(path, f'{kwargs!r} is not a mapping of arguments; write {name}: {{}} for the defaults')]
+    remedy = 'install the package that is missing'
     try:
-        lacking = lacks(kind, resolve(kind, name)) if is_reference(name) else None
-        if lacking:
-            return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
+        if is_reference(name):
+            remedy = 'the part before the colon must be a module that Python can import from here (PYTHONPATH), the '
+            remedy += 'part behind it a class in it'
+            lacking = lacks(kind, resolve(kind, name))
+            if lacking:
+                return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
         schema = component_schema(kind, name)
     except ImportError as error:
-        remedy = (
-            'the part before the colon must be a module that Python can import from here (PYTHONPATH), the part behind '
-            'it a class in it'
-            if is_reference(name)
-            else 'install the package that is missing'
-        )
         return empty, [Problem(name_path, f'cannot be used here: {error}; {remedy}')]
     data, problems = _with_parts(schema, kwargs, path)
     siblings = {sibling: component_schema(kind, sibling) for sibling in names} if kind in SECTIONS else {}
-    settings, own_problems = check(schema, data, path, siblings={**siblings, name: schema})
+    settings, own_problems = check(schema, data, path, siblings=siblings and {**siblings, name: schema})
     problems += own_problems
     if settings is None or problems:
         return empty, problems
     if kind == 'optimizer' and 'lr' in schema.model_fields and 'lr' not in kwargs:
         return empty, [Problem((*path, 'lr'), 'is missing; a run says its learning rate, for example lr: 1.0e-4')]
-    component = Component(kind, name, _full(settings) if kind in SECTIONS else plain(settings))
+    component = Component(kind, name, plain(settings, defaults=kind in SECTIONS))
     component.__dict__['settings'] = settings  # validated once
-    pure = kind in _PURE or (kind == 'callback' and is_ours(kind, name))
-    return component, _try(component, path) if pure else []
-
-
-def _full(settings: Strict) -> dict[str, Any]:
-    """All arguments, defaults included, but for those whose default is to be absent."""
-    fields = type(settings).model_fields
-    values = {name: getattr(settings, name) for name in fields}
-    return {
-        name: plain(value) for name, value in values.items() if value is not None or fields[name].default is not None
-    }
+    fault = _fault(component) if kind in _PURE or (kind == 'callback' and is_ours(kind, name)) else None
+    return component, [] if fault is None else [Problem(path, fault)]
 
 
 def _with_parts(schema: type[Strict], kwargs: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[Problem]]:
@@ -218,22 +193,20 @@ def _of_object(kind: str, value: Any) -> Component:
     return component
 
 
-def _try(component: Component, path: Path) -> list[Problem]:
-    target = resolve(component.kind, component.name)
+def _fault(component: Component) -> str | None:
+    """What its constructor has against the arguments, or what the object lacks to be of its kind."""
+    kind, name = component.kind, component.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the run itself will warn
-            if component.kind == 'optimizer':
+            if kind == 'optimizer':
                 component.build([torch.nn.Parameter(torch.zeros(1))])
-            else:
-                part = component.instance
-                broken = unkept(component.kind, part) if is_reference(component.name) else None
-                if broken:
-                    return [Problem(path, f'{component.name!r} is no {component.kind}: {broken}')]
+                return None
+            broken = unkept(kind, component.instance) if is_reference(name) else None
+            return None if broken is None else f'{name!r} is no {kind}: {broken}'
     except ImportError as error:
-        return [Problem(path, f'cannot be used here: {error}')]
+        return f'cannot be used here: {error}'
     except Exception as error:  # a constructor may fail in any way (Composer's EMA with an AttributeError)
-        text = str(error).removeprefix(f'{target.__name__}: ')
-        text = text if component.kind in SECTIONS else f'{target.__name__} refuses these arguments: {text}'
-        return [Problem(path, text)]
-    return []
+        title = resolve(kind, name).__name__
+        text = str(error).removeprefix(f'{title}: ')
+        return text if kind in SECTIONS else f'{title} refuses these arguments: {text}'

@@ -14,12 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from tread_composer.config.errors import ConfigError, Path, Problem
+from tread_composer.config.errors import ConfigError, Path, Problem, dotted
+from tread_composer.config.registry import TABLES
 
-__all__ = ['COMMAND_LINE', 'Document', 'document_of', 'dump_yaml', 'read_document']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'read_document']
 
-COMMAND_LINE = 'command line'
-TABLES = ('algorithms', 'callbacks', 'loggers')  # name -> arguments; null removes an inherited entry
+_COMMAND_LINE = 'command line'
 
 _KEY = re.compile(r'[A-Za-z_][\w-]*(\.[\w-]+)*')
 _SCALARS = {
@@ -42,15 +42,14 @@ class _Loader(yaml.SafeLoader):
         """A mapping, refused if a key stands in it twice or is no text."""
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key, fault = self.construct_object(key_node, deep=True), None
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key {key!r} is not text; write it in quotes', key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key {key!r} is written twice; keep one of the two', key_node.start_mark
-                )
+                fault = 'is not text; write it in quotes'
+            elif key in seen:
+                fault = 'is written twice; keep one of the two'
+            if fault is not None:
+                text = f'the key {key!r} {fault}'
+                raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -76,23 +75,120 @@ class Document:
     main: str
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[Path, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
     def source_of(self, path: Path) -> str:
         """The file (or the command line) that the value at ``path``, or the nearest one around it, comes from."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.sources:
-                return self.sources[path[:length]]
-        return self.main
+        around = (self.sources.get(path[:length]) for length in range(len(path), 0, -1))
+        return next((source for source in around if source is not None), self.main)
 
-    def written(self, path: Path) -> Any:
-        """The value at ``path``; None if there is none."""
+    def merge(self, child: dict[str, Any], source: str, base: dict[str, Any] | None = None, path: Path = ()) -> None:
+        """Lay ``child`` over ``base``, the tree itself if None: mappings key by key, anything else as a whole."""
+        base = self.data if base is None else base
+        for key, value in child.items():
+            key_path, in_table = (*path, key), len(path) == 1 and path[0] in TABLES
+            if value is None and in_table and key not in base:
+                text = 'null removes an inherited entry, but none is inherited; for default arguments write'
+                self.problems.append(Problem(key_path, f'{text} {key}: {{}}', source=source))
+                continue
+            if isinstance(value, dict):
+                present = base.get(key)
+                # Arguments of one `name` mean nothing to another: a change of name starts afresh.
+                if not isinstance(present, dict) or value.get('name', present.get('name')) != present.get('name'):
+                    self._forget(key_path)
+                    base[key] = {}
+                self.sources[key_path] = source
+                self.merge(value, source, base[key], key_path)
+                continue
+            self._forget(key_path)
+            if value is None and in_table:
+                del base[key]
+            else:
+                base[key] = {} if value is None and not path and key in TABLES else copy.deepcopy(value)
+                self.sources[key_path] = source
+
+    def override(self, override: str) -> None:
+        """Set one value by ``key=value``, or note what is wrong with it."""
+        fault = self._override(override)
+        if fault is not None:
+            self.problems.append(Problem((), f'{override}: {fault}', source=_COMMAND_LINE))
+
+    def resolved(self) -> 'Document':
+        """Itself, with each ``${...}`` replaced by its value.
+
+        Raises:
+            ConfigError: There are problems, with these or from before.
+        """
+        if not self.problems:
+            self._interpolate()
+        if self.problems:
+            raise ConfigError.from_problems(self.problems, self.source_of)
+        return self
+
+    def _forget(self, path: Path) -> None:
+        self.sources = {entry: source for entry, source in self.sources.items() if entry[: len(path)] != path}
+
+    def _override(self, override: str) -> str | None:
+        key, equals, text = override.partition('=')
+        if not equals or not _KEY.fullmatch(key):
+            return 'is not of the form key=value, for example optimizer.lr=1.0e-4 or algorithms.tread=null'
+        if not text.strip():
+            return f'has no value; write {key}=null for nothing'
+        if key.split('.')[0] == 'extends':
+            return 'extends can only be written in a file'
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            return f'the value is not YAML: {_yaml_text(error, text)}'
         node: Any = self.data
-        for part in path:
+        path: list[Any] = []
+        for part in key.split('.'):
+            if path:
+                node = _child(node, path[-1])
+            if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+                return f'{dotted(tuple(path))} is a list of {len(node)}; {part!r} is not a position in it'
+            if not isinstance(node, (dict, list)):
+                return f'{dotted(tuple(path))} is {node!r}, which holds no {part!r}'
+            path.append(int(part) if isinstance(node, list) else part)
+        if isinstance(node, list):
+            node[path[-1]] = value
+            self.sources[tuple(path)] = _COMMAND_LINE
+            return None
+        if path[-1] == 'name' and len(path) > 1 and node.get('name', value) != value:
+            self._forget(tuple(path[:-1]))  # as in a file: another name starts the section afresh
+            node.clear()
+        self.merge({path[-1]: value}, _COMMAND_LINE, node, tuple(path[:-1]))
+        return None
+
+    def _interpolate(self) -> None:
+        leaves = [(path, text) for path, text in _texts(self.data) if '${' in text or text == '???']
+        for path, text in leaves:
+            # Grammar first and leaf by leaf: OmegaConf does not say where in a tree a malformed text stands.
             try:
-                node = node[part]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return node
+                OmegaConf.create({'value': text})
+            except OmegaConfBaseException as error:
+                fault = f'{text!r} is not an interpolation: {_first_line(error)}; write ${{key}}'
+                self.problems.append(Problem(path, fault))
+        if self.problems:
+            return
+        config = OmegaConf.create(self.data)
+        for path, text in leaves:
+            node: Any = config
+            try:
+                for part in path:
+                    node = node[part]
+            except MissingMandatoryValue:
+                fault = "'???' stands for a value that you must give, here or as key=value"
+                self.problems.append(Problem(path, fault))
+            except OmegaConfBaseException as error:
+                remedy = 'correct the expression'
+                if isinstance(error, InterpolationKeyError):
+                    remedy = 'write the full dotted path from the root of the tree'
+                elif 'oc.env' in text:
+                    remedy = 'set it, or give a default: ${oc.env:NAME,value}'
+                self.problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
+        if not self.problems:
+            self.data = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
 
 
 def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
@@ -103,13 +199,14 @@ def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
             ``key=value`` form, an interpolation has no value. All problems of one stage are told together.
     """
     document = Document(main=os.fspath(path))
-    problems: list[Problem] = []
     for name, tree in _chain(document.main):
         try:
-            _merge(document, document.data, tree, name, (), problems)
+            document.merge(tree, name)
         except RecursionError:
             raise _failure(name, 'an anchor (&name) contains itself; write the value out') from None
-    return _overridden(document, overrides, problems)
+    for override in overrides:
+        document.override(override)
+    return document.resolved()
 
 
 def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) -> Document:
@@ -118,22 +215,12 @@ def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) 
     Args:
         tree: Plain values, as ``Config.to_dict`` gives them; not changed.
         main: What to call it in messages.
-        overrides: As for ``read_document``.
-
-    Raises:
-        ConfigError: As ``read_document``.
+        overrides: As for ``read_document``, whose errors this raises.
     """
-    return _overridden(Document(main=main, data=_escaped(copy.deepcopy(tree))), overrides, [])
-
-
-def _overridden(document: Document, overrides: Sequence[str], problems: list[Problem]) -> Document:
+    document = Document(main=main, data=_escaped(copy.deepcopy(tree)))
     for override in overrides:
-        _override(document, override, problems)
-    if not problems:
-        problems = _interpolate(document)
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
-    return document
+        document.override(override)
+    return document.resolved()
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:
@@ -149,48 +236,48 @@ def _escaped(value: Any) -> Any:
     return value.replace('${', '\\${') if isinstance(value, str) else value
 
 
+def _child(node: Any, key: str | int) -> Any:
+    """What stands under a key; an empty mapping is put where a mapping holds nothing."""
+    if isinstance(node, dict) and node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
 def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
     """The files from the remotest base to ``main``, with their trees."""
     chain: list[tuple[str, dict[str, Any]]] = []
-    seen: list[str] = []
-    name, said_by = main, ''
+    name, child = main, ''
     while True:
-        if os.path.realpath(name) in seen:
+        if os.path.realpath(name) in [os.path.realpath(file) for file, _ in chain]:
             circle = ' -> '.join([*(file for file, _ in chain), name])
-            raise _failure(said_by, f'extends: goes round in circles: {circle}; one of these files must extend nothing')
-        seen.append(os.path.realpath(name))
-        tree = _read_file(name, said_by)
+            raise _failure(child, f'extends: goes round in circles: {circle}; one of these files must extend nothing')
+        tree = _read_file(name, child)
         chain.append((name, tree))
         if 'extends' not in tree:
             return chain[::-1]
         base = tree.pop('extends')
         if not isinstance(base, str) or not base:
             raise _failure(name, f'extends: {base!r} is not a file name; write a path relative to this file')
-        name, said_by = os.path.normpath(os.path.join(os.path.dirname(name), base)), name
+        name, child = os.path.normpath(os.path.join(os.path.dirname(name), base)), name
 
 
-def _read_file(name: str, said_by: str) -> dict[str, Any]:
+def _read_file(name: str, child: str) -> dict[str, Any]:
+    """The tree in a file; ``child`` is the file that extends it."""
     try:
         with open(name, encoding='utf-8') as file:
-            return _parse_mapping(name, file.read())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = 'there is no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
-        if said_by:
-            text = f'extends: {name}: {reason}; the path is relative to the file that says it'
-            raise _failure(said_by, text) from None
-        raise _failure(name, f'{reason}; give the path of a YAML file') from None
-
-
-def _parse_mapping(name: str, text: str) -> dict[str, Any]:
-    try:
+            text = file.read()
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise _failure(name, _yaml_text(error, text)) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    except (OSError, UnicodeDecodeError) as error:
+        reason = 'there is no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
+        if child:
+            fault = f'extends: {name}: {reason}; the path is relative to the file that says it'
+            raise _failure(child, fault) from None
+        raise _failure(name, f'{reason}; give the path of a YAML file') from None
+    if tree is not None and not isinstance(tree, dict):
         raise _failure(name, f'holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
-    return tree
+    return tree or {}
 
 
 def _yaml_text(error: yaml.YAMLError, text: str) -> str:
@@ -204,114 +291,6 @@ def _yaml_text(error: yaml.YAMLError, text: str) -> str:
 
 def _failure(source: str, text: str) -> ConfigError:
     return ConfigError.from_problems([Problem((), text, source=source)])
-
-
-def _merge(
-    document: Document, base: dict[str, Any], child: dict[str, Any], source: str, path: Path, problems: list[Problem]
-) -> None:
-    """Lay ``child`` over ``base``: mappings key by key, anything else as a whole."""
-    for key, value in child.items():
-        key_path = (*path, key)
-        if value is None and len(path) == 1 and path[0] in TABLES:
-            if key not in base:
-                text = (
-                    f'null removes an inherited entry, but none is inherited; for default arguments write {key}: {{}}'
-                )
-                problems.append(Problem(key_path, text, source=source))
-            else:
-                _forget(document, key_path)
-                del base[key]
-        elif isinstance(value, dict):
-            # Arguments of one `name` mean nothing to another: a change of name starts afresh.
-            if not isinstance(base.get(key), dict) or value.get('name', base[key].get('name')) != base[key].get('name'):
-                _forget(document, key_path)
-                base[key] = {}
-            document.sources[key_path] = source
-            _merge(document, base[key], value, source, key_path, problems)
-        else:
-            _forget(document, key_path)
-            base[key] = {} if value is None and not path and key in TABLES else copy.deepcopy(value)
-            document.sources[key_path] = source
-
-
-def _forget(document: Document, path: Path) -> None:
-    for entry in [entry for entry in document.sources if entry[: len(path)] == path]:
-        del document.sources[entry]
-
-
-def _override(document: Document, override: str, problems: list[Problem]) -> None:
-    key, equals, text = override.partition('=')
-
-    def refuse(reason: str) -> None:
-        problems.append(Problem((), f'{override}: {reason}', source=COMMAND_LINE))
-
-    if not equals or not _KEY.fullmatch(key):
-        return refuse('is not of the form key=value, for example optimizer.lr=1.0e-4 or algorithms.tread=null')
-    if not text.strip():
-        return refuse(f'has no value; write {key}=null for nothing')
-    if key.split('.')[0] == 'extends':
-        return refuse('extends can only be written in a file')
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        return refuse(f'the value is not YAML: {_yaml_text(error, text)}')
-    node: Any = document.data
-    parts: list[str | int] = list(key.split('.'))
-    for index, part in enumerate(parts):
-        key_path = tuple(parts[:index])
-        if isinstance(node, list):
-            if not str(part).isdigit() or int(part) >= len(node):
-                return refuse(
-                    f'{".".join(map(str, key_path))} is a list of {len(node)}; {part!r} is not a position in it'
-                )
-            part = parts[index] = int(part)
-        elif not isinstance(node, dict):
-            return refuse(f'{".".join(map(str, key_path))} is {node!r}, which holds no {part!r}')
-        if index == len(parts) - 1:
-            break
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}
-        node = node[part]  # type: ignore[index]
-    if isinstance(node, list):
-        node[parts[-1]] = value  # type: ignore[index]
-        document.sources[tuple(parts)] = COMMAND_LINE
-    else:
-        if parts[-1] == 'name' and len(parts) > 1 and node.get('name', value) != value:
-            _forget(document, tuple(parts[:-1]))  # as in a file: another name starts the section afresh
-            node.clear()
-        _merge(document, node, {str(parts[-1]): value}, COMMAND_LINE, tuple(parts[:-1]), problems)
-    return None
-
-
-def _interpolate(document: Document) -> list[Problem]:
-    """Replace each ``${...}`` by its value."""
-    leaves = [(path, text) for path, text in _texts(document.data) if '${' in text or text == '???']
-    problems = []
-    for path, text in leaves:
-        # Grammar first and leaf by leaf: OmegaConf does not say where in a tree a malformed text stands.
-        try:
-            OmegaConf.create({'value': text})
-        except OmegaConfBaseException as error:
-            problems.append(Problem(path, f'{text!r} is not an interpolation: {_first_line(error)}; write ${{key}}'))
-    if problems:
-        return problems
-    config = OmegaConf.create(document.data)
-    for path, text in leaves:
-        node: Any = config
-        try:
-            for part in path:
-                node = node[part]
-        except MissingMandatoryValue:
-            problems.append(Problem(path, "'???' stands for a value that you must give, here or as key=value"))
-        except InterpolationKeyError as error:
-            remedy = 'write the full dotted path from the root of the tree'
-            problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
-        except OmegaConfBaseException as error:
-            remedy = 'set it, or give a default: ${oc.env:NAME,value}' if 'oc.env' in text else 'correct the expression'
-            problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
-    if not problems:
-        document.data = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    return problems
 
 
 def _texts(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:

@@ -1,14 +1,13 @@
 """What is wrong with a configuration, said so that the reader can put it right: for the loader and its callers."""
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['ConfigError', 'Path', 'Problem', 'did_you_mean', 'dotted']
+__all__ = ['ConfigError', 'Path', 'Problem', 'dotted']
 
-_MANY = 30
+_MANY = 30  # names; a message that lists more is no help
 
 Path = tuple[str | int, ...]
 """Keys and list positions from the root of the tree to a value."""
@@ -44,27 +43,13 @@ class ConfigError(UserError):
         for index, problem in enumerate(ordered):
             source = problem.source or source_of(problem.path)
             lines.append(': '.join(part for part in (source, dotted(problem.path), problem.text) if part))
-            following = ordered[index + 1] if index + 1 < len(ordered) else None
-            if problem.known and (following is None or following.known != problem.known):
+            # Once for all problems in a row that have the same names.
+            if problem.known and problem.known not in [following.known for following in ordered[index + 1 : index + 2]]:
                 many = len(problem.known) > _MANY and 'Did you mean' in problem.text
-                known = 'python -m tread_composer schema' if many else ', '.join(problem.known)
-                lines.append(f'Known here: {known}')
+                lines.append(f'Known here: {"python -m tread_composer schema" if many else ", ".join(problem.known)}')
         return cls('\n'.join(lines))
 
 
 def dotted(path: Path) -> str:
     """``('algorithms', 'tread', 'start')`` as ``algorithms.tread.start``."""
-    return '.'.join(str(part) for part in path)
-
-
-def did_you_mean(name: object, known: Sequence[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest of the known names, or nothing where none is near."""
-    text = str(name).lower()
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    # A part of a name, whole: 'rate' for 'selection_rate'.
-    holding = [candidate for candidate in by_lower if text in candidate.split('_')]
-    if len(holding) == 1:
-        return f' Did you mean {by_lower[holding[0]]!r}?'
-    # Half-alike is enough: the shortened name of a logger ('wandb' for 'wandb_logger') must still be found.
-    near = difflib.get_close_matches(text, by_lower, n=1, cutoff=0.5)
-    return f' Did you mean {by_lower[near[0]]!r}?' if near else ''
+    return '.'.join(map(str, path))

@@ -3,22 +3,14 @@
 from typing import Any
 
 from tread_composer.config.components import component_schema
-from tread_composer.config.registry import part_names
+from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.schema import part_kind
 from tread_composer.config.tree import Config
 
 __all__ = ['json_schema']
 
-SECTIONS = {
-    'autoencoder': 'autoencoder',
-    'model': 'backbone',
-    'objective': 'objective',
-    'optimizer': 'optimizer',
-    'scheduler': 'scheduler',
-}
 # A part of another package; what arguments it takes is not looked up for an editor.
 _REFERENCE = {'type': 'object', 'properties': {'name': {'type': 'string', 'pattern': ':'}}, 'required': ['name']}
-_TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 
 
 def json_schema() -> dict[str, Any]:
@@ -30,10 +22,10 @@ def json_schema() -> dict[str, Any]:
     schema.pop('required', None)
     properties['extends'] = {'type': 'string', 'description': 'Base file, relative to this one'}
     shared = schema['$defs']
-    for table, kind in _TABLES.items():
+    for table, kind in TABLES.items():
         entries = {name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in part_names(kind)}
         properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': _REFERENCE}
-    for section, kind in SECTIONS.items():
+    for section, kind in PARTS.items():
         properties[section] = {'oneOf': _options(kind, shared)}
     return schema
 

@@ -8,22 +8,14 @@ from tread_composer.config.checks import joint_problems
 from tread_composer.config.components import Component, check_component, check_section
 from tread_composer.config.document import Document, document_of, read_document
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.registry import part_names
+from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.tree import Config
 from tread_composer.config.validation import check
 from tread_composer.core.named import is_reference
 
 __all__ = ['load_config', 'restore_config']
 
-_TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
-_SECTIONS = {
-    'autoencoder': 'autoencoder',
-    'model': 'backbone',
-    'objective': 'objective',
-    'optimizer': 'optimizer',
-    'scheduler': 'scheduler',
-}
-"""Sections that name a part, and its kind."""
+_HELD = ('data', 'latent_normalization')  # as the object itself: nothing but its settings is asked
 _REMEDIES = {
     'optimizer': 'without it Composer would silently train with SGD at 0.1; write for example '
     'optimizer: {name: adamw, lr: 1.0e-4}',
@@ -50,11 +42,7 @@ def load_config(
     """
     document = read_document(path, overrides)
     config, problems = _validated(document)
-    if config is not None and not problems:
-        problems = joint_problems(config, _ranks(world_size))
-    if problems or config is None:
-        raise ConfigError.from_problems(problems, document.source_of)
-    return config
+    return _sound(document, config, problems or joint_problems(config, _ranks(world_size)))
 
 
 def restore_config(
@@ -73,47 +61,49 @@ def restore_config(
     Raises:
         ConfigError: It is no configuration of this version, or an override is wrong.
     """
-    document = (
-        document_of(dict(saved), source, overrides) if isinstance(saved, Mapping) else read_document(saved, overrides)
-    )
-    config, problems = _validated(document)
-    if problems or config is None:
+    if isinstance(saved, Mapping):
+        document = document_of(dict(saved), source, overrides)
+    else:
+        document = read_document(saved, overrides)
+    return _sound(document, *_validated(document))
+
+
+def _sound(document: Document, config: Config, problems: list[Problem]) -> Config:
+    if problems:
         raise ConfigError.from_problems(problems, document.source_of)
     return config
 
 
 def _ranks(world_size: int | None) -> int:
-    if world_size is None:
-        text = os.environ.get('WORLD_SIZE', '1')
-        if not text.isdigit() or int(text) < 1:
-            problem = Problem((), f'WORLD_SIZE is {text!r}; it must be the number of ranks', source='environment')
-            raise ConfigError.from_problems([problem])
-        return int(text)
-    if world_size < 1:
-        raise ValueError(f'world_size: {world_size} must be at least 1')
-    return world_size
+    text = os.environ.get('WORLD_SIZE', '1') if world_size is None else str(world_size)
+    if not text.isdigit() or int(text) < 1:
+        problem = Problem((), f'WORLD_SIZE is {text!r}; it must be the number of ranks', source='environment')
+        raise ConfigError.from_problems([problem])
+    return int(text)
 
 
-def _validated(document: Document) -> tuple[Config | None, list[Problem]]:
+def _validated(document: Document) -> tuple[Config, list[Problem]]:
+    """The tree with its problems; usable only if there are none."""
     tree: dict[str, Any] = dict(document.data)
     problems: list[Problem] = []
-    for table, kind in _TABLES.items():
+    for table, kind in TABLES.items():
         if isinstance(tree.get(table), dict):
             tree[table], faults = _table(kind, table, tree[table])
             problems += faults
-    for section, kind in _SECTIONS.items():
+    for section, kind in PARTS.items():
         if tree.get(section) is None:
             tree.pop(section, None)
-        else:
-            tree[section], faults = check_section(kind, tree[section], (section,))
-            problems += faults
+            continue
+        part, faults = check_section(kind, tree[section], (section,))
+        tree[section] = part.instance if section in _HELD and not faults else part
+        problems += faults
     if tree.get('autoresume') is None:
         tree['autoresume'] = tree.get('save_folder') is not None
     config, faults = check(Config, tree)
     for problem in faults:
-        remedy = _REMEDIES.get(str(problem.path[0])) if len(problem.path) == 1 else None
-        missing = problem.path and tree.get(str(problem.path[0])) is None
-        problems.append(Problem(problem.path, f'is missing: {remedy}') if remedy and missing else problem)
+        key = str(problem.path[0]) if len(problem.path) == 1 else ''
+        is_explained = key in _REMEDIES and tree.get(key) is None
+        problems.append(Problem(problem.path, f'is missing: {_REMEDIES[key]}') if is_explained else problem)
     return config, problems  # type: ignore[return-value]
 
 
@@ -124,7 +114,6 @@ def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Co
         reference = kwargs.get('name') if isinstance(kwargs, dict) and name not in part_names(kind) else None
         if is_reference(reference):  # a part of another package, under a name of the user's choice
             kwargs = {key: value for key, value in kwargs.items() if key != 'name'}
-        component, faults = check_component(kind, reference or name, kwargs, (table, name), (table, name))
-        components[name] = component
+        components[name], faults = check_component(kind, reference or name, kwargs, (table, name), (table, name))
         problems += faults
     return components, problems

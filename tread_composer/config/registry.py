@@ -9,7 +9,7 @@ part of another package is named ``package.module:Class``.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import composer.algorithms
@@ -21,6 +21,7 @@ from composer.core import Algorithm, Callback
 from composer.optim import ComposerScheduler
 
 from tread_composer.autoencoders import AUTOENCODERS
+from tread_composer.config.sections import DATA, NORMALIZATIONS
 from tread_composer.core.named import import_named, is_reference, part_named
 from tread_composer.core.protocols import Autoencoder, Backbone, Objective, TimeDistribution, Weighting
 from tread_composer.metrics import FEATURES, METRICS
@@ -31,7 +32,9 @@ from tread_composer.samplers import GUIDANCE, SAMPLERS
 __all__ = [
     'FROM_DATA',
     'KINDS',
+    'PARTS',
     'SECTIONS',
+    'TABLES',
     'is_ours',
     'lacks',
     'list_parts',
@@ -40,7 +43,23 @@ __all__ = [
     'unkept',
 ]
 
+TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
+"""Sections of a run that hold parts by name, with the kind of those."""
+
+PARTS = {
+    'data': 'data',
+    'autoencoder': 'autoencoder',
+    'model': 'backbone',
+    'objective': 'objective',
+    'latent_normalization': 'latent_normalization',
+    'optimizer': 'optimizer',
+    'scheduler': 'scheduler',
+}
+"""Sections of a run that are one part, with its kind."""
+
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    'data': DATA,
+    'latent_normalization': NORMALIZATIONS,
     'autoencoder': AUTOENCODERS,
     'backbone': BACKBONES,
     'objective': OBJECTIVES,
@@ -62,7 +81,7 @@ KINDS = ('algorithm', 'callback', 'logger', 'optimizer', 'scheduler', *SECTIONS)
 FROM_DATA = ('latent_size', 'in_channels', 'num_classes')
 """Arguments of a backbone that are not for YAML: the data decide them."""
 
-# What a part of another package has to be.
+# What a part of another package has to inherit from, or to have the methods of.
 _BASES: Mapping[str, type] = {
     'algorithm': Algorithm,
     'callback': Callback,
@@ -73,6 +92,7 @@ _PROTOCOLS: Mapping[str, type] = {
     'autoencoder': Autoencoder,
     'backbone': Backbone,
     'objective': Objective,
+    'scheduler': ComposerScheduler,
     'time_distribution': TimeDistribution,
     'weighting': Weighting,
 }
@@ -112,20 +132,19 @@ def part_names(kind: str) -> list[str]:
 def list_parts() -> list[tuple[str, str, str, str]]:
     """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
     rows = []
-    parts = [(kind, name, resolve) for kind in KINDS for name in part_names(kind)]
-    parts += [(kind, name, _measuring_part) for kind, table in MEASURING.items() for name in table]
+    parts: list[tuple[str, str, Callable[[], Any]]] = []
+    for kind in KINDS:
+        parts += [(kind, name, functools.partial(resolve, kind, name)) for name in part_names(kind)]
+    for kind, table in MEASURING.items():
+        parts += [(kind, name, functools.partial(part_named, name, table)) for name in table]
     for kind, name, find in parts:
         try:
-            target = find(kind, name)
+            target = find()
             text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
         except (ImportError, ValueError) as error:
             text, owner = f'cannot be used here: {error}', 'tread_composer'
         rows.append((kind, name, _OWNERS.get(owner, owner), ' '.join(text.split())))
     return rows
-
-
-def _measuring_part(kind: str, name: str) -> Any:
-    return part_named(name, MEASURING[kind])
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
@@ -144,46 +163,43 @@ def lacks(kind: str, target: Any) -> str | None:
 
     Asked before the class is called: a configuration may come out of a file from anywhere, and ``subprocess:Popen``
     names a class too.
-
-    Args:
-        kind: One of ``KINDS``.
-        target: What ``package.module:Class`` names.
     """
     if not inspect.isclass(target):
         return 'it is no class'
     base = _BASES.get(kind)
     if base is not None:
         return None if issubclass(target, base) else f'it does not inherit from {base.__module__}.{base.__qualname__}'
+    if kind not in _PROTOCOLS:
+        return 'other packages have none'
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return 'it is no class whose constructor says its arguments'
     missing = [name for name in FROM_DATA if name not in parameters]
     if kind == 'backbone' and missing:
-        return f'its constructor has no {", ".join(missing)}, which the data decide ({_promise(kind)})'
-    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
-    methods = [name for name in _promised(protocol) if inspect.isfunction(vars(protocol).get(name))]
+        return f'its constructor has no {", ".join(missing)}, which the data decide ({_source(kind)})'
+    methods = [name for name in _promised(kind) if inspect.isfunction(vars(_PROTOCOLS[kind]).get(name))]
     # Not hasattr: each class can be called, and so has a `__call__` of its metaclass.
     missing = [name for name in methods if not any(name in vars(parent) for parent in target.__mro__)]
-    return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
+    return f'it has no {", ".join(missing)} ({_source(kind)})' if missing else None
 
 
 def unkept(kind: str, part: Any) -> str | None:
     """Which promises of its protocol an object of another package does not keep, in words; None if it keeps all."""
+    missing = [name for name in _promised(kind) if not hasattr(part, name)]
+    return f'it has no {", ".join(missing)} ({_source(kind)})' if missing else None
+
+
+def _promised(kind: str) -> list[str]:
     if kind not in _PROTOCOLS:
-        return None
-    missing = [name for name in _promised(_PROTOCOLS[kind]) if not hasattr(part, name)]
-    return f'it has no {", ".join(missing)} ({_promise(kind)})' if missing else None
-
-
-def _promised(protocol: type) -> list[str]:
+        return []
+    protocol = _PROTOCOLS[kind]
     names = sorted({*vars(protocol), *protocol.__annotations__})
     return [name for name in names if name == '__call__' or name[0] != '_']
 
 
-def _promise(kind: str) -> str:
-    protocol = _PROTOCOLS.get(kind, ComposerScheduler)
-    return f'{protocol.__module__}.{protocol.__name__}'
+def _source(kind: str) -> str:
+    return f'{_PROTOCOLS[kind].__module__}.{_PROTOCOLS[kind].__name__}'
 
 
 @functools.cache
@@ -198,25 +214,16 @@ def _table(kind: str) -> Mapping[str, Callable[..., Any] | str]:
     return {**theirs, **ours}
 
 
-def _classes(kind: str) -> Iterable[type]:
-    if kind == 'algorithm':
-        return _subclasses(composer.algorithms, Algorithm)
-    if kind == 'callback':
-        return _subclasses(composer.callbacks, Callback)
-    if kind == 'logger':
-        base = composer.loggers.LoggerDestination
-        return [target for target in _subclasses(composer.loggers, base) if target is not base]
-    if kind == 'optimizer':
-        composers = _subclasses(composer.optim, torch.optim.Optimizer)
-        return [*composers, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]
-    base = composer.optim.ComposerScheduler
-    schedulers = _subclasses(composer.optim, object)
-    return [target for target in schedulers if target.__name__.endswith('Scheduler') and target is not base]
-
-
-def _subclasses(module: Any, base: type) -> list[type]:
+def _classes(kind: str) -> list[type]:
+    modules = {'algorithm': composer.algorithms, 'callback': composer.callbacks, 'logger': composer.loggers}
+    module: Any = modules.get(kind, composer.optim)
     exported = [getattr(module, name) for name in module.__all__]
-    return [target for target in exported if inspect.isclass(target) and issubclass(target, base)]
+    classes = [target for target in exported if inspect.isclass(target)]
+    if kind == 'scheduler':  # a protocol, which its classes do not inherit from
+        return [each for each in classes if each.__name__.endswith('Scheduler') and each is not ComposerScheduler]
+    torchs = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD] if kind == 'optimizer' else []
+    base = _BASES[kind]
+    return [*(each for each in classes if issubclass(each, base) and each is not base), *torchs]
 
 
 def _snake(name: str) -> str:

@@ -3,13 +3,14 @@
 import inspect
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from tread_composer.config.errors import Path, Problem, did_you_mean
+from tread_composer.config.errors import Path, Problem
 from tread_composer.config.schema import Strict
+from tread_composer.core.errors import did_you_mean
 
 __all__ = ['check']
 
@@ -83,21 +84,19 @@ def _problem(
     kinds = [detail['type'] for detail in details]
     value = _at(data, location)
     if 'extra_forbidden' in kinds:
-        section = _section(model, data, location[:-1])
-        known = tuple(section.model_fields) if section else ()
-        reason = section.refused.get(str(location[-1])) if section else None
-        if reason:
-            return Problem(path, reason)
-        text = _owner_in_words(model, data, location, siblings) or 'unknown setting'
-        return Problem(path, f'{text}.{did_you_mean(location[-1], known)}', known)
+        section = _section(model, location[:-1])
+        if section is not None and location[-1] in section.refused:
+            return Problem(path, section.refused[str(location[-1])])
+        names = list(section.model_fields) if section else []
+        text = 'unknown setting'
+        if len(location) == 1 and siblings:
+            names.insert(0, 'name')
+            present = next(name for name, schema in siblings.items() if schema is model)
+            owners = [repr(name) for name, schema in siblings.items() if location[0] in schema.model_fields]
+            text = f'belongs to {" and ".join(owners)}, not to {present!r}' if owners else text
+        return Problem(path, f'{text}.{did_you_mean(location[-1], names)}', tuple(names))
     if 'missing' in kinds:
         return Problem(path, 'is missing and has no default; give it')
-    if kinds[0] in ('union_tag_invalid', 'union_tag_not_found'):
-        names = tuple(tag.strip().strip("'") for tag in details[0]['ctx'].get('expected_tags', '').split(','))
-        if kinds[0] == 'union_tag_not_found':
-            return Problem((*path, 'name'), 'is missing; say which kind this is, for example name: edm')
-        name = value.get('name') if isinstance(value, dict) else value
-        return Problem((*path, 'name'), f'{name!r} is unknown.{did_you_mean(name, names)}', names)
     # Of a union the most telling member: a message of our own, else all that would have been right.
     for detail in details:
         if detail['type'] in ('time', 'one_of'):
@@ -145,46 +144,18 @@ def _at(data: Any, location: Path) -> Any:
     return data
 
 
-def _section(model: type[Strict], data: Any, location: Path) -> type[Strict] | None:
-    """The section's class at a path: where several may stand, the one that the data's ``name`` picks."""
+def _section(model: type[Strict], location: Path) -> type[Strict] | None:
+    """The section at a path within a section: a dataclass that is an argument, or one in a list."""
     section: type[Strict] | None = model
-    for depth, part in enumerate(location, 1):
-        if isinstance(part, int):
-            continue
-        candidates = _candidates(section, part)
-        value = _at(data, location[:depth])
-        name = value.get('name') if isinstance(value, dict) else None
-        named = [
-            candidate
-            for candidate in candidates
-            if 'name' in candidate.model_fields and candidate.model_fields['name'].default == name
-        ]
-        section = (named or candidates or [None])[0]
+    for key in location:
+        if section is not None and isinstance(key, str):
+            entry = section.model_fields.get(key)
+            section = next(_sections_in(entry.annotation), None) if entry else None
     return section
 
 
-def _candidates(section: type[Strict] | None, key: str) -> list[type[Strict]]:
-    entry = section.model_fields.get(key) if section else None
-    return _sections_in(entry.annotation) if entry else []
-
-
-def _owner_in_words(model: type[Strict], data: Any, location: Path, siblings: Mapping[str, type[Strict]]) -> str:
-    """Whether another kind of section has this setting: ``"belongs to 'edm', not to 'ddpm'"``."""
-    if len(location) == 1 and siblings:
-        present = next(name for name, schema in siblings.items() if schema is model)
-        owners = [name for name, schema in siblings.items() if location[-1] in schema.model_fields]
-    elif len(location) >= 2 and not isinstance(location[-2], int):
-        candidates = _candidates(_section(model, data, location[:-2]), location[-2])
-        section = _section(model, data, location[:-1])
-        named = {schema.model_fields['name'].default: schema for schema in candidates if 'name' in schema.model_fields}
-        present = next((name for name, schema in named.items() if schema is section), '')
-        owners = [name for name, schema in named.items() if location[-1] in schema.model_fields]
-    else:
-        owners = []
-    return f'belongs to {" and ".join(map(repr, owners))}, not to {present!r}' if owners else ''
-
-
-def _sections_in(annotation: Any) -> list[type[Strict]]:
+def _sections_in(annotation: Any) -> Iterator[type[Strict]]:
     if inspect.isclass(annotation) and issubclass(annotation, Strict):
-        return [annotation]
-    return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)

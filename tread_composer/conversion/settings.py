@@ -1,66 +1,51 @@
-"""What a conversion is asked to do, checked once. Each field is an option of the command line and carries its help."""
+"""What a conversion is asked to do, checked once. Each field is a flag of the command line."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import Device, Flag, check_request
 from tread_composer.data.columns import Kind
 from tread_composer.io.device import available_cores
 
-__all__ = ['ImageSettings', 'Settings', 'option', 'option_name']
-
-_STORES = ('moments', 'mean', 'sample')
-
-
-def option(default: Any, text: str, **facts: Any) -> Any:
-    """A field of settings and its option.
-
-    Args:
-        default: Its value where nobody says otherwise; ``MISSING``: it must be given.
-        text: The help.
-        **facts: Arguments of argparse's ``add_argument``, which also knows the type of a default that is not None;
-            ``names`` in place of ``--<field>``; ``least``, the smallest value that is allowed.
-    """
-    return field(default=default, metadata={'help': text, **facts})
-
-
-def option_name(name: str) -> str:
-    """How the command line spells a field."""
-    return f'--{name.replace("_", "-")}'
+__all__ = ['ImageSettings', 'Settings']
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every conversion has to know. Only some of it decides what is written (see ``content``).
 
+    Args:
+        source: Folder or archive with the images.
+        out: Folder of the data set, or a URL that streaming uploads to (s3://...).
+        seed: Seed of the one permutation before writing.
+        part_size: Samples that are finished, or after an interruption made anew, together.
+        compression: Compression of the shards, e.g. zstd:3; saves at most 7% of latents, so none by default.
+        work: With a URL as --out: local folder that remembers what is done.
+
     Raises:
         UserError: A value is not allowed, or two contradict each other.
     """
 
-    source: str = option(MISSING, 'folder or archive with the images')
-    out: str = option(MISSING, 'folder of the data set, or a URL that streaming uploads to (s3://...)')
-    seed: int = option(0, 'of the one permutation before writing (%(default)s)', least=0)
-    part_size: int = option(8192, 'samples finished, or after an interruption made anew, together (8192)', least=1)
-    compression: str | None = option(None, 'e.g. zstd:3; saves at most 7%% of latents, so none by default')
-    work: str | None = option(None, 'with a URL as --out: local folder that remembers what is done', metavar='FOLDER')
+    source: str
+    out: str
+    seed: Annotated[int, Ge(0)] = 0
+    part_size: Annotated[int, Ge(1)] = 8192
+    compression: str | None = None
+    work: str | None = None
     # What else a conversion of images can be told; of stored latents it is always the same.
-    splits: tuple[str, ...] | None = None
-    held_out: int = 0
-    max_unreadable: float = 0.0
-    batch_size: int = 32
-    workers: int | None = 0
-    device: str | None = 'cpu'
+    splits: tuple[str, ...] | None = field(default=None, init=False)
+    held_out: int = field(default=0, init=False)
+    max_unreadable: float = field(default=0.0, init=False)
+    batch_size: int = field(default=32, init=False)
+    workers: int | None = field(default=0, init=False)
+    device: str | None = field(default='cpu', init=False)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, least, choices = getattr(self, item.name), item.metadata.get('least'), item.metadata.get('choices')
-            if value is not None and least is not None and value < least:
-                raise UserError(f'{option_name(item.name)} {value}: must be {least} or more')
-            if value is not None and choices is not None and value not in choices:
-                raise UserError(f'{option_name(item.name)} {value!r} is not known; choose one of {", ".join(choices)}')
-        if not 0 <= self.max_unreadable < 1:
-            raise UserError(f'--max-unreadable {self.max_unreadable} is a share of the images: 0 or more, below 1')
+        check_request(self)
         if self.compression is not None:
             self._check_compression()
         self._check_places()
@@ -133,32 +118,51 @@ class Settings:
 
 @dataclass(frozen=True)
 class ImageSettings(Settings):
-    """A conversion of images. ``vae`` None keeps the pixels; the command line says ``--pixels``."""
+    """A conversion of images. Without ``vae`` the pixels are kept; the command line says ``--pixels``.
 
-    vae: str | None = None
-    resolution: int = option(256, 'side of the square images (%(default)s)', least=1)
-    vae_subfolder: str | None = option(None, 'where in --vae the autoencoder lies, e.g. vae')
-    vae_revision: str | None = option(None, 'commit of a hub id; name one for results that can be repeated')
-    vae_id: str | None = option(None, 'what the manifest calls it (the hub id, or the name of the folder or file)')
-    store: str = option('moments', 'moments (default): mean and log-variance, sampled whenever read', choices=_STORES)
-    mirror: bool = option(True, 'do not store the mirrored images', names=('--no-mirror',), action='store_false')
-    precision: str = option('fp32', 'fp32 without TF32 (default), or autocast to bf16', choices=('fp32', 'bf16'))
-    batch_size: int = option(32, 'images per encoder call (%(default)s)', least=1)
-    workers: int | None = option(
-        None, 'decoding processes per rank (its cores - 1; no GPU: an eighth)', least=0, type=int
-    )
-    device: str | None = option(None, 'where to encode (a GPU if there is one)', choices=('cuda', 'cpu'))
-    splits: tuple[str, ...] | None = option(None, 'e.g. train val (all of the source)', nargs='+', metavar='SPLIT')
-    held_out: int = option(0, 'take N images out of train for val, where there is none', least=0, metavar='N')
-    max_unreadable: float = option(0.001, 'stop if more of a split are unreadable (%(default)s)', metavar='SHARE')
-    ground_truth: str | None = option(None, 'labels of validation images in no class folders', metavar='FILE')
-    class_names: str | None = option(None, 'one a line, in label order, where the source has none', metavar='FILE')
+    Args:
+        vae: Autoencoder: folder or hub id of diffusers, or a latent-diffusion checkpoint file.
+        resolution: Side of the square images.
+        vae_subfolder: Where in it the autoencoder lies, e.g. vae.
+        vae_revision: Commit of a hub id; name one for results that can be repeated.
+        vae_id: What the manifest calls it (the hub id, or the name of the folder or file).
+        store: moments are mean and log-variance, sampled whenever they are read; sample is one draw.
+        mirror: Do not store the mirrored images.
+        precision: What the encoder computes in: fp32 without TF32, or autocast to bf16.
+        batch_size: Images per encoder call.
+        workers: Decoding processes per rank; 0 decodes in the main process (its cores but one; without a GPU an
+            eighth of them).
+        device: Where to encode (a GPU if there is one).
+        splits: Which splits, e.g. train val (all that the source has).
+        held_out: Images to take out of train for val, where there is none.
+        max_unreadable: Stop if more images of a split than this share are unreadable.
+        ground_truth: File with the labels of validation images that lie in no class folders.
+        class_names: File with class names in label order, one a line, where the source has none.
+    """
+
+    vae: Annotated[str | None, Flag('--autoencoder', '--vae')] = None
+    resolution: Annotated[int, Ge(1)] = 256
+    vae_subfolder: str | None = None
+    vae_revision: str | None = None
+    vae_id: str | None = None
+    store: Literal['moments', 'mean', 'sample'] = 'moments'
+    mirror: Annotated[bool, Flag('--no-mirror')] = True
+    precision: Literal['fp32', 'bf16'] = 'fp32'
+    batch_size: Annotated[int, Ge(1)] = 32
+    workers: Annotated[int | None, Ge(0)] = None
+    device: Device | None = None
+    splits: tuple[str, ...] | None = None
+    held_out: Annotated[int, Ge(0)] = 0
+    max_unreadable: Annotated[float, Ge(0), Lt(1)] = 0.001
+    ground_truth: str | None = None
+    class_names: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ('vae_subfolder', 'vae_revision', 'vae_id', 'store', 'precision') if self.vae is None else ():
             if getattr(self, name) != getattr(ImageSettings, name):  # a dataclass keeps defaults as class attributes
-                raise UserError(f'{option_name(name)} says nothing without an autoencoder: give --vae, or leave it')
+                flag = f'--{name.replace("_", "-")}'
+                raise UserError(f'{flag} says nothing without an autoencoder: give --autoencoder, or leave it')
 
     @property
     def kind(self) -> Kind:

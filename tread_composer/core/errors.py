@@ -1,6 +1,9 @@
 """What the user has to put right: the command line prints it without a traceback and exits with 2."""
 
-__all__ = ['ResumeError', 'UserError']
+import difflib
+from collections.abc import Sequence
+
+__all__ = ['ResumeError', 'UserError', 'did_you_mean']
 
 
 class UserError(ValueError):
@@ -35,3 +38,16 @@ def _differences(path: str, saved: object, requested: object) -> list[tuple[str,
             rows += _differences(inner, saved.get(key, _ABSENT), requested.get(key, _ABSENT))
         return rows
     return [] if saved == requested else [(path or 'settings', saved, requested)]
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest of the known names, or nothing where none is near."""
+    text = str(name).lower()
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    # A part of a name, whole: 'rate' for 'selection_rate'.
+    holding = [candidate for candidate in by_lower if text in candidate.split('_')]
+    if len(holding) == 1:
+        return f' Did you mean {by_lower[holding[0]]!r}?'
+    # Half-alike is enough: the shortened name of a logger ('wandb' for 'wandb_logger') must still be found.
+    near = difflib.get_close_matches(text, by_lower, n=1, cutoff=0.5)
+    return f' Did you mean {by_lower[near[0]]!r}?' if near else ''

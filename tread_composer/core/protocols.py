@@ -5,6 +5,7 @@ Shapes: B samples, C channels, H x W latent pixels.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -196,6 +197,10 @@ class AlgorithmFacts(Protocol):
 
     def files_written(self, plan: Mapping[str, Any]) -> Mapping[str, float] | None:
         """``count`` and ``gib_each`` of the files that it leaves beside the checkpoints; None if not known."""
+        ...
+
+    def average_afterwards(self, saved: Mapping[str, Any], folder: Path, width: float, *, allow_inexact: bool) -> Any:
+        """An average of the weights (``tensors``, ``facts``) made of its files: for ``--weights posthoc:WIDTH``."""
         ...
 
 

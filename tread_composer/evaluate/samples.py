@@ -16,7 +16,7 @@ from tread_composer.metrics.protocol import UNKNOWN
 from tread_composer.objectives import OBJECTIVES
 from tread_composer.sample.folder import IMAGES, RECORD
 from tread_composer.samplers import SamplingSettings
-from tread_composer.weights.trained import exported_run
+from tread_composer.weights.exported import exported_run
 
 __all__ = ['facts_of', 'facts_said', 'folder_of', 'is_model', 'open_samples', 'run_name']
 

@@ -12,11 +12,7 @@ __all__ = ['available_cores', 'choose_device', 'machine_for']
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
-    """The rank's own GPU, or the CPU.
-
-    Args:
-        name: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-        local_rank: Of this process on its node.
+    """The rank's own GPU, or the CPU; ``name`` is ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
 
     Raises:
         UserError: More ranks than GPUs, or no GPU where one is asked for.
@@ -38,7 +34,7 @@ def machine_for(device: torch.device, workers: int, ranks_here: int) -> Iterator
     """Set up torch so that fp32 means float32 and the encoder leaves cores to the decoders; restores it.
 
     Args:
-        device: Of the encoder.
+        device: Where the networks run.
         workers: Decoding processes of this rank.
         ranks_here: Ranks that share this machine.
     """

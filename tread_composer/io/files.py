@@ -32,10 +32,8 @@ checkpoints and files is removed when it starts again."""
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a name to write under; behind the block its content replaces ``path`` in one step, durably.
 
-    After a crash the old file or the new one is there, never half. If the block raises, nothing is left of it.
-
-    Raises:
-        OSError: The file cannot be written; what was there is unchanged.
+    After a crash the old file or the new one is there, never half. If the block raises, or the file cannot be written
+    (``OSError``), nothing is left of it.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f'{UNFINISHED}{path.name}.', dir=path.parent)
@@ -60,7 +58,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write as a ``whole_file``, into a folder that exists."""
     with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        unfinished.write_text(f'{json.dumps(content, indent=1)}\n', encoding='utf-8')
 
 
 def read_json(path: Path) -> Any:
@@ -83,11 +81,7 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either.
-
-    Raises:
-        OSError: They cannot be written there.
-    """
+    """Wait until a file, or the names in a folder, are on the disk: then a power cut does not lose them either."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

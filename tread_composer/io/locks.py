@@ -38,8 +38,10 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        assert busy is not None
-        raise UserError(busy.replace('{holder}', _holder(path))) from error
+        holder = ''
+        with contextlib.suppress(OSError):  # it has just let go
+            holder = path.read_text(errors='replace')[:1000].strip()
+        raise UserError(str(busy).replace('{holder}', holder or 'unknown')) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -66,10 +68,3 @@ def node_lock_path(name: str) -> Path:
     except OSError:  # not Linux
         boot = socket.gethostname()
     return folder / f'tread_composer-{os.getuid()}-{boot}-{name}.lock'
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(errors='replace')[:1000].strip() or 'unknown'
-    except OSError:  # it has just let go
-        return 'unknown'

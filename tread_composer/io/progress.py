@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, write_json
@@ -69,10 +70,15 @@ class Progress:
         now = time.monotonic()
         if self._show and now >= self._next:
             self._next = now + self._interval
-            self._log(self.line(now))
+            self._log(self._line(now))
 
-    def line(self, now: float) -> str:
-        """The line at this moment of ``time.monotonic``."""
+    def summary(self) -> str:
+        """What this process did, for the end."""
+        seconds = time.monotonic() - self._start
+        rate = self._count / max(seconds, 1e-9)
+        return f'{self._count:,} {self._unit} in {duration(seconds)}, {rate:,.1f} {self._unit}/s'
+
+    def _line(self, now: float) -> str:
         count = self._all()
         self._history.append((now, count))
         while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
@@ -87,49 +93,30 @@ class Progress:
         eta = f'about {duration(left / rate)} left' if rate > 0 else 'no estimate yet'
         return f'{label}{done:,} of {self._total:,} {self._unit} ({share:.1%}), {speed}, {eta}'
 
-    def summary(self) -> str:
-        """What this process did, for the end."""
-        seconds = time.monotonic() - self._start
-        rate = self._count / max(seconds, 1e-9)
-        return f'{self._count:,} {self._unit} in {duration(seconds)}, {rate:,.1f} {self._unit}/s'
-
     def _all(self) -> int:
         return self._count
 
 
 class RankProgress(Progress):
-    """Progress of all ranks together: each writes its number into a folder, the first one adds them up and prints.
+    """Progress of all ranks together: each writes its number into a folder, rank 0 adds them up and prints.
 
     Also how ranks learn of each other's failures: a rank that waits in a collective would not.
 
     Args:
         scratch: Folder that all ranks share.
         rank: This process, among all nodes.
-        total: Units of the whole job.
-        done_before: Units that earlier runs have finished.
-        log: Prints a line; called on the first rank only.
-        interval: Seconds between two lines.
         unit: Plural noun.
+        settings: ``total``, ``done_before``, ``log`` and ``interval`` of the whole job, as for ``Progress``.
     """
 
-    def __init__(
-        self,
-        scratch: Path,
-        rank: int,
-        *,
-        total: int,
-        done_before: int,
-        log: Callable[[str], None],
-        interval: float = 10.0,
-        unit: str = 'images',
-    ) -> None:
-        super().__init__('', total, unit, done_before=done_before, log=log, interval=interval)
+    def __init__(self, scratch: Path, rank: int, *, unit: str = 'images', **settings: Any) -> None:
+        super().__init__('', unit=unit, **settings)
         self._scratch, self._rank = scratch, rank
         self._last_look = 0.0
 
     @staticmethod
     def clear(scratch: Path) -> None:
-        """Forget what earlier runs wrote. By the first rank, before the others begin."""
+        """Forget what earlier runs wrote. By rank 0, before the others begin."""
         for path in (*scratch.glob('rank-*.json'), *scratch.glob(f'{UNFINISHED}rank-*'), scratch / 'failure.json'):
             path.unlink(missing_ok=True)
 
@@ -141,38 +128,32 @@ class RankProgress(Progress):
         """Print or publish if it is time. Call it often, while waiting too.
 
         Raises:
-            UserError: Another rank has failed; raised on the first rank, with the message of the other.
+            UserError: Another rank has failed; raised on rank 0, with the message of the other.
         """
         now = time.monotonic()
+        failure = self._scratch / 'failure.json'
         if self._rank == 0 and now - self._last_look > 1:
             self._last_look = now
-            self._raise_failure()
+            if failure.exists():
+                content = read_json(failure)
+                raise UserError(f'on rank {content["rank"]}: {content["text"]}')
         if now < self._next:
             return
         self._next = now + self._interval
         if self._rank == 0:
-            self._log(self.line(now))
+            self._log(self._line(now))
         else:
             with contextlib.suppress(OSError):  # progress reporting must not fail the run
                 write_json(self._scratch / f'rank-{self._rank}.json', self._count)
 
     def tell_failure(self, text: str) -> None:
-        """Let the first rank know, so that it ends with this message instead of being stopped without one."""
+        """Let rank 0 know, so that it ends with this message instead of being stopped without one."""
         with contextlib.suppress(OSError):  # perhaps the disk is full, which is the failure; the launcher helps then
             write_json(self._scratch / 'failure.json', {'rank': self._rank, 'text': text})
 
     def _all(self) -> int:
-        return self._count + sum(_number(path) for path in self._scratch.glob('rank-*.json'))
-
-    def _raise_failure(self) -> None:
-        path = self._scratch / 'failure.json'
-        if path.exists():
-            failure = read_json(path)
-            raise UserError(f'on rank {failure["rank"]}: {failure["text"]}')
-
-
-def _number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # being replaced at this moment on a slow network file system
-        return 0
+        count = self._count
+        for path in self._scratch.glob('rank-*.json'):
+            with contextlib.suppress(OSError, ValueError):  # being replaced on a slow network file system
+                count += int(path.read_text())
+        return count

@@ -43,13 +43,10 @@ def gathered(value: Value) -> list[Value]:
 
 
 def agreed(step: Callable[[], Result], place: str = '') -> Result:
-    """Do a step that needs no other rank; if any rank is refused, all are, with the first one's message.
+    """Do a step that needs no other rank; if any rank is refused, all are, with the message of the first.
 
-    Otherwise one rank would leave while the others wait for it in the next collective.
-
-    Args:
-        step: What may be refused.
-        place: Begins a refusal, e.g. ``'callbacks.evaluation: '``.
+    Otherwise one rank would leave while the others wait for it in the next collective. ``place`` begins a refusal, e.g.
+    ``'callbacks.evaluation: '``.
 
     Raises:
         UserError: Of this rank or another.
@@ -58,8 +55,11 @@ def agreed(step: Callable[[], Result], place: str = '') -> Result:
     try:
         result = step()
     except UserError as error:
-        problem = f'{place}{error}'
-    for rank, text in enumerate(gathered(problem)):
+        problem = error if not place else UserError(f'{place}{error}')
+    problems = gathered(None if problem is None else str(problem))
+    if problem is not None and len(problems) == 1:
+        raise problem
+    for rank, text in enumerate(problems):
         if text is not None:
             raise UserError(text if rank == 0 else f'on rank {rank}: {text}')
     return result  # type: ignore[return-value]
@@ -171,20 +171,14 @@ class Ranks:
         """Whether this one plans, reports and merges."""
         return self.rank == 0
 
-    def agreed(self, step: Callable[[], Result]) -> Result:
-        """See the function ``agreed``; for the only process, the step alone."""
-        return agreed(step) if self.world > 1 else step()
-
-    def gathered(self, value: Result) -> list[Result]:
-        """Every rank's value, in their order, on all ranks."""
-        return gathered(value) if self.world > 1 else [value]
+    agreed = staticmethod(agreed)
+    gathered = staticmethod(gathered)
 
     def from_first(self, value: Any) -> Any:
-        """The first rank's value, on all ranks."""
-        if self.world == 1:
-            return value
+        """The value of rank 0, on all ranks."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def check_shared(self, folder: Path, setting: str) -> None:
@@ -206,11 +200,7 @@ class Ranks:
             )
 
     def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
-        """Return when every rank has come here.
-
-        Args:
-            meanwhile: Called every now and then; may raise, to end the waiting.
-        """
+        """Return when every rank has come here; ``meanwhile`` is called now and then, and may raise to end the wait."""
         if self.world == 1:
             return
         # A plain barrier waits in C++, deaf to what another rank has written about its failure.

@@ -14,11 +14,7 @@ __all__ = ['TensorDigest', 'digest_of', 'write_tensors']
 
 
 class TensorDigest:
-    """The digest of ``digest_of``, tensor by tensor: files may be larger than the memory.
-
-    Args:
-        preface: A text that counts too.
-    """
+    """The digest of ``digest_of``, tensor by tensor: files may be larger than the memory. ``preface`` counts too."""
 
     def __init__(self, preface: str = '') -> None:
         self._digest = hashlib.sha256(preface.encode())

@@ -7,26 +7,17 @@ Legend: B images of a batch, C channels, R side of an image in pixels.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import FeatureSet, extractor_class, joined, look, open_extractor
-from tread_composer.metrics.metric import (
-    Comparison,
-    Figure,
-    Metric,
-    build_metrics,
-    check_metrics,
-    measure,
-    used_settings,
-)
+from tread_composer.metrics.features import FeatureSet, joined, look, open_extractor
+from tread_composer.metrics.measurement import Measurement
+from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol, result
-from tread_composer.metrics.references import default_cache, open_reference
+from tread_composer.metrics.references import open_reference
 
 __all__ = ['Measurement', 'Measurer', 'silent']
 
@@ -34,58 +25,6 @@ __all__ = ['Measurement', 'Measurer', 'silent']
 def silent(line: str) -> None:
     """Say nothing, on ranks that must not."""
     del line
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What is measured, with which network, against what.
-
-    Args:
-        reference: A folder of images, an npz of ADM's suite, or MDS images.
-        metrics: Of ``metrics.METRICS``, or ``package.module:Class``.
-        features: Name of the feature network, of ``metrics.FEATURES``, or ``package.module:Class``.
-        inception: File of Inception's weights, if not where ``find_weights`` looks.
-        inception_sha256: Its hash, if it is not the published file.
-        allow_download: Fetch the weights if they are not here.
-        kid_subset_size: Images in each random subset of KID.
-        batch_size: Images in one call of a network.
-        cache: Where the reference's features are kept.
-    """
-
-    reference: str
-    metrics: tuple[str, ...] = ('fid',)
-    features: str = 'inception'
-    inception: str | None = None
-    inception_sha256: str | None = None
-    allow_download: bool = False
-    kid_subset_size: int = 1000
-    batch_size: int = 64
-    cache: Path = field(default_factory=default_cache)
-
-    def build(self) -> list[Metric]:
-        """The metrics.
-
-        Raises:
-            UserError: One is unknown.
-        """
-        return build_metrics(self.metrics, self._settings)
-
-    def check(self, num_samples: int) -> None:
-        """Refuse what is impossible whatever the reference is.
-
-        Raises:
-            UserError: A name is unknown, or a metric needs other features or more samples.
-        """
-        logits = extractor_class(self.features).num_logits
-        check_metrics(self.build(), num_logits=logits, num_samples=num_samples, num_reference=num_samples)
-
-    def contract(self) -> dict[str, Any]:
-        """What numbers depend on that are to stand in one table, besides the reference and the features."""
-        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self._settings)}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {'kid_subset_size': self.kid_subset_size}
 
 
 class Measurer:

@@ -7,7 +7,6 @@ recall take its images ``arr_0``, of which there are 10,000. ``mu_s`` and ``sigm
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +19,9 @@ from tread_composer.metrics.features import Extractor, FeatureSet, extract, load
 from tread_composer.metrics.frechet import Statistics, statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
 
-__all__ = ['Reference', 'default_cache', 'open_reference']
+__all__ = ['Reference', 'open_reference']
 
 _CACHE_FORMAT = 1
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/tread_composer``, by default within ``~/.cache``."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'tread_composer'
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from composer.core import Time, TimeUnit
 from torch import Tensor
 
-from tread_composer.algorithms.rules import never_resumes, without_checkpoints_only
+from tread_composer.algorithms.rules import never_resumes, num_averages, without_checkpoints_only
 from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
 from tread_composer.builders.model import build_denoiser
-from tread_composer.builders.run_data import check_expectations, planned_manifest
+from tread_composer.builders.run_data import check_expectations, planned_manifest, split_folders
 from tread_composer.config import Config, check_files
-from tread_composer.config.tree import LatentsData
+from tread_composer.config.sections import LatentsData
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.routing import Route
@@ -98,10 +98,8 @@ def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers
     """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
-    averages = sum(getattr(part.instance, 'num_averages', 0) for part in config.algorithms.values())
-    averages += 'composer_ema' in config.algorithms  # Composer's own does not say so
-    precision = str(getattr(config.precision, 'value', config.precision))
-    network = denoiser.to(torch.bfloat16) if precision.startswith('amp') else denoiser
+    averages = sum(num_averages(part.instance) for part in config.algorithms.values())
+    network = denoiser.to(torch.bfloat16) if (config.precision_name or '').startswith('amp') else denoiser
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -169,7 +167,7 @@ def _data_facts(config: Config) -> dict[str, Any]:
 def data_state(config: Config) -> tuple[str, UserError | None]:
     """One line on the training data, and what is wrong with them, if anything is."""
     data = config.data
-    folder = os.path.join(data.local, 'train' if data.name == 'digits' else data.train_split)
+    folder = os.path.join(data.local, split_folders(config)['train'])
     if data.name == 'digits' and not os.path.exists(data.local):
         return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
     try:

@@ -70,10 +70,8 @@ def make_snr(config: Config, std: float | None = None) -> SNRCurve:
                 'not known; give it with --std (SD-VAE latents times 0.18215: about 0.82), or convert the data'
             )
         std, source = latent_std(config, manifest), 'from the manifest'
-    elif math.isfinite(std) and std > 0:
-        source = 'from --std, not from data'
     else:
-        raise UserError(f'--std: {std} is not a positive number')
+        source = 'from --std, not from data'
     objective = config.objective.instance
     if not hasattr(objective, 'snr'):
         raise UserError(

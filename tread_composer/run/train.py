@@ -15,7 +15,7 @@ from composer.utils import dist, get_device
 
 from tread_composer.builders.environment import environment
 from tread_composer.builders.model import check_fit
-from tread_composer.builders.run_data import prepare_data
+from tread_composer.builders.run_data import prepare_data, split_folders
 from tread_composer.builders.run_folder import check_load_path, check_run_folder, locked_run
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.update_guard import RewindError
@@ -108,11 +108,10 @@ def _facts_of_code(config: Config) -> dict[str, Any]:
 
 def _facts_of_data(config: Config, splits: Mapping[str, Manifest]) -> dict[str, Any]:
     """What the data set of this node is: its manifests, and the shards that each index lists."""
-    names = {'train': config.data.train_split, 'eval': config.data.eval_split} if config.data.name == 'latents' else {}
-    facts: dict[str, Any] = {}
+    folders, facts = split_folders(config), {}
     for split, manifest in splits.items():
         facts |= flatten(manifest.model_dump(mode='json'), f'data.{split}.manifest.')
-        index = Path(config.data.local) / names.get(split, split) / 'index.json'
+        index = Path(config.data.local) / folders[split] / 'index.json'
         facts[f'data.{split}.index.json'] = hashlib.sha256(index.read_bytes()).hexdigest()[:16]
     return facts
 

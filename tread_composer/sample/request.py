@@ -4,15 +4,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from tread_composer.core.errors import UserError
-from tread_composer.samplers import SamplingSettings
+from tread_composer.core.options import Device, Flag, Weights, check_request
+from tread_composer.samplers.settings import SamplingSettings
 
-__all__ = ['DECODE_DTYPES', 'FORMATS', 'Draws', 'SamplesRequest', 'check_overrides', 'draws_of']
+__all__ = ['Draws', 'Overrides', 'SamplesRequest', 'check_overrides', 'draws_of']
 
-FORMATS = ('png', 'npz', 'mds')
-DECODE_DTYPES = ('float32', 'bfloat16')
+Overrides = Annotated[Mapping[str, Any], Flag('autoencoder.key=value')]
 _COUNT = 64  # images, if nobody says how many
 
 
@@ -21,63 +23,51 @@ class SamplesRequest:
     """One call of ``sample``.
 
     Args:
-        path: Run folder, checkpoint or exported file.
-        out: Folder of the images.
-        weights: ``'ema'``, ``'raw'``, or ``'posthoc:0.13'`` of a run with ``algorithms.power_ema``.
+        path: A run folder, a checkpoint in one, or an exported .safetensors.
+        out: Folder of the images; the same command goes on where it was interrupted.
+        weights: Which weights; ``posthoc:0.13`` of a run with ``algorithms.power_ema``.
         sampling: How to draw.
-        weak: The second network for guidance that takes one, as ``path``.
-        weak_weights: Which weights of it.
-        classes: Classes to draw, all if None. Image i is of class ``classes[i % len(classes)]``.
+        weak: The second network for guidance that takes one, e.g. an early checkpoint.
+        weak_weights: Weights of the second network.
+        classes: Classes to draw (all). Image i is of class ``classes[i % len(classes)]``.
         per_class: Images of each class.
-        count: Images in all, instead.
-        labels_file: A text file with one label for each image, instead of all three.
+        count: Images in all, classes in turn (64); published numbers are of 50000.
+        labels_file: A text file with one label for each image.
         seed: Image i has the seed ``seed + i``.
-        formats: Of ``FORMATS``.
-        batch_size: Images drawn together; no image depends on it, up to rounding.
-        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
+        formats: Files to write; ``npz`` as in ADM.
+        batch_size: Images in one call of a network; no image depends on it, up to rounding.
+        device: Where to compute (a GPU if there is one).
         decode_dtype: What the autoencoder computes in.
-        overrides: Settings of the run's configuration that are otherwise now: of the autoencoder, and
+        overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``; and
             ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
 
     Raises:
         UserError: Values that exclude each other or are out of range.
     """
 
-    path: str
-    out: Path
-    weights: str = 'ema'
+    path: Annotated[str, Flag('PATH')]
+    out: Annotated[Path, Flag(metavar='FOLDER')]
+    weights: Weights = 'ema'
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     weak: str | None = None
-    weak_weights: str = 'ema'
+    weak_weights: Weights = 'ema'
     classes: tuple[int, ...] | None = None
-    per_class: int | None = None
-    count: int | None = None
+    per_class: Annotated[int | None, Ge(1)] = None
+    count: Annotated[int | None, Ge(1)] = None
     labels_file: str | None = None
-    seed: int = 0
-    formats: tuple[str, ...] = ('png',)
-    batch_size: int = 64
-    device: str | None = None
-    decode_dtype: str = 'float32'
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: Annotated[int, Ge(0)] = 0
+    formats: Annotated[tuple[Literal['png', 'npz', 'mds'], ...], Flag('--format')] = ('png',)
+    batch_size: Annotated[int, Ge(1)] = 64
+    device: Device | None = None
+    decode_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    overrides: Overrides = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_request(self)
         counts = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
         if len(counts) > 1 or (self.labels_file is not None and self.classes is not None):
-            flags = ', '.join(
-                f'--{name.replace("_", "-")}' for name in (*counts, *(['classes'] if self.classes else []))
-            )
-            raise UserError(f'{flags}: each of them says how many images of which class there are; give one')
-        for name in ('per_class', 'count', 'batch_size'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f'--{name.replace("_", "-")}: {value} must be at least 1')
-        if self.seed < 0:
-            raise UserError(f'--seed: {self.seed} must not be negative')
-        unknown = [name for name in self.formats if name not in FORMATS]
-        if unknown or not self.formats:
-            raise UserError(f'--format: {", ".join(unknown) or "none"}; choose of {", ".join(FORMATS)}')
-        if self.decode_dtype not in DECODE_DTYPES:
-            raise UserError(f'--decode-dtype: {self.decode_dtype!r}; choose of {", ".join(DECODE_DTYPES)}')
+            flags = [f'--{name.replace("_", "-")}' for name in (*counts, *(['classes'] if self.classes else []))]
+            raise UserError(f'{", ".join(flags)}: each of them says how many images of which class there are; give one')
         check_overrides(self.overrides)
 
 

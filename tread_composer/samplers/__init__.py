@@ -1,13 +1,18 @@
 """From noise to data: samplers of an objective's equation, and guidance by a weaker prediction."""
 
-from tread_composer.samplers.ddpm import ddim, ddpm
-from tread_composer.samplers.equation import Clock, Equation, Sampler, needs
-from tread_composer.samplers.guidance import GUIDANCE, default_guidance, guidance_defaults
-from tread_composer.samplers.guided import SamplingCost, check_guidance, guidance_cost, guided_denoiser
-from tread_composer.samplers.ode import euler, heun
-from tread_composer.samplers.registry import SAMPLERS, check_sampler, integrate, sampler_named
-from tread_composer.samplers.settings import SamplingSettings
-from tread_composer.samplers.stochastic import edm_heun, sde
+from typing import TYPE_CHECKING
+
+from tread_composer.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tread_composer.samplers.chain import ddim, ddpm
+    from tread_composer.samplers.equation import Clock, Equation, Sampler, needs
+    from tread_composer.samplers.guidance import GUIDANCE, default_guidance, guidance_defaults, guidance_named
+    from tread_composer.samplers.guided import SamplingCost, check_guidance, guidance_cost, guided_denoiser
+    from tread_composer.samplers.ode import euler, heun
+    from tread_composer.samplers.registry import SAMPLERS, check_sampler, integrate, sampler_named
+    from tread_composer.samplers.settings import SamplingSettings
+    from tread_composer.samplers.stochastic import edm_heun, sde
 
 __all__ = [
     'GUIDANCE',
@@ -26,6 +31,7 @@ __all__ = [
     'euler',
     'guidance_cost',
     'guidance_defaults',
+    'guidance_named',
     'guided_denoiser',
     'heun',
     'integrate',
@@ -33,3 +39,16 @@ __all__ = [
     'sampler_named',
     'sde',
 ]
+
+# The commands read the flags of sampling off `SamplingSettings`, and `--help` is not to load torch for them.
+_NAMES = {
+    'chain': ('ddim', 'ddpm'),
+    'equation': ('Clock', 'Equation', 'Sampler', 'needs'),
+    'guidance': ('GUIDANCE', 'default_guidance', 'guidance_defaults', 'guidance_named'),
+    'guided': ('SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser'),
+    'ode': ('euler', 'heun'),
+    'registry': ('SAMPLERS', 'check_sampler', 'integrate', 'sampler_named'),
+    'settings': ('SamplingSettings',),
+    'stochastic': ('edm_heun', 'sde'),
+}
+__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for module, names in _NAMES.items() for name in names})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tread_composer.core.named import part_named
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.ddpm import ddim, ddpm
+from tread_composer.samplers.chain import ddim, ddpm
 from tread_composer.samplers.equation import Equation, Sampler
 from tread_composer.samplers.ode import euler, heun
 from tread_composer.samplers.stochastic import edm_heun, sde

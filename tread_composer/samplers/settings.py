@@ -5,13 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from tread_composer.routing import Route
-from tread_composer.samplers.guidance import GUIDANCE, guidance_defaults, guidance_named
-from tread_composer.samplers.guidance.provider import GuidanceProvider, GuidedChannels, check_choice
+from tread_composer import samplers
+from tread_composer.core.options import Flag
 
-__all__ = ['SamplingSettings']
+if TYPE_CHECKING:
+    from tread_composer.routing import Route
+    from tread_composer.samplers.guidance.provider import GuidanceProvider
+
+__all__ = ['GuidedChannels', 'SamplingSettings', 'check_choice']
+
+GuidedChannels = Literal['all', 'first3']
 
 _GUIDED_ONLY = ('guidance_interval', 'guided_channels')  # without effect where nothing is guided
 
@@ -21,30 +26,33 @@ class SamplingSettings:
     """How images are drawn: the sampling part of an evaluation protocol.
 
     Args:
-        sampler: Name of a sampler (``samplers.check_sampler``: which fit an objective).
-        num_steps: Its steps.
-        sampler_settings: Its further settings, such as ``{'eta': 0.5}`` for ``'ddim'``.
-        guidance: Where the weak prediction comes from, of ``samplers.GUIDANCE``; ``'none'`` is no guidance.
+        sampler: Name of a sampler, e.g. ``euler``, ``ddim``, ``sde`` (``samplers.SAMPLERS``).
+        num_steps: Steps of the sampler.
+        sampler_settings: Its further settings, e.g. ``S_churn=40``, ``eta=1``, ``last_step=0.04``.
+        guidance: Where the weak prediction comes from, e.g. ``sparse``, ``auto`` (``samplers.GUIDANCE``). By default
+            ``none``, or ``classifier_free`` with a scale other than 1.
         guidance_scale: ``weak + guidance_scale * (strong - weak)``; 1 is no guidance.
-        guidance_interval: ``(low, high)``: guide where ``low < time <= high``, in the time of the objective's sampling
-            equation (t of flow matching, the noise level of EDM and DDPM); elsewhere nothing is guided. Everywhere if
-            None. (Kynkaanniemi et al. 2024, arXiv 2404.07724.)
-        guided_channels: ``'first3'`` leaves the fourth latent channel as conditional as DiT's scripts do.
-        guidance_settings: Further settings of this guidance, such as ``{'weak_rate': 0.8}`` for ``'sparse'``; those
-            that are absent have their defaults. In ``to_dict`` they stand beside the others.
+        guidance_interval: Guide where ``low < time <= high``, in the time of the objective's sampling equation (t of
+            flow matching, the noise level of EDM and DDPM); elsewhere nothing is guided. By default everywhere.
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724.)
+        guided_channels: ``first3`` leaves the fourth latent channel as conditional as DiT's scripts do.
+        guidance_settings: Further settings of this guidance, e.g. ``weak_rate=0.8``; those that are absent have their
+            defaults. In ``to_dict`` they stand beside the others.
 
     Raises:
         ValueError: A value is out of range, or belongs to another kind of guidance.
     """
 
     sampler: str = 'heun'
-    num_steps: int = 50
+    num_steps: Annotated[int, Flag('--steps')] = 50
     sampler_settings: Mapping[str, float] = field(default_factory=dict)
-    guidance: str = 'none'
+    guidance: str = ''
     guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: Annotated[tuple[float, float] | None, Flag(metavar='LOW:HIGH')] = None
     guided_channels: GuidedChannels = 'all'
-    guidance_settings: Mapping[str, Any] = field(default_factory=dict)
+    guidance_settings: Annotated[
+        Mapping[str, Any], Flag(entries=('strong_rate', 'weak_rate', 'rate_schedule', 'weak_label'))
+    ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # A frozen dataclass: what is made canonical here is set past its guard.
@@ -52,12 +60,14 @@ class SamplingSettings:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number, at least 1')
         self._check_numbers()
+        if not self.guidance:
+            object.__setattr__(self, 'guidance', samplers.default_guidance(self.guidance_scale))
         object.__setattr__(self, 'sampler_settings', dict(self.sampler_settings))
         if self.guidance_interval is not None:
             object.__setattr__(self, 'guidance_interval', self._interval())
         if self.guidance == 'none':
             self._check_unguided()
-        defaults = guidance_defaults(self.guidance)
+        defaults = samplers.guidance_defaults(self.guidance)
         for name, value in self.guidance_settings.items():
             if name not in defaults:
                 raise ValueError(self._misplaced(name, value))
@@ -65,9 +75,9 @@ class SamplingSettings:
         _ = self.provider  # made now, so that it checks its settings
 
     @cached_property
-    def provider(self) -> GuidanceProvider | None:
+    def provider(self) -> 'GuidanceProvider | None':
         """What gives the weak prediction; None without guidance."""
-        return None if self.guidance == 'none' else guidance_named(self.guidance)(**self.guidance_settings)
+        return None if self.guidance == 'none' else samplers.guidance_named(self.guidance)(**self.guidance_settings)
 
     @property
     def guides(self) -> bool:
@@ -84,7 +94,7 @@ class SamplingSettings:
             tree['guidance_interval'] = list(tree['guidance_interval'])  # JSON has no tuples
         return {**tree, **self.guidance_settings}
 
-    def protocol(self, routes: Sequence[Route] = ()) -> dict[str, Any]:
+    def protocol(self, routes: 'Sequence[Route]' = ()) -> dict[str, Any]:
         """``to_dict`` and what else decides the images of a model with these routes, for the protocol of a number."""
         # Which blocks are routed, for example, decides sparse guidance.
         return {**self.to_dict(), **(self.provider.protocol_facts(routes) if self.provider else {})}
@@ -99,18 +109,20 @@ class SamplingSettings:
         field_names = {entry.name for entry in dataclasses.fields(cls)}
         # Flat, as ``to_dict`` writes it: what is no field is a setting of the guidance.
         of_guidance = {name: value for name, value in tree.items() if name not in field_names}
-        allowed = dict.fromkeys([*cls.names(), *guidance_defaults(tree.get('guidance', 'none'))])
+        allowed = dict.fromkeys([*cls.names(), *samplers.guidance_defaults(tree.get('guidance', 'none'))])
         foreign = sorted(of_guidance.keys() - allowed.keys())
         if foreign:
             raise ValueError(f'sampling: {", ".join(foreign)}: unknown; known are {", ".join(allowed)}')
         fields = {name: value for name, value in tree.items() if name in field_names}
-        return cls(**{**fields, 'guidance_settings': {**tree.get('guidance_settings', {}), **of_guidance}})
+        settings = {**tree.get('guidance_settings', {}), **of_guidance}
+        return cls(**{'guidance': 'none', **fields, 'guidance_settings': settings})
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The keys that ``to_dict`` may have, of all kinds of guidance of this project."""
         field_names = [entry.name for entry in dataclasses.fields(cls) if entry.name != 'guidance_settings']
-        return tuple(dict.fromkeys([*field_names, *(name for kind in GUIDANCE for name in guidance_defaults(kind))]))
+        of_guidance = [name for kind in samplers.GUIDANCE for name in samplers.guidance_defaults(kind)]
+        return tuple(dict.fromkeys([*field_names, *of_guidance]))
 
     def _check_numbers(self) -> None:
         if not _is_number(self.guidance_scale):
@@ -134,7 +146,7 @@ class SamplingSettings:
         if self.guidance_scale != 1:
             raise ValueError(
                 f"guidance_scale: {self.guidance_scale} says how far to guide, but guidance is 'none'; set guidance to "
-                f'{_either(list(GUIDANCE))}, or leave the scale at 1'
+                f'{_either(list(samplers.GUIDANCE))}, or leave the scale at 1'
             )
         for name in _GUIDED_ONLY:
             value = getattr(self, name)
@@ -142,13 +154,23 @@ class SamplingSettings:
                 raise ValueError(f"{name}: {value!r} has no effect with guidance 'none'; it belongs to guidance")
 
     def _misplaced(self, name: str, value: object) -> str:
-        owners = [kind for kind in GUIDANCE if name in guidance_defaults(kind)]
+        owners = [kind for kind in samplers.GUIDANCE if name in samplers.guidance_defaults(kind)]
         if not owners:
-            has = ', '.join(guidance_defaults(self.guidance)) or 'none'
+            has = ', '.join(samplers.guidance_defaults(self.guidance)) or 'none'
             return f'guidance_settings: {name}: guidance {self.guidance!r} has no such setting; it has {has}'
         return (
             f'{name}: {value!r} has no effect with guidance {self.guidance!r}; it belongs to guidance {_either(owners)}'
         )
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of the choices of a ``Literal``.
+
+    Raises:
+        ValueError: Names the choices.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f'{name}: {value!r} is none of {", ".join(get_args(choices))}')
 
 
 def _either(names: Sequence[str]) -> str:

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 
-__all__ = [
-    'averaged_weights',
-    'checkpoint_batch',
-    'checkpoint_weights',
-]
+__all__ = ['averaged_weights', 'checkpoint_batch', 'checkpoint_weights']
 
 _NETWORK = 'denoiser.'  # where a LatentDiffusion has it
 
@@ -33,10 +29,10 @@ def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> d
     Raises:
         UserError: The checkpoint does not have these weights.
     """
-    raw, algorithms = _network_part(state['model']), dict(state.get('algorithms', {}))
+    raw = _network_part(state['model'])
     if not raw:
         raise UserError(f'{source}: its model has no {_NETWORK[:-1]}, so it is not a LatentDiffusion of this project')
-    average = algorithms.get('EMA')
+    average = dict(state.get('algorithms', {})).get('EMA')
     if average is not None and 'average' not in average:  # Composer's own: `ema_weights_active` says which is which
         present = 'ema' if average.get('ema_weights_active') else 'raw'
         if weights != present:
@@ -55,20 +51,15 @@ def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> d
 
 
 def averaged_weights(state: Mapping[str, Any], average: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights of the network from an average of a run's model, with what is not averaged from its checkpoint.
-
-    Args:
-        state: Of ``read_checkpoint``.
-        average: Under the names of the model.
-        source: What to call the average in messages.
+    """Weights of the network from an average, under the names of the model; what is not averaged from the checkpoint.
 
     Raises:
         UserError: They are averages of another model.
     """
     raw, averaged = _network_part(state['model']), _network_part(average)
-    unknown = averaged.keys() - raw.keys()
-    if unknown:
-        raise UserError(f'{source}: averages parameters that the model has not, such as {sorted(unknown)[0]!r}')
+    foreign = averaged.keys() - raw.keys()
+    if foreign:
+        raise UserError(f'{source}: averages parameters that the model has not, such as {sorted(foreign)[0]!r}')
     return raw | averaged  # what is not trained (positions) is not averaged
 
 

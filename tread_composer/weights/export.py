@@ -34,7 +34,7 @@ def export(
         allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
 
     Returns:
-        ``out``, ``weights``, ``batch``, ``digest``, ``average`` (see ``Exported``), and of one network call in
+        ``out``, ``weights``, ``batch``, ``digest``, ``average`` (see ``WeightFacts``), and of one network call in
         sampling ``parameters`` and ``gmacs``.
 
     Raises:
@@ -53,8 +53,8 @@ def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str]
     cost = sampling_cost(denoiser, shape)
     texts = {'parameters': str(cost['parameters']), 'gmacs': f'{cost["gmacs"]:.6g}'}
     digest = write_exported(out, exported, texts, overwrite)
-    summary = {'out': str(out), 'weights': exported.weights, 'batch': exported.batch, 'digest': digest}
-    return {**summary, 'average': exported.average, **cost}
+    facts = {'weights': exported.weights, 'batch': exported.batch, 'average': exported.average}
+    return {'out': str(out), **facts, 'digest': digest, **cost}
 
 
 def export_in_words(result: dict[str, Any]) -> str:
@@ -62,16 +62,16 @@ def export_in_words(result: dict[str, Any]) -> str:
     batch = f'after {result["batch"]:,} batches' if result['batch'] else 'after an unknown number of batches'
     size = Path(result['out']).stat().st_size / 1e6
     average = result['average']
-    rows = {
-        'written': f'{result["out"]} ({size:.1f} MB): the {result["weights"]} weights {batch}',
-        'sampling': f'{result["parameters"]:,} parameters, {result["gmacs"]:.4g} GMACs per network call (one image, '
-        'no guidance)',
-        'digest': result['digest'],
-    }
+    lines = [
+        f'written   {result["out"]} ({size:.1f} MB): the {result["weights"]} weights {batch}',
+        f'sampling  {result["parameters"]:,} parameters, {result["gmacs"]:.4g} GMACs per network call (one image, no '
+        'guidance)',
+        f'digest    {result["digest"]}',
+    ]
     if average is not None:
-        rows['average'] = (
-            f'width {average["sigma_rel"]:g} of the run (gamma {average["gamma"]:.2f}) from {average["snapshots"]} '
-            f'snapshots of batches {average["first"]:,} to {average["last"]:,}; its profile is within '
-            f'{average["residual"]:.1%} of the wanted one'
+        lines.append(
+            f'average   width {average["sigma_rel"]:g} of the run (gamma {average["gamma"]:.2f}) from '
+            f'{average["snapshots"]} snapshots of batches {average["first"]:,} to {average["last"]:,}; its profile is '
+            f'within {average["residual"]:.1%} of the wanted one'
         )
-    return '\n'.join(f'{name:<8}  {text}' for name, text in rows.items())
+    return '\n'.join(lines)

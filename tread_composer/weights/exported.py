@@ -1,4 +1,4 @@
-"""The exported file: weights of one network as safetensors, with all that is needed to use them.
+"""What is known of a network's weights, and the exported file: weights as safetensors with all that their use needs.
 
 The tensors have the names of our network, which for a DiT are those of the published DiT files. The metadata are
 texts: some for people (``time_convention``, ``prediction``, ...), and ``config`` and ``data`` as JSON, from which
@@ -7,7 +7,7 @@ texts: some for people (``time_convention``, ``prediction``, ...), and ``config`
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,29 @@ from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.facts import LatentFacts
 from tread_composer.io.tensors import digest_of, write_tensors
+from tread_composer.routing import Route
+from tread_composer.routing.tokens import AlwaysKeep
 
-__all__ = ['Exported', 'digest_of', 'read_exported', 'write_exported']
+__all__ = ['Exported', 'WeightFacts', 'digest_of', 'exported_run', 'read_exported', 'write_exported']
 
 _FORMAT = 'tread_composer 1'
+_NEEDED = {'config', 'data', 'weights', 'batch', 'digest'}
 _ONLOOKERS = ('callbacks', 'loggers')  # they decide nothing, may not be installed elsewhere, and may hold addresses
 
 
-@dataclass(frozen=True)
-class Exported:
-    """One network with its facts.
+@dataclass(frozen=True, kw_only=True)
+class WeightFacts:
+    """What is known of the weights of one network.
 
     Attributes:
-        tensors: Weights under the network's names, float32.
         config: Of the run.
-        data: Facts of its data.
+        data: Facts of its training data.
         weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
-        batch: Batches that the weights were trained on; 0 where nobody has said it.
+        batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
         origin: Where they come from, in words.
         average: How a post-hoc average was made (``posthoc.Average.facts``); None for the others.
     """
 
-    tensors: Mapping[str, Tensor]
     config: Config
     data: LatentFacts
     weights: str
@@ -51,15 +52,31 @@ class Exported:
     origin: str
     average: Mapping[str, Any] | None = None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each class."""
+        return self.data.class_names
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Routes that they were trained with; none if the run was dense."""
+        return tuple(self.config.routes())
+
+    @property
+    def always_keep(self) -> AlwaysKeep:
+        """How many tokens never skip on the routes: leading ones, or a pair of leading and trailing ones."""
+        return self.config.always_keep()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(WeightFacts):
+    """The weights themselves, with their facts; ``tensors`` have the network's names, float32."""
+
+    tensors: Mapping[str, Tensor]
+
 
 def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapping[str, str], overwrite: bool) -> str:
-    """Write the file in one step; returns the digest of the weights.
-
-    Args:
-        path: The file.
-        exported: What goes into it.
-        extra: Further metadata.
-        overwrite: Replace a file that is there.
+    """Write the file in one step, with ``extra`` metadata; returns the digest of the weights.
 
     Raises:
         UserError: There is such a file already, or it cannot be written.
@@ -70,24 +87,22 @@ def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapp
     if path.exists() and not overwrite:
         raise UserError(f'{path}: is there already; give another name, or --overwrite')
     digest = digest_of(exported.tensors)
-    metadata = {**_metadata(exported), 'digest': digest, **extra}
     try:
-        write_tensors(path, exported.tensors, metadata)
+        write_tensors(path, exported.tensors, {**_metadata(exported), 'digest': digest, **extra})
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: cannot be written: {error}') from None
     return digest
 
 
-def _metadata(exported: Exported) -> dict[str, str]:
-    config, data = exported.config, exported.data
-    objective = config.objective.instance
+def _metadata(facts: WeightFacts) -> dict[str, str]:
+    config, data, objective = facts.config, facts.data, facts.config.objective.instance
     return {
         'format': _FORMAT,
         'tool_version': tread_composer.__version__,
-        'weights': exported.weights,
-        **({} if exported.average is None else {'average': json.dumps(exported.average)}),
-        'batch': str(exported.batch),
-        'origin': exported.origin,
+        'weights': facts.weights,
+        **({} if facts.average is None else {'average': json.dumps(facts.average)}),
+        'batch': str(facts.batch),
+        'origin': facts.origin,
         'objective': objective.name,
         'prediction': objective.prediction,
         'time_convention': objective.time_convention,
@@ -103,12 +118,8 @@ def _metadata(exported: Exported) -> dict[str, str]:
     }
 
 
-def read_exported(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Exported:
-    """Read a file of ``write_exported``; of another safetensors file, a refusal.
-
-    Args:
-        path: The file.
-        overrides: ``key=value`` settings on its configuration.
+def read_exported(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Exported:
+    """Read a file of ``write_exported``, with ``key=value`` settings on its configuration.
 
     Raises:
         UserError: No such file, another kind of file, or one whose weights are not those that were exported.
@@ -126,27 +137,29 @@ def read_exported(path: str | os.PathLike[str], overrides: list[str] | None = No
         raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported file') from None
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: no safetensors file, or a damaged one: {error}') from None
-    config, data = _facts_in(metadata, str(path), overrides or [])
-    if digest_of(tensors) != metadata['digest']:
-        raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
-    average = None if 'average' not in metadata else json.loads(metadata['average'])
-    provenance = (metadata['weights'], int(metadata['batch']), metadata.get('origin', 'unknown'))
-    return Exported(tensors, config, data, *provenance, average)
-
-
-def _facts_in(metadata: Mapping[str, str], path: str, overrides: list[str]) -> tuple[Config, LatentFacts]:
     try:
-        missing = {'config', 'data', 'weights', 'batch', 'digest'} - metadata.keys()
+        missing = _NEEDED - metadata.keys()
         if missing:
             raise ValueError(f'no {", ".join(sorted(missing))}')
-        tree: Any = json.loads(metadata['config'])
-        data = LatentFacts.model_validate_json(metadata['data'])
-        int(metadata['batch'])
-        is_posthoc = posthoc_width(metadata['weights']) is not None and isinstance(
-            json.loads(metadata.get('average', 'null')), dict
-        )
-        if not isinstance(tree, dict) or not (metadata['weights'] in ('ema', 'raw') or is_posthoc):
+        tree, average = json.loads(metadata['config']), json.loads(metadata.get('average', 'null'))
+        data, batch, weights = LatentFacts.model_validate_json(metadata['data']), metadata['batch'], metadata['weights']
+        is_posthoc = posthoc_width(weights) is not None and isinstance(average, dict)
+        if not isinstance(tree, dict) or not (weights in ('ema', 'raw') or is_posthoc):
             raise ValueError('config or weights are not what `export` writes')
+        facts = {'data': data, 'weights': weights, 'batch': int(batch), 'average': average}
     except (ValueError, ValidationError) as error:
         raise UserError(f'{path}: its metadata cannot be used: {error}. Export the run again') from None
-    return restore_config(tree, overrides, source=f'{path} (config in its metadata)'), data
+    config = restore_config(tree, overrides, source=f'{path} (config in its metadata)')
+    if digest_of(tensors) != metadata['digest']:
+        raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
+    return Exported(tensors=tensors, config=config, origin=metadata.get('origin', 'unknown'), **facts)
+
+
+def exported_run(path: str | os.PathLike[str]) -> str | None:
+    """The run that an exported file says it is of; None if it says none, or is no such file. Reads no weights."""
+    try:
+        with safe_open(path, framework='pt') as file:
+            config = json.loads((file.metadata() or {}).get('config', '{}'))
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return config.get('run_name') if isinstance(config, dict) else None

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tread_composer.algorithms.power_ema import PowerEMA
-from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.model import build_model
 from tread_composer.builders.run_data import identity, planned_manifest
-from tread_composer.builders.run_folder import DATA_NAME
+from tread_composer.builders.run_folder import DATA_NAME, part_folder
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.facts import LatentFacts
@@ -27,45 +24,27 @@ from tread_composer.data.manifest import Manifest
 from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.routing import Route
-from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
-from tread_composer.weights.exported import Exported, digest_of, read_exported
+from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported
 
-__all__ = ['Trained', 'exported_run', 'image_size', 'load_trained', 'model_of', 'read_trained', 'weights_name']
-
-_WEIGHTS = ('ema', 'raw')
+__all__ = ['Trained', 'image_size', 'load_trained', 'model_of', 'read_trained', 'weights_name']
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, kw_only=True)
+class Trained(WeightFacts):
     """A trained model and what is known of it.
 
     Attributes:
         model: In evaluation mode, on the device asked for; the autoencoder's weights are loaded when first used.
-        config: Of the run.
-        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``: which weights the model holds.
-        batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
         source: What the user named.
         digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
-        class_names: One for each class.
-        routes: Of ``algorithms.tread``; none if the run was dense.
-        always_keep: How many tokens never skip on them: leading ones, or a pair of leading and trailing ones.
-        data: Facts of the training data.
         attention: A line that says which implementation of attention runs.
     """
 
     model: LatentDiffusion
-    config: Config
-    weights: str
-    batch: int
     source: str
     digest: str
-    class_names: tuple[str, ...]
-    routes: tuple[Route, ...]
-    always_keep: AlwaysKeep
-    data: LatentFacts
     attention: str
 
     def prepare_for(self, sampling: SamplingSettings) -> None:
@@ -109,26 +88,15 @@ def load_trained(
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
-    # Not that of the training: an exported file goes anywhere.
-    name = (overrides or {}).get('model.attention', 'sdpa')
     denoiser: Any = model.denoiser
+    # A network of another package has its own; a setting `attention` is refused there like any that it does not have.
+    attention = f"attention: {type(denoiser).__name__}'s own"
     if hasattr(denoiser, 'use_attention'):
+        # Not that of the training: an exported file goes anywhere.
+        name = (overrides or {}).get('model.attention', 'sdpa')
         attention = denoiser.use_attention(name, torch.device(device), training=False)
-    else:  # a network of another package; a setting `attention` is refused there like any that it does not have
-        attention = f"attention: {type(denoiser).__name__}'s own"
-    return Trained(
-        model=model,
-        config=exported.config,
-        weights=exported.weights,
-        batch=exported.batch,
-        source=str(path),
-        digest=digest_of(exported.tensors),
-        class_names=exported.data.class_names,
-        routes=tuple(exported.config.routes()),
-        always_keep=exported.config.always_keep(),
-        data=exported.data,
-        attention=attention,
-    )
+    facts = {name: getattr(exported, name) for name in WeightFacts.__dataclass_fields__}
+    return Trained(model=model, source=str(path), digest=digest_of(exported.tensors), attention=attention, **facts)
 
 
 def read_trained(
@@ -140,7 +108,6 @@ def read_trained(
 ) -> Exported:
     """Weights and facts of what ``load_trained`` loads, without the model; ``allow_inexact`` as ``reconstruct``."""
     weights = weights_name(weights)
-    width = posthoc_width(weights)
     path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
     if path.suffix == '.safetensors':
         exported = read_exported(path, texts)
@@ -153,31 +120,28 @@ def read_trained(
     if not path.exists():
         raise UserError(f'{path}: there is no such file; give a run folder, a checkpoint or an exported .safetensors')
     file = find_checkpoint(path) if path.is_dir() else check_whole(path)
-    folder = file.parent
-    if not (folder / 'config.yaml').is_file():
+    settings = file.parent / 'config.yaml'
+    if not settings.is_file():
         raise UserError(
-            f'{folder}: no config.yaml beside the checkpoint, which says what the weights are of; copy it there from '
-            f"the run's folder. Weights of another project: python -m tread_composer import"
+            f'{file.parent}: no config.yaml beside the checkpoint, which says what the weights are of; copy it there '
+            f"from the run's folder. Weights of another project: python -m tread_composer import"
         )
-    config = restore_config(folder / 'config.yaml')
-    state = read_checkpoint(file)
+    config, state = restore_config(settings), read_checkpoint(file)
     contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
     _check_config(config, contract, file)
-    facts = LatentFacts.of(_manifest(config, contract, folder))
-    average = None if width is None else _posthoc(state, config, file, width, allow_inexact)
-    return Exported(
-        tensors=(
-            checkpoint_weights(state, weights, str(file))
-            if average is None
-            else averaged_weights(state, average.tensors, str(folder))
-        ),
-        config=restore_config(folder / 'config.yaml', texts) if texts else config,
-        data=facts,
-        weights=weights,
-        batch=checkpoint_batch(state) if average is None else average.facts['batch'],
-        average=None if average is None else average.facts,
-        origin=f'run {config.run_name}, {file.resolve().name}',
-    )
+    facts: dict[str, Any] = {
+        'data': LatentFacts.of(_manifest(config, contract, file.parent)),
+        'config': restore_config(settings, texts) if texts else config,
+        'weights': weights,
+        'origin': f'run {config.run_name}, {file.resolve().name}',
+    }
+    width = posthoc_width(weights)
+    if width is None:
+        tensors = checkpoint_weights(state, weights, str(file))
+        return Exported(tensors=tensors, batch=checkpoint_batch(state), **facts)
+    average = _average_afterwards(state, config, file, width, allow_inexact)
+    tensors = averaged_weights(state, average.tensors, str(file.parent))
+    return Exported(tensors=tensors, batch=average.facts['batch'], average=average.facts, **facts)
 
 
 def weights_name(weights: str) -> str:
@@ -187,17 +151,13 @@ def weights_name(weights: str) -> str:
         UserError: It is none of them.
     """
     width = posthoc_width(weights)
-    if weights not in _WEIGHTS and width is None:
+    if weights not in ('ema', 'raw') and width is None:
         raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")
     return weights if width is None else f'posthoc:{width}'
 
 
 def model_of(exported: Exported, source: str) -> LatentDiffusion:
-    """The model that these weights and facts describe, on the CPU, in evaluation mode.
-
-    Args:
-        exported: Weights and facts; the model takes the tensors over as they are.
-        source: What to call them in messages.
+    """The model of these weights, whose tensors it takes over as they are: on the CPU, in evaluation mode.
 
     Raises:
         UserError: The weights do not fit the model; names what is missing, unknown or of another shape.
@@ -212,48 +172,28 @@ def image_size(model: LatentDiffusion) -> int:
     return model.decode(torch.zeros(1, *model.latent_shape, device=model.latent_scale.device)).shape[-1]
 
 
-def exported_run(path: str | os.PathLike[str]) -> str | None:
-    """The run that an exported file says it is of; None if it says none, or is no such file. Reads no weights."""
-    try:
-        with safe_open(path, framework='pt') as file:
-            config = json.loads((file.metadata() or {}).get('config', '{}'))
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return config.get('run_name') if isinstance(config, dict) else None
-
-
-def _posthoc(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Average:
-    """The average of this width that ends with the last snapshot before the checkpoint."""
-    power_ema = dict(state.get('algorithms', {})).get('PowerEMA')
-    if power_ema is None:
-        raise UserError(
-            f'{file}: the run kept no averages to choose from afterwards; train with algorithms.power_ema, or take '
-            f'weights=ema or raw'
-        )
-    if power_ema['previous'] is None:
-        raise UserError(f'{file}: the run had written no snapshot yet; take a later checkpoint')
-    component = config.algorithms.get('power_ema')
-    setting = None if component is None else component.kwargs.get('folder')
-    folder = (
-        file.parent / PowerEMA.default_folder if setting is None else setting.replace('{run_name}', config.run_name)
+def _average_afterwards(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Any:
+    """What the algorithm that keeps averages makes of this width (``AlgorithmFacts.average_afterwards``)."""
+    saved_parts = dict(state.get('algorithms', {}))
+    for part in config.algorithms.values():
+        saved = saved_parts.get(type(part.instance).__qualname__)
+        if saved is not None and hasattr(part.instance, 'average_afterwards'):
+            folder = part_folder(part, file.parent, config.run_name)
+            return part.instance.average_afterwards(saved, folder, width, allow_inexact=allow_inexact)
+    raise UserError(
+        f'{file}: the run kept no averages to choose from afterwards; train with algorithms.power_ema, or take '
+        f'weights=ema or raw'
     )
-    return reconstruct(folder, width, last=power_ema['previous'], allow_inexact=allow_inexact)
 
 
 def _check_config(config: Config, contract: Mapping[str, Any], file: Path) -> None:
     """The configuration in the folder must be the one that the checkpoint was trained with."""
-    tree = config.to_dict()
-    saved = {
-        name: contract[name] for name in ('model', 'objective', 'latent_scale', 'latent_shift') if name in contract
-    }  # fmt: skip
-    current = _of_these(tree, saved)
+    names = ('model', 'objective', 'latent_scale', 'latent_shift')
+    saved = {name: contract[name] for name in names if name in contract}
+    current = _of_these(config.to_dict(), saved)
     if saved != current:
-        raise ResumeError.from_differences(
-            f'{file.parent / "config.yaml"}',
-            saved,
-            current,
-            f'Put back the config.yaml that {file.name} was trained with.',
-        )
+        remedy = f'Put back the config.yaml that {file.name} was trained with.'
+        raise ResumeError.from_differences(f'{file.parent / "config.yaml"}', saved, current, remedy)
 
 
 def _of_these(tree: Any, saved: Any) -> Any:
@@ -268,29 +208,25 @@ def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Mani
     path = folder / DATA_NAME
     if path.exists():
         return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
-    manifest = planned_manifest(config)
+    manifest, place = planned_manifest(config), config.data.local
     if manifest is None:
         raise UserError(
-            f'{path}: there is no such file (the run is older than it), and no manifest of the data at '
-            f'{config.data.local!r}; copy manifest.json of the training data to {path}'
+            f'{path}: there is no such file (the run is older than it), and no manifest of the data at {place!r}; '
+            f'copy manifest.json of the training data to {path}'
         )
-    trained_on = contract.get('training_data')
-    if trained_on is not None and trained_on != identity(manifest):
-        raise ResumeError.from_differences(
-            config.data.local,
-            trained_on,
-            identity(manifest),
-            f'Copy manifest.json of the data that the run was trained on to {path}.',
-        )
+    trained_on, present = contract.get('training_data'), identity(manifest)
+    if trained_on is not None and trained_on != present:
+        remedy = f'Copy manifest.json of the data that the run was trained on to {path}.'
+        raise ResumeError.from_differences(place, trained_on, present, remedy)
     return manifest
 
 
 def _fill(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
     misshapen = [
-        f'{name} is {list(tensors[name].shape)}, the model has {list(shape)}'
+        f'{name} is {list(tensors[name].shape)}, the model has {shape}'
         for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name in tensors and list(tensors[name].shape) != shape
     ]
     complaints = {
         'not in the weights': sorted(shapes.keys() - tensors.keys()),

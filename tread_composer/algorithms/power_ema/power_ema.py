@@ -15,6 +15,7 @@ from composer.utils import create_interval_scheduler, dist
 
 from tread_composer.algorithms.averages import Averages, refuse_hidden_weights
 from tread_composer.algorithms.base import AlgorithmBase
+from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import (
     list_snapshots,
     power_exponent,
@@ -22,6 +23,7 @@ from tread_composer.algorithms.power_ema.snapshots import (
     write_snapshot,
 )
 from tread_composer.algorithms.schedule import parse_time
+from tread_composer.core.errors import UserError
 
 __all__ = ['PowerEMA']
 
@@ -113,6 +115,23 @@ class PowerEMA(AlgorithmBase):
         each, count = files['gib_each'], files['count']
         total = f'{count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
         return {'snapshots': f'{count:,} files of {each:,.2f} GiB, {total}'}
+
+    @staticmethod
+    def average_afterwards(saved: Mapping[str, Any], folder: Path, width: float, *, allow_inexact: bool) -> Average:
+        """The average of another width that ends with the last snapshot before a checkpoint.
+
+        Args:
+            saved: What the checkpoint holds of this algorithm.
+            folder: Where the snapshots are.
+            width: Relative standard deviation of the average.
+            allow_inexact: Take it even if the snapshots do not come close to it.
+
+        Raises:
+            UserError: There is no snapshot yet, or as ``posthoc.reconstruct``.
+        """
+        if saved['previous'] is None:
+            raise UserError(f'{folder}: the run had written no snapshot yet; take a later checkpoint')
+        return reconstruct(folder, width, last=saved['previous'], allow_inexact=allow_inexact)
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to: the widths. Interval and folder decide only what is written down."""

@@ -1,23 +1,23 @@
 """What an import is asked to do. Every fact that the files of a layout do not carry is asked for, with the reason."""
 
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 
-from tread_composer.conversion.settings import Settings, option
+from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources.base import read_class_names
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import Flag, argument_docs
 from tread_composer.data.columns import Kind
 
 __all__ = ['ImportSettings']
 
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(','))
-
+Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit']
+Numbers = Annotated[str, Flag(metavar='S[,S...]')]
 
 # How a fact is asked for, and the fields of which one must be given.
 _ALWAYS = {
@@ -28,7 +28,7 @@ _ALWAYS = {
     '--num-classes or --class-names': ('num_classes', 'class_names'),
 }
 _MIRRORS = {'--mirrors': ('mirrors',)}
-_OF_LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
+_OF_LAYOUT: dict[Layout, dict[str, tuple[str, ...]]] = {
     'maskdit-lmdb': {'--channels or --autoencoder PATH': ('channels', 'autoencoder'), **_MIRRORS},
     'maskdit-webdataset': _MIRRORS,
     'tread-webdataset': {
@@ -38,49 +38,55 @@ _OF_LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportSettings(Settings):
-    """Latents of one split, and what their files do not say about themselves."""
+    """Latents of one split, and what their files do not say about themselves.
 
-    source: str = option(MISSING, 'folder with the files of one split', names=('source',))
-    layout: str = option('', 'whose files they are', choices=tuple(_OF_LAYOUT), required=True)
-    split: str = option('', 'train or val', required=True)
-    files: str | None = option(None, "of tars or safetensors, e.g. '*-train-*.tar' (default: all)", metavar='PATTERN')
-    autoencoder_id: str | None = option(None, 'which autoencoder made the latents; the YAML of a run names the same')
-    autoencoder: str | None = option(None, 'its weights, so that no other decoder is used', metavar='PATH')
-    autoencoder_hash: str | None = option(None, 'or their hash, as KL(...).weight_hash() gives it')
-    resolution: int | None = option(None, 'side of the images in pixels', type=int, least=1)
-    crop: str | None = option(None, "'center' is ADM's, which all these projects use", choices=('none', 'center'))
-    num_classes: int | None = option(None, 'a class may have no sample here; 0 for no labels', type=int, least=0)
-    class_names: str | None = option(None, 'one name a line, in label order (default: the numbers)', metavar='FILE')
-    channels: int | None = option(
-        None, 'of a latent (4 for SD-VAE); an LMDB holds bytes without a shape', type=int, least=1
-    )
-    mirrors: str | None = option(
-        None,
-        "'second-half' if it was extracted with --xflip, 'none' if not (MaskDiT layouts only, whose files look alike)",
-        choices=('none', 'second-half'),
-    )
-    kind: Literal['moments', 'samples'] | None = option(
-        None,
-        "'samples' if the values were drawn from the posterior (as CompVis/tread reads them), else 'moments'",
-        choices=('moments', 'samples'),
-    )
-    stored_scale: tuple[float, ...] | None = option(
-        None, 'what raw latents were multiplied by (CompVis/tread: 0.18215)', type=_numbers, metavar='S[,S...]'
-    )
-    stored_shift: tuple[float, ...] | None = option(
-        None, 'what was subtracted before that (SD-VAE: 0); one, or one a channel', type=_numbers, metavar='S[,S...]'
-    )
+    Args:
+        source: Folder with the files of one split.
+        layout: Whose files they are.
+        split: train or val.
+        files: Which tars or safetensors, e.g. '*-train-*.tar' (default: all).
+        autoencoder_id: Which autoencoder made the latents; the YAML of a run names the same.
+        autoencoder: Its weights, so that no other decoder is used.
+        autoencoder_hash: Or their hash, as KL(...).weight_hash() gives it.
+        resolution: Side of the images in pixels.
+        crop: How they were cropped; 'center' is ADM's, which all these projects use.
+        num_classes: How many classes there are, for one may have no sample here; 0 for no labels.
+        class_names: File with one name a line, in label order (default: the numbers).
+        channels: Channels of a latent (4 for SD-VAE); an LMDB holds bytes without a shape.
+        mirrors: 'second-half' if it was extracted with --xflip, 'none' if not (MaskDiT layouts only, whose files look
+            alike).
+        kind: 'samples' if the values were drawn from the posterior (as CompVis/tread reads them), else 'moments'.
+        stored_scale: What raw latents were multiplied by, one number or one for each channel (CompVis/tread: 0.18215).
+        stored_shift: What was subtracted before that, one number or one for each channel (SD-VAE: 0).
+    """
+
+    source: Annotated[str, Flag('SOURCE')]
+    layout: Layout
+    split: str
+    files: Annotated[str | None, Flag(metavar='PATTERN')] = None
+    autoencoder_id: str | None = None
+    autoencoder: str | None = None
+    autoencoder_hash: str | None = None
+    resolution: Annotated[int | None, Ge(1)] = None
+    crop: Literal['none', 'center'] | None = None
+    num_classes: Annotated[int | None, Ge(0)] = None
+    class_names: str | None = None
+    channels: Annotated[int | None, Ge(1)] = None
+    mirrors: Literal['none', 'second-half'] | None = None
+    kind: Literal['moments', 'samples'] | None = None
+    stored_scale: Numbers | None = None
+    stored_shift: Numbers | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if Path(self.split).name != self.split or self.split.startswith('.'):
             raise UserError(f'--split {self.split}: the name of a folder is needed, such as train')
         asked = {**_ALWAYS, **_OF_LAYOUT[self.layout]}
-        reasons = {item.name: item.metadata.get('help') for item in fields(self)}
+        reasons = argument_docs(type(self))
         lines = [
-            f'  {name}: {reasons[names[0]]}'
+            f'  {name}: {" ".join(reasons[names[0]].split())}'
             for name, names in asked.items()
             if all(getattr(self, field) is None for field in names)
         ]
@@ -118,10 +124,20 @@ class ImportSettings(Settings):
             UserError: Not one number or one for each channel, a scale of zero, or one that is not finite.
         """
         # MaskDiT and LightningDiT store what the encoder gives; both scale when they read.
-        scale, shift = self.stored_scale or (1.0,), self.stored_shift or (0.0,)
+        scale, shift = (
+            _numbers(self.stored_scale or '1', '--stored-scale'),
+            _numbers(self.stored_shift or '0', '--stored-shift'),
+        )
         for name, values in (('--stored-scale', scale), ('--stored-shift', shift)):
             if len(values) not in (1, channels):
                 raise UserError(f'{name}: {len(values)} numbers for {channels} channels; give one, or one for each')
         if not np.isfinite([*scale, *shift]).all() or 0 in scale:
             raise UserError(f'--stored-scale {scale}, --stored-shift {shift}: finite, and no scale is zero')
         return tuple(np.array(values, np.float32).reshape(-1, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(','))
+    except ValueError:
+        raise UserError(f'{flag}: {text!r} is not a number, or numbers with commas between them') from None

@@ -6,7 +6,6 @@ Shapes: B samples, C channels, R x R pixels.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,106 +16,67 @@ from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.evaluate.sweep.parts import RowParts
+from tread_composer.evaluate.sweep.request import SweepRequest
 from tread_composer.evaluate.sweep.rows import combinations, run_sweep
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.metrics.features import FeatureSet, joined
-from tread_composer.metrics.measurer import Measurement, Measurer, silent
+from tread_composer.metrics.measurer import Measurer, silent
 from tread_composer.metrics.protocol import append_results
-from tread_composer.sample.request import check_overrides
 from tread_composer.samplers import SamplingSettings, guidance_cost
 from tread_composer.weights.exported import digest_of
 from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained, weights_name
 
-__all__ = ['SweepRequest', 'sampling_of', 'sweep']
-
-Pair = tuple[float, float]
+__all__ = ['rows_of', 'sampling_of', 'sweep']
 
 _TALK_EVERY = 60.0  # seconds
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
 
 
-@dataclass(frozen=True)
-class SweepRequest:
-    """One call of ``sweep``.
+def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
+    """The settings of each row; those that come to the same images stand once.
+
+    Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
 
     Args:
-        path: Run folder, checkpoint or exported file.
-        out: Folder of the rows.
-        measurement: What is measured; its ``batch_size`` is that of drawing, too.
-        guidance_scales: 1 is no guidance.
-        intervals: ``(low, high)`` in the objective's time, None for everywhere.
-        guidances: Kinds of guidance, each as ``{'guidance': name}`` with its settings beside it.
-        weights: Of ``'ema'``, ``'raw'`` and, of a run with ``algorithms.power_ema``, ``'posthoc:0.13'``.
-        sampler: Of all rows.
-        num_steps: Its steps.
-        num_samples: Images of each row, as many of each class.
-        seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
-        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-        overrides: Settings of the run's configuration that are otherwise now: only of the autoencoder.
+        log: Told how many combinations came to rows that were there.
+
+    Raises:
+        UserError: A combination is impossible.
     """
-
-    path: str
-    out: str
-    measurement: Measurement
-    guidance_scales: tuple[float, ...] = (1.0,)
-    intervals: tuple[Pair | None, ...] = (None,)
-    guidances: tuple[Mapping[str, Any], ...] = ({'guidance': 'classifier_free'},)
-    weights: tuple[str, ...] = ('ema',)
-    sampler: str = 'heun'
-    num_steps: int = 50
-    num_samples: int = 10_000
-    seed: int = 0
-    device: str | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_overrides(self.overrides)
-
-    def rows(self, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
-        """The settings of each row; those that come to the same images stand once.
-
-        Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
-
-        Args:
-            log: Told how many combinations came to rows that were there.
-
-        Raises:
-            UserError: A combination is impossible.
-        """
-        rows = []
-        choices = combinations(
-            weights=[weights_name(word) for word in self.weights],
-            guidance=self.guidances,
-            interval=self.intervals,
-            scale=self.guidance_scales,
-        )
-        for choice in choices:
-            weights = choice['weights']
+    rows = []
+    choices = combinations(
+        weights=[weights_name(word) for word in request.weights],
+        guidance=request.guidances,
+        interval=request.intervals,
+        scale=request.guidance_scales,
+    )
+    for choice in choices:
+        weights = choice['weights']
+        row = {
+            'weights': weights,
+            'guidance': choice['guidance']['guidance'],
+            'guidance_scale': choice['scale'],
+            'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
+            **choice['guidance'],
+        }
+        if not sampling_of(row, request).guides:
             row = {
-                'weights': weights,
-                'guidance': choice['guidance']['guidance'],
-                'guidance_scale': choice['scale'],
-                'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
-                **choice['guidance'],
+                'weights': choice['weights'],
+                'guidance': 'none',
+                'guidance_scale': 1.0,
+                'guidance_interval': None,
             }
-            if not sampling_of(row, self).guides:
-                row = {
-                    'weights': choice['weights'],
-                    'guidance': 'none',
-                    'guidance_scale': 1.0,
-                    'guidance_interval': None,
-                }
-            rows.append(row)
-        different = [entry['row'] for entry in combinations(row=rows)]
-        if len(different) < len(rows):
-            log(
-                f'{len(rows)} combinations come to {len(different)} rows: without guidance (scale 1) the images are '
-                'the same whatever its settings and the interval'
-            )
-        return different
+        rows.append(row)
+    different = [entry['row'] for entry in combinations(row=rows)]
+    if len(different) < len(rows):
+        log(
+            f'{len(rows)} combinations come to {len(different)} rows: without guidance (scale 1) the images are '
+            'the same whatever its settings and the interval'
+        )
+    return different
 
 
 def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettings:
@@ -147,7 +107,7 @@ def sweep(
     """
     if not ranks.is_first:
         log = silent
-    rows = request.rows(log)
+    rows = rows_of(request, log)
     device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
     with machine_for(device, 0, ranks.local_world), plain_float32(device):
         # Of the first rank, for all: a run that still trains must not give each of them other weights.

@@ -5,7 +5,7 @@ Shapes: B samples, C channels, O output channels, H x W latent pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.equation import Clock
+from tread_composer.samplers.settings import GuidedChannels, check_choice
 
 __all__ = [
     'Branches',
@@ -29,7 +30,6 @@ __all__ = [
     'needs_classes',
 ]
 
-GuidedChannels = Literal['all', 'first3']  # of the latents
 WeakLabel = Literal['same', 'null']  # the class of the weak branch
 
 Branches = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -110,12 +110,6 @@ def check_channels(guided_channels: GuidedChannels, channels: int) -> None:
             f"guided_channels: 'first3' repeats what DiT does with latents of 4 channels; these have {channels}, take "
             "'all'"
         )
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ``ValueError``, which names them, for a value that is none of the choices of a ``Literal``."""
-    if value not in get_args(choices):
-        raise ValueError(f'{name}: {value!r} is none of {", ".join(get_args(choices))}')
 
 
 def needs_classes(name: str, num_classes: int) -> None:

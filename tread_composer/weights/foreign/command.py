@@ -5,7 +5,6 @@ A file of weights says little of itself; what it cannot say is asked of the user
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
 from tread_composer.weights.foreign.files import LAYOUTS, layout_of, read_weights
+from tread_composer.weights.foreign.hints import Hints
 
-__all__ = ['Hints', 'import_weights', 'read_class_names']
+__all__ = ['import_weights', 'read_class_names']
 
 _OBJECTIVES = {
     'edm': {'name': 'edm'},
@@ -27,33 +27,6 @@ _KNOWN_OBJECTIVES: dict[str, dict[str, Any]] = {
     'sit': {'name': 'flow_matching', 'time_distribution': {'name': 'uniform'}},
     'maskdit': {'name': 'edm'},
 }
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What the user says of a file, because the file does not.
-
-    Attributes:
-        autoencoder: ``'pixels'``, a folder, a hub id or a file; what the weights' latents are of.
-        latent_scale: The factor on raw latents that the network was trained with: 0.18215 in all four projects.
-        class_names: A file with one name a line or a JSON list, or ``'numbers'``.
-        latent_shift: What was subtracted from the raw latents before.
-        autoencoder_hash: ``'sha256:...'`` of the autoencoder, if decoding with another is to be refused.
-        objective: ``'edm'`` or ``'flow_matching'``, for files of CompVis/tread, which trains both.
-        num_heads: For other than published sizes.
-        route: ``(start, end, selection_rate)`` that the weights were trained with.
-        batch: Batches that they were trained on.
-    """
-
-    autoencoder: str | None = None
-    latent_scale: float | None = None
-    class_names: str | None = None
-    latent_shift: float = 0.0
-    autoencoder_hash: str | None = None
-    objective: str | None = None
-    num_heads: int | None = None
-    route: tuple[int, int, float] | None = None
-    batch: int = 0
 
 
 def import_weights(

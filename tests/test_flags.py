@@ -1,0 +1,109 @@
+"""Flags are read off functions and requests: names, types, bounds, help, and what is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Lt
+from tread_composer.cli.import_latents import import_split
+
+from tread_composer.cli.commands import COMMANDS
+from tread_composer.cli.convert import convert_images
+from tread_composer.cli.flags import Parser, Typed, add_flags, flag_names
+from tread_composer.cli.program import run_program
+from tread_composer.core.errors import UserError
+from tread_composer.core.options import Flag, check_request
+
+CALLS: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Args:
+        path: Where it is.
+        count: How many.
+        overrides: Settings.
+    """
+
+    path: Annotated[str, Flag('PATH')]
+    count: Annotated[int, Ge(1), Flag('--count', '--samples')] = 3
+    shares: tuple[Annotated[float, Ge(0), Lt(1)], ...] = ()
+    span: Annotated[tuple[int, float] | None, Flag(metavar='LOW:HIGH')] = None
+    kind: Literal['one', 'two'] = 'one'
+    mirror: Annotated[bool, Flag('--no-mirror')] = True
+    settings: Annotated[Mapping[str, Any], Flag(entries=('rate',))] = field(default_factory=dict)
+    overrides: Annotated[Mapping[str, Any], Flag('key=value')] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_request(self)
+        if self.kind == 'two' and not self.mirror:
+            raise ValueError('two need a mirror')
+
+
+def command(typed: Typed, request: Request, quick: bool = False) -> None:
+    """Do it.
+
+    Args:
+        quick: Or not.
+
+    Example: here
+    """
+    CALLS.append({'typed': typed, 'request': request, 'quick': quick})
+
+
+def run(*words: str) -> dict[str, Any]:
+    assert run_program(command, 'it', words) == 0
+    return CALLS.pop()
+
+
+def test_words_become_the_request_and_only_what_is_typed_is_given():
+    words = 'here a=1 --count 5 --span 1:2.5 --settings x=[1] --rate 0.5 b=c --quick'
+    call = run(*words.split())
+    expected = Request('here', 5, span=(1, 2.5), settings={'x': [1], 'rate': 0.5}, overrides={'a': 1, 'b': 'c'})
+    assert call['request'] == expected and call['quick']
+    assert call['typed'].given == {'path', 'count', 'span', 'settings', 'rate', 'overrides', 'quick'}
+    assert run('here', '--samples', '4', '--no-mirror')['request'] == Request('here', 4, mirror=False)
+    assert str(run('a b')['typed']) == "it 'a b'"
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (
+            [],
+            'usage: it PATH [key=value ...] [options] (--help lists them)\nthe following arguments are required: PATH',
+        ),
+        (['x', '--cuont', '3'], "unrecognized arguments: --cuont 3. Did you mean '--count'?"),
+        (['x', '--a=1'], 'unrecognized arguments: --a=1; a setting is written key=value, without dashes'),
+        (['x', '--kind', 'tow'], "(choose from 'one', 'two'). Did you mean 'two'?"),
+        (['x', '--count', 'many'], "argument --count: invalid int value: 'many'"),
+        (['x', '--count', '0'], '--count: 0 must be at least 1'),
+        (['x', '--shares', '0.5', '1'], '--shares: 1.0 must be at least 0 and below 1'),
+        (['x', '--span', '1'], "argument --span: '1' is not LOW:HIGH, or none"),
+        (['x', '--settings', 'y'], "--settings: 'y' is not of the form key=value"),
+        (['x', '--kind', 'two', '--no-mirror'], 'two need a mirror'),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_message(words, message, capsys):
+    assert run_program(command, 'it', words) == 2
+    printed = capsys.readouterr().err
+    assert message in printed.replace('choose from one, two', "choose from 'one', 'two'") and 'Traceback' not in printed
+    assert not CALLS
+
+
+def test_a_request_that_is_made_in_python_keeps_the_same_bounds():
+    with pytest.raises(UserError, match="--kind: 'three'; choose of one, two"):
+        Request('x', kind='three')  # type: ignore[arg-type]
+    with pytest.raises(UserError, match='--count: 0 must be at least 1'):
+        Request('x', count=0)
+
+
+@pytest.mark.parametrize('function', [*COMMANDS, convert_images, import_split], ids=lambda function: function.__name__)
+def test_every_option_of_every_command_is_explained(function):
+    parser = Parser()
+    add_flags(parser, function)
+    assert not [action.dest for action in parser._actions if not action.help]
+    assert {action.dest for action in parser._actions} - {'help'} == set(flag_names(function))

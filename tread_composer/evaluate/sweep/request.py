@@ -1,0 +1,59 @@
+"""What ``sweep`` was asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from tread_composer.core.options import Device, Flag, Weights, check_request
+from tread_composer.metrics.measurement import Measurement
+from tread_composer.sample.request import Overrides, check_overrides
+
+__all__ = ['SweepRequest']
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """One call of ``sweep``.
+
+    Args:
+        path: A run folder, a checkpoint in one, or an exported .safetensors.
+        out: Folder of the rows; the same command goes on where it was interrupted.
+        measurement: What is measured; its ``batch_size`` is that of drawing, too.
+        guidance_scales: 1 is no guidance.
+        intervals: Where to guide, in the objective's time; the word none for everywhere.
+        guidances: Kinds of guidance, each as ``{'guidance': name}`` with its settings beside it.
+        weights: Which weights; ``posthoc:0.13`` of a run with ``algorithms.power_ema``.
+        sampler: Name of the sampler.
+        num_steps: Steps of the sampler.
+        num_samples: Images of each row, as many of each class.
+        seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
+        device: Where to compute (a GPU if there is one).
+        overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    path: Annotated[str, Flag('RUN')]
+    out: Annotated[str, Flag(metavar='FOLDER')]
+    measurement: Measurement
+    guidance_scales: Annotated[tuple[float, ...], Flag('--guidance-scale', metavar='SCALE')] = (1.0,)
+    intervals: Annotated[tuple[Pair | None, ...], Flag('--guidance-interval', '--interval', metavar='LOW:HIGH')] = (
+        None,
+    )
+    guidances: tuple[Mapping[str, Any], ...] = ({'guidance': 'classifier_free'},)
+    weights: tuple[Weights, ...] = ('ema',)
+    sampler: str = 'heun'
+    num_steps: Annotated[int, Flag('--steps')] = 50
+    num_samples: Annotated[int, Ge(2), Flag('--count', '--samples')] = 10_000
+    seed: Annotated[int, Ge(0)] = 0
+    device: Device | None = None
+    overrides: Overrides = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_request(self)
+        check_overrides(self.overrides)

@@ -1,0 +1,46 @@
+"""``python -m tread_composer inspect-model``: how to route somebody's model, found by running it."""
+
+from torch import nn
+
+from tread_composer.core.errors import UserError
+from tread_composer.core.named import import_named
+from tread_composer.routing import FoundSettings, RoutingError, find_settings
+
+__all__ = ['inspect_model']
+
+
+def inspect_model(reference: str, blocks: str | None = None) -> FoundSettings:
+    """Run a model densely and routed; what it prints as is the call of ``Tread`` that routes it.
+
+    Args:
+        reference: ``package.module:function``, called without arguments: it returns a model and ``run(model)``.
+        blocks: Dotted name of the block list; the only one if None.
+
+    Raises:
+        UserError: The function is not there or does not return these two, or the model cannot be routed.
+    """
+    module, _, name = reference.partition(':')
+    if not module or not name:
+        raise UserError(f'{reference}: write package.module:function, for example my_package.models:small_model')
+    try:
+        function = import_named(reference)
+    except ImportError as error:
+        raise UserError(
+            f'{reference}: {error}; Python must be able to import it: start the command in its folder, or set '
+            f'PYTHONPATH'
+        ) from None
+    pair = function()
+    if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[1]):
+        raise UserError(f'{reference}: returns {type(pair).__name__}; it must return the model and run(model), a pair')
+    if not isinstance(pair[0], nn.Module):
+        raise UserError(
+            f'{reference}: returns a model and run(model), but the first of the two is of type '
+            f'{type(pair[0]).__name__}; it must be a torch.nn.Module'
+        )
+    try:
+        settings = find_settings(*pair, blocks=blocks)
+    except (ValueError, RoutingError) as error:
+        raise UserError(f'{reference}: {error}') from None
+    if settings.fault is not None:
+        raise UserError(f'{reference}: {settings}')
+    return settings

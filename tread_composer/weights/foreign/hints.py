@@ -1,0 +1,43 @@
+"""What the user says of a file of weights, because the file does not."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from tread_composer.core.options import Flag, check_request
+
+__all__ = ['Hints']
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user says of a file of weights.
+
+    Args:
+        autoencoder: What made the latents: a hub id, a folder, a file, or ``pixels``.
+        latent_scale: Factor on raw latents in training; 0.18215 in all four projects.
+        class_names: A file with one name a line or a JSON list, or ``numbers``.
+        latent_shift: Subtracted from the raw latents before.
+        autoencoder_hash: ``sha256:...`` of the autoencoder, if decoding with another is to be refused.
+        objective: Of a file of CompVis/tread, which trains both.
+        num_heads: Attention heads, for other than published sizes.
+        route: First block, last block and selection rate that the weights were trained with.
+        batch: Batches that they were trained on, if known.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    autoencoder: str | None = None
+    latent_scale: float | None = None
+    class_names: str | None = None
+    latent_shift: float = 0.0
+    autoencoder_hash: str | None = None
+    objective: Literal['edm', 'flow_matching'] | None = None
+    num_heads: Annotated[int | None, Ge(1)] = None
+    route: Annotated[tuple[int, int, float] | None, Flag(metavar='START,END,RATE')] = None
+    batch: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        check_request(self)
