@@ -8,7 +8,7 @@ import pytest
 from annotated_types import Ge, Lt
 from tread_composer.cli.import_latents import import_split
 
-from tread_composer.cli.commands import COMMANDS
+from tread_composer.cli.commands import COMMANDS, main
 from tread_composer.cli.convert import convert_images
 from tread_composer.cli.flags import Parser, Typed, add_flags, flag_names
 from tread_composer.cli.program import run_program
@@ -99,6 +99,11 @@ def test_a_request_that_is_made_in_python_keeps_the_same_bounds():
         Request('x', kind='three')  # type: ignore[arg-type]
     with pytest.raises(UserError, match='--count: 0 must be at least 1'):
         Request('x', count=0)
+
+
+def test_no_word_at_all_is_refused_and_a_setting_belongs_to_some_commands_only(capsys):
+    for words, message in (([], 'required: command'), (['schema', 'a=b'], 'unrecognized arguments: a=b')):
+        assert main(words) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('function', [*COMMANDS, convert_images, import_split], ids=lambda function: function.__name__)

@@ -1,8 +1,6 @@
 """``load_trained`` gives back the model that was trained, whatever of it the user names, or says what is wrong."""
 
 import json
-import os
-import pickle
 import shutil
 
 import pytest
@@ -170,40 +168,11 @@ def test_weights_that_do_not_fit_are_named(copy):
 
 def test_a_truncated_checkpoint_is_passed_over_and_never_read(copy, capsys):
     newest = (copy / 'latest-rank0.pt').resolve()
-    others = [path for path in copy.glob('ep*.pt') if path != newest]
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r'latest-rank0.pt: damaged.*cut off.*copied to its end'):
         load_trained(copy / 'latest-rank0.pt')
-    assert others and load_trained(copy).batch < 3
+    assert load_trained(copy).batch < 3
     assert f'{newest}: passed over' in capsys.readouterr().err
-    for file in (newest, *others):
-        file.write_bytes(b'')
-    with pytest.raises(UserError, match=r'each checkpoint in it is damaged(.|\n)*ep0-ba3-rank0.pt: .*0 bytes'):
-        load_trained(copy)
-
-
-class _Trap:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-@pytest.mark.parametrize('save', [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content))])
-def test_a_file_that_would_run_code_is_refused_and_nothing_runs(copy, tmp_path, save):
-    (copy / 'latest-rank0.pt').unlink()
-    save({'state': {'model': _Trap(tmp_path / 'ran')}}, copy / 'latest-rank0.pt')
-    with pytest.raises(UserError, match=r'latest-rank0.pt'):
-        load_trained(copy / 'latest-rank0.pt')
-    assert not (tmp_path / 'ran').exists()
-
-
-def test_the_code_that_would_have_run_is_named(copy, tmp_path):
-    (copy / 'latest-rank0.pt').unlink()
-    torch.save({'state': {'run_name': _Trap(tmp_path / 'ran')}}, copy / 'latest-rank0.pt')
-    with pytest.raises(UserError, match=r'posix.mkdir out of it could run code.*Nothing was run'):
-        load_trained(copy)
 
 
 def test_wrong_paths_say_what_belongs_there(copy, tmp_path):
@@ -213,10 +182,6 @@ def test_wrong_paths_say_what_belongs_there(copy, tmp_path):
         load_trained(tmp_path / 'nowhere.safetensors')
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no checkpoint'):
-        load_trained(tmp_path / 'empty')
-    (tmp_path / 'empty' / 'ep1-ba10').mkdir()
-    (tmp_path / 'empty' / 'ep1-ba10' / '.metadata').touch()
-    with pytest.raises(UserError, match=r'a sharded checkpoint.*state_dict_type=full'):
         load_trained(tmp_path / 'empty')
     torch.save({'weights': torch.zeros(2)}, copy / 'other.pt')
     with pytest.raises(UserError, match=r'no checkpoint of a run.*tread_composer import'):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from composer.core import Algorithm, Callback, Event
 
-from tread_composer.config import Component, load_config, part_names
+from tread_composer.config import Component, part_names
 from tread_composer.config.components import check_component, component_schema
 from tread_composer.config.registry import KINDS, resolve
-from tread_composer.routing import Route
 
 EVERY = [(kind, name) for kind in KINDS for name in part_names(kind)]
 
@@ -52,55 +51,6 @@ def test_names():
     assert {'adam', 'adamw', 'sgd', 'decoupled_adamw', 'decoupled_sgdw'} == set(part_names('optimizer'))
     assert resolve('algorithm', 'ema').__module__.startswith('tread_composer.')
     assert resolve('algorithm', 'composer_ema') is composer.algorithms.EMA
-
-
-@pytest.mark.parametrize(
-    ('override', 'part'),
-    [
-        ('algorithms.gradient_clipping={}', 'algorithms.gradient_clipping.clipping_threshold: is missing'),
-        (
-            'algorithms.gradient_clipping={clipping_type: foo, clipping_threshold: 1}',
-            "clipping_type: 'foo' is not one of 'adaptive', 'norm', 'value'",
-        ),
-        ('algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: x}', "'x' is not a number"),
-        ('algorithms.gated_linear_units={act_fn: relu}', 'which YAML cannot write'),
-        ('algorithms.composer_ema={half_life: null, smoothing: 0.9}', 'EMA refuses these arguments'),
-        ('algorithms.composer_ema={half_life: 10}', 'algorithms.composer_ema.half_life: a bare number has no unit'),
-        ('algorithms.swa={swa_start: soon}', "algorithms.swa.swa_start: 'soon' is not a time"),
-        ('algorithms.low_precision_layer_norm={apply_at: never}', "'never' is not one of 'init', "),
-        ('algorithms.tread=half', "algorithms.tread: 'half' is not a mapping of arguments"),
-        ('algorithms.tread.selection_rate=1.5', 'algorithms.tread: Tread refuses these arguments: selection_rate: 1.5'),
-        ('algorithms.tread.end_time=0.9', 'algorithms.tread.end_time: a bare number has no unit'),
-        ('algorithms.tread.end_time=0.9durr', "algorithms.tread.end_time: '0.9durr' is not a time"),
-        ('algorithms.tread.token_arguments=rope', "'rope' is not a list"),
-        ('algorithms.tread.start=7', 'algorithms.tread: the route from block 7 to block -4 does not fit 8 blocks'),
-        ('algorithms.tread={start: 1, routes: [{start: 3}]}', 'give either routes or start'),
-        ('callbacks.generate={prompts: [a], interval: 1ba, top_k: 3}', 'callbacks.generate.top_k: unknown setting'),
-        ('callbacks.nan_monitor={x: 1}', 'callbacks.nan_monitor.x: unknown setting'),
-        ('callbacks.sample_grid={}', "callbacks.sample_grid.weights: 'ema', but there is no algorithms.ema"),
-        ('callbacks.digits_quality={num_samples: 5, weights: raw}', 'DigitsQuality refuses these arguments'),
-        ('callbacks.speed_monitor.window_size=many', "'many' is not a whole number"),
-        ('callbacks.early_stopper={monitor: a, dataloader_label: b, patience: 3}', 'a bare number has no unit'),
-        ('loggers.mlflow={}', 'loggers.mlflow.experiment_name: is missing'),
-        ('loggers.mlflow={experiment_name: 3}', 'loggers.mlflow.experiment_name: 3 is not text'),
-        ('optimizer.betas=[0.9]', 'optimizer.betas'),
-        ('optimizer.lr=-1.0', 'AdamW refuses these arguments: Invalid learning rate'),
-        ('optimizer={name: sgd}', 'optimizer.lr: is missing'),
-        ('optimizer.params=[1]', 'optimizer.params: unknown setting'),
-        ('scheduler={t_warmup: 3ba}', 'scheduler.name: is missing; say which scheduler'),
-        ('scheduler={name: constant_with_warmup}', 'scheduler.t_warmup: is missing'),
-        ('scheduler={name: multi_step, milestones: [1ep, 2]}', 'scheduler.milestones.1: a bare number has no unit'),
-    ],
-)
-def test_refused(override, part, message):
-    assert part in message(override)
-
-
-def test_overlapping_routes(base, message):
-    base.write_text(base.read_text().replace('{start: 2, end: -4, selection_rate: 0.5}', '{}'))
-    assert 'overlap' in message('algorithms.tread={routes: [{start: 1, end: 3}, {start: 3, end: 5}]}')
-    config = load_config(base, ['algorithms.tread={routes: [{start: 1, end: 2}, {start: 3}]}'])
-    assert config.algorithms['tread'].build().routes == (Route(1, 2), Route(3, -4))
 
 
 def test_build():

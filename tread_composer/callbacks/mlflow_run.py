@@ -97,7 +97,7 @@ class MLflowRun(MLFlowLogger):
         self._watch: RunWatch | None = None
         self._client: Any = None
         self._id: str | None = None
-        self._found: dict[str, str] | None = None  # the run of this name that was there before: its id and status
+        self._earlier: dict[str, str] | None = None  # id and status of the run of this name from before
         self._pending: list[tuple[str, float, int, int]] = []
         self._last_flush = time.monotonic()
         self._fitting = self._evaluating = self._done = False
@@ -117,6 +117,7 @@ class MLflowRun(MLFlowLogger):
         return f'{without_password(uri)}: answers'
 
     def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
+        """Make store and experiment if they do not exist."""
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -130,8 +131,7 @@ class MLflowRun(MLFlowLogger):
         experiment = client.get_experiment_by_name(experiment_name)
         if experiment is None:
             # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
-            by_client = not uri.startswith(('http:', 'https:', 'databricks'))
-            location = (self.folder / 'mlflow_artifacts').as_uri() if by_client else None
+            location = None if _is_server(uri) else (self.folder / 'mlflow_artifacts').as_uri()
             try:
                 client.create_experiment(experiment_name, artifact_location=location)
             except MlflowException:
@@ -150,7 +150,7 @@ class MLflowRun(MLFlowLogger):
 
     def ui_command(self) -> str:
         """The command that shows the store in a browser; for a server, its address."""
-        if self.tracking_uri.startswith(('http:', 'https:', 'databricks')):
+        if _is_server(self.tracking_uri):
             return self.tracking_uri
         beside = Path(sys.executable).parent / 'mlflow'
         program = 'mlflow' if shutil.which('mlflow') or not beside.exists() else beside
@@ -165,18 +165,24 @@ class MLflowRun(MLFlowLogger):
     def init(self, state: State, logger: Logger) -> None:
         """Find the run of this name in the experiment, or make it."""
         if dist.get_global_rank() == 0:
-            self._found = self._earlier_run(state.run_name)
+            from mlflow import MlflowClient
+
+            client = MlflowClient(self.tracking_uri)
+            experiment = client.get_experiment_by_name(str(self.experiment_name))
+            assert experiment is not None  # made by the constructor
+            runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{state.run_name}"')
+            self._earlier = {'id': runs[0].info.run_id, 'status': runs[0].info.status} if runs else None
         self._begin(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
-        earlier = [self._found]
-        dist.broadcast_object_list(earlier, src=0)
-        if earlier[0] is not None and int(state.timestamp.batch) == 0:
-            self._leave_found_run(state.run_name)
+        box = [self._earlier]
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is not None and int(state.timestamp.batch) == 0:
+            self._leave_earlier_run(state.run_name)
             self._begin(state, logger)
             if dist.get_global_rank() == 0:
-                self._client.set_tag(earlier[0]['id'], 'tread_composer.superseded_by', self._id)
+                self._client.set_tag(box[0]['id'], 'tread_composer.superseded_by', self._id)
         super().after_load(state, logger)
 
     def _begin(self, state: State, logger: Logger) -> None:
@@ -193,30 +199,19 @@ class MLflowRun(MLFlowLogger):
             self._id = active.info.run_id
             self._watch = RunWatch(self.tracking_uri, self._id, owner)
 
-    def _earlier_run(self, run_name: str) -> dict[str, str] | None:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.tracking_uri)
-        assert self.experiment_name is not None
-        experiment = client.get_experiment_by_name(self.experiment_name)
-        assert experiment is not None  # made by the constructor
-        runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
-        return {'id': runs[0].info.run_id, 'status': runs[0].info.status} if runs else None
-
-    def _leave_found_run(self, run_name: str) -> None:
+    def _leave_earlier_run(self, run_name: str) -> None:
         """Give the earlier run back as it was, under a tag by which it is not found again."""
         if dist.get_global_rank() != 0:
             return
         import mlflow
 
-        assert self._found is not None
-        assert self._watch is not None
+        assert self._earlier is not None and self._watch is not None
         # A run that still counted as RUNNING had died together with its watcher.
-        status = 'FAILED' if self._found['status'] == 'RUNNING' else self._found['status']
-        self._client.set_tag(self._found['id'], 'run_name', f'{run_name} (superseded)')
+        status = 'FAILED' if self._earlier['status'] == 'RUNNING' else self._earlier['status']
+        self._client.set_tag(self._earlier['id'], 'run_name', f'{run_name} (superseded)')
         mlflow.end_run(status)
         self._watch.finished()
-        self._found = None
+        self._earlier = None
 
     # --- what is logged ---
 
@@ -259,9 +254,8 @@ class MLflowRun(MLFlowLogger):
         new = [Param(name, value) for name, value in named.items() if name not in stored]
         for start in range(0, len(new), _PARAMS_A_REQUEST):
             self._client.log_batch(self._id, params=new[start : start + _PARAMS_A_REQUEST])
-        return [
-            f'{name}: {stored[name]} -> {value}' for name, value in named.items() if stored.get(name, value) != value
-        ]
+        changed = {name: value for name, value in named.items() if stored.get(name, value) != value}
+        return [f'{name}: {stored[name]} -> {value}' for name, value in changed.items()]
 
     def log_file(self, path: str | Path, artifact_folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, under its own name; replaces one of that name."""
@@ -376,6 +370,10 @@ def _ask(uri: str) -> None:
     finally:
         for name, value in saved.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(('http:', 'https:', 'databricks'))
 
 
 @contextlib.contextmanager

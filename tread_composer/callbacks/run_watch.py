@@ -66,8 +66,7 @@ def _wait_for_the_end(parent: int) -> bytes:
     """
     word = b''
     while os.getppid() == parent:
-        readable, _, _ = select.select([0], [], [], _POLL_SECONDS)
-        if readable:
+        if select.select([0], [], [], _POLL_SECONDS)[0]:
             piece = os.read(0, 4096)
             if not piece:
                 break
@@ -88,12 +87,11 @@ def _mark_failed(tracking_uri: str, run_id: str, owner: str) -> None:
 
 
 def _watch() -> None:
-    line = b''
-    while not line.endswith(b'\n'):
-        piece = os.read(0, 1)
-        if not piece:
-            return
-        line += piece
+    # Byte by byte: what follows the line is read with the descriptor, which knows nothing of a buffer.
+    with open(0, 'rb', buffering=0, closefd=False) as stream:
+        line = stream.readline()
+    if not line.endswith(b'\n'):
+        return
     task = json.loads(line)
     if _WORD in _wait_for_the_end(task.pop('parent')):
         return

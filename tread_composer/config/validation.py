@@ -113,7 +113,8 @@ def _expected(detail: Any) -> str:
         expected = detail['ctx']['expected'].replace(' or ', ', ')
         return f'one of {expected.replace("False", "false").replace("True", "true")}'
     if detail['type'].startswith(('greater_than', 'less_than', 'too_', 'string_too')):
-        return detail['msg'].replace('Input should be', '').replace('Input should', 'such that it').strip().lower()
+        text = detail['msg'].replace('Input should be', '').replace('String should have', 'a text of')
+        return text.replace('List should have', 'a list of').strip().lower()
     return _EXPECTED.get(detail['type'], '')
 
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ _OF_BYTES = (errno.EIO, errno.ENOENT, errno.EINVAL)
 _DIRECTORY = 0x10  # torch's reader leaves the memory of an entry with this attribute unfilled, without a word
 
 
-def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
+def find_checkpoint(folder: Path) -> Path:
     """The newest whole checkpoint of a run that is one file; damaged ones are passed over with a line on stderr.
 
     Only reads: it is ``WholeCheckpointSaver`` that sets damaged ones aside, when the run itself starts again.
@@ -64,18 +64,17 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: There is none, all are damaged, or the newest is sharded.
     """
-    folder = Path(folder)
     newest, damaged = newest_whole(folder)
     for path, reason in damaged.items():
         print(f'{path}: passed over, it is damaged: {reason}', file=sys.stderr)
-    if newest is not None and newest.is_dir():
+    if newest is not None and not newest.is_dir():
+        return newest
+    if newest is not None:
         raise UserError(
             f'{newest}: a sharded checkpoint, a folder with files of each rank, which only training under FSDP reads. '
             f'Make one file of it, and give that: python -m torch.distributed.checkpoint.format_utils dcp_to_torch '
             f'{newest} {folder / "whole-rank0.pt"} (a run with parallelism_config.fsdp.state_dict_type=full saves one)'
         )
-    if newest is not None:
-        return newest
     if damaged:
         lines = '\n'.join(f'  {path.name}: {reason}' for path, reason in damaged.items())
         raise UserError(f'{folder}: each checkpoint in it is damaged. Was it copied to its end?\n{lines}')
@@ -89,7 +88,7 @@ def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> 
     """The checkpoint to go on from, and the damaged ones that are newer, each with what is wrong with it.
 
     Args:
-        folder: Of a run; it may be missing.
+        folder: The run's folder; it may be missing.
         names: What the name of a checkpoint, without ``.pt``, may match; each with a group ``batch``.
     """
     damaged: dict[Path, str] = {}
@@ -110,22 +109,20 @@ def checkpoints_in(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME, a
     """
     entries: list[tuple[float, bool, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        name = path.stem if path.suffix == '.pt' else path.name
-        match = _match(name, names)
         if path.name.startswith('.') or path.name.endswith(_ASIDE) or not path.exists():
             continue
+        match, target = _match(path, names), path.resolve()
         if path.name == _LATEST:
-            target = path.resolve()
-            counted = path.is_symlink() and target.parent == folder.resolve()
-            if not (counted and _match(target.name.removesuffix('.pt'), names)):
+            is_counted = path.is_symlink() and target.parent == folder.resolve() and _match(target, names)
+            if not is_counted:
                 entries.append((_batch_in(path), path.is_file(), path))
         elif match and (path.is_file() if path.suffix == '.pt' else _is_sharded(path)):
             entries.append((int(match['batch']), path.is_file(), path))
     return [path for batch, _, path in sorted(entries, reverse=True) if batch > after]
 
 
-def _match(name: str, names: Iterable[re.Pattern[str]]) -> re.Match[str] | None:
-    return next(filter(None, (pattern.fullmatch(name) for pattern in names)), None)
+def _match(path: Path, names: Iterable[re.Pattern[str]]) -> re.Match[str] | None:
+    return next(filter(None, (pattern.fullmatch(path.name.removesuffix('.pt')) for pattern in names)), None)
 
 
 def _batch_in(path: Path) -> float:
@@ -179,11 +176,7 @@ def _hindrance(error: BaseException) -> str | None:
 
 
 def check_whole(path: Path) -> Path:
-    """The path itself, if the checkpoint there is whole.
-
-    Raises:
-        UserError: It is damaged, or no checkpoint.
-    """
+    """The path itself; ``UserError`` if what is there is damaged, or no checkpoint."""
     reason = damage(path)
     if reason is not None:
         raise UserError(f'{path}: damaged, or no checkpoint: {reason}. Was it copied to its end?')
@@ -228,19 +221,18 @@ def _damage_of_folder(path: Path) -> str | None:
     return f'{different[0]} is missing or has changed since it was written' if different else None
 
 
-def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def file_digests(folder: Path, names: Collection[str]) -> dict[str, str]:
     """``'<bytes>:sha256:...'`` of files in a folder; four at once, as hashing leaves the interpreter free."""
-    names = list(names)
+
+    def digest_of(name: str) -> str:
+        digest = hashlib.sha256()
+        with open(folder / name, 'rb') as file:
+            for piece in iter(lambda: file.read(_CHUNK), b''):
+                digest.update(piece)
+            return f'{file.tell()}:sha256:{digest.hexdigest()}'
+
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(names, pool.map(lambda name: _file_digest(folder / name), names), strict=True))
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for piece in iter(lambda: file.read(_CHUNK), b''):
-            digest.update(piece)
-    return f'{path.stat().st_size}:sha256:{digest.hexdigest()}'
+        return dict(zip(names, pool.map(digest_of, names), strict=True))
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
@@ -251,11 +243,7 @@ def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Give a checkpoint, of which every byte is on the disk, its name.
-
-    Raises:
-        OSError: It cannot be renamed.
-    """
+    """Give a checkpoint, of which every byte is on the disk, its name."""
     if path.is_dir():  # only with save_overwrite: a folder cannot take the place of a full one
         remove(path)
     os.replace(unfinished, path)
@@ -263,16 +251,13 @@ def publish(unfinished: Path, path: Path) -> None:
 
 
 def point_to(link: Path, path: Path) -> None:
-    """Make ``link`` name a checkpoint beside it, in one step: there is no moment without a latest checkpoint.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    if link.is_symlink() and os.readlink(link) == os.path.relpath(path, link.parent):
+    """Make ``link`` name a checkpoint beside it, in one step: there is no moment without a latest checkpoint."""
+    target = os.path.relpath(path, link.parent)
+    if link.is_symlink() and os.readlink(link) == target:
         return
     beside = link.with_name(f'{UNFINISHED}{link.name}')
     beside.unlink(missing_ok=True)
-    beside.symlink_to(os.path.relpath(path, link.parent))
+    beside.symlink_to(target)
     if link.is_dir() and not link.is_symlink():  # a sharded checkpoint, copied with links followed
         set_aside(link, '.replaced')
     os.replace(beside, link)
@@ -317,4 +302,4 @@ def _is_of_the_run(path: Path) -> bool:
     name = path.name.removeprefix(UNFINISHED)
     if path.is_symlink() or path.suffix == '.pt':  # `whole_file` makes no links, and puts letters behind the name
         return True
-    return _match(name, _ANY_NAME) is not None if path.is_dir() else name.startswith(_RUN_FILES)
+    return _match(Path(name), _ANY_NAME) is not None if path.is_dir() else name.startswith(_RUN_FILES)

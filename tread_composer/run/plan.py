@@ -4,7 +4,6 @@ The network is built and run on torch's meta device: shapes only, no memory, no 
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,11 +26,7 @@ _GIB = 2**30
 
 
 def make_plan(config: Config, world_size: int) -> dict[str, Any]:
-    """The figures of a run.
-
-    Args:
-        config: A loaded configuration.
-        world_size: Number of ranks.
+    """The figures of a run on so many ranks.
 
     Returns:
         ``parameters``, ``tokens_per_block``, ``gmacs_dense`` (the network without token-saving methods) and
@@ -43,19 +38,17 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         UserError: Neither data nor configuration say what the latents look like.
     """
     facts = _data_facts(config)
-    shape = {name: facts[name] for name in ('channels', 'latent_size', 'num_classes')}
     with torch.device('meta'):
-        denoiser = build_denoiser(config, **shape)
+        denoiser = build_denoiser(config, **{key: facts[key] for key in ('channels', 'latent_size', 'num_classes')})
+    algorithms = {name: part.instance for name, part in config.algorithms.items()}
+    savers = {name: algorithm for name, algorithm in algorithms.items() if hasattr(algorithm, 'rehearse')}
     dense = count_macs(denoiser, facts)
-    savers = {name: part.instance for name, part in config.algorithms.items() if hasattr(part.instance, 'rehearse')}
     routed = count_macs(denoiser, facts, savers) if savers else dense
-    per_rank = config.global_train_batch_size // world_size
-    micro = config.device_train_microbatch_size
+    per_rank, micro = config.global_train_batch_size // world_size, config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
-    length = _length(config, facts['num_samples'])
-    parameters, depth = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), depth_of(denoiser)
+    depth = depth_of(denoiser)
     plan = {
-        'parameters': parameters,
+        'parameters': _trainable(denoiser),
         'num_tokens': denoiser.num_tokens,
         'depth': depth,
         'tokens_per_block': tokens_per_block(savers.values(), depth, denoiser.num_tokens),
@@ -65,16 +58,18 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         # The backward pass scales as the forward pass does, so this is the ratio of whole steps.
         'ideal_step_ratio': dense / routed,
         'sampling': sampling_cost(denoiser, facts),
-        'limits': _limits(config),
+        'limits': {name: text for name, text in map(_limit, algorithms.items()) if text},
         'world_size': world_size,
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
-        **length,
+        **_length(config, facts['num_samples']),
         'memory_gib': _memory(config, denoiser, facts, savers, micro),
         **facts,
     }
-    return {**plan, 'snapshots': _files(config, plan)}
+    # Files that an algorithm leaves beside the checkpoints; None where there are none.
+    writers = [algorithm for algorithm in algorithms.values() if hasattr(algorithm, 'files_written')]
+    return {**plan, 'snapshots': writers[0].files_written(plan) if writers else None}
 
 
 def _in_words(route: Route, depth: int) -> str:
@@ -82,45 +77,37 @@ def _in_words(route: Route, depth: int) -> str:
     return f'blocks {start} to {end} (of 0 to {depth - 1}) without {route.selection_rate:.0%} of the tokens'
 
 
-def _limits(config: Config) -> dict[str, str]:
+def _limit(named: tuple[str, Any]) -> tuple[str, str]:
     """What a run with an algorithm of Composer's cannot do, with the reasons."""
-    limits = {}
-    for name, component in config.algorithms.items():
-        algorithm = component.instance
-        reasons = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
-        texts = [f'cannot be {verb}: {reason}' for verb, reason in reasons.items() if reason is not None]
-        if texts:
-            limits[name] = '; '.join(texts)
-    return limits
+    name, algorithm = named
+    reasons = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
+    return name, '; '.join(f'cannot be {verb}: {reason}' for verb, reason in reasons.items() if reason is not None)
+
+
+def _trainable(denoiser: Any) -> int:
+    return sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
 
 
 def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, micro: int) -> dict[str, float]:
-    """Bytes on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
-    trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    """GiB on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
     averages = sum(num_averages(part.instance) for part in config.algorithms.values())
+    copy = _trainable(denoiser) * 4 / _GIB  # of the trainable weights, float32
     network = denoiser.to(torch.bfloat16) if (config.precision_name or '').startswith('amp') else denoiser
-    saved: dict[int, int] = {}
+    saved: dict[int, Tensor] = {}  # by storage, which views share
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    kept_alive = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: (kept_alive.append(tensor), note(tensor))[1], lambda t: t
-    ):
-        kept_alive.append(run_with_shapes(network, facts, savers))
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    activations = sum(size for key, size in saved.items() if key not in weights) * micro
-    return {
-        'weights_and_gradients': trainable * 8 / _GIB,
-        'optimizer': trainable * 4 * moments / _GIB,
-        'average': trainable * 4 * averages / _GIB,
-        'activations': activations / _GIB,
-        'total': (trainable * 4 * (2 + moments + averages) + activations) / _GIB,
-    }
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = run_with_shapes(network, facts, savers)  # alive, and with it what autograd holds
+    for parameter in network.parameters():
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) * micro / _GIB
+    del prediction
+    parts = {'weights_and_gradients': 2 * copy, 'optimizer': copy * moments, 'average': copy * averages}
+    return {**parts, 'activations': activations, 'total': copy * (2 + moments + averages) + activations}
 
 
 def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
@@ -135,24 +122,11 @@ def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
     return {'batches': batches, 'batches_per_epoch': per_epoch, 'epochs': epochs}
 
 
-def _files(config: Config, plan: Mapping[str, Any]) -> dict[str, float] | None:
-    """Files that an algorithm leaves beside the checkpoints (``count``, ``gib_each``); None where there are none."""
-    for part in config.algorithms.values():
-        if hasattr(part.instance, 'files_written'):
-            return part.instance.files_written(plan)
-    return None
-
-
 def _data_facts(config: Config) -> dict[str, Any]:
-    manifest = planned_manifest(config)
+    data, manifest = config.data, planned_manifest(config)
     if manifest is not None:
-        return {
-            'channels': manifest.channels,
-            'latent_size': manifest.latent_height,
-            'num_classes': manifest.num_classes,
-            'num_samples': manifest.num_samples,
-        }
-    data = config.data
+        facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height}
+        return {**facts, 'num_classes': manifest.num_classes, 'num_samples': manifest.num_samples}
     assert isinstance(data, LatentsData)  # the digits always have a manifest
     expected = {'channels': data.channels, 'latent_size': data.latent_size, 'num_classes': data.num_classes}
     unsaid = [f'data.{name}' for name, value in expected.items() if value is None]

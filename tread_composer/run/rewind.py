@@ -6,10 +6,8 @@ in ``rewinds.json`` beside the checkpoints, so a later resume leaves the same on
 """
 
 import atexit
-import json
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as torch_dist
@@ -21,7 +19,7 @@ from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 from tread_composer.callbacks.update_guard import RewindError
 from tread_composer.config import Config
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import write_json
+from tread_composer.io.files import read_json, write_json
 
 __all__ = ['REWINDS_NAME', 'rewind', 'skipped_batches']
 
@@ -75,13 +73,10 @@ def rewind(config: Config, trainer: Trainer, request: RewindError, began_at: int
 
 
 def _read(config: Config) -> list[dict]:
-    if config.save_folder is None:
-        return []
-    path: Path = run_folder(config) / REWINDS_NAME
-    if not path.exists():
+    path = None if config.save_folder is None else run_folder(config) / REWINDS_NAME
+    if path is None or not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text())
-        return [{key: entry[key] for key in ('checkpoint', 'batch', 'reason')} for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [{key: entry[key] for key in ('checkpoint', 'batch', 'reason')} for entry in read_json(path)]
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: damaged ({error}); it says which batches this run leaves out') from None

@@ -1,0 +1,175 @@
+"""What the typed tree refuses, and in which words. ``tests/frozen/refusals.py`` has more, through the command line."""
+
+import pytest
+
+from tests.runs import ROOT
+from tread_composer.config import ConfigError, load_config
+
+# An override of `base.yaml`, and what the message says of it.
+REFUSED = """
+seed="17" -> seed: '17' is not a whole number; write it without quotes
+seed=1.0 -> seed: 1.0 is not a whole number
+seed=true -> seed: true is not a whole number
+compile=yes -> compile: 'yes' is not true or false; write true or false
+run_name=12 -> run_name: 12 is not text; write it in quotes
+run_name="" -> run_name: '' is not a text of at least 1 character
+label_dropout=.nan -> is not a finite number
+latent_scale=[1, x] -> latent_scale.1: 'x' is not a number
+max_duration=null -> max_duration: is missing
+max_duration=1dur -> max_duration: '1dur' is no length of a run
+eval_interval=200 -> write '200ep' or '200ba'
+eval_interval=200batches -> units 'iter', 'ep', 'ba', 'sp', 'tok', 'dur', 'sec'
+eval_interval=1.5ba -> '1.5ba' is not a time
+optimizers=1 -> optimizers: is made from 'optimizer'
+algorithm_passes=1 -> algorithm_passes: takes functions, which YAML cannot write
+autoresume=true -> autoresume: true needs save_folder
+device_train_microbatch_size=0.5 -> device_train_microbatch_size: 0.5 is not a whole number
+device_train_microbatch_size=0 -> take one of 1, 2, 4, 8
+data=digits -> data: 'digits' is not a mapping with a name and arguments
+data={name: latents, local: x, cache_limit: 3gb} -> data.cache_limit: needs data.remote
+data={name: "other.package:Data", local: x} -> data.name: cannot be used here
+data={name: "pathlib:Path", local: x} -> data.name: 'pathlib:Path' is no data: other packages have none
+data.remote=x -> data.remote: belongs to 'latents', not to 'digits'
+latent_normalization={name: per_channel, std: 0.0} -> latent_normalization.std: 0.0 is not greater than 0
+latent_normalization={name: whitening} -> latent_normalization.name: 'whitening' is unknown.
+model=dit -> model: 'dit' is not a mapping
+model.preset=DiT-XXL/2 -> model.preset: 'DiT-XXL/2' is not one of 'DiT-S/2',
+model.preset=DiT-B/2 -> model.depth: 8: the preset
+model.depth=null -> model.depth: is missing
+model.hidden_size=30 -> model.hidden_size: 30 does not divide among 4 heads
+objective={name: ddmp} -> objective.name: 'ddmp' is unknown.
+objective={name: ddpm} -> model.learn_sigma: false, but objective ddpm with learned_variance: true
+objective={name: ddpm, sigma_data: 0.5} -> objective.sigma_data: belongs to 'edm', not to 'ddpm'
+objective={name: ddpm, num_timesteps: 1} -> objective.num_timesteps: 1 is not greater than or equal to 2
+objective={name: ddpm, schedule: cosine, beta_end: 0.1} -> belong to schedule 'linear'
+objective={name: edm, sigma_min: 9, sigma_max: 3} -> objective: sigma_min=9.0 must be below sigma_max=3.0
+objective.time_distribution={name: mode, scale: 1.8} -> objective.time_distribution.scale: 1.8 is not less
+objective.time_distribution={name: mode, std: 1.0} -> std: belongs to 'logit_normal', not to 'mode'
+objective.time_shift=0.0 -> objective.time_shift: 0.0 is not greater than 0
+objective.weighting={name: min_snr, gamma: 0.0} -> objective.weighting.gamma: 0.0 is not greater than 0
+objective.weighting={name: p2} -> objective.weighting.name: 'p2' is unknown.
+objective.direction_weight=-1.0 -> objective.direction_weight: -1.0 is not greater than or equal to 0
+objective.direction_patch=0 -> objective.direction_patch: 0 is not greater than or equal to 1
+objective={name: edm, direction_weight: 1.0} -> direction_weight: belongs to 'flow_matching', not to 'edm'
+optimizer=null -> optimizer: is missing: without it Composer would silently train with SGD at 0.1
+optimizer=adamw -> optimizer: 'adamw' is not a mapping with a name and arguments
+optimizer={name: sgd} -> optimizer.lr: is missing
+optimizer.betas=[0.9] -> optimizer.betas
+optimizer.lr=-1.0 -> AdamW refuses these arguments: Invalid learning rate
+optimizer.params=[1] -> optimizer.params: unknown setting
+scheduler={t_warmup: 3ba} -> scheduler.name: is missing; say which scheduler
+scheduler={name: constant_with_warmup} -> scheduler.t_warmup: is missing
+scheduler={name: multi_step, milestones: [1ep, 2]} -> scheduler.milestones.1: a bare number has no unit
+algorithms.gradient_clipping={} -> algorithms.gradient_clipping.clipping_threshold: is missing
+algorithms.gradient_clipping={clipping_type: foo, clipping_threshold: 1} -> 'foo' is not one of 'adaptive', 'norm'
+algorithms.gated_linear_units={act_fn: relu} -> which YAML cannot write
+algorithms.composer_ema={half_life: null, smoothing: 0.9} -> EMA refuses these arguments
+algorithms.composer_ema={half_life: 10} -> algorithms.composer_ema.half_life: a bare number has no unit
+algorithms.swa={swa_start: soon} -> algorithms.swa.swa_start: 'soon' is not a time
+algorithms.low_precision_layer_norm={apply_at: never} -> 'never' is not one of 'init',
+algorithms.tread=half -> algorithms.tread: 'half' is not a mapping of arguments
+algorithms.tread.end_time=0.9durr -> algorithms.tread.end_time: '0.9durr' is not a time
+algorithms.tread.token_arguments=rope -> 'rope' is not a list
+algorithms.tread.start=7 -> algorithms.tread: the route from block 7 to block -4 does not fit 8 blocks
+algorithms.tread={start: 1, routes: [{start: 3}]} -> give either routes or start
+algorithms.tread={routes: [{strat: 2}]} -> unknown setting. Did you mean 'start'?
+algorithms.tread={routes: [{start: 1, end: 3}, {start: 3, end: 5}]} -> overlap
+algorithms.direction_schedule={end_time: 2ba} -> objective.direction_weight is 0; set it
+algorithms.direction_schedule={} -> DirectionSchedule refuses these arguments: give start_time, end_time
+callbacks.generate={prompts: [a], interval: 1ba, top_k: 3} -> callbacks.generate.top_k: unknown setting
+callbacks.sample_grid={} -> callbacks.sample_grid.weights: 'ema', but there is no algorithms.ema
+callbacks.sample_grid.sampler=hoin -> callbacks.sample_grid.sampler: 'hoin' is none of
+callbacks.digits_quality.sampler=ddim -> callbacks.digits_quality.sampler: 'ddim' walks the discrete steps
+callbacks.digits_quality={num_samples: 5, weights: raw} -> DigitsQuality refuses these arguments
+callbacks.speed_monitor.window_size=many -> 'many' is not a whole number
+callbacks.speed_monitor.window_sice=1 -> unknown setting. Did you mean 'window_size'?
+callbacks.early_stopper={monitor: a, dataloader_label: b, patience: 3} -> a bare number has no unit
+callbacks.speedmonitor={} -> unknown callback. Did you mean 'speed_monitor'?
+loggers.wandb={} -> unknown logger. Did you mean 'wandb_logger'?
+loggers.mlflow={} -> loggers.mlflow.experiment_name: is missing
+loggers.mlflow={experiment_name: 3} -> loggers.mlflow.experiment_name: 3 is not text
+parallelism_config={fsdp: {cpu_offload: true}} -> parallelism_config.fsdp.cpu_offload: true: Composer has no CPU offload
+parallelism_config={fsdp: {reshard_after_forward: true}} -> is a setting of FSDP2: set FSDP_VERSION=2
+parallelism_config={fsdp: {save_planner: x}} -> takes an object, which YAML cannot write
+parallelism_config={fsdp: {device_mesh: [2, 2]}} -> is made by Composer; FSDP1 takes data_parallel_replicate_degree
+"""
+CASES = [line.split(' -> ') for line in REFUSED.strip().splitlines()]
+
+
+@pytest.mark.parametrize(('override', 'part'), CASES, ids=[override for override, _ in CASES])
+def test_refused(override, part, message):
+    text = message(override)
+    assert text.startswith('command line: ') or 'base.yaml: ' in text
+    assert part in text
+
+
+@pytest.mark.parametrize(
+    ('override', 'part'),
+    [
+        ('model.depth=3', "model.depth: 3: the preset 'Mamba2-DiT-B/2' has decided that"),
+        ('model.preset=null', 'model.hidden_size: is missing'),
+        ('model.num_heads=4', 'model.num_heads: unknown setting'),
+        ('model.scan=spiral', "model.scan: 'spiral' is not one of"),
+        ('model.kernel=cuda', "model.kernel: 'cuda' is not one of"),
+        ('algorithms.tread.token_arguments=[]', 'token_arguments: [positions]'),
+    ],
+)
+def test_mistakes_in_the_section_of_the_state_space_network(override, part):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / 'yamls' / 'mamba2_dit_b_tread.yaml', [override])
+    assert part in str(caught.value)
+
+
+def test_the_message_names_the_place_the_meant_name_and_the_known_ones(message):
+    expected = (
+        "command line: algorithms.tread.selction_rate: unknown setting. Did you mean 'selection_rate'?\n"
+        'Known here: start, end, selection_rate, '
+    )
+    assert message('algorithms.tread.selction_rate=0.5').startswith(expected)
+    assert 'Known here: name, ' in message('objective.sigm=1')
+    assert message('sed=1').endswith("Did you mean 'seed'?\nKnown here: python -m tread_composer schema")  # very many
+
+
+def test_all_problems_are_told_in_a_stable_order(message):
+    overrides = ['seed=x', 'optimizer.lr=y', 'algorithms.tread.start=z']
+    lines = message(*overrides).splitlines()
+    assert [line.split(': ')[1] for line in lines] == ['algorithms.tread.start', 'optimizer.lr', 'seed']
+    assert message(*reversed(overrides)).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ('settings', 'ranks', 'part'),
+    [
+        ('data_parallel_replicate_degree: 2, data_parallel_shard_degree: 1', 2, '2: nothing would be sharded'),
+        ('data_parallel_replicate_degree: 3', 8, '3 replicas of some shards do not make up 8 ranks'),
+        ('data_parallel_shard_degree: 4', 8, '1 replicas of 4 shards do not make up 8 ranks'),
+    ],
+)
+def test_degrees_of_sharding_must_make_up_the_ranks(message, settings, ranks, part):
+    assert part in message(f'parallelism_config={{fsdp: {{{settings}}}}}', world_size=ranks)
+
+
+def test_batches_divide_among_the_ranks(base, message, monkeypatch):
+    text = message(world_size=3)
+    assert 'global_train_batch_size: 8 does not divide among 3 ranks; take a multiple, such as 9' in text
+    assert 'global_eval_batch_size: 8 does not divide' in text
+    assert load_config(base, world_size=4).global_train_batch_size == 8
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert 'among 3 ranks' in message(world_size=None)
+    monkeypatch.setenv('WORLD_SIZE', 'many')
+    assert "WORLD_SIZE is 'many'" in message(world_size=None)
+
+
+def test_settings_that_contradict_each_other(message):
+    ddpm = ['objective={name: ddpm}', 'model.learn_sigma=true']
+    text = message(*ddpm, 'objective.learned_variance=false')
+    assert 'learned_variance: false does not train; set it to false, or objective.learned_variance to true' in text
+    text = message('algorithms.direction_schedule={end_time: 2ba}', 'objective={name: edm}')
+    assert "algorithms.direction_schedule: opens and closes the velocity-direction loss, and objective 'edm'" in text
+    text = message('latent_normalization={}', 'latent_scale=0.18215', 'latent_shift=[0.5]')
+    assert 'latent_scale: 0.18215: latent_normalization decides that; remove one of the two' in text
+    assert 'latent_shift: [0.5]: latent_normalization decides that' in text
+    composers = 'algorithms={composer_ema: {half_life: 10ba}}'
+    assert "composer_ema: Composer's EMA fails under FSDP1" in message(composers, 'parallelism_config={fsdp: {}}')
+    latents = ['data={name: latents, local: x}', 'callbacks={digits_quality: {weights: raw}}']
+    assert 'callbacks.digits_quality: measures the ten digits' in message(*latents)
