@@ -202,8 +202,9 @@ def _fault(component: Component) -> str | None:
             if kind == 'optimizer':
                 component.build([torch.nn.Parameter(torch.zeros(1))])
                 return None
-            broken = unkept(kind, component.instance) if is_reference(name) else None
-            return None if broken is None else f'{name!r} is no {kind}: {broken}'
+            part = component.instance
+        broken = unkept(kind, part) if is_reference(name) else None
+        return None if broken is None else f'{name!r} is no {kind}: {broken}'
     except ImportError as error:
         return f'cannot be used here: {error}'
     except Exception as error:  # a constructor may fail in any way (Composer's EMA with an AttributeError)
