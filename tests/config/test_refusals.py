@@ -108,7 +108,7 @@ def test_refused(override, part, message):
     [
         ('model.depth=3', "model.depth: 3: the preset 'Mamba2-DiT-B/2' has decided that"),
         ('model.preset=null', 'model.hidden_size: is missing'),
-        ('model.num_heads=4', 'model.num_heads: unknown setting'),
+        ('model.num_heads=4', "model.num_heads: belongs to 'dit' and 'lightning_dit', not to 'mamba2_dit'"),
         ('model.scan=spiral', "model.scan: 'spiral' is not one of"),
         ('model.kernel=cuda', "model.kernel: 'cuda' is not one of"),
         ('algorithms.tread.token_arguments=[]', 'token_arguments: [positions]'),

@@ -38,15 +38,10 @@ def tokens_per_block(savers: Iterable[Any], depth: int, num_tokens: int) -> list
 
 
 def sampling_cost(denoiser: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
-    """What sampling needs of a network, with all that its algorithms have added to it.
+    """What sampling needs of a network on the meta device, with all that its algorithms have added to it.
 
-    Args:
-        denoiser: The network, on the meta device.
-        facts: ``channels`` and ``latent_size`` of its latents.
-
-    Returns:
-        ``parameters`` (fixed positions included; without those that only training reads, such as a mask token) and
-        ``gmacs`` of one call for one image, without guidance.
+    ``parameters`` (fixed positions included; without those that only training reads, such as a mask token) and
+    ``gmacs`` of one call for one image, without guidance. ``facts``: ``channels`` and ``latent_size`` of its latents.
     """
     unused = {
         id(module.get_parameter(name))
@@ -72,8 +67,7 @@ def count_macs(denoiser: nn.Module, facts: dict[str, Any], savers: Savers = Mapp
 def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
     """The prediction, without arithmetic: its shape, and what autograd would save.
 
-    Raises:
-        UserError: An algorithm does not fit the network.
+    ``UserError`` if an algorithm does not fit the network.
     """
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']

@@ -33,11 +33,7 @@ def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = 
 
 
 def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Any:
-    """The network, fitted to the data: a ``core.protocols.Backbone``.
-
-    Raises:
-        UserError: The sizes do not fit together.
-    """
+    """The network, fitted to the data: a ``core.protocols.Backbone``; ``UserError`` if the sizes do not fit."""
     try:
         sizes = {'latent_size': latent_size, 'in_channels': channels, 'num_classes': num_classes}
         denoiser = resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
@@ -61,8 +57,6 @@ def build_model(
     """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it.
 
     Args:
-        config: The configuration.
-        manifest: Of the training data.
         unfilled: Leave the network's weights on the meta device, for ``load_state_dict(..., assign=True)``: to draw
             those of a large network takes longer than to read them.
         algorithms: Those that will train it, by their names in the configuration. If None, copies of them add their

@@ -31,8 +31,7 @@ def split_folders(config: Config) -> dict[str, str]:
 def planned_manifest(config: Config) -> Manifest | None:
     """What the training data say about themselves, or will when they are made; None if that cannot be known yet.
 
-    Raises:
-        UserError: There is a manifest, and it is broken.
+    ``UserError`` if there is a manifest, and it is broken.
     """
     if config.data.name == 'digits':
         return digits_manifest('train')
@@ -41,11 +40,7 @@ def planned_manifest(config: Config) -> Manifest | None:
 
 
 def with_planned_numbers(config: Config) -> Config:
-    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is.
-
-    Raises:
-        UserError: There is a manifest, and it is broken.
-    """
+    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is."""
     manifest = None if config.latent_normalization is None else planned_manifest(config)
     return config if manifest is None else config.normalized(manifest.mean, manifest.std)
 
@@ -71,11 +66,7 @@ def prepare_data(config: Config) -> dict[str, Manifest]:
 
 
 def check_expectations(config: Config, manifest: Manifest) -> None:
-    """Refuse data that are not what the configuration is written for.
-
-    Raises:
-        UserError: Lists the contradictions.
-    """
+    """Refuse data that are not what the configuration is written for; the ``UserError`` lists the contradictions."""
     data = config.data
     expected: dict[str, Any] = {'autoencoder': config.autoencoder.instance.id}
     if data.name == 'latents':

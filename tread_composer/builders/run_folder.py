@@ -166,14 +166,9 @@ def _made(config: Config) -> Path:
 
 
 def write_run_files(config: Config, manifest: Manifest) -> None:
-    """Write ``config.yaml``, ``data.json`` and ``environment.json`` into the run's folder, on the first rank.
+    """Write ``config.yaml``, ``data.json`` (the manifest) and ``environment.json`` into the run's folder, on rank 0.
 
-    Args:
-        config: With ``latent_normalization`` as numbers.
-        manifest: Of the training data.
-
-    Raises:
-        UserError: The folder cannot be made.
+    ``latent_normalization`` must be numbers by now.
     """
     if config.save_folder is None or dist.get_global_rank() != 0:
         return

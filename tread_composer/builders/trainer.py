@@ -45,7 +45,6 @@ def build_trainer(
     """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
 
     Args:
-        config: A loaded configuration.
         splits: What ``prepare_data`` returned; it is called if None.
         skipped_batches: Batches, counted from 0, that leave the weights as they are (``on_nonfinite: rewind``).
 
@@ -185,10 +184,7 @@ def compile_blocks(denoiser: Any, **settings: Any) -> None:
     """Compile each block of a network in place, with settings of ``torch.compile``: parameters keep their names.
 
     For several processes, whose DDP and FSDP break a graph of the whole forward pass. A block is what the network's
-    ``fsdp_wrap_fn`` says FSDP is to gather at once.
-
-    Raises:
-        UserError: It does not say what its blocks are.
+    ``fsdp_wrap_fn`` says FSDP is to gather at once; ``UserError`` if it has none.
     """
     if not hasattr(denoiser, 'fsdp_wrap_fn'):
         raise UserError(

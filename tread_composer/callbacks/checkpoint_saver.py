@@ -37,11 +37,7 @@ Result = TypeVar('Result')
 
 
 def checkpoint_names(template: str) -> re.Pattern[str]:
-    """What the names of a run's checkpoints match, without ``.pt``.
-
-    Args:
-        template: ``save_filename``, or ``sharded_ckpt_prefix_dir``: with ``{batch}`` and other names of Composer.
-    """
+    """What the names of a run's checkpoints match, without ``.pt``; a template has Composer's ``{batch}``."""
     pattern = re.escape(template.removesuffix('.pt')).replace(r'\{batch\}', r'(?P<batch>\d+)')
     return re.compile(re.sub(r'\\\{(\w+)\\\}', r'[^/]+', pattern))
 
@@ -56,11 +52,7 @@ class WholeCheckpointSaver(CheckpointSaver):
     """
 
     def init(self, state: State, logger: Logger) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: It cannot be made.
-        """
+        """Make the folder."""
         try:
             super().init(state, logger)
         except OSError as error:
@@ -100,9 +92,6 @@ class WholeCheckpointSaver(CheckpointSaver):
         """Refuse to train where checkpoints of later batches are; with ``overwrite`` those are renamed.
 
         By their batch they would be taken for the newest of this run.
-
-        Raises:
-            UserError: There are some, and ``overwrite`` is false.
         """
         self._on_first_rank(lambda: self._make_way(state))
         super().fit_start(state, logger)

@@ -344,11 +344,7 @@ def _store(folder: str | None, tracking_uri: str | None) -> tuple[Path, str]:
 
 
 def _ask(uri: str) -> None:
-    """Ask the store for one experiment, with patience of half a minute; MLflow's own is many minutes.
-
-    Raises:
-        UserError: It does not answer, or cannot be used.
-    """
+    """Ask the store for one experiment, with patience of half a minute; MLflow's own is many minutes."""
     from mlflow import MlflowClient
 
     shown = without_password(uri)

@@ -27,11 +27,7 @@ class ResumeContract(Callback):
         return {'settings': self.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with those of a checkpoint.
-
-        Raises:
-            ResumeError: They differ; lists each difference.
-        """
+        """Compare with those of a checkpoint; the ``ResumeError`` lists each difference."""
         if state['settings'] != self.settings:
             raise ResumeError.from_differences(
                 'the checkpoint',

@@ -236,7 +236,7 @@ def check_files(config: Config, source: str = '') -> None:
         source: What to call it in the message, for example the YAML file's name.
 
     Raises:
-        ConfigError: The folder of latents is missing or holds no index, or ``load_path`` is missing.
+        ConfigError: The folder of latents is missing or holds no index, or another file is missing.
     """
     problems = [*_data_files(config), *_evaluation_files(config)]
     path = config.load_path

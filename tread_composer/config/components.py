@@ -125,14 +125,9 @@ def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[
 
 
 def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Path) -> tuple[Component, list[Problem]]:
-    """A component with its problems; the component is usable only if there are none.
+    """A component with its problems; usable only if there are none.
 
-    Args:
-        kind: One of ``registry.KINDS``.
-        name: What stands where the name belongs.
-        kwargs: What stands where its arguments belong.
-        path: Where the arguments are in the tree.
-        name_path: Where the name is.
+    ``name`` and ``kwargs`` are what stands at ``name_path`` and ``path``, where they belong.
     """
     empty, names = Component(kind, str(name)), part_names(kind)
     if name not in names and not is_reference(name):

@@ -114,11 +114,7 @@ class Document:
             self.problems.append(Problem((), f'{override}: {fault}', source=_COMMAND_LINE))
 
     def resolved(self) -> 'Document':
-        """Itself, with each ``${...}`` replaced by its value.
-
-        Raises:
-            ConfigError: There are problems, with these or from before.
-        """
+        """Itself, with each ``${...}`` replaced by its value; ``ConfigError`` for these and earlier problems."""
         if not self.problems:
             self._interpolate()
         if self.problems:
@@ -212,10 +208,7 @@ def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) -> Document:
     """A tree that is resolved already, under overrides: its texts stand for themselves, and it extends nothing.
 
-    Args:
-        tree: Plain values, as ``Config.to_dict`` gives them; not changed.
-        main: What to call it in messages.
-        overrides: As for ``read_document``, whose errors this raises.
+    ``main`` is what to call it in messages; otherwise as ``read_document``.
     """
     document = Document(main=main, data=_escaped(copy.deepcopy(tree)))
     for override in overrides:

@@ -20,9 +20,7 @@ _TRAINED_IN = {'amp_bf16': torch.bfloat16, 'amp_fp8': torch.bfloat16, 'amp_fp16'
 def check_machine(config: Config, source: str = '') -> None:
     """Refuse a run that this machine cannot do. Loading does not do this, so that a laptop can plan for a cluster.
 
-    Args:
-        config: A loaded configuration.
-        source: What to call it in the message.
+    ``source`` is what to call the configuration in the message.
 
     Raises:
         ConfigError: The device is not there, or cannot compute as precision, kernel or attention say.

@@ -151,7 +151,6 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     """The class (or function that makes an object) behind a name.
 
     Raises:
-        KeyError: The name is unknown.
         ImportError: A package that it needs is not installed, or ``package.module:Class`` names nothing.
     """
     target = name if is_reference(name) else _table(kind)[name]

@@ -98,11 +98,8 @@ class Config(TrainerSettings):
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
         """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.
 
-        A run keeps the numbers (``config.yaml``), so that resuming and evaluating do not depend on the manifest.
-
-        Args:
-            mean: Of each channel of the raw latents.
-            std: Of each channel.
+        A run keeps the numbers (``config.yaml``), so that resuming and evaluating do not depend on the manifest, whose
+        ``mean`` and ``std`` of each channel of the raw latents these are.
         """
         if self.latent_normalization is None:
             return self
@@ -136,11 +133,7 @@ class Config(TrainerSettings):
 
 
 def backbone_arguments(model: Component) -> dict[str, Any]:
-    """A network's constructor arguments but for those that the data decide (latent size, channels, classes).
-
-    Args:
-        model: The component; a ``preset`` stands for the sizes that it decides.
-    """
+    """A network's constructor arguments, of its ``preset`` too, but for those that the data decide (``FROM_DATA``)."""
     # The implementation of attention is chosen where the device is known (``use_attention``).
     arguments = {key: value for key, value in model.kwargs.items() if key not in ('preset', 'attention')}
     preset = model.kwargs.get('preset')

@@ -18,13 +18,9 @@ __all__ = ['check']
 def check(
     model: type[Strict], data: Any, path: Path = (), *, siblings: Mapping[str, type[Strict]] | None = None
 ) -> tuple[Strict | None, list[Problem]]:
-    """Validate; a section with no problems, or None with all of them.
+    """Validate what YAML holds at ``path``; a section with no problems, or None with all of them.
 
-    Args:
-        model: The section's class.
-        data: What YAML holds for it.
-        path: Where the section stands in the tree.
-        siblings: Sections that could stand there instead, by name: a setting of theirs is told from a slip.
+    ``siblings`` are sections that could stand there instead, by name: a setting of theirs is told from a slip.
     """
     try:
         return model.model_validate(data), []

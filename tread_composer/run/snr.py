@@ -35,21 +35,13 @@ _RECOMMENDATION = (
 
 @dataclass(frozen=True)
 class SNRCurve:
-    """The density of one configuration.
+    """The density of one configuration."""
 
-    Args:
-        name: Of the run.
-        objective: Of the run.
-        data_std: Standard deviation of the latents as the network sees them.
-        source: Where that number comes from, in words.
-        distribution: Density and figures in dB.
-    """
-
-    name: str
+    name: str  # of the run
     objective: str
-    data_std: float
-    source: str
-    distribution: SNRDistribution
+    data_std: float  # standard deviation of the latents as the network sees them
+    source: str  # where that number comes from, in words
+    distribution: SNRDistribution  # density and figures in dB
 
 
 def make_snr(config: Config, std: float | None = None) -> SNRCurve:
@@ -60,7 +52,7 @@ def make_snr(config: Config, std: float | None = None) -> SNRCurve:
         std: Standard deviation of the latents as the network sees them; from the data's manifest if None.
 
     Raises:
-        UserError: There are no data to take it from, or ``std`` is not positive.
+        UserError: There are no data to take it from, or the objective does not say what it trains on.
     """
     if std is None:
         manifest = planned_manifest(config)
@@ -85,9 +77,6 @@ def latent_std(config: Config, manifest: Manifest) -> float:
     """Standard deviation of all values of the latents together, scaled and shifted as the network sees them.
 
     That is of one distribution over all channels: channels whose means differ add to it.
-
-    Raises:
-        UserError: ``latent_scale`` or ``latent_shift`` has not one number for each channel.
     """
     config = config.normalized(manifest.mean, manifest.std)
     scales = _for_each_channel(config.latent_scale, 'latent_scale', manifest.channels)
@@ -137,11 +126,7 @@ def _verdict(mean: float) -> str:
 
 
 def draw_snr(curves: Sequence[SNRCurve], path: str | Path) -> None:
-    """Write the densities as a PNG, whole or not at all.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write the densities as a PNG, whole or not at all."""
     from matplotlib.figure import Figure  # takes a second: not before there is something to draw
 
     figure = Figure(figsize=(9, 5.4 + 0.2 * len(curves)), layout='constrained')

@@ -48,7 +48,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
         overrides: ``key=value`` texts.
 
     Raises:
-        UserError: The input is at fault.
+        UserError: Input, data or machine are at fault.
     """
     with contextlib.ExitStack() as held:
         _train(path, overrides, held)

@@ -19,10 +19,10 @@ def checkpoint_batch(state: Mapping[str, Any]) -> int:
 
 
 def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> dict[str, Tensor]:
-    """Weights of the network, float32, under its own names.
+    """Weights of the network (``'ema'`` or ``'raw'``), float32, under its own names.
 
     Args:
-        state: Of ``read_checkpoint``.
+        state: What ``read_checkpoint`` gives.
         weights: ``'ema'`` or ``'raw'``.
         source: What to call the checkpoint in messages.
 
@@ -51,11 +51,7 @@ def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> d
 
 
 def averaged_weights(state: Mapping[str, Any], average: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights of the network from an average, under the names of the model; what is not averaged from the checkpoint.
-
-    Raises:
-        UserError: They are averages of another model.
-    """
+    """Weights of the network from an average under the model's names; what is not averaged from the checkpoint."""
     raw, averaged = _network_part(state['model']), _network_part(average)
     foreign = averaged.keys() - raw.keys()
     if foreign:

@@ -37,7 +37,7 @@ class WeightFacts:
     """What is known of the weights of one network.
 
     Attributes:
-        config: Of the run.
+        config: Configuration of the run.
         data: Facts of its training data.
         weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
         batch: Batches that they were trained on; 0 where nobody has said it (imported weights).

@@ -48,11 +48,7 @@ class Trained(WeightFacts):
     attention: str
 
     def prepare_for(self, sampling: SamplingSettings) -> None:
-        """Make the network ready for this guidance.
-
-        Raises:
-            UserError: It was not trained with what the guidance needs.
-        """
+        """Make the network ready for this guidance; ``UserError`` if it was not trained with what that needs."""
         if sampling.provider is None:
             return
         denoiser: Any = self.model.denoiser
@@ -145,11 +141,7 @@ def read_trained(
 
 
 def weights_name(weights: str) -> str:
-    """``'ema'``, ``'raw'`` or ``'posthoc:0.13'`` in its one spelling, also of ``'posthoc:0.130'``.
-
-    Raises:
-        UserError: It is none of them.
-    """
+    """``'ema'``, ``'raw'`` or ``'posthoc:0.13'`` in one spelling, also of ``'posthoc:0.130'``; else ``UserError``."""
     width = posthoc_width(weights)
     if weights not in ('ema', 'raw') and width is None:
         raise UserError(f"weights: {weights!r} is not 'ema' or 'raw', nor of the form 'posthoc:0.13'")

@@ -46,13 +46,11 @@ def import_weights(
     Args:
         path: ``.pt`` or ``.safetensors``.
         out: The file to write, ``.safetensors``.
-        hints: What the file does not say.
         layout: ``'dit'``, ``'sit'``, ``'tread'``, ``'maskdit'``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
-        overwrite: Replace a file that is there.
 
     Returns:
-        As ``exporting.export``, and the ``layout``.
+        As ``export``, and the ``layout``.
 
     Raises:
         UserError: Something is missing or contradicts the file.
@@ -106,11 +104,7 @@ def _ask_for_missing(hints: Hints, layout: str) -> None:
 
 
 def read_class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Names from a file with one a line or a JSON list, or the numbers of the classes for ``'numbers'``.
-
-    Raises:
-        UserError: The file cannot be read, or has another number of names.
-    """
+    """Names from a file with one a line or a JSON list, or the numbers of the classes for ``'numbers'``."""
     if source == 'numbers':
         return tuple(str(number) for number in range(num_classes))
     try:

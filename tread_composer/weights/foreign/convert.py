@@ -135,13 +135,7 @@ def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path
 
 
 def converted(tensors: Mapping[str, Tensor], layout: str, sizes: Sizes) -> dict[str, Tensor]:
-    """Our network's weights, which predict in our conventions what the file's predict in theirs.
-
-    Args:
-        tensors: Under the names of the layout.
-        layout: One of ``LAYOUTS``.
-        sizes: Of ``sizes_of``.
-    """
+    """Our network's weights, which predict in our conventions what the file's predict in theirs."""
     out = dict(tensors)
     if layout == 'sit':
         out = _with_time_reversed(without_sigma(out, sizes.in_channels, sizes.patch_size) if sizes.learn_sigma else out)

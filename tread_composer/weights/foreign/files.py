@@ -79,12 +79,11 @@ def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | No
 
     Args:
         requested: One of ``LAYOUTS`` or ``'auto'``.
-        tensors: Of ``read_weights``.
-        container: Of ``read_weights``.
+        tensors: With ``container``, what ``read_weights`` gives.
         path: What to call the file in messages.
 
     Raises:
-        UserError: It cannot be told, or the file is of another layout.
+        UserError: The file does not show it, or is of another layout.
     """
     has_decoder = any(name.startswith('decoder_layer.') for name in tensors)
     detected = 'maskdit' if has_decoder else 'tread' if (container or '').endswith('_state_dict') else None
