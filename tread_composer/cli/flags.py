@@ -252,11 +252,8 @@ def _help(argument: _Argument) -> str:
     default = argument.default
     if isinstance(default, tuple) and default and None not in default:
         default = ' '.join(map(str, default))
-    return (
-        f'{text} ({default})'
-        if isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
-        else text
-    )
+    is_shown = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
+    return f'{text} ({default})' if is_shown else text
 
 
 def _dashed(name: str) -> str:
