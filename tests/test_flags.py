@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Ge, Lt
-from tread_composer.cli.import_latents import import_split
 
 from tread_composer.cli.commands import COMMANDS, main
-from tread_composer.cli.convert import convert_images
+from tread_composer.cli.convert import convert_images, import_stored
 from tread_composer.cli.flags import Parser, Typed, add_flags, flag_names
 from tread_composer.cli.program import run_program
 from tread_composer.core.errors import UserError
@@ -106,7 +105,7 @@ def test_no_word_at_all_is_refused_and_a_setting_belongs_to_some_commands_only(c
         assert main(words) == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('function', [*COMMANDS, convert_images, import_split], ids=lambda function: function.__name__)
+@pytest.mark.parametrize('function', [*COMMANDS, convert_images, import_stored], ids=lambda function: function.__name__)
 def test_every_option_of_every_command_is_explained(function):
     parser = Parser()
     add_flags(parser, function)
