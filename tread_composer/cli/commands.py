@@ -288,7 +288,9 @@ def _compare(options: argparse.Namespace) -> int:
     if len(options.runs) < 2:
         raise UserError(f'compare: only {options.runs[0]!r} is given; give two or more runs, the reference first')
     with importing():
-        from tread_composer.compare import compare, format_comparison, open_run, write_comparison
+        from tread_composer.compare.comparison import compare, format_comparison
+        from tread_composer.compare.output import write_comparison
+        from tread_composer.compare.runs import open_run
 
     comparison = compare([open_run(run) for run in options.runs], options.metrics)
     metrics = ['--metrics', *options.metrics] if options.metrics else []

@@ -17,7 +17,7 @@ __all__ = ['add_arguments', 'add_measuring', 'evaluate_command', 'measuring_of']
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """The options of what is measured, and with what."""
     add = parser.add_argument
-    add('--reference', required=True, help='folder of images, npz of the ADM suite, or MDS images')
+    add('--reference', required=True, help='folder of images, npz of the ADM suite, MDS images, or digits')
     add('--metrics', nargs='+', choices=OrReference(METRICS), default=['fid'], help='prc: precision and recall (fid)')
     add('--features', choices=OrReference(FEATURES), default='inception', help='(%(default)s)')
     add('--inception', metavar='FILE', help="Inception's weights; prefetch says what that is")

@@ -16,6 +16,7 @@ from tread_composer.config.sharding import sharding_needs_gpu, sharding_problems
 from tread_composer.config.tree import Config, LatentsData
 from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.inception import find_weights
 from tread_composer.models.ssd import fused_refusal
 from tread_composer.samplers import check_sampler
@@ -302,7 +303,7 @@ def _evaluation_files(config: Config) -> list[Problem]:
     arguments, key_path = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
     problems, reference = [], os.path.abspath(arguments['reference'])
     made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
-    if not os.path.exists(reference) and not made_later:
+    if not os.path.exists(reference) and not made_later and arguments['reference'] not in REFERENCES:
         text = f'{arguments["reference"]!r} does not exist; give a folder of images, an npz of the ADM suite, or MDS '
         text += 'images'
         problems.append(Problem((*key_path, 'reference'), text))

@@ -1,15 +1,15 @@
 """What ``sample`` was asked for, and which labels and seeds that makes."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import UserError
+from tread_composer.metrics.drawing import Draws
 from tread_composer.samplers import SamplingSettings
 
-__all__ = ['DECODE_DTYPES', 'FORMATS', 'Draws', 'SamplesRequest', 'check_overrides', 'draws_of']
+__all__ = ['DECODE_DTYPES', 'FORMATS', 'SamplesRequest', 'check_overrides', 'draws_of']
 
 FORMATS = ('png', 'npz', 'mds')
 DECODE_DTYPES = ('float32', 'bfloat16')
@@ -24,7 +24,7 @@ class SamplesRequest:
         path: Run folder, checkpoint or exported file.
         out: Folder of the images.
         weights: ``'ema'``, ``'raw'``, or ``'posthoc:0.13'`` of a run with ``algorithms.power_ema``.
-        sampling: How to draw.
+        sampling: Sampler, steps and guidance.
         weak: The second network for guidance that takes one, as ``path``.
         weak_weights: Which weights of it.
         classes: Classes to draw, all if None. Image i is of class ``classes[i % len(classes)]``.
@@ -32,12 +32,12 @@ class SamplesRequest:
         count: Images in all, instead.
         labels_file: A text file with one label for each image, instead of all three.
         seed: Image i has the seed ``seed + i``.
-        formats: Of ``FORMATS``.
+        formats: Some of ``FORMATS``.
         batch_size: Images drawn together; no image depends on it, up to rounding.
         device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
         decode_dtype: What the autoencoder computes in.
-        overrides: Settings of the run's configuration that are otherwise now: of the autoencoder, and
-            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
+        overrides: Settings that replace those of the run: of the autoencoder, and ``model.attention``, which is
+            ``sdpa`` unless it stands here, whatever the run was trained with.
 
     Raises:
         UserError: Values that exclude each other or are out of range.
@@ -63,9 +63,8 @@ class SamplesRequest:
     def __post_init__(self) -> None:
         counts = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
         if len(counts) > 1 or (self.labels_file is not None and self.classes is not None):
-            flags = ', '.join(
-                f'--{name.replace("_", "-")}' for name in (*counts, *(['classes'] if self.classes else []))
-            )
+            names = [*counts, 'classes'] if self.classes else counts
+            flags = ', '.join(f'--{name.replace("_", "-")}' for name in names)
             raise UserError(f'{flags}: each of them says how many images of which class there are; give one')
         for name in ('per_class', 'count', 'batch_size'):
             value = getattr(self, name)
@@ -95,50 +94,26 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Labels and seeds of all images, and by which rule.
-
-    Attributes:
-        labels: One for each image.
-        first_seed: Image i has the seed ``first_seed + i``.
-        rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
-            ``'classes'``: some in turn; ``'file'``; ``'none'`` without classes.
-    """
-
-    labels: tuple[int, ...]
-    first_seed: int
-    rule: str
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the labels, in order."""
-        return f'sha256:{hashlib.sha256(" ".join(map(str, self.labels)).encode()).hexdigest()}'
-
-    def seed(self, index: int) -> int:
-        """Of image ``index``."""
-        return self.first_seed + index
-
-
 def draws_of(request: SamplesRequest, num_classes: int) -> Draws:
-    """The labels that are asked for, of a model with so many classes.
+    """The labels and seeds that are asked for, of a model with so many classes.
 
     Raises:
         UserError: A label is no class of the model, or the file of labels cannot be read.
     """
     if request.labels_file is not None:
-        labels, rule = _read_labels(request.labels_file), 'file'
+        draws = Draws(_read_labels(request.labels_file), request.seed, 'file')
     else:
-        classes = request.classes or tuple(range(num_classes)) or (0,)
+        classes = request.classes or tuple(range(num_classes)) or (0,)  # 0 is the null label of a model without classes
         count = request.count or (request.per_class or 0) * len(classes) or _COUNT
-        labels = tuple(classes[index % len(classes)] for index in range(count))
-        rule = 'in turn' if num_classes and count % num_classes else 'balanced'
-        rule = 'none' if not num_classes else 'classes' if request.classes is not None else rule
-    wrong = sorted({label for label in labels if not 0 <= label <= num_classes})
+        draws = Draws.in_turn(count, num_classes, request.seed)
+        if request.classes is not None:
+            labels = tuple(classes[index % len(classes)] for index in range(count))
+            draws = Draws(labels, request.seed, 'classes' if num_classes else 'none')
+    wrong = sorted({label for label in draws.labels if not 0 <= label <= num_classes})
     if wrong:
         allowed = f'0 to {num_classes - 1}, or {num_classes} for no class' if num_classes else '0, it has no classes'
         raise UserError(f'labels {wrong[:5]}: this model knows {allowed}')
-    return Draws(labels, request.seed, rule)
+    return draws
 
 
 def _read_labels(name: str) -> tuple[int, ...]:
