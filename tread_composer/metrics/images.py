@@ -173,7 +173,8 @@ class MDSImages(ImageSet):
         from tread_composer.data.shards import read_index
 
         shards, self._is_pixels = read_index(path), (path / MANIFEST_NAME).exists()
-        self._columns, self._files = shards[0].encodings, [shard.reader.raw_data.basename for shard in shards]
+        self._columns = shards[0].encodings if shards else {}
+        self._files = [shard.reader.raw_data.basename for shard in shards]
         images = [name for name, encoding in self._columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
         if any(shard.reader.compression for shard in shards):
             raise UserError(f'{path}: its shards are compressed; write them without compression')
