@@ -9,35 +9,19 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from tests.metrics.small import PROTOCOL as FULL_PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
 from tread_composer.cli import main
-from tread_composer.compare import (
-    Curve,
-    Point,
-    Run,
-    Value,
-    common_speed_up,
-    compare,
-    direction,
-    format_comparison,
-    open_run,
-    speed_up,
-    value_at,
-    write_comparison,
-)
+from tread_composer.compare.comparison import compare, format_comparison
 from tread_composer.compare.cost import recorded_seconds, training_teraflops
+from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
+from tread_composer.compare.output import write_comparison
+from tread_composer.compare.runs import Run, open_run
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.protocol import Protocol
+from tread_composer.metrics.metric import direction
 
 ROOT = Path(__file__).parent.parent
-PROTOCOL = Protocol(
-    weights='ema', num_samples=10_000, labels='balanced', seed=0,
-    sampling={'sampler': 'heun', 'num_steps': 40, 'guidance_scale': 1.0}, autoencoder='vae',
-    autoencoder_hash='sha256:1', decode_dtype='float32', uint8_rule='one',
-    reference={'name': 'imagenet', 'kind': 'npz'},
-    reference_hash='sha256:2', features={'name': 'inception', 'weights_hash': 'sha256:3', 'version': '0'},
-    resolution=256, time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}, weak='none',
-).to_dict()  # fmt: skip
+PROTOCOL = FULL_PROTOCOL.to_dict()
 
 
 def points(*values: tuple[int, float], flops: float | None = 2.0, seconds: float | None = 0.5) -> tuple[Point, ...]:
@@ -47,7 +31,7 @@ def points(*values: tuple[int, float], flops: float | None = 2.0, seconds: float
 
 
 def run(name: str, curve: tuple[Point, ...], metric: str = 'fid_10000', protocol=PROTOCOL, **keywords) -> Run:
-    return Run(name, f'{name}.json', (Curve(metric, protocol, curve),), **keywords)
+    return Run(name, f'{name}.json', (Curve(metric, protocol, curve, 'lower'),), **keywords)
 
 
 # --- arithmetic ---
@@ -74,26 +58,18 @@ def test_speed_up_by_hand_on_every_axis():
     assert steps.ratio == pytest.approx(200 / 150)
     assert speed_up(dense, routed, 'lower', 'teraflops').ratio == pytest.approx(400 / 225)
     assert speed_up(dense, routed, 'lower', 'seconds').ratio == pytest.approx(100 / 37.5)
-
-
-def test_where_higher_is_better_the_crossing_is_upwards():
-    dense = points((100, 0.5), (200, 0.8))
-    routed = points((100, 0.7), (200, 0.9))
-    assert speed_up(dense, routed, 'higher', 'step').reached == pytest.approx(150)
-    # Read as a distance the very first point would do: the direction is looked at.
-    assert speed_up(dense, routed, 'lower', 'step').reason == 'not reached'
-
-
-def test_the_best_value_of_the_reference_counts_not_its_last_and_the_first_crossing_of_the_other():
-    dense = points((100, 40.0), (200, 20.0), (300, 25.0))
+    # The best value of the reference counts, not its last; and the first crossing of the other.
     wavy = points((100, 30.0), (200, 10.0), (300, 30.0), (400, 5.0))
-    found = speed_up(dense, wavy, 'lower', 'step')
+    found = speed_up((*dense, *points((300, 25.0))), wavy, 'lower', 'step')
     assert (found.reference, found.reached) == (200, 150)
 
 
-def test_not_reached_is_said():
-    found = speed_up(points((100, 10.0)), points((100, 30.0), (200, 11.0)), 'lower', 'step')
-    assert (found.ratio, found.reached, found.reason) == (None, None, 'not reached')
+def test_where_higher_is_better_the_crossing_is_upwards():
+    dense, routed = points((100, 0.5), (200, 0.8)), points((100, 0.7), (200, 0.9))
+    assert speed_up(dense, routed, 'higher', 'step').reached == pytest.approx(150)
+    # Read as a distance the very first point would do: the direction is looked at.
+    missed = speed_up(dense, routed, 'lower', 'step')
+    assert (missed.ratio, missed.reached, missed.reason) == (None, None, 'not reached')
 
 
 def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
@@ -102,8 +78,8 @@ def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach
     assert (found.quality, found.ratio) == (20.0, 1.0)
     assert common_speed_up(dense, routed, 'lower', 'teraflops').ratio == pytest.approx(2.0)
     (table,) = compare([run('dense', dense), run('routed', routed)]).tables
-    assert table.common[0]['step'] == found
-    assert compare([run('a', routed), run('b', dense)]).tables[0].common == ({},)
+    assert table.common(1)['step'] == found
+    assert compare([run('a', routed), run('b', dense)]).tables[0].common(1) == {}
     worse = common_speed_up(points((100, 10.0)), points((100, 40.0)), 'lower', 'step')
     assert worse.ratio is None and 'better from its first measurement' in worse.reason
 
@@ -118,15 +94,14 @@ def test_values_between_and_beyond_the_measurements():
     curve = points((100, 40.0), (200, 20.0))
     assert value_at(curve, 'step', 150) == Value(30.0, measured=False)
     assert value_at(curve, 'teraflops', 200.0) == Value(40.0, measured=True)
-    assert value_at(curve, 'step', 99) is None
-    assert value_at(curve, 'step', 201) is None
+    assert value_at(curve, 'step', 99) is value_at(curve, 'step', 201) is None
     assert value_at(points((1, 2.0), flops=None), 'teraflops', 1) is None
 
 
 def test_directions():
-    names = ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'digits/frechet_distance']
+    names = ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'kd']
     assert [direction(name) for name in names] == ['lower'] * 5
-    names = ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'digits/recognised']
+    names = ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'recognised_digits_500']
     assert [direction(name) for name in names] == ['higher'] * 5
     for name in ('loss', 'fidelity', 'digits/other'):
         with pytest.raises(ValueError, match='no metric whose better direction is known'):
@@ -142,40 +117,45 @@ def two_runs(**keywords) -> list[Run]:
     return [dense, routed]
 
 
+def with_recall(*runs: Run) -> list[Run]:
+    recall = Curve('recall_10000', PROTOCOL, points((100, 0.5)), 'higher')
+    return [Run(r.name, '', (*r.curves, recall)) for r in runs]
+
+
 def test_tables_at_equal_cost():
     comparison = compare(two_runs())
     (table,) = comparison.tables
-    assert [(row.cost, row.cells) for row in table.rows['step']] == [
+    assert [(row.cost, row.cells) for row in table.rows('step')] == [
         (100, (Value(40.0, True), Value(30.0, True))),
         (200, (Value(20.0, True), Value(10.0, True))),
     ]
     # At the reference's 200 and 400, and at 300, the most that both have spent.
-    assert [row.cost for row in table.rows['teraflops']] == [200, 300, 400]
-    first, common, last = (row.cells for row in table.rows['teraflops'])
+    assert [row.cost for row in table.rows('teraflops')] == [200, 300, 400]
+    first, common, last = (row.cells for row in table.rows('teraflops'))
     assert first[1] == Value(pytest.approx(30 - 20 / 3), False)
     assert common == (Value(30.0, False), Value(10.0, True))
     assert last == (Value(20.0, True), 'beyond its last')
-    assert [row.cells[1] for row in table.rows['seconds']] == ['not recorded', 'not recorded']
+    assert [row.cells[1] for row in table.rows('seconds')] == ['not recorded', 'not recorded']
+    # What nobody recorded is not a zero.
+    text = format_comparison(compare([run(name, points((100, 2.0), flops=None, seconds=None)) for name in 'ab']))
+    assert 'training TFLOPs: not recorded' in text and 'seconds of training: not recorded' in text
     text = format_comparison(comparison)
     assert '1.33x (1.00x at the measurement)' in text and '≈ 30' in text
     assert re.search(r'^routed +best of dense: 20 \(step 200\) +1\.33x .* not recorded$', text, re.MULTILINE)
 
 
-def test_what_nobody_recorded_is_not_a_zero():
-    runs = [run(name, points((100, 2.0), flops=None, seconds=None)) for name in 'ab']
-    text = format_comparison(compare(runs))
-    assert 'training TFLOPs: not recorded' in text and 'seconds of training: not recorded' in text
-
-
 def test_different_protocols_are_refused_with_what_differs():
-    other = {**PROTOCOL, 'sampling': {**PROTOCOL['sampling'], 'num_steps': 50}, 'reference_hash': 'sha256:9'}
+    other = {**PROTOCOL, 'sampling': {**PROTOCOL['sampling'], 'num_steps': 40}, 'reference_hash': 'sha256:9'}
     a, b = two_runs()
-    b = Run('routed', '', (Curve('fid_10000', other, b.curves[0].points),))
+    b = Run('routed', '', (Curve('fid_10000', other, b.curves[0].points, 'lower'),))
     with pytest.raises(UserError) as refused:
         compare([a, b])
     assert 'dense and routed:' in str(refused.value)
-    assert 'sampling.num_steps: 40 and 50' in str(refused.value)
-    assert "reference_hash: 'sha256:2' and 'sha256:9'" in str(refused.value)
+    assert 'sampling.num_steps: 50 and 40' in str(refused.value)
+    assert "reference_hash: 'sha256:bb' and 'sha256:9'" in str(refused.value)
+    old = {name: value for name, value in PROTOCOL.items() if name not in ('time_grid', 'weak')}
+    with pytest.raises(UserError, match='time_grid: unknown for both numbers'):
+        compare([run(name, points((100, 40.0)), protocol=old) for name in 'ab'])
     # A run that was measured both ways is compared where it can be.
     both = Run('both', '', (*b.curves, *two_runs()[1].curves))
     assert compare([a, both]).tables[0].protocol == PROTOCOL
@@ -195,15 +175,9 @@ def test_runs_of_two_objectives_compare_and_the_grids_are_named():
         compare([edm, a, b])
 
 
-def test_numbers_of_which_something_is_unknown_are_refused():
-    old = {name: value for name, value in PROTOCOL.items() if name not in ('time_grid', 'weak')}
-    with pytest.raises(UserError, match='time_grid: unknown for both numbers'):
-        compare([run(name, points((100, 40.0)), protocol=old) for name in 'ab'])
-
-
 def test_metrics_are_chosen_by_name_with_or_without_their_number_of_samples():
     a, b = two_runs()
-    more = [Run(r.name, '', (*r.curves, Curve('recall_10000', PROTOCOL, points((100, 0.5))))) for r in (a, b)]
+    more = with_recall(a, b)
     assert [t.metric for t in compare(more).tables] == ['fid_10000', 'recall_10000']
     assert [t.metric for t in compare(more, ['recall']).tables] == ['recall_10000']
     with pytest.raises(UserError, match='no run has kid; there are fid_10000, recall_10000'):
@@ -223,7 +197,7 @@ def test_the_files_of_a_comparison(tmp_path):
     text = paths[2].read_text()
     page = assert_self_contained(text)
     assert len(drawings(page)) == 3 and len(page.named('img')) == 4
-    assert '<b>' not in text.replace('<div class="tile"><b>', '') and '&lt;i&gt;odd&lt;/i&gt;' in text
+    assert '<b>' not in text and '&lt;i&gt;odd&lt;/i&gt;' in text
     assert 'compare &#39;a b&#39; &lt;c&gt;' in text
     assert 'Seconds do not compare: the runs were on different machines' in text
     assert {'dense (A)', 'dense (B)', '≈ 30', 'beyond its last', 'sampling.num_steps'} <= set(page.cells)
@@ -260,6 +234,12 @@ def test_results_files(tmp_path):
     assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
     with pytest.raises(UserError, match="no results of a run 'other'"):
         open_run(f'{path}#other')
+    # A curve is one whatever the reference is called, and another where the protocol is.
+    renamed = {**PROTOCOL, 'autoencoder': '/data/vae', 'reference': {'name': 'copy', 'kind': 'adm'},
+               'sampling': {**PROTOCOL['sampling'], 'guidance_scale': 1}}  # fmt: skip
+    for protocol, counts in ((renamed, [3]), ({**renamed, 'seed': 1}, [2, 1])):
+        path.write_text(json.dumps([entry(100, 9.0), entry(200, 8.0, protocol=protocol), entry(300, 7.0)]))
+        assert [len(curve.points) for curve in open_run(str(path)).curves] == counts
 
 
 def test_a_metric_of_somebody_else_says_its_direction_in_the_file(tmp_path):
@@ -268,34 +248,22 @@ def test_a_metric_of_somebody_else_says_its_direction_in_the_file(tmp_path):
         (tmp_path / f'{name}.json').write_text(json.dumps(entries))
     (table,) = compare([open_run(str(tmp_path / f'{name}.json')) for name in ('dense', 'routed')]).tables
     assert table.better == 'higher'
-    assert table.speed_ups[0]['step'].reached == pytest.approx(120)  # 0.5 lies between 0.4 and 0.9
+    assert table.speed_ups(1)['step'].reached == pytest.approx(120)  # 0.5 lies between 0.4 and 0.9
 
 
 def test_a_protocol_that_metrics_share_is_shown_once(tmp_path):
-    both = [Run(r.name, '', (*r.curves, Curve('recall_10000', PROTOCOL, points((100, 0.5))))) for r in two_runs()]
-    comparison = compare(both)
+    comparison = compare(with_recall(*two_runs()))
     assert len(comparison.tables) == 2
-    assert format_comparison(comparison).count('protocol: ') == 1
+    assert format_comparison(comparison).count('protocol of fid_10000, recall_10000: ') == 1
     page = write_comparison(comparison, tmp_path, 'compare')[2].read_text()
     assert page.count('Protocol of fid_10000, recall_10000') == page.count('>sampling.num_steps<') == 1
-
-
-def test_a_curve_is_one_whatever_the_reference_is_called(tmp_path):
-    other = {**PROTOCOL, 'autoencoder': '/data/vae', 'reference': {'name': 'copy', 'kind': 'npz'},
-             'sampling': {**PROTOCOL['sampling'], 'guidance_scale': 1}}  # fmt: skip
-    path = tmp_path / 'results.json'
-    path.write_text(json.dumps([entry(100, 9.0), entry(200, 8.0, protocol=other), entry(300, 7.0)]))
-    (curve,) = open_run(str(path)).curves
-    assert [point.value for point in curve.points] == [9.0, 8.0, 7.0]
-    path.write_text(json.dumps([entry(100, 9.0), entry(200, 8.0, protocol={**other, 'seed': 1})]))
-    assert [len(curve.points) for curve in open_run(str(path)).curves] == [1, 1]
 
 
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
         ('{', 'cannot be read'),
-        ('"text"', 'not a list'),
+        ('"text"', 'no list of measured numbers'),
         ('{}', 'has no run_name'),
         ('[{"metric": "fid"}]', 'result 0 has no proper value, protocol'),
         ('[]', 'no results'),
@@ -326,8 +294,10 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
     made = client.create_run(identity, tags={'run_name': name, 'mlflow.runName': name}).info.run_id
     speeds = [2.0, 4.0, 4.0, 0.5, 5.0]
     client.log_batch(made, [Metric('throughput/batches_per_sec', v, 1, i) for i, v in enumerate(speeds)])
-    for file in ('config.yaml', 'digits_quality.json'):
-        client.log_artifact(made, str(folder / file))
+    (folder / 'environment.json').write_text(json.dumps({'gpus': ['Q'], 'world_size': 2}))
+    (folder / 'samples').mkdir()
+    (folder / 'samples' / 'latest.png').write_bytes(png())
+    client.log_artifacts(made, str(folder))
     return folder
 
 
@@ -350,50 +320,41 @@ def test_digits_runs_from_their_folders_through_the_command(digits, tmp_path, ca
     dense, routed = (stored['points'][name] for name in ('dense', 'routed'))
     assert [point['seconds'] for point in dense] == [25.0, 50.0]  # 4 steps a second is the middle one
     assert routed[1]['teraflops'] < dense[1]['teraflops']
-    assert stored['speed_ups']['routed']['teraflops']['ratio'] == pytest.approx(
-        4 / 3 * dense[0]['teraflops'] / routed[0]['teraflops']
-    )
-
-
-def test_the_same_run_from_mlflow_and_from_its_folder(digits):
-    store = f'sqlite:///{digits}/runs/mlflow.db'
-    named, folder = open_run(f'mlflow:routed@{store}'), open_run(str(digits / 'runs' / 'routed'))
-    assert named.curves == folder.curves and named.name == 'routed'
-    identity = named.source.removeprefix('mlflow:').partition('@')[0]
-    assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
-
-
-def test_digits_runs_of_different_protocols_are_refused(digits, tmp_path, capsys):
-    words = [str(digits / 'runs' / 'dense'), str(digits / 'runs' / 'guided')]
-    assert main(['compare', *words, '--out', str(tmp_path / 'out')]) == 2
+    ratio = 4 / 3 * dense[0]['teraflops'] / routed[0]['teraflops']
+    assert stored['speed_ups']['routed']['teraflops']['ratio'] == pytest.approx(ratio)
+    # Another protocol is refused.
+    assert main(['compare', words[0], str(digits / 'runs' / 'guided'), '--out', str(tmp_path / 'out')]) == 2
     assert 'seed: 0 and 2' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
+def test_the_same_run_from_mlflow_and_from_its_folder(digits):
+    store, folder = f'sqlite:///{digits}/runs/mlflow.db', digits / 'runs' / 'routed'
+    named = open_run(f'mlflow:routed@{store}')
+    assert named.curves == open_run(str(folder)).curves and named.name == 'routed'
+    identity = named.source.removeprefix('mlflow:').partition('@')[0]
+    assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
+    assert named.grid == png() and named.machine == '2 ranks on 1 x Q'
+    # Resumed with other settings, it says so.
+    MlflowClient(store).set_tag(identity, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
+    assert all(any('max_duration' in note for note in open_run(word).notes) for word in (named.source, str(folder)))
+
+
 def test_names_that_are_not_there_or_not_unique(digits, tmp_path):
     store = f'sqlite:///{digits}/runs/mlflow.db'
-    with pytest.raises(UserError, match='no run of this id or name'):
-        open_run(f'mlflow:absent@{store}')
-    with pytest.raises(UserError, match='there is no store'):
-        open_run(f'mlflow:dense@sqlite:///{tmp_path}/none.db')
-    assert not (tmp_path / 'none.db').exists()
-    with pytest.raises(UserError, match='neither a folder nor a file'):
-        open_run(str(tmp_path / 'absent'))
-    with pytest.raises(UserError, match=r'there is no config\.yaml'):
-        open_run(str(tmp_path))
     client = MlflowClient(store)
-    twin = client.create_run(client.get_experiment_by_name('digits').experiment_id, tags={'run_name': 'twin'})
-    client.create_run(twin.info.experiment_id, tags={'run_name': 'twin'})
-    with pytest.raises(UserError, match=f'2 runs have this name .*{twin.info.run_id}'):
-        open_run(f'mlflow:twin@{store}')
-
-
-def test_a_run_resumed_with_other_settings_says_so(digits):
-    folder = make_digits_run(digits, 'resumed', 'digits.yaml', {100: 30.0})
-    store = f'sqlite:///{digits}/runs/mlflow.db'
-    made = open_run(f'mlflow:resumed@{store}').source.removeprefix('mlflow:').partition('@')[0]
-    MlflowClient(store).set_tag(made, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
-    assert any('max_duration' in note for note in open_run(str(folder)).notes)
+    experiment = client.get_experiment_by_name('digits').experiment_id
+    twin, _ = (client.create_run(experiment, tags={'run_name': 'twin'}) for _ in range(2))
+    for word, message in {
+        f'mlflow:absent@{store}': 'no run of this id or name',
+        f'mlflow:dense@sqlite:///{tmp_path}/none.db': 'there is no store',
+        str(tmp_path / 'absent'): 'neither a folder nor a file',
+        str(tmp_path): r'there is no config\.yaml',
+        f'mlflow:twin@{store}': f'2 runs have this name .*{twin.info.run_id}',
+    }.items():
+        with pytest.raises(UserError, match=message):
+            open_run(word)
+    assert not (tmp_path / 'none.db').exists()
 
 
 # --- costs ---
@@ -417,6 +378,8 @@ def test_flops_follow_the_plan_and_the_window_of_routing(tmp_path):
     assert partly(10) == pytest.approx(dense(10))
     assert partly(100) == pytest.approx(dense(18) + routed(82))
     assert 'routed from step 10 to 92' in said
+    words = ['load_path=runs/x/latest-rank0.pt', 'load_weights_only=true']
+    assert 'without what the weights in runs/x' in training_teraflops(write_config(tmp_path, 'digits.yaml', *words))[1]
 
 
 def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_path):
@@ -433,11 +396,6 @@ def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_
     words = ["algorithms.maskdit.unmask_time='0.9dur'"]
     cost, said = training_teraflops(write_config(tmp_path, 'digits_maskdit.yaml', *words))
     assert cost(1) is None and 'unmask_time' in said
-
-
-def test_weights_of_an_earlier_run_are_named_as_a_cost_that_is_not_counted(tmp_path):
-    words = ['load_path=runs/x/latest-rank0.pt', 'load_weights_only=true']
-    assert 'without what the weights in runs/x' in training_teraflops(write_config(tmp_path, 'digits.yaml', *words))[1]
 
 
 def test_seconds_are_the_middle_speed_or_not_recorded():

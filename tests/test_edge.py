@@ -31,7 +31,7 @@ for part in ('core', 'routing', 'models', 'objectives', 'samplers', 'autoencoder
 
 import torch
 from tread_composer.autoencoders import Pixels
-from tread_composer.metrics.frechet import frechet_distance
+from tread_composer.metrics.frechet import frechet_distance, statistics
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import Route, apply_tread
@@ -63,8 +63,9 @@ assert samples.shape == latents.shape and samples.isfinite().all() and set(seen)
 images = Pixels().decode(samples.float())
 assert images.shape == latents.shape
 features = torch.randn(256, 3, dtype=torch.float64)
-assert frechet_distance(features, features) < 1e-6
-distance = frechet_distance(features, features + 2)  # equal covariances: the squared distance of the means, 3 * 2**2
+real = statistics(features)
+assert frechet_distance(real, real) < 1e-6
+distance = frechet_distance(real, statistics(features + 2))  # equal covariances: 3 * 2**2 of the means
 assert abs(distance - 12) < 1e-6, distance
 print('works')
 """

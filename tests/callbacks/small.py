@@ -5,8 +5,31 @@ from typing import Any
 
 import torch
 from composer import ComposerModel, Trainer
+from composer.loggers import InMemoryLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.helpers import tiny_dit
+from tread_composer.autoencoders import Pixels
+from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.objectives import FlowMatching
+
+
+class Files(InMemoryLogger):
+    """Remembers which files it was handed, each with its folder of artifacts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[tuple[str, str | None]] = []
+
+    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
+        self.files.append((path.name, artifact_folder))
+
+
+def digits_model(num_classes: int = 10) -> LatentDiffusion:
+    """The real model, on pixels."""
+    settings = {'latent_shape': (1, 8, 8), 'num_classes': num_classes, 'autoencoder': Pixels()}
+    return LatentDiffusion(tiny_dit(num_classes=num_classes), FlowMatching(), **settings)
 
 
 class Painter(ComposerModel):
@@ -55,8 +78,6 @@ def trainer(max_duration: str = '6ba', model: nn.Module | None = None, **setting
 
 def losses_of(run: Trainer) -> list[float]:
     """Train and return the loss of each batch, and a number from the global stream at the end."""
-    from composer.loggers import InMemoryLogger
-
     memory = next(item for item in run.logger.destinations if isinstance(item, InMemoryLogger))
     run.fit()
     return [float(loss) for _, loss in memory.data['loss/train/total']] + [float(torch.rand(()))]

@@ -12,18 +12,16 @@ from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from PIL import Image
 
-from tests.callbacks.small import Painter, trainer
-from tests.helpers import Recorder, assert_equal_weights, make_trainer, tiny_dit, weights
-from tests.metrics.small import random_images, write_folder
+from tests.callbacks.small import Files, Painter, digits_model, trainer
+from tests.helpers import Recorder, assert_equal_weights, make_trainer, weights
+from tests.metrics.small import extract, random_images, write_folder
 from tests.warm import on_ranks
 from tread_composer.algorithms.ema import EMA
-from tread_composer.autoencoders import Pixels
-from tread_composer.callbacks.evaluation import Evaluation, class_labels
+from tread_composer.callbacks.evaluation import Evaluation
 from tread_composer.config import check_files, load_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
-from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.metrics.features import extract, open_extractor
+from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.inception import INCEPTION_VARIABLE
 from tread_composer.metrics.metric import Comparison, build_metrics, measure
@@ -47,24 +45,20 @@ def evaluation(folder, reference, interval='2ba', **settings):
     return Evaluation(str(reference), interval, **{**small, **places, **settings})
 
 
-def latent_model():
-    settings = {'latent_shape': (1, 8, 8), 'num_classes': 10, 'autoencoder': Pixels()}
-    return LatentDiffusion(tiny_dit(), FlowMatching(), **settings)
-
-
 def streams():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_training_goes_on_as_without_it_to_the_bit(tmp_path, digits):
+def test_training_goes_on_as_without_it_to_the_bit(tmp_path, digits, capsys):
     def train(*callbacks):
         recorder = Recorder()
-        made = make_trainer(latent_model(), algorithms=[EMA(decay=0.5)], callbacks=[recorder, *callbacks])
+        made = make_trainer(digits_model(), algorithms=[EMA(decay=0.5)], callbacks=[recorder, *callbacks])
         random.seed(5)
         made.fit()
         return recorder, made, streams()
 
     recorder, made, at_end = train(evaluation(tmp_path, digits / 'eval'))
+    assert '297 reference images, once' in capsys.readouterr().err
     plain_recorder, plain, plain_at_end = train()
     assert recorder.losses == plain_recorder.losses
     assert recorder.batches == plain_recorder.batches
@@ -75,10 +69,9 @@ def test_training_goes_on_as_without_it_to_the_bit(tmp_path, digits):
 
 
 def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits):
-    files = InMemoryLogger()
-    files.log_file = lambda path, artifacts=None: files.data.setdefault('files', []).append((path.name, artifacts))
+    files = Files()
     callback = evaluation(tmp_path, digits / 'eval', '6ba', seed=3)
-    model, ema = latent_model(), EMA(decay=0.5)
+    model, ema = digits_model(), EMA(decay=0.5)
     made = make_trainer(model, algorithms=[ema], callbacks=[callback], loggers=[files], run_name='six')
     made.fit()
     entries = load_results(tmp_path / 'run' / 'results.json')
@@ -87,10 +80,9 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
         latents = model.sample([i % 10 for i in range(20)], [3 + i for i in range(20)], num_steps=2)
     images = ((latents + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     extractor = open_extractor('digits')
-    reference = open_reference(digits / 'eval').features(extractor, tmp_path / 'other cache')
-    figures = measure(
-        build_metrics(['fid', 'prc'], {}), extract([images], extractor), Comparison(statistics(reference), reference)
-    )
+    reference = open_reference(digits / 'eval').features(extractor, None)
+    against = Comparison(statistics(reference.features_ND), reference)
+    figures = measure(build_metrics(['fid', 'prc'], {}), extract([images], extractor), against)
     # Drawn in other batches than in training: a byte may differ by one.
     assert [e['value'] for e in entries] == pytest.approx([figure.value for figure in figures], rel=2e-3, abs=0.051)
     assert entries[0]['value'] > 10
@@ -99,7 +91,7 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
         assert entry['training']['seconds'] > 0
         assert float(files.data[series_name(entry['metric'], entry['protocol'])][-1][1]) == entry['value']
     pictures = [('ba000006.png', 'evaluation'), ('latest.png', 'evaluation')]
-    assert files.data['files'] == [*pictures, ('results.json', None)]
+    assert files.files == [*pictures, ('results.json', None)]
     assert Image.open(tmp_path / 'run' / 'evaluation' / 'latest.png').size[1] > 10 * 64  # a row for each digit
     protocol = entries[0]['protocol']
     assert protocol['reference_hash'] == open_reference(digits / 'eval').hash
@@ -197,14 +189,6 @@ def test_impossible_settings_are_refused(tmp_path, settings, message):
         evaluation(tmp_path, tmp_path, **settings)
 
 
-def test_labels():
-    assert class_labels('balanced', 12, 4, 0) == [0, 1, 2, 3] * 3
-    drawn = class_labels('random', 1000, 4, 1)
-    assert set(drawn) == {0, 1, 2, 3}
-    assert drawn == class_labels('random', 1000, 4, 1) != class_labels('random', 1000, 4, 2)
-    assert class_labels('balanced', 3, 0, 0) == [0, 0, 0]
-
-
 def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
@@ -215,6 +199,7 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
 
     assert load().callbacks['evaluation'].build().measurement.features == 'digits'
     check_files(load())  # the digits are made before training
+    check_files(load(reference='digits'))
     refusals = {
         'num_sampels: unknown': lambda: load('num_sampels: 5'),
         'add it, or set weights: raw': lambda: load('features: digits', 'data/digits/eval', 'algorithms.ema=null'),
@@ -222,7 +207,7 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
         "'nowhere' does not exist": lambda: check_files(load('features: digits', 'nowhere')),
         'inception: the weights of Inception are not here': lambda: check_files(load('metrics: [fid]')),
     }
-    load('features: digits', 'x', 'callbacks.digits_quality={}')  # each has a file of its own
+    load('features: digits', 'x', 'callbacks.digits_quality={}')  # their numbers have protocols of their own
     for message, act in refusals.items():
         with pytest.raises(UserError, match=message):
             act()
@@ -231,7 +216,7 @@ def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monke
 def measured(folder, reference):
     """In a process of its own, one of one or two."""
     callback = evaluation(folder, reference, '6ba', num_samples=30, batch_size=7, weights='raw')
-    model = latent_model()
+    model = digits_model()
     make_trainer(model, callbacks=[callback], lr=0.0, run_name='ranks').fit()
     path = folder / 'run' / 'results.json'
     dist.barrier()

@@ -1,8 +1,7 @@
 """SampleGrid and DigitsQuality: what they write, that they always write the same, that training does not notice."""
 
 import contextlib
-import dataclasses
-import json
+import functools
 from typing import ClassVar
 
 import numpy as np
@@ -12,17 +11,18 @@ from composer.core import Algorithm
 from composer.loggers import InMemoryLogger
 from PIL import Image
 
-from tests.callbacks.small import Painter, losses_of, trainer
-from tests.helpers import make_trainer, tiny_dit
+from tests.callbacks.small import Files, Painter, digits_model, losses_of, trainer
+from tests.helpers import make_trainer
+from tests.runs import run
+from tread_composer import cli
 from tread_composer.algorithms.ema import EMA
-from tread_composer.autoencoders import Pixels
-from tread_composer.callbacks.digits_quality import DigitsQuality, measure
-from tread_composer.callbacks.sample_grid import SampleGrid, draw_grid
-from tread_composer.io.picture_grid import shown_in_grid
-from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.metrics.digits import real_digits
-from tread_composer.metrics.protocol import Protocol, differences
-from tread_composer.objectives import FlowMatching
+from tread_composer.autoencoders.pixels import to_tiles
+from tread_composer.callbacks import sampling
+from tread_composer.callbacks.digits_quality import DigitsQuality
+from tread_composer.callbacks.sample_grid import SampleGrid
+from tread_composer.io.picture_grid import class_grid, picture_grid, shown_in_grid
+from tread_composer.metrics.digits import DigitsImages, real_digits
+from tread_composer.metrics.protocol import differences, load_results
 from tread_composer.samplers import SamplingSettings
 
 
@@ -44,35 +44,32 @@ class Average(Algorithm):
         weight.data.copy_(own)
 
 
-class Files(InMemoryLogger):
-    def __init__(self):
-        super().__init__()
-        self.files = []
+def paint_once(model, callback):
+    """One batch that changes nothing."""
+    trainer('1ba', model, callbacks=[callback], optimizers=torch.optim.SGD(model.parameters(), lr=0.0)).fit()
 
-    def log_file(self, path, artifact_folder=None):
-        self.files.append((path.name, artifact_folder))
+
+def pixels(path):
+    return np.asarray(Image.open(path))
 
 
 def test_pictures_come_at_the_interval_and_at_the_end_without_repeating_one(tmp_path):
     files = Files()
     grid = SampleGrid('3ba', folder=f'{tmp_path}/{{run_name}}', weights='raw', num_steps=2)
     trainer('6ba', callbacks=[grid], loggers=[files]).fit()
-    assert sorted(path.name for path in (tmp_path / 'painting').iterdir()) == [
-        'ba000003.png', 'ba000006.png', 'latest.png',
-    ]  # fmt: skip
+    folder = tmp_path / 'painting'
+    assert sorted(path.name for path in folder.iterdir()) == ['ba000003.png', 'ba000006.png', 'latest.png']
     assert files.files == [(name, 'samples') for name in ('ba000003.png', 'latest.png', 'ba000006.png', 'latest.png')]
-    last = (tmp_path / 'painting' / 'ba000006.png').read_bytes()
-    assert (tmp_path / 'painting' / 'latest.png').read_bytes() == last
-    assert Image.open(tmp_path / 'painting' / 'latest.png').size[0] > 10 * 64
+    assert (folder / 'latest.png').read_bytes() == (folder / 'ba000006.png').read_bytes()
+    assert Image.open(folder / 'latest.png').size[0] > 10 * 64
 
 
 def test_each_row_shows_its_class(tmp_path):
     model = Painter()
     with torch.no_grad():
         model.pictures.weight.copy_(torch.linspace(-1, 1, 10)[:, None].expand(10, 64))
-    grid = SampleGrid('1ep', folder=str(tmp_path), weights='raw', classes=[9, 0], class_names=list('abcdefghij'))
-    trainer('1ba', model, callbacks=[grid], optimizers=torch.optim.SGD(model.parameters(), lr=0.0)).fit()
-    picture = np.asarray(Image.open(tmp_path / 'latest.png'))
+    paint_once(model, SampleGrid(folder=str(tmp_path), weights='raw', classes=[9, 0], class_names=list('abcdefghij')))
+    picture = pixels(tmp_path / 'latest.png')
     height = len(picture)
     assert picture[28 : height // 2, 100:300].mean() > 180  # class 9 is white, in the upper row
     assert picture[height // 2 + 20 :, 100:300].mean() < 60
@@ -119,22 +116,18 @@ def test_pictures_are_drawn_in_float32_whatever_training_has_chosen(tmp_path):
 
 
 def test_averaged_weights_are_used_and_given_back(tmp_path):
-    raw, averaged = tmp_path / 'raw', tmp_path / 'averaged'
-    callbacks = [
-        SampleGrid('9ba', folder=str(raw), weights='raw'),
-        SampleGrid('9ba', folder=str(averaged), weights='ema'),
-    ]
+    callbacks = [SampleGrid('9ba', folder=str(tmp_path / weights), weights=weights) for weights in ('raw', 'ema')]
     run = trainer('6ba', callbacks=callbacks, algorithms=[Average()])
     run.fit()
-    assert np.asarray(Image.open(averaged / 'latest.png'))[60, 100:130].mean() < 30
-    assert np.asarray(Image.open(raw / 'latest.png'))[60, 100:130].mean() > 60
+    assert pixels(tmp_path / 'ema' / 'latest.png')[60, 100:130].mean() < 30
+    assert pixels(tmp_path / 'raw' / 'latest.png')[60, 100:130].mean() > 60
     assert run.state.model.pictures.weight.std() > 0.1
 
 
 @pytest.mark.parametrize('kind', [SampleGrid, DigitsQuality])
 def test_averaged_weights_that_nobody_keeps_are_refused_before_training(tmp_path, kind):
     run = trainer(callbacks=[kind(folder=str(tmp_path))])
-    with pytest.raises(ValueError, match='Add `ema: '):
+    with pytest.raises(ValueError, match=rf'callbacks\.{kind.__name__[:5].lower()}.*Add `ema: '):
         run.fit()
     assert int(run.state.timestamp.batch) == 0
 
@@ -146,6 +139,8 @@ def test_impossible_settings_are_refused(tmp_path):
         SampleGrid(weights='mean')
     with pytest.raises(ValueError, match=r'\[10\] are not classes of the model'):
         trainer(callbacks=[SampleGrid(classes=[3, 10], weights='raw', folder=str(tmp_path))]).fit()
+    with pytest.raises(ValueError, match='is for the ten digits, but the model has 5 classes'):
+        make_trainer(digits_model(num_classes=5), callbacks=[DigitsQuality(folder=str(tmp_path), weights='raw')]).fit()
 
 
 def test_a_diverged_model_is_drawn_and_named(tmp_path):
@@ -153,30 +148,7 @@ def test_a_diverged_model_is_drawn_and_named(tmp_path):
     with torch.no_grad():
         model.pictures.weight.fill_(float('nan'))
     trainer('1ba', model, callbacks=[SampleGrid(folder=str(tmp_path), weights='raw')]).fit()
-    picture = np.asarray(Image.open(tmp_path / 'latest.png'))
-    assert (picture[60, 100] == 128).all()
-
-
-def test_quality_is_written_with_its_protocol_and_repeats(tmp_path):
-    def run(folder):
-        files = Files()
-        quality = DigitsQuality(folder=str(folder), num_samples=100, weights='raw', num_steps=3)
-        trainer(callbacks=[quality], loggers=[files]).fit()
-        assert files.files == [('digits_quality.json', None)]
-        return json.loads((folder / 'digits_quality.json').read_text()), files.data
-
-    results, logged = run(tmp_path / 'a')
-    assert results == run(tmp_path / 'b')[0]
-    assert results['batch'] == 6
-    assert results['run_name'] == 'painting'
-    protocol = results['protocol']
-    assert protocol.keys() == {entry.name for entry in dataclasses.fields(Protocol)}
-    expected = {'num_samples': 100, 'labels': 'balanced', 'seed': 0, 'weights': 'raw', 'resolution': 8}
-    assert {name: protocol[name] for name in expected} == expected
-    assert protocol['sampling'] == SamplingSettings(num_steps=3).to_dict()
-    assert results['real_held_out']['recognised'] > 0.97
-    assert results['frechet_distance'] > 10 * results['real_held_out']['frechet_distance']
-    assert float(logged['digits/recognised'][-1][1]) == results['recognised']
+    assert (pixels(tmp_path / 'latest.png')[60, 100] == 128).all()
 
 
 def test_good_digits_are_recognised(tmp_path):
@@ -185,45 +157,64 @@ def test_good_digits_are_recognised(tmp_path):
     with torch.no_grad():
         for digit in range(10):
             model.pictures.weight[digit] = images[labels == digit].mean(0).flatten()
-    quality = DigitsQuality(folder=str(tmp_path), num_samples=100, weights='raw')
-    trainer('1ba', model, callbacks=[quality], optimizers=torch.optim.SGD(model.parameters(), lr=0.0)).fit()
-    assert json.loads((tmp_path / 'digits_quality.json').read_text())['recognised'] == 1.0
+    paint_once(model, DigitsQuality(folder=str(tmp_path), num_samples=100, weights='raw'))
+    assert load_results(tmp_path / 'results.json')[0]['value'] == 1.0
 
 
-def test_with_the_real_model_and_the_real_average(tmp_path):
+def test_digits_are_measured_with_their_protocol_and_every_measurement_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'digits').mkdir()  # no reference
+    files, quality = Files(), DigitsQuality('3ba', folder='run', num_samples=30, num_steps=2, weights='raw', seed=7)
+    quality.load_state_dict({})  # as a checkpoint of 0.1.0 has it
+    made = make_trainer(digits_model(), callbacks=[quality], loggers=[files], run_name='real')
+    made.fit()
+    assert files.files == [('results.json', None)] * 2
+    assert [path.name for path in (tmp_path / 'run').glob('[!.]*')] == ['results.json']
+    entries = load_results(tmp_path / 'run' / 'results.json')
+    assert [(entry['metric'], entry['batch']) for entry in entries] == [
+        ('recognised_digits_30', 3), ('fd_digits_30', 3), ('recognised_digits_30', 6), ('fd_digits_30', 6),
+    ]  # fmt: skip
+    assert [entry['better'] for entry in entries[:2]] == ['higher', 'lower']
+    for name, kept in (('recognised', entries[::2]), ('frechet_distance', entries[1::2])):
+        assert [float(value) for _, value in files.data[f'digits/{name}']] == [entry['value'] for entry in kept]
+    protocol = entries[0]['protocol']
+    expected = {'num_samples': 30, 'labels': 'balanced', 'seed': 7, 'weights': 'raw', 'resolution': 8}
+    assert {name: protocol[name] for name in expected} == expected
+    assert protocol['sampling'] == SamplingSettings(num_steps=2).to_dict() and 'round' in protocol['uint8_rule']
+    assert protocol['reference_hash'] == DigitsImages('train').hash and differences(protocol, protocol) == []
+    rows = dict(quality.summary(made.state))
+    recognised, distance = (entry['value'] for entry in entries[2:])
+    assert rows['recognised'].startswith(f'{round(recognised * 30)} of 30 samples ')
+    real = float(rows['recognised'].rpartition(' ')[2].rstrip('%')), float(rows['Fréchet distance'].rpartition(' ')[2])
+    assert real[0] > 97 and rows['Fréchet distance'].startswith(f'{distance:.2f} ') and distance > 10 * real[1]
+    assert rows['samples'] == 'raw weights, heun 2 steps, guidance 1, dense, at batch 6'
+
+
+def test_digits_are_those_of_evaluate(tmp_path):
+    """The same images, reference and protocol, so the same numbers."""
+    words = 'callbacks.digits_quality={num_samples: 20, num_steps: 2, weights: raw}'
+    folder = run(tmp_path, 'digits.yaml', words).folder
+    trained = load_results(folder / 'results.json')
+    words = ['--reference', 'digits', '--features', 'digits', '--metrics', 'recognised', 'fid', '--weights', 'raw']
+    words += ['--count', '20', '--steps', '2', '--device', 'cpu', '--out', str(tmp_path / 'again.json')]
+    assert cli.main(['evaluate', str(folder), *words]) == 0
+    for entry, again in zip(trained, load_results(tmp_path / 'again.json'), strict=True):
+        assert entry['metric'] == again['metric'] and differences(entry['protocol'], again['protocol']) == []
+        assert again['value'] == pytest.approx(entry['value'], rel=1e-3)
+
+
+def test_with_the_real_model_and_the_real_average_and_with_progress(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, 'Progress', functools.partial(sampling.Progress, interval=0.0))
     callbacks = [
         SampleGrid('3ba', folder=str(tmp_path), num_steps=2, samples_per_class=2),
         DigitsQuality(folder=str(tmp_path), num_samples=20, num_steps=2, guidance_scale=1.5),
     ]
-    denoiser = tiny_dit()
-    settings = {'latent_shape': (1, 8, 8), 'num_classes': 10, 'autoencoder': Pixels()}
-    model = LatentDiffusion(denoiser, FlowMatching(), **settings)
-    make_trainer(model, algorithms=[EMA(decay=0.5)], callbacks=callbacks, run_name='real').fit()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'ba000003.png', 'ba000006.png', 'latest.png', 'digits_quality.json',
-    }  # fmt: skip
-
-
-def test_quality_is_that_of_the_images_that_sample_draws_and_all_points_are_kept(tmp_path):
-    settings = {'latent_shape': (1, 8, 8), 'num_classes': 10, 'autoencoder': Pixels()}
-    model = LatentDiffusion(tiny_dit(), FlowMatching(), **settings)
-    quality = DigitsQuality('3ba', folder=str(tmp_path), num_samples=30, num_steps=2, weights='raw', seed=7)
-    (tmp_path / 'results.json').write_text('[]')  # of `evaluate`: none of its business
-    make_trainer(model, callbacks=[quality], run_name='real').fit()
-    found = json.loads((tmp_path / 'digits_quality.json').read_text())
-    images = model.decode(model.sample([i % 10 for i in range(30)], [7 + i for i in range(30)], num_steps=2))
-    assert found['frechet_distance'] == pytest.approx(
-        measure(images, [i % 10 for i in range(30)])['frechet_distance'], rel=1e-4
-    )
-    assert [point['batch'] for point in found['points']] == [3, 6]
-    assert found['points'][1]['frechet_distance'] == found['frechet_distance'] != found['points'][0]['frechet_distance']
-    assert differences(found['protocol'], found['protocol']) == []
-    assert (tmp_path / 'results.json').read_text() == '[]'
-    # Measured by another protocol, the points begin anew.
-    other = DigitsQuality(folder=str(tmp_path), num_samples=20, num_steps=2, weights='raw')
-    make_trainer(model, callbacks=[other], run_name='real').fit()
-    found = json.loads((tmp_path / 'digits_quality.json').read_text())
-    assert [point['batch'] for point in found['points']] == [6]
+    make_trainer(digits_model(), algorithms=[EMA(decay=0.5)], callbacks=callbacks, run_name='real').fit()
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith('.')}
+    assert names == {'ba000003.png', 'ba000006.png', 'latest.png', 'results.json'}
+    printed = capsys.readouterr().err
+    assert 'sample_grid at batch 3: 20 of 20 images (100.0%), ' in printed and ' left\n' in printed
+    assert 'digits_quality at batch 6: 20 of 20 images (100.0%), ' in printed
 
 
 def test_which_images_a_grid_shows():
@@ -237,16 +228,16 @@ def test_which_images_a_grid_shows():
 def test_a_grid_of_colour_images_keeps_their_size_and_colours():
     images = torch.full((4, 3, 256, 256), -1.0)
     images[:, 0] = 1.0
-    picture = draw_grid(images, ['red', 'also red'], 'a title ' * 40)
+    picture = class_grid(to_tiles(images), [0, None], ['red'], 'a title ' * 40)
     assert picture.size[0] > 512
     assert picture.getpixel((picture.size[0] - 100, picture.size[1] - 100)) == (255, 0, 0)
     with pytest.raises(ValueError, match='do not fill'):
-        draw_grid(images, ['a', 'b', 'c'], '')
+        picture_grid(to_tiles(images), '', columns=2, row_names=['a', 'b', 'c'])
 
 
 def test_names_beyond_ascii_are_no_boxes():
-    images = torch.zeros(6, 1, 8, 8)
+    tiles = np.zeros((6, 8, 8, 1), np.uint8)
     rows = ['Åland', 'жираф', '猫', '犬', r'\u732b', 'ψ']
-    strips = [np.asarray(draw_grid(images, [name, *[''] * 5], ''))[:60] for name in rows]
+    strips = [np.asarray(class_grid(tiles, [0, *[None] * 5], [name], ''))[:60] for name in rows]
     # Boxes would be alike: two signs of one length that the font lacks must not be.
     assert not np.array_equal(strips[2], strips[3]) and np.array_equal(strips[2], strips[4])

@@ -1,5 +1,6 @@
-"""Small sets of images and a small feature network, for the tests of the metrics."""
+"""Small sets of images, a small feature network and a protocol, for the tests of whatever measures."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tread_composer.metrics.features import DigitsFeatures
+from tread_composer.metrics.features import Extractor, FeatureSet, joined, looked
+from tread_composer.metrics.protocol import Protocol
+
+PROTOCOL = Protocol(
+    weights='ema', num_samples=10_000, labels='balanced', seed=0,
+    sampling={'sampler': 'heun', 'num_steps': 50, 'sampler_settings': {}, 'guidance': 'none', 'guidance_scale': 1.0},
+    autoencoder='some/vae', autoencoder_hash='sha256:aa', decode_dtype='float32', uint8_rule='rule',
+    reference={'name': 'reference.npz', 'kind': 'adm'}, reference_hash='sha256:bb',
+    features={'name': 'inception', 'weights_hash': 'sha256:cc', 'version': '0.4.0'}, resolution=256,
+    time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}, weak='none',
+)  # fmt: skip
 
 
 def random_images(count: int, resolution: int = 8, seed: int = 0) -> np.ndarray:
@@ -31,6 +42,11 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
+def extract(batches: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
+    """The features of all images."""
+    return joined([*looked(batches, extractor)])
+
+
 class Means:
     """The mean and the spread of each colour: six features, and three logits."""
 
@@ -38,22 +54,9 @@ class Means:
     resolution = None
     num_logits = 3
 
-    def __init__(self) -> None:
-        self.images_seen = 0
-
     def identity(self) -> dict[str, str]:
         return {'name': 'means', 'weights_hash': 'none', 'version': '1'}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        self.images_seen += len(images)
         pixels = images.float().flatten(2)
         return torch.cat([pixels.mean(2), pixels.std(2)], 1), pixels.mean(2) / 10
-
-
-class CountingDigits(DigitsFeatures):
-    def __init__(self) -> None:
-        self.images_seen = 0
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
-        self.images_seen += len(images)
-        return super().__call__(images)

@@ -1,11 +1,12 @@
 """How images are drawn, as protocols have it: what must be in there, and for whom it is unknown."""
 
 import pytest
+import torch
 
 from tests.helpers import tiny_dit, tiny_model
 from tread_composer.autoencoders import Pixels
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.metrics.drawing import drawing_facts, time_grid
+from tread_composer.metrics.drawing import Draws, drawing_facts, time_grid
 from tread_composer.metrics.protocol import UNKNOWN, Protocol, differences
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import Route
@@ -24,7 +25,7 @@ class Encoded(Pixels):
 
 
 def facts(model, settings=SETTINGS, **how):
-    return drawing_facts(model, settings, **{'weights': 'ema', 'labels': 'balanced', 'seed': 0, **how})
+    return drawing_facts(model, settings, Draws.in_turn(20, model.num_classes, 0), **{'weights': 'ema', **how})
 
 
 def protocol(model, **how):
@@ -85,3 +86,16 @@ def test_labels_and_autoencoders():
     plain, encoded = (facts(model_of(FlowMatching(), autoencoder=one)) for one in (Pixels(), Encoded()))
     assert (plain['autoencoder'], plain['autoencoder_hash']) == ('pixels', None)
     assert (encoded['autoencoder'], encoded['autoencoder_hash']) == ('some/vae', 'sha256:aa')
+
+
+def test_labels_and_seeds():
+    balanced, random = (rule(1000, 4, 1) for rule in (Draws.in_turn, Draws.at_random))
+    assert balanced.labels[:5] == (0, 1, 2, 3, 0) and balanced.rule == 'balanced' and balanced.seed(5) == 6
+    assert (Draws.in_turn(10, 4, 0).rule, Draws.at_random(3, 0, 0)) == ('in turn', Draws((0, 0, 0), 0, 'none'))
+    assert set(random.labels) == {0, 1, 2, 3} and random.rule == 'random'
+    assert random == Draws.at_random(1000, 4, 1) != Draws.at_random(1000, 4, 2)
+    grid = Draws((7, 7, 8, 8), 3, 'classes', columns=2)
+    batches = grid.images(lambda labels, seeds: torch.tensor([labels, seeds]).T, [[0, 1, 2], [3]])
+    assert [(list(i), labels, x.tolist()) for i, labels, x in batches] == [
+        ([0, 1, 2], [7, 7, 8], [[7, 3], [7, 4], [8, 3]]), ([3], [8], [[8, 4]]),
+    ]  # fmt: skip

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.metrics.small import as_batch, random_images, write_folder
+from tests.metrics.small import as_batch, extract, random_images, write_folder
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.features import extract, open_extractor
+from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.inception import (
     INCEPTION_FILE,
     INCEPTION_SHA256,
@@ -121,38 +121,30 @@ class Evil:
         return eval, ('open("executed", "w").close()',)
 
 
-def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
+def test_nothing_in_the_file_is_run_and_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for content in (pickle.dumps(Evil()), b'not a file of torch', b''):
-        path = tmp_path / 'evil.pth'
+    path, saved = tmp_path / 'evil.pth', []
+    for state in ({'weight': Evil()}, {'weight': torch.zeros(3)}):
+        torch.save(state, path)
+        saved.append(path.read_bytes())
+    for content in (pickle.dumps(Evil()), b'not a file of torch', b'', *saved):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no weights of torch-fidelity's Inception"):
             InceptionFeatures.open(path, inception_sha256=hashlib.sha256(content).hexdigest())
-    torch.save({'weight': Evil()}, path)
-    with pytest.raises(UserError, match='no weights'):
-        InceptionFeatures.open(path, inception_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert not (tmp_path / 'executed').exists()
-
-
-def test_weights_of_another_network_are_refused(tmp_path):
-    path = tmp_path / 'other.pth'
-    torch.save({'weight': torch.zeros(3)}, path)
-    with pytest.raises(UserError, match='no weights'):
-        InceptionFeatures.open(path, inception_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='are not here') as error:
         find_weights()
     assert str(hub_path()) in str(error.value)
+    named, variable = tmp_path / 'named.pth', tmp_path / 'variable.pth'
     hub_path().parent.mkdir(parents=True)
-    hub_path().write_bytes(b'hub')
+    for path in (hub_path(), variable, named):
+        path.write_bytes(b'weights')
     assert find_weights() == hub_path()
-    (tmp_path / 'variable.pth').write_bytes(b'variable')
-    monkeypatch.setenv(INCEPTION_VARIABLE, str(tmp_path / 'variable.pth'))
-    assert find_weights() == tmp_path / 'variable.pth'
-    (tmp_path / 'given.pth').write_bytes(b'given')
-    assert find_weights(tmp_path / 'given.pth') == tmp_path / 'given.pth'
+    monkeypatch.setenv(INCEPTION_VARIABLE, str(variable))
+    assert (find_weights(), find_weights(named)) == (variable, named)
     with pytest.raises(UserError, match='is no file'):
         find_weights(tmp_path / 'nowhere.pth')
 

@@ -1,6 +1,7 @@
 """The Measurer: on several ranks the numbers of one, the reference looked at once, refusals before any image."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.measurer import Measurement, Measurer
+from tread_composer.metrics.metric import Figure
+from tread_composer.metrics.quantity import Quantity
 
 CPU = torch.device('cpu')
+DRAWN = {'weights': 'ema', 'labels': 'none', 'seed': 0, 'sampling': 'unknown', 'autoencoder': 'pixels',
+         'autoencoder_hash': None, 'decode_dtype': 'float32', 'uint8_rule': 'rounded'}  # fmt: skip
 
 
 def measurement(root, **changes) -> Measurement:
@@ -52,9 +57,7 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
     write_folder(tmp_path / 'reference', grey_images(20))
     measurer = Measurer(measurement(tmp_path, metrics=('kid',)), CPU)
     figures = measurer.figures(measurer.look([as_batch(grey_images(12, seed=1))]))
-    drawn = {'weights': 'ema', 'labels': 'none', 'seed': 0, 'sampling': 'unknown', 'autoencoder': 'pixels',
-             'autoencoder_hash': None, 'decode_dtype': 'float32', 'uint8_rule': 'rounded'}  # fmt: skip
-    (entry,) = measurer.entries(figures, drawn, num_samples=12, resolution=8, source='here', run='a run')
+    (entry,) = measurer.entries(figures, DRAWN, 12, 8, source='here', run='a run')
     assert (entry['metric'], entry['run'], entry['value']) == ('kd_digits_12', 'a run', figures[0].value)
     assert entry['unit'] == 'squared MMD' and entry['better'] == 'lower'
     protocol = entry['protocol']
@@ -85,3 +88,10 @@ def test_impossible_measurements_are_refused_before_an_image_is_looked_at(tmp_pa
     with pytest.raises(UserError, match='in colour'):
         measurer.prepare()
     assert not (tmp_path / 'cache').exists()
+
+
+def test_a_number_that_is_none_is_refused(tmp_path):
+    write_folder(tmp_path / 'reference', grey_images(4))
+    measurer, figure = Measurer(measurement(tmp_path), CPU), Figure(Quantity('fid', 'lower', ''), math.nan)
+    with pytest.raises(UserError, match='fid_digits_9: came out as nan'):
+        measurer.entries([figure], DRAWN, 9, 8, source='s')

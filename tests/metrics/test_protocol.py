@@ -1,39 +1,21 @@
 import dataclasses
 import json
-import math
 import threading
 
 import pytest
 
+from tests.metrics.small import PROTOCOL
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.metric import build_metrics, direction
 from tread_composer.metrics.protocol import (
     UNKNOWN,
     Protocol,
     append_results,
+    by_protocol,
     differences,
     load_results,
     protocol_key,
-    result,
     series_name,
-)
-
-PROTOCOL = Protocol(
-    weights='ema',
-    num_samples=10_000,
-    labels='balanced',
-    seed=0,
-    sampling={'sampler': 'heun', 'num_steps': 50, 'sampler_settings': {}, 'guidance': 'none', 'guidance_scale': 1.0},
-    autoencoder='some/vae',
-    autoencoder_hash='sha256:aa',
-    decode_dtype='float32',
-    uint8_rule='rule',
-    reference={'name': 'reference.npz', 'kind': 'adm'},
-    reference_hash='sha256:bb',
-    features={'name': 'inception', 'weights_hash': 'sha256:cc', 'version': '0.4.0'},
-    resolution=256,
-    time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0},
-    weak='none',
 )
 
 
@@ -58,13 +40,9 @@ def test_every_part_of_a_protocol_counts(name):
     assert any(line.startswith(name) for line in differences(PROTOCOL, other))
 
 
-def test_a_difference_within_the_sampling_is_named():
-    other = changed(sampling={**PROTOCOL.sampling, 'num_steps': 25})
+def test_a_difference_within_a_section_is_named_and_another_name_of_the_same_reference_is_none():
+    other = changed(sampling={**PROTOCOL.sampling, 'num_steps': 25}, reference={'name': 'copy.npz', 'kind': 'adm'})
     assert differences(PROTOCOL, other) == ['sampling.num_steps: 50 and 25']
-
-
-def test_another_name_of_the_same_reference_is_no_difference():
-    assert differences(PROTOCOL, changed(reference={'name': 'copy.npz', 'kind': 'adm'})) == []
 
 
 def test_what_is_unknown_never_compares_not_even_with_itself():
@@ -122,23 +100,20 @@ def test_a_name_says_how_many_samples_and_which_features(metric, position, featu
     assert direction(name) == ('lower' if metric in ('fid', 'kid') else 'higher')
 
 
+def result(value: float, batch: int | None = None) -> dict:
+    return {'metric': 'fid', 'value': value, 'protocol': PROTOCOL.to_dict(), 'source': 'runs/a', 'batch': batch}
+
+
 def test_results_are_appended_and_a_repeated_measurement_replaces_the_first(tmp_path):
     path = tmp_path / 'run' / 'results.json'
-    first = result('fid_10000', 3.5, PROTOCOL, source='runs/a', run='a', batch=100, seconds=1.0)
-    append_results(path, [first])
-    append_results(path, [result('fid_10000', 3.4, PROTOCOL, source='runs/a', run='a', batch=200)])
-    append_results(path, [result('fid_10000', 3.6, PROTOCOL, source='runs/a', run='a', batch=100)])
+    for value, batch in ((3.5, 100), (3.4, 200), (3.6, 100)):
+        append_results(path, [result(value, batch)])
     assert [(entry['batch'], entry['value']) for entry in load_results(path)] == [(100, 3.6), (200, 3.4)]
-    assert set(first) >= {'metric', 'value', 'protocol', 'run', 'batch', 'training', 'source', 'created'}
-    assert first['training'] == {'teraflops': None, 'seconds': 1.0}
 
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path):
     path = tmp_path / 'results.json'
-    threads = [
-        threading.Thread(target=append_results, args=(path, [result('fid', 1.0, PROTOCOL, source='s', batch=index)]))
-        for index in range(20)
-    ]
+    threads = [threading.Thread(target=append_results, args=(path, [result(1.0, index)])) for index in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -148,12 +123,16 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
 
 def test_a_file_of_something_else_is_kept(tmp_path):
     path = tmp_path / 'results.json'
-    path.write_text('{"recognised": 0.9}')
-    with pytest.raises(UserError, match='no list of measured numbers'):
-        append_results(path, [result('fid', 1.0, PROTOCOL, source='s')])
-    assert path.read_text() == '{"recognised": 0.9}'
+    for content, message in (('{"recognised": 0.9}', 'no list of measured numbers'), ('[{}]', 'has no proper metric')):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            append_results(path, [result(1.0)])
+        assert path.read_text() == content
 
 
-def test_a_number_that_is_none_is_refused():
-    with pytest.raises(UserError, match='came out as nan'):
-        result('fid', math.nan, PROTOCOL, source='s')
+def test_protocols_are_grouped_and_what_is_of_a_metric_stays_with_it():
+    kid = changed(settings={'kid_subset_size': 5}).to_dict()
+    groups = by_protocol([('fid', PROTOCOL.to_dict()), ('is', changed(seed=1).to_dict()), ('kid', kid), ('fid', kid)])
+    assert [names for _, names in groups] == [['fid', 'kid'], ['is']]
+    assert groups[1][0] == {k: v for k, v in changed(seed=1).to_dict().items() if k != 'settings'}
+    assert groups[0][0] == {**PROTOCOL.to_dict(), 'settings': {'kid': kid['settings'], 'fid': kid['settings']}}

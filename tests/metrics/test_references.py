@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from tests.metrics.small import CountingDigits, Means, as_batch, grey_images, random_images, write_folder
+from tests.metrics.small import Means, as_batch, random_images, write_folder
 from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
-from tread_composer.metrics.digits import real_digits
-from tread_composer.metrics.features import DigitsFeatures, open_extractor
+from tread_composer.metrics.digits import DigitsFeatures, DigitsImages, real_digits
+from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import open_images
 from tread_composer.metrics.references import open_reference
@@ -47,6 +47,25 @@ def test_the_pixels_of_a_data_set_of_ours(tmp_path):
     expected, _ = real_digits()['eval']
     assert images.shape == (297, 3, 8, 8)
     assert torch.equal(images[:, 2], ((expected[:, 0] + 1) * 127.5).round().to(torch.uint8))
+    assert torch.equal(images, torch.cat([*DigitsImages('eval').batches(50)]))
+    assert open_images(tmp_path / 'digits' / 'eval').labels() == DigitsImages('eval').labels()
+
+
+def test_the_digits_are_a_reference_by_name_unless_something_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_reference('digits').hash == DigitsImages('train').hash
+    write_folder(tmp_path / 'digits', random_images(4))
+    assert open_reference('digits').count == 4
+
+
+def test_labels_of_images(tmp_path):
+    for name, labels in (('000000_seed3_label7.png', [7]), ('1.png', None)):
+        Image.fromarray(random_images(1)[0]).save(tmp_path / name)
+        assert open_images(tmp_path).labels() == labels
+    for arrays, labels in (({}, None), ({'arr_1': np.array([4, 2])}, [4, 2])):
+        path = adm(tmp_path / 'samples.npz', arr_0=random_images(2), **arrays)
+        assert open_images(path).labels() == labels
+    assert open_images(write_mds(tmp_path / 'mds', random_images(3))).labels() == [0, 0, 0]
 
 
 def test_a_hash_follows_the_content_and_not_the_place(tmp_path):
@@ -57,22 +76,6 @@ def test_a_hash_follows_the_content_and_not_the_place(tmp_path):
     assert open_images(one).hash == open_images(other).hash
     Image.fromarray(images[0]).save(other / '000003.png')
     assert open_images(one).hash != open_images(other).hash
-
-
-def test_features_are_kept_and_made_anew_when_a_file_changes(tmp_path):
-    folder, cache, extractor = write_folder(tmp_path / 'a', grey_images(6)), tmp_path / 'cache', CountingDigits()
-    first = open_reference(folder).features(extractor, cache)
-    again = open_reference(folder).features(extractor, cache)
-    assert extractor.images_seen == 6
-    assert torch.equal(first.features_ND, again.features_ND)
-    assert first.digests == again.digests
-    Image.fromarray(grey_images(1, seed=9)[0]).save(folder / '000000.png')
-    changed = open_reference(folder).features(extractor, cache)
-    assert extractor.images_seen == 12
-    assert not torch.equal(first.features_ND, changed.features_ND)
-    other = Means()
-    assert open_reference(folder).features(other, cache).features_ND.shape == (6, 6)
-    assert other.images_seen == 6
 
 
 def test_a_damaged_file_of_the_cache_is_named(tmp_path):
@@ -95,8 +98,8 @@ def test_an_adm_file_gives_its_statistics_and_its_images(tmp_path):
     reference = open_reference(path)
     assert (reference.kind, reference.count) == ('adm', 6)
     found = reference.features(Means(), tmp_path / 'cache')
-    assert (reference.statistics(found).mean_D == np.arange(6.0)).all()
-    own = statistics(found).mean_D
+    assert (reference.published.mean_D == np.arange(6.0)).all()
+    own = statistics(found.features_ND).mean_D
     assert not np.allclose(own, np.arange(6.0))
     alone = open_reference(adm(tmp_path / 'alone.npz', mu=np.zeros(4), sigma=np.eye(4)))
     assert alone.count == 0

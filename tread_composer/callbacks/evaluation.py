@@ -1,25 +1,23 @@
 """FID and its relatives while a run trains, on averaged weights and on all ranks, without a trace in the training."""
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from composer.core import Callback, Event, State
+from composer.core import Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
-from torch import Tensor
+from composer.utils import dist
 
 from tread_composer.autoencoders.pixels import to_uint8
-from tread_composer.callbacks.sample_grid import keep_grid
-from tread_composer.callbacks.sampling import Sampling, Weights, bare_model
+from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
 from tread_composer.core.errors import UserError
-from tread_composer.core.randomness import KeyedRandom
 from tread_composer.io.picture_grid import shown_in_grid
-from tread_composer.io.ranks import Ranks
+from tread_composer.io.progress import silent, to_stderr
+from tread_composer.io.ranks import Ranks, agreed
+from tread_composer.metrics.drawing import Draws
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
@@ -32,7 +30,7 @@ log = logging.getLogger(__name__)
 Labels = Literal['balanced', 'random']
 
 
-class Evaluation(Callback):
+class Evaluation(SamplingCallback):
     """Draws images at an interval and measures them against a reference.
 
     Each rank draws and looks at its share; the features are gathered, not the images, and the first rank measures. The
@@ -45,10 +43,11 @@ class Evaluation(Callback):
     ``Event.FIT_END``. Images that are not finite make a number impossible: that is logged, and training goes on.
 
     Args:
-        reference: What to compare with: a folder of images, an npz of ADM's suite, or MDS images.
+        reference: What to compare with: a folder of images, an npz of ADM's suite, MDS images, or ``digits``.
         interval: A Composer time string. (Default: only at the end.)
-        metrics: Of ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
-        features: Of ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called ``fd_digits``.
+        metrics: Names in ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
+        features: A name in ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called
+            ``fd_digits``.
         inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
         inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
@@ -70,6 +69,9 @@ class Evaluation(Callback):
 
     default_folder: ClassVar[str] = '.'
     """In the folder of a run that is described by a YAML file."""
+
+    owner: ClassVar[str] = 'evaluation'
+    shows_grid: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Evaluation(Callback):
                 f'num_samples={num_samples}, batch_size={batch_size}, kid_subset_size={kid_subset_size}, seed={seed}: '
                 'the first three must be at least 2, and seed must not be negative'
             )
+        super().__init__(interval, folder, sampler, num_steps, guidance_scale, weights)
         self.measurement = Measurement(
             reference=reference,
             metrics=tuple(metrics),
@@ -110,37 +113,46 @@ class Evaluation(Callback):
             cache=Path(cache) if cache else default_cache(),
         )
         self.measurement.check(num_samples)
-        self.num_samples, self.labels, self.seed, self.folder = num_samples, labels, seed, folder
-        self.sampling = Sampling(sampler, num_steps, guidance_scale, weights)
-        self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
-        self._last_batch = self._batch = -1
+        self.num_samples, self.labels, self.seed = num_samples, labels, seed
+        self._batch = -1
         self._spent: dict[int, float] = {}  # batch -> seconds of the measurement after it
         self._measurer: Measurer | None = None
         self._resolution = 0  # side of an image in pixels, once one was drawn
 
-    # --- when ---
-
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first measurement, and look at the reference."""
         del logger
-        self.sampling.check(state, 'evaluation')
+        self._resolution = self.check(state)
         classes = bare_model(state).num_classes
         if self.labels == 'balanced' and classes and self.num_samples % classes:
             raise UserError(
-                f'callbacks.evaluation.num_samples: {self.num_samples} is no multiple of the {classes} classes, which '
-                f'labels: balanced needs; take {max(1, round(self.num_samples / classes)) * classes}, or labels: random'
+                f'callbacks.{self.owner}.num_samples: {self.num_samples} is no multiple of the {classes} classes, '
+                f'which labels: balanced needs; take {max(1, round(self.num_samples / classes)) * classes}, '
+                'or labels: random'
             )
-        self._prepare(state)
+        device = torch.device('cuda' if state.device.name == 'gpu' else 'cpu')
+        ranks = Ranks(dist.get_global_rank(), dist.get_world_size(), dist.get_local_rank(), dist.get_local_world_size())
+
+        def opened() -> Measurer:
+            if self._path(state).exists():
+                load_results(self._path(state))
+            measurer = Measurer(self.measurement, device, ranks, to_stderr if ranks.is_first else silent)
+            measurer.check(self.num_samples, self._resolution, has_labels=classes > 0)
+            return measurer
+
+        self._measurer = agreed(opened, f'callbacks.{self.owner}: ')
+        agreed(self._measurer.prepare, f'callbacks.{self.owner}: ')
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Measure when the interval says so, and at the end unless that batch was measured already."""
-        super().run_event(event, state, logger)
         self._batch = int(state.timestamp.batch)
-        at_end = event == Event.FIT_END and self._last_batch != self._batch
-        if at_end or (event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self._is_due(state, event)):
-            began, self._last_batch = time.monotonic(), self._batch
-            self._measure(state, logger)
-            self._spent[self._batch] = self._spent.get(self._batch, 0.0) + time.monotonic() - began
+        super().run_event(event, state, logger)
+
+    def act(self, state: State, logger: Logger) -> None:
+        """Draw and measure; called on all ranks."""
+        began = time.monotonic()
+        self._measure(state, logger)
+        self._spent[self._batch] = self._spent.get(self._batch, 0.0) + time.monotonic() - began
 
     def state_dict(self) -> dict[str, Any]:
         """The time that measuring took, as far as Composer's clock of the run has it."""
@@ -148,130 +160,92 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up that clock."""
-        self._spent = {-1: state['seconds']}
+        self._spent = {-1: state.get('seconds', 0.0)}  # checkpoints of 0.1.0 have none of digits_quality
 
     def summary(self, state: State) -> list[tuple[str, str]]:
         """The latest numbers, if there are some."""
-        path = self._path(state)
-        if not path.exists():
+        entries = self._latest(state)
+        if not entries:
             return []
-        entries = [entry for entry in load_results(path) if entry['run'] == state.run_name]
-        latest = max((entry['batch'] for entry in entries), default=None)
-        figures = [f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries if entry['batch'] == latest]
-        return [('measured', f'{", ".join(figures)} at batch {latest}; protocol in {path}')] if figures else []
+        figures = ', '.join(f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries)
+        return [('measured', f'{figures} at batch {entries[0]["batch"]}; protocol in {self._path(state)}')]
+
+    def series(self, entry: Mapping[str, Any]) -> str:
+        """The name of a number in the loggers."""
+        return series_name(entry['metric'], entry['protocol'])
+
+    def _latest(self, state: State) -> list[dict[str, Any]]:
+        """The latest entry of each metric of this run against this reference."""
+        path, reference = self._path(state), self.measurement.reference
+        name = Path(reference if isinstance(reference, str) else reference.path).name
+        latest: dict[str, dict[str, Any]] = {}
+        for entry in sorted(load_results(path) if path.exists() else [], key=lambda entry: entry['batch'] or 0):
+            if entry['run'] == state.run_name and entry['protocol']['reference']['name'] == name:
+                latest[entry['metric']] = entry
+        return list(latest.values())
 
     def _seconds(self) -> float:
         # Composer counts a measurement into the batch that follows it.
         return sum(seconds for batch, seconds in self._spent.items() if batch < self._batch)
 
     def _path(self, state: State) -> Path:
-        return Path(self.folder.format(run_name=state.run_name)) / 'results.json'
+        return self.folder_of(state) / 'results.json'
 
-    # --- what ---
+    def _batches(self) -> tuple[list[list[int]], int]:
+        """Numbers of this rank's images, batch by batch, and how many of them count.
 
-    def _prepare(self, state: State) -> None:
-        self._resolution = self.sampling.images(state, [0], [0], num_steps=1).shape[-1]
-        device = torch.device('cuda' if state.device.name == 'gpu' else 'cpu')
-        ranks = Ranks(dist.get_global_rank(), dist.get_world_size(), dist.get_local_rank(), dist.get_local_world_size())
-
-        def opened() -> Measurer:
-            if self._path(state).exists():
-                load_results(self._path(state))
-            measurer = Measurer(self.measurement, device, ranks)
-            measurer.check(self.num_samples, self._resolution)
-            return measurer
-
-        with _as_the_callbacks():
-            self._measurer = ranks.agreed(opened)
-            self._measurer.prepare()
-
-    # --- measuring ---
+        All ranks draw equally many, as a sharded model wants it: what is beyond the last image is drawn and dropped.
+        """
+        rank, world, size = dist.get_global_rank(), dist.get_world_size(), self.measurement.batch_size
+        share = -(-self.num_samples // world)
+        indices = [min(rank + world * place, self.num_samples - 1) for place in range(share)]
+        batches = [indices[start : start + size] for start in range(0, share, size)]
+        return batches, len(range(rank, self.num_samples, world))
 
     def _measure(self, state: State, logger: Logger) -> None:
-        measurer = self._measurer
+        measurer, rule = self._measurer, Draws.in_turn if self.labels == 'balanced' else Draws.at_random
         assert measurer is not None
-        labels = class_labels(self.labels, self.num_samples, bare_model(state).num_classes, self.seed)
-        pictured, rows = shown_in_grid(labels)
-        broken, parts, kept, in_grid = 0, [], {}, set(pictured)
+        draws = rule(self.num_samples, bare_model(state).num_classes, self.seed)
+        pictured, rows = shown_in_grid(draws.labels) if self.shows_grid else ([], [])
+        batches, num_left = self._batches()
+        broken, parts, kept = 0, [], {}
         # To the end whatever comes: a sharded model needs all ranks to draw.
-        for indices, images_BCRR in self._drawn(state, labels):
-            kept |= {index: image for index, image in zip(indices, images_BCRR, strict=True) if index in in_grid}
-            finite = images_BCRR.isfinite().flatten(1).all(1)
+        for indices, labels, images_BCRR in self.images(state, draws, batches):
+            images_BCRR, num_left = images_BCRR[:num_left], max(0, num_left - len(indices))
+            kept |= {i: image for i, image in zip(indices, images_BCRR, strict=False) if i in pictured}
+            finite = images_BCRR.isfinite().flatten(1).all(1)  # one for each image
             broken += int((~finite).sum())
-            if finite.any():
-                parts += measurer.look([to_uint8(images_BCRR[finite])])
-        grid_images: dict[int, Tensor] = {}
-        for share in dist.all_gather_object(kept):
-            grid_images |= share
-        if dist.get_global_rank() == 0:
-            self._picture(state, logger, torch.stack([grid_images[index] for index in pictured]), rows)
+            finite_labels = [label for label, is_finite in zip(labels, finite, strict=False) if is_finite]
+            parts += measurer.look([to_uint8(images_BCRR[finite])] if finite.any() else [], finite_labels)
+        # A few images from each rank
+        shown = {index: image for share in dist.all_gather_object(kept) for index, image in share.items()}
+        if rows and measurer.ranks.is_first:
+            images_NCRR, folder = torch.stack([shown[i] for i in pictured]), self.folder_of(state) / 'evaluation'
+            self.keep_grid(images_NCRR, rows, state, logger, 'evaluation', folder)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
             logger.log_metrics({'evaluation/images_not_finite': broken})
             return
-        with _as_the_callbacks():
-            figures = measurer.figures(parts)
+        # Refused on one rank, refused on all
+        figures = agreed(lambda: measurer.figures(parts), f'callbacks.{self.owner}: ')
         if measurer.ranks.is_first:
-            self._report(state, logger, measurer, figures)
+            self._report(state, logger, draws, measurer, figures)
 
-    def _drawn(self, state: State, labels: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """This rank's share of the images, batch by batch, with their numbers.
-
-        All ranks draw equally many, as a sharded model wants it: those beyond the last one are drawn and dropped.
-        """
-        rank, world = dist.get_global_rank(), dist.get_world_size()
-        share = -(-self.num_samples // world)
-        indices = [min(rank + world * place, self.num_samples - 1) for place in range(share)]
-        num_own = len(range(rank, self.num_samples, world))
-        size = self.measurement.batch_size
-        for start in range(0, share, size):
-            chunk = indices[start : start + size]
-            own_labels, seeds = [labels[index] for index in chunk], [self.seed + index for index in chunk]
-            images_BCRR = self.sampling.images(state, own_labels, seeds)
-            num_kept = max(0, num_own - start)
-            yield chunk[:num_kept], images_BCRR[:num_kept]
-
-    def _picture(self, state: State, logger: Logger, images_NCRR: Tensor, rows: Sequence[int | None]) -> None:
-        names = getattr(bare_model(state), 'class_names', ())
-        row_names = ['' if label is None else names[label] if label < len(names) else str(label) for label in rows]
-        keep_grid(
-            images_NCRR, row_names, self.sampling, state, logger, self._path(state).parent / 'evaluation', 'evaluation'
-        )
-
-    def _report(self, state: State, logger: Logger, measurer: Measurer, figures: Sequence[Figure]) -> None:
+    def _report(
+        self, state: State, logger: Logger, draws: Draws, measurer: Measurer, figures: Sequence[Figure]
+    ) -> None:
         path = self._path(state)
         entries = measurer.entries(
             figures,
-            self.sampling.facts(state, labels=self.labels, seed=self.seed),
-            num_samples=self.num_samples,
-            resolution=self._resolution,
+            self.facts(state, draws),
+            self.num_samples,
+            self._resolution,
             source=str(path.parent),
             run=state.run_name,
             batch=self._batch,
             seconds=state.timestamp.total_wct.total_seconds() - self._seconds(),
         )
         append_results(path, entries)
-        logger.log_metrics({series_name(entry['metric'], entry['protocol']): entry['value'] for entry in entries})
-        for destination in logger.destinations:
-            if hasattr(destination, 'log_file'):
-                destination.log_file(path)  # type: ignore[attr-defined]
-
-
-def class_labels(rule: str, count: int, num_classes: int, seed: int) -> list[int]:
-    """The classes of the images to draw: each in turn, or at random."""
-    if not num_classes:
-        return [0] * count  # the null label of a model without classes
-    if rule == 'balanced':
-        return [index % num_classes for index in range(count)]
-    shares = KeyedRandom(seed, 0, range(count)).uniform('label').double()
-    return (shares * num_classes).long().tolist()
-
-
-@contextlib.contextmanager
-def _as_the_callbacks() -> Iterator[None]:
-    """Say of a refusal whose setting it is."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f'callbacks.evaluation: {error}') from error
+        logger.log_metrics({self.series(entry): entry['value'] for entry in entries})
+        log_file(logger, path)

@@ -1,27 +1,31 @@
-"""Draws images from the model in training without leaving a trace in it: shared by the callbacks that need samples."""
+"""Draws images from the model in training without leaving a trace in it: the base of callbacks that need samples."""
 
 import contextlib
 import random
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler
+from composer.utils import create_interval_scheduler, dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tread_composer.autoencoders.pixels import to_tiles
 from tread_composer.core.errors import UserError
 from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
-from tread_composer.metrics.drawing import drawing_facts
+from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import class_grid, png_bytes
+from tread_composer.io.progress import Progress
+from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
 
-__all__ = ['AtInterval', 'Sampling', 'bare_model', 'log_file']
+__all__ = ['SamplingCallback', 'Weights', 'bare_model', 'log_file']
 
 Weights = Literal['ema', 'raw']
 
@@ -31,20 +35,44 @@ def bare_model(state: State) -> Any:
     return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
 
 
-class AtInterval(Callback):
-    """Acts at an interval and at the end of training, into a folder whose files go to the loggers too.
+class SamplingCallback(Callback):
+    """Draws samples at an interval and at the end of training, into a folder whose files go to the loggers too.
 
-    Runs on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and on
-    ``Event.FIT_END`` unless it has acted on that batch already.
+    Acts on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and on
+    ``Event.FIT_END`` unless it has acted on that batch already. The model is in evaluation mode meanwhile, so token
+    routing is off.
 
     Args:
         interval: A Composer time string; None for the end alone.
         folder: Where files go. ``{run_name}`` is filled in.
+        sampler: Name of a sampler.
+        num_steps: Its steps.
+        guidance_scale: Scale of classifier-free guidance; 1 is none.
+        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
+
+    Raises:
+        UserError: ``weights`` is neither, or ``num_steps`` is below 1.
     """
 
-    def __init__(self, interval: str | None, folder: str) -> None:
-        self.folder = folder
-        self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)
+    owner: ClassVar[str]
+    """Name of the callback in a configuration, for messages."""
+
+    def __init__(
+        self,
+        interval: str | None,
+        folder: str,
+        sampler: str,
+        num_steps: int,
+        guidance_scale: float,
+        weights: Weights,
+    ) -> None:
+        if weights not in get_args(Weights):
+            raise UserError(f"weights: {weights!r} is neither 'ema' nor 'raw'")
+        if num_steps < 1:
+            raise UserError(f'num_steps: {num_steps} must be at least 1')
+        self.folder, self.weights = folder, weights
+        self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
+        self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)  # 0ba is never due
         self._last_batch = -1
 
     @abstractmethod
@@ -64,76 +92,94 @@ class AtInterval(Callback):
         """The folder of this run."""
         return Path(self.folder.format(run_name=state.run_name))
 
-
-def log_file(logger: Logger, path: Path, *artifact_folder: str) -> None:
-    """Hand a file to every logger that stores files."""
-    for destination in logger.destinations:
-        if hasattr(destination, 'log_file'):
-            destination.log_file(path, *artifact_folder)  # type: ignore[attr-defined]
-
-
-class Sampling:
-    """How samples are made during training.
-
-    The model is in evaluation mode, so token routing is off. Every rank has to call `images` (a sharded model
-    gathers its weights on all ranks), and every rank gets the same images.
-
-    Args:
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
-
-    Raises:
-        UserError: ``weights`` is neither, or ``num_steps`` is below 1.
-    """
-
-    def __init__(self, sampler: str, num_steps: int, guidance_scale: float, weights: Weights) -> None:
-        if weights not in get_args(Weights):
-            raise UserError(f"weights: {weights!r} is neither 'ema' nor 'raw'")
-        if num_steps < 1:
-            raise UserError(f'num_steps: {num_steps} must be at least 1')
-        self.sampler, self.num_steps, self.guidance_scale, self.weights = sampler, num_steps, guidance_scale, weights
-
-    def facts(self, state: State, *, labels: str, seed: int) -> dict[str, Any]:
-        """The part of a ``Protocol`` that says how the images came about.
-
-        Args:
-            state: Of the run.
-            labels: How the classes were chosen.
-            seed: Image i has the seed ``seed + i``.
-        """
-        settings = SamplingSettings(
-            sampler=self.sampler,
-            num_steps=self.num_steps,
-            guidance=default_guidance(self.guidance_scale),
-            guidance_scale=self.guidance_scale,
-        )
-        return drawing_facts(bare_model(state), settings, weights=self.weights, labels=labels, seed=seed)
-
-    def check(self, state: State, owner: str) -> None:
-        """Refuse at the start what would fail at the first picture, by drawing one in a single step.
+    def check(self, state: State) -> int:
+        """Refuse at the start what would fail at the first picture: draw one in a single step; its side in pixels.
 
         Raises:
             UserError: The model cannot sample or decode like this, or there are no averaged weights to sample with.
         """
         if not hasattr(bare_model(state), 'sample'):
             raise UserError(
-                f'callbacks.{owner}: the model is a {type(bare_model(state)).__name__}, which cannot draw samples '
+                f'callbacks.{self.owner}: the model is a {type(bare_model(state)).__name__}, which cannot draw samples '
                 '(it has no sample method). Use it with LatentDiffusion, or remove it.'
             )
         if self.weights == 'ema' and _average(state) is None:
             raise UserError(
-                f"callbacks.{owner}.weights: 'ema' needs averaged weights, but no algorithm of this run keeps them. "
-                'Add `ema: {decay: 0.9999}` under algorithms, or set weights: raw.'
+                f"callbacks.{self.owner}.weights: 'ema' needs averaged weights, but no algorithm of this run keeps "
+                'them. Add `ema: {decay: 0.9999}` under algorithms, or set weights: raw.'
             )
         try:
-            self.images(state, [0], [0], num_steps=1)
+            return self._draw(state, [0], [0], num_steps=1).shape[-1]
         except ValueError as error:
-            raise UserError(f'callbacks.{owner}: {error}') from None
+            raise UserError(f'callbacks.{self.owner}: {error}') from None
 
-    def images(self, state: State, labels: Sequence[int], seeds: Sequence[int], num_steps: int | None = None) -> Tensor:
-        """Pixels, float32 ``[N, C, H, W]`` on the CPU, about -1 to 1: one image for each label and seed."""
+    def facts(self, state: State, draws: Draws) -> dict[str, Any]:
+        """The part of a ``Protocol`` that says how the images came about."""
+        settings = SamplingSettings(
+            sampler=self.sampler,
+            num_steps=self.num_steps,
+            guidance=default_guidance(self.guidance_scale),
+            guidance_scale=self.guidance_scale,
+        )
+        return drawing_facts(bare_model(state), settings, draws, weights=self.weights)
+
+    def images(
+        self, state: State, draws: Draws, batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], list[int], Tensor]]:
+        """Draw batch by batch; the first rank prints rate and remaining time.
+
+        Every rank has to draw equally many batches: a sharded model gathers its weights on all ranks.
+
+        Args:
+            state: The run's state.
+            draws: Labels and seeds.
+            batches: Numbers of the images of each batch of this rank.
+
+        Yields:
+            Numbers of the images, their labels, and the images: float32 ``[B, C, H, W]`` on the CPU, about -1 to 1.
+        """
+        label = f'{self.owner} at batch {int(state.timestamp.batch)}'
+        progress = Progress(label, sum(map(len, batches)), 'images', show=dist.get_global_rank() == 0)
+        draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
+        for indices, labels, images_BCHW in draws.images(draw, batches):
+            yield indices, labels, images_BCHW
+            progress.add(len(indices))  # behind what was done with them: measuring takes time, too
+
+    def keep_grid(
+        self,
+        images_NCHW: Tensor,
+        row_labels: Sequence[int | None],
+        state: State,
+        logger: Logger,
+        artifacts: str,
+        folder: Path,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """Write a grid with a row for each class as ``ba000800.png`` and ``latest.png``, and hand both to the loggers.
+
+        Args:
+            images_NCHW: Row after row, 1 or 3 channels, -1 to 1; what lies beyond is cut. Images that are not finite
+                are shown grey, and the title says so.
+            row_labels: Class of each row; None repeats the one above.
+            state: Names the run and the batch.
+            logger: The run's logger.
+            artifacts: Where the pictures go within a logger.
+            folder: Where they go on disk.
+            class_names: Names of all classes. (Default: those of the model, else their numbers.)
+        """
+        batch = int(state.timestamp.batch)
+        title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
+        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
+        broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
+        if broken:  # a picture is no reason to end a run, but it must not look healthy either
+            title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
+        names = class_names or getattr(bare_model(state), 'class_names', ())
+        content = png_bytes(class_grid(to_tiles(images_NCHW), row_labels, names, title))
+        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
+            write_atomically(path, content)
+            log_file(logger, path, artifacts)
+
+    def _draw(self, state: State, labels: list[int], seeds: list[int], num_steps: int) -> Tensor:
         model = bare_model(state)
         average = _average(state) if self.weights == 'ema' else None
         with contextlib.ExitStack() as stack:
@@ -141,14 +187,16 @@ class Sampling:
             # Training may round to TF32; images that a number is reported of are drawn as `sample` draws them.
             stack.enter_context(plain_float32('cuda' if state.device.name == 'gpu' else 'cpu'))
             stack.enter_context(average.averaged(state) if average is not None else contextlib.nullcontext())
-            latents = model.sample(
-                list(labels),
-                list(seeds),
-                sampler=self.sampler,
-                num_steps=num_steps or self.num_steps,
-                guidance_scale=self.guidance_scale,
-            )
-            return model.decode(latents).float().cpu()
+            # What any model with a method `sample` takes
+            settings = {'sampler': self.sampler, 'num_steps': num_steps, 'guidance_scale': self.guidance_scale}
+            return model.decode(model.sample(labels, seeds, **settings)).float().cpu()
+
+
+def log_file(logger: Logger, path: Path, *artifact_folder: str) -> None:
+    """Hand a file to every logger that stores files."""
+    for destination in logger.destinations:
+        if hasattr(destination, 'log_file'):
+            destination.log_file(path, *artifact_folder)  # type: ignore[attr-defined]
 
 
 def _average(state: State) -> Any:

@@ -152,10 +152,12 @@ def compare(
     if len(runs) < 2:
         raise UserError(f'compare: only {", ".join(runs)!r} is given; give two or more runs, the reference first')
     with importing():
-        from tread_composer import compare as room
+        from tread_composer.compare import comparison as room
+        from tread_composer.compare.output import write_comparison
+        from tread_composer.compare.runs import open_run
 
-    comparison = room.compare([room.open_run(run) for run in runs], metrics)
-    files = room.write_comparison(comparison, out, str(typed))
+    comparison = room.compare([open_run(run) for run in runs], metrics)
+    files = write_comparison(comparison, out, str(typed))
     print(room.format_comparison(comparison))
     _print_files(files)
 

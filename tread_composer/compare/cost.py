@@ -40,12 +40,12 @@ def training_teraflops(config_file: Path, data_file: Path | None = None) -> tupl
         config = restore_config(config_file)
         if data_file is not None and config.data.name == 'latents':
             config = restore_config(config_file, _data_overrides(data_file))
-        plan = make_plan(config, 1)
+        plan = make_plan(config, 1)  # the work of a step is the same on any number of ranks
         window = _routed_steps(config, plan)
     except UserError as error:
         return not_recorded, f'FLOPs not recorded: {error}'
     factor = _FLOPS_PER_MAC * plan['samples_per_step'] / 1000
-    dense, routed = factor * plan['gmacs_dense'], factor * plan['gmacs_routed']
+    dense, routed = factor * plan['gmacs_dense'], factor * plan['gmacs_routed']  # TFLOPs of a step
 
     def cost(step: int) -> float:
         steps = max(0.0, min(step, window[1]) - window[0])  # of them routed

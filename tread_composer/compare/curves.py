@@ -11,15 +11,16 @@ the reference's best value, the same can be asked for the best value of the othe
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'AXES',
     'Axis',
+    'Curve',
     'Point',
     'SpeedUp',
     'Value',
@@ -39,19 +40,33 @@ AXES: dict[Axis, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
-
-    Args:
-        step: Batches trained.
-        value: Of the metric.
-        teraflops: Spent in training until there; None if not recorded.
-        seconds: Of training until there; None if not recorded.
-    """
+    """One measurement: batches trained, the metric's value, what training had cost until then; None if not recorded."""
 
     step: int
     value: float
     teraflops: float | None = None
     seconds: float | None = None
+
+    def cost(self, axis: Axis) -> float | None:
+        """What training had cost."""
+        return getattr(self, axis)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a run under one protocol.
+
+    Args:
+        metric: Name as reported.
+        protocol: How it was measured.
+        points: Ascending in ``step``.
+        better: Which values are better.
+    """
+
+    metric: str
+    protocol: Mapping[str, Any]
+    points: tuple[Point, ...]
+    better: Better
 
 
 @dataclass(frozen=True)
@@ -91,13 +106,9 @@ class SpeedUp:
 
 
 def best_point(points: Sequence[Point], better: Better) -> Point:
-    """The measured point of best value, the earliest of equals.
-
-    Raises:
-        ValueError: There is no point.
-    """
+    """The measured point of best value, the earliest of equals; there must be a point."""
     sign = 1 if better == 'lower' else -1
-    return min(points, key=lambda point: (sign * point.value, point.step))
+    return min(points, key=lambda point: (sign * point.value, point.step))  # of equal values the cheapest
 
 
 def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | None:
@@ -108,7 +119,7 @@ def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | None:
         axis: What ``cost`` is.
         cost: Where.
     """
-    recorded = [(x, point.value) for point in points if (x := getattr(point, axis)) is not None]
+    recorded = [(x, point.value) for point in points if (x := point.cost(axis)) is not None]
     for x, value in recorded:
         if math.isclose(x, cost, rel_tol=1e-9):
             return Value(value, measured=True)
@@ -128,22 +139,20 @@ def speed_up(reference: Sequence[Point], run: Sequence[Point], better: Better, a
         axis: What is counted.
     """
     target = best_point(reference, better)
-    cost: float | None = getattr(target, axis)
-    sign = 1 if better == 'lower' else -1
+    cost, sign = target.cost(axis), 1 if better == 'lower' else -1
     index = next((i for i, point in enumerate(run) if sign * point.value <= sign * target.value), None)
     if cost is None:
         return SpeedUp(axis, target.value, reason='not recorded for the reference')
     if index is None:
         return SpeedUp(axis, target.value, cost, reason='not reached')
-    at_index: float | None = getattr(run[index], axis)
-    if at_index is None:
-        return SpeedUp(axis, target.value, cost, reason='not recorded')
-    if index == 0:
+    at_index = run[index].cost(axis)
+    if index == 0 and at_index is not None:
         return SpeedUp(axis, target.value, cost, at_index, at_index, at_least=True)
     before = run[index - 1]
-    x0: float | None = getattr(before, axis)
-    if x0 is None:
+    x0 = before.cost(axis)
+    if at_index is None or x0 is None:
         return SpeedUp(axis, target.value, cost, reason='not recorded')
+    # Of the way from the point before: a straight line
     share = (target.value - before.value) / (run[index].value - before.value)
     return SpeedUp(axis, target.value, cost, x0 + (at_index - x0) * share, at_index)
 
@@ -152,7 +161,6 @@ def common_speed_up(reference: Sequence[Point], run: Sequence[Point], better: Be
     """The ratio at the other run's best value: for where `speed_up` says "not reached". Arguments as there."""
     inverse = speed_up(run, reference, better, axis)
     if inverse.at_least:
-        return SpeedUp(
-            axis, inverse.quality, reason='not known: the reference was better from its first measurement on'
-        )
+        reason = 'not known: the reference was better from its first measurement on'
+        return SpeedUp(axis, inverse.quality, reason=reason)
     return SpeedUp(axis, inverse.quality, inverse.reached, inverse.reference, inverse.reference, reason=inverse.reason)

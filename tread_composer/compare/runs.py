@@ -3,8 +3,9 @@
 From a run's folder, a ``results.json``, or MLflow. Nothing is written, and no store is made that is not there.
 """
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,21 @@ from typing import Any
 import yaml
 
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
-from tread_composer.compare.entries import Curve, curves_of, read_entries
+from tread_composer.compare.curves import Curve, Point
 from tread_composer.compare.store import MLFLOW, artifacts, changes, find, speeds, store_of
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import read_json
+from tread_composer.metrics.metric import direction
+from tread_composer.metrics.protocol import load_results, protocol_key
 
 __all__ = ['Run', 'open_run']
 
 _RESULTS = ('results.json', 'digits_quality.json')
-_ARTIFACTS = ('config.yaml', 'data.json', *_RESULTS, 'environment.json', 'samples/latest.png')
+_CONFIG, _DATA, _ENVIRONMENT, _GRID = 'config.yaml', 'data.json', 'environment.json', 'samples/latest.png'
 _STORE = 'runs/mlflow.db'
 _FORMS = f"a run's folder, a results.json (FILE#RUN where it holds several), or {MLFLOW}RUN[@tracking uri]"
+# Until 0.1.0 the callback digits_quality wrote a file of its own.
+_EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Run:
     """A run with what it measured.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         source: Where this was read.
         curves: One for each metric and protocol.
         notes: How costs were found, what was left out.
@@ -72,7 +77,7 @@ def open_run(word: str) -> Run:
 
 
 def _from_file(path: Path, run_name: str | None) -> Run:
-    entries = read_entries(path)
+    entries = _entries(path)
     names = sorted({entry['run'] or '' for entry in entries})
     if run_name is None and len(names) > 1:
         raise UserError(
@@ -81,70 +86,55 @@ def _from_file(path: Path, run_name: str | None) -> Run:
     entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
     if not entries:
         raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
-    curves, notes = curves_of(entries, not_recorded, not_recorded)
+    curves, notes = _curves(entries, not_recorded, not_recorded)
     return Run(entries[0]['run'] or path.stem, str(path), curves, tuple(notes))
 
 
 def _from_folder(folder: Path) -> Run:
-    config_file = folder / 'config.yaml'
-    if not config_file.is_file():
-        raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
-    config = yaml.safe_load(config_file.read_text())
-    data_file = folder / 'data.json'
-    flops, flops_note = training_teraflops(config_file, data_file if data_file.is_file() else None)
-    notes = [flops_note]
-    record, missing = store_of(config, folder)
-    logged: dict[int, float] = {}
-    if record is None:
-        notes.append(f'no MLflow record found ({missing}), so only what is in the folder is known')
-    else:
-        logged = speeds(*record)
-    seconds, seconds_note = recorded_seconds(logged)
-    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
-    entries = [entry for file in files for entry in read_entries(file)]
-    if not entries:
-        raise UserError(
-            f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
-            f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
-        )
-    notes += changes(record[1]) if record is not None else []
-    notes.append(_seconds_note(entries, seconds_note))
-    curves, more = curves_of(entries, flops, seconds)
-    grid, environment = folder / 'samples' / 'latest.png', folder / 'environment.json'
-    return Run(
-        config['run_name'],
-        str(folder),
-        curves,
-        (*notes, *more),
-        _machine(read_json(environment)) if environment.is_file() else None,
-        grid.read_bytes() if grid.is_file() else None,
-    )
+    file = folder / _CONFIG
+    if not file.is_file():
+        raise UserError(f'{folder}: no run (there is no {_CONFIG} in it); give {_FORMS}')
+    config, record, notes = yaml.safe_load(file.read_text()), None, []
+    try:
+        record = store_of(config, folder)
+    except UserError as error:
+        notes = [f'no MLflow record found ({error}), so only what is in the folder is known']
+    return _read(folder, record, config['run_name'], str(folder), notes)
 
 
 def _from_mlflow(name: str, uri: str) -> Run:
     client, run = find(name, uri)
-    seconds, seconds_note = recorded_seconds(speeds(client, run))
-    notes = []
     with tempfile.TemporaryDirectory() as temporary:
-        files = artifacts(client, run, Path(temporary), _ARTIFACTS)
-        flops: Cost = not_recorded
-        if 'config.yaml' in files:
-            flops, counted = training_teraflops(files['config.yaml'], files.get('data.json'))
-            notes.append(counted)
-        else:
-            notes.append('FLOPs not recorded: the MLflow run has no config.yaml')
-        entries = [entry for name in _RESULTS if name in files for entry in read_entries(files[name])]
-        if not entries:
-            raise UserError(
-                f'{MLFLOW}{name}: the run has no {" or ".join(_RESULTS)}, so it is not known how its numbers '
-                'were measured; measure it first'
-            )
-        notes += [*changes(run), _seconds_note(entries, seconds_note)]
-        curves, more = curves_of(entries, flops, seconds)
-        grid = files['latest.png'].read_bytes() if 'latest.png' in files else None
-        machine = _machine(read_json(files['environment.json'])) if 'environment.json' in files else None
-    source = f'{MLFLOW}{run.info.run_id}@{uri}'
-    return Run(run.data.tags.get('run_name', run.info.run_name), source, curves, (*notes, *more), machine, grid)
+        artifacts(client, run, Path(temporary), (_CONFIG, _DATA, *_RESULTS, _ENVIRONMENT, _GRID))
+        run_name = run.data.tags.get('run_name', run.info.run_name)
+        return _read(Path(temporary), (client, run), run_name, f'{MLFLOW}{run.info.run_id}@{uri}')
+
+
+def _read(folder: Path, record: tuple[Any, Any] | None, name: str, source: str, notes: Sequence[str] = ()) -> Run:
+    """The run whose files are in a folder, with its MLflow record if there is one."""
+    files = [folder / file for file in _RESULTS if (folder / file).is_file()]
+    entries = [entry for file in files for entry in _entries(file)]
+    if not entries:
+        raise UserError(
+            f'{source}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
+            f'python -m tread_composer evaluate {source} --reference ... (or train with the callback evaluation)'
+        )
+    config, data, environment, grid = (folder / file for file in (_CONFIG, _DATA, _ENVIRONMENT, _GRID))
+    if config.is_file():
+        flops, flops_note = training_teraflops(config, data if data.is_file() else None)
+    else:
+        flops, flops_note = not_recorded, f'FLOPs not recorded: there is no {_CONFIG}'
+    seconds, seconds_note = recorded_seconds({} if record is None else speeds(*record))
+    curves, left_out = _curves(entries, flops, seconds)
+    changed = [] if record is None else changes(record[1])
+    return Run(
+        name,
+        source,
+        curves,
+        (flops_note, *notes, *changed, _seconds_note(entries, seconds_note), *left_out),
+        _machine(read_json(environment)) if environment.is_file() else None,
+        grid.read_bytes() if grid.is_file() else None,
+    )
 
 
 def _seconds_note(entries: Sequence[Mapping[str, Any]], derived: str) -> str:
@@ -161,3 +151,72 @@ def _machine(environment: Mapping[str, Any]) -> str:
     device = ', '.join(sorted({str(gpu.get('name', gpu) if isinstance(gpu, Mapping) else gpu) for gpu in gpus}))
     cpu = f'{environment.get("cpu")}, {environment.get("torch_threads")} threads'
     return f'{environment.get("world_size")} ranks on {f"{len(gpus)} x {device}" if gpus else cpu}'
+
+
+# --- what they measured ---
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file of results: of ``evaluate``, ``sweep``, the callbacks.
+
+    Raises:
+        UserError: It is something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, Mapping):
+        return load_results(path)
+    missing = [key for key in ('run_name', 'protocol', 'points') if key not in content]
+    if missing:
+        raise UserError(f'{path}: has no {", ".join(missing)}; it was not written by digits_quality or evaluate')
+    shared = {'protocol': content['protocol'], 'training': None, 'run': content['run_name']}
+    return [
+        {'metric': f'digits/{name}', 'value': point[name], 'batch': point['batch'], 'better': better, **shared}
+        for point in content['points']
+        for name, better in _EARLIER.items()
+    ]
+
+
+def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) -> tuple[tuple[Curve, ...], list[str]]:
+    """Entries by metric and protocol, and notes on what was left out.
+
+    Args:
+        entries: What was measured.
+        flops: TFLOPs until a step, for entries that do not say theirs.
+        seconds: Seconds until a step, likewise.
+    """
+    points: dict[tuple[str, str], dict[int, Point]] = {}
+    samples: dict[tuple[str, str], Mapping[str, Any]] = {}  # an entry of each curve, for its protocol and direction
+    notes: list[str] = []
+    for entry in entries:
+        metric, step, value = entry['metric'], entry['batch'], float(entry['value'])
+        reason = _unusable(entry)
+        if reason is not None:
+            notes.append(f'left out: {reason}')
+            continue
+        key = metric, protocol_key(entry['protocol'])  # numbers of different protocols are different curves
+        samples.setdefault(key, entry)
+        curve, cost = points.setdefault(key, {}), entry['training'] or {}
+        if step in curve and curve[step].value != value:
+            notes.append(f'{metric} at step {step} was measured more than once; the last value counts')
+        spent, took = cost.get('teraflops'), cost.get('seconds')
+        work, duration = flops(step) if spent is None else spent, seconds(step) if took is None else took
+        curve[step] = Point(step, value, work, duration)
+    curves = []
+    for key, by_step in points.items():
+        ordered = tuple(by_step[step] for step in sorted(by_step))
+        better = samples[key]['better'] or direction(key[0])
+        curves.append(Curve(key[0], samples[key]['protocol'], ordered, better))
+    return tuple(curves), list(dict.fromkeys(notes))
+
+
+def _unusable(entry: Mapping[str, Any]) -> str | None:
+    """Why an entry is no point of a curve."""
+    metric, step = entry['metric'], entry['batch']
+    if entry['better'] is None:  # a result that was written before metrics said their direction themselves
+        try:
+            direction(metric)
+        except ValueError as error:
+            return str(error)
+    if step is None:
+        return f'{metric} of {entry.get("source")}: training step unknown'
+    return None if math.isfinite(entry['value']) else f'{metric} at step {step} is {entry["value"]}'

@@ -1,4 +1,4 @@
-"""The MLflow record of a run, read only: found by name or id, or beside a run's folder."""
+"""The MLflow record of a run: found by name or id, or beside a run's folder."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,17 @@ MLFLOW = 'mlflow:'
 SPEED = 'throughput/batches_per_sec'
 
 
-def find(name: str, uri: str) -> tuple[Any, Any]:
-    """A client and the run of this id or name."""
+def find(name: str, uri: str, experiment: str | None = None) -> tuple[Any, Any]:
+    """A client and the run of this id or name.
+
+    Args:
+        name: Id or name of the run.
+        uri: Tracking uri of the store.
+        experiment: Name of the only experiment to look in; of several runs the newest is taken then.
+
+    Raises:
+        UserError: There is no such store or run, or several runs have this name.
+    """
     disable_mlflow_telemetry()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -31,10 +40,10 @@ def find(name: str, uri: str) -> tuple[Any, Any]:
             return client, client.get_run(name)
         except MlflowException:
             pass  # a name may look like an id
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    experiments = [each.experiment_id for each in client.search_experiments() if experiment in (None, each.name)]
     for tag in ('run_name', '`mlflow.runName`'):
-        runs = client.search_runs(experiments, f'tags.{tag} = "{name}"')
-        if len(runs) > 1:
+        runs = client.search_runs(experiments, f'tags.{tag} = "{name}"') if experiments else []
+        if len(runs) > 1 and experiment is None:
             ids = ', '.join(run.info.run_id for run in runs)
             raise UserError(f'{MLFLOW}{name}: {len(runs)} runs have this name in {uri}; give one of their ids: {ids}')
         if runs:
@@ -42,11 +51,15 @@ def find(name: str, uri: str) -> tuple[Any, Any]:
     raise UserError(f'{MLFLOW}{name}: no run of this id or name in {uri}')
 
 
-def store_of(config: Mapping[str, Any], folder: Path) -> tuple[tuple[Any, Any] | None, str]:
-    """The MLflow record that belongs to a run's folder, or where it was looked for."""
+def store_of(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
+    """The client and the run that belong to a run's folder: the newest of this name, should it have been trained anew.
+
+    Raises:
+        UserError: The run has no MLflow logger, or there is no record of it; says where it was looked for.
+    """
     settings = (config.get('loggers') or {}).get('mlflow')
     if settings is None:
-        return None, 'the run had no mlflow logger'
+        raise UserError('the run has no mlflow logger')
     if settings.get('tracking_uri'):
         uris = [settings['tracking_uri']]
     else:  # beside the folder first: stores and folders are moved and copied together
@@ -55,14 +68,15 @@ def store_of(config: Mapping[str, Any], folder: Path) -> tuple[tuple[Any, Any] |
     reasons = []
     for uri in uris:
         try:
-            return find(config['run_name'], uri), ''
+            return find(config['run_name'], uri, settings['experiment_name'])
         except UserError as error:
             reasons.append(str(error))
-    return None, '; '.join(reasons)
+    raise UserError('; '.join(reasons))
 
 
 def speeds(client: Any, run: Any) -> dict[int, float]:
     """Batches in a second, by step, as ``speed_monitor`` logged them."""
+    # By when they were logged
     points = sorted(client.get_metric_history(run.info.run_id, SPEED), key=lambda point: point.timestamp)
     return {point.step: point.value for point in points}  # a step repeated after a resume: the last
 
@@ -73,12 +87,12 @@ def changes(run: Any) -> list[str]:
     return [f'resumed with changed settings: {changed}'] if changed else []
 
 
-def artifacts(client: Any, run: Any, folder: Path, paths: Sequence[str]) -> dict[str, Path]:
-    """Copies of those files that the run has, by their names.
+def artifacts(client: Any, run: Any, folder: Path, paths: Sequence[str]) -> None:
+    """Copy those artifacts that the run has to their paths below ``folder``.
 
     Args:
-        client: Of MLflow.
-        run: Of MLflow.
+        client: MLflow's.
+        run: MLflow's.
         folder: Where they are copied to.
         paths: Paths within the run's artifacts, ``samples/latest.png`` for example.
     """
@@ -86,8 +100,8 @@ def artifacts(client: Any, run: Any, folder: Path, paths: Sequence[str]) -> dict
 
     stored = {file.path for place in (None, 'samples') for file in client.list_artifacts(run.info.run_id, place)}
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # a bar for each small file would bury the tables
-    return {
-        Path(path).name: Path(client.download_artifacts(run.info.run_id, path, str(folder)))
-        for path in paths
-        if path in stored
-    }
+    for path in paths:
+        if path in stored:
+            copy = Path(client.download_artifacts(run.info.run_id, path, str(folder)))
+            (folder / path).parent.mkdir(exist_ok=True)
+            copy.replace(folder / path)  # MLflow leaves out the folder of a file

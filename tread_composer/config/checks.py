@@ -22,6 +22,7 @@ from tread_composer.config.sharding import sharding_problems
 from tread_composer.config.tree import Config
 from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.inception import find_weights
 from tread_composer.samplers import check_sampler
 
@@ -271,7 +272,7 @@ def _evaluation_files(config: Config) -> Iterator[Problem]:
     arguments, path = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
     reference = os.path.abspath(arguments['reference'])
     made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
-    if not os.path.exists(reference) and not made_later:
+    if not os.path.exists(reference) and not made_later and arguments['reference'] not in REFERENCES:
         text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
         yield Problem((*path, 'reference'), f'{arguments["reference"]!r} {text}')
     if arguments.get('features', 'inception') == 'inception':

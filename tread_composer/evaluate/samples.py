@@ -14,11 +14,11 @@ from tread_composer.io.files import read_json
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.protocol import UNKNOWN
 from tread_composer.objectives import OBJECTIVES
-from tread_composer.sample.folder import IMAGES, RECORD
+from tread_composer.sample.folder import PLACES, RECORD
 from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.exported import exported_run
 
-__all__ = ['facts_of', 'facts_said', 'folder_of', 'is_model', 'open_samples', 'run_name']
+__all__ = ['facts_of', 'facts_said', 'folder_of', 'is_model', 'open_samples', 'origin_of', 'run_name']
 
 Log = Callable[[str], None]
 
@@ -26,10 +26,9 @@ _DESCRIBED = (
     'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',
     'uint8_rule',
 )  # fmt: skip
-_GRIDS = {name: tuple(objective().time_grid()) for name, objective in OBJECTIVES.items()}
 _SECTIONS = {
     'sampling': (*SamplingSettings.names(), 'routes'),
-    'time_grid': ('objective', *dict.fromkeys(name for names in _GRIDS.values() for name in names)),
+    'time_grid': ('objective', *dict.fromkeys(name for part in OBJECTIVES.values() for name in part().time_grid())),
 }
 
 
@@ -46,7 +45,7 @@ def folder_of(source: str | Path) -> Path:
 
 
 def run_name(source: str) -> str | None:
-    """Of the run that a checkpoint, a folder or an exported file is of; None where nothing says it.
+    """Name of the run that a checkpoint, a folder or an exported file is of; None where nothing says it.
 
     An exported file says so itself: the folder in which it lies may be of another run.
     """
@@ -58,9 +57,9 @@ def run_name(source: str) -> str | None:
 
 def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
     """The images at a path, and what ``sample`` wrote about them."""
-    inside = path.name in (IMAGES, 'samples.npz', 'mds')
-    folder = path if (path / RECORD).is_file() else path.parent if inside else None
-    if folder is None or not (folder / RECORD).is_file():
+    inside = path.name in PLACES.values() and not (path / RECORD).is_file()
+    folder = path.parent if inside else path
+    if not (folder / RECORD).is_file():
         return open_images(path), None
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or 'made_with' not in record:
@@ -68,8 +67,7 @@ def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
     if not record.get('complete'):
         raise UserError(f'{folder}: is not finished; run the same sample command again, which goes on')
     if folder == path:
-        places = {'png': IMAGES, 'npz': 'samples.npz', 'mds': 'mds'}
-        path = folder / next(places[name] for name in places if name in record['made_with']['formats'])
+        path = folder / next(PLACES[name] for name in PLACES if name in record['made_with']['formats'])
     images, count = open_images(path), record['made_with']['num_samples']
     if images.count != count:
         raise UserError(f'{path}: holds {images.count} images, and {folder / RECORD} says {count}; sample them again')
@@ -83,13 +81,18 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
     # Balanced labels follow from the count; of others the list itself decides.
     if made_with['labels'] not in ('balanced', 'none'):
         facts['labels'] = f'{made_with["labels"]} {made_with["labels_digest"]}'
-    if facts['weak'] is None:
-        facts['weak'] = 'none'
-    elif isinstance(facts['weak'], Mapping):
-        facts['weak'] = f'{facts["weak"]["weights"]} {facts["weak"]["weights_digest"]}'
-    if made_with.get('routes') is not None:
-        facts['sampling'] = {**made_with['sampling'], 'routes': made_with['routes']}
     return facts
+
+
+def origin_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Which weights drew the samples, as far as ``samples.json`` says it."""
+    if record is None:  # images of somebody else
+        return {}
+    return {
+        'run': record.get('run') or run_name(record['source']),
+        'batch': record['batch'] or None,  # 0: imported, and nobody has said it
+        'weights_digest': record['made_with']['weights_digest'],
+    }
 
 
 def facts_said(describe: Mapping[str, Any], log: Log) -> dict[str, Any]:
@@ -142,11 +145,19 @@ def _whole_sampling(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole_grid(described: dict[str, Any]) -> dict[str, Any]:
-    objective = described.get('objective', UNKNOWN)
-    if objective not in (UNKNOWN, *_GRIDS):
-        raise UserError(f'--describe: time_grid.objective={objective}: choose one of {", ".join(_GRIDS)}')
-    needed = [name for name in _GRIDS.get(objective, ()) if described.get('schedule') != 'cosine' or 'beta' not in name]
-    foreign = [name for name in described if objective != UNKNOWN and name not in ('objective', *needed)]
+    name = described.get('objective', UNKNOWN)
+    if name == UNKNOWN:
+        return {'objective': UNKNOWN, **described}
+    if name not in OBJECTIVES:
+        raise UserError(f'--describe: time_grid.objective={name}: choose one of {", ".join(OBJECTIVES)}')
+    settings = {key: value for key, value in described.items() if key != 'objective'}
+    # What else there is to say may depend on what is said: a cosine schedule has no betas.
+    said = {key: settings[key] for key in OBJECTIVES[name]().time_grid() if settings.get(key, UNKNOWN) != UNKNOWN}
+    try:
+        needed = OBJECTIVES[name](**said).time_grid()
+    except ValueError as error:
+        raise UserError(f'--describe: time_grid: {error}') from None
+    foreign = [key for key in settings if key not in needed]
     if foreign:
-        raise UserError(f'--describe: time_grid.{foreign[0]}: of no meaning here; {objective} has {", ".join(needed)}')
+        raise UserError(f'--describe: time_grid.{foreign[0]}: of no meaning here; {name} has {", ".join(needed)}')
     return {**dict.fromkeys(('objective', *needed), UNKNOWN), **described}

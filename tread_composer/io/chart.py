@@ -3,14 +3,16 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['Chart', 'Curve', 'figure_png', 'new_figure', 'short']
+__all__ = ['Chart', 'Curve', 'charts_png', 'short']
 
 _LOGARITHMIC_FROM = 20.0  # largest over smallest value
 _MARKERS = 'os^D'
+_LEGEND_WIDTH = 50  # letters that fit beside a marker
 _LIGHT = {'ink': '#1d2126', 'soft': '#5d656e', 'line': '#d9dce0', 'paper': '#fdfdfc'}
 _DARK = {'ink': '#e6e8ea', 'soft': '#a0a8b1', 'line': '#363c43', 'paper': '#15181c'}
 # At least 4.5:1 against the paper of the same scheme.
@@ -68,18 +70,21 @@ class Chart:
         values = [y for curve in self.curves for _, y in curve.points]
         return min(values) > 0 and max(values) / min(values) > _LOGARITHMIC_FROM
 
-    def plot(self, axes: Any) -> None:
-        """Draw into axes of matplotlib, in the colours of light paper."""
+    def plot(self, axes: Any) -> list[tuple[Any, str]]:
+        """Draw into axes of matplotlib, in the colours of light paper; returns lines and names for a legend."""
+        named = []
         for curve in self.curves:
             if curve.points:
                 colour, marker = _CURVES[curve.colour % len(_CURVES)], _MARKERS[curve.colour % len(_MARKERS)]
-                axes.plot(*zip(*curve.points, strict=True), color=colour, marker=marker, markersize=4)
+                (line,) = axes.plot(*zip(*curve.points, strict=True), color=colour, marker=marker, markersize=4)
+                named.append((line, curve.name))
             if curve.marked is not None:
                 axes.plot(*curve.points[curve.marked], 'o', markersize=12, mfc='none', mec=_LIGHT['ink'])
-        if self.logarithmic():
+        if self.logarithmic():  # else the first values would hide all later ones
             axes.set_yscale('log')
         if self.level is not None and (self.level > 0 or not self.logarithmic()):
-            axes.axhline(self.level, color=_LIGHT['soft'], linestyle='--', linewidth=1)
+            line = axes.axhline(self.level, color=_LIGHT['soft'], linestyle='--', linewidth=1)
+            named.append((line, self.level_label))
         axes.set_xlim(left=min(0.0, *(x for curve in self.curves for x, _ in curve.points)))
         # Above instead of turned by 90 degrees: a long name of a metric has more room there.
         for label in (axes.set_xlabel(self.x_label), axes.set_title(self.y_label, loc='left', fontsize=10)):
@@ -90,61 +95,61 @@ class Chart:
         axes.tick_params(which='both', colors=_LIGHT['soft'])
         axes.spines[:].set_color(_LIGHT['soft'])
         axes.set_facecolor(_LIGHT['paper'])
-
-    def legend(self, owner: Any, **options: Any) -> None:
-        """Name the curves and the level in a legend of a figure or of axes."""
-        from matplotlib.lines import Line2D
-
-        handles, names = [], []
-        for curve in self.curves:
-            if curve.points:
-                colour, marker = _CURVES[curve.colour % len(_CURVES)], _MARKERS[curve.colour % len(_MARKERS)]
-                handles.append(Line2D([], [], color=colour, marker=marker, markersize=4))
-                names.append(curve.name)
-        if self.level is not None:
-            handles.append(Line2D([], [], color=_LIGHT['soft'], linestyle='--', linewidth=1))
-            names.append(self.level_label)
-        legend = owner.legend(handles, [str(number) for number in range(len(names))], frameon=False, **options)
-        # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
-        for text, name in zip(legend.get_texts(), names, strict=True):
-            text.set_parse_math(False)
-            text.set_text(name)
-            text.set_color(_LIGHT['ink'])
+        return named
 
     def svg(self) -> str:
         """The chart with its legend below, as an SVG file of its own, whose colours follow the reader's scheme."""
         import matplotlib
 
-        lines = len(self.curves) + (self.level is not None)
-        figure = new_figure(4.4, 3.1 + 0.22 * lines)
-        self.plot(figure.subplots())
-        self.legend(figure, loc='outside lower center', fontsize=9)
         content = io.StringIO()
         # Text stays text, in the reader's fonts; a fixed salt makes equal charts equal files.
         with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'chart', 'font.family': 'sans-serif'}):
-            figure.savefig(content, format='svg', metadata={'Date': None, 'Creator': None})
+            _figure([[self]]).savefig(content, format='svg', metadata={'Date': None, 'Creator': None})
         return _in_both_schemes(content.getvalue())
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A figure on light paper, inches."""
+def charts_png(rows: Sequence[Sequence[Chart | str]]) -> bytes:
+    """The content of a PNG of charts in rows; a text stands where there is no chart."""
+    content = io.BytesIO()
+    _figure(rows).savefig(content, format='png', dpi=110)
+    return content.getvalue()
+
+
+def _figure(rows: Sequence[Sequence[Chart | str]]) -> Any:
+    """Charts on light paper, each with its legend below."""
     from matplotlib.figure import Figure  # takes a second: not before there is something to draw
 
-    return Figure(figsize=(width, height), layout='constrained', facecolor=_LIGHT['paper'])
+    columns, lines = max(map(len, rows)), 1
+    figure = Figure(figsize=(4.4 * columns, 3), layout='constrained', facecolor=_LIGHT['paper'])
+    grid = figure.subfigures(len(rows), columns, squeeze=False, facecolor='none')
+    for row, places in zip(rows, grid, strict=True):
+        for chart, place in zip(row, places, strict=False):
+            if isinstance(chart, str):
+                place.text(0.5, 0.5, chart, ha='center', color=_LIGHT['ink'])
+                continue
+            named = [(line, textwrap.fill(name, _LEGEND_WIDTH)) for line, name in chart.plot(place.subplots())]
+            _legend(place, named)
+            lines = max(lines, sum(1 + name.count('\n') for _, name in named))
+    figure.set_figheight((3.1 + 0.2 * lines) * len(rows))  # inches; two tenths for a line of a legend
+    return figure
 
 
-def figure_png(figure: Any) -> bytes:
-    """The content of a PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=110)
-    return content.getvalue()
+def _legend(owner: Any, named: Sequence[tuple[Any, str]]) -> None:
+    lines, names = zip(*named, strict=True)
+    labels = [str(number) for number in range(len(names))]
+    legend = owner.legend(lines, labels, frameon=False, loc='outside lower center', fontsize=9)
+    # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_color(_LIGHT['ink'])
+        text.set_text(name)
 
 
 def _in_both_schemes(svg: str) -> str:
     """Colours as CSS variables with a light and a dark value."""
     light = _LIGHT | {f'c{i}': colour for i, colour in enumerate(_CURVES)}
     dark = _DARK | {f'c{i}': colour for i, colour in enumerate(_CURVES_DARK)}
-    for name, colour in light.items():
+    for name, colour in light.items():  # matplotlib writes colours as `fill: #...`
         svg = re.sub(rf'(fill|stroke): {colour}', rf'\1: var(--{name})', svg)
     values = [''.join(f'--{name}: {colour}; ' for name, colour in scheme.items()) for scheme in (light, dark)]
     style = f'svg {{ {values[0]}}} @media (prefers-color-scheme: dark) {{ svg {{ {values[1]}}} }}'

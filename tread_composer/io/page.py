@@ -41,6 +41,10 @@ class Report:
         """A paragraph."""
         return self._add('text', text=text, soft=soft)
 
+    def command(self, command: str) -> 'Report':
+        """A command to type."""
+        return self._add('command', text=command)
+
     def tiles(self, tiles: Sequence[tuple[str, str]]) -> 'Report':
         """The figures that a reader should see first: each a short value and what it is."""
         return self._add('tiles', tiles=tiles)
@@ -50,12 +54,7 @@ class Report:
         return self._add('facts', facts=flat(facts))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], best: Cells = ()) -> 'Report':
-        """A table that scrolls sideways on its own where the screen is narrow.
-
-        Args:
-            head: Names of the columns.
-            rows: As many cells each.
-            best: Row and column of the cells to point out.
+        """A table that scrolls sideways on its own where the screen is narrow; ``best`` cells are pointed out.
 
         Raises:
             ValueError: A row has not one cell for each column.
@@ -72,7 +71,7 @@ class Report:
             if any(len(row) != len(head) for row in rows):
                 sizes = sorted({len(row) for row in rows})
                 raise ValueError(f'a table of {len(head)} columns has rows of {sizes} cells')
-        names = 'title', 'head', 'rows', 'best'
+        names = 'title', 'head', 'rows', 'best'  # as the template calls them
         return self._add('tables', tables=[dict(zip(names, table, strict=True)) for table in tables])
 
     def charts(self, charts: Sequence[Chart]) -> 'Report':
@@ -85,10 +84,7 @@ class Report:
         return self._add('images', style='charts', images=images)
 
     def pictures(self, pictures: Sequence[tuple[str, bytes]]) -> 'Report':
-        """Pictures side by side.
-
-        Args:
-            pictures: Caption, and the content of a PNG.
+        """Pictures side by side: caption and PNG of each.
 
         Raises:
             ValueError: The content is no PNG.
@@ -99,21 +95,13 @@ class Report:
         images = [{'data': _data('png', png), 'alt': caption, 'caption': caption} for caption, png in pictures]
         return self._add('images', style='pictures', images=images)
 
-    def command(self, command: str) -> 'Report':
-        """A command to type."""
-        return self._add('command', text=command)
-
     def html(self) -> str:
         """The whole page."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=StrictUndefined,
-        )
+        loader = FileSystemLoader(Path(__file__).parent)
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+        environment.trim_blocks = environment.lstrip_blocks = True  # without the blank lines of the template
         return environment.get_template('page.html').render(title=self._title, lead=self._lead, parts=self._parts)
 
     def write(self, path: str | Path) -> None:

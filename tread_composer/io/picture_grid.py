@@ -4,6 +4,7 @@ Legend: N tiles, H x W pixels, 3 colours.
 """
 
 import functools
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['picture_grid', 'shown_in_grid']
+__all__ = ['class_grid', 'picture_grid', 'png_bytes', 'shown_classes', 'shown_in_grid']
 
 _GAP, _SEAM, _LINE = 8, 2, 18
 _NARROWEST = 320  # pixels, for the sake of the title
@@ -19,8 +20,13 @@ _SIZE, _SMALLEST = 14, 9  # of letters, in pixels
 _FEW_CLASSES, _SHOWN_CLASSES, _COLUMNS = 10, 8, 10
 
 
+def shown_classes(classes: Sequence[int]) -> Sequence[int]:
+    """The classes that a grid shows: all if there are at most 10, else the first 8."""
+    return classes if len(classes) <= _FEW_CLASSES else classes[:_SHOWN_CLASSES]
+
+
 def shown_in_grid(labels: Sequence[int]) -> tuple[list[int], list[int | None]]:
-    """Which of many images a grid shows: a row for each class (all if there are at most 10, else 8), 10 at most in it.
+    """Which of many images a grid shows: a row for each of the ``shown_classes``, at most 10 images in it.
 
     Args:
         labels: Class of each image. One class alone fills several rows.
@@ -37,9 +43,32 @@ def shown_in_grid(labels: Sequence[int]) -> tuple[list[int], list[int | None]]:
         columns = min(_COLUMNS, len(positions))
         rows = min(_SHOWN_CLASSES, len(positions) // columns)
         return positions[: rows * columns], [classes[0], *[None] * (rows - 1)]
-    classes = classes if len(classes) <= _FEW_CLASSES else classes[:_SHOWN_CLASSES]
-    columns = min([_COLUMNS, *(len(of_class[label]) for label in classes)])
+    classes = list(shown_classes(classes))
+    columns = min([_COLUMNS, *(len(of_class[label]) for label in classes)])  # every row is full
     return [index for label in classes for index in of_class[label][:columns]], list(classes)
+
+
+def class_grid(
+    tiles_NHWC: np.ndarray, row_labels: Sequence[int | None], class_names: Sequence[str], title: str
+) -> Image.Image:
+    """A ``picture_grid`` with the name of a class at each row.
+
+    Args:
+        tiles_NHWC: uint8, row after row; C is 1 for grey or 3.
+        row_labels: Class of each row; None repeats the one above.
+        class_names: Names of all classes, in order; their numbers if empty. The label behind the last is no class.
+        title: Stands above.
+    """
+    names = []
+    for label in row_labels:
+        if label is None:
+            names.append('')
+        elif class_names and label >= len(class_names):
+            names.append('no class')
+        else:
+            names.append(str(class_names[label]) if class_names else str(label))
+    tiles_NHW3 = np.broadcast_to(tiles_NHWC, (*tiles_NHWC.shape[:3], 3))
+    return picture_grid(tiles_NHW3, title, columns=len(tiles_NHW3) // len(names), row_names=names)
 
 
 def picture_grid(
@@ -70,9 +99,9 @@ def picture_grid(
     rows = math.ceil(count / columns)
     if row_names and (count != len(row_names) * columns):
         raise ValueError(f'{count} images do not fill {len(row_names)} rows of {columns}')
-    scale = max(1, math.ceil(smallest / (views * width)))
+    scale = max(1, math.ceil(smallest / (views * width)))  # a whole number: all pixels are enlarged alike
     tile_size = width * scale, height * scale
-    cell = views * tile_size[0] + (views - 1) * _SEAM
+    cell = views * tile_size[0] + (views - 1) * _SEAM  # pixels
     lines = max(map(len, captions), default=0)
     step_x, step_y = cell + _GAP, tile_size[1] + lines * _LINE + _GAP
     row_names = [_drawable(name) for name in row_names]
@@ -99,6 +128,13 @@ def picture_grid(
     for row, name in enumerate(row_names):
         pen.text((left - _GAP, top + row * step_y + tile_size[1] // 2), name, 'black', _font(_SIZE), anchor='rm')
     return picture
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, format='PNG')
+    return content.getvalue()
 
 
 @functools.cache

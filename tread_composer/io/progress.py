@@ -14,7 +14,7 @@ from typing import Any
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 
-__all__ = ['Progress', 'RankProgress', 'duration']
+__all__ = ['Progress', 'RankProgress', 'duration', 'silent', 'to_stderr']
 
 _WINDOW = 60.0  # seconds: a rate over all of a day's work would hide that the disk has become slow
 
@@ -26,6 +26,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f'{hours} h {minutes:02d} min'
     return f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
+
+
+def silent(line: str) -> None:
+    """Say nothing, on ranks that must not."""
+    del line
 
 
 def to_stderr(line: str) -> None:

@@ -125,7 +125,7 @@ def send_file(path: Path, nodes: Collection[int]) -> None:
         nodes: Their numbers, as ``nodes_without`` returns them.
     """
     receives = int(os.environ.get('NODE_RANK', '0')) in nodes and int(os.environ.get('LOCAL_RANK', '0')) == 0
-    group = dist.new_group(backend='gloo')  # that of the run may be NCCL's, which sends from GPUs alone
+    group: Any = dist.new_group(backend='gloo')  # that of the run may be NCCL's, which sends from GPUs alone
     is_first = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
         size = gathered(path.stat().st_size if is_first else 0)[0]
@@ -134,10 +134,10 @@ def send_file(path: Path, nodes: Collection[int]) -> None:
         for start in range(0, size, _PIECE):
             piece = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
             if source is not None:
-                source.readinto(memoryview(piece.numpy()))
+                source.readinto(piece.numpy().data)
             dist.broadcast(piece, src=0, group=group)
             if target is not None:
-                target.write(memoryview(piece.numpy()))
+                target.write(piece.numpy().data)
     dist.destroy_process_group(group)
 
 

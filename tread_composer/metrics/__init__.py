@@ -6,13 +6,14 @@ and a line in ``FEATURES`` (``metrics.features.Extractor``).
 
 from collections.abc import Mapping
 
-__all__ = ['FEATURES', 'METRICS']
+__all__ = ['FEATURES', 'METRICS', 'REFERENCES']
 
 METRICS: Mapping[str, str] = {
     'fid': 'tread_composer.metrics.fid:FID',
     'kid': 'tread_composer.metrics.kid:KID',
     'is': 'tread_composer.metrics.inception_score:InceptionScore',
     'prc': 'tread_composer.metrics.precision_recall:PrecisionRecall',
+    'recognised': 'tread_composer.metrics.recognised:Recognised',
 }
 """By the name that configurations and commands use, which take ``package.module:Class`` of another package too.
 
@@ -21,6 +22,9 @@ Imported when they are used: the commands list the names before they load torch.
 
 FEATURES: Mapping[str, str] = {
     'inception': 'tread_composer.metrics.inception:InceptionFeatures',
-    'digits': 'tread_composer.metrics.features:DigitsFeatures',
+    'digits': 'tread_composer.metrics.digits:DigitsFeatures',
 }
 """Feature networks, by name as the metrics are."""
+
+REFERENCES: Mapping[str, str] = {'digits': 'tread_composer.metrics.digits:DigitsImages'}
+"""Sets of real images that need no file, by name; a path of the same name goes before."""

@@ -1,11 +1,13 @@
 """A judge for generated 8 x 8 digits: a small classifier, trained in seconds on the real ones.
 
-It says which share of the images is recognised as the digit that was asked for, and gives features for a Fréchet
-distance. Both are figures of this project's quickstart; they compare with nothing outside of it.
+It recognises digits, and gives features for a Fréchet distance. What is measured with it compares with nothing outside
+of this project.
 """
 
 import functools
+import hashlib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,15 +16,11 @@ from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.autoencoders.pixels import to_uint8
+from tread_composer.core.errors import UserError
+from tread_composer.metrics.images import ImageSet
 
-__all__ = ['QUANTITIES', 'DigitsJudge', 'digits_judge', 'real_digits']
-
-QUANTITIES = (
-    Quantity('digits/recognised', 'higher', 'share of the samples'),
-    Quantity('digits/frechet_distance', 'lower', 'squared distance of features'),
-)
-"""What the callback ``digits_quality`` reports."""
+__all__ = ['DigitsFeatures', 'DigitsImages', 'DigitsJudge', 'digits_judge', 'real_digits']
 
 
 def real_digits() -> dict[str, tuple[Tensor, Tensor]]:
@@ -40,7 +38,7 @@ class DigitsJudge:
     Args:
         images: ``[N, 1, 8, 8]`` in [-1, 1].
         labels: ``[N]``, 0 to 9.
-        seed: Of the initial weights and of the order of the batches.
+        seed: Decides the initial weights and the order of the batches.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
@@ -51,18 +49,77 @@ class DigitsJudge:
             self._network.fit(_flat(images), labels.cpu().numpy())
 
     def features(self, images: Tensor) -> np.ndarray:
-        """The hidden layer's values, float64 ``[N, 128]``, of images ``[N, 1, 8, 8]``."""
-        return np.maximum(_flat(images) @ self._network.coefs_[0] + self._network.intercepts_[0], 0.0)
+        """The hidden layer's values, float64 ``[N, 128]``, of images ``[N, 1, 8, 8]`` in [-1, 1]."""
+        with threadpool_limits(1):
+            return np.maximum(_flat(images) @ self._network.coefs_[0] + self._network.intercepts_[0], 0.0)
 
-    def recognised(self, images: Tensor, labels: Tensor) -> float:
-        """The share, 0 to 1, of the images that are classified as their label."""
-        return float(self._network.score(_flat(images), labels.cpu().numpy()))
+    def recognised(self, features_ND: Tensor, labels_N: Tensor) -> float:
+        """The share, 0 to 1, of the features whose class is their label."""
+        # The output layer, [N, 10]
+        scores = features_ND.double().numpy() @ self._network.coefs_[1] + self._network.intercepts_[1]
+        return float((self._network.classes_[scores.argmax(1)] == labels_N.cpu().numpy()).mean())
 
 
 @functools.lru_cache(maxsize=1)
 def digits_judge() -> DigitsJudge:
     """The judge trained on the real digits' train split, the same one in every process."""
     return DigitsJudge(*real_digits()['train'])
+
+
+class DigitsFeatures:
+    """The hidden layer of the digits' judge: what it measures is no FID, and is not called one."""
+
+    name = 'digits'
+    resolution = 8
+    num_logits = 0
+
+    def identity(self) -> dict[str, str]:
+        """See ``Extractor``. The hash is of what it makes of real digits: it is trained anew on each machine."""
+        return {'name': self.name, 'weights_hash': _judge_hash(), 'version': 'tread_composer digits judge'}
+
+    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, None]:
+        """Features float64 ``[B, 128]`` of grey images, 8 x 8.
+
+        Raises:
+            UserError: The images are in colour.
+        """
+        if not (images_B3RR == images_B3RR[:, :1]).all():
+            raise UserError("features 'digits' are of grey images, and these are in colour")
+        # Bytes back to [-1, 1], as the judge was trained
+        return torch.from_numpy(digits_judge().features(images_B3RR[:, :1].cpu().float() / 127.5 - 1)), None
+
+
+class DigitsImages(ImageSet):
+    """Real digits as bytes, without a file: ``--reference digits``.
+
+    Args:
+        split: ``'train'``, or ``'eval'`` for those that neither a model nor the judge was trained on.
+    """
+
+    def __init__(self, split: str = 'train') -> None:
+        images_N1RR, labels_N = real_digits()[split]
+        # Grey repeated: feature networks read colour
+        self._images_NRR3 = to_uint8(images_N1RR).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        self._labels = labels_N.tolist()
+        super().__init__(Path('digits'), f'scikit-learn digits, {split} split', len(self._labels), 8)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over the pixels."""
+        return f'sha256:{hashlib.sha256(self._images_NRR3.tobytes()).hexdigest()}'
+
+    def labels(self) -> list[int]:
+        """The digit of each image."""
+        return self._labels
+
+    def _load(self, indices: range) -> np.ndarray:
+        return self._images_NRR3[indices.start : indices.stop]
+
+
+@functools.lru_cache(maxsize=1)
+def _judge_hash() -> str:
+    values = digits_judge().features(real_digits()['eval'][0])
+    return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
 
 
 def _flat(images: Tensor) -> np.ndarray:

@@ -1,23 +1,84 @@
-"""How images are drawn, as a protocol has it: one description for whatever draws some and reports numbers of them.
+"""How images are drawn: which labels and seeds, batch by batch, and what a protocol says of it.
 
 For ``sample``, ``evaluate``, ``sweep`` and the callbacks, so that the same images have the same protocol.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from tread_composer.core.randomness import KeyedRandom
 from tread_composer.metrics.protocol import UINT8_RULE, UNKNOWN
 from tread_composer.routing import Route
 from tread_composer.samplers import SamplingSettings
 
-__all__ = ['drawing_facts', 'time_grid']
+__all__ = ['Draws', 'drawing_facts', 'time_grid']
+
+Images = TypeVar('Images')
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Labels and seeds of all images, and by which rule.
+
+    Attributes:
+        labels: One for each image.
+        first_seed: Image i has the seed ``first_seed + i``.
+        rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
+            ``'classes'``: some in turn; ``'random'``; ``'file'``; ``'none'`` without classes.
+        columns: In a grid of so many columns the images of a column share the seed ``first_seed + column``.
+    """
+
+    labels: tuple[int, ...]
+    first_seed: int
+    rule: str
+    columns: int | None = None
+
+    @classmethod
+    def in_turn(cls, count: int, num_classes: int, first_seed: int) -> 'Draws':
+        """All classes in turn; a model without classes has its null label, 0."""
+        if not num_classes:
+            return cls((0,) * count, first_seed, 'none')  # 0 is the null label of such a model
+        rule = 'in turn' if count % num_classes else 'balanced'  # balanced: as many of each class
+        return cls(tuple(index % num_classes for index in range(count)), first_seed, rule)
+
+    @classmethod
+    def at_random(cls, count: int, num_classes: int, first_seed: int) -> 'Draws':
+        """Classes drawn independently, by the seed."""
+        if not num_classes:
+            return cls.in_turn(count, 0, first_seed)
+        # Uniform in (0, 1), one for each image, from its own seed
+        shares = KeyedRandom(first_seed, 0, range(count)).uniform('label').double()
+        return cls(tuple((shares * num_classes).long().tolist()), first_seed, 'random')
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the labels, in order."""
+        return f'sha256:{hashlib.sha256(" ".join(map(str, self.labels)).encode()).hexdigest()}'
+
+    def seed(self, index: int) -> int:
+        """The seed of image ``index``."""
+        return self.first_seed + (index % self.columns if self.columns else index)
+
+    def images(
+        self, draw: Callable[[list[int], list[int]], Images], batches: Iterable[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], list[int], Images]]:
+        """Draw one batch after another: the numbers of its images, their labels, the images.
+
+        Args:
+            draw: From labels and seeds to images.
+            batches: Numbers of the images of each batch.
+        """
+        for indices in batches:
+            labels = [self.labels[index] for index in indices]
+            yield indices, labels, draw(labels, [self.seed(index) for index in indices])
 
 
 def time_grid(objective: Any) -> dict[str, Any] | str:
-    """The objective and its settings that decide where the steps of a sampler lie.
+    """The objective's name and the settings that decide where the steps of a sampler lie.
 
-    Args:
-        objective: Of the model; ``'unknown'`` is the answer for None, and for one that says nothing of its grid.
+    ``'unknown'`` of None, and of an objective that says nothing of its grid.
     """
     if not hasattr(objective, 'time_grid'):
         return UNKNOWN
@@ -27,10 +88,9 @@ def time_grid(objective: Any) -> dict[str, Any] | str:
 def drawing_facts(
     model: Any,
     sampling: SamplingSettings,
+    draws: Draws,
     *,
     weights: str,
-    labels: str,
-    seed: int,
     decode_dtype: str = 'float32',
     routes: Sequence[Route] = (),
     weak: tuple[str, str] | None = None,
@@ -38,22 +98,21 @@ def drawing_facts(
     """The part of a ``Protocol`` that says how images came about.
 
     Args:
-        model: What draws: a ``LatentDiffusion``, or something with its ``num_classes``. Without an ``objective`` of
-            this project its time grid is unknown, and its numbers compare with none.
-        sampling: How.
-        weights: ``'ema'`` or ``'raw'``.
-        labels: How the classes were chosen; a model without classes makes it ``'none'``.
-        seed: Image i has the seed ``seed + i``.
+        model: A ``LatentDiffusion``. Without an ``objective`` its time grid is unknown, and its numbers compare with
+            none.
+        sampling: Sampler, steps and guidance.
+        draws: Labels and seeds.
+        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
         decode_dtype: What the autoencoder computed in.
         routes: Where the model was trained to do with fewer tokens; guidance may depend on them.
-        weak: Of the second network, if there is one: which weights, and their digest.
+        weak: Which weights guided as the second network, and their digest.
     """
     autoencoder: Any = getattr(model, 'autoencoder', None)
-    encoded = hasattr(autoencoder, 'weight_hash')
+    encoded = hasattr(autoencoder, 'weight_hash')  # pixels are decoded by arithmetic alone
     return {
         'weights': weights,
-        'labels': labels if model.num_classes else 'none',
-        'seed': seed,
+        'labels': draws.rule,
+        'seed': draws.first_seed,
         'sampling': sampling.protocol(routes),
         'time_grid': time_grid(getattr(model, 'objective', None)),
         'weak': 'none' if weak is None else f'{weak[0]} {weak[1]}',

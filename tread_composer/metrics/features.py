@@ -3,35 +3,31 @@
 Legend: N images of a set, B images of a batch, R side of an image in pixels, D features, K logits.
 """
 
-import functools
 import hashlib
 import inspect
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import part_named
 from tread_composer.io.files import whole_file
+from tread_composer.io.progress import Progress
 from tread_composer.metrics import FEATURES
-from tread_composer.metrics.digits import digits_judge, real_digits
 
 __all__ = [
-    'DigitsFeatures',
     'Extractor',
     'FeatureSet',
-    'extract',
     'extractor_class',
     'joined',
     'load_features',
-    'look',
+    'looked',
     'open_extractor',
     'save_features',
 ]
@@ -66,30 +62,60 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of images. `joined` puts them in an order that depends on the images alone.
+    """Features of images, on the CPU. `joined` puts them in an order that depends on the images alone.
 
     So KID's random subsets and the parts of the Inception Score do not depend on the order in which the images came,
     nor on how many processes there were.
 
     Args:
-        features_ND: On the CPU.
-        logits_NK: On the CPU; None if the network has none.
-        digests: Of the images' bytes, one each.
+        features_ND: What the network made of each image.
+        logits_NK: None if the network has none.
+        digests: One of the bytes of each image.
+        labels_N: What each image was to show, int64; None if nobody knows.
     """
 
     features_ND: Tensor
     logits_NK: Tensor | None
     digests: Sequence[bytes]
+    labels_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.digests)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.features_ND.shape[1]
 
-def look(images_B3RR: Tensor, extractor: Extractor) -> FeatureSet:
-    """The features of one batch of images, uint8, as they come out."""
-    features_BD, logits_BK = extractor(images_B3RR)
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images_B3RR.cpu().numpy()]
-    return FeatureSet(features_BD.cpu(), None if logits_BK is None else logits_BK.cpu(), digests)
+
+def looked(
+    batches_BCRR: Iterable[Tensor],
+    extractor: Extractor,
+    labels: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[FeatureSet]:
+    """The features of one batch of images after another; the global random streams stay as they are.
+
+    The batch size moves them by rounding alone (about 1e-6 of their size in float32).
+
+    Args:
+        batches_BCRR: Images as uint8, C being 1 for grey or 3.
+        extractor: The feature network.
+        labels: What each image of all batches was to show, in their order.
+        progress: Counts the images.
+    """
+    begin = 0
+    for images_BCRR in batches_BCRR:
+        images_B3RR = images_BCRR.expand(-1, 3, -1, -1)  # grey as three equal channels
+        features_BD, logits_BK = extractor(images_B3RR)
+        # Of the bytes: the same for an image whichever rank looks at it
+        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images_B3RR.cpu().numpy()]
+        end = begin + len(digests)
+        labels_B = None if labels is None else torch.tensor(labels[begin:end], dtype=torch.int64)
+        yield FeatureSet(features_BD.cpu(), None if logits_BK is None else logits_BK.cpu(), digests, labels_B)
+        begin = end
+        if progress is not None:
+            progress.add(len(digests))
 
 
 def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
@@ -102,99 +128,48 @@ def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
     if not digests:
         raise UserError('there are no images to measure')
     order = sorted(range(len(digests)), key=digests.__getitem__)
-    logits = [part.logits_NK for part in parts if part.logits_NK is not None]
+
+    def in_order(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        # All parts or none: a mixture could not be told apart later
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present)[order] if len(present) == len(parts) else None
+
     features_ND = torch.cat([part.features_ND for part in parts])[order]
     if not features_ND.isfinite().all():
         raise UserError('features came out that are not finite; check the weights of the feature network')
-    return FeatureSet(features_ND, torch.cat(logits)[order] if logits else None, [digests[i] for i in order])
+    logits_NK, labels_N = in_order([part.logits_NK for part in parts]), in_order([part.labels_N for part in parts])
+    return FeatureSet(features_ND, logits_NK, [digests[i] for i in order], labels_N)
 
 
-def extract(batches_B3RR: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
-    """The features of images, uint8 ``[B, 3, R, R]`` a batch.
-
-    The batch size moves them by rounding alone (about 1e-6 of their size in float32). The global random streams stay
-    as they are.
-
-    Raises:
-        UserError: There are no images, or their features are not finite.
-    """
-    return joined([look(images_B3RR, extractor) for images_B3RR in batches_B3RR])
-
-
-def save_features(path: Path, features: FeatureSet, label: str) -> None:
-    """Write features to an npz, whole or not at all; makes the folder.
-
-    Args:
-        path: The file.
-        features: What to keep.
-        label: What they are of; `load_features` refuses a file with another label.
-    """
+def save_features(path: Path, features: FeatureSet, contract: str) -> None:
+    """Write features to an npz, whole or not at all; `load_features` refuses a file with another contract."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        'features': features.features_ND.numpy(),
-        'digests': np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1),
-        'label': np.array(label),
-    }
-    if features.logits_NK is not None:
-        arrays['logits'] = features.logits_NK.numpy()
+    digests = np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1)
     with whole_file(path) as unfinished, unfinished.open('wb') as file:
-        np.savez(file, **arrays)
+        np.savez(file, features=features.features_ND.numpy(), digests=digests, label=np.array(contract))
 
 
-def load_features(path: Path, label: str) -> FeatureSet:
+def load_features(path: Path, contract: str) -> FeatureSet:
     """What ``save_features`` wrote.
 
     Raises:
-        UserError: The file is damaged, or is labelled otherwise.
+        UserError: The file is damaged, or is of another contract.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
-            logits = torch.from_numpy(arrays['logits']) if 'logits' in arrays else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
-    if str(saved) != label:
+    if str(saved) != contract:
         raise UserError(f'{path}: this file of the cache is of another reference; delete it')
-    return FeatureSet(torch.from_numpy(features), logits, [row.tobytes() for row in digests])
-
-
-class DigitsFeatures:
-    """The hidden layer of the digits' judge (``metrics.digits``): what it measures is no FID, and is not called one."""
-
-    name = 'digits'
-    resolution = 8
-    num_logits = 0
-
-    def identity(self) -> dict[str, str]:
-        """See ``Extractor``. The hash is of what it makes of real digits: it is trained anew on each machine."""
-        return {'name': self.name, 'weights_hash': _judge_hash(), 'version': 'tread_composer digits judge'}
-
-    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, None]:
-        """Features float64 ``[B, 128]`` of grey images, 8 x 8.
-
-        Raises:
-            UserError: The images are in colour.
-        """
-        if not (images_B3RR == images_B3RR[:, :1]).all():
-            raise UserError("features 'digits' are of grey images, and these are in colour")
-        pixels_B1RR = images_B3RR[:, :1].cpu().float() / 127.5 - 1
-        with threadpool_limits(1):
-            return torch.from_numpy(digits_judge().features(pixels_B1RR)), None
-
-
-@functools.lru_cache(maxsize=1)
-def _judge_hash() -> str:
-    images, _ = real_digits()['eval']
-    with threadpool_limits(1):  # other numbers of threads sum in other orders
-        values = digits_judge().features(images)
-    return f'sha256:{hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}'
+    return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests])
 
 
 def extractor_class(name: str) -> Any:
     """The class of a feature network, not opened yet: it knows its ``num_logits``.
 
     Raises:
-        UserError: The name is unknown.
+        UserError: The name is neither in ``FEATURES`` nor ``package.module:Class``.
     """
     try:
         return part_named(name, FEATURES)
@@ -206,7 +181,7 @@ def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings:
     """A feature network.
 
     Args:
-        name: Of ``metrics.FEATURES``, or ``package.module:Class``.
+        name: One of ``FEATURES``, or ``package.module:Class``.
         device: Where it computes, if it takes a ``device``.
         settings: ``inception``, ``inception_sha256``, ``allow_download``: a network takes those that its ``open``, or
             else its constructor, names.
@@ -216,7 +191,7 @@ def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings:
             those of this hash.
     """
     target = extractor_class(name)
-    opener = getattr(target, 'open', target)
+    opener = getattr(target, 'open', target)  # a network whose weights are a file has a constructor of its own for it
     accepted = inspect.signature(opener).parameters
     foreign = [
         key for key in ('inception', 'inception_sha256') if settings.get(key) is not None and key not in accepted

@@ -1,4 +1,4 @@
-"""Fréchet Inception Distance; torch-fidelity does the arithmetic, in float64.
+"""Fréchet Inception Distance.
 
 There is no sFID: torch-fidelity has none, and without the published weights and sample files a port of ours could not
 be held against ADM's numbers.
@@ -7,7 +7,7 @@ be held against ADM's numbers.
 import torch
 
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.frechet import statistics
+from tread_composer.metrics.frechet import frechet_distance, statistics
 from tread_composer.metrics.metric import Comparison, Figure
 from tread_composer.metrics.quantity import Quantity
 
@@ -29,8 +29,5 @@ class FID:
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
         assert reference.statistics is not None
-        sides = [{'mu': s.mean_D, 'sigma': s.covariance_DD} for s in (statistics(samples), reference.statistics)]
-        return [Figure(_FID, fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID])]
+        return [Figure(_FID, frechet_distance(statistics(samples.features_ND), reference.statistics))]

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
-from tread_composer.data.columns import LATENTS
+from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpzImages', 'file_hash', 'open_images', 'tree_hash']
+__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpzImages', 'file_hash', 'open_images']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 _MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
@@ -48,67 +49,70 @@ class ImageSet:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 over the content of the files (and their names, where there are several)."""
-        raise AssertionError('each kind has its own')
+        """``'sha256:...'`` over the content of the files (and their names, where there are several)."""
+        raise NotImplementedError
+
+    def labels(self) -> list[int] | None:
+        """What each image was to show, if the set says it."""
+        return None
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
-        """One rank's share, uint8 ``[B, 3, R, R]`` a batch.
-
-        Args:
-            batch_size: The most images of a batch.
-            rank: Whose share.
-            world: How many ranks share them.
+        """One rank's share, uint8 ``[B, 3, R, R]`` a batch of at most ``batch_size``.
 
         Raises:
             UserError: An image is damaged or of another size.
         """
+        # Contiguous shares: an npz is read from one place on
         begin, end = self.count * rank // world, self.count * (rank + 1) // world
         for images_BRR3 in self._arrays(begin, end, batch_size):
             yield torch.from_numpy(np.ascontiguousarray(images_BRR3.transpose(0, 3, 1, 2)))
 
     def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
-        raise AssertionError('each kind has its own')
+        for start in range(begin, end, batch_size):
+            yield self._load(range(start, min(start + batch_size, end)))
+
+    def _load(self, indices: range) -> np.ndarray:
+        """Images ``[B, R, R, 3]``."""
+        raise NotImplementedError
 
 
 class FolderImages(ImageSet):
-    """All images below a folder, in the order of their paths; files with other suffixes are not images.
-
-    Args:
-        path: The folder.
-        files: Those to take, relative to it. (Default: all images but hidden ones.)
+    """All images below a folder but hidden ones, in the order of their paths; other files are no images.
 
     Raises:
         UserError: There are none, or the first is damaged or not square.
     """
 
-    def __init__(self, path: Path, files: list[str] | None = None) -> None:
-        paths = [] if files is not None else [file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES]
-        names = [file.relative_to(path).as_posix() for file in paths]
-        visible = [name for name in names if not any(part.startswith('.') for part in name.split('/'))]
-        self.files = sorted(visible) if files is None else list(files)
+    def __init__(self, path: Path) -> None:
+        names = [file.relative_to(path).as_posix() for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES]
+        self.files = sorted(name for name in names if not any(part.startswith('.') for part in name.split('/')))
         if not self.files:
             raise UserError(f'{path}: holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        pixels_RR3 = _pixels((path / self.files[0]).read_bytes(), path / self.files[0])
+        pixels_RR3 = _pixels(path / self.files[0])
         super().__init__(path, 'folder', len(self.files), _square(pixels_RR3.shape[:2], path / self.files[0]))
 
     @functools.cached_property
     def hash(self) -> str:
         """Over the names and the content of the images."""
-        return tree_hash(self.path, self.files)
+        return _tree_hash(self.path, self.files)
 
-    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
-        def load(name: str) -> np.ndarray:
-            pixels = _pixels((self.path / name).read_bytes(), self.path / name)
-            if pixels.shape[:2] != (self.resolution, self.resolution):
-                raise UserError(
-                    f'{self.path / name}: {pixels.shape[1]} x {pixels.shape[0]} pixels, where {self.files[0]} has '
-                    f'{self.resolution} x {self.resolution}; a set of images has one size'
-                )
-            return pixels
+    def labels(self) -> list[int] | None:
+        """From the names that ``sample`` gives to its files."""
+        matches = [re.search(r'_label(\d+)\.png$', name) for name in self.files]
+        return [int(match[1]) for match in matches if match] if all(matches) else None
 
+    def _load(self, indices: range) -> np.ndarray:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside of Python's lock
-            for start in range(begin, end, batch_size):
-                yield np.stack(list(pool.map(load, self.files[start : min(start + batch_size, end)])))
+            return np.stack(list(pool.map(self._image, self.files[indices.start : indices.stop])))
+
+    def _image(self, name: str) -> np.ndarray:
+        pixels, side = _pixels(self.path / name), self.resolution
+        if pixels.shape[:2] != (side, side):
+            raise UserError(
+                f'{self.path / name}: {pixels.shape[1]} x {pixels.shape[0]} pixels, where {self.files[0]} has '
+                f'{side} x {side}; a set of images has one size'
+            )
+        return pixels
 
 
 class NpzImages(ImageSet):
@@ -120,13 +124,14 @@ class NpzImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         with _npz(path) as archive:
-            if f'{_NPZ_ARRAY}.npy' not in archive.namelist():
-                raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {archive.namelist()}')
+            self._names = archive.namelist()
+            if f'{_NPZ_ARRAY}.npy' not in self._names:
+                raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {self._names}')
             with archive.open(f'{_NPZ_ARRAY}.npy') as stream:
                 shape, dtype = _array_header(stream, path)
         if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
             raise UserError(f'{path}: {_NPZ_ARRAY} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
-        self._channels = shape[3]
+        self._channels = shape[3]  # 1 for grey
         super().__init__(path, 'npz', shape[0], _square(shape[1:3], path))
 
     @functools.cached_property
@@ -134,12 +139,19 @@ class NpzImages(ImageSet):
         """Of the file."""
         return file_hash(self.path)
 
+    def labels(self) -> list[int] | None:
+        """The array ``arr_1``, where ADM's suite has labels."""
+        if 'arr_1.npy' not in self._names:
+            return None
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return arrays['arr_1'].astype(int).tolist()
+
     def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
         shape = (self.resolution, self.resolution, self._channels)
         size = int(np.prod(shape))
         with _npz(self.path) as archive, archive.open(f'{_NPZ_ARRAY}.npy') as stream:
             _array_header(stream, self.path)
-            stream.seek(begin * size, io.SEEK_CUR)
+            stream.seek(begin * size, io.SEEK_CUR)  # behind the header
             for start in range(begin, end, batch_size):
                 count = min(batch_size, end - start)
                 content = stream.read(count * size)
@@ -160,52 +172,48 @@ class MDSImages(ImageSet):
 
         from tread_composer.data.shards import read_index
 
-        shards = read_index(path)
+        shards, self._is_pixels = read_index(path), (path / MANIFEST_NAME).exists()
+        self._columns = shards[0].encodings if shards else {}
+        self._files = [shard.reader.raw_data.basename for shard in shards]
+        images = [name for name, encoding in self._columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
         if any(shard.reader.compression for shard in shards):
             raise UserError(f'{path}: its shards are compressed; write them without compression')
         if any('pkl' in shard.encodings.values() for shard in shards):
             raise UserError(f'{path}: has a column of pickles, which can run code when they are read')
+        kind = Manifest.load(path).kind if self._is_pixels else 'pixels'
+        if kind != 'pixels':
+            raise UserError(f'{path}: holds latents ({kind}), and metrics are of images; give the images themselves')
+        if not self._is_pixels and len(images) != 1:
+            raise UserError(f'{path}: needs one column of images ({", ".join(_MDS_IMAGES)}), it has {self._columns}')
+        self._column = LATENTS if self._is_pixels else images[0]
         self._rows: Any = LocalDataset(str(path))
-        self._files = [shard.reader.raw_data.basename for shard in shards]
-        self._is_pixels = (path / MANIFEST_NAME).exists()
-        if self._is_pixels:
-            kind = Manifest.load(path).kind
-            if kind != 'pixels':
-                raise UserError(
-                    f'{path}: holds latents ({kind}), and metrics are of images; give the images themselves'
-                )
-            self._column = LATENTS
-        else:
-            columns = shards[0].encodings
-            images = [name for name, encoding in columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
-            if len(images) != 1:
-                raise UserError(f'{path}: needs one column of images ({", ".join(_MDS_IMAGES)}), it has {columns}')
-            self._column = images[0]
         super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
 
     @functools.cached_property
     def hash(self) -> str:
         """Over the index and the shards."""
         described = [name for name in ('index.json', MANIFEST_NAME) if (self.path / name).exists()]
-        return tree_hash(self.path, [*described, *self._files])
+        return _tree_hash(self.path, [*described, *self._files])
+
+    def labels(self) -> list[int] | None:
+        """The column ``label``, if there is one."""
+        return [int(row[LABEL]) for row in self._rows] if LABEL in self._columns else None
 
     def _row(self, index: int) -> np.ndarray:
         value = self._rows[index][self._column]
-        if self._is_pixels:
-            pixels_CRR = to_uint8(torch.from_numpy(np.asarray(value, np.float32))).numpy()
-            return pixels_CRR.transpose(1, 2, 0).repeat(3 // len(pixels_CRR), axis=2)
         if isinstance(value, Image.Image):
             return np.asarray(value.convert('RGB'))
-        pixels = np.asarray(value)
-        return pixels if pixels.ndim == 3 else pixels[:, :, None].repeat(3, axis=2)
+        if self._is_pixels:
+            value = to_uint8(torch.from_numpy(np.asarray(value, np.float32))).permute(1, 2, 0).numpy()
+        pixels = np.atleast_3d(value)
+        return pixels.repeat(3 // pixels.shape[2], axis=2)
 
-    def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
-        for start in range(begin, end, batch_size):
-            rows = [self._row(index) for index in range(start, min(start + batch_size, end))]
-            shape = next((row.shape for row in rows if row.shape[:2] != (self.resolution, self.resolution)), None)
-            if shape is not None:
-                raise UserError(f'{self.path}: an image of {shape[1]} x {shape[0]} pixels among {self.resolution}')
-            yield np.stack(rows)
+    def _load(self, indices: range) -> np.ndarray:
+        rows, side = [self._row(index) for index in indices], self.resolution
+        for row in rows:
+            if row.shape[:2] != (side, side):
+                raise UserError(f'{self.path}: an image of {row.shape[1]} x {row.shape[0]} pixels among {side}')
+        return np.stack(rows)
 
 
 def open_images(path: str | Path) -> ImageSet:
@@ -223,37 +231,32 @@ def open_images(path: str | Path) -> ImageSet:
     raise UserError(f'{path}: {problem}; give a folder of images, an .npz as ADM has it, or an MDS data set of images')
 
 
-def tree_hash(folder: Path, files: list[str]) -> str:
-    """SHA-256 over the names and the content of files."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = pool.map(lambda name: _file_hash(folder / name), files)
-        lines = [f'{name}\0{digest}\n' for name, digest in zip(files, hashes, strict=True)]
-    return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
-
-
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    return f'sha256:{_file_hash(path)}'
-
-
-def _file_hash(path: Path) -> str:
+    """``'sha256:...'`` of a file."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
-    return digest.hexdigest()
+    return f'sha256:{digest.hexdigest()}'
 
 
-def _pixels(content: bytes, path: Path) -> np.ndarray:
+def _tree_hash(folder: Path, files: list[str]) -> str:
+    """SHA-256 over the names and the content of files, whatever their order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = pool.map(lambda name: file_hash(folder / name).removeprefix('sha256:'), files)
+        # No name can hold a NUL, so two sets never give the same text
+        lines = [f'{name}\0{digest}\n' for name, digest in zip(files, hashes, strict=True)]
+    return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
+
+
+def _pixels(path: Path) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.mode.startswith(('I', 'F')):
-            raise UserError(f'{path}: mode {image.mode!r} has more than 8 bits a channel')
-        return np.asarray(image.convert('RGB'))
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        if not image.mode.startswith(('I', 'F')):  # 32-bit integers and floats: PIL would clip them
+            return np.asarray(image.convert('RGB'))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f'{path}: is no image that can be read: {error}') from error
+    raise UserError(f'{path}: mode {image.mode!r} has more than 8 bits a channel')
 
 
 def _square(size: tuple[int, ...], path: Path) -> int:

@@ -48,15 +48,11 @@ def find_weights(path: str | Path | None = None, *, allow_download: bool = False
         UserError: It is not there, and must not be fetched.
     """
     named = path or os.environ.get(INCEPTION_VARIABLE)
-    if named:
-        if not Path(named).is_file():
-            setting = 'inception' if path else INCEPTION_VARIABLE
-            raise UserError(
-                f'{setting}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is'
-            )
-        return Path(named)
-    if hub_path().is_file():
-        return hub_path()
+    if named and not Path(named).is_file():
+        setting = 'inception' if path else INCEPTION_VARIABLE
+        raise UserError(f'{setting}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is')
+    if named or hub_path().is_file():
+        return Path(named or hub_path())
     if allow_download:
         return download_weights()
     raise UserError(
@@ -104,28 +100,23 @@ def describe_weights() -> str:
 
 
 def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
-    """The content of a file of weights, if it has the hash that it must have.
-
-    Args:
-        path: The file.
-        sha256: 64 hexadecimal digits; those of the published file if None.
+    """The content of a file of weights, if it has this hash; that of the published file if None.
 
     Raises:
         UserError: It cannot be read or has another hash.
     """
-    expected = (sha256 or INCEPTION_SHA256).removeprefix('sha256:').lower()
+    expected = (sha256 or INCEPTION_SHA256).removeprefix('sha256:').lower()  # also in the form that protocols have
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {error}') from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected:
-        size = f'{len(content):,} bytes'
-        if sha256 is None:
-            size += f', the published file has {INCEPTION_SIZE:,}'
+        published = f', the published file has {INCEPTION_SIZE:,}' if sha256 is None else ''
         raise UserError(
-            f'{path}: has the hash {digest}, expected {expected} ({size}). Numbers from other weights compare with no '
-            f'published one. Fetch the file again, or state the hash of weights that are meant (--inception-sha256)'
+            f'{path}: has the hash {digest}, expected {expected} ({len(content):,} bytes{published}). Numbers from '
+            'other weights compare with no published one. Fetch the file again, or state the hash of weights that are '
+            'meant (--inception-sha256)'
         )
     return content
 
@@ -137,7 +128,7 @@ class InceptionFeatures:
 
     Args:
         network: torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``.
-        sha256: Of the file of weights.
+        sha256: Names the weights.
         device: Where to compute.
     """
 

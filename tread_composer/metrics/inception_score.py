@@ -31,5 +31,6 @@ class InceptionScore:
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
         assert samples.logits_NK is not None
+        # Mean and standard deviation over the parts
         numbers = isc_features_to_metric(samples.logits_NK, splits=_SPLITS)
         return [Figure(_SCORE, numbers[KEY_METRIC_ISC_MEAN], numbers[KEY_METRIC_ISC_STD], {'splits': _SPLITS})]

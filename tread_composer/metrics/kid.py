@@ -38,6 +38,7 @@ class KID:
 
         assert reference.features is not None
         settings = {'kid_subset_size': self.kid_subset_size, 'kid_subsets': _SUBSETS}
+        # The cubic kernel of 2,048 features needs float64
         sides = [side.features_ND.double() for side in (samples, reference.features)]
         numbers = kid_features_to_metric(*sides, verbose=False, **settings)
         return [Figure(_KID, numbers[KEY_METRIC_KID_MEAN], numbers[KEY_METRIC_KID_STD], settings)]

@@ -26,7 +26,7 @@ class Measurement:
     """What is measured, with which network, against what.
 
     Args:
-        reference: A folder of images, an npz of ADM's suite, or MDS images.
+        reference: A folder of images, an npz of ADM's suite, MDS images, or digits.
         metrics: What to measure; prc is precision and recall. ``package.module:Class`` is taken too.
         features: The feature network, likewise.
         inception: File of Inception's weights, if not where ``prefetch`` says.
@@ -48,7 +48,7 @@ class Measurement:
     allow_download: bool = False
     kid_subset_size: Annotated[int, Ge(2)] = 1000
     batch_size: Annotated[int, Ge(1)] = 64
-    cache: Path = field(default_factory=default_cache)
+    cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
         check_request(self)
@@ -61,7 +61,7 @@ class Measurement:
         """
         from tread_composer.metrics.metric import build_metrics
 
-        return build_metrics(self.metrics, self._settings)
+        return build_metrics(self.metrics, self.settings)
 
     def check(self, num_samples: int) -> None:
         """Refuse what is impossible whatever the reference is.
@@ -73,14 +73,21 @@ class Measurement:
         from tread_composer.metrics.metric import check_metrics
 
         logits = extractor_class(self.features).num_logits
-        check_metrics(self.build(), num_logits=logits, num_samples=num_samples, num_reference=num_samples)
+        check_metrics(
+            self.build(),
+            features=self.features,
+            num_logits=logits,
+            num_samples=num_samples,
+            num_reference=num_samples,
+        )
 
     def contract(self) -> dict[str, Any]:
         """What numbers depend on that are to stand in one table, besides the reference and the features."""
         from tread_composer.metrics.metric import used_settings
 
-        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self._settings)}
+        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self.settings)}
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What a metric may ask for."""
         return {'kid_subset_size': self.kid_subset_size}

@@ -1,4 +1,4 @@
-"""The one place where numbers are made: for ``evaluate``, ``sweep`` and the callback ``evaluation``.
+"""The one place where numbers are made: for ``evaluate``, ``sweep`` and the callbacks.
 
 They bring the images, as a stream of bytes, and say how they came about; what is opened, checked, looked at and written
 down is here.
@@ -6,25 +6,26 @@ Legend: B images of a batch, C channels, R side of an image in pixels.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import FeatureSet, joined, look, open_extractor
+from tread_composer.metrics.features import FeatureSet, joined, looked, open_extractor
+from tread_composer.metrics.frechet import statistics
+from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement
-from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
-from tread_composer.metrics.protocol import Protocol, result
-from tread_composer.metrics.references import open_reference
+from tread_composer.metrics.metric import Comparison, Figure, build_metrics, check_metrics, measure
+from tread_composer.metrics.protocol import Protocol
+from tread_composer.metrics.references import open_reference, reference_of
 
-__all__ = ['Measurement', 'Measurer', 'silent']
-
-
-def silent(line: str) -> None:
-    """Say nothing, on ranks that must not."""
-    del line
+__all__ = ['Measurement', 'Measurer']
 
 
 class Measurer:
@@ -51,7 +52,7 @@ class Measurer:
         log: Callable[[str], None] = silent,
     ) -> None:
         self.measurement, self.device, self.ranks, self.log = measurement, device, ranks, log
-        self.metrics = measurement.build()
+        self.metrics = build_metrics(measurement.metrics, measurement.settings)
         self.extractor = open_extractor(
             measurement.features,
             inception=measurement.inception,
@@ -59,24 +60,33 @@ class Measurer:
             allow_download=measurement.allow_download,
             device=device,
         )
-        self.reference = open_reference(measurement.reference)
+        reference = measurement.reference
+        self.reference = reference_of(reference) if isinstance(reference, ImageSet) else open_reference(reference)
         self._against: Comparison | None = None
 
-    def check(self, num_samples: int, resolution: int) -> None:
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a metric needs to know what each image was to show."""
+        return any(getattr(metric, 'needs_labels', False) for metric in self.metrics)
+
+    def check(self, num_samples: int, resolution: int, *, has_labels: bool = True) -> None:
         """Refuse samples that cannot be measured, before any of them is looked at.
 
         Args:
             num_samples: Images to be measured.
             resolution: Their side in pixels.
+            has_labels: Whether it is known what each was to show.
 
         Raises:
             UserError: They do not go with the metrics, the features or the reference.
         """
         check_metrics(
             self.metrics,
+            features=self.extractor.name,
             num_logits=self.extractor.num_logits,
             num_samples=num_samples,
             num_reference=self.reference.count,
+            has_labels=has_labels,
         )
         self.reference.check(self.extractor, resolution)
 
@@ -86,49 +96,35 @@ class Measurer:
         Raises:
             UserError: One of its images is damaged, or the file of the cache is.
         """
-        if self._against is None:
-            images = any(self.reference.must_be_looked_at(metric.compares_with) for metric in self.metrics)
-            features = self._reference_features() if images else None
-            fitted = any(metric.compares_with == 'statistics' for metric in self.metrics) and self.ranks.is_first
-            self._against = self.ranks.agreed(
-                lambda: Comparison(self.reference.statistics(features) if fitted else None, features)
-            )
+        if self._against is not None:
+            return
+        reference, ranks, sides = self.reference, self.ranks, {metric.compares_with for metric in self.metrics}
+        features = None
+        if 'images' in sides or ('statistics' in sides and reference.published is None):
+            cache, batch_size = self.measurement.cache, self.measurement.batch_size
+            features = reference.features(self.extractor, cache, batch_size=batch_size, ranks=ranks, log=self.log)
 
-    def _reference_features(self) -> FeatureSet | None:
-        """Of all images of the reference, on the first rank."""
-        reference, extractor, ranks = self.reference, self.extractor, self.ranks
-        cache, batch_size = self.measurement.cache, self.measurement.batch_size
-        # The first rank decides for all: the others may see another cache.
-        cached = ranks.from_first(reference.is_cached(extractor, cache))
-        if not cached:
-            self.log(f'{reference.path}: looking at {reference.count:,} reference images, once')
-        if cached or reference.count < ranks.world:
-            read = lambda: reference.features(extractor, cache, batch_size=batch_size)  # noqa: E731
-            return ranks.agreed(lambda: read() if ranks.is_first else None)
-        features = joined(
-            ranks.gathered(ranks.agreed(lambda: reference.share(extractor, batch_size, ranks.rank, ranks.world)))
-        )
-        if not ranks.is_first:
-            return None
-        reference.keep(features, extractor, cache)
-        return features
+        def fitted() -> Comparison:
+            if 'statistics' not in sides or not ranks.is_first:
+                return Comparison(features=features)
+            # Of the whole training set, where the file has them
+            moments = reference.published or statistics(features.features_ND)  # type: ignore[union-attr]
+            return Comparison(moments, features)
 
-    def look(self, batches_BCRR: Iterable[Tensor]) -> list[FeatureSet]:
-        """The features of this rank's images.
+        self._against = ranks.agreed(fitted)
 
-        Args:
-            batches_BCRR: Of uint8, grey or in colour.
+    def look(
+        self, batches_BCRR: Iterable[Tensor], labels: Sequence[int] | None = None, progress: Progress | None = None
+    ) -> list[FeatureSet]:
+        """The features of this rank's images, uint8; see ``features.looked``.
 
         Raises:
             UserError: The network does not take such images.
         """
-        return [look(images_BCRR.expand(-1, 3, -1, -1), self.extractor) for images_BCRR in batches_BCRR]
+        return [*looked(batches_BCRR, self.extractor, labels, progress)]
 
     def figures(self, parts: Sequence[FeatureSet]) -> list[Figure]:
-        """The numbers, on the first rank; none on the others.
-
-        Args:
-            parts: What `look` gave on this rank.
+        """The numbers of what `look` gave on each rank, on the first rank; none on the others.
 
         Raises:
             UserError: There are no images, or their features are not finite.
@@ -138,7 +134,7 @@ class Measurer:
 
         def measured() -> list[Figure]:
             assert self._against is not None
-            samples = joined([part for share in shares for part in share])
+            samples = joined([part for share in shares for part in share])  # in an order that no rank decides
             return measure(self.metrics, samples, self._against, self.device)
 
         return self.ranks.agreed(lambda: measured() if self.ranks.is_first else [])
@@ -146,36 +142,54 @@ class Measurer:
     def facts(self) -> dict[str, Any]:
         """The part of a ``Protocol`` that is this object's to say."""
         return {
-            'reference': self.reference.described(),
+            'reference': {'name': self.reference.path.name, 'kind': self.reference.kind},
             'reference_hash': self.reference.hash,
             'features': self.extractor.identity(),
         }
 
     def entries(
-        self, figures: Sequence[Figure], drawn: Mapping[str, Any], *, num_samples: int, resolution: int, **about: Any
+        self,
+        figures: Sequence[Figure],
+        drawn: Mapping[str, Any],
+        num_samples: int,
+        resolution: int,
+        *,
+        source: str,
+        seconds: float | None = None,
+        **weights: Any,
     ) -> list[dict[str, Any]]:
-        """The entries of a ``results.json``.
+        """The entries of a ``results.json``; None stands in them for what is not known.
 
         Args:
             figures: The numbers.
             drawn: How the images came about: the part of a ``Protocol`` that ``drawing_facts`` gives.
             num_samples: Images measured.
             resolution: Their side in pixels.
-            about: What else is known of them, by the names of ``protocol.result``.
+            source: The samples, the run or the checkpoint that was measured.
+            seconds: Training time of the weights.
+            weights: As far as known, ``run``, the training ``batch`` and ``weights_digest``.
 
         Raises:
             UserError: A number is not finite.
         """
+        # Without the settings of each metric
         protocol = Protocol(**drawn, **self.facts(), num_samples=num_samples, resolution=resolution)
-        return [
-            result(
-                figure.quantity.reported(self.extractor.name, num_samples),
-                figure.value,
-                dataclasses.replace(protocol, settings=figure.settings),
-                spread=figure.spread,
-                unit=figure.quantity.unit,
-                better=figure.quantity.better,
-                **about,
-            )
-            for figure in figures
-        ]
+        entries = []
+        for figure in figures:
+            metric = figure.quantity.reported(self.extractor.name, num_samples)
+            if not math.isfinite(figure.value):
+                raise UserError(f'{metric}: came out as {figure.value}, of {source}: the images cannot be measured')
+            entry = {
+                'metric': metric,
+                'value': float(figure.value),
+                'spread': figure.spread,
+                'unit': figure.quantity.unit,
+                'better': figure.quantity.better,
+                'protocol': dataclasses.replace(protocol, settings=figure.settings).to_dict(),
+                # What training took in FLOPs follows from the run's configuration: ``compare`` counts it.
+                'training': {'teraflops': None, 'seconds': seconds},
+                'source': source,
+                'created': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            }
+            entries.append({**entry, **dict.fromkeys(('run', 'batch', 'weights_digest')), **weights})
+        return entries

@@ -10,7 +10,6 @@ import torch
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
-from tread_composer.metrics.digits import QUANTITIES as DIGITS_QUANTITIES
 from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.frechet import Statistics
 from tread_composer.metrics.quantity import Better, Quantity
@@ -47,19 +46,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the samples are held against; of the two, what the metrics need.
-
-    Args:
-        statistics: Mean and covariance of the reference.
-        features: Features of its images.
-    """
+    """Mean and covariance of the reference, and features of its images; of the two, what the metrics need."""
 
     statistics: Statistics | None = None
     features: FeatureSet | None = None
 
 
 class Metric(Protocol):
-    """One way to measure samples. Its constructor takes those settings of a measurement that it depends on."""
+    """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
+
+    It may say ``needs_labels = True`` if it needs to know what each image was to show, and with ``reads_features`` name
+    the only features that it can read.
+    """
 
     name: str
     """For messages."""
@@ -92,14 +90,10 @@ def _metric_class(name: str) -> Callable[..., Metric]:
 
 
 def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of these names; each takes the settings that its constructor names.
-
-    Args:
-        names: Of ``METRICS``, or ``package.module:Class``.
-        settings: Of the measurement, such as ``kid_subset_size``.
+    """The metrics of these names; each takes the settings, such as ``kid_subset_size``, that its constructor names.
 
     Raises:
-        UserError: A name is unknown, or none is given.
+        UserError: A name is neither in ``METRICS`` nor ``package.module:Class``, or there is no name.
     """
     unknown = [name for name in names if name not in METRICS and not is_reference(name)]
     if unknown or not names:
@@ -108,7 +102,7 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
     for name in dict.fromkeys(names):
         try:
             target = _metric_class(name)
-            accepted = inspect.signature(target).parameters
+            accepted = inspect.signature(target).parameters  # a metric names what it depends on
             metrics.append(target(**{key: value for key, value in settings.items() if key in accepted}))
         except (ValueError, TypeError) as error:
             raise UserError(f'metrics: {name}: cannot be used: {error}') from error
@@ -121,22 +115,40 @@ def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str
     return {key: value if key in taken else None for key, value in settings.items()}
 
 
-def check_metrics(metrics: Sequence[Metric], *, num_logits: int, num_samples: int, num_reference: int) -> None:
+def check_metrics(
+    metrics: Sequence[Metric],
+    *,
+    features: str,
+    num_logits: int,
+    num_samples: int,
+    num_reference: int,
+    has_labels: bool = True,
+) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
     Args:
         metrics: What is to be measured.
-        num_logits: Classes of the feature network.
+        features: Name of the feature network.
+        num_logits: Number of its classes.
         num_samples: Images to be measured.
         num_reference: Images of the reference; 0 if it holds statistics alone.
+        has_labels: Whether it is known what each image was to show.
 
     Raises:
         UserError: The network, the counts or the reference do not allow it.
     """
     for metric in metrics:
+        network = getattr(metric, 'reads_features', features)
+        if network != features:
+            raise UserError(f'metrics: {metric.name} is of the features {network!r}, not {features!r}; leave it out')
         if metric.needs_logits and not num_logits:
             raise UserError(
                 f'metrics: {metric.name} needs the classes of Inception, and these features have none; leave it out'
+            )
+        if getattr(metric, 'needs_labels', False) and not has_labels:
+            raise UserError(
+                f'metrics: {metric.name} needs the label of each image, and these images have none; measure a model '
+                'with classes, or what `sample` has drawn of one, or leave it out'
             )
         if metric.compares_with == 'images' and not num_reference:
             raise UserError(f'metrics: {metric.name} compares with images, and the reference has statistics alone')
@@ -162,33 +174,23 @@ def measure(
     reference: Comparison = Comparison(),
     device: str | torch.device = 'cpu',
 ) -> list[Figure]:
-    """The numbers of all metrics. The global random streams stay as they are.
+    """The numbers of all metrics, which ``check_metrics`` has seen; ``device`` is where large sums are computed.
 
-    Args:
-        metrics: What to measure; ``check_metrics`` has seen them.
-        samples: Features of the samples.
-        reference: What they are held against.
-        device: Where large sums are computed.
+    The global random streams stay as they are.
 
     Raises:
-        UserError: The two sides have features of other lengths.
+        UserError: The two sides have features of different lengths.
     """
-    width = samples.features_ND.shape[1]
-    for length in (
-        None if reference.statistics is None else len(reference.statistics.mean_D),
-        None if reference.features is None else reference.features.features_ND.shape[1],
-    ):
-        if length not in (None, width):
+    width, moments, features = samples.width, reference.statistics, reference.features
+    lengths = ([] if moments is None else [len(moments.mean_D)]) + ([] if features is None else [features.width])
+    for length in lengths:
+        if length != width:
             raise UserError(f'the reference has {length} features and the samples have {width}: of another network')
     return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]
 
 
 def direction(reported: str) -> Better:
-    """Whether lower or higher values of a metric are better.
-
-    Args:
-        reported: Its name as reported: behind the name may stand the features and the number of samples, as in
-            ``fid_10000`` or ``fd_digits_500``.
+    """Whether lower or higher values of a metric are better, by its reported name (``fid_10000``, ``fd_digits_500``).
 
     Raises:
         ValueError: No metric reports such a number.
@@ -196,13 +198,12 @@ def direction(reported: str) -> Better:
     for quantity in _quantities():
         if quantity.reports(reported):
             return quantity.better
-    names = sorted(name for quantity in _quantities() for name in quantity.names)
+    names = sorted({name for quantity in _quantities() for name in (quantity.name, quantity.other) if name})
     raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {names}')
 
 
 def _quantities() -> Iterator[Quantity]:
-    for name in METRICS:
+    for name in METRICS:  # whatever this process has not used yet
         _metric_class(name)
     for target in _IMPORTED.values():
         yield from target.quantities
-    yield from DIGITS_QUANTITIES

@@ -7,28 +7,25 @@ compare only if ``differences`` finds none.
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
-from tread_composer.io.files import write_json
+from tread_composer.io.files import read_json, write_json
 from tread_composer.io.locks import locked
-from tread_composer.metrics.quantity import Better
 
 __all__ = [
     'UINT8_RULE',
     'UNKNOWN',
     'Protocol',
     'append_results',
+    'by_protocol',
     'differences',
     'load_results',
     'protocol_key',
-    'result',
     'series_name',
 ]
 
@@ -37,6 +34,9 @@ UNKNOWN = 'unknown'
 
 UINT8_RULE = 'round((x + 1) * 127.5), ties to even, clamped'
 """How pixels become bytes in this project (``autoencoders.pixels.to_uint8``)."""
+
+_ENTRY = {'metric': str, 'value': (int, float), 'protocol': Mapping}  # what an entry of results.json must have
+_OPTIONAL = ('run', 'batch', 'training', 'better', 'source', 'weights_digest')
 
 # Names of things that a hash identifies: they may lie elsewhere under another name.
 _NAMED_BY_HASH = {'reference.name': 'reference_hash', 'autoencoder': 'autoencoder_hash'}
@@ -52,19 +52,19 @@ class Protocol:
         weights: ``'ema'`` or ``'raw'``.
         num_samples: Images measured.
         labels: How the classes were chosen, ``'balanced'`` or ``'random'``, or other words for it.
-        seed: Of the samples.
+        seed: Image i has the seed ``seed + i``.
         sampling: Sampler, steps, guidance: ``SamplingSettings.to_dict()``.
         autoencoder: What decoded; ``'pixels'`` for none.
-        autoencoder_hash: Of its weights; None for pixels.
+        autoencoder_hash: SHA-256 of its weights; None for pixels.
         decode_dtype: What it computed in.
         uint8_rule: How pixels became bytes.
         reference: ``name`` and ``kind`` of what was compared with.
-        reference_hash: Of its content.
+        reference_hash: SHA-256 of its content.
         features: ``name``, ``weights_hash`` and ``version`` of the feature network.
         resolution: Side of the images in pixels.
-        settings: What the metric itself was told, such as the size of KID's subsets.
+        settings: What the metric depends on besides, such as the size of KID's subsets.
         time_grid: ``objective`` and what of it decides where the steps lie: ``metrics.drawing.time_grid``.
-        weak: The second network of the guidance: which weights, and their digest; ``'none'`` without one.
+        weak: Which weights guided as the second network, and their digest; ``'none'`` without one.
     """
 
     weights: str
@@ -97,7 +97,7 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
     objective a model has belongs to the model.
     """
     left_side, right_side = (flatten(_plain(protocol)) for protocol in (a, b))
-    objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (left_side, right_side)}
+    objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (left_side, right_side)}  # of the two models
     lines = []
     for key in dict.fromkeys([*left_side, *right_side]):
         hashed = left_side.get(_NAMED_BY_HASH.get(key, ''))
@@ -110,17 +110,17 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
             continue  # said once, of the whole section
         values = [flat.get(key, 'absent') for flat in (left_side, right_side)]
         if UNKNOWN in values:
-            sides = 'both numbers' if values[0] == values[1] else 'the first' if values[0] == UNKNOWN else 'the second'
-            lines.append(f'{key}: unknown for {sides}')
+            side = 'the first' if values[0] == UNKNOWN else 'the second'
+            lines.append(f'{key}: unknown for {"both numbers" if values[0] == values[1] else side}')
         elif values[0] != values[1]:
             lines.append(f'{key}: {values[0]!r} and {values[1]!r}')
     return lines
 
 
 def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
-    """The same text for protocols in which ``differences`` finds no other values, and another for others.
+    """The same text for two protocols in which ``differences`` finds no other values; what is unknown counts as equal.
 
-    It tells series of numbers of one model apart. Unlike there, what is unknown on both sides counts as the same.
+    It tells series of numbers of one model apart.
     """
     flat = flatten(_plain(protocol))
     for name, hashed in _NAMED_BY_HASH.items():
@@ -138,14 +138,10 @@ def _number(value: Any) -> Any:
 
 
 def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
-    """The name of a series in a logger: numbers of different protocols never stand in one.
+    """The name of a metric's series in a logger: numbers of different protocols never stand in one.
 
     ``evaluation/fid_10000/ema-heun-50-classifier_free-1.5-1a2b3c4d``: some of the protocol for people, then a digest of
     all of it.
-
-    Args:
-        metric: Its reported name.
-        protocol: How it was measured.
     """
     plain = _plain(protocol)
     drawn, words = plain['sampling'], [plain['weights']]
@@ -155,90 +151,54 @@ def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
     return f'evaluation/{metric}/{"-".join(map(str, words))}-{protocol_key(plain)[:8]}'
 
 
+def by_protocol(measured: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each protocol once, with the names of what was measured by it; ``settings`` are those of each metric.
+
+    Args:
+        measured: Name and protocol of each number.
+    """
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for name, protocol in measured:
+        # How the images were drawn is the same for all metrics of them
+        shared = {key: value for key, value in protocol.items() if key != 'settings'}
+        same = [group for group in groups if {**group[0], **shared} == group[0]]
+        if not same:
+            groups.append((shared, []))
+        group, names = same[0] if same else groups[-1]
+        if protocol.get('settings'):
+            group.setdefault('settings', {})[name] = protocol['settings']
+        names += [] if name in names else [name]
+    return groups
+
+
 def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(protocol, Protocol):
         return protocol.to_dict()
     field_names = {entry.name for entry in fields(Protocol)}
+    # Written before this part of the protocol existed
     missing = [name for name in field_names - {'settings'} if name not in protocol]
     return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
 
 
-def result(
-    metric: str,
-    value: float,
-    protocol: Protocol,
-    *,
-    source: str,
-    run: str | None = None,
-    batch: int | None = None,
-    teraflops: float | None = None,
-    seconds: float | None = None,
-    weights_digest: str | None = None,
-    spread: float | None = None,
-    unit: str | None = None,
-    better: Better | None = None,
-) -> dict[str, Any]:
-    """One entry of ``results.json``.
-
-    Args:
-        metric: Its reported name.
-        value: The number.
-        protocol: How it came about.
-        source: The samples, the run or the checkpoint that was measured.
-        run: Name of the training run, if known.
-        batch: Training batches of the weights, if known.
-        teraflops: Spent in training until there, if known.
-        seconds: Of training until there, if known.
-        weights_digest: Of the weights, if known; not part of the protocol.
-        spread: Standard deviation over the parts that the value is the mean of (KID, Inception Score).
-        unit: What one of the value is.
-        better: Which of two values is better, for readers that do not have the metric.
-
-    Raises:
-        UserError: The value is not finite, so there is nothing to report.
-    """
-    if not math.isfinite(value):
-        raise UserError(f'{metric}: came out as {value}, of {source}: the images cannot be measured')
-    return {
-        'metric': metric,
-        'value': float(value),
-        'spread': spread,
-        'unit': unit,
-        'better': better,
-        'protocol': protocol.to_dict(),
-        'weights_digest': weights_digest,
-        'run': run,
-        'batch': batch,
-        'training': {'teraflops': teraflops, 'seconds': seconds},
-        'source': source,
-        'created': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-    }
-
-
 def load_results(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a ``results.json``.
+    """The entries of a ``results.json``; what an older one does not say is None.
 
     Raises:
         UserError: The file is not a list of such entries.
     """
-    path = Path(path)
-    try:
-        entries = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON ({error})') from error
-    needed = {'metric', 'value', 'protocol'}
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and needed <= entry.keys() for entry in entries
-    ):
-        raise UserError(
-            f'{path}: is no list of measured numbers with their protocols (earlier versions of the callback '
-            f'digits_quality wrote another file of this name); write the numbers elsewhere'
-        )
-    return entries
+    entries = read_json(Path(path))
+    if not isinstance(entries, list):
+        raise UserError(f'{path}: is no list of measured numbers with their protocols; write the numbers elsewhere')
+    for number, entry in enumerate(entries):
+        content = entry if isinstance(entry, Mapping) else {}
+        wrong = [key for key, kind in _ENTRY.items() if not isinstance(content.get(key), kind)]
+        if wrong:
+            raise UserError(f'{path}: result {number} has no proper {", ".join(wrong)}; it was not written by evaluate')
+    return [{**dict.fromkeys(_OPTIONAL), **entry} for entry in entries]
 
 
 def append_results(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Add entries to a ``results.json``, which is made if it is not there; whole or not at all.
+    """Add entries to a ``results.json``, whole or not at all; makes the file and its folder.
 
     An entry takes the place of an earlier one that measured the same: a run that is continued from an older checkpoint
     measures a second time what it had measured before it was stopped.
@@ -249,6 +209,7 @@ def append_results(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> No
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / f'.{path.name}.lock'):
+        # A later entry of the same identity replaces it
         kept = {_identity(entry): entry for entry in load_results(path)} if path.exists() else {}
         write_json(path, list({**kept, **{_identity(entry): entry for entry in entries}}.values()))
 

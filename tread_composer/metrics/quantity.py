@@ -28,22 +28,11 @@ class Quantity:
     unit: str
     other: str = ''
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names that it is reported under, without features and counts."""
-        return (self.name, self.other) if self.other not in ('', self.name) else (self.name,)
-
     def reported(self, features: str, num_samples: int) -> str:
-        """The name of a number: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``.
-
-        Args:
-            features: Name of the feature network.
-            num_samples: Images measured.
-        """
+        """The name of a number: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``."""
         name = self.name if features == 'inception' else f'{self.other or self.name}_{features}'
         return name if num_samples >= FULL_COUNT else f'{name}_{num_samples}'
 
     def reports(self, reported: str) -> bool:
         """Whether a reported name is one of this quantity."""
-        # A name with a slash is that of a callback's own series, which nothing follows.
-        return any(reported == name or ('/' not in name and reported.startswith(f'{name}_')) for name in self.names)
+        return any(reported == name or reported.startswith(f'{name}_') for name in (self.name, self.other or self.name))

@@ -8,18 +8,22 @@ recall take its images ``arr_0``, of which there are 10,000. ``mu_s`` and ``sigm
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.features import Extractor, FeatureSet, extract, load_features, save_features
-from tread_composer.metrics.frechet import Statistics, statistics
+from tread_composer.core.named import part_named
+from tread_composer.io.progress import Progress, silent
+from tread_composer.io.ranks import Ranks
+from tread_composer.metrics import REFERENCES
+from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
+from tread_composer.metrics.frechet import Statistics
 from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
 
-__all__ = ['Reference', 'open_reference']
+__all__ = ['Reference', 'open_reference', 'reference_of']
 
 _CACHE_FORMAT = 1
 
@@ -31,7 +35,7 @@ class Reference:
     Args:
         path: Where it is.
         kind: ``'adm'`` for a file with ``mu`` and ``sigma``, else the kind of its images.
-        images: Its images; None if it has statistics alone.
+        images: None if it has statistics alone.
         published: ``mu`` and ``sigma`` of the file; None if they are to be computed.
         hash: SHA-256 of its content.
     """
@@ -47,20 +51,8 @@ class Reference:
         """Images that there are; 0 for statistics alone."""
         return 0 if self.images is None else self.images.count
 
-    def must_be_looked_at(self, compares_with: str) -> bool:
-        """Whether a metric that needs this (``Metric.compares_with``) needs features of the images."""
-        return compares_with == 'images' or (compares_with == 'statistics' and self.published is None)
-
-    def described(self) -> dict[str, str]:
-        """For the protocol."""
-        return {'name': self.path.name, 'kind': self.kind}
-
     def check(self, extractor: Extractor, resolution: int) -> None:
-        """Refuse a network or images that do not belong to this reference.
-
-        Args:
-            extractor: Of both sides.
-            resolution: Of the samples.
+        """Refuse a network, or samples of ``resolution`` pixels, that do not belong to this reference.
 
         Raises:
             UserError: The resolutions differ, or the statistics are of another network.
@@ -77,86 +69,85 @@ class Reference:
                 f'features {extractor.name!r} take images of {extractor.resolution} pixels, not {resolution}'
             )
 
-    def features(self, extractor: Extractor, cache: Path, *, batch_size: int = 64) -> FeatureSet:
-        """Features of its images, from the cache if they are there, else computed and put there.
+    def features(
+        self,
+        extractor: Extractor,
+        cache: Path | None,
+        *,
+        batch_size: int = 64,
+        ranks: Ranks = Ranks(),
+        log: Callable[[str], None] = silent,
+    ) -> FeatureSet | None:
+        """Features of its images, on the first rank: from the cache, else computed by all ranks and put there.
+
+        Args:
+            extractor: The feature network.
+            cache: Folder where features are kept; None to keep none.
+            batch_size: Images in one call of the network.
+            ranks: All of them call this.
+            log: Gets the lines for people.
 
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.
         """
-        path = self._cached(extractor, cache)
-        if path.exists():
-            return load_features(path, self._label(extractor))
-        features = self.share(extractor, batch_size)
-        self.keep(features, extractor, cache)
-        return features
-
-    def share(self, extractor: Extractor, batch_size: int, rank: int = 0, world: int = 1) -> FeatureSet:
-        """Features of one rank's share of its images.
-
-        Raises:
-            UserError: It has statistics alone, or an image is damaged.
-        """
+        contract = json.dumps(
+            {'format': _CACHE_FORMAT, 'reference': self.hash, 'features': extractor.identity()}, sort_keys=True
+        )
+        name = f'features-{extractor.name}-{hashlib.sha256(contract.encode()).hexdigest()[:32]}.npz'
+        path = None if cache is None else cache / name
+        # The first rank decides for all: the others may see another cache.
+        if ranks.from_first(path is not None and path.exists()):
+            return ranks.agreed(lambda: load_features(path, contract) if path and ranks.is_first else None)
         if self.images is None:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
-        return extract(self.images.batches(batch_size, rank, world), extractor)
-
-    def keep(self, features: FeatureSet, extractor: Extractor, cache: Path) -> None:
-        """Put its features into the cache."""
-        save_features(self._cached(extractor, cache), features, self._label(extractor))
-
-    def statistics(self, features: FeatureSet | None) -> Statistics:
-        """Mean and covariance: the published ones, else those of its ``features``."""
-        if self.published is not None:
-            return self.published
-        assert features is not None
-        return statistics(features)
-
-    def is_cached(self, extractor: Extractor, cache: Path) -> bool:
-        """Whether ``features`` will not have to look at the images."""
-        return self._cached(extractor, cache).exists()
-
-    def _label(self, extractor: Extractor) -> str:
-        key = {'format': _CACHE_FORMAT, 'reference': self.hash, 'features': extractor.identity()}
-        return json.dumps(key, sort_keys=True)
-
-    def _cached(self, extractor: Extractor, cache: Path) -> Path:
-        digest = hashlib.sha256(self._label(extractor).encode()).hexdigest()
-        return cache / f'features-{extractor.name}-{digest[:32]}.npz'
+        if path is not None:
+            log(f'{self.path}: looking at {self.count:,} reference images, once')
+        # Of the share of this rank
+        progress = Progress(str(self.path), -(-self.count // ranks.world), 'images', log=log)
+        batches = self.images.batches(batch_size, ranks.rank, ranks.world)
+        shares = ranks.gathered(ranks.agreed(lambda: [*looked(batches, extractor, progress=progress)]))
+        if not ranks.is_first:
+            return None
+        features = joined([part for share in shares for part in share])
+        if path is not None:
+            save_features(path, features, contract)
+        return features
 
 
 def open_reference(path: str | Path) -> Reference:
-    """The reference at a path.
+    """The reference at a path, or of this name in ``metrics.REFERENCES`` if nothing is there.
 
     Raises:
         UserError: There is none, or its statistics are damaged.
     """
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
-        names = _names(path)
-        published = _published(path) if {'mu', 'sigma'} <= set(names) else None
-        images = NpzImages(path) if published is None or 'arr_0' in names else None
+        published, has_images = _adm(path)
+        images = NpzImages(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
         return Reference(path, 'npz' if published is None else 'adm', images, published, digest)
-    images = open_images(path)
-    return Reference(path, images.kind, images, None, images.hash)
+    if str(path) in REFERENCES and not path.exists():
+        return reference_of(part_named(str(path), REFERENCES)())
+    return reference_of(open_images(path))
 
 
-def _names(path: Path) -> Sequence[str]:
+def reference_of(images: ImageSet) -> Reference:
+    """Images as a reference."""
+    return Reference(images.path, images.kind, images, None, images.hash)
+
+
+def _adm(path: Path) -> tuple[Statistics | None, bool]:
+    """``mu`` and ``sigma`` of an npz that has both, and whether it holds images."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return list(arrays.files)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: is no npz that can be read: {error}') from error
-
-
-def _published(path: Path) -> Statistics:
-    with np.load(path, allow_pickle=False) as arrays:
-        try:
+            has_images = 'arr_0' in arrays.files
+            if not {'mu', 'sigma'} <= set(arrays.files):
+                return None, has_images
             mean, covariance = (np.asarray(arrays[name], np.float64) for name in ('mu', 'sigma'))
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path}: mu and sigma cannot be read: {error}') from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path}: cannot be read as an npz of images or of mu and sigma: {error}') from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f'{path}: mu is {mean.shape} and sigma {covariance.shape}; they must be [D] and [D, D]')
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f'{path}: mu or sigma is not finite')
-    return Statistics(mean, covariance)
+    return Statistics(mean, covariance), has_images

@@ -8,6 +8,7 @@ Legend: B images of a part, H x W pixels, C channels.
 import contextlib
 import io
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.files import read_json, write_atomically, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['IMAGES', 'PART_SIZE', 'RECORD', 'SamplesFolder']
+__all__ = ['PART_SIZE', 'PLACES', 'RECORD', 'SamplesFolder']
 
-RECORD, IMAGES = 'samples.json', 'images'
+RECORD = 'samples.json'
+PLACES = {'png': 'images', 'npz': 'samples.npz', 'mds': 'mds'}
+"""Where the images of a format are."""
 PART_SIZE = 16
 """Images that are finished, or after an interruption drawn anew, together. Not the batch, which may change."""
 
@@ -31,25 +34,22 @@ class SamplesFolder:
 
     Args:
         path: The folder.
+        count: Images in all.
 
     Raises:
         UserError: On entering: it holds something else, or another process is writing it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.scratch = path, path / _SCRATCH
+    def __init__(self, path: Path, count: int) -> None:
+        self.path, self.count, self.scratch = path, count, path / _SCRATCH
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> 'SamplesFolder':
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f'--out {self.path}: is a file; give a folder')
-        written = {RECORD, _LOCK, _SCRATCH}
-        foreign = (
-            sorted(entry.name for entry in self.path.iterdir() if entry.name not in written)
-            if self.path.is_dir()
-            else []
-        )
-        if foreign and not (self.path / RECORD).exists():
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        foreign = [name for name in names if name not in (RECORD, _LOCK, _SCRATCH)]
+        if foreign and RECORD not in names:
             raise UserError(
                 f'--out {self.path}: holds {", ".join(foreign[:5])}, which no run of sample wrote; choose a folder '
                 'that is empty or does not exist yet'
@@ -69,7 +69,7 @@ class SamplesFolder:
             self.path.rmdir()  # refused before anything was written
 
     def begin(self, made_with: dict[str, Any], about: dict[str, Any]) -> bool:
-        """Make the folder that of these images, or see that it is.
+        """Claim the folder for these images, or verify that it already belongs to them.
 
         Args:
             made_with: What decides the images and their files.
@@ -98,7 +98,7 @@ class SamplesFolder:
         else:
             write_json(path, {'version': 1, 'complete': False, 'made_with': made_with, **about})
         self.scratch.mkdir(exist_ok=True)
-        for unfinished in (*self.scratch.glob('.part-*'), *(self.path / IMAGES).glob('.*')):
+        for unfinished in (*self.scratch.glob('.part-*'), *(self.path / PLACES['png']).glob('.*')):
             unfinished.unlink(missing_ok=True)
         return False
 
@@ -108,9 +108,14 @@ class SamplesFolder:
         write_json(path, {**read_json(path), 'complete': True})
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def undone(self, count: int) -> list[int]:
-        """Numbers of the parts of ``count`` images that are not finished."""
-        return [part for part in range(-(-count // PART_SIZE)) if not self._part(part).exists()]
+    def undone(self) -> list[int]:
+        """Numbers of the parts that are not finished."""
+        return [part for part in range(-(-self.count // PART_SIZE)) if not self._part(part).exists()]
+
+    def indices(self, parts: Sequence[int]) -> list[int]:
+        """Numbers of the images of parts."""
+        starts = (part * PART_SIZE for part in parts)
+        return [index for start in starts for index in range(start, min(start + PART_SIZE, self.count))]
 
     def write_part(self, part: int, images_BHWC: np.ndarray) -> None:
         """Keep a part's images."""
@@ -134,11 +139,12 @@ class SamplesFolder:
         return self.scratch / f'part-{part:06d}.npy'
 
     def _check_complete(self, made_with: dict[str, Any]) -> None:
-        places = {'png': IMAGES, 'npz': 'samples.npz', 'mds': 'mds/index.json'}
+        places = {**PLACES, 'mds': 'mds/index.json'}
         missing = [places[name] for name in made_with['formats'] if not (self.path / places[name]).exists()]
         if 'png' in made_with['formats'] and not missing:
-            num_images = sum(1 for _ in (self.path / IMAGES).glob('*.png'))
-            missing = [] if num_images == made_with['num_samples'] else [f'images of {IMAGES} ({num_images} are there)']
+            num_images = sum(1 for _ in (self.path / places['png']).glob('*.png'))
+            if num_images != made_with['num_samples']:
+                missing = [f'images of {places["png"]} ({num_images} are there)']  # somebody has deleted or added some
         if missing:
             raise UserError(
                 f'{self.path}: was finished, but {", ".join(missing)} is no longer complete; choose another --out, or '

@@ -1,6 +1,5 @@
 """What ``sample`` was asked for, and which labels and seeds that makes."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,10 @@ from annotated_types import Ge
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, Weights, check_request
+from tread_composer.metrics.drawing import Draws
 from tread_composer.samplers.settings import SamplingSettings
 
-__all__ = ['Draws', 'Overrides', 'SamplesRequest', 'check_overrides', 'draws_of']
+__all__ = ['Overrides', 'SamplesRequest', 'check_overrides', 'draws_of']
 
 Overrides = Annotated[Mapping[str, Any], Flag('autoencoder.key=value')]
 _COUNT = 64  # images, if nobody says how many
@@ -85,50 +85,26 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Labels and seeds of all images, and by which rule.
-
-    Attributes:
-        labels: One for each image.
-        first_seed: Image i has the seed ``first_seed + i``.
-        rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
-            ``'classes'``: some in turn; ``'file'``; ``'none'`` without classes.
-    """
-
-    labels: tuple[int, ...]
-    first_seed: int
-    rule: str
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the labels, in order."""
-        return f'sha256:{hashlib.sha256(" ".join(map(str, self.labels)).encode()).hexdigest()}'
-
-    def seed(self, index: int) -> int:
-        """Of image ``index``."""
-        return self.first_seed + index
-
-
 def draws_of(request: SamplesRequest, num_classes: int) -> Draws:
-    """The labels that are asked for, of a model with so many classes.
+    """The labels and seeds that are asked for, of a model with so many classes.
 
     Raises:
         UserError: A label is no class of the model, or the file of labels cannot be read.
     """
     if request.labels_file is not None:
-        labels, rule = _read_labels(request.labels_file), 'file'
+        draws = Draws(_read_labels(request.labels_file), request.seed, 'file')
     else:
-        classes = request.classes or tuple(range(num_classes)) or (0,)
+        classes = request.classes or tuple(range(num_classes)) or (0,)  # 0 is the null label of a model without classes
         count = request.count or (request.per_class or 0) * len(classes) or _COUNT
-        labels = tuple(classes[index % len(classes)] for index in range(count))
-        rule = 'in turn' if num_classes and count % num_classes else 'balanced'
-        rule = 'none' if not num_classes else 'classes' if request.classes is not None else rule
-    wrong = sorted({label for label in labels if not 0 <= label <= num_classes})
+        draws = Draws.in_turn(count, num_classes, request.seed)
+        if request.classes is not None:
+            labels = tuple(classes[index % len(classes)] for index in range(count))
+            draws = Draws(labels, request.seed, 'classes' if num_classes else 'none')
+    wrong = sorted({label for label in draws.labels if not 0 <= label <= num_classes})
     if wrong:
         allowed = f'0 to {num_classes - 1}, or {num_classes} for no class' if num_classes else '0, it has no classes'
         raise UserError(f'labels {wrong[:5]}: this model knows {allowed}')
-    return Draws(labels, request.seed, rule)
+    return draws
 
 
 def _read_labels(name: str) -> tuple[int, ...]:

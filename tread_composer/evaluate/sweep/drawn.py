@@ -1,38 +1,39 @@
-"""The rows of a trained model: draw images with a row's settings, and measure them against a reference.
+"""The rows of a trained model: draw images with a row's settings, as ``sample`` does, and measure them.
 
-On any number of ranks: each draws and looks at its share, the features are gathered, the first one measures.
-Shapes: B samples, C channels, R x R pixels.
+On any number of ranks; an interrupted row goes on, since its images stay on the disk until it is in the table.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
-from tread_composer.core.precision import plain_float32
-from tread_composer.evaluate.sweep.parts import RowParts
+from tread_composer.evaluate.measuring import measure_samples
 from tread_composer.evaluate.sweep.request import SweepRequest
 from tread_composer.evaluate.sweep.rows import combinations, run_sweep
-from tread_composer.io.device import choose_device, machine_for
-from tread_composer.io.files import full_disk_in_words
+from tread_composer.io.device import choose_device
+from tread_composer.io.files import read_json
+from tread_composer.io.progress import silent
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.metrics.features import FeatureSet, joined
-from tread_composer.metrics.measurer import Measurer, silent
+from tread_composer.metrics.drawing import Draws, drawing_facts
+from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.protocol import append_results
-from tread_composer.samplers import SamplingSettings, guidance_cost
+from tread_composer.sample.folder import RECORD
+from tread_composer.sample.generate import generate
+from tread_composer.sample.request import SamplesRequest
+from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.exported import digest_of
 from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained, weights_name
 
 __all__ = ['rows_of', 'sampling_of', 'sweep']
 
-_TALK_EVERY = 60.0  # seconds
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
+_UNGUIDED = {'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
 
 
 def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
@@ -63,12 +64,7 @@ def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[
             **choice['guidance'],
         }
         if not sampling_of(row, request).guides:
-            row = {
-                'weights': choice['weights'],
-                'guidance': 'none',
-                'guidance_scale': 1.0,
-                'guidance_interval': None,
-            }
+            row = {'weights': weights, **_UNGUIDED}
         rows.append(row)
     different = [entry['row'] for entry in combinations(row=rows)]
     if len(different) < len(rows):
@@ -109,13 +105,10 @@ def sweep(
         log = silent
     rows = rows_of(request, log)
     device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
-    with machine_for(device, 0, ranks.local_world), plain_float32(device):
-        # Of the first rank, for all: a run that still trains must not give each of them other weights.
-        digests = ranks.from_first(ranks.agreed(lambda: _digests(request) if ranks.is_first else {}))
-        bench = ranks.agreed(lambda: _Bench(request, device, ranks, digests, log))
-        measured = run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks)
-        bench.forget(rows)
-    return measured, bench.contract
+    # Those of the first rank count for all: a run that still trains must not give each of them other weights.
+    digests = ranks.from_first(ranks.agreed(lambda: _digests(request) if ranks.is_first else {}))
+    bench = ranks.agreed(lambda: _Bench(request, device, ranks, digests, log))
+    return run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks), bench.contract
 
 
 class _Bench:
@@ -133,18 +126,22 @@ class _Bench:
         self.measurer = Measurer(request.measurement, device, ranks, log)
         self._trained: Trained | None = None
         self._loaded = ''  # which weights it has, as the rows call them
-        self._measured: RowParts | None = None  # the row before
         trained = self._load(weights_name(request.weights[0]))
-        self._check_classes(trained)
-        self.size = image_size(trained.model)
-        self.measurer.check(request.num_samples, self.size)
-        facts = self._facts(trained, SamplingSettings())
+        count, classes = request.num_samples, trained.model.num_classes
+        draws = Draws.in_turn(count, classes, request.seed)
+        if draws.rule == 'in turn':
+            raise UserError(
+                f'--count {count}: is no multiple of the {classes} classes of the model, so they would not count '
+                f'alike; take {max(1, round(count / classes)) * classes}'
+            )
+        self.measurer.check(count, image_size(trained.model), has_labels=classes > 0)
+        facts = drawing_facts(trained.model, SamplingSettings(), draws, weights='')
         self.contract: dict[str, Any] = {
             # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
             'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
             'sampler': request.sampler,
             'num_steps': request.num_steps,
-            'num_samples': request.num_samples,
+            'num_samples': count,
             **{name: value for name, value in facts.items() if name not in ('weights', 'sampling', 'weak')},
             **request.measurement.contract(),
             **self.measurer.facts(),
@@ -152,46 +149,30 @@ class _Bench:
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The numbers of a row, on the first rank; none on the others."""
-        if self._measured is not None:
-            self._measured.remove()  # that row is in the table
-        self._measured = parts = self._parts(row)
-        sampling = sampling_of(row, self.request)
+        request = self.request
         trained = self.ranks.agreed(lambda: self._load(row['weights']))
-        self.ranks.agreed(lambda: trained.prepare_for(sampling))
-        model = trained.model
-        try:
-            cost = guidance_cost(
-                model.denoiser, model.objective, sampling, latent_shape=model.latent_shape, null_label=model.null_label
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self.measurer.prepare()  # before the first row is drawn: an image of it may be damaged
-        # Refused together: a rank whose images are broken must not leave the others waiting.
-        finished = self.ranks.from_first(parts.finished())
-        if finished:
-            num_finished = sum(len(parts.indices(part)) for part in finished)
-            self.log(f'going on: {num_finished:,} of {self.request.num_samples:,} images of this row are there')
-        features = self.ranks.agreed(lambda: self._look(trained, sampling, parts, finished))
-        figures = self.measurer.figures(features)
+        # Another row, model or reference has a folder of its own
+        key = hashlib.sha256(json.dumps([self.contract, row], sort_keys=True).encode()).hexdigest()[:16]
+        samples = SamplesRequest(
+            path=request.path,
+            out=Path(request.out) / f'.row-{key}',
+            weights=row['weights'],
+            sampling=sampling_of(row, request),
+            count=request.num_samples,
+            seed=request.seed,
+            formats=('npz',),
+            batch_size=request.measurement.batch_size,
+            device=request.device,
+        )
+        generate(samples, log=self.log, trained=trained)
+        entries = measure_samples(samples.out, self.measurer)
         if not self.ranks.is_first:
             return {}
-        entries = self.measurer.entries(
-            figures,
-            self._facts(trained, sampling),
-            num_samples=self.request.num_samples,
-            resolution=self.size,
-            source=trained.source,
-            run=trained.config.run_name,
-            batch=trained.batch or None,
-            weights_digest=trained.digest,
-        )
-        append_results(Path(self.request.out) / 'results.json', entries)
-        return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost.gmacs}
-
-    def forget(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Remove what is kept of the images of finished rows."""
-        for row in rows:
-            self._parts(row).remove()
+        append_results(Path(request.out) / 'results.json', [{**entry, 'source': trained.source} for entry in entries])
+        cost = read_json(samples.out / RECORD)['gmacs_per_image']
+        shutil.rmtree(samples.out)  # 50,000 images of 256 pixels are 10 GB
+        return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost}
 
     def _load(self, weights: str) -> Trained:
         if self._trained is None or self._loaded != weights:
@@ -207,68 +188,6 @@ class _Bench:
                 )
             self._trained, self._loaded = loaded, weights
         return self._trained
-
-    def _check_classes(self, trained: Trained) -> None:
-        classes, count = trained.model.num_classes, self.request.num_samples
-        if classes and count % classes:
-            raise UserError(
-                f'--count {count}: is no multiple of the {classes} classes of the model, so they would not count '
-                f'alike; take {max(1, round(count / classes)) * classes}'
-            )
-
-    def _parts(self, row: Mapping[str, Any]) -> RowParts:
-        label = {'contract': self.contract, 'row': row, 'weights_digest': self.digests[row['weights']]}
-        return RowParts(Path(self.request.out), label, self.request.num_samples)
-
-    def _look(
-        self, trained: Trained, sampling: SamplingSettings, parts: RowParts, finished: Sequence[int]
-    ) -> list[FeatureSet]:
-        """Features of this rank's images of a row; the first rank's have those of finished parts among them.
-
-        Raises:
-            UserError: Some images are not finite, or a finished part is damaged.
-        """
-        features = [parts.read(part) for part in finished] if self.ranks.is_first else []
-        undone = [part for part in range(len(parts)) if part not in set(finished)]
-        own_parts, batch_size = undone[self.ranks.rank :: self.ranks.world], self.request.measurement.batch_size
-        together, reported = max(1, batch_size // len(parts.indices(0))), time.monotonic()
-        for start in range(0, len(own_parts), together):
-            chunk = own_parts[start : start + together]
-            images_BCRR = self._draw(trained, sampling, [index for part in chunk for index in parts.indices(part)])
-            if not images_BCRR.isfinite().all():
-                raise UserError('images came out that are not finite: the model or the sampler has diverged')
-            pieces = to_uint8(images_BCRR).split([len(parts.indices(part)) for part in chunk])
-            for part, piece_BCRR in zip(chunk, pieces, strict=True):
-                features.append(joined(self.measurer.look(piece_BCRR.split(batch_size))))
-                with full_disk_in_words(Path(self.request.out)):
-                    parts.write(part, features[-1])
-            if time.monotonic() - reported > _TALK_EVERY:
-                reported = time.monotonic()
-                num_done = len(finished) + (start + len(chunk)) * self.ranks.world
-                self.log(f'  about {min(num_done / len(parts), 1):.0%} of {self.request.num_samples:,} images')
-        return features
-
-    def _draw(self, trained: Trained, sampling: SamplingSettings, indices: Sequence[int]) -> Tensor:
-        """Images ``[B, C, R, R]``, about -1 to 1."""
-        classes, model = trained.model.num_classes, trained.model
-        batch_size = self.request.measurement.batch_size
-        labels = [index % classes if classes else 0 for index in indices]
-        seeds = [self.request.seed + index for index in indices]
-        try:
-            latents = model.draw(labels, seeds, sampling, batch_size=batch_size)
-        except ValueError as error:
-            raise UserError(f'sweep: {error}') from None
-        return torch.cat([model.decode(chunk).float() for chunk in latents.split(batch_size)])
-
-    def _facts(self, trained: Trained, sampling: SamplingSettings) -> dict[str, Any]:
-        return drawing_facts(
-            trained.model,
-            sampling,
-            weights=trained.weights,
-            labels='balanced',
-            seed=self.request.seed,
-            routes=trained.routes,
-        )
 
 
 def _digests(request: SweepRequest) -> dict[str, str]:

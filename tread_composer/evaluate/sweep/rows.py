@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.io.chart import Chart, Curve, figure_png, new_figure
+from tread_composer.io.chart import Chart, Curve, charts_png
 from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
@@ -24,22 +24,21 @@ from tread_composer.io.progress import duration
 from tread_composer.io.ranks import Ranks
 from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
-from tread_composer.samplers import GUIDANCE, guidance_defaults
 
 __all__ = ['Measure', 'best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
 
 Measure = Callable[[Mapping[str, Any]], Mapping[str, float]]
 """From the settings of a row to its numbers, by name."""
 
+Rows = Sequence[Mapping[str, Any]]
+
 _STATE = 'sweep.json'
 _FORMAT = 1
+_SCALE = 'guidance_scale'
 
 
 def combinations(**choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of the choices, the last name varying fastest; doubles are left out.
-
-    Args:
-        choices: The values of each setting.
+    """Every combination of the values of each setting, the last name varying fastest; doubles are left out.
 
     Raises:
         UserError: A setting has no value.
@@ -52,7 +51,7 @@ def combinations(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def run_sweep(
-    settings: Sequence[Mapping[str, Any]],
+    settings: Rows,
     measure: Measure,
     folder: str | Path,
     contract: Mapping[str, Any],
@@ -62,7 +61,7 @@ def run_sweep(
     """Measure what has not been measured yet.
 
     Args:
-        settings: Of each row, plain JSON values.
+        settings: Plain JSON values for each row.
         measure: Gives a row's numbers.
         folder: Where ``sweep.json`` lies or will lie.
         contract: What all rows have in common: the model, the reference, the samples. Rows of another contract are not
@@ -78,7 +77,7 @@ def run_sweep(
         UserError: The folder cannot be used, or another process is sweeping in it.
     """
     folder = Path(folder)
-    contract = json.loads(json.dumps(contract))
+    contract = json.loads(json.dumps(contract))  # tuples as lists, as they come back from the file
     with contextlib.ExitStack() as stack:
 
         def begin() -> list[dict[str, Any]]:
@@ -89,6 +88,7 @@ def run_sweep(
 
         rows = ranks.from_first(ranks.agreed(begin))
         done = {_key(row['settings']) for row in rows}
+        # An earlier sweep of this folder has the others
         pending = [dict(setting) for setting in settings if _key(setting) not in done]
         if len(pending) < len(settings):
             log(f'{len(settings) - len(pending)} of {len(settings)} rows are finished, and kept')
@@ -108,12 +108,12 @@ def run_sweep(
     return rows
 
 
-def best_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def best_rows(rows: Rows) -> dict[str, int]:
     """The position of the best row for each metric whose better direction is known; the first of equals."""
     best = {}
-    for metric in dict.fromkeys(name for row in rows for name in row['values']):
+    for metric in _metrics(rows):
         try:
-            sign = 1 if direction(metric) == 'lower' else -1
+            sign = 1 if direction(metric) == 'lower' else -1  # the smallest of sign * value is the best
         except ValueError:
             continue  # a cost, not a quality
         measured = [(sign * row['values'][metric], i) for i, row in enumerate(rows) if metric in row['values']]
@@ -121,41 +121,34 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return best
 
 
-def format_sweep(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_sweep(rows: Rows) -> str:
     """The rows as a table for a terminal; ``*`` marks the best of each metric."""
     head, cells, best = _table(rows)
-    marked = [[f'{"*" if (i, j) in best else ""}{cell}' for j, cell in enumerate(row)] for i, row in enumerate(cells)]
-    return f'{text_table(head, marked, "r")}\n* best of its column'
+    for i, j in best:
+        cells[i][j] = f'*{cells[i][j]}'
+    return f'{text_table(head, cells, "r")}\n* best of its column'
 
 
-def write_sweep(
-    rows: Sequence[Mapping[str, Any]], folder: str | Path, contract: Mapping[str, Any], command: str
-) -> list[Path]:
-    """Write ``sweep.csv``, ``sweep.png`` and ``sweep.html``.
+def write_sweep(rows: Rows, folder: str | Path, contract: Mapping[str, Any], command: str) -> list[Path]:
+    """Write ``sweep.csv``, ``sweep.png`` and ``sweep.html``; returns the files.
 
     Args:
         rows: What `run_sweep` returned, at least one.
         folder: Where.
         contract: What the rows have in common.
         command: How to get the same again.
-
-    Returns:
-        The files.
     """
-    folder = Path(folder)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator='\n')
-    names, metrics, best = _names(rows), _metrics(rows), best_rows(rows)
-    writer.writerow([*names, *metrics, 'seconds', 'best'])
+    paths = [Path(folder) / f'sweep.{ending}' for ending in ('csv', 'png', 'html')]
+    table, best, charts = io.StringIO(), best_rows(rows), _charts(rows)
+    writer = csv.DictWriter(table, [*_names(rows), *_metrics(rows), 'seconds', 'best'], lineterminator='\n')
+    writer.writeheader()
     for i, row in enumerate(rows):
         won = ' '.join(metric for metric, index in best.items() if index == i)
-        settings = flat(row['settings'])
-        values = [row['values'].get(metric, '') for metric in metrics]
-        writer.writerow([*(settings.get(name, '') for name in names), *values, f'{row["seconds"]:.1f}', won])
-    paths = [folder / f'sweep.{ending}' for ending in ('csv', 'png', 'html')]
+        seconds = f'{row["seconds"]:.1f}'
+        writer.writerow({**flat(row['settings']), **row['values'], 'seconds': seconds, 'best': won})
     write_atomically(paths[0], table.getvalue().encode())
-    write_atomically(paths[1], draw(rows))
-    _page(rows, contract, command).write(paths[2])
+    write_atomically(paths[1], charts_png([charts[start : start + 3] for start in range(0, len(charts), 3)]))
+    _page(rows, charts, contract, command).write(paths[2])
     return paths
 
 
@@ -210,105 +203,69 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     return ', '.join(f'{name} {value}' for name, value in flat(settings).items())
 
 
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _names(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in flat(row['settings'])))
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _metrics(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row['values']))
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[tuple[int, int]]]:
+def _table(rows: Rows) -> tuple[list[str], list[list[str]], list[tuple[int, int]]]:
     """Head, cells, and the positions of the best ones."""
     names, metrics = _names(rows), _metrics(rows)
     cells = []
     for row in rows:
-        settings = flat(row['settings'])
-        figures = [f'{row["values"][metric]:.4g}' if metric in row['values'] else '' for metric in metrics]
-        cells.append([*(settings.get(name, '') for name in names), *figures])
+        figures = {name: f'{value:.4g}' for name, value in row['values'].items()}
+        texts = {**flat(row['settings']), **figures}
+        cells.append([texts.get(name, '') for name in (*names, *metrics)])
     best = [(index, len(names) + metrics.index(metric)) for metric, index in best_rows(rows).items()]
     return [*names, *metrics], cells, best
 
 
-def _unguided(row: Mapping[str, Any]) -> bool:
-    return row['settings'].get('guidance') == 'none'
-
-
-def _of_guidance(name: str) -> bool:
-    return name.startswith('guid') or any(name in guidance_defaults(kind) for kind in GUIDANCE)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, list[Curve]]:
-    """What is on the x axis, and a line for each combination of all else; the best point marked."""
-    swept = 'guidance_scale'
-    scales = {row['settings'].get(swept) for row in rows}
-    along = len(scales) > 1 and all(isinstance(scale, int | float) for scale in scales)
-    names = [name for name in _names(rows) if not (along and name == swept)]
-    # A setting that is the same everywhere says nothing in a legend.
-    varying = [name for name in names if len({flat(row['settings']).get(name) for row in rows}) > 1]
-    best = best_rows(rows).get(metric)
-    groups: dict[str, list[tuple[float, float, bool]]] = {}
-    members: dict[str, str] = {}  # of each line: its weights, or whatever else is not of the guidance
-    # Without guidance all lines meet: that row is a point of each. It comes last, when the lines are known.
-    for i, row in sorted(enumerate(rows), key=lambda pair: _unguided(pair[1])):
-        if metric not in row['values']:
-            continue
-        settings = flat(row['settings'])
-        group = (
-            ', '.join(f'{name} {settings.get(name, "none")}' for name in varying) if along else 'rows, in their order'
-        )
-        common = ', '.join(f'{name} {settings.get(name, "none")}' for name in varying if not _of_guidance(name))
-        point = float(row['settings'][swept] if along else i + 1), row['values'][metric], i == best
-        lines = [line for line, owner in members.items() if owner == common] if along and _unguided(row) else []
-        for line in lines or [group or metric]:
-            members.setdefault(line, common)
-            groups.setdefault(line, []).append(point)
-    curves = []
-    for number, (name, found) in enumerate(groups.items()):
-        found.sort()
-        marked = next((i for i, point in enumerate(found) if point[2]), None)
-        curves.append(Curve(name, [(x, y) for x, y, _ in found], number, marked))
-    return ('guidance scale' if along else 'row of the table'), curves
-
-
-def _label(metric: str) -> str:
-    try:
-        return f'{metric} ({direction(metric)} is better)'
-    except ValueError:
-        return metric
-
-
-def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    charts = []
-    for metric in _metrics(rows):
-        x_label, curves = _lines(rows, metric)
-        charts.append(Chart(x_label, _label(metric), curves))
+def _charts(rows: Rows) -> list[Chart]:
+    """A chart for each quality: against the guidance scale if that varies, else in the order of the rows."""
+    scales = {row['settings'].get(_SCALE) for row in rows}
+    swept = len(scales) > 1 and all(isinstance(scale, int | float) for scale in scales)
+    lines = _lines(rows) if swept else {'rows, in their order': list(enumerate(rows, 1))}
+    best, charts = best_rows(rows), []
+    for metric in best or _metrics(rows):
+        curves = []
+        for number, (name, line) in enumerate(lines.items()):
+            # A row may be of a sweep of other metrics
+            measured = sorted([(x, row) for x, row in line if metric in row['values']], key=lambda pair: pair[0])
+            marked = [i for i, (_, row) in enumerate(measured) if metric in best and row is rows[best[metric]]]
+            points = [(x, row['values'][metric]) for x, row in measured]
+            curves.append(Curve(name, points, number, marked[0] if marked else None))
+        label = f'{metric} ({direction(metric)} is better)' if metric in best else metric
+        charts.append(Chart('guidance scale' if swept else 'row of the table', label, curves))
     return charts
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG with a panel for each metric; the best point is ringed."""
-    charts = _charts(rows)
-    columns = min(3, len(charts))
-    lines = -(-len(charts) // columns)
-    figure = new_figure(1 + 4.3 * columns, 4.2 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, chart in zip(panels, charts, strict=False):
-        chart.plot(axes)
-        chart.legend(axes, fontsize=8)
-    for axes in panels[len(charts) :]:
-        axes.set_axis_off()
-    return figure_png(figure)
+def _lines(rows: Rows) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+    """The rows of each line with their guidance scale: a line for each combination of the other settings."""
+    settings = [flat(row['settings']) for row in rows]
+    # A setting that is the same everywhere says nothing in a legend.
+    varying = [name for name in _names(rows) if name != _SCALE and len({texts.get(name) for texts in settings}) > 1]
+    lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    members: dict[str, dict[str, str]] = {}  # settings of a row of each line
+    # Without guidance all lines of the same weights meet: that row is a point of each. It comes behind the others.
+    for row, texts in sorted(zip(rows, settings, strict=True), key=lambda pair: pair[1].get('guidance') == 'none'):
+        common = {name: text for name, text in texts.items() if not name.startswith('guidance')}.items()
+        meeting = [line for line, member in members.items() if common <= member.items()]
+        line_name = ', '.join(f'{name} {texts[name]}' for name in varying if texts.get(name, 'none') != 'none')
+        for line in meeting if meeting and texts.get('guidance') == 'none' else [line_name or 'all rows']:
+            members.setdefault(line, texts)
+            lines.setdefault(line, []).append((float(row['settings'][_SCALE]), row))
+    return lines
 
 
-def _page(rows: Sequence[Mapping[str, Any]], contract: Mapping[str, Any], command: str) -> Report:
+def _page(rows: Rows, charts: Sequence[Chart], contract: Mapping[str, Any], command: str) -> Report:
     head, cells, best = _table(rows)
     page = Report('Sweep of sampling settings', f'{len(rows)} rows; the best of each metric is marked.')
-    found = best_rows(rows)
-    page.tiles(
-        [(f'{rows[i]["values"][m]:.4g}', f'best {m}: {_in_words(rows[i]["settings"])}') for m, i in found.items()]
-    )
-    page.charts(_charts(rows)).heading('All rows').table(head, cells, best)
+    winners = [(metric, rows[i]) for metric, i in best_rows(rows).items()]
+    page.tiles([(f'{row["values"][m]:.4g}', f'best {m}: {_in_words(row["settings"])}') for m, row in winners])
+    page.charts(charts).heading('All rows').table(head, cells, best)
     page.text(
         'The best of many rows is better than it would be on new samples: each row has an error of its own, and the '
         'luckiest is picked. Measure the chosen settings again with another seed before reporting them.',
