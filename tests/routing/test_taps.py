@@ -13,10 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import randomised, tiny_dit
 from tests.routing.small import Busy, N, explicit, tokens
-from tests.routing.test_blocks import inputs
-from tread_composer.models import LightningDiT
 from tread_composer.routing import (
     Route,
     RoutingError,
@@ -92,33 +89,6 @@ def test_tokens_ids_and_gradients_equal_the_explicit_loop(way, routed):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
     with pytest.raises(RoutingError, match='no forward pass went through block 0 since'):
         taps.read()  # a recomputed pass leaves nothing
-
-
-def lightning() -> nn.Module:
-    sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 6, 'num_heads': 2}
-    return randomised(LightningDiT(latent_size=8, in_channels=1, num_classes=10, **sizes))
-
-
-@pytest.mark.parametrize('make', [tiny_dit, lightning])
-def test_taps_on_our_backbones_equal_a_loop_over_the_same_blocks(make):
-    """Hooks on the blocks of a twin see what its blocks returned; none of them knows of taps."""
-    model, twin, kept = make().train(), make().train(), sample_kept(3, N, 0.5)
-    seen: dict[int, Tensor] = {}
-    for index in range(6):
-        twin.blocks[index].register_forward_hook(lambda _, __, out, index=index: seen.__setitem__(index, out))
-    for network in (model, twin):
-        apply_tread(network, Route(1, 4, 0.5)).arm([kept], num_tokens=N)
-    taps = tap_blocks(model, range(6))
-    out, tapped = model(*inputs()), taps.read()
-    assert torch.equal(out, twin(*inputs()))
-    for index in range(6):
-        assert torch.equal(tapped[index].tokens, seen[index])
-        assert tapped[index].tokens.shape[1] == (8 if 1 <= index <= 4 else 16)
-    tapped[3].tokens.square().sum().backward()
-    seen[3].square().sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name  # None for what lies behind the tap
-        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
 
 
 def test_taps_cost_no_further_graph():

@@ -61,6 +61,11 @@ class Inspection:
     num_candidates: int
     notes: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """Which weights these are."""
+        return f'{self.trained.config.run_name} at batch {self.trained.batch}, {self.trained.weights} weights'
+
 
 def inspect_run(request: InspectRequest) -> Inspection:
     """Look at a trained network.
@@ -155,7 +160,7 @@ def _suggestions(
     routes: Sequence[tuple[int, int]],
 ) -> tuple[Suggestion, ...]:
     spans = [(candidate.start, candidate.end) for candidate in ranked]
-    selected = [*spans[:_SHOWN], *([advice.route.span(advice.depth)] if advice.route else []), *routes]
+    selected = [*spans[:_SHOWN], *([advice.span] if advice.span else []), *routes]
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
     dense = count_macs(_fresh(trained), facts)

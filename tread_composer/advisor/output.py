@@ -59,7 +59,7 @@ def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
         ],
         'routes': [asdict(reading) for reading in inspection.readings],
         'proposal': {
-            'span': None if advice.route is None else list(advice.route.span(advice.depth)),
+            'span': advice.span and list(advice.span),
             'rule': advice.rule,
             'arguments': dict(advice.arguments),
             'reasons': list(advice.reasons),
@@ -77,12 +77,11 @@ def _rounded(values: Tensor) -> list[list[float]]:
 
 def format_inspection(inspection: Inspection) -> str:
     """The findings for a terminal."""
-    trained, protocol = inspection.trained, inspection.protocol
+    protocol = inspection.protocol
     times = ', '.join(f'{time:g}' for time in protocol['times'])
     labels = 'with their labels' if protocol['labels'] != 'none' else 'without labels'
-    run = f'{trained.config.run_name} at batch {trained.batch}, {trained.weights} weights'
     lines = [
-        f'{run}: {inspection.advice.depth} blocks',
+        f'{inspection.title}: {inspection.advice.depth} blocks',
         f'{protocol["samples"]} samples of {protocol["data"]}, {labels}; noise at t = {times} (0 is data)',
         '',
     ]
@@ -122,13 +121,12 @@ def _reading_in_words(reading: RouteReading) -> list[str]:
 def _table(inspection: Inspection) -> list[str]:
     if not inspection.suggestions:
         return ['no candidates: too few blocks']
-    advice = inspection.advice
-    proposed = None if advice.route is None else advice.route.span(advice.depth)
     head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
     rows = []
     for row in inspection.suggestions:
         span = row.start, row.end
-        marks = [word for word, on in (('proposed', span == proposed), ('the run', span in inspection.routes)) if on]
+        places = {'proposed': span == inspection.advice.span, 'the run': span in inspection.routes}
+        marks = [word for word, holds in places.items() if holds]
         over_times = f'{row.lowest_over_times:.3f} to {row.highest_over_times:.3f}'
         cells = f'{row.similarity:.3f}', over_times, f'{row.score:.3f}', f'{row.ideal_step_ratio:.2f}x'
         rows.append((str(row.rank), f'{span[0]} to {span[1]}', *cells, ', '.join(marks)))
@@ -166,9 +164,7 @@ def draw_inspection(inspection: Inspection) -> bytes:
             _write_values(axes, values, lowest)
         _outline_routes(axes, inspection)
     figure.colorbar(image, ax=list(grid.flat), label='cosine similarity of the same token', shrink=0.85)
-    trained = inspection.trained
-    name = f'{trained.config.run_name} at batch {trained.batch}, {trained.weights} weights'
-    figure.suptitle(f'How alike tokens are at two depths: {name}')
+    figure.suptitle(f'How alike tokens are at two depths: {inspection.title}')
     handles, labels = grid.flat[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc='outside lower center', ncols=1, frameon=False)
@@ -188,9 +184,8 @@ def _outline_routes(axes: Any, inspection: Inspection) -> None:
     """A square from the depth where tokens leave to the depth where they return; the score reads its corners."""
     for span in inspection.routes:
         _square(axes, span, f'route of the run: blocks {span[0]} to {span[1]}', 'red', 'solid', 0.0)
-    route = inspection.advice.route
-    if route is not None:
-        span = route.span(inspection.advice.depth)
+    span = inspection.advice.span
+    if span is not None:
         rule = "the authors' rule" if inspection.advice.rule == 'authors' else 'our rule for few blocks'
         # Slightly wider, so that it can be seen around a route of the run that is the same.
         _square(axes, span, f'proposed: blocks {span[0]} to {span[1]} ({rule})', 'white', 'dashed', 0.12)

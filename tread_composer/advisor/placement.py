@@ -39,6 +39,11 @@ class RouteAdvice(Placement):
     depth: int
     arguments: Mapping[str, Any]
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """First and last block of the route, both counted from 0."""
+        return None if self.route is None else self.route.span(self.depth)
+
 
 def recommended_route(depth: int) -> Placement:
     """The route for a model of ``depth`` blocks.
@@ -118,10 +123,10 @@ def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
 
 def format_advice(advice: RouteAdvice) -> str:
     """The advice as lines for a terminal."""
-    if advice.route is None:
+    if advice.span is None:
         lines = ['proposed: no route']
     else:
-        start, end = advice.route.span(advice.depth)
+        start, end = advice.span
         call = ', '.join(f'{name}={value!r}' for name, value in advice.arguments.items())
         lines = [f'proposed: blocks {start} to {end} of 0 to {advice.depth - 1}, Tread({call})']
     wrapper = textwrap.TextWrapper(_WIDTH, initial_indent='  because  ', subsequent_indent=' ' * 11)

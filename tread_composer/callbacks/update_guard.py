@@ -85,7 +85,8 @@ class UpdateGuard(Callback):
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Measure the gradient so far: behind the last microbatch it is whole, and not clipped yet."""
-        self._norm = gradient_norm(state)
+        scaled = state.scaler is not None and state.scaler.is_enabled()
+        self._norm = None if scaled else gradient_norm(state)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Keep this batch's gradient from the optimizer if it must not be applied."""
@@ -93,7 +94,7 @@ class UpdateGuard(Callback):
         if batch in self.skipped_batches:
             _drop_gradients(state)
             return
-        if self._norm is None or (state.scaler is not None and state.scaler.is_enabled()):
+        if self._norm is None:
             return
         # The host waits for the device here. It would in Composer's next line, which reads the loss before the
         # optimizer steps (docs/lab_notes.md), so this costs no wait of its own.

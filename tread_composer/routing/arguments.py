@@ -5,7 +5,6 @@ route.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,11 +78,10 @@ class TokenArgument:
             return None
         # Entries of other tokens in the same table, such as text before the image: they all stay.
         around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
-        take = functools.partial(self._taken, shape=shape, around=around, kept=kept)
         if type(value) not in (tuple, list, dict):
             if self.members is not None:
                 raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
-            return take(value)
+            return self._taken(value, shape, around, kept)
         members: dict[Any, Any] = dict(value) if type(value) is dict else dict(enumerate(value))
         follow = members.keys() if self.members is None else self.members
         missing = [str(key) for key in follow if key not in members]
@@ -94,7 +92,7 @@ class TokenArgument:
         for key in follow:
             if members[key] is not None:
                 note = f' (member {key!r}; where not all follow, name those that do: members)'
-                members[key] = take(members[key], note=note)
+                members[key] = self._taken(members[key], shape, around, kept, note)
         return members if type(value) is dict else type(value)(members.values())
 
     def _count(self, neighbour: int | Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

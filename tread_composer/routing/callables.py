@@ -78,16 +78,9 @@ class _StandIn:
             setattr(self.block, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.route is not None:
-            return self._on_route(self.route, args, kwargs)
-        if self.slots:
-            self._refuse_reentrant(f'block {self.index}')
-        out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
-        for slot in self.slots:
-            slot.put(out, None)  # all tokens
-        return out
-
-    def _on_route(self, route: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        route = self.route
+        if route is None:
+            return self._off_route(args, kwargs)
         starts = self.index == route.start
         if starts:  # again in a recomputation: the pass remembers its ids
             route.enter(args, kwargs)
@@ -99,6 +92,14 @@ class _StandIn:
         for slot in self.slots:
             slot.put(route.tokens_of(out), route.ids)  # [B, K, D]: what the block itself returned
         return route.leave(out) if self.index == route.end else out  # [B, N, D] behind the last block
+
+    def _off_route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.slots:
+            self._refuse_reentrant(f'block {self.index}')
+        out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
+        for slot in self.slots:
+            slot.put(out, None)  # all tokens
+        return out
 
     def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
         """The call, tried if the pass has a probe; where it fails, with a word on how routing may have caused it."""
