@@ -79,6 +79,7 @@ def _run_program(words: list[str], folder: Path, variables: dict[str, str], outp
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = variables.get('PYTHONPATH', '').split(os.pathsep)
     sys.orig_argv[:] = [sys.executable, *words]
     if words[0] == '-m':
         sys.argv[:] = words[1:]
@@ -95,24 +96,31 @@ def _redirect(outputs: Sequence[Path]) -> None:
         os.close(file)
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1) -> list[Any]:
-    """``function(*arguments)`` on so many ranks, connected by gloo, of as many launchers as nodes; results by rank."""
+def on_ranks(
+    ranks: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1, device: str = 'cpu'
+) -> list[Any]:
+    """``function(*arguments)`` on so many connected ranks, of as many launchers as nodes; the results by rank."""
     with tempfile.TemporaryDirectory() as name:
         results = [Path(name, str(rank)) for rank in range(ranks)]
         errors = [Path(name, f'errors{rank}') for rank in range(ranks)]
         each = zip(rank_variables(ranks, nodes), results, errors, strict=True)
-        codes = exit_codes([start(_rank, *one, function, arguments) for one in each])
+        codes = exit_codes([start(_rank, *one, device, function, arguments) for one in each])
         assert not any(codes), '\n'.join([str(codes), *(path.read_text() for path in errors)])
         return [pickle.loads(path.read_bytes()) for path in results]
 
 
 def _rank(
-    variables: dict[str, str], result: Path, errors: Path, function: Callable[..., Any], arguments: Sequence[Any]
+    variables: dict[str, str],
+    result: Path,
+    errors: Path,
+    device: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
 ) -> None:
     _redirect([errors, errors])
     os.environ.update(variables)
     torch.set_num_threads(1)
-    dist.initialize_dist(get_device('cpu'))
+    dist.initialize_dist(get_device(device))
     result.write_bytes(pickle.dumps(function(*arguments)))
     dist.barrier()
 
