@@ -15,6 +15,7 @@ for name in (
     'sklearn.datasets',
     'diffusers.models.autoencoders.autoencoder_kl',
     'tests.helpers',
+    'tests.warm',
 ):
     importlib.import_module(name)
 gc.freeze()  # a fork would copy each page of memory whose reference counts a collection touches

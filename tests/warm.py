@@ -7,11 +7,13 @@ one thread and has run nothing, so its forks behave like fresh processes. Some t
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,18 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-__all__ = ['ROOT', 'exit_codes', 'inside', 'on_ranks', 'rank_variables', 'start', 'start_program', 'wait_until']
+__all__ = [
+    'ROOT',
+    'exit_codes',
+    'inside',
+    'may_have_namespaces',
+    'on_ranks',
+    'own_namespaces',
+    'rank_variables',
+    'start',
+    'start_program',
+    'wait_until',
+]
 
 ROOT = Path(__file__).parent.parent
 # Nothing here takes a hundredth of that on an idle machine: it ends what would hang for ever, and fails on no busy one.
@@ -61,7 +74,11 @@ def _run(function: Callable[..., object], arguments: Sequence[Any]) -> None:
 
 
 def start_program(
-    words: Sequence[str], folder: Path, variables: Mapping[str, str], outputs: Sequence[Path]
+    words: Sequence[str],
+    folder: Path,
+    variables: Mapping[str, str],
+    outputs: Sequence[Path],
+    before: Callable[[], object] | None = None,
 ) -> BaseProcess:
     """``python WORDS`` in a process of its own.
 
@@ -70,12 +87,21 @@ def start_program(
         folder: Working directory.
         variables: The whole environment.
         outputs: Files for stdout and stderr.
+        before: Called in the process before it becomes the program, such as ``own_namespaces``.
     """
-    return start(_run_program, [str(word) for word in words], folder, dict(variables), outputs)
+    return start(_run_program, [str(word) for word in words], folder, dict(variables), outputs, before)
 
 
-def _run_program(words: list[str], folder: Path, variables: dict[str, str], outputs: Sequence[Path]) -> None:
+def _run_program(
+    words: list[str],
+    folder: Path,
+    variables: dict[str, str],
+    outputs: Sequence[Path],
+    before: Callable[[], object] | None,
+) -> None:
     _redirect(outputs)
+    if before is not None:
+        before()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
@@ -87,6 +113,18 @@ def _run_program(words: list[str], folder: Path, variables: dict[str, str], outp
     else:
         sys.argv[:] = words
         runpy.run_path(words[0], run_name='__main__')
+
+
+def may_have_namespaces() -> bool:
+    """Whether ``own_namespaces`` is permitted here."""
+    return subprocess.run(['unshare', '--mount', '--net', 'true'], capture_output=True).returncode == 0
+
+
+def own_namespaces(script: str, network: bool = False) -> None:
+    """Give this process mounts of its own, and a network if asked for, and change them by a shell script."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x20000 | network * 0x40000000):  # CLONE_NEWNS, CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), 'unshare')
+    subprocess.run(['bash', '-c', f'set -e; mount --make-rprivate /; {script}'], check=True)
 
 
 def _redirect(outputs: Sequence[Path]) -> None:
