@@ -2,7 +2,7 @@
 
 A command of ours spends five seconds on imports and often less than one on its work. A fork of the tests' own process
 would not do: it hangs where torch or another library had a thread that held a lock. The server (multiprocessing's) has
-one thread and has run nothing, so its forks behave like fresh processes. Some tests start fresh ones all the same.
+run nothing, so its forks behave like fresh processes. Some tests start fresh ones all the same.
 """
 
 import atexit
