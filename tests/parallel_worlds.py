@@ -29,6 +29,7 @@ from tread_composer.models.lightning_dit import LightningDiT
 from tread_composer.objectives import DDPM
 
 DECAY = 0.7
+DEPTH = 4
 BATCH = 12  # of all ranks together
 STRATEGIES = ('ddp', 'fsdp2', 'fsdp1')
 
@@ -120,7 +121,7 @@ def train(
     **keywords: Any,
 ):
     """Four batches, or as many as ``max_duration`` says; returns what there is to compare, and the trainer."""
-    model, watch, recorder, ema = tiny_model(), Watch(), Recorder(), EMA(DECAY)
+    model, watch, recorder, ema = tiny_model(depth=DEPTH), Watch(), Recorder(), EMA(DECAY)
     counter = CompileCounter()  # runs the captured graph as it is; fullgraph turns any break into an error
     if compiled:
         torch._dynamo.reset()

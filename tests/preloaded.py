@@ -1,5 +1,6 @@
 """What the fork server of ``tests/warm.py`` imports before its first fork: all that a command may import later."""
 
+import atexit
 import gc
 import importlib
 
@@ -14,6 +15,8 @@ for name in (
     'sklearn.datasets',
     'diffusers.models.autoencoders.autoencoder_kl',
     'tests.helpers',
+    'tests.warm',
 ):
     importlib.import_module(name)
 gc.freeze()  # a fork would copy each page of memory whose reference counts a collection touches
+atexit.register(gc.unfreeze)  # see core.process.importing

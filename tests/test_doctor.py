@@ -1,12 +1,12 @@
 """``doctor`` says what ``train`` would stumble over, and writes nothing."""
 
 import contextlib
+import functools
 import http.server
+import resource
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.runs import ROOT, command, environment, launch
+from tests.warm import may_have_namespaces, own_namespaces, start_program
 from tread_composer.cli import main
 
 DIGITS = str(ROOT / 'yamls' / 'digits_tread.yaml')
@@ -41,29 +42,28 @@ def test_without_a_yaml_the_machine_alone(capsys):
     assert 'data' not in lines(capsys.readouterr().out)
 
 
-def in_namespace(script: str, *words: str) -> subprocess.CompletedProcess:
-    """A command behind a shell line that changes its own mounts or network only."""
-    program = ['unshare', '--mount', '--net', 'bash', '-c', f'{script}; exec "$@"', 'bash', sys.executable, *words]
-    done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    if 'unshare' in done.stderr and 'not permitted' in done.stderr:
-        pytest.skip('needs a namespace of its own, which is refused here')
-    return done
+def become_faulty(script: str, open_files: int = 4096) -> None:
+    own_namespaces(script, network=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
 
 
+@pytest.mark.skipif(not may_have_namespaces(), reason='needs namespaces of its own, which are refused here')
 @pytest.mark.parametrize(
-    ('script', 'name', 'cure'),
+    ('fault', 'name', 'cure'),
     [
-        ('mount -t tmpfs -o size=2m tmpfs /dev/shm; ip link set lo up', 'shared memory', '--shm-size='),
-        ('mount -t tmpfs -o ro tmpfs /dev/shm; ip link set lo up', 'shared memory', 'mount it writable'),
-        ('true', 'loopback', 'ip link set lo up'),
-        ('ulimit -n 512; ip link set lo up', 'open files', 'ulimit -n 65536'),
+        (('mount -t tmpfs -o size=2m tmpfs /dev/shm; ip link set lo up',), 'shared memory', '--shm-size='),
+        (('mount -t tmpfs -o ro tmpfs /dev/shm; ip link set lo up',), 'shared memory', 'mount it writable'),
+        (('true',), 'loopback', 'ip link set lo up'),
+        (('ip link set lo up', 512), 'open files', 'ulimit -n 65536'),
     ],
 )
-def test_faults_of_a_machine_are_named_with_their_cure(script, name, cure):
-    done = in_namespace(script, '-m', 'tread_composer', 'doctor')
-    verdict, text = lines(done.stdout)[name]
-    assert (done.returncode, verdict) == (2, 'FAULT') and cure in text
-    assert '1 fault, each with its cure above' in done.stderr
+def test_faults_of_a_machine_are_named_with_their_cure(tmp_path, fault, name, cure):
+    outputs, before = [tmp_path / 'out', tmp_path / 'err'], functools.partial(become_faulty, *fault)
+    process = start_program(['-m', 'tread_composer', 'doctor'], ROOT, environment(), outputs, before)
+    process.join()
+    verdict, text = lines(outputs[0].read_text())[name]
+    assert (process.exitcode, verdict) == (2, 'FAULT') and cure in text
+    assert '1 fault, each with its cure above' in outputs[1].read_text()
 
 
 def test_a_port_that_is_taken(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Moments of a (tiny, random) AutoencoderKL: the example of streaming_data/README.md, then training on its output."""
 
-import os
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from tests.conversion.worlds import make_vae
 from tests.runs import ROOT, SMALL, checkpoint, launch_here
+from tests.warm import inside
 from tread_composer.cli.convert import verify_main as verify
 
 
@@ -17,12 +17,8 @@ def folder(tmp_path_factory):
     for seed, name in enumerate(('autoencoder', 'another')):
         make_vae(folder / 'path' / 'to' / name, seed=seed)
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'streaming_data' / 'README.md').read_text(), re.DOTALL)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
+    with inside(folder):
         exec(code, {})
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.helpers import make_trainer, tiny_model
-from tests.parallel_worlds import checkpoint, evaluator, recipes, saving, snapshots_of, train, trainings
+from tests.parallel_worlds import DEPTH, checkpoint, evaluator, recipes, saving, snapshots_of, train, trainings
 from tests.warm import ROOT, on_ranks
 from tread_composer.algorithms.power_ema.snapshots import snapshot_path
 from tread_composer.io.checkpoint_reader import read_checkpoint
@@ -63,13 +63,13 @@ def test_several_processes_train_as_one(worlds, run):
 @pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
 def test_the_average_is_the_one_kept_by_hand_in_whole_float32_tensors(worlds, run):
     seen = worlds[run]
-    trainable = {name: value for name, value in tiny_model().named_parameters() if value.requires_grad}
+    trainable = {name: value for name, value in tiny_model(depth=DEPTH).named_parameters() if value.requires_grad}
     assert seen['average'].keys() == trainable.keys()
     for name, value in seen['average'].items():
         assert value.dtype == torch.float32 and value.shape == trainable[name].shape
     assert largest(seen['average'], seen['by_hand']) < ROUNDING
     assert largest(seen['average'], seen['weights']) > 0.01
-    assert largest(seen['at']['start'], dict(tiny_model().named_parameters())) == 0
+    assert largest(seen['at']['start'], dict(tiny_model(depth=DEPTH).named_parameters())) == 0
 
 
 @pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
@@ -185,7 +185,7 @@ def test_these_comparisons_would_notice(worlds):
     assert largest(other['average'], worlds.one['average']) > 0.01
     snapshots = load_file(snapshot_path(worlds.folder / 'other', 3)), load_file(snapshot_path(worlds.folder / 'one', 4))
     assert largest(*snapshots) > 0.01
-    raw = tiny_model()
+    raw = tiny_model(depth=DEPTH)
     raw.load_state_dict(worlds.one['weights'])
     trainer = make_trainer(raw, eval_dataloader=evaluator())
     trainer.eval()

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.pages import Page, drawings
 from tests.runs import predict, run
 from tread_composer.algorithms.power_ema.posthoc import LARGEST_RESIDUAL, fit_profile, inner_products, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import (
@@ -324,8 +325,8 @@ def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, digits,
     assert '2 of 4 rows are finished, and kept' in capsys.readouterr().out
     widened = json.loads((out / 'sweep.json').read_text())['rows']
     assert widened[:6] == rows and [row['settings']['weights'] for row in widened[6:]] == ['posthoc:0.15'] * 2
-    page = (out / 'sweep.html').read_text()
-    assert 'weights posthoc:0.1' in page and 'weights posthoc:0.15' in page
+    (chart,) = drawings(Page((out / 'sweep.html').read_text()))
+    assert 'weights posthoc:0.1,' in chart and 'weights posthoc:0.15,' in chart
     entries = load_results(out / 'results.json')
     assert [entry['protocol']['weights'] for entry in entries] == [row['settings']['weights'] for row in widened]
     assert len({entry['weights_digest'] for entry in entries}) == 3

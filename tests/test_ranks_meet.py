@@ -1,5 +1,6 @@
 """Ranks of several nodes: they meet or say why not, find out that they differ, and end with their launcher."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -12,18 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.runs import (
-    COMPOSER,
-    ROOT,
-    SMALL,
-    assert_same_training,
-    checkpoint,
-    command,
-    environment,
-    launch,
-    train,
-)
-from tests.warm import start_program
+from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, command, environment, launch, train
+from tests.warm import may_have_namespaces, own_namespaces, rank_variables, start_program, wait_until
 from tread_composer.cli import main
 
 MEET = """
@@ -46,21 +37,12 @@ except UserError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-Done = subprocess.CompletedProcess
-OWN_DISK = ['unshare', '--mount', 'bash', '-c', 'mkdir -p "$0"; mount -t tmpfs tmpfs "$0" && exec "$@"']
 needs_mounts = pytest.mark.skipif(
-    subprocess.run([*OWN_DISK, '/tmp', 'true'], capture_output=True).returncode != 0,
-    reason='needs a mount namespace, which is refused here',
+    not may_have_namespaces(), reason='needs a mount namespace of its own, which is refused here'
 )
 
 
-def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk: str | None = None) -> list[Done]:
+def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk: str | None = None) -> list[Any]:
     """A command on nodes of one rank each; their results in the order of ``nodes``.
 
     Args:
@@ -69,33 +51,21 @@ def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk:
         nodes: Their numbers, of the two that each of them expects.
         own_disk: A folder within ``folder`` that is another, empty one on node 1.
     """
-    port, processes, outputs = free_port(), [], []
+    variables, processes, results = rank_variables(2, nodes=2), [], []
     for node in nodes:
-        names = {'RANK': node, 'NODE_RANK': node, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'WORLD_SIZE': 2}
-        names |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'NODE': node}
-        env = environment(**{key: str(value) for key, value in names.items()})
-        files = [folder / f'node{node}.{stream}' for stream in ('out', 'err')]
-        outputs.append(files)
+        outputs, before = [folder / f'node{node}.{stream}' for stream in ('out', 'err')], None
         if own_disk and node == 1:
-            program = [*OWN_DISK, str(folder / own_disk), *words]
-            out, err = (path.open('w') for path in files)
-            processes.append(subprocess.Popen(program, cwd=folder, env=env, stdout=out, stderr=err))
-        else:
-            processes.append(start_program(words[1:], folder, env, files))
-    return [
-        Done(words, exit_code(process), out.read_text(), err.read_text())
-        for process, (out, err) in zip(processes, outputs, strict=True)
-    ]
+            disk = folder / own_disk
+            before = functools.partial(own_namespaces, f'mkdir -p {disk}; mount -t tmpfs tmpfs {disk}')
+        env = environment(**variables[node], NODE=str(node))
+        processes.append((start_program(words[1:], folder, env, outputs, before), outputs))
+    for process, (out, err) in processes:
+        process.join()
+        results.append(subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text()))
+    return results
 
 
-def exit_code(process: Any) -> int:
-    if isinstance(process, subprocess.Popen):
-        return process.wait()
-    process.join()
-    return process.exitcode
-
-
-def meet(folder: Path, *arguments: str, nodes: Sequence[int] = (0, 1)) -> list[Done]:
+def meet(folder: Path, *arguments: str, nodes: Sequence[int] = (0, 1)) -> list[Any]:
     script = folder / 'meet.py'
     script.write_text(MEET)
     return as_nodes([sys.executable, str(script), *arguments], folder, nodes)
@@ -133,7 +103,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         names['MASTER_PORT'] = taken.getsockname()[1]
         env = environment(**{key: str(value) for key, value in names.items()})
         words = [sys.executable, '-c', MEET, '5']
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and f':{names["MASTER_PORT"]}' in done.stdout and 'free port' in done.stdout
 
 
@@ -202,21 +172,15 @@ def test_nodes_with_other_settings_do_not_train(tmp_path):
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'max_duration=100000ba', launcher=2)
-    assert words[0] == COMPOSER
     launcher = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
-            assert time.monotonic() < end and launcher.poll() is None
-            time.sleep(0.1)
+        assert wait_until((tmp_path / 'runs' / 'digits' / 'config.yaml').exists)
         ranks = [child for child in psutil.Process(launcher.pid).children() if 'train.py' in ' '.join(child.cmdline())]
         assert len(ranks) == 2
     finally:
         launcher.kill()
         launcher.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=60)
-    for process in alive:
-        process.kill()
+    _, alive = psutil.wait_procs(ranks)
     assert not alive
 
 
@@ -224,10 +188,7 @@ def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'loggers.mlflow=null', 'max_duration=100000ba')
     first = start_program(words[1:], tmp_path, environment(), [tmp_path / 'out', tmp_path / 'err'])
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / 'runs' / 'digits' / 'config.yaml').exists():
-            assert time.monotonic() < end and first.is_alive()
-            time.sleep(0.1)
+        assert wait_until((tmp_path / 'runs' / 'digits' / 'config.yaml').exists, first)
         second = launch(tmp_path, words)
     finally:
         first.kill()

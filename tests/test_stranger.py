@@ -3,14 +3,14 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
 
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, launch
+from tests.warm import inside
 from tread_composer.cli import main
 from tread_composer.compare.cost import training_teraflops
 
@@ -28,23 +28,18 @@ def package(monkeypatch):
 
 
 def call(folder, *words):
-    """The command in this process, started in ``folder``; its output."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
+    """The exit code of the command in this process, started in ``folder``."""
+    with inside(folder):
         return main([*map(str, words)])
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run that was begun in one process and resumed in another, far from the package's folder."""
     folder = tmp_path_factory.mktemp('stranger')
-    env = environment(PYTHONPATH=f'{ROOT}{os.pathsep}{YAML.parent.parent}')
+    path = f'{ROOT}{os.pathsep}{YAML.parent.parent}'
     for words in ((), ('max_duration=9ba',)):
-        command = [sys.executable, '-m', 'tread_composer', 'train', str(YAML), *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        done = launch(folder, [sys.executable, '-m', 'tread_composer', 'train', str(YAML), *words], PYTHONPATH=path)
         assert done.returncode == 0, done.stdout + done.stderr
     assert 'batches 6 to 9' in done.stdout
     return folder

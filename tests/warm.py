@@ -2,16 +2,18 @@
 
 A command of ours spends five seconds on imports and often less than one on its work. A fork of the tests' own process
 would not do: it hangs where torch or another library had a thread that held a lock. The server (multiprocessing's) has
-one thread and has run nothing, so its forks behave like fresh processes. Some tests start fresh ones all the same.
+run nothing, so its forks behave like fresh processes. Some tests start fresh ones all the same.
 """
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,18 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-__all__ = ['ROOT', 'exit_codes', 'inside', 'on_ranks', 'rank_variables', 'start', 'start_program', 'wait_until']
+__all__ = [
+    'ROOT',
+    'exit_codes',
+    'inside',
+    'may_have_namespaces',
+    'on_ranks',
+    'own_namespaces',
+    'rank_variables',
+    'start',
+    'start_program',
+    'wait_until',
+]
 
 ROOT = Path(__file__).parent.parent
 # Nothing here takes a hundredth of that on an idle machine: it ends what would hang for ever, and fails on no busy one.
@@ -61,7 +74,11 @@ def _run(function: Callable[..., object], arguments: Sequence[Any]) -> None:
 
 
 def start_program(
-    words: Sequence[str], folder: Path, variables: Mapping[str, str], outputs: Sequence[Path]
+    words: Sequence[str],
+    folder: Path,
+    variables: Mapping[str, str],
+    outputs: Sequence[Path],
+    before: Callable[[], object] | None = None,
 ) -> BaseProcess:
     """``python WORDS`` in a process of its own.
 
@@ -70,15 +87,25 @@ def start_program(
         folder: Working directory.
         variables: The whole environment.
         outputs: Files for stdout and stderr.
+        before: Called in the process before it becomes the program, such as ``own_namespaces``.
     """
-    return start(_run_program, [str(word) for word in words], folder, dict(variables), outputs)
+    return start(_run_program, [str(word) for word in words], folder, dict(variables), outputs, before)
 
 
-def _run_program(words: list[str], folder: Path, variables: dict[str, str], outputs: Sequence[Path]) -> None:
+def _run_program(
+    words: list[str],
+    folder: Path,
+    variables: dict[str, str],
+    outputs: Sequence[Path],
+    before: Callable[[], object] | None,
+) -> None:
     _redirect(outputs)
+    if before is not None:
+        before()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = variables.get('PYTHONPATH', '').split(os.pathsep)
     sys.orig_argv[:] = [sys.executable, *words]
     if words[0] == '-m':
         sys.argv[:] = words[1:]
@@ -88,6 +115,18 @@ def _run_program(words: list[str], folder: Path, variables: dict[str, str], outp
         runpy.run_path(words[0], run_name='__main__')
 
 
+def may_have_namespaces() -> bool:
+    """Whether ``own_namespaces`` is permitted here."""
+    return subprocess.run(['unshare', '--mount', '--net', 'true'], capture_output=True).returncode == 0
+
+
+def own_namespaces(script: str, network: bool = False) -> None:
+    """Give this process mounts of its own, and a network if asked for, and change them by a shell script."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x20000 | network * 0x40000000):  # CLONE_NEWNS, CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), 'unshare')
+    subprocess.run(['bash', '-c', f'set -e; mount --make-rprivate /; {script}'], check=True)
+
+
 def _redirect(outputs: Sequence[Path]) -> None:
     for descriptor, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -95,24 +134,31 @@ def _redirect(outputs: Sequence[Path]) -> None:
         os.close(file)
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1) -> list[Any]:
-    """``function(*arguments)`` on so many ranks, connected by gloo, of as many launchers as nodes; results by rank."""
+def on_ranks(
+    ranks: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1, device: str = 'cpu'
+) -> list[Any]:
+    """``function(*arguments)`` on so many connected ranks, of as many launchers as nodes; the results by rank."""
     with tempfile.TemporaryDirectory() as name:
         results = [Path(name, str(rank)) for rank in range(ranks)]
         errors = [Path(name, f'errors{rank}') for rank in range(ranks)]
         each = zip(rank_variables(ranks, nodes), results, errors, strict=True)
-        codes = exit_codes([start(_rank, *one, function, arguments) for one in each])
+        codes = exit_codes([start(_rank, *one, device, function, arguments) for one in each])
         assert not any(codes), '\n'.join([str(codes), *(path.read_text() for path in errors)])
         return [pickle.loads(path.read_bytes()) for path in results]
 
 
 def _rank(
-    variables: dict[str, str], result: Path, errors: Path, function: Callable[..., Any], arguments: Sequence[Any]
+    variables: dict[str, str],
+    result: Path,
+    errors: Path,
+    device: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
 ) -> None:
     _redirect([errors, errors])
     os.environ.update(variables)
     torch.set_num_threads(1)
-    dist.initialize_dist(get_device('cpu'))
+    dist.initialize_dist(get_device(device))
     result.write_bytes(pickle.dumps(function(*arguments)))
     dist.barrier()
 

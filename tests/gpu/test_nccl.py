@@ -1,41 +1,49 @@
 """Several GPUs, connected by NCCL, train as one process does: DDP, FSDP2, FSDP1, and HSDP on four."""
 
+import contextlib
 import os
-import subprocess
-import sys
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
 
-from tests.gpu.nccl_worlds import recipes
-from tests.parallel_worlds import train
+from tests.parallel_worlds import fsdp1_on_cpu, train
+from tests.warm import on_ranks
 
-ROOT = Path(__file__).parents[2]
 ROUNDING = 1e-4  # of sums in another order, after four steps that move the weights by 0.2
+
+
+def recipes(ranks: int) -> dict[str, dict]:
+    """Trainings by name, as ``train`` takes them."""
+    full = {'state_dict_type': 'full'}
+    plain = {strategy: {'strategy': strategy, 'fsdp': full} for strategy in ('ddp', 'fsdp2', 'fsdp1')}
+    if ranks == 4:  # two groups of two that share the weights
+        degrees = {'data_parallel_shard_degree': 2, 'data_parallel_replicate_degree': 2}
+        plain['hsdp'] = {'strategy': 'fsdp1', 'fsdp': {**full, 'sharding_strategy': 'HYBRID_SHARD', **degrees}}
+    return plain
+
+
 WORLDS = [(ranks, name) for ranks in (2, 4) for name in recipes(ranks)]
 
-pytestmark = pytest.mark.gpu
 
-
-def on_gpus(ranks: int, folder: Path) -> dict[str, dict]:
-    """What rank 0 saw of each training."""
-    path = folder / f'seen_by_{ranks}.pt'
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)]
-    # Composer asks for the number of the node under a name that torch's launcher does not set.
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    environment |= {'NODE_RANK': '0', 'FSDP_VERSION': '1'}
-    words = [sys.executable, *launcher, '-m', 'tests.gpu.nccl_worlds', str(path)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(path, weights_only=True)
+def trainings(ranks: int, device: str) -> dict[str, dict]:
+    """What this rank saw of each; without a GPU (``cpu``) by gloo, to try this file out."""
+    warnings.filterwarnings('ignore')
+    os.environ['FSDP_VERSION'] = '1'
+    seen = {}
+    for name, recipe in recipes(ranks).items():
+        if device == 'cpu' and recipe['strategy'] == 'fsdp1':
+            recipe['fsdp'] = recipe['fsdp'] | {'state_dict_type': 'sharded'}
+        with fsdp1_on_cpu() if device == 'cpu' else contextlib.nullcontext():
+            seen[name] = train(**recipe, precision='fp32', device=device)[0]
+    return seen
 
 
 @pytest.fixture(scope='module')
-def worlds(tmp_path_factory):
-    """Of all numbers of ranks that this machine has GPUs for."""
-    folder, gpus = tmp_path_factory.mktemp('nccl'), torch.cuda.device_count()
-    return {ranks: on_gpus(ranks, folder) for ranks in (2, 4) if ranks <= gpus}
+def worlds():
+    """What rank 0 saw, of all numbers of ranks that this machine has GPUs for."""
+    counts = [ranks for ranks in (2, 4) if ranks <= torch.cuda.device_count()]
+    return {ranks: on_ranks(ranks, trainings, ranks, 'gpu', device='gpu')[0] for ranks in counts}
 
 
 @pytest.fixture(scope='module')
@@ -44,6 +52,7 @@ def one():
     return train('ddp', precision='fp32', device='gpu')[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ('ranks', 'name'),
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,23 @@ def locked_run(config: Config) -> Iterator[None]:
     if config.save_folder is None or '://' in config.save_folder:
         yield
         return
+    absent = [path for path in (run_folder(config), *run_folder(config).parents) if not path.exists()]
     folder = _made(config)
     busy = (
         f'{folder}: another process trains this run now ({{holder}}). Wait for its end, or give this run a name of its '
         f'own: run_name=...'
     )
     with locked(folder / '.lock', busy):
-        yield
+        try:
+            yield
+        except UserError:
+            # Refused before anything was written: nothing stays behind.
+            if absent and os.listdir(folder) == ['.lock']:
+                (folder / '.lock').unlink()
+                with contextlib.suppress(OSError):  # another run was begun beside it
+                    for path in absent:
+                        path.rmdir()
+            raise
 
 
 def _made(config: Config) -> Path:
