@@ -28,6 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger

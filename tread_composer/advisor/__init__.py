@@ -4,16 +4,21 @@ In plain torch, for any model: ``propose_route`` looks at a model's code, ``toke
 command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``).
 """
 
-from tread_composer.advisor.placement import (
-    Placement,
-    RouteAdvice,
-    candidate_spans,
-    format_advice,
-    propose_route,
-    recommended_route,
-)
-from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
-from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+from typing import TYPE_CHECKING
+
+from tread_composer.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tread_composer.advisor.placement import (
+        Placement,
+        RouteAdvice,
+        candidate_spans,
+        format_advice,
+        propose_route,
+        recommended_route,
+    )
+    from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
+    from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
 
 __all__ = [
     'Candidate',
@@ -29,3 +34,11 @@ __all__ = [
     'recommended_route',
     'token_similarity',
 ]
+
+_HOMES = {
+    'placement': ('Placement', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route'),
+    'ranking': ('Candidate', 'RouteReading', 'rank_routes', 'read_route'),
+    'similarity': ('TokenSimilarity', 'token_similarity'),
+}
+# A command's words are checked before torch is loaded, and `inspect` has its own here.
+__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for module, names in _HOMES.items() for name in names})
