@@ -25,7 +25,7 @@ def folder_of(root: Path) -> Path:
 
 def names(root: Path) -> set[str]:
     """What is in the run's folder, without what is not about checkpoints."""
-    texts = ('config.yaml', 'data.json', 'environment.json')
+    texts = ('config.yaml', 'data.json', 'environment.json', '.lock')
     return {path.name for path in folder_of(root).iterdir() if path.name not in texts}
 
 

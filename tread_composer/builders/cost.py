@@ -59,6 +59,7 @@ def count_macs(denoiser: nn.Module, facts: dict[str, Any], savers: Savers = Mapp
 
     In evaluation mode; in training mode where algorithms save work.
     """
+    # It counts a multiplication and an addition as two.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run_with_shapes(denoiser, facts, savers)
     return counter.get_total_flops() // 2
@@ -71,9 +72,10 @@ def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_
     """
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
+    # [B, C, H, W] noisy latents, and [B] times and labels.
     x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
     t, labels = x[:, 0, 0, 0], torch.zeros(batch_size, dtype=torch.int64, device='meta')
-    denoiser.train(bool(savers))
+    denoiser.train(bool(savers))  # routes and masks are off in evaluation mode
     with contextlib.ExitStack() as stack:
         for name, algorithm in savers.items():
             try:

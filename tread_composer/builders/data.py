@@ -39,6 +39,7 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
         uri = None if remote is None else f'{remote.rstrip("/")}/{names[split]}'
         return {'local': os.path.join(data.local, names[split]), 'remote': uri, **common}
 
+    # Sizes in the YAML are those of all ranks together.
     train = train_loader(batch_size=config.global_train_batch_size // ranks, **place('train') | training)
     if 'eval' not in splits:
         return train, None

@@ -23,6 +23,7 @@ _PACKAGES = {
     'torch_fidelity': 'torch-fidelity',
     'tread_composer': 'tread_composer',
 }
+# In a word of the command line, whose value is then left out.
 _SECRET_WORDS = ('token', 'password', 'secret', 'key=')
 
 
@@ -76,6 +77,7 @@ def _cpu() -> str:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
+    # ARM's has no such line.
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.machine()
 

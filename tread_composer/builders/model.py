@@ -39,6 +39,7 @@ def build_denoiser(config: Config, *, channels: int, latent_size: int, num_class
         denoiser = resolve('backbone', config.model.name)(**sizes, **backbone_arguments(config.model))
     except ValueError as error:
         raise UserError(f'model: {error}') from None
+    # Of another package: its class cannot show what its constructor sets.
     if not isinstance(getattr(denoiser, 'num_tokens', None), int):
         raise UserError(
             f'model.name: {config.model.name} has no attribute num_tokens, the number of tokens that its blocks '
@@ -106,7 +107,7 @@ def check_fit(config: Config) -> None:
     manifest = planned_manifest(config)
     if manifest is None:
         return
-    check_expectations(config, manifest)
+    check_expectations(config, manifest)  # before the model: what the data are decides its sizes
     with torch.device('meta'):
         build_model(config, manifest)
     size, count = config.global_train_batch_size, manifest.num_samples

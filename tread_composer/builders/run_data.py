@@ -54,7 +54,7 @@ def prepare_data(config: Config) -> dict[str, Manifest]:
     remote = getattr(config.data, 'remote', None)
     if config.data.name == 'digits':
         prepare_digits(config.data.local)
-    manifests = {}
+    manifests = {}  # of the evaluation split too, which is first read hours later
     for split, name in split_folders(config).items():
         folder = os.path.join(config.data.local, name)
         if remote is not None:
@@ -72,7 +72,7 @@ def check_expectations(config: Config, manifest: Manifest) -> None:
     if data.name == 'latents':
         size = None if data.latent_size is None else (data.latent_size, data.latent_size)
         expected |= {'kind': data.kind, 'channels': data.channels, 'latent_size': size, 'num_classes': data.num_classes}
-    check_agreement(manifest, **expected)
+    check_agreement(manifest, **expected)  # None: nothing is expected
     if data.name == 'latents' and data.mirror and not manifest.mirrored:
         raise UserError(
             f'data.mirror: true, but {data.local} holds no mirrored latents (mirrored: false), and a latent cannot be '

@@ -123,6 +123,7 @@ def check_load_path(config: Config) -> None:
     except UserError as error:
         remedy = 'Give a checkpoint of a run, for example runs/<run_name>/latest-rank0.pt'
         raise UserError(f'load_path: {error}\n{remedy}') from None
+    # Which reader is used depends on the settings, not on what lies there.
     kind = 'sharded' if Path(text).is_dir() else 'full'
     fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp
     expected = 'sharded' if fsdp is not None and fsdp.state_dict_type == 'sharded' else 'full'

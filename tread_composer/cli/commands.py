@@ -45,7 +45,7 @@ def train(yaml: Annotated[str, Flag('YAML')], overrides: Overrides = ()) -> None
 def plan(
     yaml: Annotated[str, Flag('YAML')],
     overrides: Overrides = (),
-    json_: Annotated[bool, Flag('--json')] = False,
+    json_: Annotated[bool, Flag('--json')] = False,  # the module has the name
     ranks: Annotated[int | None, Ge(1)] = None,
 ) -> None:
     """Print what a YAML file would do, and write nothing.
@@ -72,7 +72,7 @@ def plan(
         print(json.dumps({**figures, 'data': state, 'config': config.to_dict()}, indent=2))
     else:
         print(format_plan(config, figures, state))
-    if problem is not None:
+    if problem is not None:  # the plan first: it says what was looked for
         raise problem
 
 
@@ -121,6 +121,7 @@ def snr(
 
     Example: yamls/digits.yaml yamls/digits_fasterdit.yaml --out snr.png
     """
+    # Both are positional, so argparse gives all words to the first.
     files = [word for word in yamls if '=' not in word]
     if not files:
         raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
@@ -311,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the program's name; that of this process if None.
     """
     prepare_process()
+    # `import_` and `inspect_model` are what Python can spell of them.
     commands = {command.__name__.strip('_').replace('_', '-'): command for command in COMMANDS}
     text = 'Train diffusion transformers with token routing.'
     return run_program(commands, 'python -m tread_composer', arguments, text)

@@ -37,7 +37,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
 
     Example: --source /data/imagenet --out data/imagenet256 --autoencoder stabilityai/sd-vae-ft-ema --resolution 256
     """
-    if pixels == (settings.vae is not None):
+    if pixels == (settings.vae is not None):  # both, or neither
         raise UserError('give one of --autoencoder (or --vae) and --pixels')
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():

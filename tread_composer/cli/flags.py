@@ -52,13 +52,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse, with the name that was probably meant."""
+        # argparse says only in words what was wrong.
         choice = re.search(r"invalid choice: '(.+?)' \(choose from (.*)\)", message)
-        unknown = re.search(r'unrecognized arguments: (--\w[\w-]*)', message)
+        foreign = re.search(r'unrecognized arguments: (--\w[\w-]*)', message)
         hint = ''
         if choice:
             hint = did_you_mean(choice[1], re.findall(r'[\w-]+', choice[2]))
-        elif unknown:
-            hint = did_you_mean(unknown[1], [name for name in self._option_string_actions if name.startswith('--')])
+        elif foreign:
+            hint = did_you_mean(foreign[1], [name for name in self._option_string_actions if name.startswith('--')])
         usage = f'{self.format_usage().rstrip()} (--help lists them)'
         raise UserError(f'{usage}\n{message}{"." if hint else ""}{hint}')
 
@@ -125,13 +126,14 @@ def add_flags(parser: argparse.ArgumentParser, target: Callable[..., Any], fixed
 
 def _add(parser: argparse.ArgumentParser, argument: _Argument) -> None:
     required = argument.default is inspect.Parameter.empty
+    # Suppressed: what was not typed is not among the words, and the function's own default counts.
     settings = {'default': argparse.SUPPRESS, 'help': _help(argument), **_reading(argument.hint)}
     if argument.is_positional:
         optional, repeated = ('?', '*') if not required else (None, '+')
         settings |= {'nargs': repeated if 'nargs' in settings else optional, 'metavar': argument.names[0]}
         parser.add_argument(argument.key, **settings)
         return
-    if argument.default is True:
+    if argument.default is True:  # --no-mirror
         settings['action'] = 'store_false'
     shown, *earlier = argument.names
     parser.add_argument(shown, dest=argument.key, required=required, **settings)
@@ -149,12 +151,12 @@ def _reading(hint: Any, outer: Flag = _FLAGLESS) -> dict[str, Any]:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     shown = {'metavar': flag.metavar} if flag.metavar else {}
     if kind is bool:
-        return {'action': 'store_true'}
+        return {'action': 'store_true'}  # of a flag that is not typed nothing is stored
     if origin is collections.abc.Mapping:
         return {'nargs': '+', 'metavar': 'KEY=VALUE'}
     if origin is tuple and arguments[-1] is Ellipsis:
         return {'nargs': '+', **_reading(arguments[0], flag)}
-    if origin is tuple:
+    if origin is tuple:  # of fixed length, in one word: 0.1:0.9
         return {'type': functools.partial(_numbers, arguments, flag.metavar), **shown}
     if origin is Literal:
         return {'choices': arguments, **shown}
@@ -189,7 +191,7 @@ def call(
     """
     values: dict[str, Any] = dict(fixed or {})
     for argument in _arguments(target):
-        if argument.name in values:
+        if argument.name in values:  # fixed
             continue
         if argument.kind is Typed:
             values[argument.name] = typed
@@ -217,7 +219,7 @@ def _value(argument: _Argument, words: Mapping[str, Any]) -> Any:
     if origin is collections.abc.Mapping and (entries or value is not argparse.SUPPRESS):
         pairs = [] if value is argparse.SUPPRESS else value
         return {**_pairs(pairs, 'settings' if argument.is_positional else argument.names[0]), **entries}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else value  # requests are frozen
 
 
 def _pairs(words: Sequence[str], what: str) -> dict[str, Any]:

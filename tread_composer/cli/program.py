@@ -32,7 +32,7 @@ def run_program(
             does, the last one is an ``Example: ``. It may return an exit code.
         program: How the program is called.
         words: What stands behind that; those of this process if None.
-        description: Of several commands together.
+        description: What several commands together do.
     """
     try:
         prepare_rank()
@@ -70,15 +70,15 @@ def _run(command: Command | Mapping[str, Command], program: str, words: list[str
             _complete(commands.add_parser(name, help=summary, **_texts(function, f'{program} {name}')), function)
     # argparse stops collecting `key=value` at the first option; what stands behind one is picked up here.
     options, leftover = parser.parse_known_args(words)
-    given = vars(options)
-    function, used = given.pop('_function'), given.pop('_parser')
+    typed_values = vars(options)
+    function, used = typed_values.pop('_function'), typed_values.pop('_parser')
     foreign = [word for word in leftover if word.startswith('-') or '=' not in word]
     if foreign or (leftover and not any(action.dest == 'overrides' for action in used._actions)):
         hint = '; a setting is written key=value, without dashes' if any('=' in word for word in foreign) else ''
         used.error(f'unrecognized arguments: {" ".join(foreign or leftover)}{hint}')
     if leftover:
-        given['overrides'] = [*given.get('overrides', []), *leftover]
-    return call(function, given, Typed(program, words, frozenset(given)))
+        typed_values['overrides'] = [*typed_values.get('overrides', []), *leftover]
+    return call(function, typed_values, Typed(program, words, frozenset(typed_values)))
 
 
 def _texts(function: Command, program: str) -> dict[str, Any]:

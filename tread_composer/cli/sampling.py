@@ -60,7 +60,7 @@ def sweep(
 
     kinds = guidance or (() if rates else ('classifier_free',))
     request = dataclasses.replace(request, guidances=_guidances(kinds, guidance_settings, rates))
-    ranks = Ranks.start()
+    ranks = Ranks.start()  # only once the words are right: it waits for the others
     rows, contract = measure_rows(request, ranks)
     if ranks.is_first:
         files = write_sweep(rows, request.out, contract, str(typed))
@@ -128,6 +128,7 @@ def evaluate(
         entries, place = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
     else:
         of_a_model = flag_names(SamplesRequest, ('path', 'batch_size', 'device', *_EVALUATED))
+        # They would say nothing of images that are there already.
         foreign = [flag for key, flag in of_a_model.items() if key in typed.given and key != 'overrides']
         foreign += ['--samples-folder'] if samples_folder else []
         foreign += [f'{key}={value}' for key, value in model.overrides.items()]

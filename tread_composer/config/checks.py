@@ -77,6 +77,7 @@ def _preset(config: Config) -> Iterator[Problem]:
             text = f'is missing; give it, or all sizes by one name, for example preset: {example!r}'
             yield Problem(('model', name), text)
     width, heads = sizes.get('hidden_size'), sizes.get('num_heads')
+    # Published sizes fit; of free ones this is the usual slip.
     if width and heads and None not in sizes.values() and width % heads:
         yield Problem(('model', 'hidden_size'), f'{width} does not divide among {heads} heads; take a multiple')
 
@@ -158,6 +159,7 @@ def _averages(config: Config) -> Iterator[Problem]:
         if reason is not None and config.parallelism_config is not None:
             yield Problem(('algorithms', name), reason)
     averages = any(hasattr(part.instance, 'averaged') for part in config.algorithms.values())
+    # What callbacks of other packages mean by `weights` is not known.
     for name, callback in config.callbacks.items():
         weights = getattr(callback.settings, 'weights', None) if is_ours('callback', callback.name) else None
         if weights == 'ema' and not averages:

@@ -28,6 +28,7 @@ def check(
         errors: dict[Path, list[Any]] = {}
         for detail in error.errors(include_url=False):
             errors.setdefault(_real_path(detail['loc'], detail['type'], data), []).append(detail)
+        # Where one problem lies within another, the deeper one says more.
         locations = [location for location in errors if not any(_within(ancestor, location) for ancestor in errors)]
         return None, [_problem(model, data, path, location, errors[location], siblings or {}) for location in locations]
 
@@ -118,8 +119,10 @@ def _type_remedy(value: Any, kinds: list[str]) -> str:
     if value is None:
         return '; leave the key away for its default'
     wants = {'int_type', 'float_type', 'bool_type'} & set(kinds)
+    # Variables of the environment are texts, whatever they look like.
     if wants and isinstance(value, str) and _NUMBER_OR_BOOL.fullmatch(value):
         return '; write it without quotes (from the environment: ${oc.decode:${oc.env:NAME}})'
+    # YAML 1.1 read these as booleans.
     if 'bool_type' in wants and str(value).lower() in ('yes', 'no', 'on', 'off'):
         return '; write true or false'
     if 'string_type' in kinds and isinstance(value, (int, float)):

@@ -46,7 +46,8 @@ def export(
 
 def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
     """Check that weights and facts make a model, count what sampling needs of it, write the file; see ``export``."""
-    model_of(exported, source)
+    model_of(exported, source)  # refused here: not when the file is used
+    # A fresh one: what was filled has weights, and shapes are enough.
     with torch.device('meta'):
         denoiser = build_model(exported.config, exported.data).denoiser
     shape = {'channels': exported.data.channels, 'latent_size': exported.data.latent_height}

@@ -27,7 +27,7 @@ from tread_composer.routing.tokens import AlwaysKeep
 
 __all__ = ['Exported', 'WeightFacts', 'digest_of', 'exported_run', 'read_exported', 'write_exported']
 
-_FORMAT = 'tread_composer 1'
+_FORMAT = 'tread_composer 1'  # another number: a file that earlier versions cannot read
 _NEEDED = {'config', 'data', 'weights', 'batch', 'digest'}
 _ONLOOKERS = ('callbacks', 'loggers')  # they decide nothing, may not be installed elsewhere, and may hold addresses
 
@@ -106,6 +106,7 @@ def _metadata(facts: WeightFacts) -> dict[str, str]:
         'objective': objective.name,
         'prediction': objective.prediction,
         'time_convention': objective.time_convention,
+        # For people; the two at the end are what the model is built from.
         'labels': f'0 .. {data.num_classes - 1}, null label {data.num_classes}' if data.num_classes else 'none',
         'class_names': json.dumps(data.class_names),
         'latent_scale': json.dumps(config.latent_scale),
@@ -149,7 +150,9 @@ def read_exported(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         facts = {'data': data, 'weights': weights, 'batch': int(batch), 'average': average}
     except (ValueError, ValidationError) as error:
         raise UserError(f'{path}: its metadata cannot be used: {error}. Export the run again') from None
+    # Texts of a file from anywhere: nothing in them is looked up here (``document_of``).
     config = restore_config(tree, overrides, source=f'{path} (config in its metadata)')
+    # safetensors has no checksums of its own.
     if digest_of(tensors) != metadata['digest']:
         raise UserError(f'{path}: its weights are not those that were exported (their digest differs); copy it again')
     return Exported(tensors=tensors, config=config, origin=metadata.get('origin', 'unknown'), **facts)

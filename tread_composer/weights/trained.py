@@ -104,9 +104,11 @@ def read_trained(
 ) -> Exported:
     """Weights and facts of what ``load_trained`` loads, without the model; ``allow_inexact`` as ``reconstruct``."""
     weights = weights_name(weights)
+    # JSON is YAML: a text with a colon or a number in it stays a text.
     path, texts = Path(path), [f'{key}={json.dumps(value)}' for key, value in (overrides or {}).items()]
     if path.suffix == '.safetensors':
         exported = read_exported(path, texts)
+        # `ema` is the default of all commands, and takes a post-hoc average too.
         if exported.weights != weights and (weights != 'ema' or exported.average is None):
             raise UserError(
                 f'{path}: holds the {exported.weights} weights alone; take weights={exported.weights}, or export the '
@@ -123,8 +125,9 @@ def read_trained(
             f"from the run's folder. Weights of another project: python -m tread_composer import"
         )
     config, state = restore_config(settings), read_checkpoint(file)
+    # Runs of earlier versions have none.
     contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
-    _check_config(config, contract, file)
+    _check_config(config, contract, file)  # without overrides: these may differ
     facts: dict[str, Any] = {
         'data': LatentFacts.of(_manifest(config, contract, file.parent)),
         'config': restore_config(settings, texts) if texts else config,
@@ -154,7 +157,7 @@ def model_of(exported: Exported, source: str) -> LatentDiffusion:
     Raises:
         UserError: The weights do not fit the model; names what is missing, unknown or of another shape.
     """
-    model = build_model(exported.config, exported.data, unfilled=True)
+    model = build_model(exported.config, exported.data, unfilled=True)  # no second copy in memory
     _fill(model.denoiser, exported.tensors, source)
     return model.eval()
 
@@ -168,6 +171,7 @@ def _average_afterwards(state: Mapping[str, Any], config: Config, file: Path, wi
     """What the algorithm that keeps averages makes of this width (``AlgorithmFacts.average_afterwards``)."""
     saved_parts = dict(state.get('algorithms', {}))
     for part in config.algorithms.values():
+        # Composer keeps the state of an algorithm under the name of its class.
         saved = saved_parts.get(type(part.instance).__qualname__)
         if saved is not None and hasattr(part.instance, 'average_afterwards'):
             folder = part_folder(part, file.parent, config.run_name)

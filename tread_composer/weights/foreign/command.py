@@ -24,6 +24,7 @@ _OBJECTIVES = {
     'flow_matching': {'name': 'flow_matching'},
 }
 _KNOWN_OBJECTIVES: dict[str, dict[str, Any]] = {
+    # As the projects' own training code has them.
     'sit': {'name': 'flow_matching', 'time_distribution': {'name': 'uniform'}},
     'maskdit': {'name': 'edm'},
 }
@@ -61,7 +62,7 @@ def import_weights(
     tensors, container = read_weights(path, weights)
     layout = layout_of(layout, tensors, container, source)
     _ask_for_missing(hints, layout)
-    sizes = sizes_of(tensors, layout, hints.num_heads, source)
+    sizes = sizes_of(tensors, layout, hints.num_heads, source)  # and the positions are checked
     facts = LatentFacts(
         channels=sizes.in_channels,
         latent_height=sizes.latent_size,
@@ -140,6 +141,7 @@ def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
     shape = {'channels': sizes.in_channels, 'latent_size': sizes.latent_size, 'num_classes': sizes.num_classes}
     tree = {
         'run_name': name,
+        # Nominal: training on from here needs a configuration of its own.
         'max_duration': '1ba',
         'global_train_batch_size': 1,
         'global_eval_batch_size': 1,

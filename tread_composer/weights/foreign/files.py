@@ -40,10 +40,10 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     path = Path(path)
     content = _read(path)
     names = [name for name in _CONTAINERS[weights] if isinstance(content.get(name), Mapping)]
-    others = [name for keys in _CONTAINERS.values() for name in keys if isinstance(content.get(name), Mapping)]
-    if others and not names:
-        raise UserError(f'{path}: holds no {weights} weights, only {", ".join(others)}; take the other: --weights')
-    container = names[0] if names else None
+    containers = [name for keys in _CONTAINERS.values() for name in keys if isinstance(content.get(name), Mapping)]
+    if containers and not names:
+        raise UserError(f'{path}: holds no {weights} weights, only {", ".join(containers)}; take the other: --weights')
+    container = names[0] if names else None  # None: a flat file
     network = content if container is None else content[container]
     anchors = [name for name in network if isinstance(name, str) and name.endswith(_ANCHOR)]
     if len(anchors) != 1:
@@ -51,6 +51,7 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
             f'{path}: holds {len(anchors) or "no"} tensors named {_ANCHOR!r}, so it is no diffusion transformer of the '
             f'layouts {", ".join(LAYOUTS)}. It has: {", ".join(map(str, list(network)[:5]))}'
         )
+    # A tensor beside the network would be lost without a word.
     prefix = anchors[0].removesuffix(_ANCHOR)
     foreign = [name for name, value in network.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
     if foreign:

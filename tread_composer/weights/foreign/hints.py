@@ -20,7 +20,7 @@ class Hints:
         class_names: A file with one name a line or a JSON list, or ``numbers``.
         latent_shift: Subtracted from the raw latents before.
         autoencoder_hash: ``sha256:...`` of the autoencoder, if decoding with another is to be refused.
-        objective: Of a file of CompVis/tread, which trains both.
+        objective: What a file of CompVis/tread predicts, which trains both.
         num_heads: Attention heads, for other than published sizes.
         route: First block, last block and selection rate that the weights were trained with.
         batch: Batches that they were trained on, if known.
