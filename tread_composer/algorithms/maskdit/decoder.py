@@ -181,7 +181,8 @@ def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: in
     if like.device.type != 'meta':
         decoder.initialise(seed)
     denoiser.final_layer = decoder.train(denoiser.training)  # type: ignore[assignment]
-    denoiser.blocks[0].register_forward_pre_hook(_TakeKept(masking))
+    # Before the hooks of others, which see what the block sees.
+    denoiser.blocks[0].register_forward_pre_hook(_TakeKept(masking), prepend=True)
     return masking
 
 
