@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, Weights, check_request
-from tread_composer.metrics.drawing import Draws
 from tread_composer.samplers.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from tread_composer.metrics.drawing import Draws
 
 __all__ = ['Overrides', 'SamplesRequest', 'check_overrides', 'draws_of']
 
@@ -85,12 +87,14 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
         )
 
 
-def draws_of(request: SamplesRequest, num_classes: int) -> Draws:
+def draws_of(request: SamplesRequest, num_classes: int) -> 'Draws':
     """The labels and seeds that are asked for, of a model with so many classes.
 
     Raises:
         UserError: A label is no class of the model, or the file of labels cannot be read.
     """
+    from tread_composer.metrics.drawing import Draws  # loads torch, which the command lines do not need
+
     if request.labels_file is not None:
         draws = Draws(_read_labels(request.labels_file), request.seed, 'file')
     else:
