@@ -23,7 +23,7 @@ from tread_composer.evaluate.sweep.rows import best_rows, combinations, format_s
 from tread_composer.io.ranks import Ranks
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import DigitsImages
-from tread_composer.metrics.measurer import Measurement
+from tread_composer.metrics.measurement import Measurement
 from tread_composer.samplers import SamplingSettings
 
 CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}

@@ -10,7 +10,8 @@ from tests.metrics.small import as_batch, grey_images, random_images, write_fold
 from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.measurer import Measurement, Measurer
+from tread_composer.metrics.measurement import Measurement
+from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
 from tread_composer.metrics.quantity import Quantity
 

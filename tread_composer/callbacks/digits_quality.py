@@ -1,6 +1,5 @@
 """How good the generated digits are: the callback ``evaluation`` as the quickstart uses it."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -68,12 +67,14 @@ class DigitsQuality(Evaluation):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first measurement, and look at the real digits."""
-        # No path: something called `digits` may lie where the run is started. Nothing so small needs a cache.
-        self.measurement = dataclasses.replace(self.measurement, reference=DigitsImages(), cache=None)
         super().fit_start(state, logger)
         num_classes = bare_model(state).num_classes
         if num_classes != _CLASSES:
             raise UserError(f'callbacks.digits_quality: is for the ten digits, but the model has {num_classes} classes')
+
+    def reference_images(self) -> DigitsImages:
+        """Real digits, whatever else may be called so where the run is started."""
+        return DigitsImages()
 
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""
@@ -106,6 +107,7 @@ class DigitsQuality(Evaluation):
         ]
 
     def _held_out(self) -> dict[str, float]:
-        measurer, real = Measurer(self.measurement, torch.device('cpu')), DigitsImages('eval')
+        measurer = Measurer(self.measurement, torch.device('cpu'), images=self.reference_images())
+        real = DigitsImages('eval')
         figures = measurer.figures(measurer.look(real.batches(_BATCH), real.labels()))
         return {figure.quantity.name: figure.value for figure in figures}

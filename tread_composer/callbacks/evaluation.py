@@ -18,6 +18,7 @@ from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
 from tread_composer.metrics.drawing import Draws
+from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
@@ -136,7 +137,8 @@ class Evaluation(SamplingCallback):
         def opened() -> Measurer:
             if self._path(state).exists():
                 load_results(self._path(state))
-            measurer = Measurer(self.measurement, device, ranks, to_stderr if ranks.is_first else silent)
+            log = to_stderr if ranks.is_first else silent
+            measurer = Measurer(self.measurement, device, ranks, log, self.reference_images())
             measurer.check(self.num_samples, self._resolution, has_labels=classes > 0)
             return measurer
 
@@ -170,14 +172,17 @@ class Evaluation(SamplingCallback):
         figures = ', '.join(f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries)
         return [('measured', f'{figures} at batch {entries[0]["batch"]}; protocol in {self._path(state)}')]
 
+    def reference_images(self) -> ImageSet | None:
+        """The reference, where it is none of the disk."""
+        return None
+
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""
         return series_name(entry['metric'], entry['protocol'])
 
     def _latest(self, state: State) -> list[dict[str, Any]]:
         """The latest entry of each metric of this run against this reference."""
-        path, reference = self._path(state), self.measurement.reference
-        name = Path(reference if isinstance(reference, str) else reference.path).name
+        path, name = self._path(state), Path(self.measurement.reference).name
         latest: dict[str, dict[str, Any]] = {}
         for entry in sorted(load_results(path) if path.exists() else [], key=lambda entry: entry['batch'] or 0):
             if entry['run'] == state.run_name and entry['protocol']['reference']['name'] == name:

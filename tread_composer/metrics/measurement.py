@@ -48,7 +48,7 @@ class Measurement:
     allow_download: bool = False
     kid_subset_size: Annotated[int, Ge(2)] = 1000
     batch_size: Annotated[int, Ge(1)] = 64
-    cache: Path | None = field(default_factory=default_cache)
+    cache: Path = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
         check_request(self)
@@ -61,7 +61,7 @@ class Measurement:
         """
         from tread_composer.metrics.metric import build_metrics
 
-        return build_metrics(self.metrics, self.settings)
+        return build_metrics(self.metrics, self._settings)
 
     def check(self, num_samples: int) -> None:
         """Refuse what is impossible whatever the reference is.
@@ -72,11 +72,10 @@ class Measurement:
         from tread_composer.metrics.features import extractor_class
         from tread_composer.metrics.metric import check_metrics
 
-        logits = extractor_class(self.features).num_logits
         check_metrics(
             self.build(),
             features=self.features,
-            num_logits=logits,
+            num_logits=extractor_class(self.features).num_logits,
             num_samples=num_samples,
             num_reference=num_samples,
         )
@@ -85,9 +84,8 @@ class Measurement:
         """What numbers depend on that are to stand in one table, besides the reference and the features."""
         from tread_composer.metrics.metric import used_settings
 
-        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self.settings)}
+        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self._settings)}
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a metric may ask for."""
+    def _settings(self) -> dict[str, Any]:
         return {'kid_subset_size': self.kid_subset_size}

@@ -21,11 +21,11 @@ from tread_composer.metrics.features import FeatureSet, joined, looked, open_ext
 from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement
-from tread_composer.metrics.metric import Comparison, Figure, build_metrics, check_metrics, measure
+from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol
 from tread_composer.metrics.references import open_reference, reference_of
 
-__all__ = ['Measurement', 'Measurer']
+__all__ = ['Measurer']
 
 
 class Measurer:
@@ -38,6 +38,7 @@ class Measurer:
         device: Where to compute.
         ranks: All of them call `prepare` and `figures`; the other methods need no other rank.
         log: Gets the lines for people.
+        images: The reference, where it is no path of the measurement's; its features are not kept.
 
     Raises:
         UserError: A metric or the features are unknown, or the reference or the weights of Inception are not what they
@@ -50,9 +51,10 @@ class Measurer:
         device: torch.device,
         ranks: Ranks = Ranks(),
         log: Callable[[str], None] = silent,
+        images: ImageSet | None = None,
     ) -> None:
         self.measurement, self.device, self.ranks, self.log = measurement, device, ranks, log
-        self.metrics = build_metrics(measurement.metrics, measurement.settings)
+        self.metrics, self._cache = measurement.build(), measurement.cache if images is None else None
         self.extractor = open_extractor(
             measurement.features,
             inception=measurement.inception,
@@ -60,8 +62,7 @@ class Measurer:
             allow_download=measurement.allow_download,
             device=device,
         )
-        reference = measurement.reference
-        self.reference = reference_of(reference) if isinstance(reference, ImageSet) else open_reference(reference)
+        self.reference = open_reference(measurement.reference) if images is None else reference_of(images)
         self._against: Comparison | None = None
 
     @property
@@ -101,8 +102,8 @@ class Measurer:
         reference, ranks, sides = self.reference, self.ranks, {metric.compares_with for metric in self.metrics}
         features = None
         if 'images' in sides or ('statistics' in sides and reference.published is None):
-            cache, batch_size = self.measurement.cache, self.measurement.batch_size
-            features = reference.features(self.extractor, cache, batch_size=batch_size, ranks=ranks, log=self.log)
+            size = self.measurement.batch_size
+            features = reference.features(self.extractor, self._cache, batch_size=size, ranks=ranks, log=self.log)
 
         def fitted() -> Comparison:
             if 'statistics' not in sides or not ranks.is_first:

@@ -93,7 +93,7 @@ def draws_of(request: SamplesRequest, num_classes: int) -> 'Draws':
     Raises:
         UserError: A label is no class of the model, or the file of labels cannot be read.
     """
-    from tread_composer.metrics.drawing import Draws  # imports torch, which the words of a command do not need
+    from tread_composer.metrics.drawing import Draws  # loads torch, which the command lines do not need
 
     if request.labels_file is not None:
         draws = Draws(_read_labels(request.labels_file), request.seed, 'file')

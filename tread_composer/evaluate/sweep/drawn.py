@@ -41,9 +41,6 @@ def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[
 
     Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
 
-    Args:
-        log: Told how many combinations came to rows that were there.
-
     Raises:
         UserError: A combination is impossible.
     """
@@ -55,17 +52,14 @@ def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[
         scale=request.guidance_scales,
     )
     for choice in choices:
-        weights = choice['weights']
         row = {
-            'weights': weights,
+            'weights': choice['weights'],
             'guidance': choice['guidance']['guidance'],
             'guidance_scale': choice['scale'],
             'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
             **choice['guidance'],
         }
-        if not sampling_of(row, request).guides:
-            row = {'weights': weights, **_UNGUIDED}
-        rows.append(row)
+        rows.append(row if sampling_of(row, request).guides else {'weights': choice['weights'], **_UNGUIDED})
     different = [entry['row'] for entry in combinations(row=rows)]
     if len(different) < len(rows):
         log(
