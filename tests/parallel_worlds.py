@@ -163,59 +163,52 @@ def checkpoint(folder: Path | str, batch: int, sharded: bool = False) -> str:
 
 def recipes(folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
     """All trainings on this many ranks, in order: each strategy as it comes, in its variants, and resumed."""
-    folder = Path(folder)
-    two = {
-        strategy: {
-            'plain': {'evaluate': True, **saving(folder / strategy)},
-            'without evaluation': {},
-            'microbatches': {'device_train_microbatch_size': 2},
-            'compiled': {'compiled': True},
-            'resumed': {'load_path': checkpoint(folder / strategy, 2, sharded=strategy == 'fsdp1')},
+
+    def resumed(name: str, sharded: bool = False) -> dict[str, Any]:
+        return {'load_path': checkpoint(folder / name, 2, sharded)}
+
+    two: dict[str, dict[str, Any]] = {}
+    for strategy in STRATEGIES:
+        two |= {
+            f'{strategy}: plain': {'evaluate': True, **saving(folder / strategy)},
+            f'{strategy}: without evaluation': {},
+            f'{strategy}: microbatches': {'device_train_microbatch_size': 2},
+            f'{strategy}: compiled': {'compiled': True},
+            f'{strategy}: resumed': resumed(strategy, sharded=strategy == 'fsdp1'),
         }
-        for strategy in STRATEGIES
-    }
-    recomputed = {'activation_checkpointing': True}
+    recomputed, sharded = {'activation_checkpointing': True}, {'state_dict_type': 'sharded'}
     for strategy in ('fsdp2', 'fsdp1'):
-        two[strategy]['recomputed'] = {'fsdp': recomputed}
-        two[strategy]['compiled, recomputed'] = {'compiled': True, 'fsdp': recomputed}
-        two[strategy]['activations on the CPU'] = {'fsdp': {'activation_cpu_offload': True}}
-    sharded, of_fsdp2 = {'state_dict_type': 'sharded'}, checkpoint(folder / 'fsdp2_sharded', 2, sharded=True)
-    two['ddp']['resumed from one'] = {'load_path': checkpoint(folder / 'one', 2)}
-    two['fsdp2'] |= {
-        'resumed from one': {'load_path': checkpoint(folder / 'one', 2)},
-        'resumed from ddp': {'load_path': checkpoint(folder / 'ddp', 2)},
-        'sharded': {'fsdp': sharded, **saving(folder / 'fsdp2_sharded')},
-        'sharded, resumed': {'fsdp': sharded, 'load_path': of_fsdp2},
-    }
-    two['fsdp1'] |= {
-        'recomputed, not reentrant': {'fsdp': {**recomputed, 'activation_checkpointing_reentrant': False}},
-        'gathered until backward': {'evaluate': True, 'fsdp': {'sharding_strategy': 'SHARD_GRAD_OP'}},
-        'resumed from fsdp2 sharded': {'load_path': of_fsdp2},
+        two |= {
+            f'{strategy}: recomputed': {'fsdp': recomputed},
+            f'{strategy}: compiled, recomputed': {'compiled': True, 'fsdp': recomputed},
+            f'{strategy}: activations on the CPU': {'fsdp': {'activation_cpu_offload': True}},
+        }
+    two |= {
+        'ddp: resumed from one': resumed('one'),
+        'fsdp2: resumed from one': resumed('one'),
+        'fsdp2: resumed from ddp': resumed('ddp'),
+        'fsdp2: sharded': {'fsdp': sharded, **saving(folder / 'fsdp2_sharded')},
+        'fsdp2: sharded, resumed': {'fsdp': sharded, **resumed('fsdp2_sharded', sharded=True)},
+        'fsdp1: recomputed, not reentrant': {'fsdp': {**recomputed, 'activation_checkpointing_reentrant': False}},
+        'fsdp1: gathered until backward': {'evaluate': True, 'fsdp': {'sharding_strategy': 'SHARD_GRAD_OP'}},
+        'fsdp1: resumed from fsdp2 sharded': resumed('fsdp2_sharded', sharded=True),
     }
     three = {
-        'fsdp2': {
-            'plain': {'evaluate': True, **saving(folder / 'fsdp2_of_three')},
-            'resumed': {'load_path': checkpoint(folder / 'fsdp2_of_three', 2)},
-            'resumed from one': {'load_path': checkpoint(folder / 'one', 2)},
-            'resumed from two': {'load_path': checkpoint(folder / 'fsdp2', 2)},
-            'resumed from two sharded': {'load_path': of_fsdp2, 'fsdp': sharded},
-        },
-        'fsdp1': {
-            'plain': {'evaluate': True, **saving(folder / 'fsdp1_of_three')},
-            'resumed': {'load_path': checkpoint(folder / 'fsdp1_of_three', 2, sharded=True)},
-            'resumed from two': {'load_path': checkpoint(folder / 'fsdp1', 2, sharded=True)},
-        },
+        'fsdp2: plain': {'evaluate': True, **saving(folder / 'fsdp2_of_three')},
+        'fsdp2: resumed': resumed('fsdp2_of_three'),
+        'fsdp2: resumed from one': resumed('one'),
+        'fsdp2: resumed from two': resumed('fsdp2'),
+        'fsdp2: resumed from two sharded': {'fsdp': sharded, **resumed('fsdp2_sharded', sharded=True)},
+        'fsdp1: plain': {'evaluate': True, **saving(folder / 'fsdp1_of_three')},
+        'fsdp1: resumed': resumed('fsdp1_of_three', sharded=True),
+        'fsdp1: resumed from two': resumed('fsdp1', sharded=True),
     }
     chosen = {2: two, 3: three}[ranks]
-    found = {
-        f'{strategy}: {name}': {'strategy': strategy, **settings}
-        for strategy, variants in chosen.items()
-        for name, settings in variants.items()
-    }
-    for name, settings in found.items():
+    for name, settings in chosen.items():
+        settings['strategy'] = name.partition(':')[0]
         if 'save_folder' in settings or 'load_path' in settings:
             settings['snapshots'] = snapshots_of(folder, ranks, name)
-    return found
+    return chosen
 
 
 def snapshots_of(folder: Path, ranks: int, name: str) -> Path:

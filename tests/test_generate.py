@@ -5,10 +5,7 @@ import fcntl
 import json
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,8 @@ import pytest
 from PIL import Image
 from streaming import LocalDataset
 
-from tests.runs import environment
+from tests.runs import environment, launch
+from tests.warm import start_program, wait_until
 from tread_composer import cli
 from tread_composer.autoencoders import to_uint8
 from tread_composer.config import restore_config
@@ -158,23 +156,17 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(trained, tmp
     assert 'no longer complete' in refused(capsys, trained, out, '--count', '5')
 
 
-def started(words: list[str], **variables: str) -> subprocess.Popen:
-    """The command in a process of its own. A fork of this one would wait for its parent's threads."""
-    command = [sys.executable, '-m', 'tread_composer', *words]
-    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.DEVNULL)
-
-
 def test_killed_at_any_moment_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
     words = ['--count', '90', '--batch-size', '16', '--format', 'png', 'npz', '--steps', '20']
     assert sample(trained, tmp_path / 'whole', *words) == 0
     out = tmp_path / 'out'
     command = ['sample', str(trained), '--out', str(out), '--device', 'cpu', *words]
     for wanted in (1, 3):
-        child = started(command)
-        while len(list(out.glob('.samples/part-*.npy'))) < wanted and child.poll() is None:
-            time.sleep(0.001)
+        child = start_program(['-m', 'tread_composer', *command], tmp_path, environment(), [tmp_path / 'log'])
+        wait_until(lambda count=wanted: len(list(out.glob('.samples/part-*.npy'))) >= count, child)
         child.kill()
-        assert child.wait() == -signal.SIGKILL
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
     (out / 'images' / '.half.png.x').write_bytes(b'half')
     (out / '.samples' / '.part-000005.npy.x').write_bytes(b'half')
     done = {path: path.stat().st_mtime_ns for path in out.glob('.samples/part-*.npy')}
@@ -196,13 +188,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(trained, tmp_path, cap
 def test_two_ranks_draw_the_same_images_as_one(trained, tmp_path):
     words = ['--count', '90', '--batch-size', '16', '--guidance', 'sparse', '--guidance-scale', '2', '--steps', '3']
     command = ['sample', str(trained), '--out', str(tmp_path / 'two'), '--device', 'cpu', *words]
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = str(free.getsockname()[1])
-    # What the launcher sets; tests of other commands start the launcher itself.
-    places = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}
-    ranks = [started(command, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    done = launch(tmp_path, [sys.executable, '-m', 'tread_composer', *command], ranks=2)
+    assert done.returncode == 0, done.stderr
     assert sample(trained, tmp_path / 'one', *words) == 0
     nearly_equal(pictures(tmp_path / 'two'), pictures(tmp_path / 'one'))
     assert not list((tmp_path / 'two').glob('.*'))

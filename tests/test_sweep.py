@@ -4,9 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import Page, assert_self_contained, drawings, lines_of
 from tests.runs import environment, run
+from tests.warm import start_program, wait_until
 from tread_composer.cli import main
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.evaluate.sweep.drawn import rows_of, sampling_of, sweep
@@ -253,14 +251,12 @@ def test_killed_within_a_row_it_goes_on_where_it_stopped(trained, tmp_path, caps
     words = ['--samples', '330', '--sampler', 'euler', '--steps', '40', '--guidance-scale', '1', '2']
     assert command(trained, *words, '--out', str(tmp_path / 'whole')) == 0
     out = tmp_path / 'out'
-    child = subprocess.Popen(
-        [sys.executable, '-m', 'tread_composer', *full_command(trained, *words, '--out', str(out))],
-        env=environment(), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not list(out.glob('.row-*/.samples/part-*.npy')) and child.poll() is None:
-        time.sleep(0.001)
+    program = ['-m', 'tread_composer', *full_command(trained, *words, '--out', str(out))]
+    child = start_program(program, tmp_path, environment(), [tmp_path / 'log'])
+    wait_until(lambda: list(out.glob('.row-*/.samples/part-*.npy')), child)
     child.kill()
-    assert child.wait() == -signal.SIGKILL
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     parts = list(out.glob('.row-*/.samples/part-*.npy'))
     assert 1 <= len(parts) < 21 and not (out / 'sweep.json').exists()
     capsys.readouterr()

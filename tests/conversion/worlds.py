@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 from streaming import LocalDataset, StreamingDataset
 
-from tests.runs import ROOT, environment
+from tests.runs import ROOT
 from tread_composer.data.registration import numbered_in_turn
 
 SCRIPT = str(ROOT / 'streaming_data' / 'convert_imagenet.py')
@@ -71,16 +69,3 @@ def words(source: Path, out: Path | str, vae: str | None, **options: Any) -> lis
     for name, value in {'resolution': 16, 'batch_size': 4, 'part_size': 10, 'workers': 0, **options}.items():
         given += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
     return given
-
-
-def start(arguments: list[str], **how: Any) -> subprocess.Popen:
-    """The real command in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **how,
-    )
