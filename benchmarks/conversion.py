@@ -60,10 +60,10 @@ def encoder_alone(encoder: Encoder, batches: list[torch.Tensor], rounds: int) ->
         for images in batches:
             now = encoder(images, 'train', list(range(len(images))))
             if before is not None:
-                before.arrays()
+                before()
             before = now
     assert before is not None
-    before.arrays()
+    before()
     return rounds * sum(map(len, batches)) / (time.perf_counter() - began)
 
 

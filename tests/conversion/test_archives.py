@@ -192,7 +192,7 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
             [*good, 'ILSVRC2012_val_00000007.JPEG n01440764\n'],
             'knows images that .* lacks, 1 of them: ILSVRC2012_val_0',
         ),
-        ([*good, good[0]], '1 images occur more than once'),
+        ([*good, good[0]], r'line 7: ILSVRC2012_val_\d+ occurs more than once'),
         ([line.replace(CLASSES[1], CLASSES[0]) for line in good], 'train has 1 classes that val lacks: n02105855'),
         ([line.replace(CLASSES[1], 'n09') for line in good], 'lacks: n02105855'),
         (['one\n'], r"line 1: 'one' is not two columns"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,20 @@ def out(source, vae, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('plain') / 'out'
     assert main(words(source, out, vae)) == 0
     return out
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs the command, which must end with 2 and one message that holds all these texts; returns it."""
+
+    def run(arguments: list[str], *texts: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert 'Traceback' not in error and [text for text in texts if text not in error] == [], error
+        return error
+
+    return run
 
 
 def pixels_of(source: Path, names: list[str], resolution: int = 16) -> torch.Tensor:
@@ -181,12 +196,6 @@ def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, ca
     assert manifest(tmp_path / 'held' / 'val')['source'].endswith('only 7 of them, held out by seed 0')
 
 
-def test_splits_that_disagree_about_the_classes(vae, tmp_path, capsys):
-    make_images(tmp_path / 'in' / 'train', 6), make_images(tmp_path / 'in' / 'val', 6, classes=CLASSES[1:])
-    assert main(words(tmp_path / 'in', tmp_path / 'out', vae)) == 2
-    assert 'n01440764' in capsys.readouterr().err and not (tmp_path / 'out').exists()
-
-
 @pytest.mark.parametrize('compression', [None, 'zstd:3'])
 def test_the_expected_size_is_that_of_the_result(compression, tmp_path, capsys):
     """Pixels, because compression hardly does anything to latents."""
@@ -232,36 +241,33 @@ def test_unreadable_images_are_reported_and_left_out(vae, tmp_path, capsys):
     assert len(names) == 18 == manifest(tmp_path / 'out' / 'train')['num_samples'] and not set(names) & set(lost)
 
 
-def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_path, capsys):
+def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_path, refused):
     source = make_images(tmp_path / 'in', 20)
     spoil(source, 4)
-    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.1, part_size=4)) == 2
-    error = capsys.readouterr().err
     path = tmp_path / 'out' / 'train' / 'unreadable.json'
-    assert '3 images so far are unreadable' in error and str(path) in error and 'Traceback' not in error
+    arguments = words(source, tmp_path / 'out', vae, part_size=4)
+    refused([*arguments, '--max-unreadable', '0.1'], '3 images so far are unreadable', str(path))
     assert len(json.loads(path.read_text())['list']) == 3 and not (path.parent / 'manifest.json').exists()
     assert not list(path.parent.glob('.writing-*'))
     kept = sum(1 for _ in path.parent.glob('0*'))
-    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.2, part_size=4)) == 0
+    assert main([*arguments, '--max-unreadable', '0.2']) == 0
     assert manifest(path.parent)['num_samples'] == 16 and kept < 5
 
 
-def test_latents_beyond_half_precision_name_the_image(source, tmp_path, capsys):
+def test_latents_beyond_half_precision_name_the_image(source, tmp_path, refused):
     from diffusers import AutoencoderKL
 
     network = AutoencoderKL.from_pretrained(make_vae(tmp_path / 'vae'))
     with torch.no_grad():
         network.quant_conv.weight[1] *= 1e6
     network.save_pretrained(tmp_path / 'vae')
-    assert main(words(source, tmp_path / 'out', str(tmp_path / 'vae'))) == 2
-    error = capsys.readouterr().err
-    assert 'channel 1' in error and re.search(r'n\d+/n\d+_\d+\.JPEG', error)
-    assert not list((tmp_path / 'out' / 'train').iterdir())
+    error = refused(words(source, tmp_path / 'out', str(tmp_path / 'vae')), 'channel 1')
+    assert re.search(r'n\d+/n\d+_\d+\.JPEG', error) and not list((tmp_path / 'out' / 'train').iterdir())
 
 
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
+def test_other_settings_weights_or_images_on_the_same_output_are_refused(source, vae, out, tmp_path, refused):
+    before = digests(out)
+    for change, message in (
         ({'resolution': 8}, 'resolution: saved 16, now 8'),
         ({'precision': 'bf16'}, "precision: saved 'fp32', now 'bf16'"),
         ({'seed': 3}, 'seed: saved 0, now 3'),
@@ -269,99 +275,62 @@ def test_latents_beyond_half_precision_name_the_image(source, tmp_path, capsys):
         ({'part_size': 20}, 'part_size: saved 10, now 20'),
         ({'no_mirror': True}, 'mirrored: saved True, now False'),
         ({'compression': 'zstd'}, "compression: saved None, now 'zstd'"),
-    ],
-)
-def test_other_settings_on_the_same_output_are_refused(source, vae, out, change, message, capsys):
-    before = digests(out)
-    assert main(words(source, out, vae, **change)) == 2
-    error = capsys.readouterr().err
-    assert message in error and 'choose another --out' in error
-    assert digests(out) == before and sorted(path.name for path in out.iterdir()) == [
-        '.lock',
-        'conversion.json',
-        'train',
-    ]
+    ):
+        refused(words(source, out, vae, **change), message, 'choose another --out')
+    refused(words(source, out, make_vae(tmp_path / 'my-vae', seed=1)), 'autoencoder_hash: saved')
+    more = make_images(tmp_path / 'more', IMAGES + 1)
+    refused(words(more, out, vae), f'train.images: saved {IMAGES}, now {IMAGES + 1}')
+    assert digests(out) == before
+    assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
 
 
-def test_other_weights_or_images_on_the_same_output_are_refused(source, vae, out, tmp_path, capsys):
-    assert main(words(source, out, make_vae(tmp_path / 'my-vae', seed=1))) == 2
-    assert 'autoencoder_hash: saved' in capsys.readouterr().err
-    assert main(words(make_images(tmp_path / 'more', IMAGES + 1), out, vae)) == 2
-    assert f'train.images: saved {IMAGES}, now {IMAGES + 1}' in capsys.readouterr().err
-
-
-def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, capsys):
+def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, refused):
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
     (foreign / 'thesis.txt').write_text('dear')
-    cases = [
+    for place, message in (
         (foreign, 'holds thesis.txt'),
         (foreign / 'thesis.txt', 'is a file'),
         (source / 'out', 'inside the source'),
         (source, 'inside the source'),
         ('s3://bucket/x', 'also give --work'),
-        ('nfs://x', "no uploader for 'nfs'"),
-    ]
-    for place, message in cases:
-        extra = {'work': tmp_path / 'work'} if str(place).startswith('nfs') else {}
-        assert main(words(source, place, vae, **extra)) == 2
-        assert message in capsys.readouterr().err
+    ):
+        refused(words(source, place, vae), message)
+    refused(words(source, 'nfs://x', vae, work=tmp_path / 'work'), "no uploader for 'nfs'")
     assert [path.name for path in tmp_path.iterdir()] == ['foreign'] and os.listdir(foreign) == ['thesis.txt']
     assert not (source / 'out').exists()
-    empty = tmp_path / 'empty'
-    empty.mkdir()
-    assert main(words(source, empty, vae)) == 0
+    (tmp_path / 'empty').mkdir()
+    assert main(words(source, tmp_path / 'empty', vae)) == 0
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
+def test_wrong_words_and_sources_are_refused_and_leave_no_trace(source, vae, tmp_path, refused):
+    out, both = tmp_path / 'a' / 'out', tmp_path / 'in'
+    for options, message in (
         ({'batch_size': 0}, '--batch-size: 0 must be at least 1'),
         ({'compression': 'rar'}, "--compression 'rar' is not known"),
         ({'max_unreadable': 1.5}, '--max-unreadable: 1.5 must be at least 0 and below 1'),
         ({'splits': 'test'}, '--splits test'),
-        ({'device': 'cuda'}, 'finds no GPU'),
         ({'held_out': 40}, 'hold out fewer'),
         ({'precison': 'fp32'}, "unrecognized arguments: --precison fp32. Did you mean '--precision'?"),
-    ],
-)
-def test_wrong_words_are_refused(source, vae, options, message, tmp_path, capsys):
-    if options.get('device') == 'cuda' and torch.cuda.is_available():
-        pytest.skip('--device cuda is refused only where there is no GPU, and this machine has one')
-    assert main(words(source, tmp_path / 'out', vae, **options)) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
-
-
-def test_pixels_take_no_words_about_autoencoders(source, tmp_path, capsys):
-    assert main(words(source, tmp_path / 'out', None, store='mean')) == 2
-    assert '--store says nothing without an autoencoder' in capsys.readouterr().err
-    assert main(['--source', str(source), '--out', str(tmp_path / 'out')]) == 2
-    assert 'give one of --autoencoder (or --vae) and --pixels' in capsys.readouterr().err
-
-
-def test_the_source_is_looked_at_before_the_autoencoder(tmp_path, capsys):
-    arguments = [
-        '--source',
-        str(tmp_path / 'no'),
-        '--out',
-        str(tmp_path / 'out'),
-        '--autoencoder',
-        str(tmp_path / 'vae'),
-    ]
-    assert main(arguments) == 2
-    assert capsys.readouterr().err == f'--source {tmp_path / "no"}: no such file or folder\n'
-
-
-def test_a_wrong_autoencoder_or_source_leaves_no_trace(source, vae, tmp_path, capsys):
-    assert main(words(source, tmp_path / 'out', str(tmp_path / 'no' / 'vae'))) == 2
-    assert 'no such folder' in capsys.readouterr().err
-    assert main(words(tmp_path / 'nowhere', tmp_path / 'a' / 'out', vae)) == 2
+    ):
+        refused(words(source, out, vae, **options), message)
+    if not torch.cuda.is_available():
+        refused(words(source, out, vae, device='cuda'), 'finds no GPU')
+    refused(words(source, out, None, store='mean'), '--store says nothing without an autoencoder')
+    neither = ['--source', str(source), '--out', str(out)]
+    refused(neither, 'give one of --autoencoder (or --vae) and --pixels')
+    refused(words(source, out, str(tmp_path / 'no' / 'vae')), 'no such folder')
+    # Before the autoencoder, which the hub would be asked for.
+    arguments = ['--source', str(tmp_path / 'no'), '--out', str(out), '--autoencoder', str(tmp_path / 'vae')]
+    assert refused(arguments) == f'--source {tmp_path / "no"}: no such file or folder\n'
+    make_images(both / 'train', 6), make_images(both / 'val', 6, classes=CLASSES[1:])
+    refused(words(both, out, vae), 'n01440764')
     (tmp_path / 'empty').mkdir()
-    assert main(words(tmp_path / 'empty', tmp_path / 'a' / 'out', vae)) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ['empty']
+    refused(words(tmp_path / 'empty', out, vae), 'no image in it')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'in']
 
 
-def test_output_elsewhere(source, vae, out, tmp_path, capsys):
+def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     remote, work = tmp_path / 'bucket#1', tmp_path / 'work'
     arguments = words(source, f'file://{remote}', vae, work=work)
     assert main(arguments) == 0
@@ -376,6 +345,5 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys):
     check_shards(remote / 'train', Manifest.load(remote / 'train'), hashes=True)
     assert Manifest.load(remote / 'train') == Manifest.load(out / 'train')
     before = digests(remote)
-    assert main(words(source, f'file://{remote}', vae, work=tmp_path / 'other')) == 2
-    assert 'is there already' in capsys.readouterr().err
+    refused(words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')
     assert digests(remote) == before and not (tmp_path / 'other').exists()

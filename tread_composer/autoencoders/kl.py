@@ -62,7 +62,26 @@ class KL:
         return self._network
 
     def _load(self) -> Any:
-        return _pretrained(self.path, self.subfolder, self.revision)
+        path, network = self.path, network_class(self.path)
+        # Hub ids are `owner/name`; anything else that is no folder is a mistyped path, not a reason to ask the network.
+        if not Path(path).is_dir() and (path.startswith(('.', '/', '~')) or path.count('/') != 1):
+            raise UserError(f'autoencoder {path!r}: no such folder, and not of the form owner/name of a hub id')
+        try:
+            # safetensors only: the other format is a pickle, which can run code when it is loaded
+            return network.from_pretrained(
+                path,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,  # else diffusers prints a hint to install accelerate at each load
+                subfolder=self.subfolder,
+                revision=self.revision,
+            )
+        except OSError as error:
+            raise UserError(
+                f'autoencoder {path!r}: no AutoencoderKL with safetensors weights could be loaded from there '
+                f'({error}). Give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id that '
+                f'is reachable'
+            ) from error
 
     @property
     def channels(self) -> int:
@@ -137,25 +156,3 @@ def network_class(path: str) -> Any:
             f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"
         ) from error
     return AutoencoderKL
-
-
-def _pretrained(path: str, subfolder: str | None, revision: str | None) -> Any:
-    autoencoder_kl = network_class(path)
-    # Hub ids are `owner/name`; anything else that is no folder is a mistyped path, not a reason to ask the network.
-    if not Path(path).is_dir() and (path.startswith(('.', '/', '~')) or path.count('/') != 1):
-        raise UserError(f'autoencoder {path!r}: no such folder, and not of the form owner/name of a hub id')
-    try:
-        # safetensors only: the other format is a pickle, which can run code when it is loaded
-        return autoencoder_kl.from_pretrained(
-            path,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # else diffusers prints a hint to install accelerate at each load
-            subfolder=subfolder,
-            revision=revision,
-        )
-    except OSError as error:
-        raise UserError(
-            f'autoencoder {path!r}: no AutoencoderKL with safetensors weights could be loaded from there ({error}). '
-            f'Give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id that is reachable'
-        ) from error

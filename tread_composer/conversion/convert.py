@@ -238,7 +238,7 @@ class Conversion:
             raw = b''
             for item in prepared_batches({plan.name: plan.source}, batches, self.encoder, workers=min(self.workers, 1)):
                 if (encoded := self._encoded(item)) is not None:
-                    views = encoded.arrays()
+                    views = encoded()
                     raw += b''.join(view[index].tobytes() for index in range(len(views[0])) for view in views)
             if not raw:
                 raise UserError(f'{plan.name}: none of about {_PROBE} images taken at random can be read')

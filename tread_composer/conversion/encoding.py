@@ -5,7 +5,6 @@ Legend: B samples, C channels of the latent (S stored channels: 2C for moments),
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,23 +25,9 @@ _DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 _PIXEL_CHANNELS = 3
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Results on their way from the device.
-
-    Args:
-        views: float16 ``[B, S, h, w]`` on the CPU: of the images, then of their mirror images if they are wanted.
-        arrived: On a GPU, what tells that the copy is complete; before that ``views`` hold rubbish.
-    """
-
-    views: list[Tensor]
-    arrived: Any = None
-
-    def arrays(self) -> list[np.ndarray]:
-        """The views as arrays; waits for them."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return [view.numpy() for view in self.views]
+Encoded = Callable[[], list[np.ndarray]]
+"""Waits for results on their way from the device: float16 ``[B, S, h, w]`` of the images, then of their mirror images
+if they are wanted."""
 
 
 class Encoder:
@@ -149,12 +134,17 @@ class ImageEncoder(Encoder):
             self._stored(view, f'{split}/{name}', positions).half().to('cpu', non_blocking=True)
             for name, view in views.items()
         ]
-        if self.device.type != 'cuda':
-            return Encoded(stored)
         # The main process goes on to the next batch at once; whoever reads these waits for the event.
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(self.device))
-        return Encoded(stored, arrived)
+        arrived = torch.cuda.Event() if self.device.type == 'cuda' else None
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(self.device))
+
+        def arrays() -> list[np.ndarray]:
+            if arrived is not None:
+                arrived.synchronize()
+            return [view.numpy() for view in stored]
+
+        return arrays
 
     def _stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
         if self._network is None:

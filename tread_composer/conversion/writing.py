@@ -109,7 +109,7 @@ class BackgroundWriter:
         if encoded is not None:
             labels = [int(source.labels[position]) for position in item.positions]
             names = [source.names[position] for position in item.positions]
-            writer.write(encoded.arrays(), labels, names)
+            writer.write(encoded(), labels, names)
 
     def _finish_current(self) -> None:
         if self._current is not None:

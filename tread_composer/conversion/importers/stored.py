@@ -134,4 +134,4 @@ class StoredLatents(Encoder):
 
     def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
         """Nothing is left to be done."""
-        return Encoded(list(samples_BVKHW.unbind(1)))
+        return lambda: [view_BKHW.numpy() for view_BKHW in samples_BVKHW.unbind(1)]

@@ -1,6 +1,5 @@
 """Labels of images that lie in no class folder: ImageNet's validation images, in three forms."""
 
-import csv
 import io
 import tarfile
 from collections.abc import Sequence
@@ -66,10 +65,18 @@ def _read_ground_truth(path: Path) -> dict[str, str]:
         text = path.read_text(encoding='utf-8-sig')
     except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
         raise UserError(f'ground_truth={path}: cannot be read: {error}. Expected {_THREE_FORMS}') from error
-    rows = _kaggle(path, text) if text.startswith('ImageId,PredictionString') else _two_columns(path, text)
-    truth = {_stem(name): label for name, label in rows}
-    if len(truth) != len(rows):
-        raise UserError(f'ground_truth={path}: {len(rows) - len(truth):,} images occur more than once')
+    is_kaggle = text.startswith('ImageId,PredictionString')
+    truth: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines()[is_kaggle:], start=1 + is_kaggle):
+        name, *words = line.replace(',', ' ').split() or ['']
+        # Kaggle: an image may show several objects, each as "synset x y x y"; the image has one class.
+        classes = set(words[::5]) if is_kaggle else set(words)
+        if len(classes) != 1 or not (is_kaggle or len(words) == 1):
+            raise UserError(f'ground_truth={path}: line {number}: {line!r} is not two columns. Expected {_THREE_FORMS}')
+        stem = _stem(name.rpartition('/')[2])
+        if stem in truth:
+            raise UserError(f'ground_truth={path}: line {number}: {stem} occurs more than once')
+        truth[stem] = classes.pop()
     return truth
 
 
@@ -92,27 +99,6 @@ def _numbered(
             f'ones, for {total:,} classes; 0 to {total - 1} must all occur, in the order of the sorted names'
         )
     return train_classes, labels
-
-
-def _kaggle(path: Path, text: str) -> list[tuple[str, str]]:
-    rows = []
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-        # An image may show several objects, each as "synset x y x y"; the image has one class.
-        classes = set(row[1].split()[::5]) if len(row) == 2 else set()
-        if len(classes) != 1:
-            raise UserError(f'ground_truth={path}: line {number}: {row!r} is not an image and boxes of one class')
-        rows.append((row[0], classes.pop()))
-    return rows[1:]
-
-
-def _two_columns(path: Path, text: str) -> list[tuple[str, str]]:
-    rows = [line.split() for line in text.splitlines()]
-    for number, words in enumerate(rows, start=1):
-        if len(words) != 2:
-            raise UserError(
-                f'ground_truth={path}: line {number}: {" ".join(words)!r} is not two columns. Expected {_THREE_FORMS}'
-            )
-    return [(name.rpartition('/')[2], label) for name, label in rows]
 
 
 def _devkit(path: Path) -> dict[str, str]:
