@@ -27,6 +27,7 @@ from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.resume_contract import ResumeContract
+from tread_composer.callbacks.sampling import SamplingCallback
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
 from tread_composer.config.components import Component
@@ -66,7 +67,7 @@ def build_trainer(
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     callbacks = _callbacks(config, contract, skipped_batches)
-    if isinstance(model.autoencoder, KL) and any(hasattr(callback, 'sampling') for callback in callbacks):
+    if isinstance(model.autoencoder, KL) and any(isinstance(callback, SamplingCallback) for callback in callbacks):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
     loggers = [component.take() for component in config.loggers.values()]
     arguments = config.trainer_arguments()
