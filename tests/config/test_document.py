@@ -1,5 +1,7 @@
 """Text to tree: inheritance, overrides, interpolation, and who wrote what."""
 
+import os
+
 import pytest
 
 from tread_composer.config import load_config
@@ -98,6 +100,8 @@ def test_override_forms(base):
         ('optimizer.betas.7=3', "is a list of 2; '7' is not a position"),
         ('data={local', 'the value is not YAML'),
         ('extends=other.yaml', 'can only be written in a file'),
+        ('seed=&a [*a]', 'contains itself'),
+        ('seed=' + '[' * 5000, 'nested hundreds of levels deep'),
     ],
 )
 def test_wrong_overrides(base, override, part, message):
@@ -105,6 +109,10 @@ def test_wrong_overrides(base, override, part, message):
     text = message('optimizer.betas=[0.1, 0.2]', override)
     assert text.startswith(f'command line: {override}: ')
     assert part in text
+
+
+# Each line holds the one above ten times: ten thousand million values in 300 bytes.
+_BOMB = 'a0: &a0 [x]\n' + ''.join(f'a{level}: &a{level} [{", ".join([f"*a{level - 1}"] * 10)}]\n' for level in range(1, 11))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,11 @@ def test_wrong_overrides(base, override, part, message):
         ('a: [1\n', 'line 2, column 1'),
         ('- 1\n', 'holds a list'),
         ('a: &a {b: *a}\n', 'contains itself'),
+        ('seed: &a [*a]\n', 'contains itself'),
+        (_BOMB, 'stand for more than 100,000 values'),
+        ('a: ' + '[' * 5000 + ']' * 5000, 'nested hundreds of levels deep'),
+        ('a: ' + '{a: ' * 5000 + '}' * 5000, 'nested hundreds of levels deep'),
+        ('#' * 2**21, 'not a regular file of at most 1,048,576 bytes'),
         ('a: {b: ${c}}\n', 'in quotes'),
     ],
 )
@@ -160,5 +173,12 @@ def test_yaml_1_1_surprises_stay_text(write):
 
 
 def test_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match='cannot be read'):
-        read_document(tmp_path)
+    os.mkfifo(tmp_path / 'pipe')  # reading it would wait for a writer that never comes
+    for path in (tmp_path, tmp_path / 'pipe', '/dev/zero'):
+        with pytest.raises(ConfigError, match='cannot be read .not a regular file'):
+            read_document(path)
+
+
+def test_an_anchor_may_be_used_again(write):
+    document = read_document(write('anchors.yaml', 'a: &a {b: [1, 2]}\nc: *a\n'))
+    assert document.data == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}

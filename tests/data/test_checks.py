@@ -47,6 +47,34 @@ def test_an_index_that_is_broken_or_absent_is_named(split: Path, manifest: Manif
         check_shards(split, manifest)
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('basename', '../shard.00003.mds', 'is no plain file name'),
+        ('basename', '/shard.00003.mds', 'is no plain file name'),
+        ('basename', '..', 'is no plain file name'),
+        ('basename', 'a\\b', 'is no plain file name'),
+        ('bytes', -1, 'must be a whole number >= 1'),
+        ('bytes', 3.5, 'must be a whole number >= 1'),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder_only(split: Path, manifest: Manifest, key: str, value, message: str):
+    index = json.loads((split / 'index.json').read_text())
+    index['shards'][3]['raw_data'][key] = value
+    (split / 'index.json').write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf'index\.json: shard 3: .*{message}'):
+        check_shards(split, manifest, remote=True)
+
+
+@pytest.mark.parametrize('samples', [0, -1, 1.5])
+def test_an_index_counts_samples(split: Path, manifest: Manifest, samples: float):
+    index = json.loads((split / 'index.json').read_text())
+    index['shards'][0]['samples'] = samples
+    (split / 'index.json').write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r'index\.json: shard 0: samples: .* must be a whole number'):
+        check_shards(split, manifest)
+
+
 def test_agreement_passes_where_the_run_says_nothing_or_the_same(manifest: Manifest):
     check_agreement(manifest)
     facts = {'channels': 1, 'kind': 'pixels', 'latent_size': (4, 6), 'autoencoder': 'pixels', 'num_classes': 3}

@@ -4,8 +4,10 @@ Only text becomes a tree here (`extends:`, `key=value`, interpolation); what the
 """
 
 import copy
+import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +22,8 @@ from tread_composer.config.registry import TABLES
 __all__ = ['Document', 'document_of', 'dump_yaml', 'read_document']
 
 _COMMAND_LINE = 'command line'
+_MAX_BYTES = 2**20
+_MAX_VALUES = 100_000
 
 _KEY = re.compile(r'[A-Za-z_][\w-]*(\.[\w-]+)*')
 _SCALARS = {
@@ -133,7 +137,7 @@ class Document:
         if key.split('.')[0] == 'extends':
             return 'extends can only be written in a file'
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = _parsed(text)
         except yaml.YAMLError as error:
             return f'the value is not YAML: {_yaml_text(error, text)}'
         node: Any = self.data
@@ -196,10 +200,7 @@ def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     document = Document(main=os.fspath(path))
     for name, tree in _chain(document.main):
-        try:
-            document.merge(tree, name)
-        except RecursionError:
-            raise _failure(name, 'an anchor (&name) contains itself; write the value out') from None
+        document.merge(tree, name)
     for override in overrides:
         document.override(override)
     return document.resolved()
@@ -256,10 +257,15 @@ def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _read_file(name: str, child: str) -> dict[str, Any]:
     """The tree in a file; ``child`` is the file that extends it."""
+    text = ''
     try:
+        status = os.stat(name)
+        # Reading a pipe or a device may never end.
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            raise OSError(f'not a regular file of at most {_MAX_BYTES:,} bytes')
         with open(name, encoding='utf-8') as file:
             text = file.read()
-        tree = yaml.load(text, Loader=_Loader)
+        tree = _parsed(text)
     except yaml.YAMLError as error:
         raise _failure(name, _yaml_text(error, text)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -271,6 +277,36 @@ def _read_file(name: str, child: str) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         raise _failure(name, f'holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
     return tree or {}
+
+
+def _parsed(text: str) -> Any:
+    """The one value in a YAML text; ``yaml.YAMLError`` also for one that no file of a run's size holds."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _expanded(root, {}) > _MAX_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f'its anchors (&name) stand for more than {_MAX_VALUES:,} values, or one contains itself; '
+                f'write the values out',
+                problem_mark=root.start_mark,
+            )
+        return loader.construct_document(root)
+    except RecursionError:
+        raise yaml.YAMLError('lists or mappings are nested hundreds of levels deep') from None
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many values a node stands for when each alias is replaced by what it names."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # until all within it is known: what is met again before that contains itself
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        items = node.value if isinstance(node, yaml.SequenceNode) else [child for pair in pairs for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded(item, sizes) for item in items)
+    return sizes[id(node)]
 
 
 def _yaml_text(error: yaml.YAMLError, text: str) -> str:

@@ -56,21 +56,37 @@ def read_index(folder: Path) -> list[Shard]:
     """The shards of a split, in order.
 
     Raises:
-        UserError: ``index.json`` is missing, broken or of another format than MDS.
+        UserError: ``index.json`` is missing, broken or of another format than MDS, or names a file outside of the folder.
     """
     path = folder / 'index.json'
-    shards, begin = [], 0
+    shards: list[Shard] = []
+    begin = 0
     try:
         for entry in json.loads(path.read_bytes())['shards']:
-            shards.append(Shard(folder, begin, MDSReader.from_json(str(folder), None, entry)))
-            begin += entry['samples']
+            shard = Shard(folder, begin, MDSReader.from_json(str(folder), None, entry))
+            shards.append(shard)
+            begin += shard.samples
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such file, so this is no finished data set; give the folder of one split') from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path}: empty or broken, or not an index of MDS shards ({error!r}); copy or prepare the data again'
         ) from error
+    for number, shard in enumerate(shards):
+        _check_entry(path, number, shard)
     return shards
+
+
+def _check_entry(path: Path, number: int, shard: Shard) -> None:
+    """Counts and names of one entry. An index may come from elsewhere: shards are fetched to the places that it names."""
+    counts = {'samples': shard.samples, **{f'{info.basename!r}: bytes': info.bytes for info in shard.forms}}
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise UserError(f'{path}: shard {number}: {name}: {count!r} must be a whole number >= 1')
+    for info in shard.forms:
+        if info.basename in ('', '.', '..') or any(character in info.basename for character in '/\\\0'):
+            text = 'is no plain file name. Shards lie in the folder of their index; a name that leads elsewhere would be'
+            raise UserError(f'{path}: shard {number}: {info.basename!r} {text} written there. Do not use these data')
 
 
 def file_faults(name: object, info: FileInfo, size: int, data: bytes | None = None) -> list[str]:
