@@ -1,6 +1,7 @@
 # The two commands of the README are `make quickstart` and `make test`. Both install what they need into .venv first,
 # may be run again, and survive an interrupted first run.
 #   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
+#   make fuzz            the loaders against 20,000 arbitrary files each, a quarter of an hour
 #   make lint            ruff and pyright
 #   make matrix          the tests on every stack, each in a .venv of its own (6 to 7 GB each)
 #   make lock            resolve every package of every stack anew into constraints/
@@ -29,7 +30,7 @@ ifeq ($(filter $(TORCH),$(TORCHES)),)
 $(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Installing beside your torch" in README.md)
 endif
 
-.PHONY: quickstart test lint matrix lock install $(TORCHES:%=lock-%)
+.PHONY: quickstart test fuzz lint matrix lock install $(TORCHES:%=lock-%)
 .DEFAULT_GOAL := quickstart
 
 quickstart: install
@@ -39,6 +40,9 @@ quickstart: install
 # begin (tests/conftest.py says which), so that none of them is left for the end.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: install
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=long --timeout=3600
 
 lint: install
 	$(BIN)/ruff check .

@@ -112,7 +112,9 @@ def test_wrong_overrides(base, override, part, message):
 
 
 # Each line holds the one above ten times: ten thousand million values in 300 bytes.
-_BOMB = 'a0: &a0 [x]\n' + ''.join(f'a{level}: &a{level} [{", ".join([f"*a{level - 1}"] * 10)}]\n' for level in range(1, 11))
+_BOMB = 'a0: &a0 [x]\n' + ''.join(
+    f'a{level}: &a{level} [{", ".join([f"*a{level - 1}"] * 10)}]\n' for level in range(1, 11)
+)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_yaml_1_1_surprises_stay_text(write):
 def test_file_that_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / 'pipe')  # reading it would wait for a writer that never comes
     for path in (tmp_path, tmp_path / 'pipe', '/dev/zero'):
-        with pytest.raises(ConfigError, match='cannot be read .not a regular file'):
+        with pytest.raises(ConfigError, match='not a regular file'):
             read_document(path)
 
 

@@ -109,7 +109,15 @@ def check_fit(config: Config) -> None:
         return
     check_expectations(config, manifest)  # before the model: what the data are decides its sizes
     with torch.device('meta'):
-        build_model(config, manifest)
+        model = build_model(config, manifest)
+    depth, num_tokens = config.depth(), getattr(model.denoiser, 'num_tokens', None)
+    for name, part in config.algorithms.items():
+        tokens_per_block = getattr(part.instance, 'tokens_per_block', None)
+        if None not in (tokens_per_block, depth, num_tokens):
+            try:
+                tokens_per_block(depth, num_tokens)
+            except ValueError as error:
+                raise UserError(f'algorithms.{name}: {error}') from None
     size, count = config.global_train_batch_size, manifest.num_samples
     if size > count:
         raise UserError(

@@ -9,6 +9,7 @@ from composer.loggers import Logger
 
 from tread_composer.callbacks.evaluation import Evaluation
 from tread_composer.callbacks.sampling import Weights, bare_model
+from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.digits import DigitsImages
 from tread_composer.metrics.measurer import Measurer
@@ -51,12 +52,12 @@ class DigitsQuality(Evaluation):
         interval: str | None = None,
         *,
         folder: str = 'runs/{run_name}',
-        num_samples: int = 500,
+        num_samples: ImageCount = 500,
         sampler: str = 'heun',
-        num_steps: int = 25,
-        guidance_scale: float = 1.0,
+        num_steps: Steps = 25,
+        guidance_scale: NonNegative = 1.0,
         weights: Weights = 'ema',
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if num_samples < _CLASSES or num_samples % _CLASSES:
             raise UserError(f'num_samples: {num_samples} must be a multiple of 10, so that all digits count alike')

@@ -13,6 +13,7 @@ from composer.utils import dist
 
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
+from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.progress import silent, to_stderr
@@ -83,13 +84,13 @@ class Evaluation(SamplingCallback):
         features: str = 'inception',
         inception: str | None = None,
         inception_sha256: str | None = None,
-        num_samples: int = 10_000,
+        num_samples: ImageCount = 10_000,
         labels: Labels = 'balanced',
         sampler: str = 'heun',
-        num_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_steps: Steps = 50,
+        guidance_scale: NonNegative = 1.0,
         weights: Weights = 'ema',
-        seed: int = 0,
+        seed: Seed = 0,
         batch_size: int = 64,
         kid_subset_size: int = 1000,
         folder: str = 'runs/{run_name}',

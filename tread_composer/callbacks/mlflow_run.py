@@ -23,8 +23,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MinLen
 from composer.core import State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
@@ -33,6 +34,7 @@ from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
+from tread_composer.io.files import check_writable
 
 __all__ = ['PATIENCE', 'MLflowRun']
 
@@ -71,10 +73,10 @@ class MLflowRun(MLFlowLogger):
 
     def __init__(
         self,
-        experiment_name: str,
+        experiment_name: Annotated[str, MinLen(1)],
         *,
         folder: str | None = None,
-        tracking_uri: str | None = None,
+        tracking_uri: Annotated[str | None, MinLen(1)] = None,
         tags: dict[str, str] | None = None,
         log_system_metrics: bool = False,
     ) -> None:
@@ -110,9 +112,11 @@ class MLflowRun(MLFlowLogger):
             UserError: It does not, is damaged, or is of another version of MLflow.
         """
         disable_mlflow_telemetry()
-        place, uri = _store(folder, tracking_uri)
-        if tracking_uri is None and not (place / 'mlflow.db').exists():
-            return f'{place}/mlflow.db: will be made'
+        _, uri = _store(folder, tracking_uri)
+        database = Path(uri.removeprefix('sqlite:///'))
+        if uri.startswith('sqlite:') and not database.exists():
+            check_writable(database)  # MLflow would try for minutes
+            return f'{database}: will be made'
         _ask(uri)
         return f'{without_password(uri)}: answers'
 
@@ -351,7 +355,7 @@ def _ask(uri: str) -> None:
     is_server = uri.startswith(('http:', 'https:'))
     if is_server:
         print(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s', file=sys.stderr, flush=True)
-    patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(PATIENCE / 2)}
+    patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(int(PATIENCE / 2))}
     saved = {name: os.environ.get(name) for name in patience}
     os.environ.update(patience)
     try:

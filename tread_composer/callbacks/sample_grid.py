@@ -1,14 +1,16 @@
 """A picture of what the model has learnt so far: one row per class, drawn while it trains."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model
+from tread_composer.core.bounds import NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.io.picture_grid import shown_classes
 from tread_composer.metrics.drawing import Draws
@@ -55,12 +57,12 @@ class SampleGrid(SamplingCallback):
         folder: str = 'runs/{run_name}/samples',
         classes: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
-        samples_per_class: int = 10,
+        samples_per_class: Annotated[int, Ge(1), Le(1000)] = 10,
         sampler: str = 'heun',
-        num_steps: int = 25,
-        guidance_scale: float = 1.0,
+        num_steps: Steps = 25,
+        guidance_scale: NonNegative = 1.0,
         weights: Weights = 'ema',
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if samples_per_class < 1:
             raise UserError(f'samples_per_class: {samples_per_class} must be at least 1')

@@ -161,7 +161,13 @@ class Document:
         return None
 
     def _interpolate(self) -> None:
-        leaves = [(path, text) for path, text in _texts(self.data) if '${' in text or text == '???']
+        texts = list(_texts(self.data))
+        for path, text in texts:
+            if '\0' in text:
+                self.problems.append(
+                    Problem(path, f'{text!r} holds a NUL character, which no name or path may; remove it')
+                )
+        leaves = [(path, text) for path, text in texts if '${' in text or text == '???']
         for path, text in leaves:
             # Grammar first and leaf by leaf: OmegaConf does not say where in a tree a malformed text stands.
             try:

@@ -7,8 +7,10 @@ checked, what it cannot write (functions, modules, open files) is refused by nam
 import collections.abc
 import dataclasses
 import enum
+import functools
 import inspect
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,11 +20,12 @@ from composer.core import Time, TimeUnit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
+from tread_composer.config.bounds import OF_OTHERS, is_length
 from tread_composer.core.protocols import TimeDistribution, Weighting
 
 __all__ = [
+    'Length',
     'Strict',
-    'TimeString',
     'native',
     'part_kind',
     'plain',
@@ -31,9 +34,8 @@ __all__ = [
     'yaml_type',
 ]
 
-# Arguments annotated as mere text that are times all the same.
-_TIME_NAMES = {'interval', 'update_interval', 'half_life', 'start_time', 'end_time'}
-_UNITS = ', '.join(f"'{unit.value}'" for unit in TimeUnit)
+# Arguments annotated as mere text that are times all the same, as are all whose name ends in "interval".
+_TIME_NAMES = {'half_life', 'start_time', 'end_time'}
 _LISTS = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 
 
@@ -65,7 +67,13 @@ class Strict(BaseModel):
     """The dataclass that this section stands for, where it is one argument of a constructor."""
 
 
-def _check_time(value: object) -> object:
+# Nothing counts tokens here, an iteration has no length, and seconds would make the same command another run.
+_UNITS = {'ep': 'epochs', 'ba': 'batches', 'sp': 'samples', 'dur': 'a share of the run'}
+_TIME = re.compile(rf'(\d[\d_]*(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)({"|".join(_UNITS)})')
+_LARGEST_COUNT = 10**12
+
+
+def _check_time(value: object, is_length: bool = False) -> object:
     shown = {'value': 'null' if value is None else repr(value)}
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise PydanticCustomError('time', '{value} is not a time; write a number and a unit, such as 200ba', shown)
@@ -74,10 +82,18 @@ def _check_time(value: object) -> object:
         is_whole = isinstance(value, int) or value.is_integer()
         text += "'{value}ep' or '{value}ba'" if is_whole else "'{value}dur' for that share of the run"
         raise PydanticCustomError('time', text, {'value': value})
-    if _is_time(value) and Time.from_timestring(value).value >= 0:
-        return value
-    text = "{value} is not a time: write a whole number >= 0 and one of the units {units}, such as '200ba' or '0.5dur'"
-    raise PydanticCustomError('time', text, {**shown, 'units': _UNITS})
+    units = ', '.join(f'{unit} ({meaning})' for unit, meaning in _UNITS.items())
+    if not _TIME.fullmatch(value) or not _is_time(value):
+        text = "{value} is not a time: write a whole number and one of the units {units}, such as '200ba' or '0.5dur'"
+        raise PydanticCustomError('time', text, {**shown, 'units': units})
+    time = Time.from_timestring(value)
+    if time.value > (1 if time.unit == TimeUnit.DURATION else _LARGEST_COUNT):
+        raise PydanticCustomError('time', '{value} is longer than any run; 1dur is all of it', shown)
+    if is_length and time.value == 0:
+        raise PydanticCustomError(
+            'time', '{value} has no length; write for example 200ba, or 1dur for once at the end', shown
+        )
+    return value
 
 
 def _is_time(value: Any) -> bool:
@@ -88,6 +104,11 @@ def _is_time(value: Any) -> bool:
 
 
 TimeString = Annotated[str, BeforeValidator(_check_time)]
+Length = Annotated[str, BeforeValidator(functools.partial(_check_time, is_length=True))]
+
+
+def _time_type(name: str) -> Any:
+    return Length if is_length(name) else TimeString
 
 
 def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
@@ -106,11 +127,12 @@ def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
     if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
         return yaml_type(type(default), name, default) if type(default) in (bool, int, float, str) else Any
     if annotation is str:
-        return TimeString if name in _TIME_NAMES or _is_time(default) else str
+        is_time = name in _TIME_NAMES or is_length(name) or _is_time(default)
+        return _time_type(name) if is_time else str
     if annotation in (int, float, bool, type(None), None) or origin is Literal:
         return annotation
     if Time in (annotation, origin):
-        return TimeString
+        return _time_type(name)
     if origin in (Union, types.UnionType):
         return _union(arguments, name, default)
     if origin in _LISTS:
@@ -187,7 +209,8 @@ def signature_fields(target: Callable[..., Any], skip: Collection[str] = ()) -> 
             default = factory()
         # torch marks a required argument behind an optional one with an object of its own
         required = default is parameter.empty or repr(default) == '<required parameter>'
-        kind = yaml_type(annotation, name, None if required else default)
+        bounds = OF_OTHERS if target.__module__.startswith(('composer.', 'torch.')) else {}
+        kind = bounds.get(name) or yaml_type(annotation, name, None if required else default)
         if kind is None:
             refused[name] = f'takes {inspect.formatannotation(annotation)}, which YAML cannot write; set it in Python'
         elif required:

@@ -1,16 +1,30 @@
 """Sections of the configuration that the builders read: which data, and how latents are normalized."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
-from tread_composer.core.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import AtLeast1, Positive, Seed, Workers
 
-__all__ = ['DATA', 'NORMALIZATIONS', 'Count', 'DigitsData', 'LatentsData', 'Name', 'PerChannelNormalization']
+__all__ = ['DATA', 'NORMALIZATIONS', 'Count', 'DigitsData', 'LatentsData', 'Name', 'RunName', 'PerChannelNormalization']
 
 Count = Annotated[int, Ge(0)]
 Name = Annotated[str, MinLen(1)]
+_RUN_NAME = re.compile(r'[\w][\w .,+=@~^()#:-]{0,199}')
+
+
+def _run_name(value: str) -> str:
+    if _RUN_NAME.fullmatch(value) and len(value.encode()) <= 200:
+        return value
+    text = '{value} names a folder: at most 200 letters, digits, spaces and -_.,+=@~^()#:, a letter or digit first'
+    raise PydanticCustomError('rule', text, {'value': repr(value[:60])})
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,8 @@ class DigitsData:
     name: ClassVar[Literal['digits']] = 'digits'
 
     local: str
-    num_workers: Count = 0
-    shuffle_seed: Count | None = None
+    num_workers: Workers = 0
+    shuffle_seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +82,8 @@ class LatentsData:
     num_classes: Count | None = None
     mirror: bool | None = None
     in_memory: bool = False
-    num_workers: Count | None = None
-    shuffle_seed: Count | None = None
+    num_workers: Workers | None = None
+    shuffle_seed: Seed | None = None
     cache_limit: AtLeast1 | str | None = None
     predownload: AtLeast1 | None = None
     num_canonical_nodes: AtLeast1 = 1

@@ -11,7 +11,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from pydantic import AfterValidator, create_model
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.schema import Strict, TimeString, signature_fields, yaml_type
+from tread_composer.config.schema import Length, Strict, signature_fields, yaml_type
 
 __all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section', 'trainer_keywords']
 
@@ -75,7 +75,7 @@ class ParallelismSettings(Strict):
 
 
 def _training_length(text: str) -> str:
-    if Time.from_timestring(text).unit == TimeUnit.DURATION or Time.from_timestring(text).value == 0:
+    if Time.from_timestring(text).unit == TimeUnit.DURATION:
         raise PydanticCustomError(
             'time', "{value} is no length of a run; write for example '100ep'", {'value': repr(text)}
         )
@@ -84,10 +84,10 @@ def _training_length(text: str) -> str:
 
 # Tighter than the Trainer's own annotations, or with a default of ours.
 _TIGHTER: dict[str, Any] = {
-    'max_duration': (Annotated[TimeString, AfterValidator(_training_length)], ...),
+    'max_duration': (Annotated[Length, AfterValidator(_training_length)], ...),
     # Composer's default is the number 1, which is an epoch.
-    'eval_interval': (TimeString, '1ep'),
-    'save_interval': (TimeString, '1ep'),
+    'eval_interval': (Length, '1ep'),
+    'save_interval': (Length, '1ep'),
     'console_stream': (Literal['stdout', 'stderr'], 'stderr'),
     'device': (Literal['cpu', 'gpu', 'mps', 'tpu', 'hpu', 'neuron'] | None, None),
     # A number with a point would be a share of tokens: for text only.

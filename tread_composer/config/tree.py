@@ -15,9 +15,9 @@ from tread_composer.config.components import Component
 from tread_composer.config.document import dump_yaml
 from tread_composer.config.registry import resolve
 from tread_composer.config.schema import plain
-from tread_composer.config.sections import Count, DigitsData, LatentsData, Name, PerChannelNormalization
+from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.core.bounds import AtLeast1
+from tread_composer.core.bounds import AtLeast1, Seed
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 
@@ -31,9 +31,9 @@ ComponentField = Annotated[InstanceOf[Component], _SECTION]
 class Config(TrainerSettings):
     """A whole run. Keywords of the Trainer stand beside the sections, under Composer's names."""
 
-    run_name: Name
+    run_name: RunName
     """Identifies the run: its folder, its MLflow run, its checkpoints."""
-    seed: Count = 17
+    seed: Seed = 17
     """Of weights, batches, noise, times, routes and label dropout."""
     global_train_batch_size: AtLeast1
     """Samples per step over all ranks; must be a multiple of the ranks."""

@@ -5,11 +5,19 @@ They are annotations and check nothing by themselves; a constructor that is call
 
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
-__all__ = ['AtLeast1', 'AtLeast2', 'NonNegative', 'Positive']
+__all__ = ['AtLeast1', 'AtLeast2', 'ImageCount', 'NonNegative', 'Positive', 'Seed', 'Steps', 'Workers']
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 AtLeast1 = Annotated[int, Ge(1)]
 AtLeast2 = Annotated[int, Ge(2)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+"""What numpy, torch and Python take alike."""
+Workers = Annotated[int, Ge(0), Le(1024)]
+"""Processes beside each rank."""
+Steps = Annotated[int, Ge(1), Le(10_000)]
+"""Of a sampler."""
+ImageCount = Annotated[int, Ge(1), Le(10_000_000)]
+"""To draw or to measure; 200 times what published numbers are of."""

@@ -7,7 +7,9 @@ description of a shard is sound and is used here.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash, is_hash
@@ -15,6 +17,36 @@ from streaming.base.hashing import get_hash, is_hash
 from tread_composer.core.errors import UserError
 
 __all__ = ['Shard', 'file_faults', 'read_index']
+
+
+def _plain_name(name: str) -> str:
+    # An index may come from elsewhere, and shards are fetched to the places that it names.
+    if name in ('', '.', '..') or any(character in name for character in '/\\\0'):
+        raise ValueError('is no plain file name, and shards lie in the folder of their index')
+    return name
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    basename: Annotated[str, AfterValidator(_plain_name)]
+    bytes: Annotated[int, Field(ge=1)]
+    hashes: dict[str, str]
+
+
+class _Entry(BaseModel):
+    """What is read of a shard here and by streaming."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal['mds']
+    samples: Annotated[int, Field(ge=1)]
+    raw_data: _File
+    zip_data: _File | None
+    compression: str | None
+    column_names: list[str]
+    column_encodings: list[str]
+    column_sizes: list[int | None]
 
 
 @dataclass(frozen=True)
@@ -62,31 +94,22 @@ def read_index(folder: Path) -> list[Shard]:
     shards: list[Shard] = []
     begin = 0
     try:
-        for entry in json.loads(path.read_bytes())['shards']:
-            shard = Shard(folder, begin, MDSReader.from_json(str(folder), None, entry))
-            shards.append(shard)
-            begin += shard.samples
+        for number, entry in enumerate(json.loads(path.read_bytes())['shards']):
+            place = f'shard {number}: '
+            _Entry.model_validate(entry)
+            shards.append(Shard(folder, begin, MDSReader.from_json(str(folder), None, entry)))
+            begin += shards[-1].samples
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such file, so this is no finished data set; give the folder of one split') from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        text = f'{".".join(map(str, fault["loc"]))}: {fault["input"]!r}: {fault["msg"].removeprefix("Value error, ")}'
+        raise UserError(f'{path}: {place}{text}; copy or prepare the data again') from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path}: empty or broken, or not an index of MDS shards ({error!r}); copy or prepare the data again'
         ) from error
-    for number, shard in enumerate(shards):
-        _check_entry(path, number, shard)
     return shards
-
-
-def _check_entry(path: Path, number: int, shard: Shard) -> None:
-    """Counts and names of one entry. An index may come from elsewhere: shards are fetched to the places that it names."""
-    counts = {'samples': shard.samples, **{f'{info.basename!r}: bytes': info.bytes for info in shard.forms}}
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise UserError(f'{path}: shard {number}: {name}: {count!r} must be a whole number >= 1')
-    for info in shard.forms:
-        if info.basename in ('', '.', '..') or any(character in info.basename for character in '/\\\0'):
-            text = 'is no plain file name. Shards lie in the folder of their index; a name that leads elsewhere would be'
-            raise UserError(f'{path}: shard {number}: {info.basename!r} {text} written there. Do not use these data')
 
 
 def file_faults(name: object, info: FileInfo, size: int, data: bytes | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from tread_composer.builders.run_folder import check_load_path, check_run_folder
 from tread_composer.config import Config, check_files, check_machine
 from tread_composer.config.registry import resolve
 from tread_composer.core.errors import UserError
+from tread_composer.io.files import check_writable
 from tread_composer.metrics.inception import check_weights, find_weights
 from tread_composer.run.machine import (
     check_disk,
@@ -20,7 +21,6 @@ from tread_composer.run.machine import (
     check_shared_memory,
     check_torch_build,
     check_versions,
-    check_writable,
 )
 from tread_composer.run.plan import data_state, make_plan
 
@@ -56,10 +56,11 @@ def check_run_machine(config: Config, world_size: int) -> None:
     Raises:
         UserError: The first fault, with its cure.
     """
-    names = ('shared memory', 'open files', 'run folder', 'free disk')
+    names = ('shared memory', 'open files', 'data folder', 'run folder', 'free disk')
     checks = _machine_checks(config, world_size) | _run_checks(config)
-    for name in names:
-        checks.get(name, str)()
+    for name, check in checks.items():
+        if name in names or name.startswith('loggers.'):
+            check()
 
 
 def _machine_checks(config: Config | None, world_size: int) -> dict[str, _Check]:
@@ -78,6 +79,9 @@ def _machine_checks(config: Config | None, world_size: int) -> dict[str, _Check]
 def _run_checks(config: Config) -> dict[str, _Check]:
     checks: dict[str, _Check] = {'device and precision': lambda: _passes(lambda: check_machine(config), 'fit together')}
     checks['data'] = lambda: _data(config)
+    is_made = config.data.name == 'digits' and not os.path.exists(config.data.local)
+    if is_made or getattr(config.data, 'remote', None) is not None:
+        checks['data folder'] = lambda: check_writable(config.data.local)
     if config.save_folder is not None and '://' not in config.save_folder:
         checks['run folder'] = lambda: _run_folder(config)
         checks['free disk'] = lambda: check_disk(run_folder(config), _CHECKPOINTS_AT_ONCE * _checkpoint_bytes(config))

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import socket
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +23,6 @@ __all__ = [
     'check_shared_memory',
     'check_torch_build',
     'check_versions',
-    'check_writable',
 ]
 
 _MIB, _GB = 2**20, 1e9
@@ -133,25 +131,6 @@ def check_open_files() -> str:
     if 0 <= limit < _OPEN_FILES:
         raise UserError(f'a process may open {limit} files here; raise the limit: ulimit -n 65536')
     return f'{"unlimited" if limit < 0 else f"{limit:,}"} open files'
-
-
-def check_writable(folder: str | Path) -> str:
-    """Whether files can be made in a folder, or the folder itself; tried with a file that is removed again.
-
-    Raises:
-        UserError: They cannot.
-    """
-    place = Path(folder)
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'{folder}: no file can be made in {place}: {error.strerror}. Choose a folder of yours'
-        ) from None
-    return f'{folder}: can be written to'
 
 
 def check_disk(folder: str | Path, needed: float) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from tread_composer.core.bounds import ImageCount, Seed
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, Weights, check_request
 from tread_composer.samplers.settings import SamplingSettings
@@ -54,10 +55,10 @@ class SamplesRequest:
     weak: str | None = None
     weak_weights: Weights = 'ema'
     classes: tuple[int, ...] | None = None
-    per_class: Annotated[int | None, Ge(1)] = None
-    count: Annotated[int | None, Ge(1)] = None
+    per_class: ImageCount | None = None
+    count: ImageCount | None = None
     labels_file: str | None = None
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     formats: Annotated[tuple[Literal['png', 'npz', 'mds'], ...], Flag('--format')] = ('png',)
     batch_size: Annotated[int, Ge(1)] = 64
     device: Device | None = None

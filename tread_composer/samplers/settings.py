@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from tread_composer import samplers
+from tread_composer.core.bounds import Steps
 from tread_composer.core.options import Flag
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class SamplingSettings:
     """
 
     sampler: str = 'heun'
-    num_steps: Annotated[int, Flag('--steps')] = 50
+    num_steps: Annotated[Steps, Flag('--steps')] = 50
     sampler_settings: Mapping[str, float] = field(default_factory=dict)
     guidance: str = ''
     guidance_scale: float = 1.0
@@ -57,8 +58,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         # A frozen dataclass: what is made canonical here is set past its guard.
         check_choice('guided_channels', self.guided_channels, GuidedChannels)
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number, at least 1')
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or not 1 <= self.num_steps <= 10_000:
+            raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number from 1 to 10,000')
         self._check_numbers()
         if not self.guidance:
             object.__setattr__(self, 'guidance', samplers.default_guidance(self.guidance_scale))

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
+from tread_composer.core.bounds import ImageCount, Seed, Steps
 from tread_composer.core.options import Device, Flag, Weights, check_request
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.sample.request import Overrides, check_overrides
@@ -48,9 +49,9 @@ class SweepRequest:
     guidances: tuple[Mapping[str, Any], ...] = ({'guidance': 'classifier_free'},)
     weights: tuple[Weights, ...] = ('ema',)
     sampler: str = 'heun'
-    num_steps: Annotated[int, Flag('--steps')] = 50
-    num_samples: Annotated[int, Ge(2), Flag('--count', '--samples')] = 10_000
-    seed: Annotated[int, Ge(0)] = 0
+    num_steps: Annotated[Steps, Flag('--steps')] = 50
+    num_samples: Annotated[ImageCount, Ge(2), Flag('--count', '--samples')] = 10_000
+    seed: Seed = 0
     device: Device | None = None
     overrides: Overrides = field(default_factory=dict)
 
