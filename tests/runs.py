@@ -90,24 +90,27 @@ def launch(folder: Path, words: Sequence[str], ranks: int = 1, **variables: str)
 
 def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.CompletedProcess:
     """The same command in this process, without the seconds of its imports, and without MLflow's global state."""
-    out, err = io.StringIO(), io.StringIO()
-    words = ['train', str(yaml), *overrides, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false']
-    with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(words)
-        except Exception:
-            code = 1
-            traceback.print_exc()
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return _here(folder, [str(yaml), *overrides, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false'])
 
 
 def refused_here(folder: Path, yaml: str | Path, *overrides: str) -> str:
     """The message of a command that must end with exit code 2, print nothing else and write nothing."""
     before = sorted(folder.rglob('*'))
-    done = launch_here(folder, yaml, *overrides)
+    done = _here(folder, [str(yaml), *overrides])
     assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stdout + done.stderr
     assert sorted(folder.rglob('*')) == before
     return done.stderr
+
+
+def _here(folder: Path, words: Sequence[str]) -> subprocess.CompletedProcess:
+    out, err = io.StringIO(), io.StringIO()
+    with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(['train', *words])
+        except Exception:
+            code = 1
+            traceback.print_exc()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @functools.cache

@@ -262,3 +262,13 @@ def test_class_names_must_be_as_many_as_the_table_has(tmp_path):
     said = dataclasses.replace(SAID, class_names=str(tmp_path / 'names.json'))
     with pytest.raises(UserError, match='2 names for the 5 classes'):
         import_weights(path, tmp_path / 'a.safetensors', said, layout='dit')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    weights = make_weights(HEADS['sit'])
+    weights['y_embedder.embedding_table.weight'][0, 0] = value
+    theirs, out = saved(tmp_path / 'theirs.pt', 'sit', weights), tmp_path / 'model.safetensors'
+    with pytest.raises(UserError, match='weights hold NaN or infinity, such as '):
+        import_weights(theirs, out, SAID, layout='sit')
+    assert not out.exists()

@@ -1,5 +1,6 @@
 """Text to tree: inheritance, overrides, interpolation, and who wrote what."""
 
+import json
 import os
 
 import pytest
@@ -184,3 +185,31 @@ def test_file_that_cannot_be_read(tmp_path):
 def test_an_anchor_may_be_used_again(write):
     document = read_document(write('anchors.yaml', 'a: &a {b: [1, 2]}\nc: *a\n'))
     assert document.data == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}
+
+
+def test_what_a_logger_takes_from_the_environment_is_shown_nowhere(base, monkeypatch):
+    monkeypatch.setenv('TREAD_TEST_TOKEN', 'very-secret')
+    monkeypatch.setenv('TREAD_TEST_NAME', 'small')
+    words = [
+        'loggers.mlflow={experiment_name: x, tracking_uri: "https://me:${oc.env:TREAD_TEST_TOKEN}@host",'
+        ' tags: {a: "${oc.env:TREAD_TEST_TOKEN}", b: "https://me:literal-secret@host"}}',
+        'run_name=${oc.env:TREAD_TEST_NAME}',
+    ]
+    config = load_config(base, words)
+    assert config.loggers['mlflow'].kwargs['tracking_uri'] == 'https://me:very-secret@host'  # what the run uses
+    for text in (config.to_yaml(), json.dumps(config.to_dict())):
+        assert 'very-secret' not in text and 'literal-secret' not in text
+    assert config.to_dict()['run_name'] == 'small'  # it names the folder
+    base.with_name('config.yaml').write_text(config.to_yaml())
+    again = load_config(base.with_name('config.yaml'))
+    assert again.loggers['mlflow'].kwargs['tags']['a'] == 'very-secret'
+    assert again.to_yaml() == config.to_yaml()
+    monkeypatch.delenv('TREAD_TEST_TOKEN')
+    elsewhere = load_config(base.with_name('config.yaml'))  # whoever samples needs no token
+    assert elsewhere.loggers['mlflow'].kwargs['tags']['a'] == '***'
+
+
+def test_a_refusal_does_not_show_it_either(message, monkeypatch):
+    monkeypatch.setenv('TREAD_TEST_TOKEN', 'very-secret')
+    text = message('loggers.mlflow={experiment_name: x, log_system_metrics: "${oc.env:TREAD_TEST_TOKEN}"}')
+    assert "log_system_metrics: '***' is not true or false" in text

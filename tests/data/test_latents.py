@@ -240,12 +240,19 @@ def test_an_epoch_without_a_batch_is_refused(split: Path):
 def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_path: Path, with_remote: bool):
     remote = str(split) if with_remote else None
     local = tmp_path / 'cache' if with_remote else split
+    before = set(os.listdir('/dev/shm'))
+    living = train_loader(split, batch_size=4)
+    of_living = set(os.listdir('/dev/shm')) - before
     killed = start(read_and_wait, local, remote, tmp_path / 'ready')
     assert wait_until((tmp_path / 'ready').exists, killed)
+    left = set(os.listdir('/dev/shm')) - before - of_living
     killed.kill()
     killed.join()
+    assert len(left) > 8
     assert exit_codes([start(read_all, local, remote, tmp_path / 'result')]) == [0]
     assert (tmp_path / 'result').read_text() == str(SAMPLES)
+    assert not left & set(os.listdir('/dev/shm'))  # what the killed one left is gone
+    assert of_living <= set(os.listdir('/dev/shm')) and len(list(living)) == SAMPLES // 4  # and nobody else's
     shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from composer.utils import dist
 
+from tread_composer.core.masking import without_secrets
+
 __all__ = ['environment']
 
 _PACKAGES = {
@@ -38,7 +40,7 @@ def environment() -> dict[str, Any]:
         'platform': platform.platform(),
         'packages': {'torch': torch.__version__, **{name: _version(package) for name, package in _PACKAGES.items()}},
         'code': _code(Path(__file__).resolve().parent),
-        'command': [_without_secret(word) for word in sys.argv],
+        'command': [without_secrets(_without_secret(word)) for word in sys.argv],
         'cpu': _cpu(),
         'cpu_count': os.cpu_count(),
         'torch_threads': torch.get_num_threads(),

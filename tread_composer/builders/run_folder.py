@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from composer.utils import dist, is_compressed_pt, is_tar
+from composer.utils import dist, is_compressed_pt, is_tar, maybe_create_object_store_from_uri, parse_uri
 
 from tread_composer.builders.environment import environment
 from tread_composer.builders.run_data import with_planned_numbers
@@ -116,6 +116,8 @@ def check_load_path(config: Config) -> None:
         return
     if is_tar(text):
         raise UserError(f'load_path: {text}: archives are not unpacked; unpack it, and give the checkpoint within')
+    if '://' in text:
+        _check_remote(text)
     if '://' in text or '{' in text or is_compressed_pt(text):
         return
     try:
@@ -132,6 +134,19 @@ def check_load_path(config: Config) -> None:
             f'load_path: {text} is a {kind} checkpoint, and this run reads {expected} ones; '
             f'set parallelism_config.fsdp.state_dict_type={kind}'
         )
+
+
+def _check_remote(address: str) -> None:
+    """Ask the object store for a checkpoint's size: a wrong address or password is found before anything is made."""
+    try:
+        store = maybe_create_object_store_from_uri(address)
+        if store is not None and not address.endswith('/'):  # a sharded one is a folder, and has no size
+            store.get_object_size(parse_uri(address)[2])
+    except Exception as error:  # each kind of store has errors of its own
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f'load_path: {address}: cannot be read: {reason}. Check the address and the credentials'
+        ) from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank
+from tread_composer.core.masking import printable
 from tread_composer.core.options import Device, Flag
 
 __all__ = ['convert_main', 'import_main', 'inspect_main', 'verify_main']
@@ -77,7 +78,7 @@ def verify_folder(
 
     faults = verify(folder, sample_every=sample_every, say=_say)
     for fault in faults:
-        print(fault)
+        print(printable(fault))
     print(f'{len(faults)} fault{"s" * (len(faults) != 1)} found' if faults else 'no fault found')
     return 1 if faults else 0
 

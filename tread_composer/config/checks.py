@@ -16,6 +16,7 @@ from tread_composer.algorithms.rules import (
     without_checkpoints_only,
 )
 from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.places import place_problems
 from tread_composer.config.registry import is_ours, resolve
 from tread_composer.config.sections import LatentsData
 from tread_composer.config.sharding import sharding_problems
@@ -36,7 +37,7 @@ def joint_problems(config: Config, world_size: int) -> list[Problem]:
     problems = [*_batches(config, world_size), *sharding_problems(config, world_size)]
     for rule in (_preset, _algorithms, _combinations, _composers, _saving, _averages, _learned_variance):
         problems += rule(config)
-    for rule in (_samplers, _latents, _rest):
+    for rule in (_samplers, _latents, _rest, place_problems):
         problems += rule(config)
     return problems
 
@@ -143,13 +144,6 @@ def _saving(config: Config) -> Iterator[Problem]:
     if keep < 1 and keep != -1:
         text = 'leaves no checkpoint to go on from; keep at least 1, or all with -1 (save_folder=null saves none)'
         yield Problem(('save_num_checkpoints_to_keep',), f'{keep} {text}')
-    text = 'is no name to find the newest whole checkpoint by; it must hold ba{batch}, without folders'
-    name = config.save_filename
-    if 'ba{batch}' not in name or '/' in name or not name.endswith('.pt'):
-        yield Problem(('save_filename',), f'{name!r} {text} and end in .pt, uncompressed')
-    prefix = getattr(getattr(config.parallelism_config, 'fsdp', None), 'sharded_ckpt_prefix_dir', None)  # FSDP1's
-    if prefix is not None and ('ba{batch}' not in prefix or '/' in prefix):
-        yield Problem(('parallelism_config', 'fsdp', 'sharded_ckpt_prefix_dir'), f'{prefix!r} {text}')
 
 
 def _averages(config: Config) -> Iterator[Problem]:
@@ -217,6 +211,8 @@ def _latents(config: Config) -> Iterator[Problem]:
 
 def _rest(config: Config) -> Iterator[Problem]:
     data = config.data
+    if config.precision_config is not None and config.precision_name != 'amp_fp8':
+        yield Problem(('precision_config',), 'is for precision amp_fp8 only; take it out')
     if 'digits_quality' in config.callbacks and data.name != 'digits':
         text = f'measures the ten digits, and the data are {data.name!r}; remove it (callbacks.digits_quality=null)'
         yield Problem(('callbacks', 'digits_quality'), text)

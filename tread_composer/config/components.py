@@ -1,6 +1,7 @@
 """Parts of a run by name: checked once against the constructor's signature, built once, asked afterwards."""
 
 import functools
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -39,6 +40,12 @@ _UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_c
 _NARROWER: dict[str, dict[str, Any]] = {
     'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
 }
+# Composer says so when it makes them, behind the data and the model.
+_PACKAGES = {
+    'cometml_logger': 'comet_ml', 'mlperf_callback': 'mlperf_logging', 'mosaicml_logger': 'mcli',
+    'neptune_logger': 'neptune', 'slack_logger': 'slack_sdk', 'tensorboard_logger': 'tensorboard',
+    'wandb_logger': 'wandb',
+}  # fmt: skip
 # Pure constructors: called at load, so that a value out of range is refused before data or model exist. Callbacks of
 # Composer's and loggers are not: theirs may write or connect.
 _PURE = ('algorithm', 'autoencoder', 'objective', 'optimizer', 'scheduler', 'time_distribution', 'weighting')
@@ -143,6 +150,8 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
             lacking = lacks(kind, resolve(kind, name))
             if lacking:
                 return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
+        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise ImportError(f'the package {_PACKAGES[name]!r} is not installed')
         schema = component_schema(kind, name)
     except ImportError as error:
         return empty, [Problem(name_path, f'cannot be used here: {error}; {remedy}')]

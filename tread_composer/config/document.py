@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,10 +18,12 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from tread_composer.config.errors import ConfigError, Path, Problem, dotted
 from tread_composer.config.registry import TABLES
+from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'read_document']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'read_document', 'with_values']
 
 _COMMAND_LINE = 'command line'
+_FROM_ENVIRONMENT = '${oc.env:'
 _MAX_BYTES = 2**20
 _MAX_VALUES = 100_000
 
@@ -80,6 +82,8 @@ class Document:
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[Path, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    references: dict[Path, str] = field(default_factory=dict)
+    """What was written for values that come from the environment and are nobody else's business."""
 
     def source_of(self, path: Path) -> str:
         """The file (or the command line) that the value at ``path``, or the nearest one around it, comes from."""
@@ -195,6 +199,10 @@ class Document:
                 self.problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
         if not self.problems:
             self.data = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            self.references = {path: text for path, text in leaves if _FROM_ENVIRONMENT in text and _is_private(path)}
+            values = dict(_texts(self.data))
+            for path in self.references:
+                keep_secret(values.get(path, ''))
 
 
 def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
@@ -223,9 +231,34 @@ def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) 
     return document.resolved()
 
 
-def dump_yaml(tree: dict[str, Any]) -> str:
-    """YAML text that ``read_document`` reads back as the same tree."""
-    return yaml.dump(_escaped(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None) -> str:
+    """YAML text that ``read_document`` reads back as the same tree.
+
+    At the places of ``references`` it has the reference in place of the value; where the variable is not set when it
+    is read, it stands for ``***``.
+    """
+    texts = {
+        path: re.sub(r'\$\{oc\.env:(\w+)\}', rf"${{oc.env:\1,'{MASK}'}}", text)
+        for path, text in (references or {}).items()
+    }
+    tree = with_values(_escaped(tree), texts)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_values(tree: dict[str, Any], values: Mapping[Path, str]) -> dict[str, Any]:
+    """The tree, with other texts at these places where something stands there."""
+    for path, text in values.items():
+        node: Any = tree
+        for key in path[:-1]:
+            node = node[key] if isinstance(node, list) else node.get(key, {})
+        if isinstance(node, list) or path[-1] in node:
+            node[path[-1]] = text
+    return tree
+
+
+def _is_private(path: Path) -> bool:
+    """Where addresses of servers and tokens stand. Other settings decide or name the run, and every record shows them."""
+    return path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')
 
 
 def _escaped(value: Any) -> Any:

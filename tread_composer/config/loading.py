@@ -100,6 +100,8 @@ def _validated(document: Document) -> tuple[Config, list[Problem]]:
     if tree.get('autoresume') is None:
         tree['autoresume'] = tree.get('save_folder') is not None
     config, faults = check(Config, tree)
+    if config is not None:
+        config._references = document.references  # type: ignore[attr-defined]
     for problem in faults:
         key = str(problem.path[0]) if len(problem.path) == 1 else ''
         is_explained = key in _REMEDIES and tree.get(key) is None

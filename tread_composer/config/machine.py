@@ -35,12 +35,16 @@ def _problems(config: Config) -> Iterator[Problem]:
     if config.device == 'gpu' and not has_gpu:
         text = "'gpu': torch finds no CUDA device here; take device=cpu or another machine"
         yield Problem(('device',), text)
+    if config.device == 'mps' and not torch.backends.mps.is_available():
+        yield Problem(('device',), "'mps': this is no Mac with Apple's GPU; take device=cpu")
     on_cpu = config.device == 'cpu' or (config.device is None and not has_gpu)
     if on_cpu:
         yield from sharding_needs_gpu(config)
     if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
         text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
         yield Problem(('precision',), text)
+    if on_cpu and config.optimizer.kwargs.get('capturable'):
+        yield Problem(('optimizer', 'capturable'), 'true is for CUDA graphs, and the run would be on the CPU')
     if config.model.kwargs.get('kernel') == 'fused':
         reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
         if reason is not None:

@@ -5,6 +5,7 @@ import inspect
 import os
 from typing import Annotated, Any, Literal
 
+import torch
 from composer import Trainer
 from composer.core import Time, TimeUnit
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
@@ -74,6 +75,26 @@ class ParallelismSettings(Strict):
     fsdp: fsdp_section(os.environ.get('FSDP_VERSION', '1')) | None = None  # type: ignore[valid-type]
 
 
+def _backend(name: str) -> str:
+    names = torch.compiler.list_backends(exclude_tags=())
+    if name not in names:
+        raise PydanticCustomError(
+            'rule', '{value} is none of {names}', {'value': repr(name), 'names': ', '.join(names)}
+        )
+    return name
+
+
+class CompileSettings(Strict):
+    """``compile_config``: arguments of ``torch.compile`` for the whole model."""
+
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    backend: Annotated[str, AfterValidator(_backend)] = 'inductor'
+    mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = None
+    options: dict[str, Any] | None = None
+    disable: bool = False
+
+
 def _training_length(text: str) -> str:
     if Time.from_timestring(text).unit == TimeUnit.DURATION:
         raise PydanticCustomError(
@@ -89,7 +110,9 @@ _TIGHTER: dict[str, Any] = {
     'eval_interval': (Length, '1ep'),
     'save_interval': (Length, '1ep'),
     'console_stream': (Literal['stdout', 'stderr'], 'stderr'),
-    'device': (Literal['cpu', 'gpu', 'mps', 'tpu', 'hpu', 'neuron'] | None, None),
+    'device': (Literal['cpu', 'gpu', 'mps'] | None, None),
+    'python_log_level': (Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] | None, None),
+    'compile_config': (CompileSettings | None, None),
     # A number with a point would be a share of tokens: for text only.
     'device_train_microbatch_size': (int | Literal['auto'] | None, None),
     'parallelism_config': (ParallelismSettings | None, None),

@@ -7,24 +7,27 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import InstanceOf, SkipValidation, WithJsonSchema
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
 
 from tread_composer.callbacks.update_guard import OnNonfinite
 from tread_composer.config.components import Component
-from tread_composer.config.document import dump_yaml
+from tread_composer.config.document import dump_yaml, with_values
+from tread_composer.config.errors import Path
 from tread_composer.config.registry import resolve
 from tread_composer.config.schema import plain
 from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
 from tread_composer.core.bounds import AtLeast1, Seed
+from tread_composer.core.masking import MASK, without_password
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 
 __all__ = ['Config', 'backbone_arguments']
 
 _SECTION = WithJsonSchema({'type': 'object'})
-OneOrPerChannel = float | Annotated[list[float], MinLen(1)]
+_Latent = Annotated[float, Ge(-1e6), Le(1e6)]
+OneOrPerChannel = _Latent | Annotated[list[_Latent], MinLen(1)]
 ComponentField = Annotated[InstanceOf[Component], _SECTION]
 
 
@@ -72,6 +75,8 @@ class Config(TrainerSettings):
     loggers: dict[str, ComponentField] = {}  # noqa: RUF012 - pydantic copies it
     """Name to arguments."""
 
+    _references: dict[Path, str] = PrivateAttr(default_factory=dict)
+
     @property
     def precision_name(self) -> str | None:
         """``precision`` as YAML has it."""
@@ -117,7 +122,10 @@ class Config(TrainerSettings):
         return {name: plain(value) for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``."""
+        """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``.
+
+        Without secrets: passwords in addresses, and what a logger or a callback takes from the environment, are ``***``.
+        """
         sections = [name for name in type(self).model_fields if name not in TrainerSettings.model_fields]
         tree: dict[str, Any] = {}
         for name in (*sections, *TrainerSettings.model_fields):
@@ -125,11 +133,11 @@ class Config(TrainerSettings):
             if value is None and type(self).model_fields[name].default is None:
                 continue
             tree[name] = _tree_of(value)
-        return tree
+        return with_values(_without_passwords(tree), dict.fromkeys(self._references, MASK))
 
     def to_yaml(self) -> str:
-        """``to_dict`` as YAML text."""
-        return dump_yaml(self.to_dict())
+        """``to_dict`` as YAML text, which names the variable of the environment in place of a secret."""
+        return dump_yaml(self.to_dict(), self._references)
 
 
 def backbone_arguments(model: Component) -> dict[str, Any]:
@@ -138,6 +146,14 @@ def backbone_arguments(model: Component) -> dict[str, Any]:
     arguments = {key: value for key, value in model.kwargs.items() if key not in ('preset', 'attention')}
     preset = model.kwargs.get('preset')
     return {**arguments, **resolve('backbone', model.name).presets[preset]} if preset else arguments  # type: ignore[attr-defined]
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_password(value)
+    if isinstance(value, dict):
+        return {key: _without_passwords(item) for key, item in value.items()}
+    return [_without_passwords(item) for item in value] if isinstance(value, list) else value
 
 
 def _tree_of(value: Any) -> Any:

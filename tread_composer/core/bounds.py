@@ -7,12 +7,28 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
-__all__ = ['AtLeast1', 'AtLeast2', 'ImageCount', 'NonNegative', 'Positive', 'Seed', 'Steps', 'Workers']
+__all__ = [
+    'AtLeast1',
+    'AtLeast2',
+    'Depth',
+    'ImageCount',
+    'NonNegative',
+    'Positive',
+    'Seed',
+    'Steps',
+    'Width',
+    'Workers',
+]
 
-Positive = Annotated[float, Gt(0)]
-NonNegative = Annotated[float, Ge(0)]
-AtLeast1 = Annotated[int, Ge(1)]
-AtLeast2 = Annotated[int, Ge(2)]
+# The upper bounds are far above what any run has, and far below what overflows or fills a machine.
+Positive = Annotated[float, Gt(0), Le(1e6)]
+NonNegative = Annotated[float, Ge(0), Le(1e6)]
+AtLeast1 = Annotated[int, Ge(1), Le(2**31)]
+AtLeast2 = Annotated[int, Ge(2), Le(2**20)]
+Width = Annotated[int, Ge(1), Le(2**16)]
+"""Of a layer, a head, a patch."""
+Depth = Annotated[int, Ge(1), Le(1024)]
+"""Blocks of a network."""
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What numpy, torch and Python take alike."""
 Workers = Annotated[int, Ge(0), Le(1024)]

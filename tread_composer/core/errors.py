@@ -3,11 +3,17 @@
 import difflib
 from collections.abc import Sequence
 
+from tread_composer.core.masking import printable, without_secrets
+
 __all__ = ['ResumeError', 'UserError', 'did_you_mean']
 
 
 class UserError(ValueError):
     """The input is at fault, not the program. The text names the thing, the value, the rule and the remedy."""
+
+    def __str__(self) -> str:
+        """The text, for a terminal."""
+        return printable(without_secrets(super().__str__()))
 
 
 class ResumeError(UserError):

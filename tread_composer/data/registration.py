@@ -9,13 +9,19 @@ has it; a number that another job takes in between is passed over.
 
 streaming does both steps on every rank, with barriers of the whole job in between; a lock around them would make two
 jobs wait for each other for ever. So the first rank of each node takes the number and tells the others.
+
+A job that is killed leaves its segments behind. Each number of ours has a file beside its segments that is locked as long
+as its job lives, so the next job can tell the dead from the living, and removes what is theirs.
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
@@ -29,6 +35,9 @@ from tread_composer.io.locks import locked, node_lock_path
 from tread_composer.io.ranks import gathered
 
 __all__ = ['numbered_in_turn']
+
+_SEGMENTS = Path('/dev/shm')  # elsewhere (macOS) they are no files, and nothing is removed
+_MARK = 'tread_composer'
 
 
 @contextlib.contextmanager
@@ -60,7 +69,9 @@ def _take_number(
         try:
             # Only against two jobs that fetch into one cache folder: each must see the folders of the other.
             with locked(node_lock_path('streaming')):
+                _remove_dead()
                 number, memory = _free_number(local, remote, retry)
+                _mark(number, memory)
         except (OSError, ValueError) as error:
             problem = f'{", ".join(local)}: cannot be registered on node {world.node}: {error}'
     answers = gathered((world.node, number, problem))
@@ -71,6 +82,42 @@ def _take_number(
         number = max(answer for node, answer, _ in answers if node == world.node)
         memory = SharedMemory(prefix._get_path(number, LOCALS), False)
     return number, memory
+
+
+def _mark(number: int, memory: SharedMemory) -> None:
+    if not _SEGMENTS.is_dir():
+        return
+    path = _SEGMENTS / prefix._get_path(number, _MARK)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel's: it goes with the process, however that ends
+    weakref.finalize(memory, _unmark, path, descriptor, os.getpid())
+
+
+def _unmark(path: Path, descriptor: int, process: int) -> None:
+    if os.getpid() == process:  # not in a fork, which has the same descriptor
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_dead() -> None:
+    """Remove what jobs of this user left that were killed."""
+    for path in _SEGMENTS.glob(f'*_{_MARK}'):
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:  # of another user, or gone in this moment
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # it lives
+        else:
+            number = int(path.name.partition('_')[0])
+            for name in (*SHM_TO_CLEAN, _MARK):
+                (_SEGMENTS / prefix._get_path(number, name)).unlink(missing_ok=True)
+            for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+                Path(gettempdir(), prefix._get_path(number, name)).unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def _free_number(local: list[str], remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:

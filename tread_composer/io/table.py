@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from tread_composer.core.masking import printable
+
 __all__ = ['text_table']
 
 _SIDES = {'l': 'left', 'r': 'right'}
@@ -21,4 +23,4 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], sides: str
     cells = [list(map(str, row)) for row in (head, *rows) if row]
     alignment = [_SIDES[side] for side in sides.ljust(len(cells[0]), 'r')]
     text = tabulate(cells, tablefmt='plain', colalign=alignment, disable_numparse=True)
-    return '\n'.join(line.rstrip() for line in text.splitlines())
+    return '\n'.join(printable(line.rstrip()) for line in text.split('\n'))

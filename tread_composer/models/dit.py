@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tread_composer.core.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.layers import Attention, Mlp, modulate
@@ -89,10 +89,10 @@ class DiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: AtLeast1 = 2,
-        hidden_size: AtLeast1 = 1152,
-        depth: AtLeast1 = 28,
-        num_heads: AtLeast1 = 16,
+        patch_size: Width = 2,
+        hidden_size: Width = 1152,
+        depth: Depth = 28,
+        num_heads: Width = 16,
         mlp_ratio: Positive = 4.0,
         learn_sigma: bool = False,
         qk_norm: Literal[False, 'rms', 'layer'] = False,

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tread_composer.core.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
@@ -156,10 +156,10 @@ class LightningDiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: AtLeast1 = 1,
-        hidden_size: AtLeast1 = 1152,
-        depth: AtLeast1 = 28,
-        num_heads: AtLeast1 = 16,
+        patch_size: Width = 1,
+        hidden_size: Width = 1152,
+        depth: Depth = 28,
+        num_heads: Width = 16,
         mlp_ratio: Positive = 4.0,
         qk_norm: QKNorm = False,
         learn_sigma: bool = False,

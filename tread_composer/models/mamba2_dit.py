@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tread_composer.core.bounds import AtLeast1, Positive
+from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
 from tread_composer.models.layers import Mlp, modulate
@@ -122,15 +122,15 @@ class Mamba2DiT(LatentTransformer):
         latent_size: int,
         in_channels: int,
         num_classes: int,
-        patch_size: AtLeast1 = 2,
-        hidden_size: AtLeast1 = 1152,
-        depth: AtLeast1 = 28,
-        expand: AtLeast1 = 2,
-        head_size: AtLeast1 = 64,
-        state_size: AtLeast1 = 64,
+        patch_size: Width = 2,
+        hidden_size: Width = 1152,
+        depth: Depth = 28,
+        expand: Width = 2,
+        head_size: Width = 64,
+        state_size: Width = 64,
         mlp_ratio: Positive = 3.0,
         scan: Literal['raster', 'alternate'] = 'raster',
-        chunk_size: AtLeast1 = 256,
+        chunk_size: Width = 256,
         kernel: Literal['torch', 'fused'] = 'torch',
         learn_sigma: bool = False,
     ) -> None:

@@ -50,7 +50,7 @@ class LogitNormal:
         ValueError: ``std`` is not positive, or a number is not finite.
     """
 
-    mean: float = 0.0
+    mean: Annotated[float, Ge(-100), Le(100)] = 0.0
     std: Positive = 1.0
 
     def __post_init__(self) -> None:

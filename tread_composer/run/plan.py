@@ -17,6 +17,7 @@ from tread_composer.builders.run_data import check_expectations, planned_manifes
 from tread_composer.config import Config, check_files
 from tread_composer.config.sections import LatentsData
 from tread_composer.core.errors import UserError
+from tread_composer.core.masking import printable
 from tread_composer.data.checks import check_shards
 from tread_composer.routing import Route
 
@@ -192,7 +193,7 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         f'activations {memory["activations"]:.2f} (from shapes alone)',
     }
     width = max(map(len, rows))
-    table = '\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items())
+    table = printable('\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items()))
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
 
 

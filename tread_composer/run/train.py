@@ -23,6 +23,7 @@ from tread_composer.config import Config, check_files, check_machine, load_confi
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.core.launch import world_size
+from tread_composer.core.masking import printable
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.ranks import agreed, check_equal
 from tread_composer.io.rendezvous import Rendezvous
@@ -181,4 +182,4 @@ def report(trainer: Trainer, config: Config, status: str) -> str:
         rows.append(('checkpoints, config.yaml', config.save_folder.replace('{run_name}', config.run_name)))
     width = max(len(name) for name, _ in rows)
     rule = '-' * 72
-    return '\n'.join([rule, *(f'{name:<{width}}  {text}' for name, text in dict.fromkeys(rows)), rule])
+    return printable('\n'.join([rule, *(f'{name:<{width}}  {text}' for name, text in dict.fromkeys(rows)), rule]))

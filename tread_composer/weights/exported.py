@@ -79,13 +79,17 @@ def write_exported(path: str | os.PathLike[str], exported: Exported, extra: Mapp
     """Write the file in one step, with ``extra`` metadata; returns the digest of the weights.
 
     Raises:
-        UserError: There is such a file already, or it cannot be written.
+        UserError: There is such a file already, it cannot be written, or a weight is not finite.
     """
     path = Path(path)
     if path.suffix != '.safetensors':
         raise UserError(f'{path}: name it .safetensors; by that the other commands know such a file')
     if path.exists() and not overwrite:
         raise UserError(f'{path}: is there already; give another name, or --overwrite')
+    broken = [name for name, tensor in exported.tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        text = f'{len(broken)} of {len(exported.tensors)} weights hold NaN or infinity, such as {broken[0]}'
+        raise UserError(f'{path}: not written: {text}. Take an earlier checkpoint')
     digest = digest_of(exported.tensors)
     try:
         write_tensors(path, exported.tensors, {**_metadata(exported), 'digest': digest, **extra})
