@@ -1,6 +1,8 @@
 """Moments of a (tiny, random) AutoencoderKL: the example of streaming_data/README.md, then training on its output."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -64,6 +66,35 @@ def test_data_that_contradict_the_configuration_are_refused(folder, override, me
     done = run(folder, override, 'run_name=wrong', 'save_folder=runs/wrong')
     assert done.returncode == 2 and done.stderr.count(message) == 1, done.stdout + done.stderr
     assert 'Traceback' not in done.stderr and not (folder / 'runs' / 'wrong').exists()
+
+
+def rewritten(folder, tmp_path, splits, **changes):
+    """Data whose manifests say something else."""
+    shutil.copytree(folder / 'data' / 'mine', tmp_path / 'mine')
+    for split in splits:
+        path = tmp_path / 'mine' / split / 'manifest.json'
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {key: change(manifest) for key, change in changes.items()}))
+    return f'data.local={tmp_path}/mine'
+
+
+def test_splits_that_mean_other_things_are_refused(folder, tmp_path):
+    local = rewritten(folder, tmp_path, ['val'], class_names=lambda manifest: manifest['class_names'][::-1])
+    done = run(folder, local, 'run_name=wrong', 'save_folder=runs/wrong')
+    assert done.returncode == 2 and re.search(r"class_names: train has \['.*'\] as class 0, val has", done.stderr)
+    assert not (folder / 'runs' / 'wrong').exists()
+
+
+def test_a_label_that_is_no_class_ends_the_run_in_words(folder, tmp_path):
+    """It would be the null label: a class that is trained as none."""
+    fewer = {
+        'num_classes': lambda manifest: manifest['num_classes'] - 1,
+        'class_names': lambda manifest: manifest['class_names'][:-1],
+    }
+    local = rewritten(folder, tmp_path, ['train', 'val'], **fewer)
+    done = run(folder, local, 'run_name=label', 'save_folder=runs/label', 'max_duration=6ba')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert re.search(r'sample \d+ .* has the label (\d+), and manifest.json says num_classes=\1 ', done.stderr)
 
 
 def test_a_missing_shard_is_refused_before_the_first_step(folder):

@@ -37,7 +37,12 @@ def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataL
 
     def place(split: str) -> dict[str, Any]:
         uri = None if remote is None else f'{remote.rstrip("/")}/{names[split]}'
-        return {'local': os.path.join(data.local, names[split]), 'remote': uri, **common}
+        return {
+            'local': os.path.join(data.local, names[split]),
+            'remote': uri,
+            'num_classes': splits[split].num_classes,
+            **common,
+        }
 
     # Sizes in the YAML are those of all ranks together.
     train = train_loader(batch_size=config.global_train_batch_size // ranks, **place('train') | training)

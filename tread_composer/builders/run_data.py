@@ -1,5 +1,6 @@
 """The data of a run: made or found, held against the configuration, before anything is built."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,30 @@ def prepare_data(config: Config) -> dict[str, Manifest]:
         manifests[split] = Manifest.load(folder)
         check_shards(folder, manifests[split], remote=remote is not None)
         check_expectations(config, manifests[split])
+    _check_splits(config, manifests)
     return manifests
+
+
+def _check_splits(config: Config, manifests: dict[str, Manifest]) -> None:
+    """The evaluation split must mean by a label and a latent what the training split means."""
+    if 'eval' not in manifests:
+        return
+    names = ('kind', 'autoencoder', 'autoencoder_hash', 'latent_shape', 'crop', 'resolution', 'class_names')
+    for name in names:
+        train, held_out = (getattr(manifests[split], name) for split in ('train', 'eval'))
+        if train == held_out:
+            continue
+        if name == 'class_names':
+            pairs = itertools.zip_longest(train, held_out)
+            number = next(label for label, pair in enumerate(pairs) if pair[0] != pair[1])
+            train, held_out = (
+                f'{list(classes[number : number + 1])} as class {number}' for classes in (train, held_out)
+            )
+        folders = split_folders(config)
+        raise UserError(
+            f'data.local: {config.data.local}: {name}: {folders["train"]} has {train}, {folders["eval"]} has '
+            f'{held_out}; convert both in one go, or train without the second: data.eval_split=null'
+        )
 
 
 def check_expectations(config: Config, manifest: Manifest) -> None:

@@ -150,8 +150,6 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
             lacking = lacks(kind, resolve(kind, name))
             if lacking:
                 return empty, [Problem(name_path, f'{name!r} is no {kind}: {lacking}')]
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ImportError(f'the package {_PACKAGES[name]!r} is not installed')
         schema = component_schema(kind, name)
     except ImportError as error:
         return empty, [Problem(name_path, f'cannot be used here: {error}; {remedy}')]
@@ -163,6 +161,8 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
         return empty, problems
     if kind == 'optimizer' and 'lr' in schema.model_fields and 'lr' not in kwargs:
         return empty, [Problem((*path, 'lr'), 'is missing; a run says its learning rate, for example lr: 1.0e-4')]
+    if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
+        return empty, [Problem(path, f'cannot be used here: the package {_PACKAGES[name]!r} is not installed')]
     component = Component(kind, name, plain(settings, defaults=kind in SECTIONS))
     component.__dict__['settings'] = settings  # validated once
     fault = _fault(component) if kind in _PURE or (kind == 'callback' and is_ours(kind, name)) else None

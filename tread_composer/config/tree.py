@@ -124,7 +124,7 @@ class Config(TrainerSettings):
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``.
 
-        Without secrets: passwords in addresses, and what a logger or a callback takes from the environment, are ``***``.
+        Without secrets: passwords in addresses, and what loggers and callbacks take from the environment, are ``***``.
         """
         sections = [name for name in type(self).model_fields if name not in TrainerSettings.model_fields]
         tree: dict[str, Any] = {}

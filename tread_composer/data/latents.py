@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
+from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.data.mapped import MappedShard
 from tread_composer.data.registration import numbered_in_turn
 
-__all__ = ['LatentDataset', 'mirror_choices']
+__all__ = ['LatentDataset', 'ReadingError', 'mirror_choices']
 
 Sample = dict[str, Tensor]
 
@@ -35,6 +37,10 @@ def mirror_choices(seed: int, epoch: int, num_samples: int) -> NDArray[np.bool_]
     # The generator's raw bits: numpy keeps those from version to version, the derived distributions it may change.
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples // 64 + 1)
     return np.unpackbits(raw.astype('<u8').view(np.uint8), count=num_samples).astype(bool)
+
+
+class ReadingError(UserError, RuntimeError):
+    """Data cannot be read, or are not what they say, in the middle of an epoch."""
 
 
 class LatentDataset(StreamingDataset):
@@ -63,6 +69,7 @@ class LatentDataset(StreamingDataset):
         validate_hash: Hash to check fetched shards with, e.g. ``'xxh64'``. Only fetched shards are ever checked.
         download_retry: Attempts to fetch a shard, at least 1.
         download_timeout: Seconds for one attempt.
+        num_classes: With it, a sample of another class is refused when it is read; 0 knows only label 0.
 
     Raises:
         ValueError: ``mirror_seed`` is given and the data hold no mirrored latents.
@@ -83,7 +90,9 @@ class LatentDataset(StreamingDataset):
         validate_hash: str | None = None,
         download_retry: int = 2,
         download_timeout: float = 60,
+        num_classes: int | None = None,
     ) -> None:
+        self.num_classes = num_classes
         self.mirror_seed = mirror_seed
         self._mirrored: NDArray[np.bool_] | None = None  # of the epoch that is being iterated
         self._failure: BaseException | None = None
@@ -114,7 +123,11 @@ class LatentDataset(StreamingDataset):
             )
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """The sample at a position of the data set; fetches its shard if need be."""
+        """The sample at a position of the data set; fetches its shard if need be.
+
+        Raises:
+            UserError: Its label is no class.
+        """
         latents, label = self._chosen(sample_id, retry)
         return {
             # The array is a view of bytes that must not be written to; torch wants one that may.
@@ -129,6 +142,16 @@ class LatentDataset(StreamingDataset):
 
     def _chosen(self, sample_id: int, retry: int = 7) -> tuple[NDArray[np.float16], int]:
         """Latents of the image or of its mirror, as the epoch has it (not to be written to), and the label."""
+        latents, label = self._row(sample_id, retry)
+        # The number of classes is the null label: one too many would train the model without a class.
+        if self.num_classes is not None and not 0 <= label < max(self.num_classes, 1):
+            raise UserError(
+                f'sample {sample_id} ({self.name_of(sample_id)!r}) has the label {label}, and {MANIFEST_NAME} says '
+                f'num_classes={self.num_classes} (labels begin at 0): convert the images again'
+            )
+        return latents, label
+
+    def _row(self, sample_id: int, retry: int) -> tuple[NDArray[np.float16], int]:
         mirrored = self._mirrored is not None and self._mirrored[sample_id]
         name = LATENTS_MIRRORED if mirrored else LATENTS
         if not self._may_map:
@@ -189,7 +212,7 @@ class LatentDataset(StreamingDataset):
         """One epoch of this rank (and worker), for ``collate``: positions, or samples where shards are fetched.
 
         Raises:
-            RuntimeError: A shard could not be fetched or read, in this epoch or an earlier one; names it and how many
+            ReadingError: A shard could not be fetched or read, in this epoch or an earlier one; names it and how many
                 samples came before.
         """
         self._delivered = 0
@@ -209,7 +232,7 @@ class LatentDataset(StreamingDataset):
         """A batch of what iterating or indexing gives: ``[B, C, H, W]``, ``[B]`` and ``[B]``, keys as in a sample.
 
         Raises:
-            RuntimeError: A shard cannot be read.
+            ReadingError: A shard cannot be read, or a label is no class.
         """
         if isinstance(items[0], dict):
             return default_collate(list(items))
@@ -225,8 +248,8 @@ class LatentDataset(StreamingDataset):
             SAMPLE_IDS: torch.tensor(items, dtype=torch.int64),
         }
 
-    def _stopped(self, error: BaseException) -> RuntimeError:
-        return RuntimeError(
+    def _stopped(self, error: BaseException) -> 'ReadingError':
+        return ReadingError(
             f'{self.streams[0].local}: reading stopped in mid-epoch after {self._delivered} samples of this process: '
             f'{type(error).__name__}: {error}. Restore the data (compare it with its index: '
             f'streaming_data/verify.py), then resume from the last checkpoint'
