@@ -143,3 +143,23 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly():
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE
     assert b'Traceback' not in done.stderr and b'BrokenPipe' not in done.stderr
+
+
+def test_nodes_share_ranks_and_data(capsys):
+    words = ['--ranks', '8', '--nodes', '2', '--without-data']
+    text = plan(capsys, 'dit_xl_tread.yaml', *words).out
+    assert re.search(r'nodes +2 with 4 ranks each; an epoch takes each node to 100% of the shards', text)
+    shared = plan(capsys, 'dit_xl_tread.yaml', *words, 'data.num_canonical_nodes=4').out
+    assert 'takes each node to 50% of the shards' in shared
+    assert 'nodes' not in figures(capsys, 'digits.yaml', '--ranks', '2')['config']
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--ranks', '8', '--nodes', '3'], '--ranks 8 --nodes 3: every node has equally many ranks; take 9 ranks'),
+        (['--ranks', '8', '--nodes', '2', 'data.num_canonical_nodes=3'], 'data.num_canonical_nodes: 3 and 2 nodes'),
+    ],
+)
+def test_what_does_not_divide_among_the_nodes_is_refused(capsys, words, message):
+    assert message in plan(capsys, 'dit_xl_tread.yaml', *words, code=2).err

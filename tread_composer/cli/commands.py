@@ -47,6 +47,8 @@ def plan(
     overrides: Overrides = (),
     json_: Annotated[bool, Flag('--json')] = False,  # the module has the name
     ranks: Annotated[int | None, Ge(1)] = None,
+    nodes: Annotated[int, Ge(1)] = 1,
+    without_data: bool = False,
 ) -> None:
     """Print what a YAML file would do, and write nothing.
 
@@ -54,9 +56,11 @@ def plan(
         yaml: The file, for example yamls/digits_tread.yaml.
         overrides: Settings in place of the file's, for example optimizer.lr=2e-4.
         json_: Print figures and resolved configuration as JSON.
-        ranks: Number of processes to plan for (default: as launched).
+        ranks: Number of processes to plan for, on all nodes together (default: as launched).
+        nodes: Number of machines that they are on.
+        without_data: Exit with 0 although the data are not here yet.
 
-    Example: yamls/dit_xl_tread.yaml --ranks 8
+    Example: yamls/dit_xl_tread.yaml --ranks 16 --nodes 2
     """
     with importing():
         from tread_composer.builders.run_data import with_planned_numbers
@@ -66,13 +70,13 @@ def plan(
     ranks = ranks or world_size()
     config = load_config(yaml, overrides, world_size=ranks)
     state, problem = data_state(config)
-    figures = make_plan(config, ranks)
+    figures = make_plan(config, ranks, nodes)
     config = with_planned_numbers(config)
     if json_:
         print(json.dumps({**figures, 'data': state, 'config': config.to_dict()}, indent=2))
     else:
         print(format_plan(config, figures, state))
-    if problem is not None:  # the plan first: it says what was looked for
+    if problem is not None and not without_data:  # the plan first: it says what was looked for
         raise problem
 
 

@@ -257,7 +257,7 @@ def with_values(tree: dict[str, Any], values: Mapping[Path, str]) -> dict[str, A
 
 
 def _is_private(path: Path) -> bool:
-    """Where addresses of servers and tokens stand. Other settings decide or name the run, and every record shows them."""
+    """Where addresses of servers and tokens stand. Other settings decide or name the run: every record shows them."""
     return path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')
 
 

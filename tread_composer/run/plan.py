@@ -26,8 +26,8 @@ __all__ = ['data_state', 'format_plan', 'make_plan']
 _GIB = 2**30
 
 
-def make_plan(config: Config, world_size: int) -> dict[str, Any]:
-    """The figures of a run on so many ranks.
+def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]:
+    """The figures of a run on so many ranks, on so many machines.
 
     Returns:
         ``parameters``, ``tokens_per_block``, ``gmacs_dense`` (the network without token-saving methods) and
@@ -36,8 +36,11 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         ``memory_gib``, ...
 
     Raises:
-        UserError: Neither data nor configuration say what the latents look like.
+        UserError: Neither data nor configuration say what the latents look like, or the ranks or the paths through the
+            data do not divide among the nodes.
     """
+    paths = getattr(config.data, 'num_canonical_nodes', 1)
+    _check_nodes(paths, world_size, nodes)
     facts = _data_facts(config)
     with torch.device('meta'):
         denoiser = build_denoiser(config, **{key: facts[key] for key in ('channels', 'latent_size', 'num_classes')})
@@ -61,6 +64,8 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
         'sampling': sampling_cost(denoiser, facts),
         'limits': {name: text for name, text in map(_limit, algorithms.items()) if text},
         'world_size': world_size,
+        'nodes': nodes,
+        'share_of_shards_per_node': 1 / nodes if paths % nodes == 0 else 1 / paths,
         'samples_per_step': config.global_train_batch_size,
         'samples_per_rank': per_rank,
         'microbatch': micro,
@@ -71,6 +76,17 @@ def make_plan(config: Config, world_size: int) -> dict[str, Any]:
     # Files that an algorithm leaves beside the checkpoints; None where there are none.
     writers = [algorithm for algorithm in algorithms.values() if hasattr(algorithm, 'files_written')]
     return {**plan, 'snapshots': writers[0].files_written(plan) if writers else None}
+
+
+def _check_nodes(paths: int, world_size: int, nodes: int) -> None:
+    if world_size % nodes:
+        near = nodes * max(1, round(world_size / nodes))
+        raise UserError(f'--ranks {world_size} --nodes {nodes}: every node has equally many ranks; take {near} ranks')
+    if paths % nodes and nodes % paths:
+        raise UserError(
+            f'data.num_canonical_nodes: {paths} and {nodes} nodes: one must be a multiple of the other, so that each '
+            f'node has whole paths through the data; take {nodes} (another number makes another order)'
+        )
 
 
 def _in_words(route: Route, depth: int) -> str:
@@ -169,6 +185,10 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         length += (
             f' = {plan["epochs"]:.1f} epochs of {plan["batches_per_epoch"]} batches ({plan["num_samples"]:,} samples)'
         )
+    of_nodes = {}
+    if plan['nodes'] > 1:
+        text = f'{plan["nodes"]} with {plan["world_size"] // plan["nodes"]} ranks each; an epoch takes each node to '
+        of_nodes['nodes'] = f'{text}{plan["share_of_shards_per_node"]:.0%} of the shards'
     from_algorithms: dict[str, str] = {}
     for part in config.algorithms.values():
         from_algorithms |= part.instance.plan_rows(plan) if hasattr(part.instance, 'plan_rows') else {}
@@ -186,6 +206,7 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         **{f'limit of {name}': text for name, text in plan['limits'].items()},
         'samples per step': f'{plan["samples_per_step"]} = {plan["world_size"]} x {plan["samples_per_rank"]}, '
         f'in microbatches of {plan["microbatch"]}',
+        **of_nodes,
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
         'memory per device': f'about {memory["total"]:.2f} GiB unsharded: weights and gradients '
