@@ -59,7 +59,7 @@ def recommended_route(depth: int) -> Placement:
         raise ValueError(f'depth={depth}: a model has at least 1 block')
     if depth >= _FEWEST_FOR_AUTHORS:
         return Placement(Route(2, -4, _RATE), 'authors', _AUTHORS_REASONS)
-    before, after = _rounded(depth * _BEFORE), _rounded(depth * _AFTER)
+    before, after = (max(1, int(depth * share + 0.5)) for share in (_BEFORE, _AFTER))  # a half is rounded up
     if depth - before - after < 1:
         reason = f'{depth} blocks: with a dense block on either side none is left to route; train densely'
         return Placement(None, 'none', (reason,))
@@ -144,7 +144,3 @@ _AUTHORS_REASONS = (
     *_GUIDELINES,
     'rate 0.5: 0.25 gained less (FID 26.5 against 21.3) and 0.75 lost (49.3; dense 43.5)',
 )
-
-
-def _rounded(share: float) -> int:
-    return max(1, int(share + 0.5))

@@ -22,40 +22,22 @@ _CURVES_DARK = ['#6cb6f5', '#f59a55', '#57c99b', '#e58cc9', '#d9c34a', '#a3abff'
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        name: Text for the legend.
-        points: x and y, x ascending.
-        colour: Number of its colour and marker; the same run has the same one in all charts of a page.
-        marked: Index in ``points`` of the point to ring.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    colour: int = 0
-    marked: int | None = None
+    name: str  # in the legend
+    points: Sequence[tuple[float, float]]  # x and y, x ascending
+    colour: int = 0  # number of its colour and marker; the same run has the same one in all charts of a page
+    marked: int | None = None  # index in `points` of the point to ring
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis.
+    """Curves over a common axis; ``ValueError`` if there is no point, or one is not finite."""
 
-    Args:
-        x_label: Name and unit.
-        y_label: Name and direction, for example ``'FID (lower is better)'``.
-        curves: At least one, with at least one point.
-        level: A y value to draw a dashed line at.
-        level_label: What that line is.
-
-    Raises:
-        ValueError: There is no point, or one is not finite.
-    """
-
-    x_label: str
-    y_label: str
+    x_label: str  # name and unit
+    y_label: str  # name and direction, for example 'FID (lower is better)'
     curves: Sequence[Curve]
-    level: float | None = None
+    level: float | None = None  # a y value to draw a dashed line at
     level_label: str = ''
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from tread_composer.core.errors import UserError
 
 __all__ = [
     'UNFINISHED',
+    'check_writable',
     'full_disk_in_words',
     'read_json',
     'replace',
@@ -105,3 +106,22 @@ def full_disk_in_words(place: Path) -> Iterator[None]:
             f'{place}: cannot be written ({error}). What is finished is kept: make room or give leave, then run the '
             f'same command again'
         ) from error
+
+
+def check_writable(folder: str | Path) -> str:
+    """Whether files can be made in a folder, or the folder itself; tried with a file that is removed again.
+
+    Raises:
+        UserError: They cannot.
+    """
+    place = Path(folder)
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'{folder}: no file can be made in {place}: {error.strerror}. Choose a folder of yours'
+        ) from None
+    return f'{folder}: can be written to'

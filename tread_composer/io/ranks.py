@@ -143,18 +143,11 @@ def send_file(path: Path, nodes: Collection[int]) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that the ``composer`` launcher started, or the only one.
+    """This process among those that the ``composer`` launcher started, or the only one."""
 
-    Args:
-        rank: Of this process, over all nodes.
-        world: How many there are.
-        local_rank: On this node.
-        local_world: On this node.
-    """
-
-    rank: int = 0
+    rank: int = 0  # of this process, over all nodes
     world: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # of this process, on this node
     local_world: int = 1
 
     @classmethod
@@ -184,12 +177,8 @@ class Ranks:
     def check_shared(self, folder: Path, setting: str) -> None:
         """Refuse a folder that is another one on another node, before any work goes into it.
 
-        Args:
-            folder: It exists on the first rank.
-            setting: What names it, for the message.
-
         Raises:
-            UserError: On all ranks, with the nodes.
+            UserError: On all ranks, with the nodes and the ``setting`` that names the folder.
         """
         missing = sorted(nodes_without(folder)) if self.world > self.local_world else ()
         if missing:

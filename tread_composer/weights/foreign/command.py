@@ -10,7 +10,7 @@ from typing import Any
 
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import LatentFacts
 from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
