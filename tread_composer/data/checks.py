@@ -9,7 +9,7 @@ from streaming.base.storage.download import CloudDownloader
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.data.shards import Shard, file_faults, read_index
+from tread_composer.data.shards import file_faults, read_index
 from tread_composer.io.files import whole_file
 
 __all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
@@ -39,8 +39,15 @@ def check_shards(
             raise UserError(
                 f'{path}: columns of shard {number} are {shard.encodings}, the manifest describes {expected}; {_REMEDY}'
             )
-        if not remote:
-            _check_files(shard, hashes)
+        if remote:
+            continue
+        # Of the two forms that the index may know, raw and compressed, the first that is there must be right.
+        form = next((form for form in shard.forms if (shard.folder / form.basename).is_file()), None)
+        if form is None:
+            raise UserError(f'{shard.path}: this shard is missing; {_REMEDY}')
+        file = shard.folder / form.basename
+        for fault in file_faults(file, form, file.stat().st_size, file.read_bytes() if hashes else None):
+            raise UserError(f'{fault}; {_REMEDY}')
     total = sum(shard.samples for shard in shards)
     if total != manifest.num_samples:
         raise UserError(f'{path}: {total} samples, but the manifest has num_samples={manifest.num_samples}; {_REMEDY}')
@@ -98,13 +105,3 @@ _AGREEMENT_REMEDIES = {
     'latent_size': 'set the model up for the size of the data, or encode at another resolution',
     'num_classes': 'take the number from the data; 0 trains without labels',
 }
-
-
-def _check_files(shard: Shard, hashes: bool) -> None:
-    """Of the two forms that the index may know, raw and compressed, the first that is there must be right."""
-    form = next((form for form in shard.forms if (shard.folder / form.basename).is_file()), None)
-    if form is None:
-        raise UserError(f'{shard.path}: this shard is missing; {_REMEDY}')
-    path = shard.folder / form.basename
-    for fault in file_faults(path, form, path.stat().st_size, path.read_bytes() if hashes else None):
-        raise UserError(f'{fault}; {_REMEDY}')

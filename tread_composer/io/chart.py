@@ -70,8 +70,7 @@ class Chart:
         axes.set_xlim(left=min(0.0, *(x for curve in self.curves for x, _ in curve.points)))
         # Above instead of turned by 90 degrees: a long name of a metric has more room there.
         for label in (axes.set_xlabel(self.x_label), axes.set_title(self.y_label, loc='left', fontsize=10)):
-            label.set_parse_math(False)  # names are the users': a dollar sign is none of TeX
-            label.set_color(_LIGHT['ink'])
+            label.set(parse_math=False, color=_LIGHT['ink'])  # names are the users': a dollar sign is none of TeX
         axes.grid(color=_LIGHT['line'])
         axes.set_axisbelow(True)
         axes.tick_params(which='both', colors=_LIGHT['soft'])
@@ -110,21 +109,15 @@ def _figure(rows: Sequence[Sequence[Chart | str]]) -> Any:
                 place.text(0.5, 0.5, chart, ha='center', color=_LIGHT['ink'])
                 continue
             named = [(line, textwrap.fill(name, _LEGEND_WIDTH)) for line, name in chart.plot(place.subplots())]
-            _legend(place, named)
+            lines_drawn, names = zip(*named, strict=True)
+            labels = [str(number) for number in range(len(names))]
+            legend = place.legend(lines_drawn, labels, frameon=False, loc='outside lower center', fontsize=9)
+            # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
+            for text, name in zip(legend.get_texts(), names, strict=True):
+                text.set(parse_math=False, color=_LIGHT['ink'], text=name)
             lines = max(lines, sum(1 + name.count('\n') for _, name in named))
     figure.set_figheight((3.1 + 0.2 * lines) * len(rows))  # inches; two tenths for a line of a legend
     return figure
-
-
-def _legend(owner: Any, named: Sequence[tuple[Any, str]]) -> None:
-    lines, names = zip(*named, strict=True)
-    labels = [str(number) for number in range(len(names))]
-    legend = owner.legend(lines, labels, frameon=False, loc='outside lower center', fontsize=9)
-    # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_color(_LIGHT['ink'])
-        text.set_text(name)
 
 
 def _in_both_schemes(svg: str) -> str:
