@@ -38,11 +38,7 @@ def read_latents(
 ) -> RealLatents:
     """Samples at equal distances in the split that a run evaluates on; that it trains on where it has no other.
 
-    Args:
-        config: The run's configuration.
-        facts: What it knows of its training data.
-        num_samples: S.
-        folder: Another data set (a split, or the folder around it) in place of the run's own.
+    With ``folder``, of another data set (a split, or the folder around it) in place of the run's own.
 
     Raises:
         UserError: There are no such data, or fewer samples; they are damaged, or of another kind or shape.

@@ -43,11 +43,7 @@ def import_named(reference: str) -> Any:
 
 
 def part_named(name: str, table: Mapping[str, Any]) -> Any:
-    """The part behind a name of a registry, or behind ``package.module:Class``.
-
-    Args:
-        name: A key of the registry, or a reference.
-        table: The registry: by name, the part or a reference to it.
+    """The part behind a name of a registry, which may hold a reference to it, or behind ``package.module:Class``.
 
     Raises:
         ValueError: The registry has no such name, or the reference cannot be imported.

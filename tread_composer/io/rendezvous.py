@@ -33,10 +33,7 @@ _REMEDY = (
 
 
 class Rendezvous:
-    """The meeting of this process with the other ranks of its job; for the only rank, nothing to do.
-
-    Args:
-        limit: Seconds that ranks wait for each other.
+    """The meeting of this process with the other ranks of its job, who wait ``limit`` seconds for each other.
 
     Raises:
         UserError: The first rank cannot listen at ``MASTER_PORT``, or another cannot reach it within the limit.
@@ -85,11 +82,7 @@ class Rendezvous:
             raise
 
     def join(self, backend: str, timeout: float) -> None:
-        """Wait for all ranks, then make the process group.
-
-        Args:
-            backend: torch's name, ``gloo`` or ``nccl``.
-            timeout: Seconds that a collective of the group may take.
+        """Wait for all ranks, then make the process group: ``gloo`` or ``nccl``, with seconds for a collective.
 
         Raises:
             UserError: A rank did not come, or the first rank has refused.
