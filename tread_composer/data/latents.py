@@ -129,7 +129,7 @@ class LatentDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
                 shard = MappedShard(self.shards[shard_id])
             self._maps[shard_id] = shard
-        return shard.array(number, name), shard.label(number)
+        return shard.array(number, name), int(shard.array(number, LABEL))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard readable.

@@ -46,7 +46,7 @@ class _Latents(BaseModel):
 
 
 class LatentFacts(_Latents):
-    """What a trained model has to know of its data: of a manifest's entries some, and for imported weights all there is.
+    """What a trained model has to know of its data: some of a manifest, and for imported weights all that is known.
 
     Null or empty is "not known". For ``builders.build_model``, the exported files and the importer.
     """
