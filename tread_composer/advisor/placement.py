@@ -81,9 +81,8 @@ def candidate_spans(depth: int) -> list[tuple[int, int]]:
 def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
     """Propose a route for a model, which is neither run nor changed, and say why.
 
-    Args:
-        model: Any module with a list of blocks; its weights may be on the meta device.
-        blocks: Path of the list; found if there is only one candidate.
+    The model's weights may be on the meta device. ``blocks`` is the path of its list of blocks, and needed only where
+    there are several.
 
     Raises:
         ValueError: The list is not found (the message names the candidates), or is empty.

@@ -23,8 +23,7 @@ def check_shards(
     """Compare the shards with ``index.json`` and the index with the manifest. Reads no shard unless ``hashes``.
 
     Args:
-        folder: One split.
-        manifest: That of the split.
+        folder: One split, which ``manifest`` describes.
         remote: The shards are fetched from elsewhere: check the index only, ``folder`` may lack any of them.
         hashes: Also read every shard and compare its hash: the only way to find flipped bytes.
 
@@ -76,7 +75,6 @@ def check_agreement(manifest: Manifest, **expected: Any) -> None:
     """Refuse data that contradict what a run expects. None means: the run does not say.
 
     Args:
-        manifest: That of the data.
         **expected: ``kind``, ``channels``, ``num_classes`` (0 for a run without labels) and ``autoencoder_hash`` as in
             a manifest, ``autoencoder`` too, but ``'pixels'`` for none, and ``latent_size``: height and width.
 

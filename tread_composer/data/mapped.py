@@ -22,9 +22,6 @@ class MappedShard:
     description, then the samples. A sample is the sizes of its columns of variable size (uint32), then the columns in
     order of their names.
 
-    Args:
-        shard: As the index describes it.
-
     Raises:
         FileNotFoundError: The file is not there (any more).
         ValueError: The file has not the size that the index says.

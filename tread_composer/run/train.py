@@ -43,10 +43,6 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     Rank 0 checks everything that needs no other rank before the process group exists. The others wait there, so a
     refused configuration is reported once, and they are stopped by the launcher.
 
-    Args:
-        path: The YAML file.
-        overrides: ``key=value`` texts.
-
     Raises:
         UserError: Input, data or machine are at fault.
     """

@@ -42,8 +42,7 @@ def import_weights(
 
     Args:
         path: ``.pt`` or ``.safetensors``.
-        out: The file to write, ``.safetensors``.
-        layout: ``'dit'``, ``'sit'``, ``'tread'``, ``'maskdit'``, or ``'auto'`` where the file shows it.
+        layout: One of ``LAYOUTS``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
 
     Returns:
