@@ -26,7 +26,7 @@ from tread_composer.config.tree import backbone_arguments
 from tread_composer.core.batch import LABEL_DROPPED, LABELS, NOISE, RAW_LATENTS, SAMPLE_IDS, TIME_QUANTILES
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import LatentFacts
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.run.plan import make_plan
 

@@ -11,7 +11,8 @@ from tests.published import DECODER, SIZES, edm_denoised, make_weights, network,
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.weights.foreign import Hints, import_weights
+from tread_composer.weights.foreign.command import import_weights
+from tread_composer.weights.foreign.hints import Hints
 from tread_composer.weights.trained import load_trained
 
 SHAPE = (SIZES['channels'], SIZES['side'], SIZES['side'])

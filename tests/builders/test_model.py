@@ -8,7 +8,7 @@ import torch
 from tread_composer.builders.model import build_model
 from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import LatentFacts
 
 ROOT = Path(__file__).parents[2]
 diffusers = pytest.importorskip('diffusers')

@@ -123,11 +123,11 @@ def test_two_processes_at_once_both_succeed(tmp_path: Path):
 
 def test_a_killed_preparation_leaves_nothing_that_disturbs_the_next(tmp_path: Path):
     killed = start(prepare_many_times, tmp_path, 1000, tmp_path / 'started')
-    assert wait_until(lambda: (tmp_path / 'started').exists() and list(tmp_path.glob('.*.partial-*')), killed)
+    assert wait_until(lambda: (tmp_path / 'started').exists() and list(tmp_path.glob('.*.partial')), killed)
     killed.kill()
     killed.join()
-    (left_over,) = tmp_path.glob('.*.partial-*')
+    (left_over,) = tmp_path.glob('.*.partial')
     name = left_over.name.removeprefix('.').split('.partial')[0]
     prepare_digits(tmp_path / name)
-    assert not list(tmp_path.glob('.*.partial-*'))
+    assert not list(tmp_path.glob('.*.partial'))
     assert sorted(os.listdir(tmp_path / name)) == ['eval', 'train']

@@ -45,7 +45,7 @@ def test_every_key_is_required_by_name(manifest: Manifest, tmp_path: Path, key: 
 @pytest.mark.parametrize(
     ('changes', 'said'),
     [
-        ({'chanels': 1}, 'chanels: unknown key. Known: format_version'),
+        ({'chanels': 1}, 'chanels: unknown key. Known: channels'),
         ({'format_version': 2}, 'format_version: 2 is not allowed'),
         ({'kind': 'mean'}, "kind: 'mean' is not allowed"),
         ({'channels': '1'}, "channels: '1' is not allowed"),

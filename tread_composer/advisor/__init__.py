@@ -10,7 +10,6 @@ from tread_composer.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tread_composer.advisor.placement import (
-        Placement,
         RouteAdvice,
         candidate_spans,
         format_advice,
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     'Candidate',
-    'Placement',
     'RouteAdvice',
     'RouteReading',
     'TokenSimilarity',
@@ -36,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    'placement': ('Placement', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route'),
+    'placement': ('RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route'),
     'ranking': ('Candidate', 'RouteReading', 'rank_routes', 'read_route'),
     'similarity': ('TokenSimilarity', 'token_similarity'),
 }

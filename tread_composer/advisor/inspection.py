@@ -5,7 +5,7 @@ Legend: S samples, B samples of a batch, L blocks.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tread_composer.advisor.latents import RealLatents, read_latents
 from tread_composer.advisor.placement import RouteAdvice, candidate_spans, propose_route
-from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
+from tread_composer.advisor.ranking import SCORE_RULE, Candidate, rank_routes, read_route
 from tread_composer.advisor.request import InspectRequest
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
 from tread_composer.algorithms.rules import conflict
@@ -29,7 +29,7 @@ from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.routing import Route, find_blocks
 from tread_composer.weights.trained import Trained, load_trained
 
-__all__ = ['Inspection', 'Suggestion', 'inspect_run', 'network_call']
+__all__ = ['Inspection', 'inspect_run', 'network_call']
 
 _SHOWN = 5  # candidates at the top of the ranking
 _SEED = 0  # of the noise
@@ -37,34 +37,15 @@ _FLAT = 0.99  # similarity above which a map says little
 
 
 @dataclass(frozen=True)
-class Suggestion(Candidate):
-    """A candidate with its rank by score (1 is the best), its similarity over the times, and what it would save."""
-
-    rank: int
-    lowest_over_times: float
-    highest_over_times: float
-    ideal_step_ratio: float  # multiply-adds of a dense training step over those of a routed one
-
-
-@dataclass(frozen=True)
 class Inspection:
-    """A trained model with its similarity maps, the protocol that decides them, and what follows from them."""
+    """Similarity maps of a trained model, and what follows from them."""
 
-    trained: Trained
-    protocol: dict[str, Any]
+    title: str  # which weights these are
     maps: dict[float, TokenSimilarity]  # by time
     mean: Tensor  # over the times, [L + 1, L + 1]
     routes: tuple[tuple[int, int], ...]  # the run's own, first and last block
-    readings: tuple[RouteReading, ...]  # what the mean map says about these
     advice: RouteAdvice
-    suggestions: tuple[Suggestion, ...]  # the best candidates, then the proposed route and the run's own
-    num_candidates: int
-    notes: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """Which weights these are."""
-        return f'{self.trained.config.run_name} at batch {self.trained.batch}, {self.trained.weights} weights'
+    facts: dict[str, Any]  # the content of `inspection.json`: plain values alone
 
 
 def inspect_run(request: InspectRequest) -> Inspection:
@@ -89,11 +70,11 @@ def inspect_run(request: InspectRequest) -> Inspection:
             raise UserError(f'{request.path}: {error}') from None
     mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
     routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
-    advice = propose_route(fresh, blocks)
-    ranked = rank_routes(mean)
-    return Inspection(
-        trained=trained,
-        protocol={
+    advice, ranked, run_name = propose_route(fresh, blocks), rank_routes(mean), trained.config.run_name
+    facts = {
+        'run': run_name,
+        'source': trained.source,
+        'protocol': {
             'weights': trained.weights,
             'weights_digest': trained.digest,
             'batch': trained.batch,
@@ -108,15 +89,30 @@ def inspect_run(request: InspectRequest) -> Inspection:
             'network': 'evaluation mode, dense, float32',
             'similarity': 'cosine of the same token at two depths, mean over tokens and samples',
         },
-        maps=maps,
-        mean=mean,
-        routes=routes,
-        readings=tuple(read_route(mean, *span) for span in routes),
-        advice=advice,
-        suggestions=_suggestions(trained, maps, ranked, advice, routes),
-        num_candidates=len(ranked),
-        notes=_notes(trained, mean, routes),
-    )
+        'depths': 'depth 0 is behind the embedding, depth k behind block k - 1',
+        'mean': _rounded(mean),
+        'times': [
+            {'time': time, 'mean': _rounded(entry.mean), 'std_over_samples': _rounded(entry.std)}
+            for time, entry in maps.items()
+        ],
+        'routes': [asdict(read_route(mean, *span)) for span in routes],
+        'proposal': {
+            'span': advice.span and list(advice.span),
+            'rule': advice.rule,
+            'arguments': dict(advice.arguments),
+            'reasons': list(advice.reasons),
+        },
+        'score': SCORE_RULE,
+        'num_candidates': len(ranked),
+        'candidates': _suggestions(trained, maps, ranked, advice, routes),
+        'notes': _notes(trained, mean, routes),
+    }
+    title = f'{run_name} at batch {trained.batch}, {trained.weights} weights'
+    return Inspection(title, maps, mean, routes, advice, facts)
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(float(value), 6) for value in row] for row in values]
 
 
 def _calls(trained: Trained, data: RealLatents, time: float, batch_size: int) -> Iterator[Callable[[], Tensor]]:
@@ -158,32 +154,33 @@ def _suggestions(
     ranked: Sequence[Candidate],
     advice: RouteAdvice,
     routes: Sequence[tuple[int, int]],
-) -> tuple[Suggestion, ...]:
+) -> list[dict[str, Any]]:
+    """The best candidates, the proposed route and the run's own, each with its rank and what it would save."""
     spans = [(candidate.start, candidate.end) for candidate in ranked]
     selected = [*spans[:_SHOWN], *([advice.span] if advice.span else []), *routes]
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
     dense = count_macs(_fresh(trained), facts)
     suggestions = []
-    for span in dict.fromkeys(selected):
-        if span not in spans:  # a route of the run that the guidelines would not have
+    for start, end in dict.fromkeys(selected):
+        if (start, end) not in spans:  # a route of the run that the guidelines would not have
             continue
-        rank = spans.index(span)
-        alike = [float(similarity.mean[span[0], span[1] + 1]) for similarity in maps.values()]
-        ratio = dense / count_macs(_fresh(trained), facts, {'tread': Tread(*span, rate)})
+        rank = spans.index((start, end))
+        alike = [float(similarity.mean[start, end + 1]) for similarity in maps.values()]
         suggestions.append(
-            Suggestion(
-                **vars(ranked[rank]),
-                rank=rank + 1,
-                lowest_over_times=min(alike),
-                highest_over_times=max(alike),
-                ideal_step_ratio=ratio,
-            )
+            {
+                **asdict(ranked[rank]),
+                'rank': rank + 1,  # 1 is the best score
+                'lowest_over_times': min(alike),
+                'highest_over_times': max(alike),
+                # Multiply-adds of a dense training step over those of a routed one.
+                'ideal_step_ratio': dense / count_macs(_fresh(trained), facts, {'tread': Tread(start, end, rate)}),
+            }
         )
-    return tuple(suggestions)
+    return suggestions
 
 
-def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> list[str]:
     with_route = (
         'these weights were trained with a route and have adapted to it: the map speaks for routes like that one; '
         'inspect the dense twin to see what the network does without'
@@ -207,4 +204,4 @@ def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) ->
             notes.append(
                 f'the routes are for a run without algorithms.{name}, for TREAD cannot stand beside it: {reason}'
             )
-    return tuple(notes)
+    return notes

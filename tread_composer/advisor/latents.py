@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tread_composer.builders.run_data import split_folders
 from tread_composer.config import Config
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.digits import digits_manifest, load_digits_arrays
-from tread_composer.data.facts import LatentFacts
-from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.data.manifest import MANIFEST_NAME, LatentFacts, Manifest
 
 __all__ = ['RealLatents', 'read_latents']
 
@@ -38,29 +38,28 @@ def read_latents(
 ) -> RealLatents:
     """Samples at equal distances in the split that a run evaluates on; that it trains on where it has no other.
 
-    Args:
-        config: The run's configuration.
-        facts: What it knows of its training data.
-        num_samples: S.
-        folder: Another data set (a split, or the folder around it) in place of the run's own.
+    With ``folder``, of another data set (a split, or the folder around it) in place of the run's own.
 
     Raises:
         UserError: There are no such data, or fewer samples; they are damaged, or of another kind or shape.
     """
     if folder is None and config.data.name == 'digits':
         manifest, (images, labels) = digits_manifest('eval'), load_digits_arrays('eval')
-        ids = _spread(num_samples, manifest, 'the eval split of the digits')
-        raw, labels_S, source = (
-            torch.from_numpy(images[list(ids)]),
-            torch.from_numpy(labels[list(ids)]),
-            manifest.source,
-        )
-        return RealLatents(raw, labels_S, ids, manifest, source)
+        ids = list(_spread(num_samples, manifest, 'the eval split of the digits'))
+        raw, labels_S = torch.from_numpy(images[ids]), torch.from_numpy(labels[ids])
+        return RealLatents(raw, labels_S, tuple(ids), manifest, manifest.source)
     path = _split_folder(config, folder)
     try:
         manifest = Manifest.load(path)
         check_shards(path, manifest)
-        _check_fit(facts, manifest, path)
+        check_agreement(
+            manifest,
+            channels=facts.channels,
+            latent_size=(facts.latent_height, facts.latent_width),
+            autoencoder=facts.autoencoder or 'pixels',
+            autoencoder_hash=facts.autoencoder_hash,
+            num_classes=facts.num_classes or None,  # without classes the network does not look at labels
+        )
     except UserError as error:
         if folder is not None:
             raise
@@ -83,11 +82,10 @@ def read_latents(
 
 
 def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path:
-    data = config.data
-    names = ['eval', 'train'] if data.name == 'digits' else [data.eval_split, data.train_split]
-    splits = [name for name in names if name]
+    folders = split_folders(config)
+    splits = [folders[split] for split in ('eval', 'train') if split in folders]
     if folder is None:
-        return Path(data.local) / splits[0]
+        return Path(config.data.local) / splits[0]
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f'--data {path}: there is no such folder; give the folder of a latents data set or of a split')
@@ -99,20 +97,6 @@ def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path
         f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it ({", ".join(inner)}); give the folder of a '
         'latents data set or of a split'
     )
-
-
-def _check_fit(facts: LatentFacts, manifest: Manifest, path: Path) -> None:
-    try:
-        check_agreement(
-            manifest,
-            channels=facts.channels,
-            latent_size=(facts.latent_height, facts.latent_width),
-            autoencoder=facts.autoencoder or 'pixels',
-            autoencoder_hash=facts.autoencoder_hash,
-            num_classes=facts.num_classes or None,  # without classes the network does not look at labels
-        )
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from None
 
 
 def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tread_composer.advisor.inspection import Inspection
 from tread_composer.advisor.placement import format_advice
-from tread_composer.advisor.ranking import SCORE_RULE, RouteReading
+from tread_composer.advisor.ranking import SCORE_RULE
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
 from tread_composer.io.table import text_table
@@ -38,46 +37,15 @@ def write_inspection(inspection: Inspection, folder: str | Path, command: str) -
     picture, numbers = folder / 'similarity.png', folder / 'inspection.json'
     try:
         write_atomically(picture, draw_inspection(inspection))
-        write_atomically(numbers, json.dumps(_as_json(inspection, command), indent=1).encode())
+        write_atomically(numbers, json.dumps({'command': command, **inspection.facts}, indent=1).encode())
     except OSError as error:
         raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
     return [picture, numbers]
 
 
-def _as_json(inspection: Inspection, command: str) -> dict[str, Any]:
-    advice = inspection.advice
-    return {
-        'run': inspection.trained.config.run_name,
-        'source': inspection.trained.source,
-        'command': command,
-        'protocol': inspection.protocol,
-        'depths': 'depth 0 is behind the embedding, depth k behind block k - 1',
-        'mean': _rounded(inspection.mean),
-        'times': [
-            {'time': time, 'mean': _rounded(entry.mean), 'std_over_samples': _rounded(entry.std)}
-            for time, entry in inspection.maps.items()
-        ],
-        'routes': [asdict(reading) for reading in inspection.readings],
-        'proposal': {
-            'span': advice.span and list(advice.span),
-            'rule': advice.rule,
-            'arguments': dict(advice.arguments),
-            'reasons': list(advice.reasons),
-        },
-        'score': SCORE_RULE,
-        'num_candidates': inspection.num_candidates,
-        'candidates': [asdict(suggestion) for suggestion in inspection.suggestions],
-        'notes': list(inspection.notes),
-    }
-
-
-def _rounded(values: Tensor) -> list[list[float]]:
-    return [[round(float(value), 6) for value in row] for row in values]
-
-
 def format_inspection(inspection: Inspection) -> str:
     """The findings for a terminal."""
-    protocol = inspection.protocol
+    facts, protocol = inspection.facts, inspection.facts['protocol']
     times = ', '.join(f'{time:g}' for time in protocol['times'])
     labels = 'with their labels' if protocol['labels'] != 'none' else 'without labels'
     lines = [
@@ -85,53 +53,46 @@ def format_inspection(inspection: Inspection) -> str:
         f'{protocol["samples"]} samples of {protocol["data"]}, {labels}; noise at t = {times} (0 is data)',
         '',
     ]
-    for reading in inspection.readings:
-        lines += _reading_in_words(reading)
-    if not inspection.readings:
+    for reading in facts['routes']:
+        before = f'block {reading["start"] - 1}' if reading['start'] else 'the embedding'
+        lines += [
+            f'route of the run: blocks {reading["start"]} to {reading["end"]}',
+            f'  where tokens leave it and where they return: similarity {reading["ends"]:.3f}',
+            f'  outputs of its blocks and the output of {before}, just before it: {reading["outputs_mean"]:.3f} on '
+            f'average, {reading["outputs_lowest"]:.3f} at least',
+            f'  any two depths of the network: {reading["all_pairs"]:.3f} on average',
+            '  (the paper: with a route these outputs become highly similar)',
+        ]
+    if not facts['routes']:
         lines.append('route of the run: none')
-    lines += ['', format_advice(inspection.advice), *_yaml(inspection), '', *_table(inspection), '']
-    lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in inspection.notes]
+    lines += ['', format_advice(inspection.advice)]
+    # Without `blocks`: Tread looks in the Composer model, where the path is longer.
+    words = [
+        f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
+        for name, value in inspection.advice.arguments.items()
+        if name != 'blocks'
+    ]
+    if words:
+        lines.append(f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}')
+    lines += ['', *_table(inspection), '']
+    lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in facts['notes']]
     return '\n'.join(lines)
 
 
-def _yaml(inspection: Inspection) -> list[str]:
-    arguments = dict(inspection.advice.arguments)
-    if not arguments:
-        return []
-    arguments.pop('blocks', None)  # Tread looks in the Composer model, where the path is longer
-    words = [
-        f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
-        for name, value in arguments.items()
-    ]
-    return [f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}']
-
-
-def _reading_in_words(reading: RouteReading) -> list[str]:
-    before = f'block {reading.start - 1}' if reading.start else 'the embedding'
-    return [
-        f'route of the run: blocks {reading.start} to {reading.end}',
-        f'  where tokens leave it and where they return: similarity {reading.ends:.3f}',
-        f'  outputs of its blocks and the output of {before}, just before it: {reading.outputs_mean:.3f} on average, '
-        f'{reading.outputs_lowest:.3f} at least',
-        f'  any two depths of the network: {reading.all_pairs:.3f} on average',
-        '  (the paper: with a route these outputs become highly similar)',
-    ]
-
-
 def _table(inspection: Inspection) -> list[str]:
-    if not inspection.suggestions:
-        return ['no candidates: too few blocks']
     head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
     rows = []
-    for row in inspection.suggestions:
-        span = row.start, row.end
+    for row in inspection.facts['candidates']:
+        span = row['start'], row['end']
         places = {'proposed': span == inspection.advice.span, 'the run': span in inspection.routes}
-        marks = [word for word, holds in places.items() if holds]
-        over_times = f'{row.lowest_over_times:.3f} to {row.highest_over_times:.3f}'
-        cells = f'{row.similarity:.3f}', over_times, f'{row.score:.3f}', f'{row.ideal_step_ratio:.2f}x'
-        rows.append((str(row.rank), f'{span[0]} to {span[1]}', *cells, ', '.join(marks)))
+        marks = ', '.join(word for word, holds in places.items() if holds)
+        over_times = f'{row["lowest_over_times"]:.3f} to {row["highest_over_times"]:.3f}'
+        figures = f'{row["similarity"]:.3f}', over_times, f'{row["score"]:.3f}', f'{row["ideal_step_ratio"]:.2f}x'
+        rows.append((row['rank'], f'{span[0]} to {span[1]}', *figures, marks))
+    if not rows:
+        return ['no candidates: too few blocks']
     return [
-        f'what the map says of the {inspection.num_candidates} routes that keep to the guidelines',
+        f'what the map says of the {inspection.facts["num_candidates"]} routes that keep to the guidelines',
         text_table(head, rows, 'rrrrrrl'),
         SCORE_RULE,
         'evidence, not truth: nobody has trained these routes to test the score',
@@ -151,11 +112,9 @@ def draw_inspection(inspection: Inspection) -> bytes:
     lowest = min(float(values.min()) for _, values in panels)
     lowest = min(math.floor(lowest * 20) / 20, 0.95)  # a scale that begins at 1 has no colours
     image: Any = None
-    for index, axes in enumerate(grid.flat):
-        if index >= len(panels):
-            axes.set_axis_off()
-            continue
-        title, values = panels[index]
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for (title, values), axes in zip(panels, grid.flat, strict=False):
         image = axes.imshow(values.numpy(), origin='lower', cmap='viridis', vmin=lowest, vmax=1.0)
         ticks = range(0, len(values), max(1, -(-len(values) // 10)))  # ten at most
         xlabel = 'depth (0: embedding, k: after block k - 1)'

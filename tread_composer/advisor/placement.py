@@ -3,14 +3,14 @@
 import contextlib
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from tread_composer.routing import Route, find_blocks, routing_of
 
-__all__ = ['Placement', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route']
+__all__ = ['RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route']
 
 _FEWEST_FOR_AUTHORS = 8  # below, their rule leaves two blocks or fewer to the route
 _RATE = 0.5
@@ -19,25 +19,17 @@ _WIDTH = 110  # characters of a line
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A route by rule."""
+class RouteAdvice:
+    """A route by rule, for any model of so many blocks or for one whose list was looked at.
 
+    What the blocks' own arguments mean, ``routing.find_settings`` measures.
+    """
+
+    depth: int  # blocks of the model
     route: Route | None  # None where there are too few blocks for one
     rule: Literal['authors', 'scaled', 'none']  # TREAD's, ours
     reasons: tuple[str, ...]  # a sentence each
-
-
-@dataclass(frozen=True)
-class RouteAdvice(Placement):
-    """A proposed route for a model, with the path of its block list.
-
-    ``arguments`` are those for ``Tread`` that follow from the list and from what its owner declares; what the blocks'
-    own arguments mean, ``routing.find_settings`` measures.
-    """
-
-    blocks: str
-    depth: int
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `Tread`: of the list, and what its owner declares
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -45,7 +37,7 @@ class RouteAdvice(Placement):
         return None if self.route is None else self.route.span(self.depth)
 
 
-def recommended_route(depth: int) -> Placement:
+def recommended_route(depth: int) -> RouteAdvice:
     """The route for a model of ``depth`` blocks.
 
     From 8 blocks on the authors' (TREAD, arXiv 2501.04765): block 2 to block B - 4, both included, at rate 0.5, for
@@ -58,17 +50,17 @@ def recommended_route(depth: int) -> Placement:
     if depth < 1:
         raise ValueError(f'depth={depth}: a model has at least 1 block')
     if depth >= _FEWEST_FOR_AUTHORS:
-        return Placement(Route(2, -4, _RATE), 'authors', _AUTHORS_REASONS)
-    before, after = _rounded(depth * _BEFORE), _rounded(depth * _AFTER)
+        return RouteAdvice(depth, Route(2, -4, _RATE), 'authors', _AUTHORS_REASONS)
+    before, after = (max(1, int(depth * share + 0.5)) for share in (_BEFORE, _AFTER))  # a half is rounded up
     if depth - before - after < 1:
         reason = f'{depth} blocks: with a dense block on either side none is left to route; train densely'
-        return Placement(None, 'none', (reason,))
+        return RouteAdvice(depth, None, 'none', (reason,))
     text = (
         f"our rule, not the authors': theirs (2 to B - 4) leaves {max(0, depth - 5) or 'none'} of {depth} blocks, so "
         f'their dense shares in 12 blocks are scaled: {before} before the route and {after} behind it. Nobody has '
         'measured routes in so few blocks; compare with a dense run'
     )
-    return Placement(Route(before, -1 - after, _RATE), 'scaled', (text, *_GUIDELINES))
+    return RouteAdvice(depth, Route(before, -1 - after, _RATE), 'scaled', (text, *_GUIDELINES))
 
 
 def candidate_spans(depth: int) -> list[tuple[int, int]]:
@@ -89,26 +81,24 @@ def candidate_spans(depth: int) -> list[tuple[int, int]]:
 def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
     """Propose a route for a model, which is neither run nor changed, and say why.
 
-    Args:
-        model: Any module with a list of blocks; its weights may be on the meta device.
-        blocks: Path of the list; found if there is only one candidate.
+    The model's weights may be on the meta device. ``blocks`` is the path of its list of blocks, and needed only where
+    there are several.
 
     Raises:
         ValueError: The list is not found (the message names the candidates), or is empty.
     """
     path, block_list = find_blocks(model, blocks)
-    depth = len(block_list)
-    if not depth:
+    if not len(block_list):
         raise ValueError(f'blocks: {path!r} is empty; name a list of blocks')
-    placement = recommended_route(depth)
-    reasons = [f'{path or "the model itself"}: {depth} blocks', *placement.reasons]
+    advice = recommended_route(len(block_list))
+    reasons = [f'{path or "the model itself"}: {advice.depth} blocks', *advice.reasons]
     routing = routing_of(model)
     if routing is not None:
         spans = ', '.join(f'{start} to {end}' for start, end in routing.spans)
         reasons.append(f'the model is routed already (blocks {spans}); another route needs a fresh copy')
     arguments: dict[str, Any] = {}
-    if placement.route is not None:
-        arguments = {name: getattr(placement.route, name) for name in ('start', 'end', 'selection_rate')}
+    if advice.route is not None:
+        arguments = {name: getattr(advice.route, name) for name in ('start', 'end', 'selection_rate')}
         arguments['blocks'] = path
         with contextlib.suppress(ValueError):  # it needs no name where it is found without
             find_blocks(model)
@@ -118,7 +108,7 @@ def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
         if declared:
             arguments['token_arguments'] = declared
             reasons.append(f'token_arguments={declared!r}: declared by the model')
-    return RouteAdvice(placement.route, placement.rule, tuple(reasons), path, depth, arguments)
+    return replace(advice, reasons=tuple(reasons), arguments=arguments)
 
 
 def format_advice(advice: RouteAdvice) -> str:
@@ -144,7 +134,3 @@ _AUTHORS_REASONS = (
     *_GUIDELINES,
     'rate 0.5: 0.25 gained less (FID 26.5 against 21.3) and 0.75 lost (49.3; dense 43.5)',
 )
-
-
-def _rounded(share: float) -> int:
-    return max(1, int(share + 0.5))

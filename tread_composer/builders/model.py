@@ -14,8 +14,7 @@ from tread_composer.config.registry import resolve
 from tread_composer.config.tree import backbone_arguments
 from tread_composer.core.errors import UserError
 from tread_composer.core.protocols import Autoencoder
-from tread_composer.data.facts import LatentFacts
-from tread_composer.data.manifest import Manifest
+from tread_composer.data.manifest import LatentFacts, Manifest
 from tread_composer.latent_diffusion import LatentDiffusion
 
 __all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']

@@ -294,7 +294,7 @@ def import_(
     """
     with importing():
         from tread_composer.weights.export import export_in_words
-        from tread_composer.weights.foreign import import_weights
+        from tread_composer.weights.foreign.command import import_weights
 
     result = import_weights(path, out, hints, layout=layout, weights=weights, overwrite=overwrite)
     print(export_in_words(result))

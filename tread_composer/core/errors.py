@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tread_composer.core.masking import printable, without_secrets
 
-__all__ = ['ResumeError', 'UserError', 'did_you_mean']
+__all__ = ['ResumeError', 'UserError', 'did_you_mean', 'first_line']
 
 
 class UserError(ValueError):
@@ -44,6 +44,11 @@ def _differences(path: str, saved: object, requested: object) -> list[tuple[str,
             rows += _differences(inner, saved.get(key, _ABSENT), requested.get(key, _ABSENT))
         return rows
     return [] if saved == requested else [(path or 'settings', saved, requested)]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without its long tail; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def did_you_mean(name: object, known: Sequence[str]) -> str:

@@ -7,13 +7,9 @@ __all__ = ['flatten']
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Nested mappings by dotted keys, ``{'a': {'b': 1}}`` as ``{'a.b': 1}``.
+    """Nested mappings by dotted keys, each behind ``prefix``: ``{'a': {'b': 1}}`` as ``{'a.b': 1}``.
 
     An empty mapping stays a value: without it an empty section could not be told from an absent one.
-
-    Args:
-        tree: Mappings within mappings; anything else is a value.
-        prefix: Stands before every key.
     """
     rows: dict[str, Any] = {}
     for key, value in tree.items():

@@ -43,11 +43,7 @@ def import_named(reference: str) -> Any:
 
 
 def part_named(name: str, table: Mapping[str, Any]) -> Any:
-    """The part behind a name of a registry, or behind ``package.module:Class``.
-
-    Args:
-        name: A key of the registry, or a reference.
-        table: The registry: by name, the part or a reference to it.
+    """The part behind a name of a registry, which may hold a reference to it, or behind ``package.module:Class``.
 
     Raises:
         ValueError: The registry has no such name, or the reference cannot be imported.
@@ -67,12 +63,5 @@ def _described(error: BaseException) -> str:
     """The error in a line, with the file and line of the module that it comes from."""
     if isinstance(error, SyntaxError):
         return f'{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})'
-    # The import machinery's own frames say nothing about the user's module.
-    machinery = (importlib.__file__, __file__)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in machinery and not frame.filename.startswith('<frozen')
-    ]
-    place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
-    return f'{type(error).__name__}: {error}{place}'
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})'

@@ -14,9 +14,6 @@ def plain_float32(device: str | torch.device) -> Iterator[None]:
 
     No autocast, no TF32 in matrix products and convolutions (it keeps 10 bits of a factor, and Composer switches it on
     for training on a GPU), and of cuDNN's algorithms a deterministic one that is not picked by a race.
-
-    Args:
-        device: Where is computed.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')

@@ -9,7 +9,8 @@ from streaming.base.storage.download import CloudDownloader
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
-from tread_composer.data.shards import Shard, file_faults, read_index
+from tread_composer.data.shards import file_faults, read_index
+from tread_composer.io.files import whole_file
 
 __all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
 
@@ -22,8 +23,7 @@ def check_shards(
     """Compare the shards with ``index.json`` and the index with the manifest. Reads no shard unless ``hashes``.
 
     Args:
-        folder: One split.
-        manifest: That of the split.
+        folder: One split, which ``manifest`` describes.
         remote: The shards are fetched from elsewhere: check the index only, ``folder`` may lack any of them.
         hashes: Also read every shard and compare its hash: the only way to find flipped bytes.
 
@@ -38,8 +38,15 @@ def check_shards(
             raise UserError(
                 f'{path}: columns of shard {number} are {shard.encodings}, the manifest describes {expected}; {_REMEDY}'
             )
-        if not remote:
-            _check_files(shard, hashes)
+        if remote:
+            continue
+        # Of the two forms that the index may know, raw and compressed, the first that is there must be right.
+        form = next((form for form in shard.forms if (shard.folder / form.basename).is_file()), None)
+        if form is None:
+            raise UserError(f'{shard.path}: this shard is missing; {_REMEDY}')
+        file = shard.folder / form.basename
+        for fault in file_faults(file, form, file.stat().st_size, file.read_bytes() if hashes else None):
+            raise UserError(f'{fault}; {_REMEDY}')
     total = sum(shard.samples for shard in shards)
     if total != manifest.num_samples:
         raise UserError(f'{path}: {total} samples, but the manifest has num_samples={manifest.num_samples}; {_REMEDY}')
@@ -56,60 +63,33 @@ def fetch_descriptions(remote: str, folder: str | os.PathLike[str]) -> None:
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'.{name}.{os.getpid()}')  # several ranks may do this at once
         try:
-            CloudDownloader.get(remote).download(f'{remote}/{name}', str(partial), 60)
-            os.replace(partial, path)
+            with whole_file(path) as unfinished:
+                unfinished.unlink()  # streaming takes a file that exists for fetched
+                CloudDownloader.get(remote).download(f'{remote}/{name}', str(unfinished), 60)
         except Exception as error:
             raise UserError(f'data.remote: {remote}/{name} cannot be fetched: {error}') from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
-def check_agreement(
-    manifest: Manifest,
-    *,
-    channels: int | None = None,
-    kind: str | None = None,
-    latent_size: tuple[int, int] | None = None,
-    autoencoder: str | None = None,
-    autoencoder_hash: str | None = None,
-    num_classes: int | None = None,
-) -> None:
+def check_agreement(manifest: Manifest, **expected: Any) -> None:
     """Refuse data that contradict what a run expects. None means: the run does not say.
 
     Args:
-        manifest: That of the data.
-        channels: Channels of the latent that the model sees.
-        kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
-        latent_size: Height and width of the latent.
-        autoencoder: As the manifest writes it; ``'pixels'`` for none.
-        autoencoder_hash: Hash of the weights that will decode.
-        num_classes: 0 for a run without labels.
+        **expected: ``kind``, ``channels``, ``num_classes`` (0 for a run without labels) and ``autoencoder_hash`` as in
+            a manifest, ``autoencoder`` too, but ``'pixels'`` for none, and ``latent_size``: height and width.
 
     Raises:
         UserError: Lists every contradiction with both values and the remedy.
     """
-    expected: dict[str, Any] = {
-        'kind': kind,
-        'autoencoder': autoencoder,
-        'autoencoder_hash': autoencoder_hash,
-        'channels': channels,
-        'latent_size': None if latent_size is None else tuple(latent_size),
-        'num_classes': num_classes,
-    }
-    stored: dict[str, Any] = {
-        'kind': manifest.kind,
+    stored = {
+        **manifest.model_dump(),
         'autoencoder': manifest.autoencoder or 'pixels',
-        'autoencoder_hash': manifest.autoencoder_hash,
-        'channels': manifest.channels,
         'latent_size': (manifest.latent_height, manifest.latent_width),
-        'num_classes': manifest.num_classes,
     }
     lines = [
         f'  {key}: the run expects {value!r}, the data have {stored[key]!r}; {_AGREEMENT_REMEDIES[key]}'
         for key, value in expected.items()
-        if value is not None and value != stored[key]
+        if value not in (None, stored[key])
     ]
     if lines:
         raise UserError('\n'.join([f'the data ({manifest.source}) do not fit this run:', *lines]))
@@ -123,13 +103,3 @@ _AGREEMENT_REMEDIES = {
     'latent_size': 'set the model up for the size of the data, or encode at another resolution',
     'num_classes': 'take the number from the data; 0 trains without labels',
 }
-
-
-def _check_files(shard: Shard, hashes: bool) -> None:
-    """Of the two forms that the index may know, raw and compressed, the first that is there must be right."""
-    form = next((form for form in shard.forms if (shard.folder / form.basename).is_file()), None)
-    if form is None:
-        raise UserError(f'{shard.path}: this shard is missing; {_REMEDY}')
-    path = shard.folder / form.basename
-    for fault in file_faults(path, form, path.stat().st_size, path.read_bytes() if hashes else None):
-        raise UserError(f'{fault}; {_REMEDY}')

@@ -34,15 +34,9 @@ def stored_shape(kind: str, shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def columns(kind: str, shape: Sequence[int], mirrored: bool = False) -> dict[str, str]:
-    """Column name -> MDS encoding, as ``streaming.MDSWriter(columns=...)`` wants it.
+    """Column name -> MDS encoding, as ``streaming.MDSWriter(columns=...)`` wants it; arguments as ``stored_shape``.
 
-    Args:
-        kind: ``'pixels'``, ``'samples'`` or ``'moments'``.
-        shape: ``(C, H, W)`` of the latent that the model sees.
-        mirrored: Whether the latents of the mirrored image are stored as well.
-
-    Raises:
-        ValueError: Unknown kind, or a shape that is not three positive numbers.
+    ``mirrored``: the latents of the mirrored image are stored as well.
     """
     # MDS has no bfloat16; half precision keeps a 256-pixel ImageNet of moments at 21 GB.
     array = 'ndarray:float16:' + ','.join(str(size) for size in stored_shape(kind, shape))

@@ -6,10 +6,8 @@ Legend: N images.
 """
 
 import functools
-import glob
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -69,16 +67,11 @@ def prepare_digits(folder: str | os.PathLike[str]) -> None:
         UserError: ``folder`` holds something else or damaged data. Nothing is ever overwritten.
     """
     target = Path(folder).absolute()
-    if _is_filled(target):
-        _check(target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent / f'.{target.name}.lock'):
-        # Whoever holds the lock is the only one writing: other unfinished folders are of processes that were killed.
-        for left_over in target.parent.glob(f'.{glob.escape(target.name)}.partial-*'):
-            shutil.rmtree(left_over, ignore_errors=True)
-        if not _is_filled(target):
-            _write_and_rename(target)
+    if not _is_filled(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.parent / f'.{target.name}.lock'):
+            if not _is_filled(target):
+                _write_and_rename(target)
     _check(target)
 
 
@@ -126,30 +119,23 @@ def digits_manifest(split: str) -> Manifest:
 
 
 def _write_and_rename(target: Path) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f'.{target.name}.partial-', dir=target.parent))
+    """Called by the holder of the lock: an unfinished folder is of a process that was killed."""
+    partial = target.with_name(f'.{target.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    settings = {'columns': columns('pixels', _SHAPE), 'compression': None, 'hashes': ['xxh64']}
     try:
         for split in SPLITS:
-            _write_split(partial / split, split)
+            images, labels = load_digits_arrays(split)
+            with MDSWriter(out=str(partial / split), **settings) as writer:
+                for image, label in zip(images.astype(np.float16), labels, strict=True):
+                    writer.write({LATENTS: image, LABEL: int(label), NAME: 'digits'})
+            digits_manifest(split).save(partial / split)
         for path in [*partial.rglob('*'), partial]:
             to_disk(path)
-        partial.chmod(0o755)  # mkdtemp made it for its owner alone
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process was first in spite of the lock (a file system without locks); its data are as good.
-            if not _is_filled(target):
-                raise
+        partial.rename(target)
         to_disk(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_split(folder: Path, split: str) -> None:
-    images, labels = load_digits_arrays(split)
-    with MDSWriter(out=str(folder), columns=columns('pixels', _SHAPE), compression=None, hashes=['xxh64']) as writer:
-        for image, label in zip(images.astype(np.float16), labels, strict=True):
-            writer.write({LATENTS: image, LABEL: int(label), NAME: 'digits'})
-    digits_manifest(split).save(folder)
 
 
 def _is_filled(target: Path) -> bool:

@@ -8,6 +8,7 @@ Legend: C channels, H x W latent pixels.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +31,7 @@ Sample = dict[str, Tensor]
 
 
 def mirror_choices(seed: int, epoch: int, num_samples: int) -> NDArray[np.bool_]:
-    """Which samples an epoch takes mirrored, each with probability 1/2: bool ``[num_samples]`` by position.
-
-    A function of its arguments alone, so that it is the same in every worker, on every rank and after a resume.
-    """
+    """Which samples an epoch takes mirrored, each with probability 1/2: bool ``[num_samples]`` by position."""
     # The generator's raw bits: numpy keeps those from version to version, the derived distributions it may change.
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples // 64 + 1)
     return np.unpackbits(raw.astype('<u8').view(np.uint8), count=num_samples).astype(bool)
@@ -56,20 +54,15 @@ class LatentDataset(StreamingDataset):
         local: Folder of the split; with ``remote``, where its shards are cached.
         batch_size: Samples per rank and batch, the same as the DataLoader's.
         remote: Where the shards are fetched from; None if ``local`` has them all.
-        shuffle: Whether each epoch has an order of its own.
-        shuffle_seed: Seed of that order.
         mirror_seed: With it, iterating takes the latents of the mirrored image in place of the image's with
             probability 1/2, decided by (seed, epoch, sample); the data must hold both. None takes the image always,
             and so does indexing before the first epoch.
         num_canonical_nodes: How many paths through the shards the order is made of. With 1 an epoch has no repeated
             samples and the order is the same for any number of ranks, on one node or many; the price is that every
             node visits every shard. Raise it (to the number of nodes) where a node must not fetch all of ``remote``.
-        predownload: Samples that each worker fetches ahead; None for 8 batches.
-        cache_limit: Bytes of ``local`` that fetched shards may take, e.g. ``'100gb'``; None for no limit.
         validate_hash: Hash to check fetched shards with, e.g. ``'xxh64'``. Only fetched shards are ever checked.
-        download_retry: Attempts to fetch a shard, at least 1.
-        download_timeout: Seconds for one attempt.
         num_classes: With it, a sample of another class is refused when it is read; 0 knows only label 0.
+        **settings: Of its parent: ``shuffle``, ``shuffle_seed``, ``predownload``, ``cache_limit``, ``download_...``.
 
     Raises:
         ValueError: ``mirror_seed`` is given and the data hold no mirrored latents.
@@ -81,16 +74,11 @@ class LatentDataset(StreamingDataset):
         *,
         batch_size: int,
         remote: str | None = None,
-        shuffle: bool = False,
-        shuffle_seed: int = 9176,
         mirror_seed: int | None = None,
         num_canonical_nodes: int = 1,
-        predownload: int | None = None,
-        cache_limit: int | str | None = None,
         validate_hash: str | None = None,
-        download_retry: int = 2,
-        download_timeout: float = 60,
         num_classes: int | None = None,
+        **settings: Any,
     ) -> None:
         self.num_classes = num_classes
         self.mirror_seed = mirror_seed
@@ -103,14 +91,9 @@ class LatentDataset(StreamingDataset):
                 local=os.fspath(local),
                 remote=remote,
                 batch_size=batch_size,
-                shuffle=shuffle,
-                shuffle_seed=shuffle_seed,
                 num_canonical_nodes=num_canonical_nodes,
-                predownload=predownload,
-                cache_limit=cache_limit,
                 validate_hash=validate_hash if remote else None,
-                download_retry=download_retry,
-                download_timeout=download_timeout,
+                **settings,
             )
         names = [name for name in (LABEL, LATENTS, LATENTS_MIRRORED) if name in self.shards[0].column_names]
         # A mapped file keeps its space on the disk after it is deleted: with a limit, shards come and go.
@@ -169,7 +152,7 @@ class LatentDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
                 shard = MappedShard(self.shards[shard_id])
             self._maps[shard_id] = shard
-        return shard.array(number, name), shard.label(number)
+        return shard.array(number, name), int(shard.array(number, LABEL))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard readable.

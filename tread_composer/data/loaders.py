@@ -82,12 +82,7 @@ def eval_loader(
     The sampler repeats samples to give all ranks equal shares, and Composer drops those again when it evaluates.
     Without Composer's Trainer, drop them by ``sample_ids``.
 
-    Args:
-        local: Folder of the split.
-        batch_size: Samples per rank and batch; the last one may have fewer.
-        num_workers: Reading processes per rank.
-        worker_timeout: As for ``train_loader``.
-        **dataset_arguments: Further arguments of ``LatentDataset``.
+    Arguments as for ``train_loader``; the last batch may have fewer samples.
     """
     rows = _Rows(LatentDataset(local, batch_size=batch_size, **dataset_arguments))
     sampler = dist.get_sampler(rows, shuffle=False, drop_last=False)

@@ -15,7 +15,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind, stored_shape
 from tread_composer.io.files import whole_file
 
-__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'Manifest']
+__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest']
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'manifest.json'
@@ -23,70 +23,74 @@ MANIFEST_NAME = 'manifest.json'
 _Count = Annotated[int, Field(ge=1)]
 
 
-class Manifest(BaseModel):
-    """The manifest of one split. Frozen; every field is required, none may be added.
-
-    Attributes:
-        format_version: Version of this description, 1.
-        kind: ``'pixels'`` (no autoencoder), ``'samples'`` (one draw of the posterior) or ``'moments'`` (mean and
-            log-variance, ``2 * channels`` stored).
-        autoencoder: Which autoencoder: a hub id or a name; None for pixels.
-        autoencoder_hash: Hash of its weights, as ``KL.weight_hash()`` gives it; None for pixels.
-        channels: Channels of the latent that the model sees.
-        latent_height: Its height.
-        latent_width: Its width.
-        resolution: Side of the image in pixels.
-        crop: ``'none'`` or ``'center'``.
-        mirrored: Whether the latents of the mirrored images are stored too.
-        num_samples: Rows in the shards.
-        num_classes: 0 for data without labels.
-        class_names: One for each class.
-        mean: Mean of each channel of the raw latents (for moments: of draws from the posterior).
-        std: Standard deviation of each channel, likewise.
-        permutation_seed: Seed of the one permutation before writing; None if the source order was kept.
-        tool_version: Version of the tool that wrote the data.
-        source: Where the images come from, in words.
-    """
-
+class _Latents(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True, allow_inf_nan=False)
 
-    format_version: Literal[1] = Field(description='1')
-    kind: Kind
-    autoencoder: str | None
-    autoencoder_hash: str | None
-    channels: _Count
+    channels: _Count  # of the latent that the model sees
     latent_height: _Count
     latent_width: _Count
-    resolution: _Count
-    crop: Literal['none', 'center']
-    mirrored: bool
-    num_samples: _Count
-    num_classes: Annotated[int, Field(ge=0)]
+    num_classes: Annotated[int, Field(ge=0)]  # 0 for data without labels
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
-    permutation_seed: Annotated[int, Field(ge=0)] | None
-    tool_version: str
-    source: str
+    autoencoder: str | None  # a hub id or a name; None for pixels
 
     @model_validator(mode='after')
-    def _fields_agree(self) -> 'Manifest':
-        for name in ('mean', 'std'):
-            if len(getattr(self, name)) != self.channels:
-                raise ValueError(f'{name} has {len(getattr(self, name))} entries for {self.channels} channels')
+    def _classes_agree(self) -> '_Latents':
         if len(self.class_names) != self.num_classes:
             raise ValueError(f'class_names has {len(self.class_names)} entries for num_classes={self.num_classes}')
-        for name in ('autoencoder', 'autoencoder_hash'):
-            if (getattr(self, name) is None) != (self.kind == 'pixels'):
-                raise ValueError(
-                    f'{name}={getattr(self, name)!r} with kind={self.kind!r}: null for pixels, else a text'
-                )
         return self
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of the latent that the model sees."""
         return (self.channels, self.latent_height, self.latent_width)
+
+
+class LatentFacts(_Latents):
+    """What a trained model has to know of its data: some of a manifest, and for imported weights all that is known.
+
+    Null or empty is "not known". For ``builders.build_model``, the exported files and the importer.
+    """
+
+    autoencoder_hash: str | None = None
+    resolution: _Count | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    num_samples: _Count | None = None
+    source: str | None = None
+
+    @classmethod
+    def of(cls, manifest: 'Manifest') -> 'LatentFacts':
+        """What a manifest says of these."""
+        return cls(**{name: getattr(manifest, name) for name in cls.model_fields})
+
+
+class Manifest(_Latents):
+    """The manifest of one split. Frozen; every field is required, none may be added."""
+
+    autoencoder_hash: str | None  # of its weights, as `KL.weight_hash()` gives it; None for pixels
+    resolution: _Count  # side of the image in pixels
+    mean: tuple[float, ...]  # of each channel of the raw latents (for moments: of draws from the posterior)
+    std: tuple[Annotated[float, Field(gt=0)], ...]  # standard deviation, likewise
+    num_samples: _Count  # rows in the shards
+    source: str  # where the images come from, in words
+    format_version: Literal[1]
+    kind: Kind  # `pixels` (no autoencoder), `samples` (one draw of the posterior) or `moments` (mean, log-variance)
+    crop: Literal['none', 'center']
+    mirrored: bool  # whether the latents of the mirrored images are stored too
+    permutation_seed: Annotated[int, Field(ge=0)] | None  # of the one permutation before writing; None for none
+    tool_version: str  # of the tool that wrote the data
+
+    @model_validator(mode='after')
+    def _fields_agree(self) -> 'Manifest':
+        for name in ('mean', 'std'):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f'{name} has {len(getattr(self, name))} entries for {self.channels} channels')
+        for name in ('autoencoder', 'autoencoder_hash'):
+            if (getattr(self, name) is None) != (self.kind == 'pixels'):
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} with kind={self.kind!r}: null for pixels, else a text'
+                )
+        return self
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -112,15 +116,10 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str, remedy: str) -> 'Manifest':
-        """Read a manifest's JSON text that lies elsewhere.
-
-        Args:
-            text: The JSON.
-            source: What to call it in the message.
-            remedy: What to do about a wrong one.
+        """Read a manifest's JSON text that lies elsewhere; a refusal names ``source``, key, rule and ``remedy``.
 
         Raises:
-            UserError: Not exactly what this class describes; names the source, the key and the rule.
+            UserError: Not exactly what this class describes.
         """
         try:
             return cls.model_validate_json(text)

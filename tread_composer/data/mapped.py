@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 from streaming.base.format.mds.reader import MDSReader
 
-from tread_composer.data.columns import LABEL
-
 __all__ = ['MappedShard']
 
 
@@ -23,9 +21,6 @@ class MappedShard:
     An MDS shard is: the number of samples, then for each sample and the end its position in the file (uint32), then a
     description, then the samples. A sample is the sizes of its columns of variable size (uint32), then the columns in
     order of their names.
-
-    Args:
-        shard: As the index describes it.
 
     Raises:
         FileNotFoundError: The file is not there (any more).
@@ -42,17 +37,16 @@ class MappedShard:
         self._bytes = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
         self._bytes.flags.writeable = False
         self._begins = self._bytes[4 : 4 + 4 * shard.samples].view(np.uint32)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._layouts: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._columns: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
         sizes = [get_mds_encoded_size(encoding) for encoding in shard.column_encodings]
         at = 4 * sizes.count(None)
         for name, encoding, size in zip(shard.column_names, shard.column_encodings, sizes, strict=True):
             if size is None:
                 break  # what comes after it has no fixed place
-            self._places[name] = at, at + size
-            if encoding.startswith('ndarray:'):
-                _, dtype, shape = encoding.split(':')
-                self._layouts[name] = np.dtype(dtype), tuple(int(number) for number in shape.split(','))
+            # 'ndarray:float16:4,32,32', or the name of a numpy type for a single number.
+            dtype, _, shape = encoding.removeprefix('ndarray:').partition(':')
+            numbers = tuple(int(number) for number in shape.split(',')) if shape else ()
+            self._columns[name] = at, at + size, np.dtype(dtype), numbers
             at += size
 
     @staticmethod
@@ -63,14 +57,7 @@ class MappedShard:
         return all(sizes[name] is not None for name in before)
 
     def array(self, row: int, name: str) -> NDArray:
-        """The array of a column, a view of the file that must not be written to."""
+        """The array of a column (of a single number one without dimensions), a view that must not be written to."""
         begin = int(self._begins[row])
-        start, end = self._places[name]
-        dtype, shape = self._layouts[name]
+        start, end, dtype, shape = self._columns[name]
         return self._bytes[begin + start : begin + end].view(dtype).reshape(shape)
-
-    def label(self, row: int) -> int:
-        """The label of a row."""
-        begin = int(self._begins[row])
-        start, end = self._places[LABEL]
-        return int.from_bytes(self._bytes[begin + start : begin + end].tobytes(), 'little', signed=True)

@@ -56,14 +56,7 @@ def numbered_in_turn() -> Iterator[None]:
 def _take_number(
     local: list[str], remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
-    """Replace streaming's ``get_shm_prefix``, with its arguments.
-
-    Returns:
-        The number, and the segment that reserves it until the job ends.
-
-    Raises:
-        UserError: On all ranks: a cache folder of remote data is in use already.
-    """
+    """Replace streaming's ``get_shm_prefix``: a number, and the segment that reserves it until the job ends."""
     memory, problem, number = None, None, -1
     if world.is_local_leader:
         try:
@@ -147,11 +140,7 @@ def _lowest_free(local: list[str], fetched: set[str]) -> tuple[int, SharedMemory
 
 
 def _is_taken(number: int, fetched: set[str]) -> bool:
-    """Whether any segment or lock file of this number exists.
-
-    Raises:
-        ValueError: Its data set uses one of the ``fetched`` folders.
-    """
+    """Whether any segment or lock file of this number exists; ``ValueError`` if its data set fetches into ours."""
     # streaming creates these at the first batch and never removes them: a run that was killed does not block its cache.
     lock_files = (prefix._get_path(number, name) for name in (BARRIER_FILELOCK, CACHE_FILELOCK))
     if any(os.path.exists(os.path.join(gettempdir(), name)) for name in lock_files):

@@ -51,17 +51,11 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class Shard:
-    """One entry of ``index.json``.
+    """One entry of ``index.json``."""
 
-    Attributes:
-        folder: The split's.
-        start: Position of its first sample in the split.
-        reader: Streaming's description of it.
-    """
-
-    folder: Path
-    start: int
-    reader: MDSReader
+    folder: Path  # of the split
+    start: int  # position of its first sample in the split
+    reader: MDSReader  # streaming's description of it
 
     @property
     def samples(self) -> int:

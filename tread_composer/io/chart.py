@@ -22,40 +22,22 @@ _CURVES_DARK = ['#6cb6f5', '#f59a55', '#57c99b', '#e58cc9', '#d9c34a', '#a3abff'
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        name: Text for the legend.
-        points: x and y, x ascending.
-        colour: Number of its colour and marker; the same run has the same one in all charts of a page.
-        marked: Index in ``points`` of the point to ring.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    colour: int = 0
-    marked: int | None = None
+    name: str  # in the legend
+    points: Sequence[tuple[float, float]]  # x and y, x ascending
+    colour: int = 0  # number of its colour and marker; the same run has the same one in all charts of a page
+    marked: int | None = None  # index in `points` of the point to ring
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis.
+    """Curves over a common axis; ``ValueError`` if there is no point, or one is not finite."""
 
-    Args:
-        x_label: Name and unit.
-        y_label: Name and direction, for example ``'FID (lower is better)'``.
-        curves: At least one, with at least one point.
-        level: A y value to draw a dashed line at.
-        level_label: What that line is.
-
-    Raises:
-        ValueError: There is no point, or one is not finite.
-    """
-
-    x_label: str
-    y_label: str
+    x_label: str  # name and unit
+    y_label: str  # name and direction, for example 'FID (lower is better)'
     curves: Sequence[Curve]
-    level: float | None = None
+    level: float | None = None  # a y value to draw a dashed line at
     level_label: str = ''
 
     def __post_init__(self) -> None:
@@ -88,8 +70,7 @@ class Chart:
         axes.set_xlim(left=min(0.0, *(x for curve in self.curves for x, _ in curve.points)))
         # Above instead of turned by 90 degrees: a long name of a metric has more room there.
         for label in (axes.set_xlabel(self.x_label), axes.set_title(self.y_label, loc='left', fontsize=10)):
-            label.set_parse_math(False)  # names are the users': a dollar sign is none of TeX
-            label.set_color(_LIGHT['ink'])
+            label.set(parse_math=False, color=_LIGHT['ink'])  # names are the users': a dollar sign is none of TeX
         axes.grid(color=_LIGHT['line'])
         axes.set_axisbelow(True)
         axes.tick_params(which='both', colors=_LIGHT['soft'])
@@ -128,21 +109,15 @@ def _figure(rows: Sequence[Sequence[Chart | str]]) -> Any:
                 place.text(0.5, 0.5, chart, ha='center', color=_LIGHT['ink'])
                 continue
             named = [(line, textwrap.fill(name, _LEGEND_WIDTH)) for line, name in chart.plot(place.subplots())]
-            _legend(place, named)
+            lines_drawn, names = zip(*named, strict=True)
+            labels = [str(number) for number in range(len(names))]
+            legend = place.legend(lines_drawn, labels, frameon=False, loc='outside lower center', fontsize=9)
+            # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
+            for text, name in zip(legend.get_texts(), names, strict=True):
+                text.set(parse_math=False, color=_LIGHT['ink'], text=name)
             lines = max(lines, sum(1 + name.count('\n') for _, name in named))
     figure.set_figheight((3.1 + 0.2 * lines) * len(rows))  # inches; two tenths for a line of a legend
     return figure
-
-
-def _legend(owner: Any, named: Sequence[tuple[Any, str]]) -> None:
-    lines, names = zip(*named, strict=True)
-    labels = [str(number) for number in range(len(names))]
-    legend = owner.legend(lines, labels, frameon=False, loc='outside lower center', fontsize=9)
-    # Set afterwards: matplotlib leaves out labels that begin with an underscore, and reads dollars as TeX.
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_color(_LIGHT['ink'])
-        text.set_text(name)
 
 
 def _in_both_schemes(svg: str) -> str:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.torch_version import TorchVersion
 
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import UserError, first_line
 
 __all__ = ['check_harmless', 'read_checkpoint', 'read_pickled', 'restricted_loading']
 
@@ -79,7 +79,7 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         raise _refusal(str(path), error) from None
     except Exception as error:  # a damaged file sends the unpickler anywhere: IndexError, AttributeError, struct.error
-        text = f'{path}: cannot be read as a file of torch.save: {_first_line(error)}. Was it copied to its end?'
+        text = f'{path}: cannot be read as a file of torch.save: {first_line(error)}. Was it copied to its end?'
         raise UserError(text) from None
 
 
@@ -173,13 +173,9 @@ def _refusal(source: str, error: pickle.UnpicklingError) -> UserError:
     """The restricted reader's error in words; it names the class or function that the file asks for."""
     named = re.search(r'GLOBAL ([\w.]+)', str(error))
     if named is None:
-        return UserError(f'{source}: no file of torch.save, or a damaged one: {_first_line(error)}')
+        return UserError(f'{source}: no file of torch.save, or a damaged one: {first_line(error)}')
     return UserError(
         f'{source}: refused: to read {named[1]} out of it could run code, and weights need no such thing. Nothing '
         f'was run. If you trust the file, save its tensors again in a process of your own: torch.save({{name: '
         f'tensor, ...}})'
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -87,9 +87,7 @@ def find_checkpoint(folder: Path) -> Path:
 def newest_whole(folder: Path, names: Iterable[re.Pattern[str]] = _ANY_NAME) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint to go on from, and the damaged ones that are newer, each with what is wrong with it.
 
-    Args:
-        folder: The run's folder; it may be missing.
-        names: What the name of a checkpoint, without ``.pt``, may match; each with a group ``batch``.
+    The folder may be missing. ``names`` are what a checkpoint's, without ``.pt``, may match, with a group ``batch``.
     """
     damaged: dict[Path, str] = {}
     for path in checkpoints_in(folder, names):

@@ -33,10 +33,7 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
 def machine_for(device: torch.device, workers: int, ranks_here: int) -> Iterator[None]:
     """Set up torch so that fp32 means float32 and the encoder leaves cores to the decoders; restores it.
 
-    Args:
-        device: Where the networks run.
-        workers: Decoding processes of this rank.
-        ranks_here: Ranks that share this machine.
+    Each of the ``ranks_here`` has so many decoding ``workers``.
     """
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     # By default cuDNN rounds the inputs of float32 convolutions to the 10 bits of TF32, on GPUs that have it.

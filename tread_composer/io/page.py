@@ -24,9 +24,7 @@ _PNG = b'\x89PNG\r\n\x1a\n'
 class Report:
     """A page that grows section by section; every method returns the page, so that calls can be chained.
 
-    Args:
-        title: The heading, and the name of the browser's tab.
-        lead: One or two sentences below it.
+    ``title`` is the name of the browser's tab too; ``lead`` are one or two sentences below it.
     """
 
     def __init__(self, title: str, lead: str = '') -> None:
@@ -54,11 +52,7 @@ class Report:
         return self._add('facts', facts=flat(facts))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], best: Cells = ()) -> 'Report':
-        """A table that scrolls sideways on its own where the screen is narrow; ``best`` cells are pointed out.
-
-        Raises:
-            ValueError: A row has not one cell for each column.
-        """
+        """A table that scrolls sideways on its own where the screen is narrow; ``best`` cells are pointed out."""
         return self.tables([('', head, rows, best)])
 
     def tables(self, tables: Sequence[TitledTable]) -> 'Report':

@@ -59,14 +59,8 @@ def class_grid(
         class_names: Names of all classes, in order; their numbers if empty. The label behind the last is no class.
         title: Stands above.
     """
-    names = []
-    for label in row_labels:
-        if label is None:
-            names.append('')
-        elif class_names and label >= len(class_names):
-            names.append('no class')
-        else:
-            names.append(str(class_names[label]) if class_names else str(label))
+    words = dict(enumerate([*class_names, 'no class'])) if class_names else {}
+    names = ['' if label is None else str(words.get(label, label)) for label in row_labels]
     tiles_NHW3 = np.broadcast_to(tiles_NHWC, (*tiles_NHWC.shape[:3], 3))
     return picture_grid(tiles_NHW3, title, columns=len(tiles_NHW3) // len(names), row_names=names)
 

@@ -105,13 +105,8 @@ class Progress:
 class RankProgress(Progress):
     """Progress of all ranks together: each writes its number into a folder, rank 0 adds them up and prints.
 
-    Also how ranks learn of each other's failures: a rank that waits in a collective would not.
-
-    Args:
-        scratch: Folder that all ranks share.
-        rank: This process, among all nodes.
-        unit: Plural noun.
-        settings: ``total``, ``done_before``, ``log`` and ``interval`` of the whole job, as for ``Progress``.
+    Also how ranks learn of each other's failures: a rank that waits in a collective would not. ``scratch`` is a folder
+    that all ranks share; ``settings`` are those of ``Progress``, for the whole job.
     """
 
     def __init__(self, scratch: Path, rank: int, *, unit: str = 'images', **settings: Any) -> None:

@@ -68,9 +68,6 @@ def agreed(step: Callable[[], Result], place: str = '') -> Result:
 def check_equal(facts: Mapping[str, object]) -> None:
     """Refuse a job whose ranks do not have the same facts: its nodes would train different things without a word.
 
-    Args:
-        facts: Key to value, plain objects; compared with those of rank 0.
-
     Raises:
         UserError: On all ranks, with host, key and both values of up to ten differences.
     """
@@ -91,8 +88,7 @@ def check_equal(facts: Mapping[str, object]) -> None:
 def nodes_without(folder: Path) -> set[int]:
     """Nodes (``NODE_RANK``) that do not see in a folder what the first rank writes there: their disk is another one.
 
-    Args:
-        folder: It exists on the first rank. Nothing stays in it.
+    The folder exists on the first rank. Nothing stays in it.
     """
     node = int(os.environ.get('NODE_RANK', '0'))
     if not (dist.is_available() and dist.is_initialized()):
@@ -118,11 +114,9 @@ def nodes_without(folder: Path) -> set[int]:
 
 
 def send_file(path: Path, nodes: Collection[int]) -> None:
-    """Copy a file of the first rank to the same path on nodes that lack it. Called on all ranks.
+    """Copy a file of the first rank to the same path on ``nodes`` that lack it. Called on all ranks.
 
-    Args:
-        path: The file, at most one of tens of gigabytes: it travels in pieces of 64 MiB.
-        nodes: Their numbers, as ``nodes_without`` returns them.
+    Tens of gigabytes at most: it travels in pieces of 64 MiB.
     """
     receives = int(os.environ.get('NODE_RANK', '0')) in nodes and int(os.environ.get('LOCAL_RANK', '0')) == 0
     group: Any = dist.new_group(backend='gloo')  # that of the run may be NCCL's, which sends from GPUs alone
@@ -143,18 +137,11 @@ def send_file(path: Path, nodes: Collection[int]) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that the ``composer`` launcher started, or the only one.
+    """This process among those that the ``composer`` launcher started, or the only one."""
 
-    Args:
-        rank: Of this process, over all nodes.
-        world: How many there are.
-        local_rank: On this node.
-        local_world: On this node.
-    """
-
-    rank: int = 0
+    rank: int = 0  # of this process, over all nodes
     world: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # of this process, on this node
     local_world: int = 1
 
     @classmethod
@@ -184,12 +171,8 @@ class Ranks:
     def check_shared(self, folder: Path, setting: str) -> None:
         """Refuse a folder that is another one on another node, before any work goes into it.
 
-        Args:
-            folder: It exists on the first rank.
-            setting: What names it, for the message.
-
         Raises:
-            UserError: On all ranks, with the nodes.
+            UserError: On all ranks, with the nodes and the ``setting`` that names the folder.
         """
         missing = sorted(nodes_without(folder)) if self.world > self.local_world else ()
         if missing:

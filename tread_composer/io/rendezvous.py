@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import UserError, first_line
 from tread_composer.core.launch import global_rank, world_size
 
 __all__ = ['Rendezvous']
@@ -33,10 +33,7 @@ _REMEDY = (
 
 
 class Rendezvous:
-    """The meeting of this process with the other ranks of its job; for the only rank, nothing to do.
-
-    Args:
-        limit: Seconds that ranks wait for each other.
+    """The meeting of this process with the other ranks of its job, who wait ``limit`` seconds for each other.
 
     Raises:
         UserError: The first rank cannot listen at ``MASTER_PORT``, or another cannot reach it within the limit.
@@ -61,7 +58,7 @@ class Rendezvous:
                 timeout=datetime.timedelta(seconds=limit),
             )
         except (RuntimeError, OSError) as error:
-            raise UserError(f'{self._place}: {_first_line(error)}; {_REMEDY}') from None
+            raise UserError(f'{self._place}: {first_line(error)}; {_REMEDY}') from None
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         self._store = PrefixStore(f'tread_composer/{attempt}', store)
         self._store.set(f'{_RANK}{self.rank}', socket.gethostname())
@@ -85,11 +82,7 @@ class Rendezvous:
             raise
 
     def join(self, backend: str, timeout: float) -> None:
-        """Wait for all ranks, then make the process group.
-
-        Args:
-            backend: torch's name, ``gloo`` or ``nccl``.
-            timeout: Seconds that a collective of the group may take.
+        """Wait for all ranks, then make the process group: ``gloo`` or ``nccl``, with seconds for a collective.
 
         Raises:
             UserError: A rank did not come, or the first rank has refused.
@@ -155,7 +148,3 @@ class Rendezvous:
         if os.environ.get('LOCAL_RANK', '0') == '0' and time.monotonic() - self._reported > _REPORT_SECONDS:
             self._reported = time.monotonic()
             print(text, file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition('\n')[0][:300]

@@ -12,12 +12,9 @@ _SIDES = {'l': 'left', 'r': 'right'}
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], sides: str = 'l') -> str:
-    """Columns of text below their names, without lines or trailing blanks.
+    """Columns of text below their names, if they have some, without lines or trailing blanks.
 
-    Args:
-        head: Names of the columns; may be empty.
-        rows: As many cells each.
-        sides: ``l`` or ``r`` for each column; where it is too short, the other columns are aligned to the right.
+    ``sides`` has ``l`` or ``r`` for each column; where it is too short, the other columns are aligned to the right.
     """
     # The head as a row: tabulate 0.9 fails on a table that has no other. Its parser of numbers would rewrite figures.
     cells = [list(map(str, row)) for row in (head, *rows) if row]

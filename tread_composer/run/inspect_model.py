@@ -12,9 +12,8 @@ __all__ = ['inspect_model']
 def inspect_model(reference: str, blocks: str | None = None) -> FoundSettings:
     """Run a model densely and routed; what it prints as is the call of ``Tread`` that routes it.
 
-    Args:
-        reference: ``package.module:function``, called without arguments: it returns a model and ``run(model)``.
-        blocks: Dotted name of the block list; the only one if None.
+    ``reference`` is ``package.module:function``, called without arguments: it returns a model and ``run(model)``.
+    ``blocks`` is the dotted name of the block list; the only one if None.
 
     Raises:
         UserError: The function is not there or does not return these two, or the model cannot be routed.

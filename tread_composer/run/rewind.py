@@ -39,11 +39,7 @@ def skipped_batches(config: Config) -> frozenset[int]:
 def rewind(config: Config, trainer: Trainer, request: RewindError, began_at: int) -> NoReturn:
     """Note which batches to leave out, end this training and start it again. Called on all ranks.
 
-    Args:
-        config: The run's configuration.
-        trainer: The one that raised ``request``.
-        request: Where the fault was.
-        began_at: Batch at which this process began to train: that of the checkpoint it resumed from, or 0.
+    ``began_at`` is the batch at which this process began to train: that of the checkpoint it resumed from, or 0.
 
     Raises:
         UserError: There is no checkpoint yet, or the run has gone back to this one three times already.

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tread_composer.builders.run_data import planned_manifest
 from tread_composer.config import Config
 from tread_composer.core.errors import UserError
@@ -47,9 +49,7 @@ class SNRCurve:
 def make_snr(config: Config, std: float | None = None) -> SNRCurve:
     """The SNR density of a configuration.
 
-    Args:
-        config: A loaded configuration.
-        std: Standard deviation of the latents as the network sees them; from the data's manifest if None.
+    ``std`` is that of the latents as the network sees them; None takes it from the data's manifest.
 
     Raises:
         UserError: There are no data to take it from, or the objective does not say what it trains on.
@@ -79,35 +79,27 @@ def latent_std(config: Config, manifest: Manifest) -> float:
     That is of one distribution over all channels: channels whose means differ add to it.
     """
     config = config.normalized(manifest.mean, manifest.std)
-    scales = _for_each_channel(config.latent_scale, 'latent_scale', manifest.channels)
-    shifts = _for_each_channel(config.latent_shift, 'latent_shift', manifest.channels)
-    means = [(mean - shift) * scale for mean, shift, scale in zip(manifest.mean, shifts, scales, strict=True)]
-    centre = sum(means) / len(means)
-    squares = [
-        (std * scale) ** 2 + (mean - centre) ** 2
-        for std, scale, mean in zip(manifest.std, scales, means, strict=True)
-    ]  # fmt: skip
-    return math.sqrt(sum(squares) / len(squares))
-
-
-def _for_each_channel(value: float | list[float], name: str, channels: int) -> list[float]:
-    values = list(value) if isinstance(value, list) else [float(value)] * channels
-    if len(values) != channels:
-        raise UserError(f'{name}: {len(values)} numbers for {channels} channels; give one, or one for each channel')
-    return values
+    for name, value in (('latent_scale', config.latent_scale), ('latent_shift', config.latent_shift)):
+        if isinstance(value, list) and len(value) != manifest.channels:
+            raise UserError(
+                f'{name}: {len(value)} numbers for {manifest.channels} channels; give one, or one for each channel'
+            )
+    scale = np.asarray(config.latent_scale)
+    means = (np.asarray(manifest.mean) - np.asarray(config.latent_shift)) * scale
+    variances = (np.asarray(manifest.std) * scale) ** 2
+    # Over all channels together: within each, and between their means.
+    return float(np.sqrt((variances + (means - means.mean()) ** 2).mean()))
 
 
 def format_snr(curves: Sequence[SNRCurve], picture: str) -> str:
     """The figures as a table for a terminal."""
     head = ('run', 'objective', 'latent std', 'mean', 'std', '5 %', '50 %', '95 %', 'mean in the band')
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for curve in curves:
         distribution = curve.distribution
-        figures = (distribution.mean, distribution.std, *distribution.quantiles)
+        figures = [f'{value:.1f}' for value in (distribution.mean, distribution.std, *distribution.quantiles)]
         strength = f'{curve.data_std:.3f} ({curve.source})'
-        rows.append(
-            (curve.name, curve.objective, strength, *(f'{value:.1f}' for value in figures), _verdict(distribution.mean))
-        )
+        rows.append((curve.name, curve.objective, strength, *figures, _verdict(distribution.mean)))
     table = text_table(head, rows, 'lllrrrrrl')
     return '\n'.join(
         ['Density of the signal-to-noise ratio over a training run, in dB', '', table, '', _RECOMMENDATION + '.',

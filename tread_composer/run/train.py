@@ -44,57 +44,63 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     Rank 0 checks everything that needs no other rank before the process group exists. The others wait there, so a
     refused configuration is reported once, and they are stopped by the launcher.
 
-    Args:
-        path: The YAML file.
-        overrides: ``key=value`` texts.
-
     Raises:
         UserError: Input, data or machine are at fault.
     """
     with contextlib.ExitStack() as held:
-        _train(path, overrides, held)
+        config = _agreed_config(path, overrides, held)
+        splits = agreed(lambda: prepare_data(config))
+        check_equal(_facts_of_data(config, splits))
+        # Of the last, smaller evaluation batch, which is as it should be.
+        warnings.filterwarnings('ignore', message='Cannot split tensor of length')
+        if dist.get_global_rank() == 0:
+            print(_head_of_plan(config), file=sys.stderr, flush=True)
+        trainer = build_trainer(config, splits, skipped_batches=skipped_batches(config))
+        status = _fit(trainer, config)
+        trainer.close()
+        text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
+        if dist.get_global_rank() == 0:
+            print(text, flush=True)
 
 
-def _train(path: str, overrides: Sequence[str], held: contextlib.ExitStack) -> None:
+def _agreed_config(path: str, overrides: Sequence[str], held: contextlib.ExitStack) -> Config:
+    """The configuration that all ranks have checked, with the process group made; ``held`` keeps the run's lock."""
     with _stoppable():
         ranks = Rendezvous()
+        checked = None
         if ranks.rank == 0:
             with ranks.refusals():
                 checked = _checked_config(path, overrides)
                 held.enter_context(locked_run(checked))
         else:
-            checked = _config_if_sound(path, overrides)
+            # A refusal is rank 0's to say; if it sees none, this node's files differ, and `agreed` says so.
+            with contextlib.suppress(UserError):
+                checked = _checked_config(path, overrides)
         device = get_device(None if checked is None else checked.device)
         timeout = _DIST_TIMEOUT if checked is None else checked.dist_timeout
         ranks.join(device.dist_backend, timeout)
         dist.initialize_dist(device, timeout=timeout)  # of the only rank; else it finds the group made
     config = agreed(lambda: checked or _checked_config(path, overrides))
     check_equal(_facts_of_code(config))
-    splits = agreed(lambda: prepare_data(config))
-    check_equal(_facts_of_data(config, splits))
-    # Of the last, smaller evaluation batch, which is as it should be.
-    warnings.filterwarnings('ignore', message='Cannot split tensor of length')
-    if dist.get_global_rank() == 0:
-        print(_head_of_plan(config), file=sys.stderr, flush=True)
-    trainer = build_trainer(config, splits, skipped_batches=skipped_batches(config))
-    began = time.monotonic()
+    return config
+
+
+def _fit(trainer: Trainer, config: Config) -> str:
+    """Train to the end, and say in words what was done."""
+    began, begin = time.monotonic(), int(trainer.state.timestamp.batch)
     assert trainer.state.max_duration is not None
-    if trainer.state.timestamp < trainer.state.max_duration:
-        begin = int(trainer.state.timestamp.batch)
-        try:
-            _fit(trainer)
-        except RewindError as request:
-            rewind(config, trainer, request, began_at=begin)
-        end, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
-        status = f'batches {begin} to {end} in {seconds:.0f} s, evaluation and samples included'
-    else:
-        status = f'was trained to {config.max_duration} before; a longer max_duration continues it'
+    if trainer.state.timestamp >= trainer.state.max_duration:
         for logger in trainer.logger.destinations:
             getattr(logger, 'finished', lambda: None)()
-    trainer.close()
-    text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
-    if dist.get_global_rank() == 0:
-        print(text, flush=True)
+        return f'was trained to {config.max_duration} before; a longer max_duration continues it'
+    try:
+        trainer.fit()
+    except RoutingError as error:
+        raise UserError(f'algorithms.tread: {error}') from error
+    except RewindError as request:
+        rewind(config, trainer, request, began_at=begin)
+    end, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
+    return f'batches {begin} to {end} in {seconds:.0f} s, evaluation and samples included'
 
 
 def _facts_of_code(config: Config) -> dict[str, Any]:
@@ -124,20 +130,6 @@ def _head_of_plan(config: Config) -> str:
     except UserError as error:  # what cannot be counted beforehand can be trained all the same
         return f'plan: {error}'
     return '\n'.join(lines[:_PLAN_LINES])
-
-
-def _fit(trainer: Trainer) -> None:
-    try:
-        trainer.fit()
-    except RoutingError as error:
-        raise UserError(f'algorithms.tread: {error}') from error
-
-
-def _config_if_sound(path: str, overrides: Sequence[str]) -> Config | None:
-    try:
-        return _checked_config(path, overrides)
-    except UserError:
-        return None  # it is rank 0's to say; if rank 0 sees none, this node's files differ, and `agreed` says so
 
 
 @contextlib.contextmanager

@@ -21,10 +21,7 @@ def checkpoint_batch(state: Mapping[str, Any]) -> int:
 def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> dict[str, Tensor]:
     """Weights of the network (``'ema'`` or ``'raw'``), float32, under its own names.
 
-    Args:
-        state: What ``read_checkpoint`` gives.
-        weights: ``'ema'`` or ``'raw'``.
-        source: What to call the checkpoint in messages.
+    ``state`` is what ``read_checkpoint`` gives of the file or folder ``source``.
 
     Raises:
         UserError: The checkpoint does not have these weights.

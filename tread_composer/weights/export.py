@@ -28,9 +28,8 @@ def export(
 
     Args:
         path: A run's folder, or a checkpoint in one.
-        out: The file, ``.safetensors``.
+        out: The file, ``.safetensors``; one that is there is replaced with ``overwrite``.
         weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``, as ``load_trained``.
-        overwrite: Replace a file that is there.
         allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
 
     Returns:

@@ -20,7 +20,7 @@ import tread_composer
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import LatentFacts
 from tread_composer.io.tensors import digest_of, write_tensors
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
@@ -34,23 +34,14 @@ _ONLOOKERS = ('callbacks', 'loggers')  # they decide nothing, may not be install
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFacts:
-    """What is known of the weights of one network.
+    """What is known of the weights of one network."""
 
-    Attributes:
-        config: Configuration of the run.
-        data: Facts of its training data.
-        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
-        batch: Batches that they were trained on; 0 where nobody has said it (imported weights).
-        origin: Where they come from, in words.
-        average: How a post-hoc average was made (``posthoc.Average.facts``); None for the others.
-    """
-
-    config: Config
-    data: LatentFacts
-    weights: str
-    batch: int
-    origin: str
-    average: Mapping[str, Any] | None = None
+    config: Config  # of the run
+    data: LatentFacts  # of its training data
+    weights: str  # `ema`, `raw` or `posthoc:0.13`
+    batch: int  # how many they were trained on; 0 where nobody has said it (imported weights)
+    origin: str  # where they come from, in words
+    average: Mapping[str, Any] | None = None  # how a post-hoc average was made (`posthoc.Average.facts`)
 
     @property
     def class_names(self) -> tuple[str, ...]:

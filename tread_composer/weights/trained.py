@@ -18,9 +18,8 @@ from tread_composer.builders.model import build_model
 from tread_composer.builders.run_data import identity, planned_manifest
 from tread_composer.builders.run_folder import DATA_NAME, part_folder
 from tread_composer.config import Config, restore_config
-from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.data.facts import LatentFacts
-from tread_composer.data.manifest import Manifest
+from tread_composer.core.errors import ResumeError, UserError, first_line
+from tread_composer.data.manifest import LatentFacts, Manifest
 from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
@@ -33,19 +32,12 @@ __all__ = ['Trained', 'image_size', 'load_trained', 'model_of', 'read_trained', 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(WeightFacts):
-    """A trained model and what is known of it.
+    """A trained model and what is known of it."""
 
-    Attributes:
-        model: In evaluation mode, on the device asked for; the autoencoder's weights are loaded when first used.
-        source: What the user named.
-        digest: ``'sha256:...'`` over names, shapes and float32 values of the network's weights.
-        attention: A line that says which implementation of attention runs.
-    """
-
-    model: LatentDiffusion
-    source: str
-    digest: str
-    attention: str
+    model: LatentDiffusion  # in evaluation mode, on the device asked for; its autoencoder is loaded when first used
+    source: str  # what the user named
+    digest: str  # of the network's weights, see `digest_of`
+    attention: str  # a line that says which implementation of it runs
 
     def prepare_for(self, sampling: SamplingSettings) -> None:
         """Make the network ready for this guidance; ``UserError`` if it was not trained with what that needs."""
@@ -83,7 +75,7 @@ def load_trained(
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'device {device}: cannot be used here: {str(error).splitlines()[0]}') from None
+        raise UserError(f'device {device}: cannot be used here: {first_line(error)}') from None
     denoiser: Any = model.denoiser
     # A network of another package has its own; a setting `attention` is refused there like any that it does not have.
     attention = f"attention: {type(denoiser).__name__}'s own"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.facts import LatentFacts
+from tread_composer.data.manifest import LatentFacts
 from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
@@ -19,11 +19,7 @@ from tread_composer.weights.foreign.hints import Hints
 
 __all__ = ['import_weights', 'read_class_names']
 
-_OBJECTIVES = {
-    'edm': {'name': 'edm'},
-    'flow_matching': {'name': 'flow_matching'},
-}
-_KNOWN_OBJECTIVES: dict[str, dict[str, Any]] = {
+_OBJECTIVES: dict[str, dict[str, Any]] = {
     # As the projects' own training code has them.
     'sit': {'name': 'flow_matching', 'time_distribution': {'name': 'uniform'}},
     'maskdit': {'name': 'edm'},
@@ -46,8 +42,7 @@ def import_weights(
 
     Args:
         path: ``.pt`` or ``.safetensors``.
-        out: The file to write, ``.safetensors``.
-        layout: ``'dit'``, ``'sit'``, ``'tread'``, ``'maskdit'``, or ``'auto'`` where the file shows it.
+        layout: One of ``LAYOUTS``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
 
     Returns:
@@ -91,13 +86,11 @@ def _ask_for_missing(hints: Hints, layout: str) -> None:
         '--class-names': (hints.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
     }
     if layout == 'tread':
-        text = f'CompVis/tread trains both and saves them alike: {" or ".join(_OBJECTIVES)}'
+        text = 'CompVis/tread trains both and saves them alike: edm or flow_matching'
         required['--objective'] = (hints.objective, text)
     lines = [f'  {option}: {reason}' for option, (value, reason) in required.items() if value is None]
     if lines:
         raise UserError('\n'.join(['import: the file does not say what sampling needs to know; give', *lines]))
-    if layout == 'tread' and hints.objective not in _OBJECTIVES:
-        raise UserError(f'--objective {hints.objective}: CompVis/tread has {" and ".join(_OBJECTIVES)}')
     if layout != 'tread' and hints.objective is not None:
         raise UserError(f'--objective {hints.objective}: the layout {layout} has decided that; leave it away')
     if layout == 'maskdit' and hints.route is not None:
@@ -131,7 +124,7 @@ def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
     }  # fmt: skip
     if layout == 'sit':
         model['learn_sigma'] = False  # its forward gives the first half of the channels alone
-    objective = _KNOWN_OBJECTIVES.get(layout) or _OBJECTIVES.get(str(hints.objective))
+    objective = {'name': hints.objective} if layout == 'tread' else _OBJECTIVES.get(layout)
     algorithms: dict[str, Any] = {}
     if sizes.decoder is not None:
         algorithms['maskdit'] = {f'decoder_{key}': value for key, value in sizes.decoder.items()}

@@ -44,13 +44,9 @@ class Sizes:
 
 
 def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, path: str) -> Sizes:
-    """Read the sizes off the tensors, and check the positions.
+    """Read the sizes off the tensors of a layout, and check the positions.
 
-    Args:
-        tensors: Under the names of the layout.
-        layout: One of ``LAYOUTS``.
-        num_heads: What no tensor shows; None for the published sizes.
-        path: What to call the file in messages.
+    ``num_heads`` is what no tensor shows; None for the published sizes.
 
     Raises:
         UserError: A tensor is missing or contradicts the others, or the positions are not the fixed ones.

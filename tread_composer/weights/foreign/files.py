@@ -76,12 +76,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | None, path: str) -> str:
-    """The layout, if the file shows it; the one asked for, if the file does not contradict it.
-
-    Args:
-        requested: One of ``LAYOUTS`` or ``'auto'``.
-        tensors: With ``container``, what ``read_weights`` gives.
-        path: What to call the file in messages.
+    """The layout, if the file shows it; the ``requested`` one (or ``'auto'``), if the file does not contradict it.
 
     Raises:
         UserError: The file does not show it, or is of another layout.
