@@ -119,7 +119,6 @@ evaluate images --reference nowhere --features digits
 evaluate images --reference images/images --features digits --metrics is
 evaluate images --reference images --features digits --metrics fdi
 evaluate images --reference images --features digits --count 3
-evaluate images --reference images --features digits --describe seed=0
 evaluate {RUN} --reference images --features digits
 evaluate {RUN} --reference images --features digits --count 4 --weights foo
 sweep {RUN} --out x
@@ -131,7 +130,6 @@ sweep {RUN} --reference images --features digits --out x --guidance-scale
 compare {RESULTS}
 compare {RESULTS} nowhere
 compare {RESULTS} yamls
-compare {RESULTS} mlflow:nowhere
 compare {RESULTS} {RUN}
 compare {RESULTS} {RESULTS}#nobody
 compare {RESULTS} {RESULTS} --metric foo

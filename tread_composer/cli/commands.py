@@ -144,7 +144,7 @@ def compare(
     """Hold runs against the first one: at equal steps, FLOPs, time, and equal quality.
 
     Args:
-        runs: Folder, results.json[#RUN] or mlflow:RUN[@tracking uri]; the reference first.
+        runs: Folder, or results.json[#RUN]; the reference first.
         metrics: Names of metrics (default: all that the runs have in common).
         out: Folder for table, PNG and page.
 
@@ -154,12 +154,12 @@ def compare(
         raise UserError(f'compare: only {", ".join(runs)!r} is given; give two or more runs, the reference first')
     with importing():
         from tread_composer.compare import comparison as room
-        from tread_composer.compare.output import write_comparison
+        from tread_composer.compare.output import format_comparison, write_comparison
         from tread_composer.compare.runs import open_run
 
     comparison = room.compare([open_run(run) for run in runs], metrics)
     files = write_comparison(comparison, out, str(typed))
-    print(room.format_comparison(comparison))
+    print(format_comparison(comparison))
     _print_files(files)
 
 

@@ -101,7 +101,6 @@ def evaluate(
     typed: Typed,
     model: Annotated[SamplesRequest, Flag(fixed=_EVALUATED)],
     measurement: Measurement,
-    describe: Mapping[str, Any] = {},
     out: str | None = None,
     samples_folder: Annotated[str | None, Flag('--samples-folder', '--samples')] = None,
 ) -> None:
@@ -110,7 +109,6 @@ def evaluate(
     The path may also be images: a folder, an npz, MDS, a folder of `sample`.
 
     Args:
-        describe: How images were made that do not say it: weights=ema seed=0 sampling.sampler=heun ...
         out: File of the numbers (results.json in the folder of the run or the samples).
         samples_folder: Folder of a model's images (one in the folder of the run).
 
@@ -118,13 +116,12 @@ def evaluate(
     """
     _check_sampling(model.sampling, typed)
     with importing():
-        from tread_composer.evaluate.measuring import evaluate_model, evaluate_samples
+        from tread_composer.evaluate.measuring import evaluate_model, folder_of, is_model, measure_samples, open_samples
         from tread_composer.evaluate.publish import format_entries, publish
-        from tread_composer.evaluate.samples import folder_of, is_model
+        from tread_composer.io.device import choose_device
+        from tread_composer.metrics.measurer import Measurer
 
     if is_model(model.path):
-        if describe:
-            raise UserError(f'--describe: {model.path} is a model, whose samples say so themselves; leave it out')
         entries, place = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
     else:
         of_a_model = flag_names(SamplesRequest, ('path', 'batch_size', 'device', *_EVALUATED))
@@ -134,7 +131,8 @@ def evaluate(
         foreign += [f'{key}={value}' for key, value in model.overrides.items()]
         if foreign:
             raise UserError(f'{", ".join(foreign)}: of a model that is sampled first, and {model.path} holds images')
-        entries = evaluate_samples(model.path, measurement, describe=describe, device=model.device, log=_print_now)
+        open_samples(Path(model.path))  # refused before the network is loaded
+        entries = measure_samples(model.path, Measurer(measurement, choose_device(model.device, 0), log=_print_now))
         place = folder_of(model.path)
     if entries:
         print(format_entries(entries))

@@ -8,7 +8,7 @@ import yaml
 
 from tread_composer.compare.store import store_of
 from tread_composer.core.errors import UserError
-from tread_composer.evaluate.samples import folder_of, run_name
+from tread_composer.evaluate.measuring import folder_of, run_name
 from tread_composer.io.page import Report
 from tread_composer.metrics.protocol import append_results, by_protocol, series_name
 
@@ -34,7 +34,7 @@ def publish(
     Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in.
 
     Args:
-        entries: What ``evaluate_samples`` or ``evaluate_model`` returned.
+        entries: What ``measure_samples`` or ``evaluate_model`` returned.
         path: What was measured.
         command: How to get the page again.
         grid: A picture for the page, if it is there.
