@@ -248,7 +248,7 @@ def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, capsys)
         (images, large, [], 'images of 16 pixels, and the samples have 8'),
         (trained, large, drawn, 'images of 16 pixels, and the samples have 8'),
         (trained, digits, [], 'say how many images'),
-        (images, digits, ['--count', '9', '--steps', '3'], '--steps, --count: of a model'),
+        (images, digits, ['--count', '9', '--steps', '3'], '--count, --steps: of a model'),
         (images, digits, ['autoencoder.path=x'], 'autoencoder.path=x: of a model'),
         (trained, digits, ['seed=3', *drawn], 'a trained model is sampled as it was'),
         (trained, digits, ['autoencoder.path=x', *drawn], 'pixels'),

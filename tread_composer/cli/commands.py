@@ -306,11 +306,7 @@ COMMANDS = (train, plan, doctor, snr, compare, sample, sweep, evaluate, inspect,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code.
-
-    Args:
-        arguments: What stands behind the program's name; that of this process if None.
-    """
+    """Run a command, as this process was called if no arguments are given; returns the exit code."""
     prepare_process()
     # `import_` and `inspect_model` are what Python can spell of them.
     commands = {command.__name__.strip('_').replace('_', '-'): command for command in COMMANDS}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from tread_composer.cli.flags import Typed, flag_names
+from tread_composer.cli.flags import Typed
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Flag
 from tread_composer.core.process import importing
@@ -17,7 +17,8 @@ from tread_composer.samplers.settings import SamplingSettings
 
 __all__ = ['evaluate', 'sample', 'sweep']
 
-# What `evaluate` itself decides of the images that it draws.
+# What `evaluate` takes for images that are there already, and what it decides itself of those that it draws.
+_OF_IMAGES = {'path', 'overrides', 'device', 'out', *(entry.name for entry in dataclasses.fields(Measurement))}
 _EVALUATED = {'out': Path(), 'classes': None, 'per_class': None, 'labels_file': None, 'formats': ('npz',),
               'decode_dtype': 'float32'}  # fmt: skip
 
@@ -124,10 +125,7 @@ def evaluate(
     if is_model(model.path):
         entries, place = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
     else:
-        of_a_model = flag_names(SamplesRequest, ('path', 'batch_size', 'device', *_EVALUATED))
-        # They would say nothing of images that are there already.
-        foreign = [flag for key, flag in of_a_model.items() if key in typed.given and key != 'overrides']
-        foreign += ['--samples-folder'] if samples_folder else []
+        foreign = [f'--{key.replace("_", "-")}' for key in sorted(typed.given - _OF_IMAGES)]
         foreign += [f'{key}={value}' for key, value in model.overrides.items()]
         if foreign:
             raise UserError(f'{", ".join(foreign)}: of a model that is sampled first, and {model.path} holds images')

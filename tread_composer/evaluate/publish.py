@@ -29,7 +29,7 @@ def publish(
     out: str | None = None,
     log: Log = print,
 ) -> None:
-    """Write the numbers to ``results.json``, to a page beside it, and to MLflow where the run has it.
+    """Write numbers to ``results.json``, to a page beside it, and to MLflow where the run has it.
 
     Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in.
 
@@ -52,7 +52,7 @@ def publish(
     append_results(target, entries)
     page = target.with_suffix('.html')
     pictures = [(str(grid), grid.read_bytes())] if grid is not None and grid.is_file() else []
-    evaluation_page(entries, command, pictures).write(page)
+    _page(entries, command, pictures).write(page)
     log(f'numbers  {target}\npage     {page}')
     if foreign:
         log(f'MLflow   not logged: {path} is of run {run_name(path)!r}, and lies in the folder of run {run!r}')
@@ -69,16 +69,13 @@ def format_entries(entries: Entries) -> str:
 
 
 def _log_to_mlflow(folder: Path, entries: Entries, results: Path) -> str:
-    """Add the numbers to the MLflow run of a run's folder, at the batch that was measured; says in words what it did.
-
-    The series is that of the protocol, as it is for the callback; the file becomes an artifact.
-    """
+    """Add the numbers to the MLflow run of a run's folder, at the measured batch; says in words what it did."""
     try:
         client, run = store_of(yaml.safe_load((folder / 'config.yaml').read_text()), folder)
     except UserError as error:
         return f'not logged: {error}'
     dated = [entry for entry in entries if entry['batch'] is not None]  # a curve needs a step
-    for entry in dated:
+    for entry in dated:  # in the series of the protocol, as the callback does
         name = series_name(entry['metric'], entry['protocol'])
         client.log_metric(run.info.run_id, name, entry['value'], step=entry['batch'])
     client.log_artifact(run.info.run_id, str(results))
@@ -86,18 +83,13 @@ def _log_to_mlflow(folder: Path, entries: Entries, results: Path) -> str:
     return f'run {run.data.tags.get("run_name")} in {client.tracking_uri}{without}'
 
 
-def evaluation_page(entries: Entries, command: str, grids: Sequence[tuple[str, bytes]] = ()) -> Report:
-    """The page of an evaluation: numbers first, then how they were measured.
-
-    Args:
-        entries: At least one. Those with the same protocol stand together.
-        command: How to get the same again.
-        grids: Caption and PNG of pictures of samples.
-    """
+def _page(entries: Entries, command: str, grids: Sequence[tuple[str, bytes]]) -> Report:
+    """Numbers first, then how they were measured; those with the same protocol stand together."""
     sources = ', '.join(dict.fromkeys(str(entry['source']) for entry in entries))
     runs = ', '.join(dict.fromkeys(str(entry['run']) for entry in entries if entry['run']))
     page = Report(f'Evaluation of {runs or sources}', f'Measured: {sources}')
-    page.tiles([(f'{entry["value"]:.4g}', _with_batch(entry)) for entry in entries])
+    batches = ['' if entry['batch'] is None else f' at batch {entry["batch"]:,}' for entry in entries]
+    page.tiles([(f'{e["value"]:.4g}', f'{e["metric"]}{batch}') for e, batch in zip(entries, batches, strict=True)])
     page.heading('Numbers').table(_HEAD, [_row(entry) for entry in entries])
     page.text(
         'A standard deviation is that over the parts of the samples that the number is the mean of; it is none of '
@@ -114,10 +106,6 @@ def evaluation_page(entries: Entries, command: str, grids: Sequence[tuple[str, b
     if digests:
         page.heading('Weights', small=True).text(', '.join(digests))
     return page.heading('How to get this page again').command(command)
-
-
-def _with_batch(entry: Mapping[str, Any]) -> str:
-    return entry['metric'] if entry['batch'] is None else f'{entry["metric"]} at batch {entry["batch"]:,}'
 
 
 def _row(entry: Mapping[str, Any]) -> list[str]:

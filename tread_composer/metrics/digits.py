@@ -35,10 +35,7 @@ def real_digits() -> dict[str, tuple[Tensor, Tensor]]:
 class DigitsJudge:
     """An MLP of one hidden layer (128 ReLU units) on the 64 pixels; chosen by cross-validation in the train split.
 
-    Args:
-        images: ``[N, 1, 8, 8]`` in [-1, 1].
-        labels: ``[N]``, 0 to 9.
-        seed: Decides the initial weights and the order of the batches.
+    Trained on images ``[N, 1, 8, 8]`` in [-1, 1] and labels ``[N]``, 0 to 9.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:

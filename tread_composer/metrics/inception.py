@@ -20,7 +20,6 @@ from tread_composer.core.precision import plain_float32
 __all__ = [
     'INCEPTION_FILE',
     'INCEPTION_SHA256',
-    'INCEPTION_SIZE',
     'INCEPTION_VARIABLE',
     'InceptionFeatures',
     'check_weights',
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
-INCEPTION_SIZE = 95_628_359  # bytes
+_SIZE = 95_628_359  # bytes
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 INCEPTION_VARIABLE = 'TREAD_COMPOSER_INCEPTION'
 
@@ -90,7 +89,7 @@ def describe_weights() -> str:
         ('file', INCEPTION_FILE),
         ('what', "Inception v3 of 2015-12-05, TensorFlow's weights as torch-fidelity converted them"),
         ('address', _address()),
-        ('size', f'{INCEPTION_SIZE:,} bytes'),
+        ('size', f'{_SIZE:,} bytes'),
         ('sha256', INCEPTION_SHA256),
         ('torch looks here', f'{hub_path()} ({status})'),
         ('or say where', f'--inception FILE, `inception: FILE` in a YAML, or the variable {INCEPTION_VARIABLE}'),
@@ -112,7 +111,7 @@ def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
         raise UserError(f'{path}: cannot be read: {error}') from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected:
-        published = f', the published file has {INCEPTION_SIZE:,}' if sha256 is None else ''
+        published = f', the published file has {_SIZE:,}' if sha256 is None else ''
         raise UserError(
             f'{path}: has the hash {digest}, expected {expected} ({len(content):,} bytes{published}). Numbers from '
             'other weights compare with no published one. Fetch the file again, or state the hash of weights that are '
@@ -124,12 +123,8 @@ def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
 class InceptionFeatures:
     """torch-fidelity's Inception: the 2,048 pooled features and the unbiased logits.
 
-    It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution.
-
-    Args:
-        network: torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``.
-        sha256: Names the weights.
-        device: Where to compute.
+    It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution. `open` makes it of
+    torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``; ``sha256`` names the weights.
     """
 
     name = 'inception'

@@ -32,11 +32,13 @@ from tread_composer.weights.trained import Trained, image_size, load_trained, re
 
 __all__ = ['rows_of', 'sampling_of', 'sweep']
 
+Log = Callable[[str], None]
+
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
 _UNGUIDED = {'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
 
 
-def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
+def rows_of(request: SweepRequest, log: Log = silent) -> list[dict[str, Any]]:
     """The settings of each row; those that come to the same images stand once.
 
     Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
@@ -82,9 +84,7 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
         raise UserError(f'sweep: {error}') from None
 
 
-def sweep(
-    request: SweepRequest, ranks: Ranks, log: Callable[[str], None] = print
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this.
 
     Each number goes with its protocol into ``results.json`` too.
@@ -109,12 +109,7 @@ class _Bench:
     """What stays the same from row to row: the reference, the feature network, the model while its weights do."""
 
     def __init__(
-        self,
-        request: SweepRequest,
-        device: torch.device,
-        ranks: Ranks,
-        digests: Mapping[str, str],
-        log: Callable[[str], None],
+        self, request: SweepRequest, device: torch.device, ranks: Ranks, digests: Mapping[str, str], log: Log
     ) -> None:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
         self.measurer = Measurer(request.measurement, device, ranks, log)
