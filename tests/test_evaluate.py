@@ -74,8 +74,6 @@ def test_a_model_and_its_samples_give_the_same_numbers_with_the_same_protocol(tr
     assert protocol['sampling']['num_steps'] == 2
     expected = {'weights': 'ema', 'labels': 'balanced', 'seed': 0, 'resolution': 8}
     assert {name: protocol[name] for name in expected} == expected
-    page = (trained / 'results.html').read_text()
-    assert 'fd_digits_40' in page and 'http' not in page.lower().replace('http-equiv', '')
     (logged,) = mlflow_runs(trained.parent)
     assert logged.data.metrics[series_name('fd_digits_40', protocol)] == of_model[0]['value']
     assert logged.info.status == 'FINISHED'

@@ -27,7 +27,7 @@ from tread_composer.sample.request import SamplesRequest, draws_of
 from tread_composer.weights.exported import digest_of, exported_run
 from tread_composer.weights.trained import image_size, model_of, read_trained
 
-__all__ = ['evaluate_model', 'folder_of', 'is_model', 'measure_samples', 'open_samples', 'run_name']
+__all__ = ['Log', 'evaluate_model', 'folder_of', 'is_model', 'measure_samples', 'open_samples', 'run_name']
 
 Log = Callable[[str], None]
 
@@ -41,7 +41,7 @@ _DRAWN = (
 
 def evaluate_model(
     request: SamplesRequest, measurement: Measurement, *, samples: str | Path | None = None, log: Log = print
-) -> tuple[list[dict[str, Any]], Path]:
+) -> list[dict[str, Any]]:
     """Draw the samples of a model, and measure them. Under the ``composer`` launcher all ranks call this.
 
     Args:
@@ -52,7 +52,7 @@ def evaluate_model(
         log: Gets the lines for people, on the first rank.
 
     Returns:
-        Entries for a ``results.json``, none on other ranks than the first; and the folder of the samples.
+        Entries for a ``results.json``, none on other ranks than the first.
 
     Raises:
         UserError: As for ``sample`` and ``measure_samples``; what can be known before sampling is refused before.
@@ -65,7 +65,7 @@ def evaluate_model(
     request = dataclasses.replace(request, out=Path(samples or ranks.from_first(place)), formats=('npz',))
     generate(request, log=log)
     entries = [] if measurer is None else measure_samples(request.out, measurer)
-    return [{**entry, 'source': request.path} for entry in entries], request.out
+    return [{**entry, 'source': request.path} for entry in entries]
 
 
 def measure_samples(path: str | Path, measurer: Measurer) -> list[dict[str, Any]]:
