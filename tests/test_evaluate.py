@@ -101,7 +101,8 @@ def test_a_sweep_has_the_protocol_of_evaluate(trained, digits, tmp_path):
         out = str(tmp_path / f'{name}.json')
         assert evaluate(trained, digits, '--count', '20', *words, *SAMPLING, '--out', out) == 0
     words = ['--samples', '20', '--features', 'digits', '--reference', str(digits), '--out', str(tmp_path / 'sweep')]
-    words += ['--rates', '0.25:0.75', '--guidance-scale', '1', '2']
+    words += ['--guidance', 'sparse', '--guidance-settings', 'strong_rate=0.25', 'weak_rate=0.75']
+    words += ['--guidance-scale', '1', '2']
     assert cli.main(['sweep', str(trained), *words, *SAMPLING]) == 0
     rows = load_results(tmp_path / 'sweep' / 'results.json')
     for name, row in zip(('plain', 'sparse'), rows, strict=True):

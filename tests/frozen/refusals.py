@@ -125,7 +125,6 @@ sweep {RUN} --out x
 sweep nowhere --reference images --features digits --out x
 sweep {RUN} --reference images --features digits --out x --samples 1
 sweep {RUN} --reference images --features digits --out x --interval 1
-sweep {RUN} --reference images --features digits --out x --rates half
 sweep {RUN} --reference images --features digits --out x --guidance-scale
 compare {RESULTS}
 compare {RESULTS} nowhere

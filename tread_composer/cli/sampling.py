@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tread_composer.cli.flags import Typed
 from tread_composer.core.errors import UserError
@@ -37,19 +36,8 @@ def sample(typed: Typed, request: SamplesRequest) -> None:
     generate(request, log=_print_now)
 
 
-def sweep(
-    typed: Typed,
-    request: Annotated[SweepRequest, Flag(fixed={'guidances': ()})],
-    guidance: Annotated[tuple[str, ...], Flag('--guidance', metavar='KIND')] = (),
-    guidance_settings: Mapping[str, Any] = {},
-    rates: Annotated[tuple[tuple[float, float] | None, ...], Flag('--rates', metavar='STRONG:WEAK')] = (),
-) -> None:
+def sweep(typed: Typed, request: SweepRequest) -> None:
     """Measure a model for each combination of sampling settings, and mark the best.
-
-    Args:
-        guidance: Kinds of guidance, e.g. classifier_free sparse (classifier_free).
-        guidance_settings: Settings of these kinds, e.g. weak_rate=0.8.
-        rates: Strong and weak rate of sparse guidance; the word none is classifier-free guidance.
 
     Example: runs/digits_tread --reference data/digits/train --features digits --count 500 --guidance-scale 1 1.5 2
         --guidance-interval none 0.1:0.9 --out sweep
@@ -59,43 +47,12 @@ def sweep(
         from tread_composer.evaluate.sweep.rows import format_sweep, write_sweep
         from tread_composer.io.ranks import Ranks
 
-    kinds = guidance or (() if rates else ('classifier_free',))
-    request = dataclasses.replace(request, guidances=_guidances(kinds, guidance_settings, rates))
     ranks = Ranks.start()  # only once the words are right: it waits for the others
     rows, contract = measure_rows(request, ranks)
     if ranks.is_first:
         files = write_sweep(rows, request.out, contract, str(typed))
         print(format_sweep(rows))
         print('\n'.join(f'written: {file}' for file in files))
-
-
-def _guidances(
-    kinds: Sequence[str], settings: Mapping[str, Any], rates: Sequence[tuple[float, float] | None]
-) -> tuple[dict[str, Any], ...]:
-    """The kinds of guidance, each with its settings beside it.
-
-    Raises:
-        UserError: A kind is unknown, or a setting belongs to none of the kinds.
-    """
-    from tread_composer.samplers import guidance_defaults
-
-    try:
-        allowed = {kind: guidance_defaults(kind) for kind in kinds}
-    except ValueError as error:
-        raise UserError(f'--{error}') from None
-    guidances = [
-        {'guidance': kind, **{key: value for key, value in settings.items() if key in names}}
-        for kind, names in allowed.items()
-    ]
-    unused = sorted(settings.keys() - {name for names in allowed.values() for name in names})
-    if unused:
-        raise UserError(f'--guidance-settings: {", ".join(unused)}: no setting of {", ".join(kinds) or "--rates"}')
-    for pair in rates:
-        if pair is None:
-            guidances.append({'guidance': 'classifier_free'})
-        else:
-            guidances.append({'guidance': 'sparse', 'strong_rate': pair[0], 'weak_rate': pair[1]})
-    return tuple(guidances)
 
 
 def evaluate(

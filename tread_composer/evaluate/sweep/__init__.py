@@ -1,1 +1,1 @@
-"""Sampling settings swept over (guidance, interval, rates, weights): ``python -m tread_composer sweep``."""
+"""Sampling settings swept over (guidance, interval, weights): ``python -m tread_composer sweep``."""

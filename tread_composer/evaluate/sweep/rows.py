@@ -17,7 +17,7 @@ from typing import Any
 
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.chart import Chart, Curve, charts_png
-from tread_composer.io.files import write_atomically
+from tread_composer.io.files import read_json, write_atomically
 from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
 from tread_composer.io.progress import duration
@@ -159,18 +159,14 @@ def _key(settings: Mapping[str, Any]) -> str:
 def _stored_rows(path: Path, contract: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    try:
-        state = json.loads(path.read_bytes())
-        if state['format'] != _FORMAT:
-            raise ValueError(f'format {state["format"]}')
-        saved, rows = state['contract'], state['rows']
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not written by this version of sweep ({error}); choose another --out') from None
-    if saved != contract:
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get('format') != _FORMAT:
+        raise UserError(f'{path}: not written by this version of sweep; choose another --out')
+    if state['contract'] != contract:
         raise ResumeError.from_differences(
-            str(path), saved, contract, 'Rows of different settings do not compare: choose another --out.'
+            str(path), state['contract'], contract, 'Rows of different settings do not compare: choose another --out.'
         )
-    return rows
+    return state['rows']
 
 
 def _checked(name: str, value: float, settings: Mapping[str, Any]) -> float:
