@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tread_composer.autoencoders.kl import KL, network_class
 from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoint_reader import read_pickled
 
 __all__ = ['LDM', 'open_autoencoder']
 
@@ -30,9 +32,8 @@ _TRAINING_ONLY = ('loss.', 'discriminator.', 'foundation_model.', 'linear_proj.'
 class LDM(KL):
     """A frozen autoencoder from one file of the latent-diffusion layout; used like ``KL``.
 
-    Args:
-        path: ``.safetensors``, or a file of ``torch.save`` (loaded with ``weights_only=True``: it can run no code). The
-            tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
+    The file is ``.safetensors``, or of ``torch.save`` (read without running code that it may name). The
+    tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
 
     Raises:
         UserError: On first use: no such file, other contents, or a tensor that is missing, left over or of another
@@ -44,8 +45,9 @@ class LDM(KL):
         with torch.device('meta'):  # the weights are in memory already
             network = network_class(self.path)(**_architecture(tensors, self.path))
         levels = len(network.config.block_out_channels)
-        names = {name: _original_name(name, levels) for name in network.state_dict()}
-        shapes = {names[name]: list(value.shape) for name, value in network.state_dict().items()}
+        empty = network.state_dict()
+        names = {name: _original_name(name, levels) for name in empty}
+        shapes = {names[name]: list(value.shape) for name, value in empty.items()}
         # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
         as_linear = {name: [*shape, 1, 1] for name, shape in shapes.items()}
         held = {name: list(value.shape) for name, value in tensors.items()}
@@ -59,9 +61,7 @@ class LDM(KL):
                 f'autoencoder {self.path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents\n'
                 + '\n'.join(wrong[:10])
             )
-        weights = {
-            name: tensors[names[name]].float().reshape(value.shape) for name, value in network.state_dict().items()
-        }
+        weights = {name: tensors[names[name]].float().reshape(value.shape) for name, value in empty.items()}
         network.load_state_dict(weights, assign=True)
         return network
 
@@ -104,13 +104,9 @@ def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f'autoencoder {path!r}: no such file')
     try:
-        is_pickle = suffix != '.safetensors'
-        content = torch.load(path, map_location='cpu', weights_only=True) if is_pickle else load_file(path)
-    except Exception as error:  # every library has its own words for a file that is broken or holds objects
-        raise UserError(
-            f'autoencoder {path!r}: cannot be read as tensors and nothing else ({error}). If the file is whole, it '
-            f'holds other objects too: save its state_dict alone, where it came from'
-        ) from error
+        content = load_file(path) if suffix == '.safetensors' else read_pickled(path)
+    except SafetensorError as error:
+        raise UserError(f'autoencoder {path!r}: no safetensors file, or a damaged one: {error}') from None
     while isinstance(content, dict) and (nested := content.get('state_dict', content.get('model'))) is not None:
         content = nested
     if not isinstance(content, dict):

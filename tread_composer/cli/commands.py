@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -265,8 +265,8 @@ def export(
     with importing():
         from tread_composer.weights import export as room
 
-    choices: dict[str, Any] = {'weights': weights, 'overwrite': overwrite, 'allow_inexact': allow_inexact}
-    print(room.export_in_words(room.export(path, out, **choices)))
+    result = room.export(path, out, weights=weights, overwrite=overwrite, allow_inexact=allow_inexact)
+    print(room.export_in_words(result))
 
 
 def import_(
@@ -293,8 +293,7 @@ def import_(
         from tread_composer.weights.foreign import import_weights
 
     result = import_weights(path, out, hints, layout=layout, weights=weights, overwrite=overwrite)
-    print(export_in_words(result))
-    print(f'layout    {result["layout"]}')
+    print(f'{export_in_words(result)}\nlayout    {result["layout"]}')
 
 
 def _print_files(files: Sequence[str | os.PathLike[str]]) -> None:

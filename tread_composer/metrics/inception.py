@@ -67,28 +67,26 @@ def download_weights() -> Path:
     Raises:
         UserError: It cannot be reached, or has another hash.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     target = hub_path()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_address(), str(target), hash_prefix=INCEPTION_SHA256, progress=False)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=INCEPTION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f'{_address()}: could not be fetched to {target}: {error}') from error
+        raise UserError(f'{URL_INCEPTION_V3}: could not be fetched to {target}: {error}') from error
     return target
-
-
-def _address() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
 
 
 def describe_weights() -> str:
     """What to fetch, from where, and where to put it, as text."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     status = 'is there' if hub_path().is_file() else 'not there'
     rows = [
         ('file', INCEPTION_FILE),
         ('what', "Inception v3 of 2015-12-05, TensorFlow's weights as torch-fidelity converted them"),
-        ('address', _address()),
+        ('address', URL_INCEPTION_V3),
         ('size', f'{_SIZE:,} bytes'),
         ('sha256', INCEPTION_SHA256),
         ('torch looks here', f'{hub_path()} ({status})'),
@@ -145,11 +143,8 @@ class InceptionFeatures:
     ) -> 'InceptionFeatures':
         """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
 
-        Args:
-            inception: The file of weights; looked for as ``find_weights`` says if None.
-            inception_sha256: Its hash, if it is not the published one.
-            allow_download: Fetch the file if it is not here.
-            device: Where to compute.
+        ``inception`` is the file, looked for as ``find_weights`` says if None; ``inception_sha256`` its hash, if it is
+        not the published one.
 
         Raises:
             UserError: The file is missing, or is not what it must be.

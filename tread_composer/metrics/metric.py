@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number.
+    """A measured number of a quantity.
 
     Args:
         quantity: What it is a number of.

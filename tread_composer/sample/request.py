@@ -74,11 +74,7 @@ class SamplesRequest:
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Refuse settings that would make a trained model another one.
-
-    Raises:
-        UserError: A setting is not one of the autoencoder.
-    """
+    """Refuse settings that would make a trained model another one with a ``UserError``."""
     foreign = [name for name in overrides if not name.startswith('autoencoder') and name != 'model.attention']
     if foreign:
         raise UserError(
