@@ -99,11 +99,9 @@ sample yamls --out x
 sample {RUN} --out x --weights foo
 sample {RUN} --out x --weights posthoc:0.5
 sample {RUN} --out x --weights posthoc:0.2
-sample {RUN} --out x --count 4 --per-class 2
 sample {RUN} --out x --count 0
 sample {RUN} --out x --seed -1
 sample {RUN} --out x --classes 11
-sample {RUN} --out x --labels-file nowhere
 sample {RUN} --out x --guidance sparse
 sample {RUN} --out x --guidance auto --guidance-scale 2
 sample {RUN} --out x --sampler foo

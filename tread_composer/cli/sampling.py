@@ -18,8 +18,7 @@ __all__ = ['evaluate', 'sample', 'sweep']
 
 # What `evaluate` takes for images that are there already, and what it decides itself of those that it draws.
 _OF_IMAGES = {'path', 'overrides', 'device', 'out', *(entry.name for entry in dataclasses.fields(Measurement))}
-_EVALUATED = {'out': Path(), 'classes': None, 'per_class': None, 'labels_file': None, 'formats': ('npz',),
-              'decode_dtype': 'float32'}  # fmt: skip
+_EVALUATED = {'out': Path(), 'classes': None, 'formats': ('npz',), 'decode_dtype': 'float32'}
 
 _print_now = functools.partial(print, flush=True)
 

@@ -179,7 +179,7 @@ def _origin(record: dict[str, Any] | None) -> dict[str, Any]:
 
 def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log) -> tuple[Measurer, str]:
     """Refuse what the samples could not be measured with; what measures them, and where they go by default."""
-    if request.count is None and request.per_class is None and request.labels_file is None:
+    if request.count is None:
         raise UserError('--count: say how many images to draw and measure; published numbers are of 50000')
     model = read_trained(request.path, weights=request.weights, overrides=request.overrides)
     classes = model.data.num_classes

@@ -24,7 +24,7 @@ class Draws:
 
     Attributes:
         rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
-            ``'classes'``: some in turn; ``'random'``; ``'file'``; ``'none'`` without classes.
+            ``'classes'``: some in turn; ``'random'``; ``'none'`` without classes.
         columns: In a grid of so many columns the images of a column share the seed ``first_seed + column``.
     """
 
