@@ -15,7 +15,7 @@ from tests.runs import run
 from tread_composer import cli
 from tread_composer.config import restore_config
 from tread_composer.data.digits import prepare_digits
-from tread_composer.metrics.inception import INCEPTION_SHA256, INCEPTION_VARIABLE
+from tread_composer.metrics.inception import INCEPTION_SHA256
 from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
 from tread_composer.weights.exported import write_exported
 from tread_composer.weights.trained import read_trained
@@ -27,7 +27,6 @@ SAMPLING = ['--steps', '2', '--batch-size', '16', '--device', 'cpu']
 def no_weights_here(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
-    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope='module')

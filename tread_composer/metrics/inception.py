@@ -7,7 +7,6 @@ Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tread_composer.core.precision import plain_float32
 __all__ = [
     'INCEPTION_FILE',
     'INCEPTION_SHA256',
-    'INCEPTION_VARIABLE',
     'InceptionFeatures',
     'check_weights',
     'describe_weights',
@@ -32,7 +30,6 @@ __all__ = [
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
 _SIZE = 95_628_359  # bytes
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
-INCEPTION_VARIABLE = 'TREAD_COMPOSER_INCEPTION'
 
 
 def hub_path() -> Path:
@@ -41,23 +38,21 @@ def hub_path() -> Path:
 
 
 def find_weights(path: str | Path | None = None, *, allow_download: bool = False) -> Path:
-    """The file of weights: ``path``, else the variable ``TREAD_COMPOSER_INCEPTION``, else torch's hub folder.
+    """The file of weights: ``path``, else the published one in torch's hub folder.
 
     Raises:
         UserError: It is not there, and must not be fetched.
     """
-    named = path or os.environ.get(INCEPTION_VARIABLE)
-    if named and not Path(named).is_file():
-        setting = 'inception' if path else INCEPTION_VARIABLE
-        raise UserError(f'{setting}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is')
-    if named or hub_path().is_file():
-        return Path(named or hub_path())
+    if path and not Path(path).is_file():
+        raise UserError(f'inception: {str(path)!r} is no file; `python -m tread_composer prefetch` says what it is')
+    if path or hub_path().is_file():
+        return Path(path or hub_path())
     if allow_download:
         return download_weights()
     raise UserError(
-        f'the weights of Inception are not here. Give their file (--inception {INCEPTION_FILE}, `inception:` in a '
-        f'YAML, or the variable {INCEPTION_VARIABLE}), put it at {hub_path()}, or allow the download '
-        f'(--allow-download). `python -m tread_composer prefetch` says where to get it'
+        f'the weights of Inception are not here. Give their file (--inception {INCEPTION_FILE}, or `inception:` in a '
+        f'YAML), put it at {hub_path()}, or allow the download (--allow-download). `python -m tread_composer prefetch` '
+        f'says where to get it'
     )
 
 
@@ -90,7 +85,7 @@ def describe_weights() -> str:
         ('size', f'{_SIZE:,} bytes'),
         ('sha256', INCEPTION_SHA256),
         ('torch looks here', f'{hub_path()} ({status})'),
-        ('or say where', f'--inception FILE, `inception: FILE` in a YAML, or the variable {INCEPTION_VARIABLE}'),
+        ('or say where', '--inception FILE, or `inception: FILE` in a YAML'),
         ('then check it', 'python -m tread_composer prefetch --check FILE'),
     ]
     return '\n'.join(f'{name:<18}{text}' for name, text in rows)
