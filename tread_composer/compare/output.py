@@ -126,18 +126,11 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
         for name, run in zip(names, comparison.runs, strict=True)
     ]
     for table in comparison.tables:
-        points = [[asdict(point) for point in run] for run in table.points]
-        others = list(enumerate(names[1:], 1))
-        metrics.append(
-            {
-                'metric': table.metric,
-                'better': table.better,
-                'protocol': dict(table.protocol),
-                'points': dict(zip(names, points, strict=True)),
-                'speed_ups': {name: _ratios(table.speed_ups(run)) for run, name in others},
-                'at_the_best_of_the_other': {name: _ratios(table.common(run)) for run, name in others},
-            }
-        )
+        content, others = asdict(table), list(enumerate(names[1:], 1))
+        content['points'] = dict(zip(names, content['points'], strict=True))
+        content['speed_ups'] = {name: _ratios(table.speed_ups(run)) for run, name in others}
+        content['at_the_best_of_the_other'] = {name: _ratios(table.common(run)) for run, name in others}
+        metrics.append(content)
     return {'command': command, 'runs': runs, 'metrics': metrics}
 
 

@@ -19,13 +19,8 @@ Entries = Sequence[Mapping[str, Any]]
 def publish(entries: Entries, path: str, *, out: str | None = None, log: Log = print) -> None:
     """Write the numbers of a path to ``results.json``, and to MLflow where the run has it.
 
-    Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in.
-
-    Args:
-        entries: What ``measure_samples`` or ``evaluate_model`` returned.
-        path: What was measured.
-        out: The file of numbers. (Default: ``results.json`` in the folder of the run or of the samples.)
-        log: Gets the lines for people.
+    Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in. By
+    default the file of numbers, ``out``, is ``results.json`` in the folder of the run or of the samples.
 
     Raises:
         UserError: The file is there and holds something else.

@@ -157,14 +157,9 @@ class Measurer:
     ) -> list[dict[str, Any]]:
         """The entries of a ``results.json``; None stands in them for what is not known.
 
-        Args:
-            figures: The numbers.
-            drawn: How the images came about: the part of a ``Protocol`` that ``drawing_facts`` gives.
-            num_samples: Images measured.
-            resolution: Side of an image in pixels.
-            source: The samples, the run or the checkpoint that was measured.
-            seconds: Training time of the weights.
-            weights: As far as known, ``run``, the training ``batch`` and ``weights_digest``.
+        ``drawn`` is the part of a ``Protocol`` that ``drawing_facts`` gives, ``source`` the samples, run or checkpoint
+        that was measured, ``seconds`` the training time of its weights; ``weights`` are, as far as known, ``run``, the
+        training ``batch`` and ``weights_digest``.
 
         Raises:
             UserError: A number is not finite.
