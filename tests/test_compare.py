@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from mlflow.entities import Metric
 from tests.metrics.small import PROTOCOL as FULL_PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
 from tread_composer.cli import main
-from tread_composer.compare.comparison import compare, format_comparison
+from tread_composer.compare.comparison import compare
 from tread_composer.compare.cost import recorded_seconds, training_teraflops
 from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
-from tread_composer.compare.output import write_comparison
+from tread_composer.compare.output import format_comparison, write_comparison
 from tread_composer.compare.runs import Run, open_run
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.metric import direction
@@ -94,8 +95,8 @@ def test_values_between_and_beyond_the_measurements():
     curve = points((100, 40.0), (200, 20.0))
     assert value_at(curve, 'step', 150) == Value(30.0, measured=False)
     assert value_at(curve, 'teraflops', 200.0) == Value(40.0, measured=True)
-    assert value_at(curve, 'step', 99) is value_at(curve, 'step', 201) is None
-    assert value_at(points((1, 2.0), flops=None), 'teraflops', 1) is None
+    assert (value_at(curve, 'step', 99), value_at(curve, 'step', 201)) == ('before its first', 'beyond its last')
+    assert value_at(points((1, 2.0), flops=None), 'teraflops', 1) == 'not recorded'
 
 
 def test_directions():
@@ -125,17 +126,17 @@ def with_recall(*runs: Run) -> list[Run]:
 def test_tables_at_equal_cost():
     comparison = compare(two_runs())
     (table,) = comparison.tables
-    assert [(row.cost, row.cells) for row in table.rows('step')] == [
-        (100, (Value(40.0, True), Value(30.0, True))),
-        (200, (Value(20.0, True), Value(10.0, True))),
+    assert table.rows('step') == [
+        (100, [Value(40.0, True), Value(30.0, True)]),
+        (200, [Value(20.0, True), Value(10.0, True)]),
     ]
     # At the reference's 200 and 400, and at 300, the most that both have spent.
-    assert [row.cost for row in table.rows('teraflops')] == [200, 300, 400]
-    first, common, last = (row.cells for row in table.rows('teraflops'))
+    (a, first), (b, common), (c, last) = table.rows('teraflops')
+    assert (a, b, c) == (200, 300, 400)
     assert first[1] == Value(pytest.approx(30 - 20 / 3), False)
-    assert common == (Value(30.0, False), Value(10.0, True))
-    assert last == (Value(20.0, True), 'beyond its last')
-    assert [row.cells[1] for row in table.rows('seconds')] == ['not recorded', 'not recorded']
+    assert common == [Value(30.0, False), Value(10.0, True)]
+    assert last == [Value(20.0, True), 'beyond its last']
+    assert [cells[1] for _, cells in table.rows('seconds')] == ['not recorded', 'not recorded']
     # What nobody recorded is not a zero.
     text = format_comparison(compare([run(name, points((100, 2.0), flops=None, seconds=None)) for name in 'ab']))
     assert 'training TFLOPs: not recorded' in text and 'seconds of training: not recorded' in text
@@ -328,33 +329,29 @@ def test_digits_runs_from_their_folders_through_the_command(digits, tmp_path, ca
     assert not (tmp_path / 'out').exists()
 
 
-def test_the_same_run_from_mlflow_and_from_its_folder(digits):
-    store, folder = f'sqlite:///{digits}/runs/mlflow.db', digits / 'runs' / 'routed'
-    named = open_run(f'mlflow:routed@{store}')
-    assert named.curves == open_run(str(folder)).curves and named.name == 'routed'
-    identity = named.source.removeprefix('mlflow:').partition('@')[0]
-    assert open_run(f'mlflow:{identity}@{store}').curves == named.curves
-    assert named.grid == png() and named.machine == '2 ranks on 1 x Q'
+def test_what_lies_beside_the_numbers_of_a_run(digits, tmp_path):
+    found = open_run(str(digits / 'runs' / 'routed'))
+    assert found.name == 'routed' and found.grid == png() and found.machine == '2 ranks on 1 x Q'
     # Resumed with other settings, it says so.
-    MlflowClient(store).set_tag(identity, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
-    assert all(any('max_duration' in note for note in open_run(word).notes) for word in (named.source, str(folder)))
+    client = MlflowClient(f'sqlite:///{digits}/runs/mlflow.db')
+    (record,) = client.search_runs([client.get_experiment_by_name('digits').experiment_id], "tags.run_name = 'routed'")
+    client.set_tag(record.info.run_id, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
+    assert any('max_duration' in note for note in open_run(found.source).notes)
+    # Without its store a run has no seconds, and nothing makes one.
+    alone = shutil.copytree(digits / 'runs' / 'routed', tmp_path / 'far' / 'routed')
+    (curve, _) = open_run(str(alone)).curves
+    assert {point.seconds for point in curve.points} == {None}
+    assert any('no MLflow record found (there is no store' in note for note in open_run(str(alone)).notes)
+    assert not list(tmp_path.rglob('*.db'))
 
 
-def test_names_that_are_not_there_or_not_unique(digits, tmp_path):
-    store = f'sqlite:///{digits}/runs/mlflow.db'
-    client = MlflowClient(store)
-    experiment = client.get_experiment_by_name('digits').experiment_id
-    twin, _ = (client.create_run(experiment, tags={'run_name': 'twin'}) for _ in range(2))
+def test_what_is_no_run_is_refused(tmp_path):
     for word, message in {
-        f'mlflow:absent@{store}': 'no run of this id or name',
-        f'mlflow:dense@sqlite:///{tmp_path}/none.db': 'there is no store',
         str(tmp_path / 'absent'): 'neither a folder nor a file',
         str(tmp_path): r'there is no config\.yaml',
-        f'mlflow:twin@{store}': f'2 runs have this name .*{twin.info.run_id}',
     }.items():
         with pytest.raises(UserError, match=message):
             open_run(word)
-    assert not (tmp_path / 'none.db').exists()
 
 
 # --- costs ---
@@ -363,9 +360,8 @@ def test_names_that_are_not_there_or_not_unique(digits, tmp_path):
 def write_config(folder: Path, recipe: str, *overrides: str) -> Path:
     from tread_composer.config import load_config
 
-    path = folder / 'config.yaml'
-    path.write_text(load_config(ROOT / 'yamls' / recipe, overrides).to_yaml())
-    return path
+    (folder / 'config.yaml').write_text(load_config(ROOT / 'yamls' / recipe, overrides).to_yaml())
+    return folder
 
 
 def test_flops_follow_the_plan_and_the_window_of_routing(tmp_path):
@@ -391,7 +387,7 @@ def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_
     for name in ('channels', 'latent_size', 'num_classes'):
         tree['data'][name] = None
     path.write_text(yaml.safe_dump(tree))
-    cost, said = training_teraflops(path)
+    cost, said = training_teraflops(tmp_path)
     assert cost(1) is None and 'holds no manifest' in said
     words = ["algorithms.maskdit.unmask_time='0.9dur'"]
     cost, said = training_teraflops(write_config(tmp_path, 'digits_maskdit.yaml', *words))

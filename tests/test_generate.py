@@ -109,11 +109,10 @@ def test_images_do_not_depend_on_the_batch_size_and_do_on_the_label(trained, tmp
     alone, seven, forty = (pictures(tmp_path / batch_size) for batch_size in ('1', '7', '40'))
     nearly_equal(alone, seven)
     nearly_equal(alone, forty)
-    (tmp_path / 'labels').write_text('\n'.join(str((index + 1) % 10) for index in range(20)))
-    assert sample(trained, tmp_path / 'other', '--labels-file', str(tmp_path / 'labels'), *words) == 0
+    assert sample(trained, tmp_path / 'other', '--count', '20', '--classes', *'1234567890', *words) == 0
     pairs = zip(alone.values(), pictures(tmp_path / 'other').values(), strict=True)
     assert all((one != other).any() for one, other in pairs)
-    assert record(tmp_path / 'other')['made_with']['labels'] == 'file'
+    assert record(tmp_path / 'other')['made_with']['labels'] == 'classes'
 
 
 def test_weights_of_which_nobody_knows_how_long_they_were_trained(trained, tmp_path, capsys):
@@ -199,8 +198,6 @@ def test_two_ranks_draw_the_same_images_as_one(trained, tmp_path):
     ('words', 'message'),
     [
         (['--classes', '10', '11'], r'labels [11]: this model knows 0 to 9, or 10 for no class'),
-        (['--labels-file', 'nowhere'], '--labels-file nowhere'),
-        (['--count', '3', '--per-class', '2'], 'give one'),
         (['--count', '0'], '--count: 0 must be at least 1'),
         (['--seed', '-1'], '--seed: -1'),
         (['--sampler', 'ddpm'], "'ddpm' walks the discrete steps"),

@@ -91,7 +91,7 @@ def test_what_their_algorithm_saves_is_planned_and_compared(trained, capsys):
     assert figures['tokens_per_block'] == [16, 16, 16, 0, 0, 0]
     assert figures['gmacs_dense'] > figures['gmacs_routed'] > figures['gmacs_dense'] / 2
     assert call(trained, 'train', YAML, *words, 'run_name=shallow', 'loggers=null') == 0
-    cost, text = training_teraflops(trained / 'runs/shallow/config.yaml')
+    cost, text = training_teraflops(trained / 'runs/shallow')
     assert 'routed from step 0 to 4, else ' in text
     short, full = cost(1), cost(6) - cost(5)
     assert full / short == pytest.approx(figures['gmacs_dense'] / figures['gmacs_routed'])

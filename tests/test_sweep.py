@@ -122,14 +122,11 @@ def test_combinations():
         combinations(a=[1], b=[])
 
 
-CFG = {'guidance': 'classifier_free'}
-
-
 def test_the_rows_of_a_request():
-    sparse = {'guidance': 'sparse', 'strong_rate': 0.5, 'weak_rate': 0.9}
     request = SweepRequest(
-        'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)), guidances=(CFG, sparse)
-    )
+        'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)),
+        guidances=('classifier_free', 'sparse'), guidance_settings={'strong_rate': 0.5, 'weak_rate': 0.9},
+    )  # fmt: skip
     said = []
     rows = rows_of(request, said.append)
     # Without guidance neither an interval nor rates mean anything: 1 row and not 4.
@@ -146,7 +143,7 @@ def test_the_rows_of_a_request():
     assert (drawn.guidance, drawn.guidance_interval) == ('sparse', (0.1, 0.8))
     assert (drawn.guidance_settings['strong_rate'], drawn.guidance_settings['weak_rate']) == (0.5, 0.9)
     with pytest.raises(UserError, match=r'weak_rate: 1\.5'):
-        rows_of(SweepRequest('x', 'o', Measurement('r'), guidances=({'guidance': 'sparse', 'weak_rate': 1.5},)))
+        rows_of(SweepRequest('x', 'o', Measurement('r'), guidances=('sparse',), guidance_settings={'weak_rate': 1.5}))
 
 
 def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
@@ -315,7 +312,6 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
         (['--samples', '40', '--interval', '0.1'], "'0.1' is not LOW:HIGH, or none"),
         (['--count', '40', '--guidance', 'cfg'], "--guidance: 'cfg' is none of none, classifier_free"),
         (['--count', '40', '--guidance-settings', 'weak_rate=1'], 'weak_rate: no setting of classifier_free'),
-        (['--samples', '40', '--rates', 'half'], "'half' is not STRONG:WEAK, or none"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(

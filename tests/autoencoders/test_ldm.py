@@ -186,33 +186,25 @@ def test_encodes_and_decodes_as_the_layout_says(architecture: dict, suffix: str,
     assert pixels.std() > 0.1
     torch.testing.assert_close(ldm.decode(latents), pixels, rtol=1e-4, atol=1e-4)
     assert not ldm.network.training and not any(p.requires_grad for p in ldm.network.parameters())
-    assert ldm.ignored == {}
 
 
 @pytest.mark.parametrize(
-    ('wrap', 'ignored'),
+    'wrap',
     [
-        (lambda w: {'state_dict': w, 'epoch': 3}, {}),
-        (lambda w: {'model': w}, {}),
-        (
-            lambda w: {'state_dict': {**w, 'loss.logvar': torch.zeros(()), 'linear_proj.weight': torch.zeros(2, 2)}},
-            {'loss': 1, 'linear_proj': 1},
-        ),
-        (
-            lambda w: (
-                {f'first_stage_model.{name}': value for name, value in w.items()}
-                | {'model.diffusion_model.a': torch.zeros(1), 'model.diffusion_model.b': torch.zeros(1)}
-                | {'first_stage_model.loss.logvar': torch.zeros(())}
-            ),
-            {'model': 2, 'loss': 1},
+        lambda w: {'state_dict': w, 'epoch': 3},
+        lambda w: {'model': w},
+        lambda w: {'state_dict': {**w, 'loss.logvar': torch.zeros(()), 'linear_proj.weight': torch.zeros(2, 2)}},
+        lambda w: (
+            {f'first_stage_model.{name}': value for name, value in w.items()}
+            | {'model.diffusion_model.a': torch.zeros(1), 'model.diffusion_model.b': torch.zeros(1)}
+            | {'first_stage_model.loss.logvar': torch.zeros(())}
         ),
     ],
     ids=['state_dict', 'model', 'training parts', 'part of a larger model'],
 )
-def test_the_autoencoder_is_found_in_its_wrapping(wrap, ignored: dict, small: Weights, tmp_path: Path):
+def test_the_autoencoder_is_found_in_its_wrapping(wrap, small: Weights, tmp_path: Path):
     ldm = LDM(write(tmp_path / 'vae.ckpt', wrap(small)))
     assert ldm.weight_hash() == LDM(write(tmp_path / 'vae.safetensors', small)).weight_hash()
-    assert ldm.ignored == ignored
 
 
 def test_hash_and_results_are_those_of_the_folder_that_diffusers_writes(small: Weights, tmp_path: Path):
@@ -240,16 +232,22 @@ def without(name: str):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (without('encoder.mid.block_2.norm1.bias'), r'missing: encoder\.mid\.block_2\.norm1\.bias'),
-        (without('decoder.up.0.block.1.conv2.weight'), r'missing: decoder\.up\.0\.block\.1\.conv2\.weight'),
-        (without('encoder.down.0.downsample.conv.weight'), r'missing: encoder\.down\.0\.downsample\.conv\.weight'),
+        (without('encoder.mid.block_2.norm1.bias'), r'encoder\.mid\.block_2\.norm1\.bias: missing'),
+        (without('decoder.up.0.block.1.conv2.weight'), r'decoder\.up\.0\.block\.1\.conv2\.weight: missing'),
+        (without('encoder.down.0.downsample.conv.weight'), r'encoder\.down\.0\.downsample\.conv\.weight: missing'),
         (without('decoder.conv_out.weight'), r'decoder\.conv_out\.weight is missing, without which'),
         (without('encoder.conv_in.weight'), r'0 tensors are named encoder\.conv_in\.weight'),
-        (lambda w: w.update({'quantize.embedding.weight': torch.zeros(2, 2)}), r'not known .*: quantize\.embedding'),
-        (lambda w: w.update({'model_ema.decay': torch.zeros(1)}), r'not known .*: model_ema\.decay'),
+        (
+            lambda w: w.update({'quantize.embedding.weight': torch.zeros(2, 2)}),
+            r'quantize\.embedding.*for no such tensor',
+        ),
+        (
+            lambda w: w.update({'model_ema.decay': torch.zeros(1)}),
+            r'model_ema\.decay: \[1\], .*no such tensor',
+        ),
         (
             lambda w: w.update({'quant_conv.weight': torch.zeros(8, 6, 1, 1)}),
-            r'quant_conv\.weight is \[8, 6, 1, 1\], the rest asks for \[6, 6, 1, 1\]',
+            r'quant_conv\.weight: \[8, 6, 1, 1\], the rest asks for \[6, 6, 1, 1\]',
         ),
         (lambda w: w.update({'a.encoder.conv_in.weight': torch.zeros(1)}), '2 tensors are named'),
         (
@@ -275,8 +273,8 @@ def test_files_that_are_no_tensors_are_refused(tmp_path: Path, small: Weights):
     torch.save(torch.zeros(2), tmp_path / 'tensor.pt')
     (tmp_path / 'vae.onnx').touch()
     for name, message in {
-        'objects.ckpt': 'save its state_dict alone',
-        'text.safetensors': 'cannot be read as tensors',
+        'objects.ckpt': 'could run code',
+        'text.safetensors': 'no safetensors file, or a damaged one',
         'tensor.pt': 'holds a Tensor',
         'none.pt': 'no such file',
         'vae.onnx': 'files end with one of',

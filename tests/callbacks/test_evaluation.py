@@ -23,7 +23,6 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.frechet import statistics
-from tread_composer.metrics.inception import INCEPTION_VARIABLE
 from tread_composer.metrics.metric import Comparison, build_metrics, measure
 from tread_composer.metrics.protocol import differences, load_results, series_name
 from tread_composer.metrics.references import open_reference
@@ -191,7 +190,6 @@ def test_impossible_settings_are_refused(tmp_path, settings, message):
 
 def test_the_configuration_knows_it_and_refuses_what_cannot_work(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
 
     def load(settings='features: digits', reference='data/digits/eval', *more):
         setting = f'callbacks.evaluation={{reference: {reference}, num_samples: 500, interval: 350ba, {settings}}}'

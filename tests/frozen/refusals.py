@@ -99,11 +99,9 @@ sample yamls --out x
 sample {RUN} --out x --weights foo
 sample {RUN} --out x --weights posthoc:0.5
 sample {RUN} --out x --weights posthoc:0.2
-sample {RUN} --out x --count 4 --per-class 2
 sample {RUN} --out x --count 0
 sample {RUN} --out x --seed -1
 sample {RUN} --out x --classes 11
-sample {RUN} --out x --labels-file nowhere
 sample {RUN} --out x --guidance sparse
 sample {RUN} --out x --guidance auto --guidance-scale 2
 sample {RUN} --out x --sampler foo
@@ -119,19 +117,16 @@ evaluate images --reference nowhere --features digits
 evaluate images --reference images/images --features digits --metrics is
 evaluate images --reference images --features digits --metrics fdi
 evaluate images --reference images --features digits --count 3
-evaluate images --reference images --features digits --describe seed=0
 evaluate {RUN} --reference images --features digits
 evaluate {RUN} --reference images --features digits --count 4 --weights foo
 sweep {RUN} --out x
 sweep nowhere --reference images --features digits --out x
 sweep {RUN} --reference images --features digits --out x --samples 1
 sweep {RUN} --reference images --features digits --out x --interval 1
-sweep {RUN} --reference images --features digits --out x --rates half
 sweep {RUN} --reference images --features digits --out x --guidance-scale
 compare {RESULTS}
 compare {RESULTS} nowhere
 compare {RESULTS} yamls
-compare {RESULTS} mlflow:nowhere
 compare {RESULTS} {RUN}
 compare {RESULTS} {RESULTS}#nobody
 compare {RESULTS} {RESULTS} --metric foo

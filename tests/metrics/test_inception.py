@@ -15,7 +15,6 @@ from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.inception import (
     INCEPTION_FILE,
     INCEPTION_SHA256,
-    INCEPTION_VARIABLE,
     InceptionFeatures,
     check_weights,
     describe_weights,
@@ -29,7 +28,6 @@ from tread_composer.metrics.references import open_reference
 @pytest.fixture(autouse=True)
 def no_weights_here(monkeypatch, tmp_path):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
-    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope='module')
@@ -134,17 +132,15 @@ def test_nothing_in_the_file_is_run_and_weights_of_another_network_are_refused(t
     assert not (tmp_path / 'executed').exists()
 
 
-def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
+def test_where_the_weights_are_looked_for(tmp_path):
     with pytest.raises(UserError, match='are not here') as error:
         find_weights()
     assert str(hub_path()) in str(error.value)
-    named, variable = tmp_path / 'named.pth', tmp_path / 'variable.pth'
+    named = tmp_path / 'named.pth'
     hub_path().parent.mkdir(parents=True)
-    for path in (hub_path(), variable, named):
+    for path in (hub_path(), named):
         path.write_bytes(b'weights')
-    assert find_weights() == hub_path()
-    monkeypatch.setenv(INCEPTION_VARIABLE, str(variable))
-    assert (find_weights(), find_weights(named)) == (variable, named)
+    assert (find_weights(), find_weights(named)) == (hub_path(), named)
     with pytest.raises(UserError, match='is no file'):
         find_weights(tmp_path / 'nowhere.pth')
 

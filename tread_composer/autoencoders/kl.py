@@ -16,7 +16,7 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import digest_of
 
-__all__ = ['KL', 'network_class']
+__all__ = ['KL', 'network_class', 'sample_moments']
 
 
 class KL:
@@ -33,7 +33,7 @@ class KL:
     Attributes:
         id: What the manifest of the data calls it.
         other_weights: Whether weights that are not those of the data may decode.
-        expected_hash: Set it to the ``weight_hash()`` that the weights must have, for example a manifest's.
+        expected_hash: The ``weight_hash()`` that the weights must have, for example a manifest's.
 
     Raises:
         UserError: On first use: diffusers is missing, there is no autoencoder at ``path``, or it has other weights
@@ -100,8 +100,7 @@ class KL:
     def encode(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Pixels in [-1, 1] to moments ``[B, 2C, h, w]``, float32: means, then log-variances in -30..20.
 
-        ``dtype`` is what to compute in: float32, or bfloat16 by autocast (the weights and the result stay float32, but
-        the result carries the 8 significant bits of bfloat16).
+        ``dtype`` is what to compute in: float32, or bfloat16 by autocast (8 significant bits of the result).
 
         Raises:
             UserError: Height or width is no multiple of the downsampling.
@@ -118,13 +117,12 @@ class KL:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def decode(self, raw_latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Raw latents ``[B, C, h, w]`` (samples, not moments) to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not
-        clamped; ``dtype`` as in ``encode``.
+        """Raw latents ``[B, C, h, w]``, no moments, to pixels ``[B, 3, H, W]``, float32, about [-1, 1], not clamped.
 
         Raises:
             UserError: The latents have other channels than the autoencoder, e.g. because they are moments.
-            ValueError: Another ``dtype``.
-        """  # noqa: D205
+            ValueError: Another ``dtype`` than in ``encode``.
+        """
         if raw_latents_BCHW.shape[1] != self.channels:
             raise UserError(
                 f'latents with {raw_latents_BCHW.shape[1]} channels for {self.path}, which decodes {self.channels}; '
@@ -137,18 +135,14 @@ class KL:
     def _computing(self, x: Tensor, dtype: torch.dtype) -> Iterator[Any]:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f'dtype={dtype}: float32 or bfloat16; half precision overflows in the middle block')
-        # Half precision overflows in the middle block of the public autoencoders, so a caller's autocast stays out.
+        # A caller's autocast stays out
         autocast = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         with torch.no_grad(), autocast:
             yield self.network.to(x.device)
 
 
 def network_class(path: str) -> Any:
-    """``diffusers.AutoencoderKL``, imported when it is first needed (which takes seconds).
-
-    Raises:
-        UserError: diffusers is not installed; names the autoencoder that wants it.
-    """
+    """``diffusers.AutoencoderKL``, imported when first needed (it takes seconds); a ``UserError`` without diffusers."""
     try:
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
     except ImportError as error:
@@ -156,3 +150,22 @@ def network_class(path: str) -> Any:
             f"autoencoder {path!r} needs diffusers, which is not installed: pip install 'tread_composer[diffusers]'"
         ) from error
     return AutoencoderKL
+
+
+def sample_moments(moments_B2Chw: Tensor, noise_BChw: Tensor) -> Tensor:
+    """Draws from a posterior (Kingma & Welling 2013, arXiv 1312.6114, section 2.4): float32 ``[B, C, h, w]``.
+
+    ``mean + exp(logvar / 2) * noise``. The moments are means, then log-variances, widened before the exponential; noise
+    is standard normal, and zeros give the means.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    batch, channels, *size = noise_BChw.shape
+    if moments_B2Chw.shape != (batch, 2 * channels, *size):
+        raise ValueError(
+            f'moments {tuple(moments_B2Chw.shape)} and noise {tuple(noise_BChw.shape)} do not belong together: '
+            f'moments hold means and log-variances, twice the channels of the noise and else its shape'
+        )
+    mean_BChw, logvar_BChw = moments_B2Chw.float().chunk(2, dim=1)
+    return mean_BChw + torch.exp(0.5 * logvar_BChw) * noise_BChw.float()

@@ -7,17 +7,18 @@ The weights then live in diffusers' ``AutoencoderKL``, so ``weight_hash`` is the
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tread_composer.autoencoders.kl import KL, network_class
 from tread_composer.core.errors import UserError
+from tread_composer.io.checkpoint_reader import read_pickled
 
 __all__ = ['LDM', 'open_autoencoder']
 
@@ -31,36 +32,36 @@ _TRAINING_ONLY = ('loss.', 'discriminator.', 'foundation_model.', 'linear_proj.'
 class LDM(KL):
     """A frozen autoencoder from one file of the latent-diffusion layout; used like ``KL``.
 
-    Args:
-        path: ``.safetensors``, or a file of ``torch.save`` (loaded with ``weights_only=True``: it can run no code). The
-            tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
+    The file is ``.safetensors``, or of ``torch.save`` (read without running code that it may name). The
+    tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
 
     Raises:
         UserError: On first use: no such file, other contents, or a tensor that is missing, left over or of another
             shape than the rest asks for; names it.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._ignored: dict[str, int] = {}
-
-    @property
-    def ignored(self) -> dict[str, int]:
-        """What else the file holds and decoding does not need: first part of the name -> number of tensors."""
-        _ = self.network
-        return dict(self._ignored)
-
     def _load(self) -> Any:
-        tensors = _read(self.path)
-        tensors, self._ignored = _own_tensors(tensors, self.path)
+        tensors = _own_tensors(_read(self.path), self.path)
         with torch.device('meta'):  # the weights are in memory already
             network = network_class(self.path)(**_architecture(tensors, self.path))
         levels = len(network.config.block_out_channels)
-        names = {name: _original_name(name, levels) for name in network.state_dict()}
-        _compare(tensors, {names[name]: value.shape for name, value in network.state_dict().items()}, self.path)
-        weights = {name: tensors[original].float() for name, original in names.items()}
+        empty = network.state_dict()
+        names = {name: _original_name(name, levels) for name in empty}
+        shapes = {names[name]: list(value.shape) for name, value in empty.items()}
         # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
-        weights = {name: value.reshape(network.get_parameter(name).shape) for name, value in weights.items()}
+        as_linear = {name: [*shape, 1, 1] for name, shape in shapes.items()}
+        held = {name: list(value.shape) for name, value in tensors.items()}
+        wrong = [
+            f'  {name}: {held.get(name, "missing")}, the rest asks for {shapes.get(name, "no such tensor")}'
+            for name in dict.fromkeys([*shapes, *held])
+            if held.get(name) not in (shapes.get(name), as_linear.get(name))
+        ]
+        if wrong:
+            raise UserError(
+                f'autoencoder {self.path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents\n'
+                + '\n'.join(wrong[:10])
+            )
+        weights = {name: tensors[names[name]].float().reshape(value.shape) for name, value in empty.items()}
         network.load_state_dict(weights, assign=True)
         return network
 
@@ -103,13 +104,9 @@ def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f'autoencoder {path!r}: no such file')
     try:
-        is_pickle = suffix != '.safetensors'
-        content = torch.load(path, map_location='cpu', weights_only=True) if is_pickle else load_file(path)
-    except Exception as error:  # every library has its own words for a file that is broken or holds objects
-        raise UserError(
-            f'autoencoder {path!r}: cannot be read as tensors and nothing else ({error}). If the file is whole, it '
-            f'holds other objects too: save its state_dict alone, where it came from'
-        ) from error
+        content = load_file(path) if suffix == '.safetensors' else read_pickled(path)
+    except SafetensorError as error:
+        raise UserError(f'autoencoder {path!r}: no safetensors file, or a damaged one: {error}') from None
     while isinstance(content, dict) and (nested := content.get('state_dict', content.get('model'))) is not None:
         content = nested
     if not isinstance(content, dict):
@@ -117,8 +114,8 @@ def _read(path: str) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The autoencoder's tensors without their prefix, and a count of the rest, which may be left out."""
+def _own_tensors(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The autoencoder's tensors without their prefix, and without the parts that only its training needs."""
     prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name == _ANCHOR or name.endswith(f'.{_ANCHOR}')]
     if len(prefixes) != 1:
         raise UserError(
@@ -126,15 +123,9 @@ def _own_tensors(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tenso
             f'latent-diffusion layout has one. A folder of diffusers is given as a folder'
         )
     (prefix,) = prefixes
-    parts, ignored = {}, Counter[str]()
-    for name, value in tensors.items():
-        bare_name = name.removeprefix(prefix)
-        # Behind a prefix the autoencoder is one part of a larger model, and the other parts are not its own.
-        if (prefix and not name.startswith(prefix)) or bare_name.startswith(_TRAINING_ONLY):
-            ignored[(name if not name.startswith(prefix) else bare_name).split('.')[0]] += 1
-        else:
-            parts[bare_name] = value
-    return parts, dict(ignored)
+    # Behind a prefix the autoencoder is one part of a larger model, and the other parts are not its own.
+    bare = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in bare.items() if not name.startswith(_TRAINING_ONLY)}
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
@@ -197,23 +188,3 @@ def _original_name(name: str, levels: int) -> str:
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _compare(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str) -> None:
-    """Refuse what is missing, left over or of another shape: a name that fits nothing is not an autoencoder we know."""
-    complaints = {
-        'missing': [name for name in shapes if name not in tensors],
-        'not known to belong to such an autoencoder': [name for name in tensors if name not in shapes],
-        'of the wrong shape': [
-            f'{name} is {list(tensors[name].shape)}, the rest asks for {list(size)}'
-            for name, size in shapes.items()
-            if name in tensors and tensors[name].shape not in (size, (*size, 1, 1))
-        ],
-    }
-    lines = [f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents']
-    for words, names in complaints.items():
-        if names:
-            more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-            lines.append(f'  {words}: {", ".join(names[:5])}{more}')
-    if len(lines) > 1:
-        raise UserError('\n'.join(lines))

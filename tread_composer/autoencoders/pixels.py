@@ -28,13 +28,10 @@ class Pixels:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to bytes: ``round((x + 1) * 127.5)`` in float32, ties to even, clamped to 0..255.
+    """Pixels in [-1, 1] of any shape to bytes: ``round((x + 1) * 127.5)`` in float32, ties to even, clamped to 0..255.
 
     Every image and every metric goes through here, because the rounding rule moves FID. Rounding makes
     byte -> ``byte / 127.5 - 1`` -> byte the identity; truncation would not.
-
-    Args:
-        pixels: Any shape, any floating type.
 
     Raises:
         ValueError: Not floating point, or a NaN among the pixels (which has no byte).
@@ -47,10 +44,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_tiles(pixels_NCHW: Tensor) -> np.ndarray:
-    """Colour bytes ``[N, H, W, 3]`` for a picture; values that are not finite become grey.
-
-    Args:
-        pixels_NCHW: Grey or colour, -1 to 1; what lies beyond is cut.
+    """Colour bytes ``[N, H, W, 3]`` for a picture, of -1 to 1; what lies beyond is cut, what is not finite is grey.
 
     Raises:
         UserError: Neither 1 nor 3 channels.

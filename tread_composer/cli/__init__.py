@@ -1,4 +1,4 @@
-"""The commands: one parser, and for each command a file with its words."""
+"""The commands: functions whose arguments are their flags."""
 
 from tread_composer.cli.commands import main
 

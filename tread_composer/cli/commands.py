@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -148,7 +148,7 @@ def compare(
     """Hold runs against the first one: at equal steps, FLOPs, time, and equal quality.
 
     Args:
-        runs: Folder, results.json[#RUN] or mlflow:RUN[@tracking uri]; the reference first.
+        runs: Folder, or results.json[#RUN]; the reference first.
         metrics: Names of metrics (default: all that the runs have in common).
         out: Folder for table, PNG and page.
 
@@ -158,12 +158,12 @@ def compare(
         raise UserError(f'compare: only {", ".join(runs)!r} is given; give two or more runs, the reference first')
     with importing():
         from tread_composer.compare import comparison as room
-        from tread_composer.compare.output import write_comparison
+        from tread_composer.compare.output import format_comparison, write_comparison
         from tread_composer.compare.runs import open_run
 
     comparison = room.compare([open_run(run) for run in runs], metrics)
     files = write_comparison(comparison, out, str(typed))
-    print(room.format_comparison(comparison))
+    print(format_comparison(comparison))
     _print_files(files)
 
 
@@ -269,8 +269,8 @@ def export(
     with importing():
         from tread_composer.weights import export as room
 
-    choices: dict[str, Any] = {'weights': weights, 'overwrite': overwrite, 'allow_inexact': allow_inexact}
-    print(room.export_in_words(room.export(path, out, **choices)))
+    result = room.export(path, out, weights=weights, overwrite=overwrite, allow_inexact=allow_inexact)
+    print(room.export_in_words(result))
 
 
 def import_(
@@ -297,8 +297,7 @@ def import_(
         from tread_composer.weights.foreign.command import import_weights
 
     result = import_weights(path, out, hints, layout=layout, weights=weights, overwrite=overwrite)
-    print(export_in_words(result))
-    print(f'layout    {result["layout"]}')
+    print(f'{export_in_words(result)}\nlayout    {result["layout"]}')
 
 
 def _print_files(files: Sequence[str | os.PathLike[str]]) -> None:
@@ -310,11 +309,7 @@ COMMANDS = (train, plan, doctor, snr, compare, sample, sweep, evaluate, inspect,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code.
-
-    Args:
-        arguments: What stands behind the program's name; that of this process if None.
-    """
+    """Run a command, as this process was called if no arguments are given; returns the exit code."""
     prepare_process()
     # `import_` and `inspect_model` are what Python can spell of them.
     commands = {command.__name__.strip('_').replace('_', '-'): command for command in COMMANDS}

@@ -23,7 +23,7 @@ from tread_composer.core.errors import UserError, did_you_mean
 from tread_composer.core.named import is_reference
 from tread_composer.core.options import Flag, argument_docs, check_bounds, unwrapped
 
-__all__ = ['Parser', 'Typed', 'add_flags', 'call', 'flag_names']
+__all__ = ['Parser', 'Typed', 'add_flags', 'call']
 
 _FLAGLESS = Flag()
 _METAVARS = {int: 'N', float: 'X', Path: 'PATH'}  # texts: the flag's own name
@@ -31,13 +31,7 @@ _METAVARS = {int: 'N', float: 'X', Path: 'PATH'}  # texts: the flag's own name
 
 @dataclass(frozen=True)
 class Typed:
-    """How a command was called; for a function with an argument of this type.
-
-    Args:
-        program: What comes before the words.
-        words: As typed.
-        given: The flags among them, by the names that ``call`` knows them by.
-    """
+    """How a command was called, for a function with an argument of this type; ``given`` are its flags, undashed."""
 
     program: str
     words: Sequence[str]
@@ -71,46 +65,17 @@ class _Choices(tuple[str, ...]):
         return super().__contains__(word) or is_reference(word)
 
 
-@dataclass(frozen=True)
 class _Argument:
-    """One argument of a function, or field of a request.
+    """One argument of a function, or field of a request: its type, default and line in the docstring, and its flag."""
 
-    Args:
-        name: Its name there.
-        hint: Its type, with all that stands within ``Annotated``.
-        default: ``inspect.Parameter.empty`` where it must be given.
-        text: Its line in the docstring.
-    """
-
-    name: str
-    hint: Any
-    default: Any
-    text: str
-
-    @functools.cached_property
-    def kind(self) -> Any:
-        """The bare type."""
-        return unwrapped(self.hint)[0]
-
-    @functools.cached_property
-    def flag(self) -> Flag:
-        """What the type does not say."""
-        return next((mark for mark in unwrapped(self.hint)[1] if isinstance(mark, Flag)), _FLAGLESS)
-
-    @property
-    def is_positional(self) -> bool:
-        """Whether it goes without a flag."""
-        return bool(self.flag.names) and not self.flag.names[0].startswith('-')
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Spellings of its flag."""
-        return self.flag.names or (_dashed(self.name),)
-
-    @property
-    def key(self) -> str:
-        """Where argparse puts it. Arguments of two requests with the same flag share it."""
-        return self.name if self.is_positional else self.names[0].strip('-').replace('-', '_')
+    def __init__(self, name: str, hint: Any, default: Any, text: str) -> None:
+        self.name, self.hint, self.default, self.text = name, hint, default, text
+        self.kind, marks = unwrapped(hint)
+        self.flag = next((mark for mark in marks if isinstance(mark, Flag)), _FLAGLESS)
+        self.names = self.flag.names or (_dashed(name),)  # the spellings
+        self.is_positional = not self.names[0].startswith('-')
+        # Where argparse puts it. Arguments of two requests with the same flag share it.
+        self.key = name if self.is_positional else self.names[0].strip('-').replace('-', '_')
 
 
 def add_flags(parser: argparse.ArgumentParser, target: Callable[..., Any], fixed: Collection[str] = ()) -> None:
@@ -178,13 +143,7 @@ def _numbers(kinds: Sequence[type], form: str | None, text: str) -> tuple[Any, .
 def call(
     target: Callable[..., Any], words: Mapping[str, Any], typed: Typed, fixed: Mapping[str, Any] | None = None
 ) -> Any:
-    """Call a function, or make a request, with what was typed.
-
-    Args:
-        target: As for ``add_flags``.
-        words: What argparse has read.
-        typed: For arguments of this type.
-        fixed: Further arguments.
+    """Call a function, or make a request, with the words that argparse has read; ``fixed`` are further arguments.
 
     Raises:
         UserError: A number is out of bounds, a setting has no ``=``, or ``target`` refuses.
@@ -227,20 +186,6 @@ def _pairs(words: Sequence[str], what: str) -> dict[str, Any]:
     if wrong:
         raise UserError(f'{what}: {wrong[0]!r} is not of the form key=value')
     return {key: yaml.safe_load(value) for key, _, value in (word.partition('=') for word in words)}
-
-
-def flag_names(target: Callable[..., Any], fixed: Collection[str] = ()) -> dict[str, str]:
-    """The flags of a function or request: by the key in ``Typed.given``, how each is written."""
-    names: dict[str, str] = {}
-    for argument in _arguments(target):
-        if argument.name in fixed or argument.kind is Typed:
-            continue
-        if dataclasses.is_dataclass(argument.kind):
-            names |= flag_names(argument.kind, argument.flag.fixed)  # type: ignore[arg-type]
-        else:
-            names[argument.key] = argument.names[0]
-            names |= {entry: _dashed(entry) for entry in argument.flag.entries}
-    return names
 
 
 def _arguments(target: Callable[..., Any]) -> Iterator[_Argument]:

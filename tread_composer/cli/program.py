@@ -25,14 +25,10 @@ Command = Callable[..., int | None]
 def run_program(
     command: Command | Mapping[str, Command], program: str, words: Sequence[str] | None, description: str = ''
 ) -> int:
-    """Run what the words say; returns the exit code.
+    """Run what the words say (those of this process if None); returns the exit code.
 
-    Args:
-        command: A function, or several by their names. The first paragraph of a function's docstring says what it
-            does, the last one is an ``Example: ``. It may return an exit code.
-        program: How the program is called.
-        words: What stands behind that; those of this process if None.
-        description: What several commands together do.
+    A command is a function, or several by their names. The first paragraph of a function's docstring says what it does,
+    the last one is an ``Example: ``. It may return an exit code.
     """
     try:
         prepare_rank()

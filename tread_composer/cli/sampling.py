@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from tread_composer.cli.flags import Typed, flag_names
+from tread_composer.cli.flags import Typed
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Flag
 from tread_composer.core.process import importing
@@ -17,9 +16,9 @@ from tread_composer.samplers.settings import SamplingSettings
 
 __all__ = ['evaluate', 'sample', 'sweep']
 
-# What `evaluate` itself decides of the images that it draws.
-_EVALUATED = {'out': Path(), 'classes': None, 'per_class': None, 'labels_file': None, 'formats': ('npz',),
-              'decode_dtype': 'float32'}  # fmt: skip
+# What `evaluate` takes for images that are there already, and what it decides itself of those that it draws.
+_OF_IMAGES = {'path', 'overrides', 'device', 'out', *(entry.name for entry in dataclasses.fields(Measurement))}
+_EVALUATED = {'out': Path(), 'classes': None, 'formats': ('npz',), 'decode_dtype': 'float32'}
 
 _print_now = functools.partial(print, flush=True)
 
@@ -36,19 +35,8 @@ def sample(typed: Typed, request: SamplesRequest) -> None:
     generate(request, log=_print_now)
 
 
-def sweep(
-    typed: Typed,
-    request: Annotated[SweepRequest, Flag(fixed={'guidances': ()})],
-    guidance: Annotated[tuple[str, ...], Flag('--guidance', metavar='KIND')] = (),
-    guidance_settings: Mapping[str, Any] = {},
-    rates: Annotated[tuple[tuple[float, float] | None, ...], Flag('--rates', metavar='STRONG:WEAK')] = (),
-) -> None:
+def sweep(typed: Typed, request: SweepRequest) -> None:
     """Measure a model for each combination of sampling settings, and mark the best.
-
-    Args:
-        guidance: Kinds of guidance, e.g. classifier_free sparse (classifier_free).
-        guidance_settings: Settings of these kinds, e.g. weak_rate=0.8.
-        rates: Strong and weak rate of sparse guidance; the word none is classifier-free guidance.
 
     Example: runs/digits_tread --reference data/digits/train --features digits --count 500 --guidance-scale 1 1.5 2
         --guidance-interval none 0.1:0.9 --out sweep
@@ -58,8 +46,6 @@ def sweep(
         from tread_composer.evaluate.sweep.rows import format_sweep, write_sweep
         from tread_composer.io.ranks import Ranks
 
-    kinds = guidance or (() if rates else ('classifier_free',))
-    request = dataclasses.replace(request, guidances=_guidances(kinds, guidance_settings, rates))
     ranks = Ranks.start()  # only once the words are right: it waits for the others
     rows, contract = measure_rows(request, ranks)
     if ranks.is_first:
@@ -68,40 +54,10 @@ def sweep(
         print('\n'.join(f'written: {file}' for file in files))
 
 
-def _guidances(
-    kinds: Sequence[str], settings: Mapping[str, Any], rates: Sequence[tuple[float, float] | None]
-) -> tuple[dict[str, Any], ...]:
-    """The kinds of guidance, each with its settings beside it.
-
-    Raises:
-        UserError: A kind is unknown, or a setting belongs to none of the kinds.
-    """
-    from tread_composer.samplers import guidance_defaults
-
-    try:
-        allowed = {kind: guidance_defaults(kind) for kind in kinds}
-    except ValueError as error:
-        raise UserError(f'--{error}') from None
-    guidances = [
-        {'guidance': kind, **{key: value for key, value in settings.items() if key in names}}
-        for kind, names in allowed.items()
-    ]
-    unused = sorted(settings.keys() - {name for names in allowed.values() for name in names})
-    if unused:
-        raise UserError(f'--guidance-settings: {", ".join(unused)}: no setting of {", ".join(kinds) or "--rates"}')
-    for pair in rates:
-        if pair is None:
-            guidances.append({'guidance': 'classifier_free'})
-        else:
-            guidances.append({'guidance': 'sparse', 'strong_rate': pair[0], 'weak_rate': pair[1]})
-    return tuple(guidances)
-
-
 def evaluate(
     typed: Typed,
     model: Annotated[SamplesRequest, Flag(fixed=_EVALUATED)],
     measurement: Measurement,
-    describe: Mapping[str, Any] = {},
     out: str | None = None,
     samples_folder: Annotated[str | None, Flag('--samples-folder', '--samples')] = None,
 ) -> None:
@@ -110,7 +66,6 @@ def evaluate(
     The path may also be images: a folder, an npz, MDS, a folder of `sample`.
 
     Args:
-        describe: How images were made that do not say it: weights=ema seed=0 sampling.sampler=heun ...
         out: File of the numbers (results.json in the folder of the run or the samples).
         samples_folder: Folder of a model's images (one in the folder of the run).
 
@@ -118,27 +73,23 @@ def evaluate(
     """
     _check_sampling(model.sampling, typed)
     with importing():
-        from tread_composer.evaluate.measuring import evaluate_model, evaluate_samples
+        from tread_composer.evaluate.measuring import evaluate_model, is_model, measure_samples, open_samples
         from tread_composer.evaluate.publish import format_entries, publish
-        from tread_composer.evaluate.samples import folder_of, is_model
+        from tread_composer.io.device import choose_device
+        from tread_composer.metrics.measurer import Measurer
 
     if is_model(model.path):
-        if describe:
-            raise UserError(f'--describe: {model.path} is a model, whose samples say so themselves; leave it out')
-        entries, place = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
+        entries = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
     else:
-        of_a_model = flag_names(SamplesRequest, ('path', 'batch_size', 'device', *_EVALUATED))
-        # They would say nothing of images that are there already.
-        foreign = [flag for key, flag in of_a_model.items() if key in typed.given and key != 'overrides']
-        foreign += ['--samples-folder'] if samples_folder else []
+        foreign = [f'--{key.replace("_", "-")}' for key in sorted(typed.given - _OF_IMAGES)]
         foreign += [f'{key}={value}' for key, value in model.overrides.items()]
         if foreign:
             raise UserError(f'{", ".join(foreign)}: of a model that is sampled first, and {model.path} holds images')
-        entries = evaluate_samples(model.path, measurement, describe=describe, device=model.device, log=_print_now)
-        place = folder_of(model.path)
+        open_samples(Path(model.path))  # refused before the network is loaded
+        entries = measure_samples(model.path, Measurer(measurement, choose_device(model.device, 0), log=_print_now))
     if entries:
         print(format_entries(entries))
-        publish(entries, model.path, str(typed), grid=place / 'grid.png', out=out, log=_print_now)
+        publish(entries, model.path, out=out, log=_print_now)
 
 
 def _check_sampling(sampling: SamplingSettings, typed: Typed) -> None:

@@ -1,7 +1,6 @@
-"""``python -m tread_composer compare A B [C ...]``: tables, a picture, a page, and the speed-up at equal quality.
+"""Runs held against the first one, at equal cost and at equal quality, metric by metric.
 
-A is the reference: its costs and its best value are what the others are held against. Numbers that were measured by
-different protocols are not compared.
+Numbers that were measured by different protocols are not compared.
 """
 
 import itertools
@@ -11,63 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tread_composer.compare.curves import (
-    AXES,
-    Axis,
-    Curve,
-    Point,
-    SpeedUp,
-    Value,
-    best_point,
-    common_speed_up,
-    speed_up,
-    value_at,
-)
+from tread_composer.compare.curves import AXES, Axis, Curve, Point, SpeedUp, Value, common_speed_up, speed_up, value_at
 from tread_composer.compare.runs import Run
 from tread_composer.core.errors import UserError
-from tread_composer.io.chart import short
-from tread_composer.io.page import flat
-from tread_composer.io.table import text_table
-from tread_composer.metrics.protocol import by_protocol, differences
+from tread_composer.metrics.protocol import differences
 from tread_composer.metrics.quantity import Better
 
-__all__ = [
-    'RULES',
-    'SPEED_UP_HEAD',
-    'Comparison',
-    'MetricTable',
-    'Row',
-    'cells_of',
-    'compare',
-    'figure',
-    'format_comparison',
-    'notes_of',
-    'speed_up_rows',
-]
-
-RULES = (
-    'A value marked with ≈ was not measured there: it is read off the straight line between the two neighbouring '
-    "measurements. Beyond a run's first and last measurement nothing is assumed.",
-    'Speed-up at equal quality: what the reference had spent when it measured its best value, divided by what the '
-    'other run had spent when its curve first reached that value (on the straight line between two measurements; the '
-    "figure at the first measurement that is as good stands beside it). This is how TREAD's 14x and 37x are defined; "
-    'it is not the speed-up of a step. A run that never gets there is also held against the reference at its own best '
-    'value, which both have reached; below 1x it needed more.',
-    'One run each: differences between seeds are not in these numbers.',
-)
-SPEED_UP_HEAD = ['run', 'to reach', *(f'in {name}' for name in AXES.values())]
-_OBJECTIVES_RULE = (
-    'The runs have different objectives, so each was sampled on the time grid of its own (protocol, time_grid): the '
-    'sampler and its number of steps are equal, the times are not.'
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cost, and each run's value there: a `Value`, or why there is none."""
-
-    cost: float
-    cells: tuple[Value | str, ...]
+__all__ = ['Comparison', 'MetricTable', 'compare']
 
 
 @dataclass(frozen=True)
@@ -86,10 +35,6 @@ class MetricTable:
     protocol: Mapping[str, Any]
     points: tuple[tuple[Point, ...], ...]
 
-    def best(self, run: int) -> Point:
-        """The best measurement of a run."""
-        return best_point(self.points[run], self.better)
-
     def speed_ups(self, run: int) -> dict[Axis, SpeedUp]:
         """Of a run against the reference, at the reference's best value."""
         return {axis: speed_up(self.points[0], self.points[run], self.better, axis) for axis in AXES}
@@ -100,19 +45,19 @@ class MetricTable:
             return {}
         return {axis: common_speed_up(self.points[0], self.points[run], self.better, axis) for axis in AXES}
 
-    def rows(self, axis: Axis) -> list[Row]:
-        """Values at the costs where the reference was measured, and at the largest that all runs have reached.
+    def rows(self, axis: Axis) -> list[tuple[float, list[Value | str]]]:
+        """Costs, and the value of each run there or why there is none; empty where no run has a record of this cost.
 
-        Empty where no run has a record of this cost.
+        The costs are those at which the reference was measured, and the largest that all runs have reached.
         """
         costs = [[x for point in run if (x := point.cost(axis)) is not None] for run in self.points]
         recorded = [run for run in costs if run]
         if not recorded:
             return []
-        rows: list[Row] = []
+        rows: list[tuple[float, list[Value | str]]] = []
         for cost in sorted([*recorded[0], min(run[-1] for run in recorded)]):
-            if not rows or not math.isclose(rows[-1].cost, cost, rel_tol=1e-9):
-                rows.append(Row(cost, tuple(_cell(run, axis, cost) for run in self.points)))
+            if not rows or not math.isclose(rows[-1][0], cost, rel_tol=1e-9):
+                rows.append((cost, [value_at(points, axis, cost) for points in self.points]))
         return rows
 
 
@@ -143,8 +88,6 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
     Raises:
         UserError: A metric is in no common protocol (lists the differences), or there is none in common.
     """
-    if len(runs) < 2:
-        raise UserError(f'compare: {len(runs)} run given; give two or more, the reference first')
     names = _names(runs)
     metrics_of = {name: {curve.metric for curve in run.curves} for name, run in zip(names, runs, strict=True)}
     measured = list(dict.fromkeys(curve.metric for run in runs for curve in run.curves))
@@ -167,7 +110,6 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
 
 
 def _is(metric: str, asked: str) -> bool:
-    """Whether this is the metric asked for, or that metric of fewer samples."""
     name, _, number = metric.rpartition('_')
     return metric == asked or (number.isdecimal() and name == asked)  # fid stands for fid_10000
 
@@ -222,82 +164,3 @@ def _nearest(candidates: Sequence[Sequence[Curve]], names: Sequence[str]) -> str
         nearest = min((differences(a.protocol, b.protocol) for a, b in pairs), key=len)
         lines += [f'  {names[i]} and {names[j]}:', *(f'    {line}' for line in nearest)] if nearest else []
     return '\n'.join(lines)
-
-
-def _cell(points: Sequence[Point], axis: Axis, cost: float) -> Value | str:
-    value = value_at(points, axis, cost)
-    if value is not None:
-        return value
-    recorded = [x for point in points if (x := point.cost(axis)) is not None]
-    if not recorded:
-        return 'not recorded'
-    return 'before its first' if cost < recorded[0] else 'beyond its last'
-
-
-# --- as text ---
-
-
-def figure(value: float) -> str:
-    """A metric's value: four digits."""
-    return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
-
-
-def _ratio_in_words(speed: SpeedUp) -> str:
-    """``1.43x`` with the figure at the measured point, or why there is none."""
-    if speed.ratio is None:
-        return speed.reason or 'not known: it was as good before its first step'
-    if speed.at_least:
-        return f'at least {speed.ratio:.2f}x (as good at its first measurement)'
-    assert speed.reference is not None and speed.measured
-    at_point = speed.reference / speed.measured
-    return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
-
-
-def cells_of(table: MetricTable, axis: Axis) -> list[list[str]]:
-    """The table at equal cost: the cost, then each run's value."""
-    rows = []
-    for row in table.rows(axis):
-        values = [cell if isinstance(cell, str) else figure(cell.value) for cell in row.cells]
-        read_off = [isinstance(cell, Value) and not cell.measured for cell in row.cells]
-        cells = [f'≈ {value}' if between else value for value, between in zip(values, read_off, strict=True)]
-        rows.append([short(row.cost), *cells])
-    return rows
-
-
-def speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]:
-    """The table of speed-ups; its head is `SPEED_UP_HEAD`."""
-    rows = []
-    for run, name in enumerate(comparison.names[1:], 1):
-        for owner, by_axis in ((0, table.speed_ups(run)), (run, table.common(run))):
-            if by_axis:
-                best = table.best(owner)
-                quality = f'best of {comparison.names[owner]}: {figure(best.value)} (step {best.step})'
-                rows.append([name, quality, *(_ratio_in_words(by_axis[axis]) for axis in AXES)])
-    return rows
-
-
-def notes_of(comparison: Comparison) -> list[str]:
-    """What a reader has to know of single runs."""
-    named = list(zip(comparison.names, comparison.runs, strict=True))
-    notes = [f'{name}: {note}' for name, run in named for note in run.notes]
-    if len({run.machine for _, run in named if run.machine}) > 1:
-        listed = '; '.join(f'{name}: {run.machine}' for name, run in named)
-        notes.insert(0, f'Seconds do not compare: the runs were on different machines ({listed})')
-    if any(isinstance(grid, Mapping) for table in comparison.tables for grid in table.protocol['time_grid'].values()):
-        notes.insert(0, _OBJECTIVES_RULE)
-    return [*notes, *(f'left out: {text}' for text in comparison.left_out)]
-
-
-def format_comparison(comparison: Comparison) -> str:
-    """The tables for a terminal; each protocol stands once, behind the tables of what was measured by it."""
-    lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
-    for table in comparison.tables:
-        lines += ['', f'{table.metric} ({table.better} is better)']
-        for axis, name in AXES.items():
-            head, cells = [name, *comparison.names], cells_of(table, axis)
-            lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
-        lines += ['', text_table(SPEED_UP_HEAD, speed_up_rows(comparison, table))]
-    for protocol, metrics in by_protocol((table.metric, table.protocol) for table in comparison.tables):
-        facts = ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
-        lines += ['', f'protocol of {", ".join(metrics)}: {facts}']
-    return '\n'.join([*lines, '', *(f'- {note}' for note in (*notes_of(comparison), *RULES))])

@@ -26,20 +26,15 @@ def not_recorded(step: int) -> None:
     del step
 
 
-def training_teraflops(config_file: Path, data_file: Path | None = None) -> tuple[Cost, str]:
-    """TFLOPs of training until a step, of the network's matrix products alone, and how they were counted.
+def training_teraflops(folder: Path) -> tuple[Cost, str]:
+    """TFLOPs of a run until a step, of the network's matrix products alone, and a sentence on how they were found.
 
-    Args:
-        config_file: The run's resolved configuration.
-        data_file: What its data are, as the run folder holds it; needed where the data are not on this machine.
-
-    Returns:
-        The cost, and a sentence that says how it was found or why it is not known.
+    What its data are says ``data.json`` in its folder, where the data are not on this machine.
     """
     try:
-        config = restore_config(config_file)
-        if data_file is not None and config.data.name == 'latents':
-            config = restore_config(config_file, _data_overrides(data_file))
+        config = restore_config(folder / 'config.yaml')
+        if (folder / 'data.json').is_file() and config.data.name == 'latents':
+            config = restore_config(folder / 'config.yaml', _data_overrides(folder / 'data.json'))
         plan = make_plan(config, 1)  # the work of a step is the same on any number of ranks
         window = _routed_steps(config, plan)
     except UserError as error:
@@ -67,11 +62,7 @@ def _data_overrides(path: Path) -> list[str]:
 
 
 def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:
-    """The steps in which work is saved; (0, inf) if always, or if nothing is ever saved.
-
-    Raises:
-        UserError: They are unknown, or several algorithms save work in different steps.
-    """
+    """The steps in which work is saved; (0, inf) if always, or if nothing is ever saved."""
     windows = {}
     for name, component in config.algorithms.items():
         if hasattr(component.instance, 'cost_window'):
@@ -99,13 +90,10 @@ def _in_steps(text: str, name: str, plan: Mapping[str, Any]) -> float:
 
 
 def recorded_seconds(speeds: Mapping[int, float]) -> tuple[Cost, str]:
-    """Seconds of training until a step, and how they were found.
+    """Seconds of training until a step, and how they were found; ``speeds`` are batches in a second, by step.
 
     Composer's clock of training time counts what callbacks do, drawing samples for example. So the middle one of the
     logged speeds is taken: most windows are undisturbed.
-
-    Args:
-        speeds: Batches in a second, by step, as the callback ``speed_monitor`` logs them.
     """
     usable = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
     if not usable:

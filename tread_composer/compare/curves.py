@@ -54,14 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of a run under one protocol.
-
-    Args:
-        metric: Name as reported.
-        protocol: How it was measured.
-        points: Ascending in ``step``.
-        better: Which values are better.
-    """
+    """A metric of a run under one protocol; its points ascend in ``step``."""
 
     metric: str
     protocol: Mapping[str, Any]
@@ -82,7 +75,6 @@ class SpeedUp:
     """How much less one run needs for the best value of another; each number None if it is not known.
 
     Args:
-        axis: What is counted.
         quality: The reference's best value.
         reference: Where the reference measured it.
         reached: Where the other run's curve reaches it first (between two points: on the straight line).
@@ -91,7 +83,6 @@ class SpeedUp:
         reason: Why there is no ratio, in words; empty if there is one.
     """
 
-    axis: Axis
     quality: float
     reference: float | None = None
     reached: float | None = None
@@ -111,56 +102,44 @@ def best_point(points: Sequence[Point], better: Better) -> Point:
     return min(points, key=lambda point: (sign * point.value, point.step))  # of equal values the cheapest
 
 
-def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | None:
-    """The value at a cost; None beyond the measured points, or if the run has no record of this cost.
-
-    Args:
-        points: Ascending in ``step``.
-        axis: What ``cost`` is.
-        cost: Where.
-    """
+def value_at(points: Sequence[Point], axis: Axis, cost: float) -> Value | str:
+    """The value at a cost, or why there is none: beyond the measured points, or no record of this cost."""
     recorded = [(x, point.value) for point in points if (x := point.cost(axis)) is not None]
+    if not recorded:
+        return 'not recorded'
     for x, value in recorded:
         if math.isclose(x, cost, rel_tol=1e-9):
             return Value(value, measured=True)
     for (x0, y0), (x1, y1) in itertools.pairwise(recorded):
         if x0 < cost < x1:
             return Value(y0 + (y1 - y0) * (cost - x0) / (x1 - x0), measured=False)
-    return None
+    return 'before its first' if cost < recorded[0][0] else 'beyond its last'
 
 
 def speed_up(reference: Sequence[Point], run: Sequence[Point], better: Better, axis: Axis) -> SpeedUp:
-    """The ratio of what the reference and another run need for the reference's best value.
-
-    Args:
-        reference: Points of the run whose quality is to be reached, ascending in ``step``.
-        run: Points of the other run, likewise.
-        better: Which values of the metric are better.
-        axis: What is counted.
-    """
+    """The ratio of what the reference and another run need for the reference's best value; points ascend in step."""
     target = best_point(reference, better)
     cost, sign = target.cost(axis), 1 if better == 'lower' else -1
     index = next((i for i, point in enumerate(run) if sign * point.value <= sign * target.value), None)
     if cost is None:
-        return SpeedUp(axis, target.value, reason='not recorded for the reference')
+        return SpeedUp(target.value, reason='not recorded for the reference')
     if index is None:
-        return SpeedUp(axis, target.value, cost, reason='not reached')
+        return SpeedUp(target.value, cost, reason='not reached')
     at_index = run[index].cost(axis)
     if index == 0 and at_index is not None:
-        return SpeedUp(axis, target.value, cost, at_index, at_index, at_least=True)
+        return SpeedUp(target.value, cost, at_index, at_index, at_least=True)
     before = run[index - 1]
     x0 = before.cost(axis)
     if at_index is None or x0 is None:
-        return SpeedUp(axis, target.value, cost, reason='not recorded')
+        return SpeedUp(target.value, cost, reason='not recorded')
     # Of the way from the point before: a straight line
     share = (target.value - before.value) / (run[index].value - before.value)
-    return SpeedUp(axis, target.value, cost, x0 + (at_index - x0) * share, at_index)
+    return SpeedUp(target.value, cost, x0 + (at_index - x0) * share, at_index)
 
 
 def common_speed_up(reference: Sequence[Point], run: Sequence[Point], better: Better, axis: Axis) -> SpeedUp:
-    """The ratio at the other run's best value: for where `speed_up` says "not reached". Arguments as there."""
+    """The ratio at the other run's best value: for where `speed_up` says "not reached"."""
     inverse = speed_up(run, reference, better, axis)
     if inverse.at_least:
-        reason = 'not known: the reference was better from its first measurement on'
-        return SpeedUp(axis, inverse.quality, reason=reason)
-    return SpeedUp(axis, inverse.quality, inverse.reached, inverse.reference, inverse.reference, reason=inverse.reason)
+        return SpeedUp(inverse.quality, reason='not known: the reference was better from its first measurement on')
+    return SpeedUp(inverse.quality, inverse.reached, inverse.reference, inverse.reference, reason=inverse.reason)

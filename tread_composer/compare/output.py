@@ -1,4 +1,4 @@
-"""The files of a comparison: numbers as JSON, a picture, a page."""
+"""A comparison as text for a terminal, as JSON, as a picture, as a page."""
 
 import json
 from collections.abc import Mapping
@@ -6,33 +6,53 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tread_composer.compare.comparison import (
-    RULES,
-    SPEED_UP_HEAD,
-    Comparison,
-    MetricTable,
-    cells_of,
-    figure,
-    notes_of,
-    speed_up_rows,
-)
-from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value
+from tread_composer.compare.comparison import Comparison, MetricTable
+from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
 from tread_composer.core.errors import UserError
-from tread_composer.io.chart import Chart, Curve, charts_png
+from tread_composer.io.chart import Chart, Curve, charts_png, short
 from tread_composer.io.files import write_atomically
-from tread_composer.io.page import Report
+from tread_composer.io.page import Report, flat
+from tread_composer.io.table import text_table
 from tread_composer.metrics.protocol import by_protocol
 
-__all__ = ['write_comparison']
+__all__ = ['format_comparison', 'write_comparison']
+
+_RULES = (
+    'A value marked with ≈ was not measured there: it is read off the straight line between the two neighbouring '
+    "measurements. Beyond a run's first and last measurement nothing is assumed.",
+    'Speed-up at equal quality: what the reference had spent when it measured its best value, divided by what the '
+    'other run had spent when its curve first reached that value (on the straight line between two measurements; the '
+    "figure at the first measurement that is as good stands beside it). This is how TREAD's 14x and 37x are defined; "
+    'it is not the speed-up of a step. A run that never gets there is also held against the reference at its own best '
+    'value, which both have reached; below 1x it needed more.',
+    'One run each: differences between seeds are not in these numbers.',
+)
+_SPEED_UP_HEAD = ['run', 'to reach', *(f'in {name}' for name in AXES.values())]
+_OBJECTIVES_RULE = (
+    'The runs have different objectives, so each was sampled on the time grid of its own (protocol, time_grid): the '
+    'sampler and its number of steps are equal, the times are not.'
+)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The tables for a terminal; each protocol stands once, behind the tables of what was measured by it."""
+    lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
+    for table in comparison.tables:
+        lines += ['', f'{table.metric} ({table.better} is better)']
+        for axis, name in AXES.items():
+            head, cells = [name, *comparison.names], _cells(table, axis)
+            lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
+        lines += ['', text_table(_SPEED_UP_HEAD, _speed_up_rows(comparison, table))]
+    for protocol, metrics in by_protocol((table.metric, table.protocol) for table in comparison.tables):
+        facts = ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
+        lines += ['', f'protocol of {", ".join(metrics)}: {facts}']
+    return '\n'.join([*lines, '', *(f'- {note}' for note in (*_notes(comparison), *_RULES))])
 
 
 def write_comparison(comparison: Comparison, folder: str | Path, command: str) -> list[Path]:
     """Write ``comparison.json``, ``comparison.png`` and ``comparison.html``; returns the files.
 
-    Args:
-        comparison: What to write.
-        folder: Where; made if it is missing.
-        command: How to get the same again.
+    ``command``, by which one gets the same again, stands in them.
 
     Raises:
         UserError: They cannot be written.
@@ -50,6 +70,55 @@ def write_comparison(comparison: Comparison, folder: str | Path, command: str) -
     return paths
 
 
+def _cells(table: MetricTable, axis: Axis) -> list[list[str]]:
+    """The table at equal cost: the cost, then each run's value."""
+
+    def cell(value: Value | str) -> str:
+        if isinstance(value, str):
+            return value
+        return _figure(value.value) if value.measured else f'≈ {_figure(value.value)}'
+
+    return [[short(cost), *map(cell, values)] for cost, values in table.rows(axis)]
+
+
+def _speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]:
+    rows = []
+    for run, name in enumerate(comparison.names[1:], 1):
+        for owner, by_axis in ((0, table.speed_ups(run)), (run, table.common(run))):
+            if by_axis:
+                best = best_point(table.points[owner], table.better)
+                quality = f'best of {comparison.names[owner]}: {_figure(best.value)} (step {best.step})'
+                rows.append([name, quality, *(_ratio_in_words(by_axis[axis]) for axis in AXES)])
+    return rows
+
+
+def _ratio_in_words(speed: SpeedUp) -> str:
+    """``1.43x`` with the figure at the measured point, or why there is none."""
+    if speed.ratio is None:
+        return speed.reason or 'not known: it was as good before its first step'
+    if speed.at_least:
+        return f'at least {speed.ratio:.2f}x (as good at its first measurement)'
+    assert speed.reference is not None and speed.measured
+    at_point = speed.reference / speed.measured
+    return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
+
+
+def _figure(value: float) -> str:
+    return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What a reader has to know of single runs."""
+    named = list(zip(comparison.names, comparison.runs, strict=True))
+    notes = [f'{name}: {note}' for name, run in named for note in run.notes]
+    if len({run.machine for _, run in named if run.machine}) > 1:
+        listed = '; '.join(f'{name}: {run.machine}' for name, run in named)
+        notes.insert(0, f'Seconds do not compare: the runs were on different machines ({listed})')
+    if any(isinstance(grid, Mapping) for table in comparison.tables for grid in table.protocol['time_grid'].values()):
+        notes.insert(0, _OBJECTIVES_RULE)
+    return [*notes, *(f'left out: {text}' for text in comparison.left_out)]
+
+
 def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
     names, metrics = comparison.names, []
     runs = [
@@ -57,18 +126,11 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
         for name, run in zip(names, comparison.runs, strict=True)
     ]
     for table in comparison.tables:
-        points = [[asdict(point) for point in run] for run in table.points]
-        others = list(enumerate(names[1:], 1))
-        metrics.append(
-            {
-                'metric': table.metric,
-                'better': table.better,
-                'protocol': dict(table.protocol),
-                'points': dict(zip(names, points, strict=True)),
-                'speed_ups': {name: _ratios(table.speed_ups(run)) for run, name in others},
-                'at_the_best_of_the_other': {name: _ratios(table.common(run)) for run, name in others},
-            }
-        )
+        content, others = asdict(table), list(enumerate(names[1:], 1))
+        content['points'] = dict(zip(names, content['points'], strict=True))
+        content['speed_ups'] = {name: _ratios(table.speed_ups(run)) for run, name in others}
+        content['at_the_best_of_the_other'] = {name: _ratios(table.common(run)) for run, name in others}
+        metrics.append(content)
     return {'command': command, 'runs': runs, 'metrics': metrics}
 
 
@@ -78,8 +140,8 @@ def _ratios(by_axis: Mapping[Axis, SpeedUp]) -> dict[str, Any]:
 
 def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
     """The curves against each cost that some run has recorded."""
-    best = table.best(0).value
-    level_label = f'best of {comparison.names[0]}: {figure(best)}'
+    best = best_point(table.points[0], table.better).value
+    level_label = f'best of {comparison.names[0]}: {_figure(best)}'
     charts: dict[Axis, Chart] = {}
     for axis, label in AXES.items():
         curves = []
@@ -92,34 +154,30 @@ def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
 
 
 def _page(comparison: Comparison, charts: list[dict[Axis, Chart]], command: str) -> Report:
-    names = comparison.names
-    page = Report(' vs '.join(names), f'{names[0]} is the reference. {RULES[-1]}')
+    names, named = comparison.names, list(zip(comparison.names, comparison.runs, strict=True))
+    page = Report(' vs '.join(names), f'{names[0]} is the reference. {_RULES[-1]}')
     for table, by_axis in zip(comparison.tables, charts, strict=True):
         page.heading(f'{table.metric} ({table.better} is better)')
         page.charts(list(by_axis.values()))
         page.heading('Speed-up at equal quality', small=True)
-        page.table(SPEED_UP_HEAD, speed_up_rows(comparison, table))
-        page.tables(
-            [
-                (f'At equal {label}', [label, *names], cells_of(table, axis), _best_cells(table, axis))
-                for axis, label in AXES.items()
-                if axis in by_axis
-            ]
-        )
-        for axis, label in AXES.items():
-            if axis not in by_axis:
-                page.text(f'At equal {label}: not recorded in any run.')
+        page.table(_SPEED_UP_HEAD, _speed_up_rows(comparison, table))
+        tables = []
+        for axis in by_axis:
+            head = [AXES[axis], *names]
+            tables.append((f'At equal {AXES[axis]}', head, _cells(table, axis), _best_cells(table, axis)))
+        page.tables(tables)
+        for label in (AXES[axis] for axis in AXES if axis not in by_axis):
+            page.text(f'At equal {label}: not recorded in any run.')
     for protocol, metrics in by_protocol((table.metric, table.protocol) for table in comparison.tables):
         page.heading(f'Protocol of {", ".join(metrics)}, the same for all runs').facts(protocol)
     page.heading('How to read this')
-    for rule in RULES[:-1]:
+    for rule in _RULES[:-1]:
         page.text(rule)
-    grids = [(f'{name}: {run.source}', run.grid) for name, run in zip(names, comparison.runs, strict=True) if run.grid]
+    grids = [(f'{name}: {run.source}', run.grid) for name, run in named if run.grid]
     if grids:
         page.heading('Samples').pictures(grids)
-    page.heading('Where the numbers come from')
-    page.facts({name: run.source for name, run in zip(names, comparison.runs, strict=True)})
-    for note in notes_of(comparison):
+    page.heading('Where the numbers come from').facts({name: run.source for name, run in named})
+    for note in _notes(comparison):
         page.text(note, soft=True)
     return page.heading('How to get this page again').command(command)
 
@@ -127,9 +185,9 @@ def _page(comparison: Comparison, charts: list[dict[Axis, Chart]], command: str)
 def _best_cells(table: MetricTable, axis: Axis) -> list[tuple[int, int]]:
     """Row and column of the best values; a row in which only one run has a value has none."""
     best = []
-    for i, row in enumerate(table.rows(axis)):
+    for i, (_, cells) in enumerate(table.rows(axis)):
         # Column 0 is the cost
-        values = {j: cell.value for j, cell in enumerate(row.cells, 1) if isinstance(cell, Value)}
+        values = {j: cell.value for j, cell in enumerate(cells, 1) if isinstance(cell, Value)}
         extreme = (min if table.better == 'lower' else max)(values.values(), default=None)
         best += [(i, j) for j, value in values.items() if len(values) > 1 and value == extreme]
     return best

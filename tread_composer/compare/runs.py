@@ -1,10 +1,9 @@
 """Runs as ``compare`` sees them: curves of metrics with their protocols, and what training had cost at each point.
 
-From a run's folder, a ``results.json``, or MLflow. Nothing is written, and no store is made that is not there.
+From a run's folder with its MLflow record, or from a ``results.json``. Nothing is written.
 """
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
 from tread_composer.compare.curves import Curve, Point
-from tread_composer.compare.store import MLFLOW, artifacts, changes, find, speeds, store_of
+from tread_composer.compare.store import speeds, store_of
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import read_json
 from tread_composer.metrics.metric import direction
@@ -23,9 +22,7 @@ from tread_composer.metrics.protocol import load_results, protocol_key
 __all__ = ['Run', 'open_run']
 
 _RESULTS = ('results.json', 'digits_quality.json')
-_CONFIG, _DATA, _ENVIRONMENT, _GRID = 'config.yaml', 'data.json', 'environment.json', 'samples/latest.png'
-_STORE = 'runs/mlflow.db'
-_FORMS = f"a run's folder, a results.json (FILE#RUN where it holds several), or {MLFLOW}RUN[@tracking uri]"
+_FORMS = "a run's folder, or a results.json (FILE#RUN where it holds several)"
 # Until 0.1.0 the callback digits_quality wrote a file of its own.
 _EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
 
@@ -52,18 +49,11 @@ class Run:
 
 
 def open_run(word: str) -> Run:
-    """Read a run.
-
-    Args:
-        word: A run's folder, a ``results.json`` (``FILE#RUN`` where it holds several runs), or
-            ``mlflow:RUN[@tracking uri]`` with a run's id or name.
+    """Read a run: a run's folder, or a ``results.json`` (``FILE#RUN`` where it holds several runs).
 
     Raises:
         UserError: There is no such thing, it is ambiguous, or it holds no results.
     """
-    if word.startswith(MLFLOW):
-        name, _, uri = word.removeprefix(MLFLOW).partition('@')
-        return _from_mlflow(name, uri or f'sqlite:///{_STORE}')
     file, _, run_name = word.partition('#')
     for path, name in ((Path(word), None), (Path(file), run_name or None)):
         if path.is_dir():
@@ -71,9 +61,6 @@ def open_run(word: str) -> Run:
         if path.is_file():
             return _from_file(path, name)
     raise UserError(f'{word!r} is neither a folder nor a file; give {_FORMS}')
-
-
-# --- the three forms ---
 
 
 def _from_file(path: Path, run_name: str | None) -> Run:
@@ -91,47 +78,31 @@ def _from_file(path: Path, run_name: str | None) -> Run:
 
 
 def _from_folder(folder: Path) -> Run:
-    file = folder / _CONFIG
-    if not file.is_file():
-        raise UserError(f'{folder}: no run (there is no {_CONFIG} in it); give {_FORMS}')
-    config, record, notes = yaml.safe_load(file.read_text()), None, []
-    try:
-        record = store_of(config, folder)
-    except UserError as error:
-        notes = [f'no MLflow record found ({error}), so only what is in the folder is known']
-    return _read(folder, record, config['run_name'], str(folder), notes)
-
-
-def _from_mlflow(name: str, uri: str) -> Run:
-    client, run = find(name, uri)
-    with tempfile.TemporaryDirectory() as temporary:
-        artifacts(client, run, Path(temporary), (_CONFIG, _DATA, *_RESULTS, _ENVIRONMENT, _GRID))
-        run_name = run.data.tags.get('run_name', run.info.run_name)
-        return _read(Path(temporary), (client, run), run_name, f'{MLFLOW}{run.info.run_id}@{uri}')
-
-
-def _read(folder: Path, record: tuple[Any, Any] | None, name: str, source: str, notes: Sequence[str] = ()) -> Run:
-    """The run whose files are in a folder, with its MLflow record if there is one."""
-    files = [folder / file for file in _RESULTS if (folder / file).is_file()]
+    if not (folder / 'config.yaml').is_file():
+        raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
+    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
     entries = [entry for file in files for entry in _entries(file)]
     if not entries:
         raise UserError(
-            f'{source}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
-            f'python -m tread_composer evaluate {source} --reference ... (or train with the callback evaluation)'
+            f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
+            f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
         )
-    config, data, environment, grid = (folder / file for file in (_CONFIG, _DATA, _ENVIRONMENT, _GRID))
-    if config.is_file():
-        flops, flops_note = training_teraflops(config, data if data.is_file() else None)
-    else:
-        flops, flops_note = not_recorded, f'FLOPs not recorded: there is no {_CONFIG}'
-    seconds, seconds_note = recorded_seconds({} if record is None else speeds(*record))
+    config, logged, notes = yaml.safe_load((folder / 'config.yaml').read_text()), {}, []
+    try:
+        client, record = store_of(config, folder)
+        logged, changed = speeds(client, record), record.data.tags.get('tread_composer.changed_settings')
+        notes += [f'resumed with changed settings: {changed}'] if changed else []
+    except UserError as error:
+        notes.append(f'no MLflow record found ({error}), so only what is in the folder is known')
+    flops, flops_note = training_teraflops(folder)
+    seconds, seconds_note = recorded_seconds(logged)
     curves, left_out = _curves(entries, flops, seconds)
-    changed = [] if record is None else changes(record[1])
+    environment, grid = folder / 'environment.json', folder / 'samples' / 'latest.png'
     return Run(
-        name,
-        source,
+        config['run_name'],
+        str(folder),
         curves,
-        (flops_note, *notes, *changed, _seconds_note(entries, seconds_note), *left_out),
+        (flops_note, *notes, _seconds_note(entries, seconds_note), *left_out),
         _machine(read_json(environment)) if environment.is_file() else None,
         grid.read_bytes() if grid.is_file() else None,
     )
@@ -153,15 +124,8 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f'{environment.get("world_size")} ranks on {f"{len(gpus)} x {device}" if gpus else cpu}'
 
 
-# --- what they measured ---
-
-
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of results: of ``evaluate``, ``sweep``, the callbacks.
-
-    Raises:
-        UserError: It is something else.
-    """
+    """The entries of a file of results: of ``evaluate``, ``sweep``, the callbacks."""
     content = read_json(path)
     if not isinstance(content, Mapping):
         return load_results(path)
@@ -177,13 +141,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) -> tuple[tuple[Curve, ...], list[str]]:
-    """Entries by metric and protocol, and notes on what was left out.
-
-    Args:
-        entries: What was measured.
-        flops: TFLOPs until a step, for entries that do not say theirs.
-        seconds: Seconds until a step, likewise.
-    """
+    """Entries by metric and protocol, and notes on what was left out; the costs count for entries without theirs."""
     points: dict[tuple[str, str], dict[int, Point]] = {}
     samples: dict[tuple[str, str], Mapping[str, Any]] = {}  # an entry of each curve, for its protocol and direction
     notes: list[str] = []

@@ -1,65 +1,47 @@
 """From images, or from a trained model, to entries of a ``results.json``.
 
-A model is first sampled, as ``sample`` does it, on all ranks; one process measures.
+A model is first sampled, as ``sample`` does it, on all ranks; one process measures. Samples that ``sample`` wrote say
+themselves how they were made (``samples.json``); numbers of others compare with none.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tread_composer.config import restore_config
 from tread_composer.core.errors import UserError
-from tread_composer.evaluate.samples import facts_of, facts_said, folder_of, open_samples, origin_of
 from tread_composer.io.device import choose_device
+from tread_composer.io.files import read_json
 from tread_composer.io.progress import Progress
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.images import ImageSet
+from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.measurer import Measurement, Measurer
-from tread_composer.sample.folder import RECORD
+from tread_composer.metrics.protocol import UNKNOWN
+from tread_composer.sample.folder import PLACES, RECORD
 from tread_composer.sample.generate import generate
 from tread_composer.sample.request import SamplesRequest, draws_of
-from tread_composer.weights.exported import digest_of
+from tread_composer.weights.exported import digest_of, exported_run
 from tread_composer.weights.trained import image_size, model_of, read_trained
 
-__all__ = ['evaluate_model', 'evaluate_samples', 'measure_samples']
+__all__ = ['Log', 'evaluate_model', 'folder_of', 'is_model', 'measure_samples', 'open_samples', 'run_name']
 
 Log = Callable[[str], None]
 
 _NO_MATTER = ('out', 'batch_size', 'device', 'formats')  # to what the images are
-
-
-def evaluate_samples(
-    path: str | Path,
-    measurement: Measurement,
-    *,
-    describe: Mapping[str, Any] | None = None,
-    device: str | None = None,
-    log: Log = print,
-) -> list[dict[str, Any]]:
-    """Measure images that are there; returns entries for a ``results.json``. Writes nothing but the cache.
-
-    Args:
-        path: A folder that ``sample`` wrote, or any images (``metrics.images.open_images``).
-        measurement: What and how.
-        describe: How images were made that do not say it themselves: parts of a ``Protocol``.
-        device: ``'cuda'``, ``'cpu'`` or None for a GPU if there is one.
-        log: Gets the lines for people.
-
-    Raises:
-        UserError: The images, the reference and the network do not go together.
-    """
-    _, record = open_samples(Path(path))  # refused before the network is loaded
-    if record is not None and describe:
-        raise UserError(f'--describe: {path} says itself how it was made ({RECORD}); leave it out')
-    return measure_samples(path, Measurer(measurement, choose_device(device, 0), log=log), describe)
+# The part of a protocol that says how images came about.
+_DRAWN = (
+    'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',
+    'uint8_rule',
+)  # fmt: skip
 
 
 def evaluate_model(
     request: SamplesRequest, measurement: Measurement, *, samples: str | Path | None = None, log: Log = print
-) -> tuple[list[dict[str, Any]], Path]:
+) -> list[dict[str, Any]]:
     """Draw the samples of a model, and measure them. Under the ``composer`` launcher all ranks call this.
 
     Args:
@@ -70,10 +52,10 @@ def evaluate_model(
         log: Gets the lines for people, on the first rank.
 
     Returns:
-        Entries for a ``results.json``, none on other ranks than the first; and the folder of the samples.
+        Entries for a ``results.json``, none on other ranks than the first.
 
     Raises:
-        UserError: As for ``sample`` and ``evaluate_samples``; what can be known before sampling is refused before.
+        UserError: As for ``sample`` and ``measure_samples``; what can be known before sampling is refused before.
     """
     ranks = Ranks.start()
     measurer, place = ranks.agreed(
@@ -83,21 +65,26 @@ def evaluate_model(
     request = dataclasses.replace(request, out=Path(samples or ranks.from_first(place)), formats=('npz',))
     generate(request, log=log)
     entries = [] if measurer is None else measure_samples(request.out, measurer)
-    return [{**entry, 'source': request.path} for entry in entries], request.out
+    return [{**entry, 'source': request.path} for entry in entries]
 
 
-def measure_samples(
-    path: str | Path, measurer: Measurer, describe: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """Look at images on the first rank; all ranks call this. Arguments and refusals as for ``evaluate_samples``."""
+def measure_samples(path: str | Path, measurer: Measurer) -> list[dict[str, Any]]:
+    """Look at images on the first rank: a folder that ``sample`` wrote, or any images; all ranks call this.
+
+    Returns:
+        Entries for a ``results.json``, on the first rank.
+
+    Raises:
+        UserError: The images, the reference and the network do not go together.
+    """
     ranks, log = measurer.ranks, measurer.log
 
     def opened() -> tuple[ImageSet, list[int] | None, dict[str, Any], dict[str, Any]]:
         images, record = open_samples(Path(path))
-        facts = facts_said(describe or {}, log) if record is None else facts_of(record)
+        facts = _facts(record, log)
         labels = images.labels() if measurer.needs_labels and facts['labels'] != 'none' else None  # else not even read
         measurer.check(images.count, images.resolution, has_labels=labels is not None)
-        return images, labels, facts, origin_of(record)
+        return images, labels, facts, _origin(record)
 
     samples = ranks.agreed(lambda: opened() if ranks.is_first else None)
     measurer.prepare()
@@ -117,9 +104,82 @@ def measure_samples(
     return measurer.entries(figures, facts, images.count, images.resolution, source=str(path), **origin)
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether a path is a trained model (run folder, checkpoint, exported file), and not images."""
+    path = Path(path)
+    return path.suffix in ('.pt', '.safetensors') or (path / 'config.yaml').is_file()
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder of a run, a checkpoint or samples."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent
+
+
+def run_name(source: str) -> str | None:
+    """Name of the run that a checkpoint, a folder or an exported file is of; None where nothing says it.
+
+    An exported file says so itself: the folder in which it lies may be of another run.
+    """
+    if Path(source).suffix == '.safetensors':
+        return exported_run(source)
+    config = folder_of(source) / 'config.yaml'
+    return restore_config(config).run_name if config.is_file() else None
+
+
+def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
+    """The images at a path, and what ``sample`` wrote about them.
+
+    Raises:
+        UserError: There are none, or they are not those that ``samples.json`` speaks of.
+    """
+    inside = path.name in PLACES.values() and not (path / RECORD).is_file()
+    folder = path.parent if inside else path
+    if not (folder / RECORD).is_file():
+        return open_images(path), None
+    record = read_json(folder / RECORD)
+    if not isinstance(record, dict) or 'made_with' not in record:
+        raise UserError(f'{folder / RECORD}: not written by sample')
+    if not record.get('complete'):
+        raise UserError(f'{folder}: is not finished; run the same sample command again, which goes on')
+    if folder == path:
+        path = folder / next(PLACES[name] for name in PLACES if name in record['made_with']['formats'])
+    images, count = open_images(path), record['made_with']['num_samples']
+    if images.count != count:
+        raise UserError(f'{path}: holds {images.count} images, and {folder / RECORD} says {count}; sample them again')
+    return images, record
+
+
+def _facts(record: dict[str, Any] | None, log: Log) -> dict[str, Any]:
+    """The part of a protocol that ``samples.json`` holds; what an older one does not say is unknown."""
+    if record is None:
+        log(
+            f'there is no {RECORD} beside these images, so nobody knows how they were made: in the protocol of the '
+            f'numbers it is {UNKNOWN!r}, and they compare with no others'
+        )
+        return dict.fromkeys(_DRAWN, UNKNOWN)
+    made_with = record['made_with']
+    facts = {name: made_with.get(name, UNKNOWN) for name in _DRAWN}
+    # Balanced labels follow from the count; of others the list itself decides.
+    if made_with['labels'] not in ('balanced', 'none'):
+        facts['labels'] = f'{made_with["labels"]} {made_with["labels_digest"]}'
+    return facts
+
+
+def _origin(record: dict[str, Any] | None) -> dict[str, Any]:
+    """Which weights drew the samples, as far as ``samples.json`` says it."""
+    if record is None:  # images of somebody else
+        return {}
+    return {
+        'run': record.get('run') or run_name(record['source']),
+        'batch': record['batch'] or None,  # 0: imported, and nobody has said it
+        'weights_digest': record['made_with']['weights_digest'],
+    }
+
+
 def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log) -> tuple[Measurer, str]:
     """Refuse what the samples could not be measured with; what measures them, and where they go by default."""
-    if request.count is None and request.per_class is None and request.labels_file is None:
+    if request.count is None:
         raise UserError('--count: say how many images to draw and measure; published numbers are of 50000')
     model = read_trained(request.path, weights=request.weights, overrides=request.overrides)
     classes = model.data.num_classes

@@ -35,10 +35,7 @@ def real_digits() -> dict[str, tuple[Tensor, Tensor]]:
 class DigitsJudge:
     """An MLP of one hidden layer (128 ReLU units) on the 64 pixels; chosen by cross-validation in the train split.
 
-    Args:
-        images: ``[N, 1, 8, 8]`` in [-1, 1].
-        labels: ``[N]``, 0 to 9.
-        seed: Decides the initial weights and the order of the batches.
+    Trained on images ``[N, 1, 8, 8]`` in [-1, 1] and labels ``[N]``, 0 to 9.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
@@ -78,11 +75,7 @@ class DigitsFeatures:
         return {'name': self.name, 'weights_hash': _judge_hash(), 'version': 'tread_composer digits judge'}
 
     def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, None]:
-        """Features float64 ``[B, 128]`` of grey images, 8 x 8.
-
-        Raises:
-            UserError: The images are in colour.
-        """
+        """Features float64 ``[B, 128]`` of grey images, 8 x 8; a ``UserError`` where they are in colour."""
         if not (images_B3RR == images_B3RR[:, :1]).all():
             raise UserError("features 'digits' are of grey images, and these are in colour")
         # Bytes back to [-1, 1], as the judge was trained
@@ -90,11 +83,7 @@ class DigitsFeatures:
 
 
 class DigitsImages(ImageSet):
-    """Real digits as bytes, without a file: ``--reference digits``.
-
-    Args:
-        split: ``'train'``, or ``'eval'`` for those that neither a model nor the judge was trained on.
-    """
+    """Real digits as bytes, without a file: ``--reference digits``. Nothing was trained on the split ``eval``."""
 
     def __init__(self, split: str = 'train') -> None:
         images_N1RR, labels_N = real_digits()[split]

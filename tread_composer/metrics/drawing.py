@@ -20,13 +20,11 @@ Images = TypeVar('Images')
 
 @dataclass(frozen=True)
 class Draws:
-    """Labels and seeds of all images, and by which rule.
+    """Labels and seeds of all images (image i has ``first_seed + i``), and by which rule.
 
     Attributes:
-        labels: One for each image.
-        first_seed: Image i has the seed ``first_seed + i``.
         rule: ``'balanced'``: all classes in turn, each as often; ``'in turn'``: the first ones once more;
-            ``'classes'``: some in turn; ``'random'``; ``'file'``; ``'none'`` without classes.
+            ``'classes'``: some in turn; ``'random'``; ``'none'`` without classes.
         columns: In a grid of so many columns the images of a column share the seed ``first_seed + column``.
     """
 
@@ -66,9 +64,7 @@ class Draws:
     ) -> Iterator[tuple[Sequence[int], list[int], Images]]:
         """Draw one batch after another: the numbers of its images, their labels, the images.
 
-        Args:
-            draw: From labels and seeds to images.
-            batches: Numbers of the images of each batch.
+        ``draw`` makes images of labels and seeds; ``batches`` holds the numbers of the images of each batch.
         """
         for indices in batches:
             labels = [self.labels[index] for index in indices]
@@ -76,10 +72,7 @@ class Draws:
 
 
 def time_grid(objective: Any) -> dict[str, Any] | str:
-    """The objective's name and the settings that decide where the steps of a sampler lie.
-
-    ``'unknown'`` of None, and of an objective that says nothing of its grid.
-    """
+    """The objective's name and what decides where the steps of a sampler lie; ``'unknown'`` where it says nothing."""
     if not hasattr(objective, 'time_grid'):
         return UNKNOWN
     return {'objective': objective.name, **objective.time_grid()}
@@ -98,8 +91,7 @@ def drawing_facts(
     """The part of a ``Protocol`` that says how images came about.
 
     Args:
-        model: A ``LatentDiffusion``. Without an ``objective`` its time grid is unknown, and its numbers compare with
-            none.
+        model: A ``LatentDiffusion``. Without an ``objective`` its numbers compare with none.
         sampling: Sampler, steps and guidance.
         draws: Labels and seeds.
         weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.

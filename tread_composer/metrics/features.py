@@ -94,15 +94,10 @@ def looked(
     labels: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[FeatureSet]:
-    """The features of one batch of images after another; the global random streams stay as they are.
+    """The features of one batch of uint8 images after another, C being 1 for grey or 3.
 
-    The batch size moves them by rounding alone (about 1e-6 of their size in float32).
-
-    Args:
-        batches_BCRR: Images as uint8, C being 1 for grey or 3.
-        extractor: The feature network.
-        labels: What each image of all batches was to show, in their order.
-        progress: Counts the images.
+    The batch size moves them by rounding alone (about 1e-6 of their size in float32); the global random streams stay as
+    they are. ``labels`` say what each image of all batches was to show, in their order.
     """
     begin = 0
     for images_BCRR in batches_BCRR:
@@ -150,11 +145,7 @@ def save_features(path: Path, features: FeatureSet, contract: str) -> None:
 
 
 def load_features(path: Path, contract: str) -> FeatureSet:
-    """What ``save_features`` wrote.
-
-    Raises:
-        UserError: The file is damaged, or is of another contract.
-    """
+    """What ``save_features`` wrote; a ``UserError`` where the file is damaged, or is of another contract."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
@@ -178,13 +169,10 @@ def extractor_class(name: str) -> Any:
 
 
 def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings: Any) -> Extractor:
-    """A feature network.
+    """A feature network: one of ``FEATURES``, or ``package.module:Class``.
 
-    Args:
-        name: One of ``FEATURES``, or ``package.module:Class``.
-        device: Where it computes, if it takes a ``device``.
-        settings: ``inception``, ``inception_sha256``, ``allow_download``: a network takes those that its ``open``, or
-            else its constructor, names.
+    Of ``device`` and the settings (``inception``, ``inception_sha256``, ``allow_download``) it takes those that its
+    ``open``, or else its constructor, names.
 
     Raises:
         UserError: The name is unknown, a setting does not belong to this network, or its weights are missing or not

@@ -33,14 +33,7 @@ _NPZ_ARRAY = 'arr_0'  # the name that numpy gives an array saved without one: AD
 
 
 class ImageSet:
-    """Square images of one size.
-
-    Args:
-        path: Where they are.
-        kind: ``'folder'``, ``'npz'`` or ``'mds'``.
-        count: N.
-        resolution: R.
-    """
+    """Square images of one size: where they are, N and R; ``kind`` is ``'folder'``, ``'npz'`` or ``'mds'``."""
 
     def __init__(self, path: Path, kind: str, count: int, resolution: int) -> None:
         self.path, self.kind, self.count, self.resolution = path, kind, count, resolution

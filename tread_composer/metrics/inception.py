@@ -7,7 +7,6 @@ Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from tread_composer.core.precision import plain_float32
 __all__ = [
     'INCEPTION_FILE',
     'INCEPTION_SHA256',
-    'INCEPTION_SIZE',
-    'INCEPTION_VARIABLE',
     'InceptionFeatures',
     'check_weights',
     'describe_weights',
@@ -31,9 +28,8 @@ __all__ = [
 ]
 
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
-INCEPTION_SIZE = 95_628_359  # bytes
+_SIZE = 95_628_359  # bytes
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
-INCEPTION_VARIABLE = 'TREAD_COMPOSER_INCEPTION'
 
 
 def hub_path() -> Path:
@@ -42,23 +38,21 @@ def hub_path() -> Path:
 
 
 def find_weights(path: str | Path | None = None, *, allow_download: bool = False) -> Path:
-    """The file of weights: ``path``, else the variable ``TREAD_COMPOSER_INCEPTION``, else torch's hub folder.
+    """The file of weights: ``path``, else the published one in torch's hub folder.
 
     Raises:
         UserError: It is not there, and must not be fetched.
     """
-    named = path or os.environ.get(INCEPTION_VARIABLE)
-    if named and not Path(named).is_file():
-        setting = 'inception' if path else INCEPTION_VARIABLE
-        raise UserError(f'{setting}: {str(named)!r} is no file; `python -m tread_composer prefetch` says what it is')
-    if named or hub_path().is_file():
-        return Path(named or hub_path())
+    if path and not Path(path).is_file():
+        raise UserError(f'inception: {str(path)!r} is no file; `python -m tread_composer prefetch` says what it is')
+    if path or hub_path().is_file():
+        return Path(path or hub_path())
     if allow_download:
         return download_weights()
     raise UserError(
-        f'the weights of Inception are not here. Give their file (--inception {INCEPTION_FILE}, `inception:` in a '
-        f'YAML, or the variable {INCEPTION_VARIABLE}), put it at {hub_path()}, or allow the download '
-        f'(--allow-download). `python -m tread_composer prefetch` says where to get it'
+        f'the weights of Inception are not here. Give their file (--inception {INCEPTION_FILE}, or `inception:` in a '
+        f'YAML), put it at {hub_path()}, or allow the download (--allow-download). `python -m tread_composer prefetch` '
+        f'says where to get it'
     )
 
 
@@ -68,32 +62,30 @@ def download_weights() -> Path:
     Raises:
         UserError: It cannot be reached, or has another hash.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     target = hub_path()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_address(), str(target), hash_prefix=INCEPTION_SHA256, progress=False)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=INCEPTION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f'{_address()}: could not be fetched to {target}: {error}') from error
+        raise UserError(f'{URL_INCEPTION_V3}: could not be fetched to {target}: {error}') from error
     return target
-
-
-def _address() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
 
 
 def describe_weights() -> str:
     """What to fetch, from where, and where to put it, as text."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     status = 'is there' if hub_path().is_file() else 'not there'
     rows = [
         ('file', INCEPTION_FILE),
         ('what', "Inception v3 of 2015-12-05, TensorFlow's weights as torch-fidelity converted them"),
-        ('address', _address()),
-        ('size', f'{INCEPTION_SIZE:,} bytes'),
+        ('address', URL_INCEPTION_V3),
+        ('size', f'{_SIZE:,} bytes'),
         ('sha256', INCEPTION_SHA256),
         ('torch looks here', f'{hub_path()} ({status})'),
-        ('or say where', f'--inception FILE, `inception: FILE` in a YAML, or the variable {INCEPTION_VARIABLE}'),
+        ('or say where', '--inception FILE, or `inception: FILE` in a YAML'),
         ('then check it', 'python -m tread_composer prefetch --check FILE'),
     ]
     return '\n'.join(f'{name:<18}{text}' for name, text in rows)
@@ -112,7 +104,7 @@ def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
         raise UserError(f'{path}: cannot be read: {error}') from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected:
-        published = f', the published file has {INCEPTION_SIZE:,}' if sha256 is None else ''
+        published = f', the published file has {_SIZE:,}' if sha256 is None else ''
         raise UserError(
             f'{path}: has the hash {digest}, expected {expected} ({len(content):,} bytes{published}). Numbers from '
             'other weights compare with no published one. Fetch the file again, or state the hash of weights that are '
@@ -124,12 +116,8 @@ def check_weights(path: str | Path, sha256: str | None = None) -> bytes:
 class InceptionFeatures:
     """torch-fidelity's Inception: the 2,048 pooled features and the unbiased logits.
 
-    It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution.
-
-    Args:
-        network: torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``.
-        sha256: Names the weights.
-        device: Where to compute.
+    It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution. `open` makes it of
+    torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``; ``sha256`` names the weights.
     """
 
     name = 'inception'
@@ -150,11 +138,8 @@ class InceptionFeatures:
     ) -> 'InceptionFeatures':
         """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
 
-        Args:
-            inception: The file of weights; looked for as ``find_weights`` says if None.
-            inception_sha256: Its hash, if it is not the published one.
-            allow_download: Fetch the file if it is not here.
-            device: Where to compute.
+        ``inception`` is the file, looked for as ``find_weights`` says if None; ``inception_sha256`` its hash, if it is
+        not the published one.
 
         Raises:
             UserError: The file is missing, or is not what it must be.

@@ -54,11 +54,7 @@ class Measurement:
         check_request(self)
 
     def build(self) -> 'list[Metric]':
-        """The metrics.
-
-        Raises:
-            UserError: One is unknown.
-        """
+        """The metrics; a ``UserError`` where one is unknown."""
         from tread_composer.metrics.metric import build_metrics
 
         return build_metrics(self.metrics, self._settings)

@@ -31,12 +31,13 @@ __all__ = ['Measurer']
 class Measurer:
     """Opens the feature network and the reference, looks at images, and makes the numbers.
 
-    On several ranks each looks at its share of the images, the features are gathered, and the first rank measures.
+    On several ranks each looks at its share of the images, the features are gathered, and the first rank measures. All
+    ranks call `prepare` and `figures`; the other methods need no other rank.
 
     Args:
         measurement: What and how.
         device: Where to compute.
-        ranks: All of them call `prepare` and `figures`; the other methods need no other rank.
+        ranks: This process and its like.
         log: Gets the lines for people.
         images: The reference, where it is no path of the measurement's; its features are not kept.
 
@@ -71,12 +72,7 @@ class Measurer:
         return any(getattr(metric, 'needs_labels', False) for metric in self.metrics)
 
     def check(self, num_samples: int, resolution: int, *, has_labels: bool = True) -> None:
-        """Refuse samples that cannot be measured, before any of them is looked at.
-
-        Args:
-            num_samples: Images to be measured.
-            resolution: Their side in pixels.
-            has_labels: Whether it is known what each was to show.
+        """Refuse samples of ``resolution`` pixels that cannot be measured, before any of them is looked at.
 
         Raises:
             UserError: They do not go with the metrics, the features or the reference.
@@ -161,14 +157,9 @@ class Measurer:
     ) -> list[dict[str, Any]]:
         """The entries of a ``results.json``; None stands in them for what is not known.
 
-        Args:
-            figures: The numbers.
-            drawn: How the images came about: the part of a ``Protocol`` that ``drawing_facts`` gives.
-            num_samples: Images measured.
-            resolution: Their side in pixels.
-            source: The samples, the run or the checkpoint that was measured.
-            seconds: Training time of the weights.
-            weights: As far as known, ``run``, the training ``batch`` and ``weights_digest``.
+        ``drawn`` is the part of a ``Protocol`` that ``drawing_facts`` gives, ``source`` the samples, run or checkpoint
+        that was measured, ``seconds`` the training time of its weights; ``weights`` are, as far as known, ``run``, the
+        training ``batch`` and ``weights_digest``.
 
         Raises:
             UserError: A number is not finite.

@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number.
+    """A measured number of a quantity.
 
     Args:
         quantity: What it is a number of.
@@ -126,13 +126,8 @@ def check_metrics(
 ) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
-    Args:
-        metrics: What is to be measured.
-        features: Name of the feature network.
-        num_logits: Number of its classes.
-        num_samples: Images to be measured.
-        num_reference: Images of the reference; 0 if it holds statistics alone.
-        has_labels: Whether it is known what each image was to show.
+    ``features`` is the name of the feature network, which tells ``num_logits`` classes; ``num_reference`` is 0 where
+    the reference holds statistics alone; ``has_labels`` says whether it is known what each image was to show.
 
     Raises:
         UserError: The network, the counts or the reference do not allow it.
@@ -156,11 +151,7 @@ def check_metrics(
 
 
 def refuse_few(name: str, least: int, num_samples: int, num_reference: int, remedy: str = '') -> None:
-    """For metrics that compare images with images: refuse fewer than ``least`` on a side.
-
-    Raises:
-        UserError: There are fewer.
-    """
+    """For metrics that compare images with images: refuse fewer than ``least`` on a side with a ``UserError``."""
     if min(num_samples, num_reference) < least:
         raise UserError(
             f'metrics: {name} needs {least} images on each side, and there are {num_samples} samples and '

@@ -152,10 +152,9 @@ def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
 
 
 def by_protocol(measured: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[dict[str, Any], list[str]]]:
-    """Each protocol once, with the names of what was measured by it; ``settings`` are those of each metric.
+    """Of names and protocols: each protocol once, with the names of what was measured by it.
 
-    Args:
-        measured: Name and protocol of each number.
+    Its ``settings`` are those of each metric.
     """
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, protocol in measured:

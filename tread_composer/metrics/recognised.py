@@ -27,11 +27,7 @@ class Recognised:
         """See ``Metric``; any number of images will do."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
-        """See ``Metric``.
-
-        Raises:
-            UserError: Nobody knows which digits the images are to be.
-        """
+        """See ``Metric``; a ``UserError`` where nobody knows which digits the images are to be."""
         if samples.labels_N is None:
             raise UserError('metrics: recognised needs the label of each image, and not all of them have one')
         # Features are the layer before the classes

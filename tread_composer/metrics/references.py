@@ -80,12 +80,7 @@ class Reference:
     ) -> FeatureSet | None:
         """Features of its images, on the first rank: from the cache, else computed by all ranks and put there.
 
-        Args:
-            extractor: The feature network.
-            cache: Folder where features are kept; None to keep none.
-            batch_size: Images in one call of the network.
-            ranks: All of them call this.
-            log: Gets the lines for people.
+        All ranks call this; without a folder ``cache`` nothing is kept.
 
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.

@@ -30,11 +30,7 @@ _LOCK, _SCRATCH = '.lock', '.samples'
 
 
 class SamplesFolder:
-    """A folder of images; a context manager that holds its lock.
-
-    Args:
-        path: The folder.
-        count: Images in all.
+    """A folder of ``count`` images; a context manager that holds its lock.
 
     Raises:
         UserError: On entering: it holds something else, or another process is writing it.
@@ -69,14 +65,9 @@ class SamplesFolder:
             self.path.rmdir()  # refused before anything was written
 
     def begin(self, made_with: dict[str, Any], about: dict[str, Any]) -> bool:
-        """Claim the folder for these images, or verify that it already belongs to them.
+        """Claim the folder for these images, or verify that it already belongs to them; whether all is finished.
 
-        Args:
-            made_with: What decides the images and their files.
-            about: What else is worth knowing of them.
-
-        Returns:
-            Whether all is finished already.
+        ``made_with`` decides the images and their files; ``about`` is what else is worth knowing of them.
 
         Raises:
             ResumeError: It holds images that were made with something else; lists the differences.
@@ -124,11 +115,7 @@ class SamplesFolder:
         write_atomically(self._part(part), content.getvalue())
 
     def read_part(self, part: int) -> np.ndarray:
-        """A finished part's images, uint8 ``[B, H, W, C]``.
-
-        Raises:
-            UserError: It is damaged.
-        """
+        """A finished part's images, uint8 ``[B, H, W, C]``; a ``UserError`` where it is damaged."""
         path = self._part(part)
         try:
             return np.load(path, allow_pickle=False)

@@ -33,14 +33,9 @@ Log = Callable[[str], None]
 
 
 def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | None = None) -> None:
-    """Draw the images, or go on with what an earlier call began.
+    """Draw the images, or go on with what an earlier call began. Under the ``composer`` launcher all ranks call this.
 
-    Under the ``composer`` launcher all ranks call this.
-
-    Args:
-        request: What and how.
-        log: Gets the lines for people, on the first rank.
-        trained: The model, if it is loaded already; then only progress is logged.
+    The first rank logs; of a ``trained`` model that is loaded already, only the progress.
 
     Raises:
         UserError: The input is at fault. What is finished stays.

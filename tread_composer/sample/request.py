@@ -33,9 +33,7 @@ class SamplesRequest:
         weak: The second network for guidance that takes one, e.g. an early checkpoint.
         weak_weights: Weights of the second network.
         classes: Classes to draw (all). Image i is of class ``classes[i % len(classes)]``.
-        per_class: Images of each class.
         count: Images in all, classes in turn (64); published numbers are of 50000.
-        labels_file: A text file with one label for each image.
         seed: Image i has the seed ``seed + i``.
         formats: Files to write; ``npz`` as in ADM.
         batch_size: Images in one call of a network; no image depends on it, up to rounding.
@@ -55,9 +53,7 @@ class SamplesRequest:
     weak: str | None = None
     weak_weights: Weights = 'ema'
     classes: tuple[int, ...] | None = None
-    per_class: ImageCount | None = None
     count: ImageCount | None = None
-    labels_file: str | None = None
     seed: Seed = 0
     formats: Annotated[tuple[Literal['png', 'npz', 'mds'], ...], Flag('--format')] = ('png',)
     batch_size: Annotated[int, Ge(1)] = 64
@@ -67,19 +63,11 @@ class SamplesRequest:
 
     def __post_init__(self) -> None:
         check_request(self)
-        counts = [name for name in ('per_class', 'count', 'labels_file') if getattr(self, name) is not None]
-        if len(counts) > 1 or (self.labels_file is not None and self.classes is not None):
-            flags = [f'--{name.replace("_", "-")}' for name in (*counts, *(['classes'] if self.classes else []))]
-            raise UserError(f'{", ".join(flags)}: each of them says how many images of which class there are; give one')
         check_overrides(self.overrides)
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Refuse settings that would make a trained model another one.
-
-    Raises:
-        UserError: A setting is not one of the autoencoder.
-    """
+    """Refuse settings that would make a trained model another one with a ``UserError``."""
     foreign = [name for name in overrides if not name.startswith('autoencoder') and name != 'model.attention']
     if foreign:
         raise UserError(
@@ -92,34 +80,17 @@ def draws_of(request: SamplesRequest, num_classes: int) -> 'Draws':
     """The labels and seeds that are asked for, of a model with so many classes.
 
     Raises:
-        UserError: A label is no class of the model, or the file of labels cannot be read.
+        UserError: A label is no class of the model.
     """
     from tread_composer.metrics.drawing import Draws  # loads torch, which the command lines do not need
 
-    if request.labels_file is not None:
-        draws = Draws(_read_labels(request.labels_file), request.seed, 'file')
-    else:
-        classes = request.classes or tuple(range(num_classes)) or (0,)  # 0 is the null label of a model without classes
-        count = request.count or (request.per_class or 0) * len(classes) or _COUNT
-        draws = Draws.in_turn(count, num_classes, request.seed)
-        if request.classes is not None:
-            labels = tuple(classes[index % len(classes)] for index in range(count))
-            draws = Draws(labels, request.seed, 'classes' if num_classes else 'none')
+    count, classes = request.count or _COUNT, request.classes
+    draws = Draws.in_turn(count, num_classes, request.seed)
+    if classes:
+        labels = tuple(classes[index % len(classes)] for index in range(count))
+        draws = Draws(labels, request.seed, 'classes' if num_classes else 'none')
     wrong = sorted({label for label in draws.labels if not 0 <= label <= num_classes})
     if wrong:
         allowed = f'0 to {num_classes - 1}, or {num_classes} for no class' if num_classes else '0, it has no classes'
         raise UserError(f'labels {wrong[:5]}: this model knows {allowed}')
     return draws
-
-
-def _read_labels(name: str) -> tuple[int, ...]:
-    try:
-        words = Path(name).read_text(encoding='utf-8').split()
-        labels = tuple(int(word) for word in words)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'--labels-file {name}: must be a text file of whole numbers, one for each image: {error}'
-        ) from error
-    if not labels:
-        raise UserError(f'--labels-file {name}: holds no labels')
-    return labels

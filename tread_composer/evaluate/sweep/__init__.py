@@ -1,4 +1,1 @@
-"""Sampling settings swept over: guidance scale, interval, rates, weights. ``python -m tread_composer sweep``.
-
-``rows`` keeps what is measured and marks the best, ``drawn`` measures a trained model, ``cli`` has the words.
-"""
+"""Sampling settings swept over (guidance, interval, weights): ``python -m tread_composer sweep``."""

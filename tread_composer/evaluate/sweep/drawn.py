@@ -26,17 +26,20 @@ from tread_composer.metrics.protocol import append_results
 from tread_composer.sample.folder import RECORD
 from tread_composer.sample.generate import generate
 from tread_composer.sample.request import SamplesRequest
-from tread_composer.samplers import SamplingSettings
+from tread_composer.samplers import SamplingSettings, guidance_defaults
 from tread_composer.weights.exported import digest_of
 from tread_composer.weights.trained import Trained, image_size, load_trained, read_trained, weights_name
 
 __all__ = ['rows_of', 'sampling_of', 'sweep']
 
+Log = Callable[[str], None]
+
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
+_COLUMNS = ('weights', 'guidance', 'guidance_scale', 'guidance_interval')
 _UNGUIDED = {'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
 
 
-def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[dict[str, Any]]:
+def rows_of(request: SweepRequest, log: Log = silent) -> list[dict[str, Any]]:
     """The settings of each row; those that come to the same images stand once.
 
     Without guidance (scale 1, or an interval that is empty) neither its settings nor the interval mean anything.
@@ -44,21 +47,15 @@ def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[
     Raises:
         UserError: A combination is impossible.
     """
-    rows = []
+    rows, settings_of = [], _guidance_settings(request)
     choices = combinations(
         weights=[weights_name(word) for word in request.weights],
         guidance=request.guidances,
-        interval=request.intervals,
-        scale=request.guidance_scales,
+        guidance_interval=[interval and list(interval) for interval in request.intervals],
+        guidance_scale=request.guidance_scales,
     )
     for choice in choices:
-        row = {
-            'weights': choice['weights'],
-            'guidance': choice['guidance']['guidance'],
-            'guidance_scale': choice['scale'],
-            'guidance_interval': None if choice['interval'] is None else list(choice['interval']),
-            **choice['guidance'],
-        }
+        row = {**{name: choice[name] for name in _COLUMNS}, **settings_of[choice['guidance']]}
         rows.append(row if sampling_of(row, request).guides else {'weights': choice['weights'], **_UNGUIDED})
     different = [entry['row'] for entry in combinations(row=rows)]
     if len(different) < len(rows):
@@ -69,12 +66,22 @@ def rows_of(request: SweepRequest, log: Callable[[str], None] = silent) -> list[
     return different
 
 
-def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettings:
-    """How the images of a row are drawn.
+def _guidance_settings(request: SweepRequest) -> dict[str, dict[str, Any]]:
+    """By kind of guidance, those of the settings that belong to it."""
+    try:
+        names = {kind: guidance_defaults(kind).keys() for kind in request.guidances}
+    except ValueError as error:
+        raise UserError(f'--{error}') from None
+    unused = request.guidance_settings.keys() - set().union(*names.values())
+    if unused:
+        kinds = ', '.join(request.guidances)
+        raise UserError(f'--guidance-settings: {", ".join(sorted(unused))}: no setting of {kinds}')
+    settings = request.guidance_settings.items()
+    return {kind: {key: value for key, value in settings if key in names[kind]} for kind in names}
 
-    Raises:
-        UserError: The settings contradict each other.
-    """
+
+def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettings:
+    """How the images of a row are drawn; a ``UserError`` where its settings contradict each other."""
     sampling = {name: value for name, value in row.items() if name != 'weights'}
     try:
         return SamplingSettings.from_dict({'sampler': request.sampler, 'num_steps': request.num_steps, **sampling})
@@ -82,9 +89,7 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
         raise UserError(f'sweep: {error}') from None
 
 
-def sweep(
-    request: SweepRequest, ranks: Ranks, log: Callable[[str], None] = print
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this.
 
     Each number goes with its protocol into ``results.json`` too.
@@ -109,12 +114,7 @@ class _Bench:
     """What stays the same from row to row: the reference, the feature network, the model while its weights do."""
 
     def __init__(
-        self,
-        request: SweepRequest,
-        device: torch.device,
-        ranks: Ranks,
-        digests: Mapping[str, str],
-        log: Callable[[str], None],
+        self, request: SweepRequest, device: torch.device, ranks: Ranks, digests: Mapping[str, str], log: Log
     ) -> None:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
         self.measurer = Measurer(request.measurement, device, ranks, log)

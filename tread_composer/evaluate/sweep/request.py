@@ -26,7 +26,8 @@ class SweepRequest:
         measurement: What is measured; its ``batch_size`` is that of drawing, too.
         guidance_scales: 1 is no guidance.
         intervals: Where to guide, in the objective's time; the word none for everywhere.
-        guidances: Kinds of guidance, each as ``{'guidance': name}`` with its settings beside it.
+        guidances: Kinds of guidance, e.g. classifier_free sparse.
+        guidance_settings: Settings of these kinds, e.g. weak_rate=0.8.
         weights: Which weights; ``posthoc:0.13`` of a run with ``algorithms.power_ema``.
         sampler: Name of the sampler.
         num_steps: Steps of the sampler.
@@ -46,7 +47,8 @@ class SweepRequest:
     intervals: Annotated[tuple[Pair | None, ...], Flag('--guidance-interval', '--interval', metavar='LOW:HIGH')] = (
         None,
     )
-    guidances: tuple[Mapping[str, Any], ...] = ({'guidance': 'classifier_free'},)
+    guidances: Annotated[tuple[str, ...], Flag('--guidance', metavar='KIND')] = ('classifier_free',)
+    guidance_settings: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[Weights, ...] = ('ema',)
     sampler: str = 'heun'
     num_steps: Annotated[Steps, Flag('--steps')] = 50

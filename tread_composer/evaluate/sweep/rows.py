@@ -11,13 +11,13 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.chart import Chart, Curve, charts_png
-from tread_composer.io.files import write_atomically
+from tread_composer.io.files import read_json, write_atomically
 from tread_composer.io.locks import locked
 from tread_composer.io.page import Report, flat
 from tread_composer.io.progress import duration
@@ -25,11 +25,9 @@ from tread_composer.io.ranks import Ranks
 from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
 
-__all__ = ['Measure', 'best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
+__all__ = ['best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
 
-Measure = Callable[[Mapping[str, Any]], Mapping[str, float]]
-"""From the settings of a row to its numbers, by name."""
-
+Measure = Callable[[Mapping[str, Any]], Mapping[str, float]]  # from the settings of a row to its numbers, by name
 Rows = Sequence[Mapping[str, Any]]
 
 _STATE = 'sweep.json'
@@ -58,7 +56,7 @@ def run_sweep(
     log: Callable[[str], None] = print,
     ranks: Ranks = Ranks(),
 ) -> list[dict[str, Any]]:
-    """Measure what has not been measured yet.
+    """Measure what has not been measured yet; all ranks call this, the first one's numbers count, and it writes.
 
     Args:
         settings: Plain JSON values for each row.
@@ -67,7 +65,7 @@ def run_sweep(
         contract: What all rows have in common: the model, the reference, the samples. Rows of another contract are not
             mixed with these.
         log: Prints a line.
-        ranks: All of them call this and ``measure``; the first one's numbers count, and it writes.
+        ranks: This process and its like.
 
     Returns:
         All rows of the folder, those of earlier sweeps first: ``settings``, ``values``, ``seconds``.
@@ -83,7 +81,13 @@ def run_sweep(
         def begin() -> list[dict[str, Any]]:
             if not ranks.is_first:
                 return []
-            stack.enter_context(_alone(folder))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # Each process writes all rows that it knows of
+                busy = f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another'
+                stack.enter_context(locked(folder / '.lock', busy))
+            except OSError as error:
+                raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
             return _stored_rows(folder / _STATE, contract)
 
         rows = ranks.from_first(ranks.agreed(begin))
@@ -132,11 +136,7 @@ def format_sweep(rows: Rows) -> str:
 def write_sweep(rows: Rows, folder: str | Path, contract: Mapping[str, Any], command: str) -> list[Path]:
     """Write ``sweep.csv``, ``sweep.png`` and ``sweep.html``; returns the files.
 
-    Args:
-        rows: What `run_sweep` returned, at least one.
-        folder: Where.
-        contract: What the rows have in common.
-        command: How to get the same again.
+    ``contract``, what the rows have in common, and ``command``, by which one gets the same again, stand in the page.
     """
     paths = [Path(folder) / f'sweep.{ending}' for ending in ('csv', 'png', 'html')]
     table, best, charts = io.StringIO(), best_rows(rows), _charts(rows)
@@ -152,9 +152,6 @@ def write_sweep(rows: Rows, folder: str | Path, contract: Mapping[str, Any], com
     return paths
 
 
-# --- state ---
-
-
 def _key(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
@@ -162,41 +159,20 @@ def _key(settings: Mapping[str, Any]) -> str:
 def _stored_rows(path: Path, contract: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    try:
-        state = json.loads(path.read_bytes())
-        if state['format'] != _FORMAT:
-            raise ValueError(f'format {state["format"]}')
-        saved, rows = state['contract'], state['rows']
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not written by this version of sweep ({error}); choose another --out') from None
-    if saved != contract:
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get('format') != _FORMAT:
+        raise UserError(f'{path}: not written by this version of sweep; choose another --out')
+    if state['contract'] != contract:
         raise ResumeError.from_differences(
-            str(path), saved, contract, 'Rows of different settings do not compare: choose another --out.'
+            str(path), state['contract'], contract, 'Rows of different settings do not compare: choose another --out.'
         )
-    return rows
+    return state['rows']
 
 
 def _checked(name: str, value: float, settings: Mapping[str, Any]) -> float:
     if not math.isfinite(value):
         raise UserError(f'{_in_words(settings)}: {name} came out as {value}; leave these settings out of the sweep')
     return float(value)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process at a time: each writes all rows that it knows of. A dead one's lock is gone with it."""
-    busy = f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another'
-    lock = contextlib.ExitStack()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(locked(folder / '.lock', busy))
-    except OSError as error:
-        raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
-    with lock:
-        yield
-
-
-# --- to look at ---
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:
