@@ -26,15 +26,4 @@ __getattr__ = lazy_names(
         'Tread': 'tread_composer.algorithms.tread',
         'apply_tread': 'tread_composer.routing',
     },
-    submodules=(
-        'advisor',
-        'algorithms',
-        'autoencoders',
-        'callbacks',
-        'data',
-        'models',
-        'objectives',
-        'routing',
-        'samplers',
-    ),
 )

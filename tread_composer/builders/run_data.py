@@ -1,23 +1,26 @@
-"""The data of a run: made or found, held against the configuration, before anything is built."""
+"""The data of a run: made or found, held against the configuration before anything is built, read in batches."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from composer.utils import dist
+from torch.utils.data import DataLoader
 
 from tread_composer.config import Config
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards, fetch_descriptions
 from tread_composer.data.digits import digits_manifest, prepare_digits
+from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
-__all__ = [
-    'check_expectations',
-    'identity',
-    'planned_manifest',
-    'prepare_data',
-    'split_folders',
-    'with_planned_numbers',
-]
+__all__ = ['build_loaders', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'split_folders']
+
+_READER_SETTINGS = (
+    'cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout', 'num_canonical_nodes',
+)  # fmt: skip
+"""Settings of ``data`` that go to the reader as they are; null leaves the reader's default."""
 
 
 def split_folders(config: Config) -> dict[str, str]:
@@ -29,20 +32,11 @@ def split_folders(config: Config) -> dict[str, str]:
 
 
 def planned_manifest(config: Config) -> Manifest | None:
-    """What the training data say about themselves, or will when they are made; None if that cannot be known yet.
-
-    ``UserError`` if there is a manifest, and it is broken.
-    """
+    """What the training data say about themselves, or will when they are made; None if that cannot be known yet."""
     if config.data.name == 'digits':
         return digits_manifest('train')
     folder = Path(config.data.local) / config.data.train_split
     return Manifest.load(folder) if (folder / 'manifest.json').exists() else None
-
-
-def with_planned_numbers(config: Config) -> Config:
-    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is."""
-    manifest = None if config.latent_normalization is None else planned_manifest(config)
-    return config if manifest is None else config.normalized(manifest.mean, manifest.std)
 
 
 def prepare_data(config: Config) -> dict[str, Manifest]:
@@ -90,3 +84,29 @@ def identity(manifest: Manifest) -> dict[str, Any]:
         'permutation_seed',
     )  # fmt: skip
     return {**{name: getattr(manifest, name) for name in names}, 'latent_shape': list(manifest.latent_shape)}
+
+
+def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataLoader, DataLoader | None]:
+    """Training and evaluation batches; Composer's distributed state must be initialised."""
+    data, ranks, names = config.data, dist.get_world_size(), split_folders(config)
+    common: dict[str, Any] = {'num_workers': data.num_workers}
+    training: dict[str, Any] = {'shuffle_seed': config.seed if data.shuffle_seed is None else data.shuffle_seed}
+    remote = None
+    if data.name == 'latents':
+        remote = data.remote
+        if data.num_workers is None:
+            common['num_workers'] = 8 if remote else 2  # local shards need workers only where the disk is slow
+        if splits['train'].mirrored and data.mirror is not False:
+            training['mirror_seed'] = config.seed
+        settings = {name: getattr(data, name) for name in _READER_SETTINGS}
+        common |= {name: value for name, value in settings.items() if value is not None}
+
+    def place(split: str) -> dict[str, Any]:
+        uri = None if remote is None else f'{remote.rstrip("/")}/{names[split]}'
+        return {'local': os.path.join(data.local, names[split]), 'remote': uri, **common}
+
+    # Sizes in the YAML are those of all ranks together.
+    train = train_loader(batch_size=config.global_train_batch_size // ranks, **place('train') | training)
+    if 'eval' not in splits:
+        return train, None
+    return train, eval_loader(batch_size=config.global_eval_batch_size // ranks, **place('eval'))

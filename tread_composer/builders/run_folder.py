@@ -11,7 +11,7 @@ import yaml
 from composer.utils import dist, is_compressed_pt, is_tar
 
 from tread_composer.builders.environment import environment
-from tread_composer.builders.run_data import with_planned_numbers
+from tread_composer.builders.run_data import planned_manifest
 from tread_composer.config import Component, Config
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import Manifest
@@ -72,8 +72,7 @@ def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
 def check_run_folder(config: Config) -> None:
     """Refuse a run folder that another configuration has begun: its checkpoints would be continued or overwritten.
 
-    Raises:
-        ResumeError: ``save_folder`` holds a run with other decisive settings; lists each difference.
+    The ``ResumeError`` lists each difference of the decisive settings.
     """
     if config.save_folder is None:
         return
@@ -81,9 +80,11 @@ def check_run_folder(config: Config) -> None:
     # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
     if not path.exists() or not checkpoints_in(path.parent):
         return
-    config = with_planned_numbers(config)
     if config.latent_normalization is not None:
-        return  # the data are not described here yet; compared once they are
+        manifest = planned_manifest(config)
+        if manifest is None:
+            return  # the data are not described here yet; compared once they are
+        config = config.normalized(manifest.mean, manifest.std)
     try:
         saved = _decisive_part(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -99,12 +100,9 @@ def check_run_folder(config: Config) -> None:
 
 
 def check_load_path(config: Config) -> None:
-    """Refuse to load a checkpoint that is damaged, not one of a run, or could run code, before anything is written.
+    """Refuse a checkpoint that is damaged, not one of a run, or could run code, before anything is written.
 
     The run's own newest one if it goes on from that; ``load_path`` otherwise, unless it is not here (a URI).
-
-    Raises:
-        UserError: Nothing can be loaded from there.
     """
     if config.autoresume:
         newest, _ = newest_whole(run_folder(config))
@@ -138,19 +136,21 @@ def check_load_path(config: Config) -> None:
 def locked_run(config: Config) -> Iterator[None]:
     """Let no other process train in the run's folder while the block runs: two would write over each other's files.
 
-    The lock dies with its process. On network file systems it holds between nodes where the system has locks across
-    them (NFS 3 with its lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has
-    none.
+    The lock dies with its process. It holds between nodes where their file system has locks across them (NFS 3 with its
+    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none.
 
     Raises:
-        UserError: Another process trains there (its host and number are named), the folder cannot be made, or its file
-            system has no locks.
+        UserError: Another process trains there, the folder cannot be made, or its file system has no locks.
     """
     if config.save_folder is None or '://' in config.save_folder:
         yield
         return
-    absent = [path for path in (run_folder(config), *run_folder(config).parents) if not path.exists()]
-    folder = _made(config)
+    folder = run_folder(config)
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
     busy = (
         f'{folder}: another process trains this run now ({{holder}}). Wait for its end, or give this run a name of its '
         f'own: run_name=...'
@@ -168,23 +168,11 @@ def locked_run(config: Config) -> Iterator[None]:
             raise
 
 
-def _made(config: Config) -> Path:
-    folder = run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
-    return folder
-
-
 def write_run_files(config: Config, manifest: Manifest) -> None:
-    """Write ``config.yaml``, ``data.json`` (the manifest) and ``environment.json`` into the run's folder, on rank 0.
-
-    ``latent_normalization`` must be numbers by now.
-    """
+    """Write ``config.yaml``, ``data.json`` (the manifest) and ``environment.json`` into the run's folder, on rank 0."""
     if config.save_folder is None or dist.get_global_rank() != 0:
         return
-    folder = _made(config)
+    folder = run_folder(config)
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
     write_atomically(folder / 'environment.json', json.dumps(environment(), indent=2).encode())

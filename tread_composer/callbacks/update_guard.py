@@ -5,7 +5,7 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import Callback, State
@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 
-__all__ = ['ON_NONFINITE', 'OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
+__all__ = ['OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
 
 OnNonfinite = Literal['stop', 'skip', 'rewind']
-ON_NONFINITE: tuple[OnNonfinite, ...] = ('stop', 'skip', 'rewind')
 
 _HISTORY = 100  # norms whose median a spike is measured against
 _MIN_HISTORY = 20  # the first updates of a run are large
@@ -63,8 +62,8 @@ class UpdateGuard(Callback):
         spike_factor: float | None = None,
         skipped_batches: Collection[int] = (),
     ) -> None:
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose one of {", ".join(ON_NONFINITE)}')
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose one of {", ".join(get_args(OnNonfinite))}')
         if spike_factor is not None and not spike_factor > 1:
             raise ValueError(f'spike_factor={spike_factor}: a multiple of the median gradient norm, so more than 1')
         self.on_nonfinite, self.spike_factor = on_nonfinite, spike_factor

@@ -22,8 +22,8 @@ class DirectionSchedule(AlgorithmBase):
     """Trains with the velocity-direction loss from ``start_time`` to ``end_time`` only.
 
     The weight is ``FlowMatching``'s (``direction_weight``). On ``Event.BATCH_START`` this writes the entry
-    ``direction_switch`` into the batch, 1 or 0 for each sample: nothing is replaced, the microbatch split cuts it like
-    any other entry, and a compiled model sees another value, not another program. Evaluation is not touched.
+    ``direction_switch`` into the batch, 1 or 0 for each sample: a compiled model sees another value, not another
+    program. Evaluation is not touched.
 
     Logs ``direction/switch``.
 
@@ -55,10 +55,6 @@ class DirectionSchedule(AlgorithmBase):
             yield '', f'{text}objective {config.objective.name!r} has none; take flow_matching, or remove this'
         elif not weight:
             yield '', f'{text}objective.direction_weight is 0; set it, for example to 1.0, or remove this'
-
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        return {'start_time': self.start_time, 'end_time': self.end_time}
 
     def _on_init(self, state: State, logger: Logger) -> None:
         super()._on_init(state, logger)

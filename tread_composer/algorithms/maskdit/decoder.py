@@ -29,18 +29,12 @@ def num_kept(num_tokens: int, mask_ratio: float) -> int:
 
 
 class Masking:
-    """The kept tokens of the present training forward: what block list, decoder and objective read."""
+    """What block list, decoder and objective read: the kept tokens of the following training forwards.
 
-    def __init__(self) -> None:
-        self.kept: Tensor | None = None
+    ``kept``: ascending int64 ids ``[B, K]``; None masks nothing. Evaluation never masks.
+    """
 
-    def arm(self, kept_BK: Tensor | None) -> None:
-        """Mask the following training forwards by ascending int64 ids; None masks nothing. Evaluation never masks."""
-        self.kept = kept_BK
-
-    def disarm(self) -> None:
-        """Mask nothing."""
-        self.kept = None
+    kept: Tensor | None = None
 
 
 class _TakeKept:
@@ -148,18 +142,21 @@ class Decoder(nn.Module):
         self.positions.copy_(sincos_positions(self.positions.shape[1], self.grid_size))
 
 
-def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
-    """Make a MaskDiT of a DiT, in place: its own head is gone, since no output would depend on it.
+def attach_decoder(denoiser: nn.Module | None, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
+    """Make a MaskDiT of a ``DiT``, in place: its own head is gone, since no output would depend on it.
 
     ``depth``, ``hidden_size`` and ``num_heads`` are those of the decoder; ``seed`` decides its first weights. Applied
     again with the same settings it returns the masking that is there.
 
-    Returns:
-        The ``Masking``: arm it with kept ids before a training forward.
-
     Raises:
-        ValueError: The sizes do not fit together, or the network has a decoder of another size, or is no fresh DiT.
+        ValueError: The sizes do not fit together, or the network has a decoder of another size, is no fresh DiT, or
+            predicts a variance.
     """
+    if not isinstance(denoiser, DiT):
+        kind = 'nothing' if denoiser is None else f'a {type(denoiser).__name__}'
+        raise ValueError(f'the encoder must be a tread_composer.models.DiT in `model.denoiser`; here is {kind}')
+    if denoiser.out_channels != denoiser.in_channels:
+        raise ValueError('the decoder predicts one channel for each of the latents: set model.learn_sigma to false')
     settings = {'depth': depth, 'hidden_size': hidden_size, 'num_heads': num_heads}
     head: nn.Module = denoiser.final_layer
     if isinstance(head, Decoder):

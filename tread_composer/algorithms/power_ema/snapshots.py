@@ -46,11 +46,7 @@ def power_exponent(width: float) -> float:
 
 
 def posthoc_width(weights: str) -> float | None:
-    """The width that a user names by ``posthoc:0.13``; None for other weights (``ema``, ``raw``).
-
-    Raises:
-        UserError: No average has this width.
-    """
+    """The width that a user names by ``posthoc:0.13``; None for ``ema`` and ``raw``, ``UserError`` if none has it."""
     kind, colon, text = weights.partition(':')
     if kind != 'posthoc' or not colon:
         return None
@@ -93,14 +89,10 @@ def write_snapshot(
     run: str,
     previous: str | None,
 ) -> tuple[Snapshot, Path | None]:
-    """Write the averages of one batch, unless the same are there already.
+    """Write the averages of one batch, full tensors by width and parameter's name, unless the same are there already.
 
-    ``averages`` are full tensors by width and parameter's name. Where the file of this batch holds something else (the
-    run was resumed from an earlier checkpoint and did not repeat itself to the bit), that file is kept under another
-    name, and this one takes its place.
-
-    Returns:
-        What was written, and the new name of what was there before, if something else was.
+    Where the file of this batch holds something else (the run was resumed from an earlier checkpoint and did not repeat
+    itself to the bit), that file is kept under another name, which is returned beside what was written.
 
     Raises:
         UserError: The file is one of another run, or it cannot be written.
@@ -137,21 +129,13 @@ def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
 
 
 def list_snapshots(folder: str | os.PathLike[str]) -> list[tuple[Path, Snapshot]]:
-    """All snapshots in a folder by ascending batch, without their tensors and without those that were set aside.
-
-    Raises:
-        UserError: One of the files is damaged or of something else.
-    """
+    """All snapshots in a folder by ascending batch, without their tensors and without those that were set aside."""
     paths = sorted(path for path in Path(folder).glob('ba*.safetensors') if path.stem[2:].isdecimal())
     return [(path, read_header(path)) for path in paths]
 
 
 def read_header(path: str | os.PathLike[str]) -> Snapshot:
-    """What a file says of itself.
-
-    Raises:
-        UserError: It is damaged, or no snapshot.
-    """
+    """What a file says of itself; ``UserError`` if it is damaged, or no snapshot."""
     try:
         with safe_open(path, framework='pt') as file:
             header = json.loads((file.metadata() or {}).get(_KEY, '{}'))

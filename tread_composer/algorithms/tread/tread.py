@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Settings that are handed to ``apply_tread`` as they are.
 _OF_ROUTING = (
-    'blocks', 'tokens', 'tokens_out', 'token_arguments', 'always_keep', 'shared', 'ordered', 'float32_after'
+    'blocks', 'tokens', 'tokens_out', 'token_arguments', 'always_keep', 'shared', 'ordered', 'float32_after',
 )  # fmt: skip
 
 
@@ -47,9 +47,8 @@ class Tread(AlgorithmBase):
     On ``Event.INIT`` the model's block list is routed (see ``tread_composer.routing.apply_tread``); parameters and
     state-dict keys do not change, evaluation is dense. On ``Event.BATCH_START`` the kept tokens of the whole device
     batch are drawn, another set for each sample, keyed by (seed, batch, sample): they are the same after a resume, an
-    out-of-memory retry or with another microbatch size, and the global generators are left alone. A sample is known by
-    its entry ``sample_ids`` if the batch has one, else by its place in the global batch. With ``shared`` one draw
-    serves all samples of all ranks.
+    out-of-memory retry or with another microbatch size. A sample is known by its entry ``sample_ids`` if the batch has
+    one, else by its place in the global batch.
 
     Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
     ``tread/route_<k>/...`` for each.
@@ -118,15 +117,16 @@ class Tread(AlgorithmBase):
             )
         if routes is not None and not routes:
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
-        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
+        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes or [single])
         self.start_time, self.end_time = start_time, end_time
         both_ends(always_keep)  # refuses what is neither a count nor a pair of counts
+        # Plain copies, as a checkpoint and the representation have them; a text is refused on INIT.
         if isinstance(blocks, Mapping):
             self.blocks: Any = {path: dict(settings or {}) for path, settings in blocks.items()}
         else:
             self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
-        if token_arguments is not None and not isinstance(token_arguments, str):  # a text is refused on INIT
+        if token_arguments is not None and not isinstance(token_arguments, str):
             token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
         self.token_arguments = token_arguments
         self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
@@ -169,10 +169,10 @@ class Tread(AlgorithmBase):
         except ValueError as error:
             yield '', f'{error}; change the route or model.depth'
             return
-        written, needed = self.token_arguments, config.token_arguments()
-        # Without the setting, the network itself says which arguments follow the tokens.
-        missing = [] if written is None else [name for name in needed if name not in written]
-        if written is not None and missing:
+        needed = config.token_arguments()
+        written = needed if self.token_arguments is None else self.token_arguments  # the network says it itself
+        missing = [name for name in needed if name not in written]
+        if missing:
             yield (
                 'token_arguments',
                 f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with '
@@ -194,18 +194,14 @@ class Tread(AlgorithmBase):
         return counts
 
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one."""
+        """What ``plan`` prints of the route."""
         window = {'start_time': self.start_time, 'end_time': self.end_time}
         schedule = ''.join(f', {name} {time}' for name, time in window.items() if time)
         return {'route': '; '.join(plan['routes']) + schedule}
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Route the training forwards of a network on the meta device, so that their cost can be counted.
-
-        Raises:
-            UserError: The network has no blocks of that name.
-        """
+        """Route a network's training forwards on the meta device; ``UserError`` if it has no blocks of that name."""
         model = nn.Module()  # blocks are named as in the model around the network
         model.denoiser = denoiser
         for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
