@@ -44,7 +44,6 @@ class DigitsQuality(Evaluation):
     """
 
     owner: ClassVar[str] = 'digits_quality'
-    shows_grid: ClassVar[bool] = False  # sample_grid shows the digits
 
     def __init__(
         self,

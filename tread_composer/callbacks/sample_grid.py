@@ -8,9 +8,11 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model
+from tread_composer.autoencoders.pixels import to_tiles
+from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
 from tread_composer.core.errors import UserError
-from tread_composer.io.picture_grid import shown_classes
+from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import class_grid, png_bytes, shown_classes
 from tread_composer.metrics.drawing import Draws
 
 __all__ = ['SampleGrid']
@@ -86,8 +88,18 @@ class SampleGrid(SamplingCallback):
         numbers = range(len(draws.labels))
         batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
         images_NCHW = torch.cat([images for _, _, images in self.images(state, draws, batches)])
-        if dist.get_global_rank() == 0:
-            self.keep_grid(images_NCHW, rows, state, logger, 'samples', self.folder_of(state))
+        if dist.get_global_rank() != 0:
+            return
+        batch, names = int(state.timestamp.batch), getattr(bare_model(state), 'class_names', ())
+        title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
+        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
+        broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
+        if broken:  # a picture is no reason to end a run, but it must not look healthy either
+            title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
+        content, folder = png_bytes(class_grid(to_tiles(images_NCHW), rows, names, title)), self.folder_of(state)
+        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
+            write_atomically(path, content)
+            log_file(logger, path, 'samples')
 
     def _rows(self, state: State) -> list[int]:
         classes = range(bare_model(state).num_classes)

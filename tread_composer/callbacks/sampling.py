@@ -15,12 +15,9 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tread_composer.autoencoders.pixels import to_tiles
 from tread_composer.core.errors import UserError
 from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
-from tread_composer.io.files import write_atomically
-from tread_composer.io.picture_grid import class_grid, png_bytes
 from tread_composer.io.progress import Progress
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
@@ -119,32 +116,6 @@ class SamplingCallback(Callback):
         for indices, labels, images_BCHW in draws.images(draw, batches):
             yield indices, labels, images_BCHW
             progress.add(len(indices))  # behind what was done with them: measuring takes time, too
-
-    def keep_grid(
-        self,
-        images_NCHW: Tensor,
-        row_labels: Sequence[int | None],
-        state: State,
-        logger: Logger,
-        artifacts: str,
-        folder: Path,
-    ) -> None:
-        """Write a grid with a row for each class as ``ba000800.png`` and ``latest.png``, and hand both to the loggers.
-
-        ``images_NCHW`` come row after row, with 1 or 3 channels from -1 to 1; those that are not finite are shown grey.
-        ``row_labels`` are as in ``class_grid``, ``artifacts`` is the pictures' place within a logger.
-        """
-        batch = int(state.timestamp.batch)
-        title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
-        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
-        broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
-        if broken:  # a picture is no reason to end a run, but it must not look healthy either
-            title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
-        names = getattr(bare_model(state), 'class_names', ())
-        content = png_bytes(class_grid(to_tiles(images_NCHW), row_labels, names, title))
-        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
-            write_atomically(path, content)
-            log_file(logger, path, artifacts)
 
     def _draw(self, state: State, labels: list[int], seeds: list[int], num_steps: int) -> Tensor:
         model = bare_model(state)

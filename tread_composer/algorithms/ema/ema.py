@@ -1,7 +1,7 @@
 """``EMA``: a float32 average of the weights that survives resume and another number of ranks.
 
-Composer's own EMA names its tensors after the wrapped model: when the wrapping changes between save and load (2 ranks to
-1, say) it trains on from the averaged weights without a word, and under FSDP2 it saves one rank's shard as the whole.
+Composer's own EMA names its tensors after the wrapped model: when the wrapping changes between save and load (2 ranks
+to 1, say) it trains on from the averaged weights without a word. Under FSDP2 it saves one rank's shard as the whole.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen after training."""
+"""``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen afterwards."""
 
 import logging
 import math
