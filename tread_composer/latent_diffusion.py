@@ -105,11 +105,7 @@ class LatentDiffusion(ComposerModel):
         return self._autoencoder[0]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms.
-
-        Raises:
-            ValueError: The batch lacks the draws that the objective needs.
-        """
+        """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms; ``ValueError`` without draws."""
         missing = [key for key in (NOISE, TIME_QUANTILES, LABEL_DROPPED) if key not in batch]
         if missing:
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')

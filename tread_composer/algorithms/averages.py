@@ -96,10 +96,7 @@ def shards_of(model: nn.Module) -> dict[str, Shard]:
 
 
 class Averages:
-    """Float32 averages of the trainable weights, one for each key: of this rank's shards, or as loaded, in full.
-
-    ``owner`` is the algorithm's name, for errors.
-    """
+    """Float32 averages of the trainable weights, one for each key: of this rank's shards, or as loaded, in full."""
 
     def __init__(self, owner: str, keys: Iterable[Any]) -> None:
         self.owner, self.keys = owner, tuple(keys)
@@ -115,8 +112,7 @@ class Averages:
     def lay_out(self, model: nn.Module) -> None:
         """Find the shards of this moment; begin the averages as copies of the weights, or cut the loaded ones.
 
-        Raises:
-            ResumeError: The loaded ones are of other parameters than the model has.
+        ``ResumeError`` if those are of other parameters than the model has.
         """
         self.shards = shards_of(model)
         if self.local:

@@ -24,7 +24,7 @@ class AlgorithmBase(Algorithm):
     joins_later: ClassVar[bool] = False
     """Whether a checkpoint that was trained without it may go on with it."""
 
-    _resumed = False
+    _begun = _resumed = False
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make an equal one."""
@@ -44,10 +44,14 @@ class AlgorithmBase(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Do what is due at ``event``."""
+        if event != Event.INIT and not self._begun:
+            name = type(self).__name__
+            raise RuntimeError(f'{name}: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
         getattr(self, f'_on_{event.value}')(state, logger)
 
     def _on_init(self, state: State, logger: Logger) -> None:
         refuse_conflicts(self, state)
+        self._begun = True
 
     def _on_after_load(self, state: State, logger: Logger) -> None:
         """A checkpoint that was trained without this algorithm, or with one that cannot be resumed, must not go on."""

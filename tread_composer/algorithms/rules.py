@@ -80,11 +80,9 @@ def num_averages(algorithm: object) -> int:
 
 
 def refuse_conflicts(algorithm: object, state: State) -> None:
-    """To be called on ``Event.INIT``, and again by an algorithm that has added weights to the model.
+    """On ``Event.INIT``, and again where an algorithm has added weights: ``UserError`` if the run cannot go on like that.
 
-    Raises:
-        UserError: The run has an algorithm that this one may not stand beside, the same one twice, or one of Composer's
-            that cannot work in this run.
+    It has an algorithm that this one may not stand beside, the same one twice, or one of Composer's that cannot work.
     """
     name, two = type(algorithm).__name__, getattr(algorithm, 'instead_of_two', 'Take one out')
     saves = any(isinstance(callback, CheckpointSaver) for callback in state.callbacks)

@@ -42,8 +42,7 @@ def planned_manifest(config: Config) -> Manifest | None:
 def prepare_data(config: Config) -> dict[str, Manifest]:
     """Make the digits if they are not there; check every split before a step is taken. Manifests by split.
 
-    Raises:
-        UserError: A split is missing or damaged, or contradicts the configuration.
+    ``UserError`` if one is missing or damaged, or contradicts the configuration.
     """
     remote = getattr(config.data, 'remote', None)
     if config.data.name == 'digits':

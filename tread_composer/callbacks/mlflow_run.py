@@ -33,6 +33,7 @@ from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
+from tread_composer.io.progress import to_stderr
 
 __all__ = ['PATIENCE', 'MLflowRun']
 
@@ -105,11 +106,7 @@ class MLflowRun(MLFlowLogger):
 
     @staticmethod
     def check_store(folder: str | None = None, tracking_uri: str | None = None, **others: object) -> str:
-        """Whether the store answers, without making it; with the constructor's arguments.
-
-        Raises:
-            UserError: It does not, is damaged, or is of another version of MLflow.
-        """
+        """Whether the store answers, without making it; ``UserError`` if not. Takes the constructor's arguments."""
         disable_mlflow_telemetry()
         place, uri = _store(folder, tracking_uri)
         if tracking_uri is None and not (place / 'mlflow.db').exists():
@@ -347,7 +344,7 @@ def _ask(uri: str) -> None:
     shown = without_password(uri)
     is_server = uri.startswith(('http:', 'https:'))
     if is_server:
-        print(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s', file=sys.stderr, flush=True)
+        to_stderr(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s')
     patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(PATIENCE / 2)}
     try:
         with _environment(patience):

@@ -49,20 +49,13 @@ class DirectionSchedule(AlgorithmBase):
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
         """What speaks against it in a run with this ``Config``: a window of an absent loss would have no effect."""
-        weight = getattr(config.objective.instance, 'direction_weight', None)
-        text = 'opens and closes the velocity-direction loss, and '
-        if weight is None:
-            yield '', f'{text}objective {config.objective.name!r} has none; take flow_matching, or remove this'
-        elif not weight:
-            yield '', f'{text}objective.direction_weight is 0; set it, for example to 1.0, or remove this'
+        if (fault := _fault(config.objective.instance)) is not None:
+            yield '', fault
 
     def _on_init(self, state: State, logger: Logger) -> None:
         super()._on_init(state, logger)
-        if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
-            raise UserError(
-                'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
-                'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
-            )
+        if (fault := _fault(getattr(state.model, 'objective', None))) is not None:
+            raise UserError(f'algorithms.direction_schedule: {fault}')
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         self._on = self._window.holds(state)
@@ -71,3 +64,15 @@ class DirectionSchedule(AlgorithmBase):
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'direction/switch': float(self._on)})
+
+
+def _fault(objective: Any) -> str | None:
+    """What an objective lacks."""
+    weight = getattr(objective, 'direction_weight', None)
+    if weight:
+        return None
+    fault = 'objective.direction_weight is 0; set it, for example to 1.0, or remove this'
+    if weight is None:
+        name = getattr(objective, 'name', type(objective).__name__)
+        fault = f'objective {name!r} has none; take flow_matching, or remove this'
+    return f'opens and closes the velocity-direction loss, and {fault}'

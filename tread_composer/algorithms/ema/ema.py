@@ -76,8 +76,7 @@ class EMA(AveragingAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """Settings and average, full tensors on the CPU of rank 0, which writes them. Called on all ranks.
 
-        Raises:
-            RuntimeError: The average stands in for the weights: what is being saved as the model would not be it.
+        ``RuntimeError`` while the average stands in for the weights: the checkpoint's model would not be the model.
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')

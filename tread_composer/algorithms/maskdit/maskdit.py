@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import State, TimeUnit
@@ -68,9 +68,7 @@ class MaskDiT(AlgorithmBase):
         ``Trainer(model=model, algorithms=[MaskDiT()], ...)``
     """
 
-    incompatible_with: ClassVar[Mapping[str, str]] = {  # Tread names MaskDiT
-        'ProgressiveResizing': "it changes the number of tokens, and the decoder's positions are made for one number",
-    }
+    _masking: Masking  # since Event.INIT
 
     def __init__(
         self,
@@ -101,7 +99,6 @@ class MaskDiT(AlgorithmBase):
         self.unmask_time, self.unmask = unmask_time, unmask
         self.decoder_depth, self.decoder_hidden_size = decoder_depth, decoder_hidden_size
         self.decoder_num_heads = decoder_num_heads
-        self._masking: Masking | None = None
         self._num_tokens = 0
         self._ratio, self._kept = 0.0, 0  # of this batch
 
@@ -133,11 +130,7 @@ class MaskDiT(AlgorithmBase):
             )
 
     def cost_window(self) -> tuple[str | None, str | None]:
-        """Time strings from and until which tokens are saved: the whole run.
-
-        Raises:
-            UserError: Unmasking changes the cost step by step.
-        """
+        """The whole run, as time strings; ``UserError`` if tokens are unmasked, which changes the cost step by step."""
         if self.unmask_time is not None:
             raise UserError(f'masking changes during the run (unmask_time {self.unmask_time})')
         return None, None
@@ -157,11 +150,7 @@ class MaskDiT(AlgorithmBase):
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.
-
-        Raises:
-            ValueError: The decoder, which the network keeps, does not fit it.
-        """
+        """Add the decoder to a network on the meta device, which keeps it, and mask its training forwards."""
         masking = self._attach(denoiser)
         kept = num_kept(denoiser.num_tokens, self.mask_ratio)
         if kept < denoiser.num_tokens:
@@ -186,10 +175,7 @@ class MaskDiT(AlgorithmBase):
         """Add decoder and masked loss to a ``LatentDiffusion``, as on ``Event.INIT``; a second time it does nothing.
 
         To be called before an optimizer with several parameter groups is made: on ``Event.INIT`` it could not be
-        known to which of them the decoder's parameters belong. The run's seed decides the decoder's first weights.
-
-        Raises:
-            ValueError: The model is not as the class says.
+        known to which of them the decoder's parameters belong. ``ValueError`` if the model is not as the class says.
         """
         objective: Any = getattr(model, 'objective', None)
         if type(objective) not in (EDM, MaskedEDM):
@@ -230,11 +216,11 @@ class MaskDiT(AlgorithmBase):
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
         kept_BK = state.batch.get(UNMASKED_TOKENS)
-        self._attached().kept = None if kept_BK is None else state.device.tensor_to_device(kept_BK)
+        self._masking.kept = None if kept_BK is None else state.device.tensor_to_device(kept_BK)
 
     def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing may run the network again during backward.
-        self._attached().kept = None
+        self._masking.kept = None
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'maskdit/mask_ratio': self._ratio, 'maskdit/kept_tokens': self._kept})
@@ -248,11 +234,6 @@ class MaskDiT(AlgorithmBase):
         assert elapsed is not None  # `reached` has refused a run without an end
         begin = float(self._from.value)
         return cosine_ratio(self.mask_ratio, (elapsed.value - begin) / (1 - begin), int(self.unmask[-1]))
-
-    def _attached(self) -> Masking:
-        if self._masking is None:
-            raise RuntimeError('MaskDiT: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
-        return self._masking
 
 
 def _hand_over(

@@ -33,10 +33,8 @@ _KEY = 'snapshot'  # one metadata entry: safetensors writes several in no fixed 
 def power_exponent(width: float) -> float:
     """The exponent gamma of the power-function average whose standard deviation is ``width`` times the run so far.
 
-    The positive root of ``width = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))``, EDM2 Eq. 123.
-
-    Raises:
-        ValueError: No average has this width.
+    The positive root of ``width = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))``, EDM2 Eq. 123; ``ValueError`` if no
+    average has this width.
     """
     if not 0 < width < WIDEST:
         raise ValueError(f'{width!r} is no width: it is a share of the run so far, above 0 and below {WIDEST:.4f}')
@@ -92,10 +90,8 @@ def write_snapshot(
     """Write the averages of one batch, full tensors by width and parameter's name, unless the same are there already.
 
     Where the file of this batch holds something else (the run was resumed from an earlier checkpoint and did not repeat
-    itself to the bit), that file is kept under another name, which is returned beside what was written.
-
-    Raises:
-        UserError: The file is one of another run, or it cannot be written.
+    itself to the bit), that file is kept under another name, which is returned beside what was written. ``UserError``
+    if the file is one of another run, or cannot be written.
     """
     path = snapshot_path(folder, batch)
     tensors = {f'{width}/{name}': tensor for width, average in averages.items() for name, tensor in average.items()}
@@ -152,8 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> Snapshot:
 def read_snapshot(path: str | os.PathLike[str]) -> Iterator[tuple[float, str, Tensor]]:
     """Width, parameter's name and tensor, one at a time: all of them may not fit into the memory.
 
-    Raises:
-        UserError: The file is damaged, found out at the latest behind its last tensor: none of them must be used.
+    ``UserError``, at the latest behind the last tensor, if the file is damaged: none of them must be used.
     """
     snapshot = read_header(path)
     digest = snapshot.new_digest()

@@ -91,6 +91,8 @@ class Tread(AlgorithmBase):
 
     instead_of_two: ClassVar[str] = 'One routes several lists: blocks=[...], and several times: routes=[...]'
 
+    _routing: Routing  # since Event.INIT
+
     def __init__(
         self,
         start: int = 2,
@@ -132,7 +134,6 @@ class Tread(AlgorithmBase):
         self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
         self.shared, self.ordered, self.float32_after = shared, ordered, float32_after
         self._window = Window(start_time, end_time, 'nothing would be routed')
-        self._routing: Routing | None = None
         self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
         self._active = False
@@ -256,7 +257,6 @@ class Tread(AlgorithmBase):
         self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
-        routing = self._attached()
         if not self._active:
             return
         ids = None
@@ -275,10 +275,11 @@ class Tread(AlgorithmBase):
             ids = ids[:1] if self.shared else ids
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)  # one [B, K] for each route
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
-        routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[samples]))
+        sampler = functools.partial(self._draw, self._rows[samples])
+        self._routing.arm(ids, num_tokens=self._drawn_for, sampler=sampler)
 
     def _on_after_forward(self, state: State, logger: Logger) -> None:
-        routing = self._attached()
+        routing = self._routing
         if self._active and not routing.used:
             raise RoutingError(
                 'Tread: the training forward never iterated over the routed block list, so nothing was routed '
@@ -296,7 +297,7 @@ class Tread(AlgorithmBase):
 
     def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing around the whole list runs it again during backward.
-        self._attached().disarm()
+        self._routing.disarm()
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         for k, route in enumerate(self.routes):
@@ -326,15 +327,10 @@ class Tread(AlgorithmBase):
         num_kept = self.routes[route].num_kept(num_tokens, self._keeps)
         return keep_lowest(scores_BN, num_kept, always_keep=self._keeps)
 
-    def _attached(self) -> Routing:
-        if self._routing is None:
-            raise RuntimeError('Tread: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
-        return self._routing
-
     @property
     def _keeps(self) -> AlwaysKeep:
         """The tokens that never skip in the first list, for which ids are drawn."""
-        return self._attached().always_keep
+        return self._routing.always_keep
 
 
 def _num_samples(batch: Any) -> int:
