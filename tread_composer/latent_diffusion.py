@@ -105,7 +105,7 @@ class LatentDiffusion(ComposerModel):
         return self._autoencoder[0]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms; ``ValueError`` without draws."""
+        """Losses ``[B]`` under ``'loss'``, and the objective's further terms; ``ValueError`` without draws."""
         missing = [key for key in (NOISE, TIME_QUANTILES, LABEL_DROPPED) if key not in batch]
         if missing:
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
@@ -121,10 +121,6 @@ class LatentDiffusion(ComposerModel):
         terms = {name: value.mean() for name, value in outputs.items()}
         total = terms.pop('loss')
         return {'total': total, **terms} if terms else total
-
-    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any | None = None) -> dict[str, Tensor]:
-        """Like ``forward``; in evaluation mode a routed model runs densely."""
-        return self.forward(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times."""

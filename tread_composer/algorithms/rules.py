@@ -80,7 +80,7 @@ def num_averages(algorithm: object) -> int:
 
 
 def refuse_conflicts(algorithm: object, state: State) -> None:
-    """On ``Event.INIT``, and again where an algorithm has added weights: ``UserError`` if the run cannot go on like that.
+    """On ``Event.INIT``, and again where an algorithm has added weights: ``UserError`` if the run cannot go on so.
 
     It has an algorithm that this one may not stand beside, the same one twice, or one of Composer's that cannot work.
     """

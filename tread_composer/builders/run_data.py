@@ -15,7 +15,15 @@ from tread_composer.data.digits import digits_manifest, prepare_digits
 from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
-__all__ = ['build_loaders', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'split_folders']
+__all__ = [
+    'build_loaders',
+    'check_expectations',
+    'identity',
+    'planned_manifest',
+    'prepare_data',
+    'split_folders',
+    'with_planned_numbers',
+]
 
 _READER_SETTINGS = (
     'cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout', 'num_canonical_nodes',
@@ -37,6 +45,12 @@ def planned_manifest(config: Config) -> Manifest | None:
         return digits_manifest('train')
     folder = Path(config.data.local) / config.data.train_split
     return Manifest.load(folder) if (folder / 'manifest.json').exists() else None
+
+
+def with_planned_numbers(config: Config) -> Config:
+    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is."""
+    manifest = None if config.latent_normalization is None else planned_manifest(config)
+    return config if manifest is None else config.normalized(manifest.mean, manifest.std)
 
 
 def prepare_data(config: Config) -> dict[str, Manifest]:

@@ -11,7 +11,7 @@ import yaml
 from composer.utils import dist, is_compressed_pt, is_tar
 
 from tread_composer.builders.environment import environment
-from tread_composer.builders.run_data import planned_manifest
+from tread_composer.builders.run_data import with_planned_numbers
 from tread_composer.config import Component, Config
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.manifest import Manifest
@@ -80,11 +80,9 @@ def check_run_folder(config: Config) -> None:
     # Without a checkpoint there is nothing to continue and nothing to lose: that run died before it could save.
     if not path.exists() or not checkpoints_in(path.parent):
         return
+    config = with_planned_numbers(config)
     if config.latent_normalization is not None:
-        manifest = planned_manifest(config)
-        if manifest is None:
-            return  # the data are not described here yet; compared once they are
-        config = config.normalized(manifest.mean, manifest.std)
+        return  # the data are not described here yet; compared once they are
     try:
         saved = _decisive_part(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:

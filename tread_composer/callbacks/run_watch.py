@@ -57,7 +57,10 @@ class RunWatch:
 
 
 def _wait_for_the_end(parent: int) -> bytes:
-    """What the pipe said before it closed, or the parent died: data-loading workers hold its other end open for a while."""
+    """What the pipe said before it closed, or before the parent died.
+
+    The pipe alone is not enough: data-loading workers are forked and hold its other end open for some seconds.
+    """
     word = b''
     while os.getppid() == parent:
         if select.select([0], [], [], _POLL_SECONDS)[0]:
