@@ -51,11 +51,9 @@ def build_trainer(
     Raises:
         UserError: Data, checkpoint or run folder contradict the configuration.
     """
-    check_run_folder(config)
     splits = prepare_data(config) if splits is None else splits
-    if config.latent_normalization is not None:
-        config = config.normalized(splits['train'].mean, splits['train'].std)
-        check_run_folder(config)
+    config = config.normalized(splits['train'].mean, splits['train'].std)
+    check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
     contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}

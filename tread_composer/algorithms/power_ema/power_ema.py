@@ -1,6 +1,5 @@
 """``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen afterwards."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ from tread_composer.algorithms.schedule import parse_time
 from tread_composer.core.errors import UserError
 
 __all__ = ['PowerEMA']
-
-log = logging.getLogger(__name__)
 
 
 class PowerEMA(AveragingAlgorithm):
@@ -152,17 +149,8 @@ class PowerEMA(AveragingAlgorithm):
         averages = self._averages.whole()
         digests: list[Any] = [None]
         if dist.get_global_rank() == 0:
-            snapshot, aside = write_snapshot(
-                self._folder(state), averages, batch=batch, run=self._run, previous=self._previous
-            )
-            digests = [snapshot.digest]
-            if aside is not None:
-                log.warning(
-                    'power_ema: the run was resumed from an earlier checkpoint and has come to other averages at '
-                    'batch %d than before; the old snapshot is kept as %s and not used',
-                    batch,
-                    aside,
-                )
+            folder, previous = self._folder(state), self._previous
+            digests = [write_snapshot(folder, averages, batch=batch, run=self._run, previous=previous).digest]
         dist.broadcast_object_list(digests)  # a sharded checkpoint may hold the state of any rank
         self._previous, self._written = digests[0], batch
 

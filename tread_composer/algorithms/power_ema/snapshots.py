@@ -10,6 +10,7 @@ section 3 and appendix C.
 import dataclasses
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import TensorDigest, write_tensors
 
 __all__ = ['Snapshot', 'list_snapshots', 'posthoc_width', 'power_exponent', 'read_snapshot', 'write_snapshot']
+
+log = logging.getLogger(__name__)
 
 WIDEST = 12**-0.5
 """Relative standard deviation of the plain mean over the whole run (exponent 0, 0.2887): no average is wider."""
@@ -86,12 +89,12 @@ def write_snapshot(
     batch: int,
     run: str,
     previous: str | None,
-) -> tuple[Snapshot, Path | None]:
+) -> Snapshot:
     """Write the averages of one batch, full tensors by width and parameter's name, unless the same are there already.
 
     Where the file of this batch holds something else (the run was resumed from an earlier checkpoint and did not repeat
-    itself to the bit), that file is kept under another name, which is returned beside what was written. ``UserError``
-    if the file is one of another run, or cannot be written.
+    itself to the bit), that file is kept under another name. ``UserError`` if it is one of another run, or cannot be
+    written.
     """
     path = snapshot_path(folder, batch)
     tensors = {f'{width}/{name}': tensor for width, average in averages.items() for name, tensor in average.items()}
@@ -99,20 +102,26 @@ def write_snapshot(
     digest = snapshot.new_digest()
     for name, tensor in sorted(tensors.items()):
         digest.add(name, tensor)
-    snapshot, aside = dataclasses.replace(snapshot, digest=digest.value), None
+    snapshot = dataclasses.replace(snapshot, digest=digest.value)
     try:
         if path.exists():
             existing = read_header(path)
             if existing == snapshot:
-                return snapshot, None
+                return snapshot
             refuse_other_run(existing, run, path)
             names = (path.with_name(f'{path.stem}.given_up{number}.safetensors') for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             os.replace(path, aside)
+            log.warning(
+                'power_ema: the run was resumed from an earlier checkpoint and has come to other averages at batch %d '
+                'than before; the old snapshot is kept as %s and not used',
+                batch,
+                aside,
+            )
         write_tensors(path, tensors, {_KEY: json.dumps({'format': _FORMAT, **dataclasses.asdict(snapshot)})})
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: this snapshot of the averaged weights cannot be written: {error}') from None
-    return snapshot, aside
+    return snapshot
 
 
 def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
