@@ -39,9 +39,8 @@ class Evaluation(SamplingCallback):
     Weights, seed and settings decide the number; the numbers of ranks and of images in a call move it by rounding
     alone. Images that are not finite make a number impossible: that is logged, and training goes on.
 
-    Args:
+    Args beside those of ``SamplingCallback``:
         reference: What to compare with: a folder of images, an npz of ADM's suite, MDS images, or ``digits``.
-        interval: A Composer time string. (Default: only at the end.)
         metrics: Names in ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
         features: A name in ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called
             ``fd_digits``.
@@ -49,19 +48,13 @@ class Evaluation(SamplingCallback):
         inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
         labels: ``'balanced'``, as many of each class; or ``'random'``, drawn by the seed.
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
         seed: Image i has the seed ``seed + i``, as with the command ``sample``.
         batch_size: Images drawn and looked at in one go on a rank.
         kid_subset_size: Images in each random subset of KID.
-        folder: Where numbers go. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
         cache: Where the reference's features are kept. (Default: ``~/.cache/tread_composer``.)
 
     Raises:
-        UserError: A setting is impossible; or at ``Event.FIT_START`` the reference or the weights of Inception are
-            missing or not what they must be, or do not go with the model.
+        UserError: Also where the reference or the weights of Inception are missing or not what they must be.
     """
 
     default_folder: ClassVar[str] = '.'

@@ -27,20 +27,10 @@ class SampleGrid(SamplingCallback):
     ``log_file``. Rows have the model's ``class_names``, else numbers; the images of a column share their noise. Given
     weights and seed the picture is always the same.
 
-    Args:
-        interval: A Composer time string, e.g. ``'1ep'`` or ``'200ba'``.
-        folder: Where the pictures go. ``{run_name}`` is filled in. (Default: ``runs/{run_name}/samples``.)
+    Args beside those of ``SamplingCallback``:
         classes: The classes of the rows. (Default: all if there are at most 10, else the first 8.)
         samples_per_class: Images in a row.
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
         seed: Seed of the first column; the next ones count on.
-
-    Raises:
-        UserError: a setting is impossible, or at ``Event.FIT_START`` a class is unknown or there are no averaged
-            weights.
     """
 
     default_folder: ClassVar[str] = 'samples'

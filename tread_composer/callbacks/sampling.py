@@ -37,10 +37,19 @@ class SamplingCallback(Callback):
 
     Acts on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and on
     ``Event.FIT_END`` unless it has acted on that batch already. The model is in evaluation mode meanwhile, so token
-    routing is off. The arguments are those of ``SampleGrid``; without an interval it acts at the end alone.
+    routing is off.
+
+    Args:
+        interval: A Composer time string, e.g. ``'1ep'`` or ``'200ba'``; None for the end alone.
+        folder: Where files go. ``{run_name}`` is filled in.
+        sampler: Name of a sampler.
+        num_steps: Its steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
 
     Raises:
-        UserError: ``weights`` is neither ``'ema'`` nor ``'raw'``, or ``num_steps`` is below 1.
+        UserError: A setting is impossible; or at ``Event.FIT_START`` it does not go with the model, or there are no
+            averaged weights.
     """
 
     owner: ClassVar[str]

@@ -76,7 +76,9 @@ def argument_docs(target: Callable[..., Any]) -> dict[str, str]:
         owners = [owner for base in reversed(inspect.getmro(target)) for owner in (base, base.__init__)]
     texts: dict[str, str] = {}
     for owner in owners:
-        block = re.search(r'^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)', inspect.getdoc(owner) or '', re.MULTILINE)
+        block = re.search(
+            r'^(?:Args|Attributes)(?: beside .*)?:\n((?:[ \t]+.*\n?|\n)+)', inspect.getdoc(owner) or '', re.MULTILINE
+        )
         if block is not None:
             entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[1], re.MULTILINE)
             texts |= {name: body.partition('\n\n')[0] for name, body in entries}

@@ -114,13 +114,8 @@ class MaskDiT(AlgorithmBase):
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
         """What speaks against it in a run with this ``Config``: pairs of a setting ('' for all of it) and a text."""
-        if config.objective.name != 'edm':
-            yield (
-                '',
-                'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
-                f'EDM with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: '
-                'edm}',
-            )
+        if (fault := _objective_fault(config.objective.instance)) is not None:
+            yield '', fault
         if config.model.name != 'dit':
             yield (
                 '',
@@ -178,13 +173,8 @@ class MaskDiT(AlgorithmBase):
         known to which of them the decoder's parameters belong. ``ValueError`` if the model is not as the class says.
         """
         objective: Any = getattr(model, 'objective', None)
-        if type(objective) not in (EDM, MaskedEDM):
-            kind = 'nothing' if objective is None else f'a {type(objective).__name__}'
-            raise ValueError(
-                "the objective must be tread_composer.objectives.EDM in `model.objective` (YAML: objective.name: 'edm')"
-                f'; here is {kind}. The reconstruction of masked patches compares the denoised latents of EDM with '
-                'the noisy ones; for another prediction the paper defines none'
-            )
+        if (fault := _objective_fault(objective)) is not None:
+            raise ValueError(fault)
         denoiser: Any = getattr(model, 'denoiser', None)
         masking = self._attach(denoiser, seed)
         model.objective = MaskedEDM.of(objective, masking, self.mae_weight, denoiser.patch_size)  # type: ignore[assignment]
@@ -234,6 +224,17 @@ class MaskDiT(AlgorithmBase):
         assert elapsed is not None  # `reached` has refused a run without an end
         begin = float(self._from.value)
         return cosine_ratio(self.mask_ratio, (elapsed.value - begin) / (1 - begin), int(self.unmask[-1]))
+
+
+def _objective_fault(objective: object) -> str | None:
+    # For the prediction of another objective the paper defines no reconstruction.
+    if type(objective) in (EDM, MaskedEDM):
+        return None
+    name = getattr(objective, 'name', type(objective).__name__)
+    return (
+        'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of EDM with '
+        f'the noisy ones), and objective.name is {name!r}; take objective={{name: edm}}'
+    )
 
 
 def _hand_over(
