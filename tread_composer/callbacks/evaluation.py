@@ -39,19 +39,13 @@ class Evaluation(SamplingCallback):
     Weights, seed and settings decide the number; the numbers of ranks and of images in a call move it by rounding
     alone. Images that are not finite make a number impossible: that is logged, and training goes on.
 
-    Args beside those of ``SamplingCallback``:
-        reference: What to compare with: a folder of images, an npz of ADM's suite, MDS images, or ``digits``.
-        metrics: Names in ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
+    Args beside those of ``SamplingCallback`` and ``Measurement``:
         features: A name in ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called
             ``fd_digits``.
-        inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
-        inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
         labels: ``'balanced'``, as many of each class; or ``'random'``, drawn by the seed.
         seed: Image i has the seed ``seed + i``, as with the command ``sample``.
         batch_size: Images drawn and looked at in one go on a rank.
-        kid_subset_size: Images in each random subset of KID.
-        cache: Where the reference's features are kept. (Default: ``~/.cache/tread_composer``.)
 
     Raises:
         UserError: Also where the reference or the weights of Inception are missing or not what they must be.

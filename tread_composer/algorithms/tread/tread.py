@@ -53,7 +53,7 @@ class Tread(AlgorithmBase):
     Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
     ``tread/route_<k>/...`` for each.
 
-    Args:
+    Args beside those of ``apply_tread``:
         start: First block on the route; negative counts from the end.
         end: Last block on the route, inclusive. The authors' placement is 2 to -4 for every depth.
         selection_rate: Share of the tokens that skip the blocks, in [0, 1).
@@ -61,21 +61,8 @@ class Tread(AlgorithmBase):
         start_time: Composer time string from which on tokens are routed; from the beginning if None.
         end_time: Composer time string from which on routing is off, for example ``'0.92dur'`` (the paper's stage
             (F)); never if None.
-        blocks: Path of the block list within the Composer model; found if there is only one candidate. Several paths,
-            in the order in which the model runs the lists, count as one list; a mapping from paths to settings says
-            what differs in a list (see ``apply_tread``). A second ``Tread`` is refused.
-        tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
-        tokens_out: Position of the tokens in a block's tuple output.
-        token_arguments: Further block arguments that belong to their tokens: a list of names, for ``[B, N, ...]``, or
-            a mapping from names to the dimensions that count tokens (see ``apply_tread``). If None, what the module
-            around the block list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
-        always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of
-            trailing ones. ``selection_rate`` is a share of the rest.
-        shared: One route for all samples of a batch: for token arguments without a dimension for the samples.
-        ordered: The blocks need their tokens in ascending order, as a scan does: leave the check of each block away.
         num_tokens: N, where the module around the block list has no attribute ``num_tokens``. Learnt in the first
             forward pass if None, which ``torch.compile(fullgraph=True)`` cannot trace.
-        float32_after: Run the block behind each route in float32, as the authors' code does.
 
     Raises:
         ValueError: A setting is wrong in itself; on ``Event.INIT``, one that does not fit the model.
