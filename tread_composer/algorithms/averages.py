@@ -5,7 +5,7 @@ row. An average must be kept beside whatever there is, and must be saved so that
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,12 +82,7 @@ class Shard:
 def shards_of(model: nn.Module) -> dict[str, Shard]:
     """All parameters under the names that they have in the unwrapped model; asked anew, as they may be exchanged."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    # FSDP leaves the outermost module gathered after a forward pass without backward (an evaluation). Its copy would be
-    # used in the next forward pass whatever is written to the shards.
-    for module in model.modules():
-        _drop_gathered_copy(module)
-    pieces = dict(_fsdp1_pieces(model))
-    named = {}
+    pieces, named = _fsdp1_pieces(model), {}
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, '')
@@ -178,26 +173,26 @@ class AveragingAlgorithm(AlgorithmBase):
         self._averages.lay_out(state.model)
 
 
-def _drop_gathered_copy(module: nn.Module) -> None:
-    if isinstance(module, FSDPModule):
-        module.reshard()
-    elif isinstance(module, FullyShardedDataParallel):
-        # FSDP1 has no public call for it.
-        handle = module._handle
-        if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, '_full_param_padded'):
-            return  # nothing of its own, nothing sharded, or no forward pass yet
-        if not handle.needs_unshard():
-            _reshard_fsdp1(module, handle, True)
+def _fsdp1_pieces(model: nn.Module) -> dict[int, _Piece]:
+    """For each parameter that FSDP1 has sharded, by its id; what either FSDP holds gathered is dropped on the way.
 
-
-def _fsdp1_pieces(model: nn.Module) -> Iterator[tuple[int, _Piece]]:
-    """For each parameter that FSDP1 has sharded, by its id. Only FSDP's own book-keeping knows the whole's shape."""
+    FSDP leaves the outermost module gathered after a forward pass without backward (an evaluation). Its copy would be
+    used in the next forward pass whatever is written to the shards.
+    """
+    pieces: dict[int, _Piece] = {}
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
         if handle is None or not handle.uses_sharded_strategy:
             continue
         flat, group = handle.flat_param, module.process_group
+        # FSDP1 has no public call for it, and no copy before the first forward pass.
+        if hasattr(flat, '_full_param_padded') and not handle.needs_unshard():
+            _reshard_fsdp1(module, handle, True)
         assert flat._params is not None and group is not None
+        # Only FSDP's own book-keeping knows the whole's shape.
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             start = info.intra_param_start_idx or 0  # None where this rank holds nothing of it
-            yield id(parameter), _Piece(shape, start, group)
+            pieces[id(parameter)] = _Piece(shape, start, group)
+    return pieces
