@@ -95,10 +95,10 @@ class MLflowRun(MLFlowLogger):
                 log_duplicated_metric_every_n_steps=1,
             )
         self.tracking_uri = uri  # the base class sets it on rank 0 only
-        self.run_id: str | None = None  # known from Event.AFTER_LOAD on, on rank 0
+        self.run_id: str | None = None  # known from Event.INIT on, on rank 0
         self._watch: RunWatch | None = None
         self._client: Any = None
-        self._waiting: dict[str, Any] = {}  # hyperparameters from before the run is known
+        self._earlier: Any = None  # the run of this name from before, as it was
         self._pending: list[tuple[str, float, int, int]] = []
         self._last_flush = time.monotonic()
         self._begun: set[str] = set()  # what has not come to its end
@@ -156,17 +156,33 @@ class MLflowRun(MLFlowLogger):
     # --- beginning ---
 
     def init(self, state: State, logger: Logger) -> None:
-        """Nothing yet: whether the run of this name goes on is known once a checkpoint was loaded."""
+        """Find the run of this name in the experiment, or make it."""
+        if dist.get_global_rank() == 0:
+            from mlflow import MlflowClient
+
+            client = MlflowClient(self.tracking_uri)
+            experiment = client.get_experiment_by_name(str(self.experiment_name))
+            assert experiment is not None  # made by the constructor
+            runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{state.run_name}"')
+            self._earlier = runs[0].info if runs else None
+        self._begin(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Go on with the run of this name, or make one: training that begins gets a run of its own."""
-        self.tags[OWNER_TAG] = owner = uuid.uuid4().hex
-        is_first, earlier = dist.get_global_rank() == 0, None
-        if is_first and int(state.timestamp.batch) == 0:
-            earlier = self._set_aside_earlier(state.run_name)
+        """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
+        is_taken = dist.all_gather_object(self._earlier is not None)[0]
+        if is_taken and int(state.timestamp.batch) == 0:
+            self._leave_earlier_run(state.run_name)
+            self._begin(state, logger)
+            if self._earlier is not None:
+                self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
+        super().after_load(state, logger)
+
+    def _begin(self, state: State, logger: Logger) -> None:
+        owner = uuid.uuid4().hex
+        self.tags[OWNER_TAG] = owner
         with _environment({}, without=_REDIRECTIONS):
             super().init(state, logger)
-        if is_first:
+        if dist.get_global_rank() == 0:
             import mlflow
 
             self._client = mlflow.MlflowClient(self.tracking_uri)
@@ -174,26 +190,18 @@ class MLflowRun(MLFlowLogger):
             assert active is not None
             self.run_id = active.info.run_id
             self._watch = RunWatch(self.tracking_uri, self.run_id, owner)
-            self._log_new_params(self._waiting)
-            if earlier is not None:
-                self._client.set_tag(earlier, 'tread_composer.superseded_by', self.run_id)
-        super().after_load(state, logger)
 
-    def _set_aside_earlier(self, run_name: str) -> str | None:
-        """Give the run of this name, if there is one, a tag by which it is not found again; its id."""
-        from mlflow import MlflowClient
+    def _leave_earlier_run(self, run_name: str) -> None:
+        """Give the earlier run back as it was, under a tag by which it is not found again."""
+        if self._earlier is None:  # on the other ranks
+            return
+        import mlflow
 
-        client = MlflowClient(self.tracking_uri)
-        experiment = client.get_experiment_by_name(str(self.experiment_name))
-        assert experiment is not None  # made by the constructor
-        runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
-        if not runs:
-            return None
-        earlier = runs[0].info
-        client.set_tag(earlier.run_id, 'run_name', f'{run_name} (superseded)')
-        if earlier.status == 'RUNNING':  # it had died together with its watcher
-            client.set_terminated(earlier.run_id, 'FAILED')
-        return earlier.run_id
+        assert self._watch is not None
+        self._client.set_tag(self._earlier.run_id, 'run_name', f'{run_name} (superseded)')
+        # A run that still counted as RUNNING had died together with its watcher.
+        mlflow.end_run('FAILED' if self._earlier.status == 'RUNNING' else self._earlier.status)
+        self._watch.finished()
 
     # --- what is logged ---
 
@@ -208,9 +216,7 @@ class MLflowRun(MLFlowLogger):
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Log what is new. MLflow refuses another value for a parameter, which would end a resumed run."""
-        if self._client is None:
-            self._waiting |= hyperparameters
-        else:
+        if self._client is not None:
             self._log_new_params(hyperparameters)
 
     def log_config(self, flat: dict[str, Any], yaml_text: str) -> None:
