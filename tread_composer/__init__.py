@@ -26,4 +26,15 @@ __getattr__ = lazy_names(
         'Tread': 'tread_composer.algorithms.tread',
         'apply_tread': 'tread_composer.routing',
     },
+    submodules=(
+        'advisor',
+        'algorithms',
+        'autoencoders',
+        'callbacks',
+        'data',
+        'models',
+        'objectives',
+        'routing',
+        'samplers',
+    ),
 )
