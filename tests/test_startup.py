@@ -80,7 +80,7 @@ _UNTIL_A_LOOKUP = """
 import os, time
 from tread_composer.core.process import prepare_process
 prepare_process()
-from tread_composer.callbacks import MLflowRun
+from tread_composer.callbacks.mlflow_run import MLflowRun
 MLflowRun('x')
 end = time.monotonic() + 60
 while 'lookup' not in open(os.environ['NOTES']).read() and time.monotonic() < end:
@@ -103,7 +103,7 @@ from diffusers import AutoencoderKL
 for module in pkgutil.walk_packages(tread_composer.__path__, 'tread_composer.'):
     if not module.name.endswith('__main__'):
         importlib.import_module(module.name)
-from tread_composer.callbacks import MLflowRun
+from tread_composer.callbacks.mlflow_run import MLflowRun
 MLflowRun('x')
 time.sleep(1)  # telemetry looks up its host in a thread, at once
 """

@@ -105,11 +105,7 @@ class LatentDiffusion(ComposerModel):
         return self._autoencoder[0]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per-sample losses ``[B]`` under ``'loss'`` and the objective's further terms.
-
-        Raises:
-            ValueError: The batch lacks the draws that the objective needs.
-        """
+        """Losses ``[B]`` under ``'loss'``, and the objective's further terms; ``ValueError`` without draws."""
         missing = [key for key in (NOISE, TIME_QUANTILES, LABEL_DROPPED) if key not in batch]
         if missing:
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
@@ -126,20 +122,14 @@ class LatentDiffusion(ComposerModel):
         total = terms.pop('loss')
         return {'total': total, **terms} if terms else total
 
-    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any | None = None) -> dict[str, Tensor]:
-        """Like ``forward``; in evaluation mode a routed model runs densely."""
-        return self.forward(batch) if outputs is None else outputs
-
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times.
-
-        It is the objective's ``'mse'`` where there is one: the plain error, without weights and further terms.
-        """
+        """``loss``: mean over the evaluation set at fixed times and noise; and over each quarter of the times."""
         return {} if is_train else self._metrics  # type: ignore[return-value]
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
         """Add one batch."""
-        # Where weights and further terms make up the loss, runs with and without them compare by the plain error.
+        # Where weights and further terms make up the loss, runs with and without them compare by the plain error,
+        # which the objective then names 'mse'.
         metric.update(outputs.get('mse', outputs['loss']), batch[TIME_QUANTILES])
 
     def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -160,19 +150,16 @@ class LatentDiffusion(ComposerModel):
         batch_size: int = 256,
         sampler_settings: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Draw latents with the settings that are asked for most; see ``draw`` for all of them and for the promises.
+        """``draw`` with the settings that are asked for most, which has the others, the promises and the refusals.
 
         Args:
-            labels: See ``draw``.
-            seeds: See ``draw``.
+            labels: One class each.
+            seeds: One each.
             sampler: Name of a sampler that fits the objective (``tread_composer.samplers.check_sampler``).
             num_steps: Its steps.
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
             batch_size: Samples in one network call.
             sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
-
-        Raises:
-            ValueError: The model has no classes to guide by, or what ``draw`` refuses.
         """
         if guidance_scale != 1 and not self.num_classes:
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
@@ -204,8 +191,7 @@ class LatentDiffusion(ComposerModel):
             labels: One class each; ``null_label`` samples without a class.
             seeds: One non-negative seed each.
             settings: Sampler, steps and guidance.
-            weak: The second network, for guidance that takes one: same objective, latents and device. It is in
-                evaluation mode meanwhile.
+            weak: The second network, for guidance that takes one: same objective, latents and device.
             batch_size: Samples in one network call (guidance may double them).
 
         Returns:
@@ -214,7 +200,17 @@ class LatentDiffusion(ComposerModel):
         Raises:
             ValueError: The settings do not fit the model, a label is out of range, or lengths differ.
         """
-        self._check_draw(labels, seeds, settings, weak)
+        try:
+            check_sampler(settings.sampler, self.objective, settings.sampler_settings)
+        except ValueError as error:
+            raise ValueError(f'sampler: {error}') from None
+        channels = self.latent_shape[0]
+        check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
+        if len(labels) != len(seeds):
+            raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
+        wrong = [label for label in labels if not 0 <= label <= self.null_label]
+        if wrong:
+            raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
         device, results = self.latent_scale.device, []
         with evaluating(self, *([] if weak is None else [weak])):
             times = self.objective.sampling_times(settings.num_steps)  # on the CPU: the samplers look at their values
@@ -236,31 +232,11 @@ class LatentDiffusion(ComposerModel):
                 results.append(x.float())  # the equation is solved in float64
         return torch.cat(results)
 
-    def _check_draw(
-        self, labels: Sequence[int], seeds: Sequence[int], settings: SamplingSettings, weak: nn.Module | None
-    ) -> None:
-        try:
-            check_sampler(settings.sampler, self.objective, settings.sampler_settings)
-        except ValueError as error:
-            raise ValueError(f'sampler: {error}') from None
-        channels = self.latent_shape[0]
-        check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
-        if len(labels) != len(seeds):
-            raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
-        wrong = [label for label in labels if not 0 <= label <= self.null_label]
-        if wrong:
-            raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
-
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Pixels ``[B, 1 or 3, H', W']`` in about [-1, 1].
+        """Pixels ``[B, 1 or 3, H', W']`` in about [-1, 1], of latents as the denoiser sees them.
 
-        Args:
-            latents_BCHW: Latents after shift and scale, as the denoiser sees them.
-            dtype: Precision of the decoder; other than float32 is refused by autoencoders that have no choice.
-
-        Raises:
-            ValueError: The model was made without an autoencoder, or that cannot compute in ``dtype``.
+        ``dtype`` is the precision of the decoder; ``ValueError`` if there is none, or it cannot compute so.
         """
         if self.autoencoder is None:
             raise ValueError('this LatentDiffusion has no autoencoder, so it cannot decode; give it one')

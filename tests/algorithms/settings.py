@@ -155,7 +155,7 @@ THEIRS: dict[str, Entry] = {
     'progressive_resizing': Entry(
         lambda: theirs.ProgressiveResizing(input_key='raw_latents', target_key='labels'),
         'progressive_resizing: {input_key: raw_latents, target_key: labels}',
-        refused='interpolates the latents|changes the number of tokens',
+        refused='interpolates the latents',
     ),
 }
 
@@ -168,7 +168,7 @@ PAIRS = [(name,) for name in OURS] + [
 _NOT_TOGETHER = {
     frozenset({'tread', 'maskdit'}): 'both take tokens out of the same blocks',
     frozenset({'tread, two routes', 'maskdit'}): 'both take tokens out of the same blocks',
-    frozenset({'maskdit', 'direction_schedule'}): 'has no velocity-direction loss|has none; take flow_matching',
+    frozenset({'maskdit', 'direction_schedule'}): 'has none; take flow_matching',
     frozenset({'maskdit', 'gradient_clipping, adaptive'}): 'would stay zero',
     frozenset({'ema', 'composer_ema'}): "Composer's EMA exchanges the weights",
     frozenset({'ema', 'composer_ema by epochs'}): "Composer's EMA exchanges the weights",

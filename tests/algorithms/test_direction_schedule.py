@@ -119,5 +119,5 @@ def test_impossible_windows_are_refused(times, message):
 
 
 def test_a_model_without_the_loss_is_refused():
-    with pytest.raises(UserError, match=r'direction_weight: 1\.0'):
+    with pytest.raises(UserError, match=r'direction_weight is 0; set it, for example to 1\.0'):
         make_trainer(model(direction_weight=0.0), [DirectionSchedule(end_time='2ba')])

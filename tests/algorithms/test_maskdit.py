@@ -201,7 +201,7 @@ def foreign_model():
     ('make', 'settings', 'message'),
     [
         (foreign_model, {}, r'the encoder must be a tread_composer\.models\.DiT .*here is a Linear'),
-        (lambda: edm_model(FlowMatching()), {}, 'objective must be .*EDM.*here is a FlowMatching'),
+        (lambda: edm_model(FlowMatching()), {}, "objective edm alone .* objective.name is 'flow_matching'"),
         (edm_model, {'decoder_num_heads': 3}, 'decoder_hidden_size: 8 must divide'),
         (edm_model, {'decoder_depth': 0}, 'decoder_depth: 0 must be at least 1'),
         (edm_model, {'mask_ratio': 0.99}, 'leaves none to the encoder'),

@@ -34,11 +34,11 @@ def draws(count=3, channels=1):
 
 
 def masked_losses(model, masking, kept, *arguments):
-    masking.arm(kept)
+    masking.kept = kept
     try:
         return model.objective(model.denoiser, *arguments)
     finally:
-        masking.disarm()
+        masking.kept = None
 
 
 def slow_network(net: DiT, x, t, label, kept):
@@ -123,7 +123,7 @@ def test_masked_input_reaches_nobody_and_kept_input_everybody():
     def outputs(token, change):
         moved = x.clone()
         moved[0, 0, token // 4 * 2, token % 4 * 2] += change
-        masking.arm(kept)
+        masking.kept = kept
         return net(moved, t, labels)
 
     masked = next(token for token in range(TOKENS) if token not in kept[0])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from composer.utils import dist
-from PIL import Image
 
 from tests.callbacks.small import Files, Painter, digits_model, trainer
 from tests.helpers import Recorder, assert_equal_weights, make_trainer, weights
@@ -89,9 +88,7 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
         assert (entry['run'], entry['batch']) == ('six', 6)
         assert entry['training']['seconds'] > 0
         assert float(files.data[series_name(entry['metric'], entry['protocol'])][-1][1]) == entry['value']
-    pictures = [('ba000006.png', 'evaluation'), ('latest.png', 'evaluation')]
-    assert files.files == [*pictures, ('results.json', None)]
-    assert Image.open(tmp_path / 'run' / 'evaluation' / 'latest.png').size[1] > 10 * 64  # a row for each digit
+    assert files.files == [('results.json', None)]
     protocol = entries[0]['protocol']
     assert protocol['reference_hash'] == open_reference(digits / 'eval').hash
     assert protocol['features'] == extractor.identity()

@@ -68,7 +68,7 @@ def test_each_row_shows_its_class(tmp_path):
     model = Painter()
     with torch.no_grad():
         model.pictures.weight.copy_(torch.linspace(-1, 1, 10)[:, None].expand(10, 64))
-    paint_once(model, SampleGrid(folder=str(tmp_path), weights='raw', classes=[9, 0], class_names=list('abcdefghij')))
+    paint_once(model, SampleGrid(folder=str(tmp_path), weights='raw', classes=[9, 0]))
     picture = pixels(tmp_path / 'latest.png')
     height = len(picture)
     assert picture[28 : height // 2, 100:300].mean() > 180  # class 9 is white, in the upper row

@@ -63,8 +63,8 @@ def test_build():
     assert clipping.clipping_threshold == 2.0
     norm = Component('algorithm', 'low_precision_layer_norm', {'apply_at': 'init'}).build()
     assert norm.apply_at is Event.INIT
-    grid = Component('callback', 'sample_grid', {'weights': 'raw'}).build(class_names=['a'])
-    assert grid.class_names == ['a']
+    grid = Component('callback', 'sample_grid', {'weights': 'raw'}).build(classes=[1])
+    assert grid.classes == [1]
 
 
 def test_schema_is_the_constructor():

@@ -5,12 +5,13 @@ row. An average must be kept beside whatever there is, and must be saved so that
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
 from composer.core import State
+from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -18,15 +19,15 @@ from torch.distributed.fsdp._runtime_utils import _reshard as _reshard_fsdp1
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.core.errors import ResumeError, UserError
 
-__all__ = ['Averages', 'Shard', 'refuse_hidden_weights', 'shards_of']
+__all__ = ['Averages', 'AveragingAlgorithm', 'Shard', 'shards_of']
 
 _WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.', '_orig_mod.')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Where FSDP1's piece of a parameter lies in the whole, whose values stand in one row."""
 
     shape: torch.Size  # of the whole
@@ -42,23 +43,15 @@ class Shard:
     _piece: _Piece | None = None
 
     @property
-    def trainable(self) -> bool:
-        """Whether the parameter takes a gradient at this moment."""
-        return self.parameter.requires_grad
-
-    @property
+    @torch.no_grad()
     def local(self) -> Tensor:
         """This rank's values, without gradient. They are the parameter's own memory: writing here trains or swaps."""
-        with torch.no_grad():
-            parameter = self.parameter.detach()
-            return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        parameter = self.parameter.detach()
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     @torch.no_grad()
     def whole(self, local: Tensor) -> Tensor:
-        """The full tensor ``[*parameter's shape]`` on the CPU, of values in place of ``self.local``.
-
-        All ranks must ask at once: their parts are gathered.
-        """
+        """The full tensor on the CPU, of values in place of ``self.local``. All ranks must ask at once."""
         parameter = self.parameter
         if isinstance(parameter, DTensor):
             sharded = DTensor.from_local(
@@ -87,17 +80,9 @@ class Shard:
 
 
 def shards_of(model: nn.Module) -> dict[str, Shard]:
-    """All parameters under the names that they have in the unwrapped model, those without gradient too.
-
-    To be asked anew at each event, because parameters may have been exchanged since.
-    """
+    """All parameters under the names that they have in the unwrapped model; asked anew, as they may be exchanged."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    # FSDP leaves the outermost module gathered after a forward pass without backward (an evaluation). Its copy would be
-    # used in the next forward pass whatever is written to the shards.
-    for module in model.modules():
-        _drop_gathered_copy(module)
-    pieces = dict(_fsdp1_pieces(model))
-    named = {}
+    pieces, named = _fsdp1_pieces(model), {}
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, '')
@@ -106,12 +91,7 @@ def shards_of(model: nn.Module) -> dict[str, Shard]:
 
 
 class Averages:
-    """Float32 averages of the trainable weights, one for each key: of this rank's shards, or as loaded, in full.
-
-    Args:
-        owner: Name of the algorithm, for errors.
-        keys: What tells the averages apart.
-    """
+    """Float32 averages of the trainable weights, one for each key: of this rank's shards, or as loaded, in full."""
 
     def __init__(self, owner: str, keys: Iterable[Any]) -> None:
         self.owner, self.keys = owner, tuple(keys)
@@ -127,17 +107,15 @@ class Averages:
     def lay_out(self, model: nn.Module) -> None:
         """Find the shards of this moment; begin the averages as copies of the weights, or cut the loaded ones.
 
-        Raises:
-            ResumeError: The loaded ones are of other parameters than the model has.
+        ``ResumeError`` if those are of other parameters than the model has.
         """
         self.shards = shards_of(model)
         if self.local:
             return
-        trainable = {name: shard for name, shard in self.shards.items() if shard.trainable}
+        trainable = {name: shard for name, shard in self.shards.items() if shard.parameter.requires_grad}
         if not self.loaded:
-            self.local = {
-                key: {name: shard.local.float().clone() for name, shard in trainable.items()} for key in self.keys
-            }
+            for key in self.keys:
+                self.local[key] = {name: shard.local.float().clone() for name, shard in trainable.items()}
             return
         names = self.loaded[self.keys[0]].keys()
         # A layer that is frozen by now stays in the average; one that thaws could not be.
@@ -170,51 +148,51 @@ class Averages:
         return gathered or self.loaded
 
 
-def refuse_hidden_weights(algorithm: object, state: State) -> None:
-    """For ``Event.INIT``: sharding that leaves no parameter by its own name, or saves another rank's state.
+class AveragingAlgorithm(AlgorithmBase):
+    """An algorithm that keeps ``Averages`` of the weights."""
 
-    Raises:
-        UserError: ``parallelism_config`` does such a thing.
+    _averages: Averages
+
+    def _on_init(self, state: State, logger: Logger) -> None:
+        """Refuse sharding that leaves no parameter by its own name."""
+        super()._on_init(state, logger)
+        name = type(self).__name__
+        if state.tp_config is not None:
+            raise UserError(
+                f'{name} cannot average under tensor parallelism: Composer shards those weights a second time with '
+                f'FSDP1, and no rank then knows its part of a parameter. Take tp out of parallelism_config, or {name} '
+                f'out'
+            )
+        if state.fsdp_config is not None and not state.fsdp_config.use_orig_params:
+            raise UserError(
+                f'{name} cannot average with parallelism_config.fsdp.use_orig_params: false, where FSDP1 joins the '
+                f'parameters of a block into one without their names. Set it to true, which is the default'
+            )
+
+    def _on_fit_start(self, state: State, logger: Logger) -> None:
+        self._averages.lay_out(state.model)
+
+
+def _fsdp1_pieces(model: nn.Module) -> dict[int, _Piece]:
+    """For each parameter that FSDP1 has sharded, by its id; what either FSDP holds gathered is dropped on the way.
+
+    FSDP leaves the outermost module gathered after a forward pass without backward (an evaluation). Its copy would be
+    used in the next forward pass whatever is written to the shards.
     """
-    name, fsdp = type(algorithm).__name__, state.fsdp_config
-    if state.tp_config is not None:
-        raise UserError(
-            f'{name} cannot average under tensor parallelism: Composer shards those weights a second time with FSDP1, '
-            f'and no rank then knows its part of a parameter. Take tp out of parallelism_config, or {name} out'
-        )
-    if fsdp is not None and not fsdp.use_orig_params:
-        raise UserError(
-            f'{name} cannot average with parallelism_config.fsdp.use_orig_params: false, where FSDP1 joins the '
-            f'parameters of a block into one without their names. Set it to true, which is the default'
-        )
-    if fsdp is not None and fsdp.save_planner is not None:
-        raise UserError(
-            f'{name} gives its average to rank 0 to save, and a save_planner in parallelism_config.fsdp may take what '
-            f'another rank has in its place. Take it out'
-        )
-
-
-def _drop_gathered_copy(module: nn.Module) -> None:
-    if isinstance(module, FSDPModule):
-        module.reshard()
-    elif isinstance(module, FullyShardedDataParallel):
-        # FSDP1 has no public call for it.
-        handle = module._handle
-        if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, '_full_param_padded'):
-            return  # nothing of its own, nothing sharded, or no forward pass yet
-        if not handle.needs_unshard():
-            _reshard_fsdp1(module, handle, True)
-
-
-def _fsdp1_pieces(model: nn.Module) -> Iterator[tuple[int, _Piece]]:
-    """For each parameter that FSDP1 has sharded, by its id. Only FSDP's own book-keeping knows the whole's shape."""
+    pieces: dict[int, _Piece] = {}
     for module in model.modules():
-        if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is None or not handle.uses_sharded_strategy:
             continue
-        if not module._handle.uses_sharded_strategy:
-            continue
-        flat, group = module._handle.flat_param, module.process_group
+        flat, group = handle.flat_param, module.process_group
+        # FSDP1 has no public call for it, and no copy before the first forward pass.
+        if hasattr(flat, '_full_param_padded') and not handle.needs_unshard():
+            _reshard_fsdp1(module, handle, True)
         assert flat._params is not None and group is not None
+        # Only FSDP's own book-keeping knows the whole's shape.
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             start = info.intra_param_start_idx or 0  # None where this rank holds nothing of it
-            yield id(parameter), _Piece(shape, start, group)
+            pieces[id(parameter)] = _Piece(shape, start, group)
+    return pieces

@@ -10,8 +10,7 @@ _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
 def parse_time(value: str | Time | None, setting: str) -> Time | None:
     """A time string such as ``'0.92dur'``, ``'300000ba'`` or ``'60ep'`` as Composer's ``Time``; None is "not set".
 
-    Raises:
-        ValueError: It is no time string, or one in a unit that cannot be used here; names ``setting``.
+    ``ValueError``, which names ``setting``, if it is none, or in a unit that cannot be used here.
     """
     if value is None:
         return None
@@ -30,11 +29,7 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
 
 
 def reached(time: Time, state: State) -> bool:
-    """Whether ``time`` has passed at the present batch.
-
-    Raises:
-        ValueError: A share of the run (``dur``) was asked for and the run has no ``max_duration``.
-    """
+    """Whether ``time`` has passed at the present batch; ``ValueError`` for a share of a run without an end."""
     if time.unit != TimeUnit.DURATION:
         return state.timestamp.get(time.unit) >= time
     elapsed = state.get_elapsed_duration()
@@ -46,13 +41,7 @@ def reached(time: Time, state: State) -> bool:
 class Window:
     """A part of a run, from ``start_time`` until before ``end_time``; None stands for the run's own begin and end.
 
-    Args:
-        start_time: Composer time string, or None.
-        end_time: Composer time string, or None.
-        fault: What an empty window would mean, for its error.
-
-    Raises:
-        ValueError: One is no time string, or the window is empty.
+    ``ValueError`` if one is no time string, or the window is empty, which ``fault`` puts into words.
     """
 
     def __init__(self, start_time: str | None, end_time: str | None, fault: str) -> None:

@@ -32,8 +32,8 @@ def depth_of(denoiser: nn.Module) -> int:
 
 def tokens_per_block(savers: Iterable[Any], depth: int, num_tokens: int) -> list[int]:
     """How many tokens each block sees while the algorithms ``savers`` are on: the fewest that one of them leaves it."""
-    counting = [saver for saver in savers if hasattr(saver, 'tokens_per_block')]
-    counts = [[num_tokens] * depth, *(saver.tokens_per_block(depth, num_tokens) for saver in counting)]
+    counts = [[num_tokens] * depth]
+    counts += [saver.tokens_per_block(depth, num_tokens) for saver in savers if hasattr(saver, 'tokens_per_block')]
     return [min(tokens) for tokens in zip(*counts, strict=True)]
 
 
@@ -66,10 +66,7 @@ def count_macs(denoiser: nn.Module, facts: dict[str, Any], savers: Savers = Mapp
 
 
 def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
-    """The prediction, without arithmetic: its shape, and what autograd would save.
-
-    ``UserError`` if an algorithm does not fit the network.
-    """
+    """The prediction, without arithmetic: its shape, and what autograd would save; ``UserError`` if one cannot fit."""
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
     # [B, C, H, W] noisy latents, and [B] times and labels.

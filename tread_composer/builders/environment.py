@@ -15,30 +15,23 @@ from tread_composer.core.masking import without_secrets
 
 __all__ = ['environment']
 
-_PACKAGES = {
-    'torchvision': 'torchvision',
-    'composer': 'mosaicml',
-    'streaming': 'mosaicml-streaming',
-    'mlflow': 'mlflow',
-    'numpy': 'numpy',
-    'diffusers': 'diffusers',
-    'torch_fidelity': 'torch-fidelity',
-    'tread_composer': 'tread_composer',
-}
+_PACKAGES = (
+    'torchvision', 'composer', 'streaming', 'mlflow', 'numpy', 'diffusers', 'torch_fidelity', 'tread_composer',
+)  # fmt: skip
+_DISTRIBUTIONS = {'composer': 'mosaicml', 'streaming': 'mosaicml-streaming'}  # where the names differ
 # In a word of the command line, whose value is then left out.
 _SECRET_WORDS = ('token', 'password', 'secret', 'key=')
 
 
 def environment() -> dict[str, Any]:
-    """Describe the software and the machine, ready for JSON.
+    """The software and the machine, ready for JSON. A package that is not installed has the version None.
 
-    Environment variables are left out on purpose, and so are the values of command-line arguments that look like
-    credentials. A package that is not installed has the version None.
+    Environment variables are left out, and so are the values of command-line arguments that look like credentials.
     """
     return {
         'python': platform.python_version(),
         'platform': platform.platform(),
-        'packages': {'torch': torch.__version__, **{name: _version(package) for name, package in _PACKAGES.items()}},
+        'packages': {'torch': torch.__version__, **{name: _version(name) for name in _PACKAGES}},
         'code': _code(Path(__file__).resolve().parent),
         'command': [without_secrets(_without_secret(word)) for word in sys.argv],
         'cpu': _cpu(),
@@ -52,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return metadata.version(_DISTRIBUTIONS.get(package, package))
     except metadata.PackageNotFoundError:
         return None
 

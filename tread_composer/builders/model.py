@@ -98,11 +98,7 @@ def build_model(
 
 
 def check_fit(config: Config) -> None:
-    """Refuse what cannot work with the data, as far as is known before any are made. Writes nothing.
-
-    Raises:
-        UserError: The data contradict the configuration, the model does not fit them, or an epoch would be empty.
-    """
+    """Refuse what cannot work with the data, as far as is known before any are made. Writes nothing."""
     manifest = planned_manifest(config)
     if manifest is None:
         return

@@ -1,17 +1,23 @@
-"""The data of a run: made or found, held against the configuration, before anything is built."""
+"""The data of a run: made or found, held against the configuration before anything is built, read in batches."""
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from composer.utils import dist
+from torch.utils.data import DataLoader
 
 from tread_composer.config import Config
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards, fetch_descriptions
 from tread_composer.data.digits import digits_manifest, prepare_digits
+from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
 __all__ = [
+    'build_loaders',
     'check_expectations',
     'identity',
     'planned_manifest',
@@ -19,6 +25,11 @@ __all__ = [
     'split_folders',
     'with_planned_numbers',
 ]
+
+_READER_SETTINGS = (
+    'cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout', 'num_canonical_nodes',
+)  # fmt: skip
+"""Settings of ``data`` that go to the reader as they are; null leaves the reader's default."""
 
 
 def split_folders(config: Config) -> dict[str, str]:
@@ -30,10 +41,7 @@ def split_folders(config: Config) -> dict[str, str]:
 
 
 def planned_manifest(config: Config) -> Manifest | None:
-    """What the training data say about themselves, or will when they are made; None if that cannot be known yet.
-
-    ``UserError`` if there is a manifest, and it is broken.
-    """
+    """What the training data say about themselves, or will when they are made; None if that cannot be known yet."""
     if config.data.name == 'digits':
         return digits_manifest('train')
     folder = Path(config.data.local) / config.data.train_split
@@ -49,8 +57,7 @@ def with_planned_numbers(config: Config) -> Config:
 def prepare_data(config: Config) -> dict[str, Manifest]:
     """Make the digits if they are not there; check every split before a step is taken. Manifests by split.
 
-    Raises:
-        UserError: A split is missing or damaged, or contradicts the configuration.
+    ``UserError`` if one is missing or damaged, or contradicts the configuration.
     """
     remote = getattr(config.data, 'remote', None)
     if config.data.name == 'digits':
@@ -114,3 +121,30 @@ def identity(manifest: Manifest) -> dict[str, Any]:
         'permutation_seed',
     )  # fmt: skip
     return {**{name: getattr(manifest, name) for name in names}, 'latent_shape': list(manifest.latent_shape)}
+
+
+def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataLoader, DataLoader | None]:
+    """Training and evaluation batches; Composer's distributed state must be initialised."""
+    data, ranks, names = config.data, dist.get_world_size(), split_folders(config)
+    common: dict[str, Any] = {'num_workers': data.num_workers}
+    training: dict[str, Any] = {'shuffle_seed': config.seed if data.shuffle_seed is None else data.shuffle_seed}
+    remote = None
+    if data.name == 'latents':
+        remote = data.remote
+        if data.num_workers is None:
+            common['num_workers'] = 8 if remote else 2  # local shards need workers only where the disk is slow
+        if splits['train'].mirrored and data.mirror is not False:
+            training['mirror_seed'] = config.seed
+        settings = {name: getattr(data, name) for name in _READER_SETTINGS}
+        common |= {name: value for name, value in settings.items() if value is not None}
+
+    def place(split: str) -> dict[str, Any]:
+        uri = None if remote is None else f'{remote.rstrip("/")}/{names[split]}'
+        local, num_classes = os.path.join(data.local, names[split]), splits[split].num_classes
+        return {'local': local, 'remote': uri, 'num_classes': num_classes, **common}
+
+    # Sizes in the YAML are those of all ranks together.
+    train = train_loader(batch_size=config.global_train_batch_size // ranks, **place('train') | training)
+    if 'eval' not in splits:
+        return train, None
+    return train, eval_loader(batch_size=config.global_eval_batch_size // ranks, **place('eval'))

@@ -72,8 +72,7 @@ def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
 def check_run_folder(config: Config) -> None:
     """Refuse a run folder that another configuration has begun: its checkpoints would be continued or overwritten.
 
-    Raises:
-        ResumeError: ``save_folder`` holds a run with other decisive settings; lists each difference.
+    The ``ResumeError`` lists each difference of the decisive settings.
     """
     if config.save_folder is None:
         return
@@ -99,12 +98,9 @@ def check_run_folder(config: Config) -> None:
 
 
 def check_load_path(config: Config) -> None:
-    """Refuse to load a checkpoint that is damaged, not one of a run, or could run code, before anything is written.
+    """Refuse a checkpoint that is damaged, not one of a run, or could run code, before anything is written.
 
     The run's own newest one if it goes on from that; ``load_path`` otherwise, unless it is not here (a URI).
-
-    Raises:
-        UserError: Nothing can be loaded from there.
     """
     if config.autoresume:
         newest, _ = newest_whole(run_folder(config))
@@ -153,19 +149,21 @@ def _check_remote(address: str) -> None:
 def locked_run(config: Config) -> Iterator[None]:
     """Let no other process train in the run's folder while the block runs: two would write over each other's files.
 
-    The lock dies with its process. On network file systems it holds between nodes where the system has locks across
-    them (NFS 3 with its lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has
-    none.
+    The lock dies with its process. It holds between nodes where their file system has locks across them (NFS 3 with its
+    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none.
 
     Raises:
-        UserError: Another process trains there (its host and number are named), the folder cannot be made, or its file
-            system has no locks.
+        UserError: Another process trains there, the folder cannot be made, or its file system has no locks.
     """
     if config.save_folder is None or '://' in config.save_folder:
         yield
         return
-    absent = [path for path in (run_folder(config), *run_folder(config).parents) if not path.exists()]
-    folder = _made(config)
+    folder = run_folder(config)
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
     busy = (
         f'{folder}: another process trains this run now ({{holder}}). Wait for its end, or give this run a name of its '
         f'own: run_name=...'
@@ -183,23 +181,11 @@ def locked_run(config: Config) -> Iterator[None]:
             raise
 
 
-def _made(config: Config) -> Path:
-    folder = run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'save_folder: {config.save_folder!r} cannot be made: {error}') from None
-    return folder
-
-
 def write_run_files(config: Config, manifest: Manifest) -> None:
-    """Write ``config.yaml``, ``data.json`` (the manifest) and ``environment.json`` into the run's folder, on rank 0.
-
-    ``latent_normalization`` must be numbers by now.
-    """
+    """Write ``config.yaml``, ``data.json`` (the manifest) and ``environment.json`` into the run's folder, on rank 0."""
     if config.save_folder is None or dist.get_global_rank() != 0:
         return
-    folder = _made(config)
+    folder = run_folder(config)
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
     write_atomically(folder / 'environment.json', json.dumps(environment(), indent=2).encode())

@@ -10,11 +10,10 @@ import torch
 from composer import Callback, Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
-from tread_composer.algorithms.rules import never_sharded
+from tread_composer.algorithms.rules import limits
 from tread_composer.autoencoders import KL
-from tread_composer.builders.data import build_loaders
 from tread_composer.builders.model import build_model
-from tread_composer.builders.run_data import identity, prepare_data
+from tread_composer.builders.run_data import build_loaders, identity, prepare_data
 from tread_composer.builders.run_folder import (
     check_run_folder,
     decisive_settings,
@@ -52,15 +51,13 @@ def build_trainer(
     Raises:
         UserError: Data, checkpoint or run folder contradict the configuration.
     """
-    check_run_folder(config)
     splits = prepare_data(config) if splits is None else splits
-    if config.latent_normalization is not None:
-        config = config.normalized(splits['train'].mean, splits['train'].std)
-        check_run_folder(config)
+    config = config.normalized(splits['train'].mean, splits['train'].std)
+    check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
     contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
-    if any(never_sharded(part.instance) for part in config.algorithms.values()):
+    if any('shard' in limits(part.instance) for part in config.algorithms.values()):
         contract['ranks'] = dist.get_world_size()
     algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
     model = build_model(config, splits['train'], algorithms=algorithms)
@@ -103,8 +100,8 @@ def build_trainer(
 
 def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collection[int]) -> list[Callback]:
     """Those of every run, those of the configuration, and the saver of a local folder."""
-    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole()]
-    callbacks += [ResumeContract(contract), UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches)]
+    guard = UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches)
+    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract), guard]
     callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
     folder = config.save_folder
     if folder is None or '://' in folder:
@@ -143,11 +140,7 @@ def _choose_attention(config: Config, denoiser: Any) -> None:
 
 @contextlib.contextmanager
 def _signal_files_by_node() -> Iterator[None]:
-    """Where nodes wait for a file in the run's folder, give each node its own.
-
-    Composer takes the first node's name for all; on a shared disk the first node to remove the file leaves the others
-    with ``FileNotFoundError``.
-    """
+    """Give each node a file of its own to wait for: on a shared disk the first to remove it fails the others."""
     original = dist.get_node_signal_file_name
     dist.get_node_signal_file_name = lambda *args, **kwargs: f'{original(*args, **kwargs)}_{dist.get_node_rank()}'
     try:
@@ -182,10 +175,9 @@ def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> 
 
 
 def compile_blocks(denoiser: Any, **settings: Any) -> None:
-    """Compile each block of a network in place, with settings of ``torch.compile``: parameters keep their names.
+    """Compile each block of a network in place: for several processes, whose DDP and FSDP break a whole graph.
 
-    For several processes, whose DDP and FSDP break a graph of the whole forward pass. A block is what the network's
-    ``fsdp_wrap_fn`` says FSDP is to gather at once; ``UserError`` if it has none.
+    A block is what the network's ``fsdp_wrap_fn`` says FSDP is to gather at once; ``UserError`` if it has none.
     """
     if not hasattr(denoiser, 'fsdp_wrap_fn'):
         raise UserError(

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +28,12 @@ from tread_composer.io.checkpoints import (
     write_digests,
 )
 from tread_composer.io.files import UNFINISHED, to_disk
+from tread_composer.io.progress import to_stderr
 from tread_composer.io.ranks import agreed, gathered, nodes_without, send_file
 
-__all__ = ['WholeCheckpointSaver', 'checkpoint_names']
+__all__ = ['WholeCheckpointSaver']
 
 Result = TypeVar('Result')
-
-
-def checkpoint_names(template: str) -> re.Pattern[str]:
-    """What the names of a run's checkpoints match, without ``.pt``; a template has Composer's ``{batch}``."""
-    pattern = re.escape(template.removesuffix('.pt')).replace(r'\{batch\}', r'(?P<batch>\d+)')
-    return re.compile(re.sub(r'\\\{(\w+)\\\}', r'[^/]+', pattern))
 
 
 class WholeCheckpointSaver(CheckpointSaver):
@@ -60,12 +54,8 @@ class WholeCheckpointSaver(CheckpointSaver):
         self._root = Path(format_name_with_dist(self.folder, state.run_name))
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Put right what is in the folder: the model is sharded by now, and the checkpoint not chosen yet.
-
-        Raises:
-            UserError: The folder cannot be written to, or its newest checkpoint is of the other kind, file or folder.
-        """
-        self._on_first_rank(lambda: self._put_right(state, self._latest(state)))
+        """Put right what is in the folder: the model is sharded by now, and the checkpoint not chosen yet."""
+        self._on_first_rank(lambda: self._put_right(state))
         if dist.get_world_size() > dist.get_local_world_size():
             self._reach_all_nodes(state)
 
@@ -89,10 +79,7 @@ class WholeCheckpointSaver(CheckpointSaver):
             send_file(latest, nodes)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse to train where checkpoints of later batches are; with ``overwrite`` those are renamed.
-
-        By their batch they would be taken for the newest of this run.
-        """
+        """Refuse to train where checkpoints of later batches are, which count as newest; ``overwrite`` renames them."""
         self._on_first_rank(lambda: self._make_way(state))
         super().fit_start(state, logger)
 
@@ -107,23 +94,21 @@ class WholeCheckpointSaver(CheckpointSaver):
                     f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '
                     f'(autoresume=true), take another run_name, or let it be replaced (save_overwrite=true)'
                 )
-            aside = set_aside(path, '.replaced')
-            print(f'{path}: now {aside.name}, as this run begins at batch {batch}', file=sys.stderr, flush=True)
+            to_stderr(f'{path}: now {set_aside(path, ".replaced").name}, as this run begins at batch {batch}')
 
     def _latest(self, state: State) -> Path | None:
         return None if self.latest_filename is None else Path(self.latest_filename.format(state))
 
-    def _put_right(self, state: State, latest: Path | None) -> None:
-        leftovers = remove_unfinished(self._root)
+    def _put_right(self, state: State) -> None:
+        latest, leftovers = self._latest(state), remove_unfinished(self._root)
         newest, damaged = newest_whole(self._root, self._names(state))
         for path, reason in damaged.items():
-            print(f'{path}: damaged, now {set_aside(path).name}: {reason}', file=sys.stderr, flush=True)
+            to_stderr(f'{path}: damaged, now {set_aside(path).name}: {reason}')
         if newest is None:
             if latest is not None and latest.is_symlink():
                 latest.unlink()
             if damaged or leftovers:
-                text = 'holds no whole checkpoint, so the run starts from its beginning'
-                print(f'{self._root}: {text}', file=sys.stderr, flush=True)
+                to_stderr(f'{self._root}: holds no whole checkpoint, so the run starts from its beginning')
             return
         if newest.is_dir() != state.fsdp_sharded_state_dict_enabled:
             kind, expected = ('sharded', 'full') if newest.is_dir() else ('full', 'sharded')
@@ -135,9 +120,16 @@ class WholeCheckpointSaver(CheckpointSaver):
             point_to(latest, newest)
 
     def _names(self, state: State) -> list[re.Pattern[str]]:
-        """Of both kinds: a run that was sharded before must not begin anew without a word."""
+        """What the names of its checkpoints match, without ``.pt``.
+
+        Of both kinds: a run that was sharded before must not begin anew without a word.
+        """
         prefix = getattr(state.fsdp_config, 'sharded_ckpt_prefix_dir', None) or 'ep{epoch}-ba{batch}'
-        return [checkpoint_names(self.filename.filename), checkpoint_names(prefix)]
+        names = []
+        for template in (self.filename.filename, prefix):  # with Composer's placeholders
+            pattern = re.escape(template.removesuffix('.pt')).replace(r'\{batch\}', r'(?P<batch>\d+)')
+            names.append(re.compile(re.sub(r'\\\{(\w+)\\\}', r'[^/]+', pattern)))
+        return names
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""

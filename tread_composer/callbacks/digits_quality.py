@@ -29,23 +29,11 @@ class DigitsQuality(Evaluation):
     ``digits/recognised`` and ``digits/frechet_distance``; in ``<folder>/results.json`` they are called
     ``recognised_digits_500`` and ``fd_digits_500``.
 
-    Args:
-        interval: A Composer time string. (Default: only at the end.)
-        folder: Where ``results.json`` goes. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
+    Args beside those of ``Evaluation``:
         num_samples: Images, as many of each digit as of the others.
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
-        seed: Image i has the seed ``seed + i``, as with the command ``sample``.
-
-    Raises:
-        UserError: ``num_samples`` is no multiple of 10, or at ``Event.FIT_START`` the model has not ten classes or
-            there are no averaged weights.
     """
 
     owner: ClassVar[str] = 'digits_quality'
-    shows_grid: ClassVar[bool] = False  # sample_grid shows the digits
 
     def __init__(
         self,

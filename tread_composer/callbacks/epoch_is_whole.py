@@ -13,14 +13,10 @@ __all__ = ['EpochIsWhole']
 
 
 class EpochIsWhole(Callback):
-    """Compares the batches of each finished epoch with the number that the data loader promised.
-
-    Runs on ``Event.EPOCH_END``, before the epoch's checkpoint, and raises ``UserError`` where batches are missing. A
-    data loader without a length is not checked.
-    """
+    """Compares the batches of each finished epoch with the number that the data loader promised, if it has one."""
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Compare."""
+        """Compare, before the epoch's checkpoint; ``UserError`` where batches are missing."""
         if state.dataloader_len is None or state.previous_timestamp is None:
             return
         # The timestamp already counts the next epoch here; the previous one still holds the epoch that ended.

@@ -15,7 +15,6 @@ from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
 from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
-from tread_composer.io.picture_grid import shown_in_grid
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
 from tread_composer.metrics.drawing import Draws
@@ -37,43 +36,26 @@ class Evaluation(SamplingCallback):
 
     Each rank draws and looks at its share; the features are gathered, not the images, and the first rank measures. The
     numbers go to the loggers (``metrics.protocol.series_name``) and, each with its protocol, into
-    ``<folder>/results.json``; a grid of some of the images goes to the loggers and into ``<folder>/evaluation``.
-    Below 50,000 images the name of a metric says how many there were (``fid_10000``). Weights, seed and settings decide
-    the number; the numbers of ranks and of images in a call move it by rounding alone.
+    ``<folder>/results.json``. Below 50,000 images the name of a metric says how many there were (``fid_10000``).
+    Weights, seed and settings decide the number; the numbers of ranks and of images in a call move it by rounding
+    alone. Images that are not finite make a number impossible: that is logged, and training goes on.
 
-    Runs on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and on
-    ``Event.FIT_END``. Images that are not finite make a number impossible: that is logged, and training goes on.
-
-    Args:
-        reference: What to compare with: a folder of images, an npz of ADM's suite, MDS images, or ``digits``.
-        interval: A Composer time string. (Default: only at the end.)
-        metrics: Names in ``metrics.METRICS``, or ``package.module:Class``; ``prc`` is precision and recall.
+    Args beside those of ``SamplingCallback`` and ``Measurement``:
         features: A name in ``metrics.FEATURES``, or ``package.module:Class``; with ``'digits'`` FID is called
             ``fd_digits``.
-        inception: File of Inception's weights. (Default: ``metrics.inception.find_weights`` says where.)
-        inception_sha256: Its hash, if it is not the published file.
         num_samples: Images.
         labels: ``'balanced'``, as many of each class; or ``'random'``, drawn by the seed.
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
         seed: Image i has the seed ``seed + i``, as with the command ``sample``.
         batch_size: Images drawn and looked at in one go on a rank.
-        kid_subset_size: Images in each random subset of KID.
-        folder: Where numbers and grids go. ``{run_name}`` is filled in. (Default: ``runs/{run_name}``.)
-        cache: Where the reference's features are kept. (Default: ``~/.cache/tread_composer``.)
 
     Raises:
-        UserError: A setting is impossible; or at ``Event.FIT_START`` the reference or the weights of Inception are
-            missing or not what they must be, or do not go with the model.
+        UserError: Also where the reference or the weights of Inception are missing or not what they must be.
     """
 
     default_folder: ClassVar[str] = '.'
     """In the folder of a run that is described by a YAML file."""
 
     owner: ClassVar[str] = 'evaluation'
-    shows_grid: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -212,22 +194,15 @@ class Evaluation(SamplingCallback):
         measurer, rule = self._measurer, Draws.in_turn if self.labels == 'balanced' else Draws.at_random
         assert measurer is not None
         draws = rule(self.num_samples, bare_model(state).num_classes, self.seed)
-        pictured, rows = shown_in_grid(draws.labels) if self.shows_grid else ([], [])
         batches, num_left = self._batches()
-        broken, parts, kept = 0, [], {}
+        broken, parts = 0, []
         # To the end whatever comes: a sharded model needs all ranks to draw.
         for indices, labels, images_BCRR in self.images(state, draws, batches):
             images_BCRR, num_left = images_BCRR[:num_left], max(0, num_left - len(indices))
-            kept |= {i: image for i, image in zip(indices, images_BCRR, strict=False) if i in pictured}
             finite = images_BCRR.isfinite().flatten(1).all(1)  # one for each image
             broken += int((~finite).sum())
             finite_labels = [label for label, is_finite in zip(labels, finite, strict=False) if is_finite]
             parts += measurer.look([to_uint8(images_BCRR[finite])] if finite.any() else [], finite_labels)
-        # A few images from each rank
-        shown = {index: image for share in dist.all_gather_object(kept) for index, image in share.items()}
-        if rows and measurer.ranks.is_first:
-            images_NCRR, folder = torch.stack([shown[i] for i in pictured]), self.folder_of(state) / 'evaluation'
-            self.keep_grid(images_NCRR, rows, state, logger, 'evaluation', folder)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)

@@ -1,7 +1,7 @@
 """Tracking with MLflow: one run per run name, in a sqlite file unless told otherwise, without a network.
 
-A thin layer over Composer's `MLFlowLogger`, whose defaults lose parameters, report a crash as FINISHED, follow
-environment variables to other stores and write beside the working directory.
+A layer over Composer's `MLFlowLogger`, whose defaults lose parameters, report a crash as FINISHED, follow environment
+variables to other stores and write beside the working directory.
 
 **What a run is bound to.** A run is found by its name within its experiment. It is continued only if a checkpoint was
 loaded (the timestamp is beyond batch 0); training that starts at batch 0 under a name that is taken opens a new run,
@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.io.files import check_writable
+from tread_composer.io.progress import to_stderr
 
 __all__ = ['PATIENCE', 'MLflowRun']
 
@@ -84,7 +85,7 @@ class MLflowRun(MLFlowLogger):
         self.folder, uri = _store(folder, tracking_uri)
         if dist.get_global_rank() == 0:
             self._prepare_store(experiment_name, uri, local=tracking_uri is None)
-        with _without_environment(() if uri.startswith('databricks') else _REDIRECTIONS):
+        with _environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
             super().__init__(
                 experiment_name,
                 tags=dict(tags or {}),
@@ -96,21 +97,18 @@ class MLflowRun(MLFlowLogger):
                 log_duplicated_metric_every_n_steps=1,
             )
         self.tracking_uri = uri  # the base class sets it on rank 0 only
+        self.run_id: str | None = None  # known from Event.INIT on, on rank 0
         self._watch: RunWatch | None = None
         self._client: Any = None
-        self._id: str | None = None
-        self._earlier: dict[str, str] | None = None  # id and status of the run of this name from before
+        self._earlier: Any = None  # the run of this name from before, as it was
         self._pending: list[tuple[str, float, int, int]] = []
         self._last_flush = time.monotonic()
-        self._fitting = self._evaluating = self._done = False
+        self._begun: set[str] = set()  # what has not come to its end
+        self._done = False
 
     @staticmethod
     def check_store(folder: str | None = None, tracking_uri: str | None = None, **others: object) -> str:
-        """Whether the store answers, without making it; with the constructor's arguments.
-
-        Raises:
-            UserError: It does not, is damaged, or is of another version of MLflow.
-        """
+        """Whether the store answers, without making it; ``UserError`` if not. Takes the constructor's arguments."""
         disable_mlflow_telemetry()
         _, uri = _store(folder, tracking_uri)
         database = Path(uri.removeprefix('sqlite:///'))
@@ -147,11 +145,6 @@ class MLflowRun(MLFlowLogger):
                 f'`mlflow experiments restore --experiment-id {experiment.experiment_id}`.'
             )
 
-    @property
-    def run_id(self) -> str | None:
-        """The MLflow run, known from ``Event.INIT`` on, on rank 0."""
-        return self._id
-
     def ui_command(self) -> str:
         """The command that shows the store in a browser; for a server, its address."""
         if _is_server(self.tracking_uri):
@@ -175,24 +168,23 @@ class MLflowRun(MLFlowLogger):
             experiment = client.get_experiment_by_name(str(self.experiment_name))
             assert experiment is not None  # made by the constructor
             runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{state.run_name}"')
-            self._earlier = {'id': runs[0].info.run_id, 'status': runs[0].info.status} if runs else None
+            self._earlier = runs[0].info if runs else None
         self._begin(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
-        box = [self._earlier]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is not None and int(state.timestamp.batch) == 0:
+        is_taken = dist.all_gather_object(self._earlier is not None)[0]
+        if is_taken and int(state.timestamp.batch) == 0:
             self._leave_earlier_run(state.run_name)
             self._begin(state, logger)
-            if dist.get_global_rank() == 0:
-                self._client.set_tag(box[0]['id'], 'tread_composer.superseded_by', self._id)
+            if self._earlier is not None:
+                self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
         super().after_load(state, logger)
 
     def _begin(self, state: State, logger: Logger) -> None:
         owner = uuid.uuid4().hex
         self.tags[OWNER_TAG] = owner
-        with _without_environment(_REDIRECTIONS):
+        with _environment({}, without=_REDIRECTIONS):
             super().init(state, logger)
         if dist.get_global_rank() == 0:
             import mlflow
@@ -200,22 +192,20 @@ class MLflowRun(MLFlowLogger):
             self._client = mlflow.MlflowClient(self.tracking_uri)
             active = mlflow.active_run()
             assert active is not None
-            self._id = active.info.run_id
-            self._watch = RunWatch(self.tracking_uri, self._id, owner)
+            self.run_id = active.info.run_id
+            self._watch = RunWatch(self.tracking_uri, self.run_id, owner)
 
     def _leave_earlier_run(self, run_name: str) -> None:
         """Give the earlier run back as it was, under a tag by which it is not found again."""
-        if dist.get_global_rank() != 0:
+        if self._earlier is None:  # on the other ranks
             return
         import mlflow
 
-        assert self._earlier is not None and self._watch is not None
+        assert self._watch is not None
+        self._client.set_tag(self._earlier.run_id, 'run_name', f'{run_name} (superseded)')
         # A run that still counted as RUNNING had died together with its watcher.
-        status = 'FAILED' if self._earlier['status'] == 'RUNNING' else self._earlier['status']
-        self._client.set_tag(self._earlier['id'], 'run_name', f'{run_name} (superseded)')
-        mlflow.end_run(status)
+        mlflow.end_run('FAILED' if self._earlier.status == 'RUNNING' else self._earlier.status)
         self._watch.finished()
-        self._earlier = None
 
     # --- what is logged ---
 
@@ -242,29 +232,29 @@ class MLflowRun(MLFlowLogger):
         if self._client is None:
             return
         changed = self._log_new_params(flat)
-        stored = [file.path for file in self._client.list_artifacts(self._id) if file.path.startswith('config')]
+        stored = [file.path for file in self._client.list_artifacts(self.run_id) if file.path.startswith('config')]
         if not stored:
-            self._client.log_text(self._id, yaml_text, 'config.yaml')
+            self._client.log_text(self.run_id, yaml_text, 'config.yaml')
         elif changed:
-            self._client.log_text(self._id, yaml_text, f'config_resumed_{len(stored)}.yaml')
-            self._client.set_tag(self._id, 'tread_composer.changed_settings', '; '.join(changed)[:5000])
+            self._client.log_text(self.run_id, yaml_text, f'config_resumed_{len(stored)}.yaml')
+            self._client.set_tag(self.run_id, 'tread_composer.changed_settings', '; '.join(changed)[:5000])
 
     def _log_new_params(self, params: dict[str, Any]) -> list[str]:
         """Log the parameters that the run does not have; returns ``name: old -> new`` for those that differ."""
         from mlflow.entities import Param
 
-        stored = self._client.get_run(self._id).data.params
+        stored = self._client.get_run(self.run_id).data.params
         named = {re.sub(r'[^\w\-./ :]', '_', name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
         new = [Param(name, value) for name, value in named.items() if name not in stored]
         for start in range(0, len(new), _PARAMS_A_REQUEST):
-            self._client.log_batch(self._id, params=new[start : start + _PARAMS_A_REQUEST])
+            self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_REQUEST])
         changed = {name: value for name, value in named.items() if stored.get(name, value) != value}
         return [f'{name}: {stored[name]} -> {value}' for name, value in changed.items()]
 
     def log_file(self, path: str | Path, artifact_folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, under its own name; replaces one of that name."""
         if self._client is not None:
-            self._client.log_artifact(self._id, str(path), artifact_folder)
+            self._client.log_artifact(self.run_id, str(path), artifact_folder)
 
     def flush(self) -> None:
         """Write the collected metrics. A store that cannot be written keeps them waiting and does not end training."""
@@ -276,7 +266,7 @@ class MLflowRun(MLFlowLogger):
         try:
             while self._pending:
                 metrics = [Metric(*entry) for entry in self._pending[:_METRICS_A_REQUEST]]
-                self._client.log_batch(self._id, metrics=metrics)
+                self._client.log_batch(self.run_id, metrics=metrics)
                 del self._pending[: len(metrics)]
         except Exception as error:  # a server that is away, a locked or full disk: no reason to stop training
             log.warning('MLflow could not be written, %d values wait for the next try: %s', len(self._pending), error)
@@ -290,33 +280,37 @@ class MLflowRun(MLFlowLogger):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Training has begun and not ended."""
-        self._fitting, self._done = True, False
-
-    def eval_before_all(self, state: State, logger: Logger) -> None:
-        """An evaluation that does not come to its end is a failure, behind the training too."""
-        self._evaluating = True
-
-    def eval_after_all(self, state: State, logger: Logger) -> None:
-        """The evaluation came to its end."""
-        self._evaluating = False
-        self.flush()
+        self._begun.add('fit')
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Training came to its end."""
-        self._fitting, self._done = False, True
-        self.flush()
+        self._ended('fit')
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """An evaluation that does not come to its end is a failure, behind the training too."""
+        self._begun.add('eval')
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """The evaluation came to its end."""
+        self._ended('eval')
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         """A run that only evaluates is finished; one whose training failed before is not."""
-        self._evaluating, self._done = False, self._done or not self._fitting
+        self._ended('eval')
 
     def predict_end(self, state: State, logger: Logger) -> None:
         """As for an evaluation."""
-        self._done = self._done or not self._fitting
+        self._ended('predict')
 
     def finished(self) -> None:
         """Training did all that it should: the run will be FINISHED when the Trainer closes."""
-        self._fitting, self._evaluating, self._done = False, False, True
+        self._begun.clear()
+        self._done = True
+
+    def _ended(self, what: str) -> None:
+        self._begun.discard(what)
+        self._done = True
+        self.flush()
 
     def post_close(self) -> None:
         """Write what is left and set the status. Replaces the base class's, which sets FINISHED after a crash too."""
@@ -330,7 +324,7 @@ class MLflowRun(MLFlowLogger):
                 time.sleep(pause)
         if self._pending:
             log.error('MLflow could not be written: %d values are lost', len(self._pending))
-        mlflow.end_run('FINISHED' if self._done and not self._evaluating else 'FAILED')
+        mlflow.end_run('FINISHED' if self._done and not self._begun else 'FAILED')
         if self._watch is not None:
             self._watch.finished()
         self._client = None
@@ -354,12 +348,11 @@ def _ask(uri: str) -> None:
     shown = without_password(uri)
     is_server = uri.startswith(('http:', 'https:'))
     if is_server:
-        print(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s', file=sys.stderr, flush=True)
+        to_stderr(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s')
     patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(int(PATIENCE / 2))}
-    saved = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
+        with _environment(patience):
+            MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # of requests, sqlalchemy, sqlite or MLflow itself
         reason = without_password(str(error).strip().partition('\n')[0])[:400]
         remedy = 'Is the server up, the address right, its password set (MLFLOW_TRACKING_USERNAME, _PASSWORD)?'
@@ -367,9 +360,6 @@ def _ask(uri: str) -> None:
             remedy = 'Put a copy of it back, upgrade it (mlflow db upgrade), or take another (loggers.mlflow.folder).'
         text = f'loggers.mlflow: the store {shown} cannot be used: {reason}. {remedy}'
         raise UserError(f'{text} Without tracking: loggers.mlflow=null') from None
-    finally:
-        for name, value in saved.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _is_server(uri: str) -> bool:
@@ -377,9 +367,13 @@ def _is_server(uri: str) -> bool:
 
 
 @contextlib.contextmanager
-def _without_environment(names: tuple[str, ...]) -> Iterator[None]:
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _environment(values: Mapping[str, str], without: Collection[str] = ()) -> Iterator[None]:
+    """Variables for a while, and none of the names in ``without``."""
+    saved = {name: os.environ.pop(name) for name in (*values, *without) if name in os.environ}
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        for name in values:
+            del os.environ[name]
+        os.environ.update(saved)

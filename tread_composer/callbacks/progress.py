@@ -1,16 +1,15 @@
 """Progress of a run: a plain line now and then, in a terminal as in a log file, where a bar would write thousands."""
 
-import sys
 import time
 from collections import deque
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from composer.core import State, TimeUnit
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from tread_composer.io.progress import duration
+from tread_composer.io.progress import duration, to_stderr
 
 __all__ = ['ProgressLines']
 
@@ -18,7 +17,7 @@ _SMOOTHED = 50  # batches whose mean loss is printed: that of one batch says mor
 
 
 class ProgressLines(LoggerDestination):
-    """Prints the state of training on rank 0: the first batch, every ``seconds``, and the last one.
+    """Prints the state of training on rank 0, to standard error: the first batch, every ``seconds``, and the last one.
 
     Batch, mean loss of the last 50, learning rate, images per second over all ranks, gradient norm (from
     ``UpdateGuard``), the largest GPU memory of this rank, remaining time. Evaluation and sampling count in the
@@ -26,11 +25,10 @@ class ProgressLines(LoggerDestination):
 
     Args:
         seconds: Time between two lines.
-        stream: Where to print. (Default: standard error as it is when training starts.)
     """
 
-    def __init__(self, seconds: float = 10.0, stream: TextIO | None = None) -> None:
-        self.seconds, self._stream = seconds, stream
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
         self._start = self._last_line = 0.0
         self._batch_start = self._in_batches = 0.0
         self._samples = 0
@@ -93,7 +91,7 @@ class ProgressLines(LoggerDestination):
 
     def _print(self, line: str) -> None:
         if dist.get_global_rank() == 0:
-            print(line, file=self._stream or sys.stderr, flush=True)
+            to_stderr(line)
 
 
 def _share_done(state: State) -> float:

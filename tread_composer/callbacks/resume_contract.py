@@ -10,13 +10,10 @@ __all__ = ['ResumeContract']
 
 
 class ResumeContract(Callback):
-    """Writes the settings that decide training into every checkpoint and compares them when one is resumed.
+    """Writes the settings that decide training, a tree of plain values, into every checkpoint; compares on resuming.
 
     Composer itself loads a checkpoint without ``Tread``, with another route or another learning rate without a word
     (the optimizer's saved learning rate then wins). Loading weights alone (``load_weights_only``) compares nothing.
-
-    Args:
-        settings: A tree of plain values, for example the parts of the resolved configuration that matter.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:

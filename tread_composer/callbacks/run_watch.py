@@ -4,9 +4,8 @@
 ever. The watcher waits on a pipe from the training process. The word ``finished`` means that training has set the
 status itself; a pipe that closes without it, or a parent that is gone, means that it could not.
 
-The file is started as a script and imports nothing but the standard library until it has something to report, so it
-costs about 10 MB. It dies with the training process only where everything does (a container that is removed, a batch
-system that kills the whole job); the run then stays RUNNING until it is resumed.
+The file is started as a script and imports the standard library alone until it has something to report (10 MB). Where
+everything dies (a container, a batch system's whole job) the run stays RUNNING until it is resumed.
 """
 
 import json
@@ -28,10 +27,8 @@ _POLL_SECONDS = 1.0
 class RunWatch:
     """The training process's end of the pipe.
 
-    Args:
-        tracking_uri: The MLflow store of the run. Handed over in the pipe: it may hold a password.
-        run_id: The run to mark.
-        owner: The value of `OWNER_TAG` on the run as long as this process owns it.
+    ``owner`` is the value of ``OWNER_TAG`` on the run as long as this process owns it. The store's address goes into
+    the pipe, not into the command: it may hold a password.
     """
 
     def __init__(self, tracking_uri: str, run_id: str, owner: str) -> None:

@@ -9,10 +9,12 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model
+from tread_composer.autoencoders.pixels import to_tiles
+from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
 from tread_composer.core.bounds import NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
-from tread_composer.io.picture_grid import shown_classes
+from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import class_grid, png_bytes, shown_classes
 from tread_composer.metrics.drawing import Draws
 
 __all__ = ['SampleGrid']
@@ -24,25 +26,13 @@ class SampleGrid(SamplingCallback):
     """Draws a labelled grid of samples at an interval and at the end of training.
 
     Writes ``<folder>/ba000800.png`` and the same picture as ``latest.png``, and hands both to every logger that has a
-    ``log_file``. The images of a column share their noise. Given weights and seed the picture is always the same.
-    Runs on ``Event.BATCH_CHECKPOINT`` or ``Event.EPOCH_CHECKPOINT`` (after the weights were averaged), and
-    ``Event.FIT_END``.
+    ``log_file``. Rows have the model's ``class_names``, else numbers; the images of a column share their noise. Given
+    weights and seed the picture is always the same.
 
-    Args:
-        interval: A Composer time string, e.g. ``'1ep'`` or ``'200ba'``.
-        folder: Where the pictures go. ``{run_name}`` is filled in. (Default: ``runs/{run_name}/samples``.)
+    Args beside those of ``SamplingCallback``:
         classes: The classes of the rows. (Default: all if there are at most 10, else the first 8.)
-        class_names: Names of all classes of the model, in order. (Default: the model's ``class_names``, else numbers.)
         samples_per_class: Images in a row.
-        sampler: Name of a sampler.
-        num_steps: Its steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
         seed: Seed of the first column; the next ones count on.
-
-    Raises:
-        UserError: a setting is impossible, or at ``Event.FIT_START`` a class is unknown or there are no averaged
-            weights.
     """
 
     default_folder: ClassVar[str] = 'samples'
@@ -56,7 +46,6 @@ class SampleGrid(SamplingCallback):
         *,
         folder: str = 'runs/{run_name}/samples',
         classes: Sequence[int] | None = None,
-        class_names: Sequence[str] | None = None,
         samples_per_class: Annotated[int, Ge(1), Le(1000)] = 10,
         sampler: str = 'heun',
         num_steps: Steps = 25,
@@ -67,19 +56,13 @@ class SampleGrid(SamplingCallback):
         if samples_per_class < 1:
             raise UserError(f'samples_per_class: {samples_per_class} must be at least 1')
         super().__init__(interval, folder, sampler, num_steps, guidance_scale, weights)
-        self.classes, self.class_names = classes, class_names
-        self.samples_per_class, self.seed = samples_per_class, seed
+        self.classes, self.samples_per_class, self.seed = classes, samples_per_class, seed
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first picture."""
         del logger
         self.check(state)
         count = bare_model(state).num_classes
-        if self.class_names and len(self.class_names) != count:
-            raise UserError(
-                f'callbacks.sample_grid.class_names: {len(self.class_names)} names for the {count} classes of the '
-                'model; give one for each'
-            )
         absent = [label for label in self._rows(state) if not 0 <= label < max(count, 1)]
         if absent:
             raise UserError(f'callbacks.sample_grid.classes: {absent} are not classes of the model, which has {count}')
@@ -97,8 +80,18 @@ class SampleGrid(SamplingCallback):
         numbers = range(len(draws.labels))
         batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
         images_NCHW = torch.cat([images for _, _, images in self.images(state, draws, batches)])
-        if dist.get_global_rank() == 0:
-            self.keep_grid(images_NCHW, rows, state, logger, 'samples', self.folder_of(state), self.class_names or ())
+        if dist.get_global_rank() != 0:
+            return
+        batch, names = int(state.timestamp.batch), getattr(bare_model(state), 'class_names', ())
+        title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
+        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
+        broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
+        if broken:  # a picture is no reason to end a run, but it must not look healthy either
+            title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
+        content, folder = png_bytes(class_grid(to_tiles(images_NCHW), rows, names, title)), self.folder_of(state)
+        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
+            write_atomically(path, content)
+            log_file(logger, path, 'samples')
 
     def _rows(self, state: State) -> list[int]:
         classes = range(bare_model(state).num_classes)

@@ -15,12 +15,9 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tread_composer.autoencoders.pixels import to_tiles
 from tread_composer.core.errors import UserError
 from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
-from tread_composer.io.files import write_atomically
-from tread_composer.io.picture_grid import class_grid, png_bytes
 from tread_composer.io.progress import Progress
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
@@ -43,28 +40,23 @@ class SamplingCallback(Callback):
     routing is off.
 
     Args:
-        interval: A Composer time string; None for the end alone.
+        interval: A Composer time string, e.g. ``'1ep'`` or ``'200ba'``; None for the end alone.
         folder: Where files go. ``{run_name}`` is filled in.
         sampler: Name of a sampler.
         num_steps: Its steps.
-        guidance_scale: Scale of classifier-free guidance; 1 is none.
+        guidance_scale: Classifier-free guidance; 1 is none.
         weights: ``'ema'`` for the averaged weights, ``'raw'`` for those in training.
 
     Raises:
-        UserError: ``weights`` is neither, or ``num_steps`` is below 1.
+        UserError: A setting is impossible; or at ``Event.FIT_START`` it does not go with the model, or there are no
+            averaged weights.
     """
 
     owner: ClassVar[str]
     """Name of the callback in a configuration, for messages."""
 
     def __init__(
-        self,
-        interval: str | None,
-        folder: str,
-        sampler: str,
-        num_steps: int,
-        guidance_scale: float,
-        weights: Weights,
+        self, interval: str | None, folder: str, sampler: str, num_steps: int, guidance_scale: float, weights: Weights
     ) -> None:
         if weights not in get_args(Weights):
             raise UserError(f"weights: {weights!r} is neither 'ema' nor 'raw'")
@@ -93,11 +85,7 @@ class SamplingCallback(Callback):
         return Path(self.folder.format(run_name=state.run_name))
 
     def check(self, state: State) -> int:
-        """Refuse at the start what would fail at the first picture: draw one in a single step; its side in pixels.
-
-        Raises:
-            UserError: The model cannot sample or decode like this, or there are no averaged weights to sample with.
-        """
+        """Refuse at the start what would fail at the first picture: draw one in a single step; its side in pixels."""
         if not hasattr(bare_model(state), 'sample'):
             raise UserError(
                 f'callbacks.{self.owner}: the model is a {type(bare_model(state)).__name__}, which cannot draw samples '
@@ -126,17 +114,10 @@ class SamplingCallback(Callback):
     def images(
         self, state: State, draws: Draws, batches: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Sequence[int], list[int], Tensor]]:
-        """Draw batch by batch; the first rank prints rate and remaining time.
+        """Draw batch by batch: numbers, labels and images, float32 ``[B, C, H, W]`` on the CPU, about -1 to 1.
 
-        Every rank has to draw equally many batches: a sharded model gathers its weights on all ranks.
-
-        Args:
-            state: The run's state.
-            draws: Labels and seeds.
-            batches: Numbers of the images of each batch of this rank.
-
-        Yields:
-            Numbers of the images, their labels, and the images: float32 ``[B, C, H, W]`` on the CPU, about -1 to 1.
+        ``batches`` are numbers of images. Every rank has to draw equally many: a sharded model gathers its weights on
+        all of them. The first one prints rate and remaining time.
         """
         label = f'{self.owner} at batch {int(state.timestamp.batch)}'
         progress = Progress(label, sum(map(len, batches)), 'images', show=dist.get_global_rank() == 0)
@@ -144,40 +125,6 @@ class SamplingCallback(Callback):
         for indices, labels, images_BCHW in draws.images(draw, batches):
             yield indices, labels, images_BCHW
             progress.add(len(indices))  # behind what was done with them: measuring takes time, too
-
-    def keep_grid(
-        self,
-        images_NCHW: Tensor,
-        row_labels: Sequence[int | None],
-        state: State,
-        logger: Logger,
-        artifacts: str,
-        folder: Path,
-        class_names: Sequence[str] = (),
-    ) -> None:
-        """Write a grid with a row for each class as ``ba000800.png`` and ``latest.png``, and hand both to the loggers.
-
-        Args:
-            images_NCHW: Row after row, 1 or 3 channels, -1 to 1; what lies beyond is cut. Images that are not finite
-                are shown grey, and the title says so.
-            row_labels: Class of each row; None repeats the one above.
-            state: Names the run and the batch.
-            logger: The run's logger.
-            artifacts: Where the pictures go within a logger.
-            folder: Where they go on disk.
-            class_names: Names of all classes. (Default: those of the model, else their numbers.)
-        """
-        batch = int(state.timestamp.batch)
-        title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
-        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
-        broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
-        if broken:  # a picture is no reason to end a run, but it must not look healthy either
-            title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title
-        names = class_names or getattr(bare_model(state), 'class_names', ())
-        content = png_bytes(class_grid(to_tiles(images_NCHW), row_labels, names, title))
-        for path in (folder / f'ba{batch:06d}.png', folder / 'latest.png'):
-            write_atomically(path, content)
-            log_file(logger, path, artifacts)
 
     def _draw(self, state: State, labels: list[int], seeds: list[int], num_steps: int) -> Tensor:
         model = bare_model(state)

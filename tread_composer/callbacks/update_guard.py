@@ -2,10 +2,9 @@
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import Callback, State
@@ -16,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import to_stderr
 
-__all__ = ['ON_NONFINITE', 'OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
+__all__ = ['OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
 
 OnNonfinite = Literal['stop', 'skip', 'rewind']
-ON_NONFINITE: tuple[OnNonfinite, ...] = ('stop', 'skip', 'rewind')
 
 _HISTORY = 100  # norms whose median a spike is measured against
 _MIN_HISTORY = 20  # the first updates of a run are large
@@ -39,9 +38,8 @@ class RewindError(Exception):
 class UpdateGuard(Callback):
     """Looks at the gradient of each batch before the optimizer does.
 
-    A gradient that holds NaN or infinity never reaches weights, averages or checkpoints: the check runs on
-    ``Event.AFTER_TRAIN_BATCH``, all ranks decide alike, and a skipped batch leaves the optimizer's state as it was.
-    Under fp16 the gradient scaler does this work, as it does in every Trainer, and the guard leaves it alone.
+    A gradient that holds NaN or infinity never reaches weights, averages or checkpoints: all ranks decide alike, and a
+    skipped batch leaves the optimizer's state as it was. Under fp16 the gradient scaler does this work.
 
     Logs ``gradient_norm``, measured before any clipping, and ``skipped_updates``, the count of this run.
 
@@ -63,8 +61,8 @@ class UpdateGuard(Callback):
         spike_factor: float | None = None,
         skipped_batches: Collection[int] = (),
     ) -> None:
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose one of {", ".join(ON_NONFINITE)}')
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose one of {", ".join(get_args(OnNonfinite))}')
         if spike_factor is not None and not spike_factor > 1:
             raise ValueError(f'spike_factor={spike_factor}: a multiple of the median gradient norm, so more than 1')
         self.on_nonfinite, self.spike_factor = on_nonfinite, spike_factor
@@ -134,7 +132,7 @@ class UpdateGuard(Callback):
         self._skipped += 1
         self._skipped_in_a_row += 1
         if dist.get_global_rank() == 0:
-            print(f'{text} Skipped: {self._skipped} so far', file=sys.stderr, flush=True)
+            to_stderr(f'{text} Skipped: {self._skipped} so far')
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise UserError(
                 f'{text}\nThis was the {_MAX_SKIPPED}th batch in a row that had to be skipped: the weights have '
@@ -147,7 +145,8 @@ def gradient_norm(state: State) -> Tensor:
 
     Under FSDP each rank has its shards, and the squares are summed over the ranks; under DDP every rank has it all.
     """
-    gradients = [_local(parameter.grad) for parameter in state.model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # type: ignore[attr-defined]
@@ -160,10 +159,6 @@ def gradient_norm(state: State) -> Tensor:
     return square.sqrt()
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
 def _drop_gradients(state: State) -> None:
     # Every optimizer of torch passes over parameters without a gradient, moments included.
     for parameter in state.model.parameters():
@@ -172,20 +167,15 @@ def _drop_gradients(state: State) -> None:
 
 def _samples(state: State) -> str:
     """The samples to look at: those whose latents are not finite on any rank, else all of the batch."""
-    ids, is_bad = _ids_and_faults(state.batch)
-    shares = dist.all_gather_object((ids, is_bad))
-    bad = [sample for ids, is_bad in shares for sample, fault in zip(ids, is_bad, strict=True) if fault]
+    batch, rows = state.batch, []
+    if isinstance(batch, dict) and SAMPLE_IDS in batch and RAW_LATENTS in batch:
+        finite_B = batch[RAW_LATENTS].flatten(1).isfinite().all(1)
+        rows = list(zip(batch[SAMPLE_IDS].tolist(), finite_B.tolist(), strict=True))
+    rows = [row for share in dist.all_gather_object(rows) for row in share]
+    bad = [sample for sample, is_finite in rows if not is_finite]
     if bad:
         return f'Latents that are not finite: {_named(state, bad)}.'
-    samples = [sample for ids, _ in shares for sample in ids]
-    return f'Its latents are finite; samples: {_named(state, samples)}.' if samples else 'Its samples have no ids.'
-
-
-def _ids_and_faults(batch: Any) -> tuple[list[int], list[bool]]:
-    if not isinstance(batch, dict) or SAMPLE_IDS not in batch or RAW_LATENTS not in batch:
-        return [], []
-    finite_B = batch[RAW_LATENTS].flatten(1).isfinite().all(1)
-    return batch[SAMPLE_IDS].tolist(), (~finite_B).tolist()
+    return f'Its latents are finite; samples: {_named(state, dict(rows))}.' if rows else 'Its samples have no ids.'
 
 
 def _named(state: State, samples: Iterable[int]) -> str:

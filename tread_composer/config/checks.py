@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-from tread_composer.algorithms.rules import (
-    cannot_work,
-    conflict,
-    never_resumes,
-    never_sharded,
-    without_checkpoints_only,
-)
+from tread_composer.algorithms.rules import conflict, limits
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.places import place_problems
 from tread_composer.config.registry import is_ours, resolve
@@ -104,13 +98,14 @@ def _composers(config: Config) -> Iterator[Problem]:
     """What Composer's own algorithms cannot do; beside one of ours, a Trainer written by hand refuses the same."""
     for name, component in config.algorithms.items():
         path, remedy, algorithm = ('algorithms', name), f'take it out (algorithms.{name}=null)', component.instance
-        reason = conflict(LatentDiffusion, type(algorithm)) or cannot_work(algorithm)
+        reasons = limits(algorithm)
+        reason = conflict(LatentDiffusion, type(algorithm)) or reasons.get('train')
         if reason is not None:
             yield Problem(path, f'cannot work in this run: {reason}; {remedy}')
-        reason = without_checkpoints_only(algorithm)
-        if reason is not None and config.save_folder is not None:
-            yield Problem(path, f'cannot work in this run: {reason}; {remedy}, or save nothing (save_folder=null)')
-        reason = never_resumes(algorithm)
+        if 'save' in reasons and config.save_folder is not None:
+            text = f'cannot work in this run: {reasons["save"]}; {remedy}, or save nothing (save_folder=null)'
+            yield Problem(path, text)
+        reason = reasons.get('resume')
         if reason is not None and config.autoresume:
             instead = 'set autoresume=false and train in one piece'
             yield Problem(path, f'a run with it cannot be resumed: {reason}; {instead}, or {remedy}')
@@ -149,9 +144,9 @@ def _saving(config: Config) -> Iterator[Problem]:
 def _averages(config: Config) -> Iterator[Problem]:
     """Sampling from averaged weights needs an algorithm that averages; Composer's own fails when sharded."""
     for name, part in config.algorithms.items():
-        reason = never_sharded(part.instance)
-        if reason is not None and config.parallelism_config is not None:
-            yield Problem(('algorithms', name), reason)
+        reasons = limits(part.instance)
+        if 'shard' in reasons and config.parallelism_config is not None:
+            yield Problem(('algorithms', name), reasons['shard'])
     averages = any(hasattr(part.instance, 'averaged') for part in config.algorithms.values())
     # What callbacks of other packages mean by `weights` is not known.
     for name, callback in config.callbacks.items():

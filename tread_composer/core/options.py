@@ -8,6 +8,7 @@ import inspect
 import math
 import operator
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -70,15 +71,21 @@ def unwrapped(hint: Any) -> tuple[Any, list[Any]]:
 
 
 def argument_docs(target: Callable[..., Any]) -> dict[str, str]:
-    """The text of each argument in the docstring of a function, or of a class, its constructor and its bases."""
+    """The text of each argument in the docstring of a function, or of a class, its constructor and its bases.
+
+    Where that says "Args beside those of" other functions or classes of its module, theirs too.
+    """
     owners: list[Any] = [target]
     if inspect.isclass(target):  # what a class says of an argument goes before what its base says
         owners = [owner for base in reversed(inspect.getmro(target)) for owner in (base, base.__init__)]
     texts: dict[str, str] = {}
     for owner in owners:
-        block = re.search(r'^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)', inspect.getdoc(owner) or '', re.MULTILINE)
+        text = inspect.getdoc(owner) or ''
+        block = re.search(r'^(?:Args|Attributes)(?: beside those of (.*))?:\n((?:[ \t]+.*\n?|\n)+)', text, re.MULTILINE)
         if block is not None:
-            entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[1], re.MULTILINE)
+            for name in re.findall(r'``(\w+)``', block[1] or ''):
+                texts |= argument_docs(getattr(sys.modules[owner.__module__], name))
+            entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[2], re.MULTILINE)
             texts |= {name: body.partition('\n\n')[0] for name, body in entries}
     return texts
 

@@ -195,10 +195,6 @@ class AlgorithmFacts(Protocol):
         """Rows of ``plan``: a word or two, and the text beside it."""
         ...
 
-    def files_written(self, plan: Mapping[str, Any]) -> Mapping[str, float] | None:
-        """``count`` and ``gib_each`` of the files that it leaves beside the checkpoints; None if not known."""
-        ...
-
     def average_afterwards(self, saved: Mapping[str, Any], folder: Path, width: float, *, allow_inexact: bool) -> Any:
         """An average of the weights (``tensors``, ``facts``) made of its files: for ``--weights posthoc:WIDTH``."""
         ...

@@ -10,7 +10,7 @@ import torch
 from composer.core import Time, TimeUnit
 from torch import Tensor
 
-from tread_composer.algorithms.rules import never_resumes, num_averages, without_checkpoints_only
+from tread_composer.algorithms.rules import limits, num_averages
 from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
 from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import check_expectations, planned_manifest, split_folders
@@ -51,7 +51,7 @@ def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]
     per_rank, micro = config.global_train_batch_size // world_size, config.device_train_microbatch_size
     micro = micro if isinstance(micro, int) else per_rank
     depth = depth_of(denoiser)
-    plan = {
+    return {
         'parameters': _trainable(denoiser),
         'num_tokens': denoiser.num_tokens,
         'depth': depth,
@@ -73,9 +73,6 @@ def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]
         'memory_gib': _memory(config, denoiser, facts, savers, micro),
         **facts,
     }
-    # Files that an algorithm leaves beside the checkpoints; None where there are none.
-    writers = [algorithm for algorithm in algorithms.values() if hasattr(algorithm, 'files_written')]
-    return {**plan, 'snapshots': writers[0].files_written(plan) if writers else None}
 
 
 def _check_nodes(paths: int, world_size: int, nodes: int) -> None:
@@ -97,8 +94,8 @@ def _in_words(route: Route, depth: int) -> str:
 def _limit(named: tuple[str, Any]) -> tuple[str, str]:
     """What a run with an algorithm of Composer's cannot do, with the reasons."""
     name, algorithm = named
-    reasons = {'saved': without_checkpoints_only(algorithm), 'resumed': never_resumes(algorithm)}
-    return name, '; '.join(f'cannot be {verb}: {reason}' for verb, reason in reasons.items() if reason is not None)
+    reasons, words = limits(algorithm), (('save', 'saved'), ('resume', 'resumed'))
+    return name, '; '.join(f'cannot be {verb}: {reasons[limit]}' for limit, verb in words if limit in reasons)
 
 
 def _trainable(denoiser: Any) -> int:

@@ -22,8 +22,8 @@ class DirectionSchedule(AlgorithmBase):
     """Trains with the velocity-direction loss from ``start_time`` to ``end_time`` only.
 
     The weight is ``FlowMatching``'s (``direction_weight``). On ``Event.BATCH_START`` this writes the entry
-    ``direction_switch`` into the batch, 1 or 0 for each sample: nothing is replaced, the microbatch split cuts it like
-    any other entry, and a compiled model sees another value, not another program. Evaluation is not touched.
+    ``direction_switch`` into the batch, 1 or 0 for each sample: a compiled model sees another value, not another
+    program. Evaluation is not touched.
 
     Logs ``direction/switch``.
 
@@ -49,24 +49,13 @@ class DirectionSchedule(AlgorithmBase):
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
         """What speaks against it in a run with this ``Config``: a window of an absent loss would have no effect."""
-        weight = getattr(config.objective.instance, 'direction_weight', None)
-        text = 'opens and closes the velocity-direction loss, and '
-        if weight is None:
-            yield '', f'{text}objective {config.objective.name!r} has none; take flow_matching, or remove this'
-        elif not weight:
-            yield '', f'{text}objective.direction_weight is 0; set it, for example to 1.0, or remove this'
-
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        return {'start_time': self.start_time, 'end_time': self.end_time}
+        if (fault := _fault(config.objective.instance)) is not None:
+            yield '', fault
 
     def _on_init(self, state: State, logger: Logger) -> None:
         super()._on_init(state, logger)
-        if not getattr(getattr(state.model, 'objective', None), 'direction_weight', 0):
-            raise UserError(
-                'algorithms.direction_schedule: the objective of the model has no velocity-direction loss to turn '
-                'on; give it one (objective.direction_weight: 1.0), or take the schedule out'
-            )
+        if (fault := _fault(getattr(state.model, 'objective', None))) is not None:
+            raise UserError(f'algorithms.direction_schedule: {fault}')
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         self._on = self._window.holds(state)
@@ -75,3 +64,15 @@ class DirectionSchedule(AlgorithmBase):
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'direction/switch': float(self._on)})
+
+
+def _fault(objective: Any) -> str | None:
+    """What an objective lacks."""
+    weight = getattr(objective, 'direction_weight', None)
+    if weight:
+        return None
+    fault = 'objective.direction_weight is 0; set it, for example to 1.0, or remove this'
+    if weight is None:
+        name = getattr(objective, 'name', type(objective).__name__)
+        fault = f'objective {name!r} has none; take flow_matching, or remove this'
+    return f'opens and closes the velocity-direction loss, and {fault}'

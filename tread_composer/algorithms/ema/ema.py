@@ -1,8 +1,7 @@
 """``EMA``: a float32 average of the weights that survives resume and another number of ranks.
 
-Composer's own EMA names its tensors after the wrapped model. When the wrapping changes between save and load (2 ranks
-to 1, say) it silently trains on from the averaged weights; under FSDP2 it saves one rank's shard as if it were the
-whole. This one keeps plain names and saves full tensors; in between, each rank averages what it holds.
+Composer's own EMA names its tensors after the wrapped model: when the wrapping changes between save and load (2 ranks
+to 1, say) it trains on from the averaged weights without a word. Under FSDP2 it saves one rank's shard as the whole.
 """
 
 import contextlib
@@ -14,26 +13,23 @@ from composer.core import State, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor
 
-from tread_composer.algorithms.averages import Averages, refuse_hidden_weights
-from tread_composer.algorithms.base import AlgorithmBase
+from tread_composer.algorithms.averages import Averages, AveragingAlgorithm
 from tread_composer.algorithms.schedule import parse_time
 from tread_composer.core.errors import ResumeError
 
 __all__ = ['EMA']
 
 
-class EMA(AlgorithmBase):
+class EMA(AveragingAlgorithm):
     """Average the trainable weights: ``average = decay * average + (1 - decay) * weights`` after each batch.
 
     The average starts as a copy of the weights on ``Event.FIT_START`` (after a checkpoint was loaded), is updated on
     ``Event.BATCH_END``, and stands in for the weights from ``Event.EVAL_START`` to ``Event.EVAL_END``. A checkpoint
-    holds the raw weights under ``state/model`` and the average in this algorithm's state, as full float32 tensors
-    under the plain parameter names. Buffers and parameters that need no gradient are not averaged.
+    holds it in this algorithm's state, as full float32 tensors under the plain parameter names, beside the raw weights.
+    Buffers and parameters that need no gradient are not averaged.
 
-    Under FSDP a rank keeps the average of its own shard alone. Saving gathers one parameter after the other into the
-    main memory of the first rank, and loading reads the full average into that of every rank until training starts.
-    A checkpoint therefore resumes on another number of ranks and under another strategy, as far as Composer can load
-    the weights themselves.
+    Under FSDP a rank keeps the average of its own shard alone. Saving gathers one parameter after the other on the
+    first rank, so a checkpoint resumes on another number of ranks and under another strategy.
 
     Args:
         decay: Share of the old average that stays at an update; DiT, SiT and TREAD use 0.9999 (half-life of 6931
@@ -53,7 +49,6 @@ class EMA(AlgorithmBase):
     joins_later: ClassVar[bool] = True
 
     num_averages: ClassVar[int] = 1
-    """Copies of the trainable weights in float32."""
 
     def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
         if not 0 <= decay < 1:
@@ -66,41 +61,29 @@ class EMA(AlgorithmBase):
         self._averages = Averages('EMA', ['average'])
         self._weights: dict[str, Tensor] | None = None  # the raw weights, while the average stands in for them
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        return {'decay': self.decay, 'update_interval': self.update_interval}
-
     @contextlib.contextmanager
     def averaged(self, state: State) -> Iterator[None]:
         """The model holds the averaged weights inside of this context, and its own again behind it."""
-        swapped_already = self._weights is not None
-        if not swapped_already:
-            self._on_eval_start(state)
+        if self._weights is not None:  # an evaluation has put them there
+            yield
+            return
+        self._on_eval_start(state)
         try:
             yield
         finally:
-            if not swapped_already:
-                self._on_eval_end(state)
+            self._on_eval_end(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and average, full tensors on the CPU of rank 0, which writes them; the other ranks get none.
+        """Settings and average, full tensors on the CPU of rank 0, which writes them. Called on all ranks.
 
-        To be called on all ranks: shards are gathered.
-
-        Raises:
-            RuntimeError: The average stands in for the weights at this moment: what is being saved as the model
-                would not be the model.
+        ``RuntimeError`` while the average stands in for the weights: the checkpoint's model would not be the model.
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
         return {**super().state_dict(), 'average': self._averages.whole().get('average')}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved average; it is laid out like the parameters when training or evaluation starts.
-
-        Raises:
-            ResumeError: It was saved with other settings, or by another algorithm of this name.
-        """
+        """Take over a saved average; ``ResumeError`` if its settings differ, or it is of Composer's ``EMA``."""
         if 'average' not in state:
             raise ResumeError(
                 "EMA: the checkpoint's average is of Composer's own EMA, which this one cannot read. "
@@ -109,13 +92,6 @@ class EMA(AlgorithmBase):
         super().load_state_dict(state)
         # None: saved before training had begun.
         self._averages.load({} if state['average'] is None else {'average': state['average']})
-
-    def _on_init(self, state: State, logger: Logger) -> None:
-        super()._on_init(state, logger)
-        refuse_hidden_weights(self, state)
-
-    def _on_fit_start(self, state: State, logger: Logger) -> None:
-        self._averages.lay_out(state.model)
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self._every == 0:
@@ -131,8 +107,7 @@ class EMA(AlgorithmBase):
 
     @torch.no_grad()
     def _on_eval_end(self, state: State, logger: Logger | None = None) -> None:
-        if self._weights is None:
-            raise RuntimeError('EMA: evaluation ended without having begun; were the events fired out of order?')
+        assert self._weights is not None  # since Event.EVAL_START
         self._averages.lay_out(state.model)  # drops what the forward passes have gathered of the average
         for name, value in self._weights.items():
             self._averages.shards[name].local.copy_(value)

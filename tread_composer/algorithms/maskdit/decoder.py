@@ -29,18 +29,12 @@ def num_kept(num_tokens: int, mask_ratio: float) -> int:
 
 
 class Masking:
-    """The kept tokens of the present training forward: what block list, decoder and objective read."""
+    """What block list, decoder and objective read: the kept tokens of the following training forwards.
 
-    def __init__(self) -> None:
-        self.kept: Tensor | None = None
+    ``kept``: ascending int64 ids ``[B, K]``; None masks nothing. Evaluation never masks.
+    """
 
-    def arm(self, kept_BK: Tensor | None) -> None:
-        """Mask the following training forwards by ascending int64 ids; None masks nothing. Evaluation never masks."""
-        self.kept = kept_BK
-
-    def disarm(self) -> None:
-        """Mask nothing."""
-        self.kept = None
+    kept: Tensor | None = None
 
 
 class _TakeKept:
@@ -55,30 +49,18 @@ class _TakeKept:
         return (take_kept(args[0], self.masking.kept), *args[1:])  # [B, N, D] -> [B, K, D]
 
 
-class DecoderBlock(DiTBlock):
-    """A DiT block of width E whose shifts, scales and gates come from a condition of width D."""
-
-    def __init__(self, hidden_size: int, num_heads: int, condition_size: int) -> None:
-        super().__init__(hidden_size, num_heads, _MLP_RATIO)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, 6 * hidden_size))
-
-
-class DecoderHead(FinalLayer):
-    """A DiT head of width E on a condition of width D: ``[B, N, E] -> [B, N, O]``."""
-
-    def __init__(self, hidden_size: int, patch_values: int, condition_size: int) -> None:
-        super().__init__(hidden_size, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, 2 * hidden_size))
+def _conditioned(part: DiTBlock | FinalLayer, condition_size: int) -> nn.Module:
+    """A block or head of width E whose shifts, scales and gates come from a condition of width D."""
+    outputs = part.adaLN_modulation[1].out_features
+    part.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, int(outputs)))
+    return part
 
 
 class Decoder(nn.Module):
     """From the encoder's tokens to patches of the whole grid (MaskDiT, arXiv 2306.09305, section 3).
 
     It stands where DiT's head stood, under ``final_layer``, and is called like it. ``grid_size`` counts tokens along
-    one side, ``encoder_size`` is D, ``hidden_size`` E, ``patch_values`` O; ``masking`` tells which tokens were kept.
-
-    Raises:
-        ValueError: The sizes do not fit together.
+    one side, ``encoder_size`` is D, ``hidden_size`` E, ``patch_values`` O. ``ValueError`` if these do not fit together.
     """
 
     training_only = ('mask_token',)
@@ -109,8 +91,9 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(hidden_size))
         # A parameter that is never trained, as DiT's own positions.
         self.positions = nn.Parameter(torch.empty(grid_size**2, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DecoderBlock(hidden_size, num_heads, encoder_size) for _ in range(depth))
-        self.head = DecoderHead(hidden_size, patch_values, encoder_size)
+        blocks = (DiTBlock(hidden_size, num_heads, _MLP_RATIO) for _ in range(depth))
+        self.blocks = nn.ModuleList(_conditioned(block, encoder_size) for block in blocks)
+        self.head = _conditioned(FinalLayer(hidden_size, patch_values), encoder_size)
         self.register_load_state_dict_pre_hook(_refuse_weights_without_decoder)
 
     def forward(self, x_BKD: Tensor, condition_BD: Tensor) -> Tensor:
@@ -148,18 +131,18 @@ class Decoder(nn.Module):
         self.positions.copy_(sincos_positions(self.positions.shape[1], self.grid_size))
 
 
-def attach_decoder(denoiser: DiT, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
-    """Make a MaskDiT of a DiT, in place: its own head is gone, since no output would depend on it.
+def attach_decoder(denoiser: nn.Module | None, *, depth: int, hidden_size: int, num_heads: int, seed: int) -> Masking:
+    """Make a MaskDiT of a ``DiT``, in place: its own head is gone, since no output would depend on it.
 
     ``depth``, ``hidden_size`` and ``num_heads`` are those of the decoder; ``seed`` decides its first weights. Applied
-    again with the same settings it returns the masking that is there.
-
-    Returns:
-        The ``Masking``: arm it with kept ids before a training forward.
-
-    Raises:
-        ValueError: The sizes do not fit together, or the network has a decoder of another size, or is no fresh DiT.
+    again with the same settings it returns the masking that is there. ``ValueError`` if the network is no fresh DiT,
+    predicts a variance, or has a decoder of another size, or the sizes do not fit together.
     """
+    if not isinstance(denoiser, DiT):
+        kind = 'nothing' if denoiser is None else f'a {type(denoiser).__name__}'
+        raise ValueError(f'the encoder must be a tread_composer.models.DiT in `model.denoiser`; here is {kind}')
+    if denoiser.out_channels != denoiser.in_channels:
+        raise ValueError('the decoder predicts one channel for each of the latents: set model.learn_sigma to false')
     settings = {'depth': depth, 'hidden_size': hidden_size, 'num_heads': num_heads}
     head: nn.Module = denoiser.final_layer
     if isinstance(head, Decoder):

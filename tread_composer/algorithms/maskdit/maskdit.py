@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from composer.core import State, TimeUnit
@@ -14,7 +14,7 @@ from torch import nn
 from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.maskdit.decoder import Masking, attach_decoder, num_kept
 from tread_composer.algorithms.maskdit.objective import MaskedEDM
-from tread_composer.algorithms.rules import refuse_unfit
+from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.core.batch import SAMPLE_IDS, UNMASKED_TOKENS
 from tread_composer.core.errors import UserError
@@ -40,11 +40,10 @@ class MaskDiT(AlgorithmBase):
     ``EDM``: the reconstruction compares EDM's *denoised latents* with the noisy ones, and is not defined for a network
     that predicts a velocity.
 
-    On ``Event.INIT`` DiT's head ``final_layer`` is replaced by the decoder, the keys of all other weights stay, the
-    objective becomes its masked form, and the optimizer gets the decoder's parameters in place of the head's. On
-    ``Event.BATCH_START`` the kept tokens of the whole device batch are drawn, keyed by (seed, batch, sample).
-    Evaluation and sampling mask nothing and run encoder and decoder on all tokens. What differs from the authors' code
-    is in the method card (README.md).
+    On ``Event.INIT`` DiT's head ``final_layer`` is replaced by the decoder, the objective becomes its masked form, and
+    the optimizer gets the decoder's parameters in place of the head's. The kept tokens are drawn for the whole device
+    batch, keyed by (seed, batch, sample). Evaluation and sampling run encoder and decoder on all tokens. What differs
+    from the authors' code is in the method card (README.md).
 
     Logs ``maskdit/mask_ratio`` and ``maskdit/kept_tokens``; the loss's terms as ``loss/train/dsm`` and
     ``loss/train/mae``.
@@ -69,9 +68,7 @@ class MaskDiT(AlgorithmBase):
         ``Trainer(model=model, algorithms=[MaskDiT()], ...)``
     """
 
-    incompatible_with: ClassVar[Mapping[str, str]] = {  # Tread names MaskDiT
-        'ProgressiveResizing': "it changes the number of tokens, and the decoder's positions are made for one number",
-    }
+    _masking: Masking  # since Event.INIT
 
     def __init__(
         self,
@@ -100,21 +97,15 @@ class MaskDiT(AlgorithmBase):
             )
         self.mask_ratio, self.mae_weight = float(mask_ratio), float(mae_weight)
         self.unmask_time, self.unmask = unmask_time, unmask
-        self.decoder = {'depth': decoder_depth, 'hidden_size': decoder_hidden_size, 'num_heads': decoder_num_heads}
-        self._masking: Masking | None = None
+        self.decoder_depth, self.decoder_hidden_size = decoder_depth, decoder_hidden_size
+        self.decoder_num_heads = decoder_num_heads
         self._num_tokens = 0
         self._ratio, self._kept = 0.0, 0  # of this batch
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that make an equal one."""
-        names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
-        sizes = {f'decoder_{name}': value for name, value in self.decoder.items()}
-        return {**{name: getattr(self, name) for name in names}, **sizes}
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to."""
         names = ('mask_ratio', 'mae_weight', 'unmask_time', 'unmask')
-        return {**{name: getattr(self, name) for name in names}, 'decoder': dict(self.decoder)}
+        return {**{name: getattr(self, name) for name in names}, 'decoder': self._decoder()}
 
     @staticmethod
     def required_on_load() -> bool:
@@ -123,13 +114,8 @@ class MaskDiT(AlgorithmBase):
 
     def problems(self, config: Any) -> Iterator[tuple[str, str]]:
         """What speaks against it in a run with this ``Config``: pairs of a setting ('' for all of it) and a text."""
-        if config.objective.name != 'edm':
-            yield (
-                '',
-                'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of '
-                f'EDM with the noisy ones), and objective.name is {config.objective.name!r}; take objective={{name: '
-                'edm}',
-            )
+        if (fault := _objective_fault(config.objective.instance)) is not None:
+            yield '', fault
         if config.model.name != 'dit':
             yield (
                 '',
@@ -139,11 +125,7 @@ class MaskDiT(AlgorithmBase):
             )
 
     def cost_window(self) -> tuple[str | None, str | None]:
-        """Time strings from and until which tokens are saved: the whole run.
-
-        Raises:
-            UserError: Unmasking changes the cost step by step.
-        """
+        """The whole run, as time strings; ``UserError`` if tokens are unmasked, which changes the cost step by step."""
         if self.unmask_time is not None:
             raise UserError(f'masking changes during the run (unmask_time {self.unmask_time})')
         return None, None
@@ -163,58 +145,39 @@ class MaskDiT(AlgorithmBase):
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Add the decoder to a network on the meta device and mask its training forwards, as at the start of a run.
-
-        Raises:
-            ValueError: The decoder, which the network keeps, does not fit it.
-        """
-        masking = self.attach(denoiser)
+        """Add the decoder to a network on the meta device, which keeps it, and mask its training forwards."""
+        masking = self._attach(denoiser)
         kept = num_kept(denoiser.num_tokens, self.mask_ratio)
         if kept < denoiser.num_tokens:
-            masking.arm(torch.empty(batch_size, kept, dtype=torch.int64, device='meta'))  # shapes are all that counts
+            masking.kept = torch.empty(batch_size, kept, dtype=torch.int64, device='meta')  # shapes are all that counts
         try:
             yield
         finally:
-            masking.disarm()
+            masking.kept = None
 
-    def attach(self, denoiser: nn.Module, seed: int = 0) -> Masking:
-        """Add the decoder to a ``DiT`` (``attach_decoder`` with this algorithm's sizes).
-
-        Raises:
-            ValueError: The network is no ``DiT``, predicts a variance, or the sizes do not fit it.
-        """
-        if not isinstance(denoiser, DiT):
-            raise ValueError(
-                f'the encoder must be a tread_composer.models.DiT in `model.denoiser`; here is {_kind(denoiser)}'
-            )
-        if denoiser.out_channels != denoiser.in_channels:
-            raise ValueError('the decoder predicts one channel for each of the latents: set model.learn_sigma to false')
+    def _attach(self, denoiser: Any, seed: int = 0) -> Masking:
+        masking = attach_decoder(denoiser, **self._decoder(), seed=seed)
         if num_kept(denoiser.num_tokens, self.mask_ratio) < 1:
             raise ValueError(
                 f'mask_ratio: {self.mask_ratio} of {denoiser.num_tokens} tokens leaves none to the encoder; lower it'
             )
-        return attach_decoder(denoiser, **self.decoder, seed=seed)
+        return masking
+
+    def _decoder(self) -> dict[str, int]:
+        return {name: getattr(self, f'decoder_{name}') for name in ('depth', 'hidden_size', 'num_heads')}
 
     def prepare(self, model: nn.Module, seed: int = 0) -> Masking:
         """Add decoder and masked loss to a ``LatentDiffusion``, as on ``Event.INIT``; a second time it does nothing.
 
         To be called before an optimizer with several parameter groups is made: on ``Event.INIT`` it could not be
-        known to which of them the decoder's parameters belong. The run's seed decides the decoder's first weights.
-
-        Raises:
-            ValueError: The model is not as the class says.
+        known to which of them the decoder's parameters belong. ``ValueError`` if the model is not as the class says.
         """
-        objective = getattr(model, 'objective', None)
-        if type(objective) not in (EDM, MaskedEDM):
-            raise ValueError(
-                "the objective must be tread_composer.objectives.EDM in `model.objective` (YAML: objective.name: 'edm')"
-                f'; here is {_kind(objective)}. The reconstruction of masked patches compares the denoised latents of '
-                'EDM with the noisy ones; for another prediction the paper defines none'
-            )
-        denoiser = getattr(model, 'denoiser', None)
-        masking = self.attach(denoiser, seed)  # type: ignore[arg-type]
-        patch_size = denoiser.patch_size  # type: ignore[union-attr]
-        model.objective = MaskedEDM.of(objective, masking, self.mae_weight, patch_size)  # type: ignore[assignment, arg-type]
+        objective: Any = getattr(model, 'objective', None)
+        if (fault := _objective_fault(objective)) is not None:
+            raise ValueError(fault)
+        denoiser: Any = getattr(model, 'denoiser', None)
+        masking = self._attach(denoiser, seed)
+        model.objective = MaskedEDM.of(objective, masking, self.mae_weight, denoiser.patch_size)  # type: ignore[assignment]
         return masking
 
     def _on_init(self, state: State, logger: Logger) -> None:
@@ -228,9 +191,8 @@ class MaskDiT(AlgorithmBase):
                 _hand_over(state.optimizers, head, decoder)
         except ValueError as error:
             raise UserError(f'algorithms.maskdit: {error}') from None
-        refuse_unfit(state)  # the decoder's gates and head start at zero
-        self._num_tokens = denoiser.num_tokens
-        self._masking.disarm()
+        refuse_conflicts(self, state)  # again: the decoder's gates and head start at zero
+        self._num_tokens, self._masking.kept = denoiser.num_tokens, None
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         self._ratio = self._mask_ratio_at(state)
@@ -244,11 +206,11 @@ class MaskDiT(AlgorithmBase):
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
         kept_BK = state.batch.get(UNMASKED_TOKENS)
-        self._attached().arm(None if kept_BK is None else state.device.tensor_to_device(kept_BK))
+        self._masking.kept = None if kept_BK is None else state.device.tensor_to_device(kept_BK)
 
     def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing may run the network again during backward.
-        self._attached().disarm()
+        self._masking.kept = None
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'maskdit/mask_ratio': self._ratio, 'maskdit/kept_tokens': self._kept})
@@ -263,10 +225,16 @@ class MaskDiT(AlgorithmBase):
         begin = float(self._from.value)
         return cosine_ratio(self.mask_ratio, (elapsed.value - begin) / (1 - begin), int(self.unmask[-1]))
 
-    def _attached(self) -> Masking:
-        if self._masking is None:
-            raise RuntimeError('MaskDiT: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
-        return self._masking
+
+def _objective_fault(objective: object) -> str | None:
+    # For the prediction of another objective the paper defines no reconstruction.
+    if type(objective) in (EDM, MaskedEDM):
+        return None
+    name = getattr(objective, 'name', type(objective).__name__)
+    return (
+        'MaskDiT is defined for the objective edm alone (its reconstruction compares the denoised latents of EDM with '
+        f'the noisy ones), and objective.name is {name!r}; take objective={{name: edm}}'
+    )
 
 
 def _hand_over(
@@ -286,7 +254,3 @@ def _hand_over(
     except (RuntimeError, NotImplementedError) as error:  # several optimizers; a head in several groups
         text = ' '.join(str(error).split())
         raise ValueError(f'the optimizer cannot take over the parameters of the decoder: {text} {remedy}') from None
-
-
-def _kind(value: object) -> str:
-    return 'nothing' if value is None else f'a {type(value).__name__}'

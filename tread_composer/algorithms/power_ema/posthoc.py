@@ -95,54 +95,37 @@ def fit_profile(exponents: Sequence[float], batches: Sequence[int], exponent: fl
 
 
 def reconstruct(
-    folder: str | os.PathLike[str],
-    width: float,
-    *,
-    batch: int | None = None,
-    last: str | None = None,
-    allow_inexact: bool = False,
+    folder: str | os.PathLike[str], width: float, *, last: str | None = None, allow_inexact: bool = False
 ) -> Average:
     """The average of this width (``sigma_rel``), from the snapshots in a run's folder.
 
     Args:
         folder: Where the snapshots are.
         width: Relative standard deviation over the run so far.
-        batch: Where the average ends; by default with the last snapshot.
-        last: Digest of the snapshot to count as the last one, as the checkpoint of a run knows it; by default the
+        last: Digest of the snapshot that the average ends with, as the checkpoint of a run knows it; by default the
             newest. Later ones, and those of continuations that were given up, are not used.
         allow_inexact: Take what comes closest even if it is not close, or if snapshots are missing.
 
     Raises:
-        UserError: The snapshots are of several runs, missing or damaged, end before ``batch``, or cannot be put
-            together to what is wanted.
+        UserError: The snapshots are of several runs, missing or damaged, or cannot be put together to what is wanted.
     """
-    exponent = power_exponent(width)
-    snapshots = list_snapshots(folder)
+    exponent, snapshots = power_exponent(width), list_snapshots(folder)
     chain = _chain(snapshots, last, str(folder), allow_inexact)
-    end = chain[-1][1].batch
-    target = end if batch is None else batch
-    if target > end:
-        raise UserError(
-            f'{folder}: the last snapshot is of batch {end}, and the average is to end with {target}; take {end}'
-        )
-    chain = [(path, snapshot) for path, snapshot in chain if snapshot.batch <= target]
-    if not chain:
-        raise UserError(f'{folder}: no snapshot is as early as batch {target}')
+    begin, end = chain[0][1], chain[-1][1]
     gammas = [gamma for _, snapshot in chain for gamma in snapshot.gammas]
     ends = [snapshot.batch for _, snapshot in chain for _ in snapshot.gammas]
-    fit = fit_profile(gammas, ends, exponent, target)
+    fit = fit_profile(gammas, ends, exponent, end.batch)
     if fit.residual > LARGEST_RESIDUAL and not allow_inexact:
-        widths = ', '.join(f'{width:g}' for width in chain[-1][1].widths)
+        widths = ', '.join(f'{width:g}' for width in end.widths)
         raise UserError(
-            f'{folder}: {len(chain)} snapshots (widths {widths}; last of batch {chain[-1][1].batch}) come only within '
-            f'{fit.residual:.1%} of an average of width {width:g} at batch {target}, and more than '
+            f'{folder}: {len(chain)} snapshots (widths {widths}; last of batch {end.batch}) come only within '
+            f'{fit.residual:.1%} of an average of width {width:g} at batch {end.batch}, and more than '
             f'{LARGEST_RESIDUAL:.0%} is refused. Take a width nearer to those, write snapshots more often, or take it '
             f'all the same: --allow-inexact'
         )
-    last_one = chain[-1][1]
     facts = {
-        'sigma_rel': width, 'gamma': exponent, 'batch': target, 'residual': fit.residual, 'snapshots': len(chain),
-        'first': chain[0][1].batch, 'last': last_one.batch, 'unused': len(snapshots) - len(chain), 'run': last_one.run,
+        'sigma_rel': width, 'gamma': exponent, 'batch': end.batch, 'residual': fit.residual, 'snapshots': len(chain),
+        'first': begin.batch, 'last': end.batch, 'unused': len(snapshots) - len(chain), 'run': end.run,
     }  # fmt: skip
     return Average(_summed(chain, fit.coefficients_S), facts)
 

@@ -1,9 +1,5 @@
-"""``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen after training.
+"""``PowerEMA``: averages whose length grows with the run, kept as snapshots, so that it can be chosen afterwards."""
 
-Two power-function averages, written down now and then, are enough to put any length together afterwards (``posthoc``).
-"""
-
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +9,7 @@ from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from tread_composer.algorithms.averages import Averages, refuse_hidden_weights
-from tread_composer.algorithms.base import AlgorithmBase
+from tread_composer.algorithms.averages import Averages, AveragingAlgorithm
 from tread_composer.algorithms.power_ema.posthoc import Average, reconstruct
 from tread_composer.algorithms.power_ema.snapshots import (
     list_snapshots,
@@ -27,19 +22,16 @@ from tread_composer.core.errors import UserError
 
 __all__ = ['PowerEMA']
 
-log = logging.getLogger(__name__)
 
-
-class PowerEMA(AlgorithmBase):
-    """Keep power-function averages of the trainable weights, and write them down at an interval.
+class PowerEMA(AveragingAlgorithm):
+    """Keep power-function averages of the trainable weights, and write them down at an interval (see ``posthoc``).
 
     After batch t, ``average = beta * average + (1 - beta) * weights`` with ``beta = (1 - 1 / t) ** (gamma + 1)``: the
     weights of batch s count as ``s ** gamma``, and the average reaches back over a share of the run so far that does
     not change. The weights in training are never touched, and evaluation does not see the averages.
 
-    Updates on ``Event.BATCH_END``; writes ``<folder>/ba00000500.safetensors`` on ``Event.BATCH_CHECKPOINT`` or
-    ``Event.EPOCH_CHECKPOINT`` when the interval says so and at the end of training, before the checkpoint of that
-    batch. A checkpoint holds the averages as full float32 tensors under the plain parameter names.
+    Writes ``<folder>/ba00000500.safetensors`` when the interval says so and at the end of training, before the
+    checkpoint of that batch, which holds the averages as full float32 tensors under the plain parameter names.
 
     Args:
         widths: Relative standard deviations (``sigma_rel``), one for each average: 0.1 averages, roughly, over the
@@ -80,54 +72,33 @@ class PowerEMA(AlgorithmBase):
         time = parse_time(interval, 'interval')
         if time is None or time.value <= 0:
             raise ValueError(f"interval: {interval!r} is not a time above 0 such as '500ba'")
+        self.num_averages = len(self.widths)
         self._is_due = create_interval_scheduler(interval)
         self._averages = Averages('PowerEMA', self.widths)
         self._run: str | None = None
         self._previous: str | None = None  # digest of the last snapshot
         self._written = 0  # its batch
 
-    @property
-    def num_averages(self) -> int:
-        """Copies of the trainable weights in float32."""
-        return len(self.widths)
-
-    def files_written(self, plan: Mapping[str, Any]) -> dict[str, float] | None:
-        """How many snapshots a run writes (``count``) and the size of each (``gib_each``, GiB); None if not known."""
-        if plan['batches'] is None:
-            return None
-        interval = Time.from_timestring(self.interval)
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints of the snapshots: their number and the space that they take; nothing if not known."""
+        interval, total = Time.from_timestring(self.interval), plan['batches']
         batches = {
             TimeUnit.BATCH: interval.value,
             TimeUnit.EPOCH: interval.value * (plan['batches_per_epoch'] or 0),
             TimeUnit.SAMPLE: interval.value / plan['samples_per_step'],
-            TimeUnit.DURATION: interval.value * plan['batches'],
-        }.get(interval.unit)
-        if not batches:
-            return None
-        gib_each = plan['parameters'] * 4 * len(self.widths) / 2**30  # float32
-        return {'count': math.ceil(plan['batches'] / batches), 'gib_each': gib_each}
-
-    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        """What ``plan`` prints of the snapshots: their number and the space that they take."""
-        files = self.files_written(plan)
-        if files is None:
+            TimeUnit.DURATION: interval.value * (total or 0),
+        }[interval.unit]
+        if total is None or not batches:
             return {}
-        each, count = files['gib_each'], files['count']
-        total = f'{count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
-        return {'snapshots': f'{count:,} files of {each:,.2f} GiB, {total}'}
+        count, each = math.ceil(total / batches), plan['parameters'] * 4 * len(self.widths) / 2**30  # GiB of float32
+        on_disk = f'{count * each:,.1f} GiB on disk in all (algorithms.power_ema.interval)'
+        return {'snapshots': f'{count:,} files of {each:,.2f} GiB, {on_disk}'}
 
     @staticmethod
     def average_afterwards(saved: Mapping[str, Any], folder: Path, width: float, *, allow_inexact: bool) -> Average:
-        """The average of another width that ends with the last snapshot before a checkpoint.
+        """The average of another width that ends with the last snapshot before a checkpoint (``posthoc.reconstruct``).
 
-        Args:
-            saved: What the checkpoint holds of this algorithm.
-            folder: Where the snapshots are.
-            width: Relative standard deviation of the average.
-            allow_inexact: Take it even if the snapshots do not come close to it.
-
-        Raises:
-            UserError: There is no snapshot yet, or as ``posthoc.reconstruct``.
+        ``saved`` is what the checkpoint holds of this algorithm; ``UserError`` if there was no snapshot yet.
         """
         if saved['previous'] is None:
             raise UserError(f'{folder}: the run had written no snapshot yet; take a later checkpoint')
@@ -138,27 +109,16 @@ class PowerEMA(AlgorithmBase):
         return {'widths': list(self.widths)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, averages as full tensors on the CPU of rank 0, and which snapshot was the last.
-
-        To be called on all ranks: shards are gathered.
-        """
+        """Settings, averages as full tensors on the CPU of rank 0, and the last snapshot. Called on all ranks."""
         averages = {str(width): average for width, average in self._averages.whole().items()}
         written = {'run': self._run, 'previous': self._previous, 'written': self._written}
         return {**super().state_dict(), 'averages': averages, **written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved averages; they are laid out like the parameters when training starts.
-
-        Raises:
-            ResumeError: They are of other widths.
-        """
+        """Take over saved averages; ``ResumeError`` if they are of other widths."""
         super().load_state_dict(state)
         self._averages.load({float(width): average for width, average in state['averages'].items()})
         self._run, self._previous, self._written = state['run'], state['previous'], state['written']
-
-    def _on_init(self, state: State, logger: Logger) -> None:
-        super()._on_init(state, logger)
-        refuse_hidden_weights(self, state)
 
     def _on_fit_start(self, state: State, logger: Logger) -> None:
         if self._run is None:
@@ -167,7 +127,7 @@ class PowerEMA(AlgorithmBase):
         if dist.get_global_rank() == 0:
             for path, snapshot in list_snapshots(self._folder(state)):
                 refuse_other_run(snapshot, self._run, path)
-        self._averages.lay_out(state.model)
+        super()._on_fit_start(state, logger)
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
@@ -189,17 +149,8 @@ class PowerEMA(AlgorithmBase):
         averages = self._averages.whole()
         digests: list[Any] = [None]
         if dist.get_global_rank() == 0:
-            snapshot, aside = write_snapshot(
-                self._folder(state), averages, batch=batch, run=self._run, previous=self._previous
-            )
-            digests = [snapshot.digest]
-            if aside is not None:
-                log.warning(
-                    'power_ema: the run was resumed from an earlier checkpoint and has come to other averages at '
-                    'batch %d than before; the old snapshot is kept as %s and not used',
-                    batch,
-                    aside,
-                )
+            folder, previous = self._folder(state), self._previous
+            digests = [write_snapshot(folder, averages, batch=batch, run=self._run, previous=previous).digest]
         dist.broadcast_object_list(digests)  # a sharded checkpoint may hold the state of any rank
         self._previous, self._written = digests[0], batch
 

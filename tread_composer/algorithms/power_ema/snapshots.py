@@ -10,6 +10,7 @@ section 3 and appendix C.
 import dataclasses
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from tread_composer.io.tensors import TensorDigest, write_tensors
 
 __all__ = ['Snapshot', 'list_snapshots', 'posthoc_width', 'power_exponent', 'read_snapshot', 'write_snapshot']
 
+log = logging.getLogger(__name__)
+
 WIDEST = 12**-0.5
 """Relative standard deviation of the plain mean over the whole run (exponent 0, 0.2887): no average is wider."""
 
@@ -33,10 +36,8 @@ _KEY = 'snapshot'  # one metadata entry: safetensors writes several in no fixed 
 def power_exponent(width: float) -> float:
     """The exponent gamma of the power-function average whose standard deviation is ``width`` times the run so far.
 
-    The positive root of ``width = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))``, EDM2 Eq. 123.
-
-    Raises:
-        ValueError: No average has this width.
+    The positive root of ``width = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))``, EDM2 Eq. 123; ``ValueError`` if no
+    average has this width.
     """
     if not 0 < width < WIDEST:
         raise ValueError(f'{width!r} is no width: it is a share of the run so far, above 0 and below {WIDEST:.4f}')
@@ -46,11 +47,7 @@ def power_exponent(width: float) -> float:
 
 
 def posthoc_width(weights: str) -> float | None:
-    """The width that a user names by ``posthoc:0.13``; None for other weights (``ema``, ``raw``).
-
-    Raises:
-        UserError: No average has this width.
-    """
+    """The width that a user names by ``posthoc:0.13``; None for ``ema`` and ``raw``, ``UserError`` if none has it."""
     kind, colon, text = weights.partition(':')
     if kind != 'posthoc' or not colon:
         return None
@@ -92,18 +89,12 @@ def write_snapshot(
     batch: int,
     run: str,
     previous: str | None,
-) -> tuple[Snapshot, Path | None]:
-    """Write the averages of one batch, unless the same are there already.
+) -> Snapshot:
+    """Write the averages of one batch, full tensors by width and parameter's name, unless the same are there already.
 
-    ``averages`` are full tensors by width and parameter's name. Where the file of this batch holds something else (the
-    run was resumed from an earlier checkpoint and did not repeat itself to the bit), that file is kept under another
-    name, and this one takes its place.
-
-    Returns:
-        What was written, and the new name of what was there before, if something else was.
-
-    Raises:
-        UserError: The file is one of another run, or it cannot be written.
+    Where the file of this batch holds something else (the run was resumed from an earlier checkpoint and did not repeat
+    itself to the bit), that file is kept under another name. ``UserError`` if it is one of another run, or cannot be
+    written.
     """
     path = snapshot_path(folder, batch)
     tensors = {f'{width}/{name}': tensor for width, average in averages.items() for name, tensor in average.items()}
@@ -111,20 +102,26 @@ def write_snapshot(
     digest = snapshot.new_digest()
     for name, tensor in sorted(tensors.items()):
         digest.add(name, tensor)
-    snapshot, aside = dataclasses.replace(snapshot, digest=digest.value), None
+    snapshot = dataclasses.replace(snapshot, digest=digest.value)
     try:
         if path.exists():
             existing = read_header(path)
             if existing == snapshot:
-                return snapshot, None
+                return snapshot
             refuse_other_run(existing, run, path)
             names = (path.with_name(f'{path.stem}.given_up{number}.safetensors') for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             os.replace(path, aside)
+            log.warning(
+                'power_ema: the run was resumed from an earlier checkpoint and has come to other averages at batch %d '
+                'than before; the old snapshot is kept as %s and not used',
+                batch,
+                aside,
+            )
         write_tensors(path, tensors, {_KEY: json.dumps({'format': _FORMAT, **dataclasses.asdict(snapshot)})})
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: this snapshot of the averaged weights cannot be written: {error}') from None
-    return snapshot, aside
+    return snapshot
 
 
 def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
@@ -137,21 +134,13 @@ def refuse_other_run(existing: Snapshot, run: str, path: Path) -> None:
 
 
 def list_snapshots(folder: str | os.PathLike[str]) -> list[tuple[Path, Snapshot]]:
-    """All snapshots in a folder by ascending batch, without their tensors and without those that were set aside.
-
-    Raises:
-        UserError: One of the files is damaged or of something else.
-    """
+    """All snapshots in a folder by ascending batch, without their tensors and without those that were set aside."""
     paths = sorted(path for path in Path(folder).glob('ba*.safetensors') if path.stem[2:].isdecimal())
     return [(path, read_header(path)) for path in paths]
 
 
 def read_header(path: str | os.PathLike[str]) -> Snapshot:
-    """What a file says of itself.
-
-    Raises:
-        UserError: It is damaged, or no snapshot.
-    """
+    """What a file says of itself; ``UserError`` if it is damaged, or no snapshot."""
     try:
         with safe_open(path, framework='pt') as file:
             header = json.loads((file.metadata() or {}).get(_KEY, '{}'))
@@ -168,8 +157,7 @@ def read_header(path: str | os.PathLike[str]) -> Snapshot:
 def read_snapshot(path: str | os.PathLike[str]) -> Iterator[tuple[float, str, Tensor]]:
     """Width, parameter's name and tensor, one at a time: all of them may not fit into the memory.
 
-    Raises:
-        UserError: The file is damaged, found out at the latest behind its last tensor: none of them must be used.
+    ``UserError``, at the latest behind the last tensor, if the file is damaged: none of them must be used.
     """
     snapshot = read_header(path)
     digest = snapshot.new_digest()

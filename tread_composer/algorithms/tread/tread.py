@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Settings that are handed to ``apply_tread`` as they are.
 _OF_ROUTING = (
-    'blocks', 'tokens', 'tokens_out', 'token_arguments', 'always_keep', 'shared', 'ordered', 'float32_after'
+    'blocks', 'tokens', 'tokens_out', 'token_arguments', 'always_keep', 'shared', 'ordered', 'float32_after',
 )  # fmt: skip
 
 
@@ -47,14 +47,13 @@ class Tread(AlgorithmBase):
     On ``Event.INIT`` the model's block list is routed (see ``tread_composer.routing.apply_tread``); parameters and
     state-dict keys do not change, evaluation is dense. On ``Event.BATCH_START`` the kept tokens of the whole device
     batch are drawn, another set for each sample, keyed by (seed, batch, sample): they are the same after a resume, an
-    out-of-memory retry or with another microbatch size, and the global generators are left alone. A sample is known by
-    its entry ``sample_ids`` if the batch has one, else by its place in the global batch. With ``shared`` one draw
-    serves all samples of all ranks.
+    out-of-memory retry or with another microbatch size. A sample is known by its entry ``sample_ids`` if the batch has
+    one, else by its place in the global batch.
 
     Logs ``tread/kept_tokens`` (all tokens while routing is off) and ``tread/selection_rate``; with several routes,
     ``tread/route_<k>/...`` for each.
 
-    Args:
+    Args beside those of ``apply_tread``:
         start: First block on the route; negative counts from the end.
         end: Last block on the route, inclusive. The authors' placement is 2 to -4 for every depth.
         selection_rate: Share of the tokens that skip the blocks, in [0, 1).
@@ -62,21 +61,8 @@ class Tread(AlgorithmBase):
         start_time: Composer time string from which on tokens are routed; from the beginning if None.
         end_time: Composer time string from which on routing is off, for example ``'0.92dur'`` (the paper's stage
             (F)); never if None.
-        blocks: Path of the block list within the Composer model; found if there is only one candidate. Several paths,
-            in the order in which the model runs the lists, count as one list; a mapping from paths to settings says
-            what differs in a list (see ``apply_tread``). A second ``Tread`` is refused.
-        tokens: Name of the block's argument with the tokens ``[B, N, D]``; the first one if None.
-        tokens_out: Position of the tokens in a block's tuple output.
-        token_arguments: Further block arguments that belong to their tokens: a list of names, for ``[B, N, ...]``, or
-            a mapping from names to the dimensions that count tokens (see ``apply_tread``). If None, what the module
-            around the block list declares in an attribute ``token_arguments``, as our backbones do; else nothing.
-        always_keep: Number of leading tokens (class token, text) that never skip, or a pair: of leading and of
-            trailing ones. ``selection_rate`` is a share of the rest.
-        shared: One route for all samples of a batch: for token arguments without a dimension for the samples.
-        ordered: The blocks need their tokens in ascending order, as a scan does: leave the check of each block away.
         num_tokens: N, where the module around the block list has no attribute ``num_tokens``. Learnt in the first
             forward pass if None, which ``torch.compile(fullgraph=True)`` cannot trace.
-        float32_after: Run the block behind each route in float32, as the authors' code does.
 
     Raises:
         ValueError: A setting is wrong in itself; on ``Event.INIT``, one that does not fit the model.
@@ -91,6 +77,8 @@ class Tread(AlgorithmBase):
     }
 
     instead_of_two: ClassVar[str] = 'One routes several lists: blocks=[...], and several times: routes=[...]'
+
+    _routing: Routing  # since Event.INIT
 
     def __init__(
         self,
@@ -118,21 +106,21 @@ class Tread(AlgorithmBase):
             )
         if routes is not None and not routes:
             raise ValueError('Tread: routes is empty; leave Tread away to train densely')
-        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes) if routes else (single,)
+        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes or [single])
         self.start_time, self.end_time = start_time, end_time
         both_ends(always_keep)  # refuses what is neither a count nor a pair of counts
+        # Plain copies, as a checkpoint and the representation have them; a text is refused on INIT.
         if isinstance(blocks, Mapping):
             self.blocks: Any = {path: dict(settings or {}) for path, settings in blocks.items()}
         else:
             self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
-        if token_arguments is not None and not isinstance(token_arguments, str):  # a text is refused on INIT
+        if token_arguments is not None and not isinstance(token_arguments, str):
             token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
         self.token_arguments = token_arguments
         self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
         self.shared, self.ordered, self.float32_after = shared, ordered, float32_after
         self._window = Window(start_time, end_time, 'nothing would be routed')
-        self._routing: Routing | None = None
         self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
         self._active = False
@@ -169,10 +157,10 @@ class Tread(AlgorithmBase):
         except ValueError as error:
             yield '', f'{error}; change the route or model.depth'
             return
-        written, needed = self.token_arguments, config.token_arguments()
-        # Without the setting, the network itself says which arguments follow the tokens.
-        missing = [] if written is None else [name for name in needed if name not in written]
-        if written is not None and missing:
+        needed = config.token_arguments()
+        written = needed if self.token_arguments is None else self.token_arguments  # the network says it itself
+        missing = [name for name in needed if name not in written]
+        if missing:
             yield (
                 'token_arguments',
                 f'{list(written)}, but a block of model {config.model.name!r} is also given {", ".join(missing)}, with '
@@ -194,18 +182,14 @@ class Tread(AlgorithmBase):
         return counts
 
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        """What ``plan`` prints of the route: blocks, share of the tokens, and the time of routing where it has one."""
+        """What ``plan`` prints of the route."""
         window = {'start_time': self.start_time, 'end_time': self.end_time}
         schedule = ''.join(f', {name} {time}' for name, time in window.items() if time)
         return {'route': '; '.join(plan['routes']) + schedule}
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Route the training forwards of a network on the meta device, so that their cost can be counted.
-
-        Raises:
-            UserError: The network has no blocks of that name.
-        """
+        """Route a network's training forwards on the meta device; ``UserError`` if it has no blocks of that name."""
         model = nn.Module()  # blocks are named as in the model around the network
         model.denoiser = denoiser
         for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
@@ -260,7 +244,6 @@ class Tread(AlgorithmBase):
         self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
-        routing = self._attached()
         if not self._active:
             return
         ids = None
@@ -279,10 +262,11 @@ class Tread(AlgorithmBase):
             ids = ids[:1] if self.shared else ids
             ids = state.device.tensor_to_device(ids).split(lengths, dim=1)  # one [B, K] for each route
         # The sampler serves sequences of another length than the usual one; it is keyed, so it may be asked twice.
-        routing.arm(ids, num_tokens=self._drawn_for, sampler=functools.partial(self._draw, self._rows[samples]))
+        sampler = functools.partial(self._draw, self._rows[samples])
+        self._routing.arm(ids, num_tokens=self._drawn_for, sampler=sampler)
 
     def _on_after_forward(self, state: State, logger: Logger) -> None:
-        routing = self._attached()
+        routing = self._routing
         if self._active and not routing.used:
             raise RoutingError(
                 'Tread: the training forward never iterated over the routed block list, so nothing was routed '
@@ -300,7 +284,7 @@ class Tread(AlgorithmBase):
 
     def _on_after_backward(self, state: State, logger: Logger) -> None:
         # Not earlier: activation checkpointing around the whole list runs it again during backward.
-        self._attached().disarm()
+        self._routing.disarm()
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         for k, route in enumerate(self.routes):
@@ -330,15 +314,10 @@ class Tread(AlgorithmBase):
         num_kept = self.routes[route].num_kept(num_tokens, self._keeps)
         return keep_lowest(scores_BN, num_kept, always_keep=self._keeps)
 
-    def _attached(self) -> Routing:
-        if self._routing is None:
-            raise RuntimeError('Tread: it must be in the algorithm list of the Trainer from the start (Event.INIT)')
-        return self._routing
-
     @property
     def _keeps(self) -> AlwaysKeep:
         """The tokens that never skip in the first list, for which ids are drawn."""
-        return self._attached().always_keep
+        return self._routing.always_keep
 
 
 def _num_samples(batch: Any) -> int:
