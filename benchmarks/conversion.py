@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tread_composer.conversion.convert import convert
-from tread_composer.conversion.encoding import Encoder, ImageEncoder
+from tread_composer.conversion.encoding import Encoder, image_encoder
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.io.device import available_cores, choose_device, machine_for
@@ -94,7 +94,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             settings = ImageSettings(source=str(folder / 'in'), out=str(folder / f'out{repeat}'), vae=vae, **size)
             with machine_for(device, options.workers, 1):
-                threads, encoder = torch.get_num_threads(), ImageEncoder(settings, device)
+                threads, encoder = torch.get_num_threads(), image_encoder(settings, device)
                 encoder_alone(encoder, batches, 1)  # warm
                 alone = encoder_alone(encoder, batches, max(1, options.images // len(paths)))
             began = time.perf_counter()

@@ -157,7 +157,7 @@ def test_moments_that_were_scaled_are_raw_again(tmp_path: Path):
     stored[:, 3:] = LOGVARS[0].clip(-20, 10) + 2 * np.log(np.abs(scale))[:, None, None]
     members = {f'{row}.latent.npy': npy(stored[row]) for row in range(SAMPLES)}
     write_tar(tmp_path / 'source' / 'a.tar', members | {f'{row}.cls': b'0' for row in range(SAMPLES)})
-    options = ['--layout', 'tread-webdataset', '--kind', 'moments', '--stored-scale=0.5,-2,4', '--stored-shift=1,0,-1']
+    options = ['--layout', 'tread-webdataset', '--kind', 'moments', '--stored-scale', *'0.5 -2 4'.split(), '--stored-shift', *'1 0 -1'.split()]
     assert run([str(tmp_path / 'source'), *options], tmp_path / 'set') == 0
     rows = read(tmp_path / 'set' / 'train')
     which = [int(name.split('/')[1]) for name in rows['name']]
@@ -202,10 +202,9 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         ('lightningdit', ['--autoencoder', 'x/y'], '--autoencoder or --autoencoder-hash, not both'),
         ('lightningdit', ['--mirrors', 'none'], 'belongs to the MaskDiT layouts'),
         ('lightningdit', ['--stored-scale', '0'], 'no scale is zero'),
-        ('lightningdit', ['--stored-scale', '1,2'], '2 numbers for 3 channels'),
+        ('lightningdit', ['--stored-scale', '1', '2'], '2 numbers for 3 channels'),
         ('lightningdit', ['--split', '../train'], 'the name of a folder'),
         ('lightningdit', ['--files', 'x*'], r'no file there matches x\*'),
-        ('lightningdit', ['--compression', 'rar'], "compression 'rar' is not known"),
         ('lightningdit', ['--kind', 'moments'], r'shape \(3, 4, 4\) cannot be channels, height, width of moments'),
         ('maskdit-lmdb', ['--channels', '4'], '384 bytes are no square of 8 channels'),
         ('maskdit-lmdb', ['--channels', '0'], '--channels: 0 must be at least 1'),
@@ -281,7 +280,7 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, capsys: 
     with tarfile.open(tmp_path / 'tars' / 'a.tar', 'w') as file:
         for _ in range(2):
             file.addfile(tarfile.TarInfo('0.cls'), io.BytesIO())
-    assert "'0.cls' occurs twice" in refusal(words, tmp_path, capsys)
+    assert "two cls files of key '0'" in refusal(words, tmp_path, capsys)
     (tmp_path / 'tars' / 'a.tar').write_bytes(b'no tar' * 100)
     assert 'a.tar: not a tar' in refusal(words, tmp_path, capsys)
     (tmp_path / 'tensors').mkdir()
@@ -318,7 +317,7 @@ def test_pickled_arrays_are_read_and_programs_are_not_run(protocol: int, dtype: 
             array_from_pickle(pickle.dumps(array, protocol))
         return
     result = array_from_pickle(pickle.dumps(array, protocol))
-    assert result.dtype == array.dtype and np.array_equal(result, array)
+    assert result.dtype.newbyteorder('=') == array.dtype.newbyteorder('=') and np.array_equal(result, array)
     Trap.sprung.clear()
     for trap in (Trap(), [array, Trap()], np.array([Trap()], object), os.system, {'a': 1}, array.astype(int), None):
         data = pickle.dumps(trap, protocol) if trap is not os.system else b'cposix\nsystem\n.'

@@ -4,7 +4,6 @@ The eye finds what no check does: another autoencoder's latents, wrong class nam
 Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import Tensor
 from tread_composer.autoencoders import KL, Pixels, to_tiles
 from tread_composer.conversion.contents import Content, read_shard
 from tread_composer.core.errors import UserError
+from tread_composer.data.checks import check_agreement
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import Manifest
 from tread_composer.data.shards import read_index
-from tread_composer.io.files import write_atomically
+from tread_composer.io.files import whole_file
 from tread_composer.io.picture_grid import picture_grid
 
 __all__ = ['Drawn', 'draw']
@@ -45,7 +45,6 @@ def draw(
     count: int = 64,
     mirrored: bool = False,
     seed: int = 0,
-    other_weights: bool = False,
     device: str | torch.device = 'cpu',
 ) -> list[Drawn]:
     """Decode samples of a split and write them to a PNG as a grid, in the order of their positions.
@@ -59,7 +58,6 @@ def draw(
         count: How many samples; all if the split has fewer.
         mirrored: Draw the mirrored image's latents at the right of each.
         seed: Decides about the choice.
-        other_weights: Decode with an autoencoder whose weights are not those of the manifest.
         device: Where to decode.
 
     Returns:
@@ -72,18 +70,15 @@ def draw(
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
     manifest = Manifest.load(folder)
-    if count < 1:
-        raise UserError(f'count: {count} must be at least 1')
     if mirrored and not manifest.mirrored:
         raise UserError(f'{folder}: holds no latents of mirrored images; leave --mirrored out')
-    note = _check_autoencoder(folder, manifest, autoencoder, other_weights)
+    _check_autoencoder(folder, manifest, autoencoder)
     drawn, stored_NKHW = _read(folder, manifest, count, mirrored, seed)
     decode = (autoencoder or Pixels()).decode
     latents_NCHW = stored_NKHW.float()[:, : manifest.channels]
     pixels_NCHW = torch.cat([decode(latents.to(device)).cpu() for latents in latents_NCHW.split(_BATCH)])
     broken = int((~pixels_NCHW.isfinite()).flatten(1).any(1).sum())
     words = [
-        *note,
         *([f'{broken} OF {len(pixels_NCHW)} IMAGES ARE NOT FINITE (shown grey)'] if broken else []),
         f'{folder.name}: {len(drawn)} of {manifest.num_samples:,} samples, seed {seed}',
         f'{manifest.kind} of {manifest.autoencoder}' if manifest.autoencoder else 'pixels',
@@ -100,35 +95,21 @@ def draw(
         views=views,
         smallest=_TILE,
     )
-    content = io.BytesIO()
-    picture.save(content, format='PNG')
-    write_atomically(Path(out), content.getvalue())
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as unfinished:
+        picture.save(unfinished, format='PNG')
     return drawn
 
 
-def _check_autoencoder(folder: Path, manifest: Manifest, autoencoder: KL | None, other_weights: bool) -> list[str]:
-    """What the title has to say about the autoencoder."""
+def _check_autoencoder(folder: Path, manifest: Manifest, autoencoder: KL | None) -> None:
     if manifest.kind == 'pixels':
         if autoencoder is not None:
             raise UserError(f'{folder}: holds pixels, which no autoencoder decodes; leave --autoencoder out')
-        return []
-    if autoencoder is None:
+    elif autoencoder is None:
         raise UserError(f'{folder}: holds latents of {manifest.autoencoder}; give it as --autoencoder')
-    if autoencoder.channels != manifest.channels:
-        raise UserError(
-            f'{folder}: latents with {manifest.channels} channels of {manifest.autoencoder}, but {autoencoder.path} '
-            f'decodes {autoencoder.channels}; give the autoencoder of the data'
-        )
-    digest = autoencoder.weight_hash()
-    if digest == manifest.autoencoder_hash:
-        return []
-    if not other_weights:
-        raise UserError(
-            f'{folder}: made with weights {manifest.autoencoder_hash} of {manifest.autoencoder}, but '
-            f'{autoencoder.path} has {digest}. Give the autoencoder of the data, or decode with this one on purpose: '
-            f'--other-weights'
-        )
-    return ['decoded with OTHER WEIGHTS than the data were made with']
+    else:
+        check_agreement(manifest, channels=autoencoder.channels, autoencoder_hash=autoencoder.weight_hash())
 
 
 def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: int) -> tuple[list[Drawn], Tensor]:

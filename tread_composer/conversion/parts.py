@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
+from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.output import upload
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import read_json, to_disk, write_json
 
-__all__ = ['PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
+__all__ = ['PartWriter', 'done_parts', 'part_name', 'remove_unfinished']
 
 _PART_FILE = 'part.json'
 _SHARD_BYTES = 1 << 26
@@ -63,21 +64,6 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink()
 
 
-def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
-    """For each row and channel the sums of x and of x squared over the pixels: float64 ``[B, 2, C]``.
-
-    For moments x is a draw from the posterior, and the sums are its expectations: mean, and mean squared + variance.
-    One row's sums do not depend on the other rows, so statistics do not depend on how rows came in batches.
-    """
-    values = rows_BSHW.astype(np.float64)
-    if kind == 'moments':
-        mean, logvar = np.split(values, 2, axis=1)
-        mean_of_values, second = mean, mean**2 + np.exp(logvar)
-    else:
-        mean_of_values, second = values, values**2
-    return np.stack([mean_of_values.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)
-
-
 class PartWriter:
     """Writes one part.
 
@@ -85,14 +71,11 @@ class PartWriter:
         folder: The split's.
         part: Number of the part.
         encoder: Says what a row is.
-        compression: How the shards are compressed, as ``MDSWriter`` wants it.
         content: What the part is made with; goes into ``part.json``.
     """
 
-    def __init__(
-        self, folder: Path, part: int, encoder: Encoder, compression: str | None, content: dict[str, Any]
-    ) -> None:
-        self.part = part
+    def __init__(self, folder: Path, part: int, encoder: Encoder, content: dict[str, Any]) -> None:
+        self.split, self.part = folder.name, part
         self._folder, self._kind, self._content = folder, encoder.kind, content
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f'{_WRITING}{part_name(part)}-{os.getpid()}-'
@@ -100,7 +83,7 @@ class PartWriter:
         self._writer = MDSWriter(
             out=str(self._place),
             columns=encoder.columns,
-            compression=compression,
+            compression=None,  # would save at most 7% of latents
             hashes=['xxh64'],
             size_limit=_SHARD_BYTES,
             max_workers=1,

@@ -6,7 +6,7 @@ Legend: N samples of a split.
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ class SplitPlan:
         order: int64 ``[N]``, positions in the source.
         part_size: Samples of a part; the last may have fewer.
         note: What was done to the source, for the manifest.
+        content: What its parts must be made with.
+        parts: Those that are finished: number -> what ``part.json`` says.
+        is_finished: Whether the split is whole already.
     """
 
     name: str
@@ -36,11 +39,29 @@ class SplitPlan:
     order: np.ndarray
     part_size: int
     note: str = ''
+    content: dict[str, Any] = field(default_factory=dict)
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    is_finished: bool = False
 
     @property
     def num_parts(self) -> int:
         """How many parts there are."""
         return -(-len(self.order) // self.part_size)
+
+    @property
+    def undone(self) -> list[tuple[str, int]]:
+        """Split and number of each part that is to be made."""
+        return [(self.name, number) for number in range(self.num_parts) if number not in self.parts]
+
+    @property
+    def samples_done(self) -> int:
+        """Samples of finished parts, readable or not."""
+        return sum(len(self.positions(number)) for number in self.parts)
+
+    @property
+    def unreadable(self) -> list[dict[str, str]]:
+        """Name and reason of each sample of the finished parts that could not be read."""
+        return [entry for part in self.parts.values() for entry in part['unreadable']]
 
     def positions(self, part: int) -> np.ndarray:
         """Positions in the source of the samples of a part, in writing order."""
@@ -55,7 +76,7 @@ class SplitPlan:
         for start in range(0, len(positions), batch_size):
             yield positions[start : start + batch_size].tolist()
 
-    def content(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What identifies the samples, their labels and their order: compared when a conversion is continued."""
         digest = hashlib.sha256()
         names, labels = self.source.names, self.source.labels
@@ -93,8 +114,7 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     """A plan for each split that is asked for.
 
     Raises:
-        UserError: A split that does not exist, splits that disagree about the classes, or images to hold out where that
-            cannot be done.
+        UserError: A split that does not exist, or images to hold out where that cannot be done.
     """
     plans = {
         name: SplitPlan(name, source, permutation(len(source), settings.seed, name), settings.part_size)
@@ -106,10 +126,7 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     for name in names:
         if name not in plans:
             raise UserError(f'--splits {name}: {settings.source} has {", ".join(plans)}')
-    chosen = [plans[name] for name in dict.fromkeys(names)]
-    for plan in chosen[1:]:
-        _check_same_classes(chosen[0], plan, settings)
-    return chosen
+    return [plans[name] for name in dict.fromkeys(names)]
 
 
 def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, SplitPlan]:
@@ -126,23 +143,3 @@ def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, Spli
     train = replace(whole, order=whole.order[:-count], note=note.format('all but'))
     val = replace(whole, name='val', order=whole.order[-count:], note=note.format('only'))
     return {**plans, 'train': train, 'val': val}
-
-
-def _check_same_classes(plan: SplitPlan, counterpart: SplitPlan, settings: Settings) -> None:
-    """With other classes the same label would mean something else in each split."""
-    classes, counterparts = plan.source.class_names, counterpart.source.class_names
-    if classes == counterparts:
-        return
-    lines = [
-        f'{settings.source}: {plan.name} has {len(classes):,} classes and {counterpart.name} {len(counterparts):,}, '
-        f'but labels must mean the same in both; complete the data or convert one split with --splits'
-    ]
-    for name, missing in (
-        (plan.name, set(classes) - set(counterparts)),
-        (counterpart.name, set(counterparts) - set(classes)),
-    ):
-        if missing:
-            lines.append(f'  only in {name}: {", ".join(sorted(missing)[:5])} ({len(missing):,})')
-    if len(lines) == 1:
-        lines.append('  the same names in another order')
-    raise UserError('\n'.join(lines))

@@ -5,7 +5,7 @@ latent pixels.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders import open_autoencoder
+from tread_composer.conversion.contents import LOGVAR_RANGE
 from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.encoding import LOGVAR_RANGE, Encoded, Encoder
+from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.sources import Source
@@ -25,12 +26,7 @@ __all__ = ['import_latents']
 
 def import_latents(settings: ImportSettings, *, dry_run: bool = False, log: Callable[[str], None] = print) -> None:
     """Write ``out/split``, or go on with what an earlier call began; see ``Conversion``."""
-
-    def open_splits(encoder: StoredLatents, scratch: Path) -> dict[str, Source]:
-        del scratch
-        return {settings.split: encoder.source}
-
-    Conversion(settings, functools.partial(StoredLatents, settings), open_splits, log).run(dry_run)
+    Conversion(settings, functools.partial(StoredLatents, settings), log).run(dry_run)
 
 
 class StoredLatents(Encoder):
@@ -42,7 +38,7 @@ class StoredLatents(Encoder):
 
     def __init__(self, settings: ImportSettings, device: torch.device) -> None:
         assert settings.resolution is not None  # the settings have asked for it
-        self.device, self.kind = device, settings.stored_kind
+        self.device, self.kind, self.split = device, settings.stored_kind, settings.split
         self.resolution, self.crop = settings.resolution, settings.crop
         self.autoencoder, self.autoencoder_hash = settings.autoencoder_id, settings.autoencoder_hash
         channels, downsampling = settings.channels, None
@@ -64,7 +60,6 @@ class StoredLatents(Encoder):
         self.latent_shape = self._latent_shape(channels, downsampling)
         self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
         self.prepare = self._raw_views
-        self.prepared_bytes = 2 * (1 + self.mirrored) * int(np.prod(self._stored))
         self.content = {
             'layout': settings.layout,
             'kind': self.kind,
@@ -131,6 +126,11 @@ class StoredLatents(Encoder):
             raw_VKHW = np.concatenate([raw_VKHW, logvar.clip(*LOGVAR_RANGE)], axis=1)
         with np.errstate(over='ignore'):  # whoever writes them refuses what is not finite
             return raw_VKHW.astype(np.float16)
+
+    def sources(self, scratch: Path) -> Mapping[str, Source]:
+        """The one split."""
+        del scratch
+        return {self.split: self.source}
 
     def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
         """Nothing is left to be done."""

@@ -9,17 +9,15 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from tread_composer.conversion.images import UnreadableImage
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'OpenFiles', 'RangeSource', 'Request', 'Source', 'check_member',
-    'check_names', 'check_same_classes', 'few', 'in_label_order', 'is_image', 'is_litter', 'read_class_names',
-    'refuse_giant',
+    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'RangeSource', 'Request', 'Source', 'check_names',
+    'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'read_class_names',
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
@@ -27,9 +25,6 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 """Folder and file names that mean a split, and which."""
-
-_MAX_FILE_BYTES = 2**29  # a file above it is no image; reading it would only fill the memory of a worker
-_MAX_OPEN = 64
 
 Kind = TypeVar('Kind', bound='Source')
 
@@ -55,23 +50,18 @@ class Request:
 class Ignored:
     """What lies beside the images: counted and reported, so that nothing is left out silently."""
 
-    litter: int = 0
-    others: collections.Counter[str] = field(default_factory=collections.Counter)
+    files: collections.Counter[str] = field(default_factory=collections.Counter)
     notes: list[str] = field(default_factory=list)
 
     def add(self, parts: Sequence[str]) -> None:
         """Count a file that is not an image."""
-        if is_litter(parts):
-            self.litter += 1
-        else:
-            self.others[PurePosixPath(parts[-1]).suffix.lower() or 'no extension'] += 1
+        suffix = PurePosixPath(parts[-1]).suffix.lower() or 'no extension'
+        self.files['hidden or system' if is_litter(parts) else suffix] += 1
 
     def __str__(self) -> str:
-        texts = [f'{self.litter:,} hidden or system files'] if self.litter else []
-        if self.others:
-            kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.others.items()))
-            texts.append(f'{self.others.total():,} files that are not images ({kinds})')
-        return '; '.join([f'ignored {" and ".join(texts)}'] * bool(texts) + self.notes)
+        kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.files.items()))
+        files = [f'ignored {self.files.total():,} files that are not images ({kinds})'] if kinds else []
+        return '; '.join(files + self.notes)
 
 
 @dataclass
@@ -126,7 +116,7 @@ class Source:
 
         Raises:
             UserError: The file is gone, or has changed since the source was opened.
-            UnreadableImage: This one is damaged within its archive, or too large to be an image.
+            UnreadableImage: This one is damaged within its archive.
         """
         raise NotImplementedError
 
@@ -155,23 +145,12 @@ class Source:
         )
 
 
-def refuse_giant(size: int) -> None:
-    """Raise ``UnreadableImage`` for a size that no image has."""
-    if size > _MAX_FILE_BYTES:
-        raise UnreadableImage(f'{size:,} bytes; more than {_MAX_FILE_BYTES:,} are not read as an image')
-
-
-class OpenFiles:
-    """Files by number, opened when first read in a process, a limited number at once.
-
-    Reads say their offset (``pread``), so that processes which inherited an open file do not disturb each other. Only
-    the paths are pickled.
-    """
+class IndexedFiles:
+    """Files by number, which must stay as they were when they were indexed."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
         self._stamps = [_stamp(os.stat(path)) for path in self.paths]
-        self._open: dict[int, BinaryIO] = {}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """``size`` bytes of file ``number`` from ``offset``.
@@ -179,29 +158,19 @@ class OpenFiles:
         Raises:
             UserError: The file cannot be read, or is not the one that was indexed.
         """
-        data = b''
+        path = self.paths[number]
         try:
-            file = self._open.get(number) or self._opened(number)
-            while len(data) < size:  # a network file system may return less than asked for
-                piece = os.pread(file.fileno(), size - len(data), offset + len(data))
-                if not piece:
-                    raise UserError(f'{self.paths[number]}: ends before an image that it held. Start again')
-                data = data + piece if data else piece
+            # Opened each time, as a file of a folder is: no process inherits the position of another.
+            with open(path, 'rb') as file:
+                if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
+                    raise UserError(f'{path}: has changed since it was indexed. Start again')
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
-            raise UserError(f'{self.paths[number]}: cannot be read: {error}') from error
+            raise UserError(f'{path}: cannot be read: {error}') from error
+        if len(data) < size:
+            raise UserError(f'{path}: ends before an image that it should hold. Get it anew')
         return data
-
-    def _opened(self, number: int) -> BinaryIO:
-        file = open(self.paths[number], 'rb', buffering=0)  # noqa: SIM115  (stays open; closed when it is forgotten)
-        if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
-            raise UserError(f'{self.paths[number]}: has changed since it was indexed. Start again')
-        if len(self._open) >= _MAX_OPEN:
-            self._open.pop(next(iter(self._open)))
-        self._open[number] = file
-        return file
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, '_open': {}}
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -214,16 +183,14 @@ class RangeSource(Source):
 
     COLUMNS: ClassVar = ('numbers', 'offsets', 'sizes')
 
-    files: OpenFiles
+    files: IndexedFiles
     numbers: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
 
     def read(self, position: int) -> bytes:
         """The bytes at that position; see ``Source.read``."""
-        size = int(self.sizes[position])
-        refuse_giant(size)
-        return self.files.read(int(self.numbers[position]), int(self.offsets[position]), size)
+        return self.files.read(int(self.numbers[position]), int(self.offsets[position]), int(self.sizes[position]))
 
 
 def check_names(location: Path | str, names: Sequence[str]) -> None:
@@ -232,8 +199,8 @@ def check_names(location: Path | str, names: Sequence[str]) -> None:
     Raises:
         UserError: Two have one name, or a name is not UTF-8.
     """
-    if len(set(names)) != len(names):
-        repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
         raise UserError(
             f'{location}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
         )
@@ -242,6 +209,15 @@ def check_names(location: Path | str, names: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(f'{location}: the name {name!r} is not UTF-8. Rename the file') from error
+
+
+def check_splits(location: Path, names: Collection[str]) -> None:
+    """Refuse names out of ``SPLITS`` of which two mean one split, or all the test split."""
+    splits = {SPLITS[name] for name in names}
+    if len(splits) < len(names):
+        raise UserError(f'{location}: {few(names)}: two folders for one split. Rename or move one of them')
+    if splits == {'test'}:
+        raise UserError(f'{location}: only a test split, which is never converted; train or val are missing')
 
 
 def is_image(name: str) -> bool:
@@ -260,24 +236,19 @@ def few(names: Collection[str], shown: int = 5) -> str:
     return text if len(names) <= shown else f'{text} and {len(names) - shown} more'
 
 
-def check_member(archive: Path, name: str) -> tuple[str, ...]:
-    """The parts of an archive member's name.
-
-    Nothing is ever extracted by its name; an archive with such names is still not what it seems to be.
+def member_parts(archive: Path, name: str) -> tuple[str, ...]:
+    """The parts of an archive member's name, which is never used to extract it.
 
     Raises:
-        UserError: The name leads out of the archive, or is not a plain relative path.
+        UserError: No plain relative path: the archive is not what it seems to be, or its folders cannot be told.
     """
-    reason = None
-    if name.startswith('/') or name[1:3] == ':/':
-        reason = 'is an absolute path'
-    elif '..' in name.split('/'):
-        reason = "leads out of the archive ('..')"
-    elif '\\' in name or '\0' in name:
-        reason = 'holds a backslash or a zero byte'
-    if reason:
-        raise UserError(f'{archive}: member {name!r} {reason}. Refused: get the archive anew, or pack it again')
-    return PurePosixPath(name).parts
+    path = PurePosixPath(name)
+    if path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name:
+        raise UserError(
+            f'{archive}: member {name!r} is no plain relative path (absolute, with "..", a backslash or a zero byte). '
+            f'Refused: get the archive anew, or pack it again'
+        )
+    return path.parts
 
 
 def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -285,21 +256,6 @@ def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     classes = sorted(set(names))
     numbers = [str(number) for number in range(len(classes))]
     return tuple(numbers if sorted(numbers) == classes else classes)
-
-
-def check_same_classes(location: Path | str, train: Iterable[str], val: Iterable[str]) -> None:
-    """Train and val must have the same class folders: a missing one means an incomplete copy.
-
-    Raises:
-        UserError: They have not; says which are missing where.
-    """
-    train, val = set(train), set(val)
-    for split, counterpart, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
-        if missing:
-            raise UserError(
-                f'{location}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. '
-                f'Complete the data, or give the folder of one split alone'
-            )
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
