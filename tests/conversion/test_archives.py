@@ -29,7 +29,10 @@ UNSAFE = {
     'leads out in the middle': (_member('b/../../a.jpg'), 'is no plain relative path'),
     'absolute': (_member('/etc/a.jpg'), 'is no plain relative path'),
     'backslash': (_member('..\\a.jpg'), 'is no plain relative path'),
-    'link': (_member('a.jpg', type=tarfile.SYMTYPE, linkname='/etc/passwd'), r"'a\.jpg' is a link, a device or a sparse file"),
+    'link': (
+        _member('a.jpg', type=tarfile.SYMTYPE, linkname='/etc/passwd'),
+        r"'a\.jpg' is a link, a device or a sparse file",
+    ),
     'hard link': (_member('a.jpg', type=tarfile.LNKTYPE, linkname='b.jpg'), 'is a link, a device'),
     'device': (_member('a.jpg', type=tarfile.BLKTYPE), 'is a link, a device'),
     'sparse': (_member('a.jpg', type=tarfile.GNUTYPE_SPARSE), 'is a link, a device or a sparse file'),
@@ -170,7 +173,10 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
         ([line.replace(CLASSES[1], CLASSES[0]) for line in good], 'train has 1 classes that val lacks: n02105855'),
         ([line.replace(CLASSES[1], 'n09') for line in good], 'lacks: n02105855'),
         (['one\n'], r"line 1: 'one' is not two columns"),
-        ([line.split()[0] + f' {n}\n' for n, line in enumerate(good)], 'numbers of 6 classes, such as 0, for 3 classes'),
+        (
+            [line.split()[0] + f' {n}\n' for n, line in enumerate(good)],
+            'numbers of 6 classes, such as 0, for 3 classes',
+        ),
     ):
         path.write_text(''.join(lines))
         opened.refuses(message, root, ground_truth=path)
@@ -199,4 +205,4 @@ def test_train_tars_that_are_not_one_tar_a_class_are_refused(tmp_path, opened):
         opened.refuses(message, write_tar(tmp_path / 'train.tar', files))
     for name in CLASSES:
         write_tar(tmp_path / f'unpacked/{name}.tar', {'a.JPEG': b'x'})
-    opened.refuses('tars of one class each, whose labels would be lost', tmp_path / 'unpacked')
+    opened.refuses('or those of one class, whose labels would be lost', tmp_path / 'unpacked')

@@ -121,7 +121,7 @@ def test_what_cannot_be_drawn_is_refused(kl: KL, tmp_path: Path):
             draw(*arguments, **keywords)
     shard = next(pixels.rglob('*.mds'))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r'the index says .*; verify the data set'):
+    with pytest.raises(UserError, match=r'the index says .*; copy or prepare the data again'):
         draw(pixels, out, count=SAMPLES)
     assert not out.exists()
 

@@ -157,7 +157,16 @@ def test_moments_that_were_scaled_are_raw_again(tmp_path: Path):
     stored[:, 3:] = LOGVARS[0].clip(-20, 10) + 2 * np.log(np.abs(scale))[:, None, None]
     members = {f'{row}.latent.npy': npy(stored[row]) for row in range(SAMPLES)}
     write_tar(tmp_path / 'source' / 'a.tar', members | {f'{row}.cls': b'0' for row in range(SAMPLES)})
-    options = ['--layout', 'tread-webdataset', '--kind', 'moments', '--stored-scale', *'0.5 -2 4'.split(), '--stored-shift', *'1 0 -1'.split()]
+    options = [
+        '--layout',
+        'tread-webdataset',
+        '--kind',
+        'moments',
+        '--stored-scale',
+        *['0.5', '-2', '4'],
+        '--stored-shift',
+        *['1', '0', '-1'],
+    ]
     assert run([str(tmp_path / 'source'), *options], tmp_path / 'set') == 0
     rows = read(tmp_path / 'set' / 'train')
     which = [int(name.split('/')[1]) for name in rows['name']]
@@ -172,7 +181,7 @@ def test_the_autoencoder_itself_gives_hash_channels_and_size(tmp_path: Path, cap
     assert main([*words, '--resolution', '64']) == 2
     assert '4 x 4 latent pixels are 32 pixels a side' in capsys.readouterr().err
     assert main([*words, '--resolution', '32', '--kind', 'samples']) == 2
-    assert 'as samples means 6 channels, 3 are stated. Twice as many are moments' in capsys.readouterr().err
+    assert 'as samples means 6 channels, 3 are stated; is --kind right' in capsys.readouterr().err
     assert main([*words, '--resolution', '32']) == 0
     assert Manifest.load(tmp_path / 'set' / 'train').autoencoder_hash == KL(vae).weight_hash()
 
@@ -203,7 +212,7 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         ('lightningdit', ['--mirrors', 'none'], 'belongs to the MaskDiT layouts'),
         ('lightningdit', ['--stored-scale', '0'], 'no scale is zero'),
         ('lightningdit', ['--stored-scale', '1', '2'], '2 numbers for 3 channels'),
-        ('lightningdit', ['--split', '../train'], 'the name of a folder'),
+        ('lightningdit', ['--split', '../train'], r"invalid choice: '\.\./train'"),
         ('lightningdit', ['--files', 'x*'], r'no file there matches x\*'),
         ('lightningdit', ['--kind', 'moments'], r'shape \(3, 4, 4\) cannot be channels, height, width of moments'),
         ('maskdit-lmdb', ['--channels', '4'], '384 bytes are no square of 8 channels'),

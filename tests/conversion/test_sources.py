@@ -57,7 +57,6 @@ LAYOUTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     'zip deflated, wrapped': ('zip', _zip, {'prefix': 'a/b/', 'compression': zipfile.ZIP_DEFLATED}),
     'zip kaggle': ('zip', _kaggle, {'zipped': True}),
     'webdataset': ('webdataset tars', _webdataset, {}),
-    'webdataset json': ('webdataset tars', _webdataset, {'labels': 'json'}),
     'webdataset folders': ('webdataset tars', _webdataset, {'name': '{split}/{number:06d}.tar'}),
     'parquet': ('parquet files', _parquet, {}),
     'parquet in data': ('parquet files', _parquet, {'place': 'data'}),
@@ -124,7 +123,7 @@ def test_images_without_classes(tmp_path, splits, opened):
     paths = {
         'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
         'zip': write_zip(tmp_path / 'flat.zip', flat),
-        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
+        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=False),
         'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
     }
     for layout, path in paths.items():
@@ -183,7 +182,10 @@ def test_an_edm_data_set_without_labels_has_no_classes(tmp_path, opened):
         (list(EDM_LABELS.items())[1:], r'has no label for: 00000/img0\.png \(1 in all\)'),
         ([*EDM_LABELS.items(), ('00009/x.png', 1)], r'images that are missing: 00009/x\.png'),
         ([*EDM_LABELS.items(), ('00000/img0.png', 2)], 'lists more than once: 00000/img0'),
-        ([*list(EDM_LABELS.items())[1:], ('00000/img0.png', [1.0, 0.0])], r'the label is no whole number of: 00000/img0\.png \(1 in all\)'),
+        (
+            [*list(EDM_LABELS.items())[1:], ('00000/img0.png', [1.0, 0.0])],
+            r'the label is no whole number of: 00000/img0\.png \(1 in all\)',
+        ),
         ([(name, label + 1) for name, label in EDM_LABELS.items()], 'no training image, such as 0'),
     ],
 )
@@ -362,7 +364,7 @@ def test_paths_that_hold_nothing_known_or_too_much_are_refused(tmp_path, splits,
     opened.refuses('or compressed: .*unpack it to a tar', tmp_path / 'a.tar.gz')
     os.rename(tmp_path / 'a.tar.gz', tmp_path / 'a.tar')
     opened.refuses('or compressed: .*unpack it to a tar', tmp_path / 'a.tar')
-    opened.refuses('a tar of folders of images', write_tar(tmp_path / 'folders.tar', splits['train']))
+    opened.refuses(r'folders\.tar holds folders of images', write_tar(tmp_path / 'folders.tar', splits['train']))
 
 
 def test_options_that_a_layout_has_no_use_for_are_refused(tmp_path, splits, opened):

@@ -44,11 +44,7 @@ def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
 
 
 class Content:
-    """The samples in the bytes of a shard.
-
-    Args:
-        shard: Which one.
-        data: Its bytes, uncompressed, perhaps damaged.
+    """The samples in the bytes of a shard, which are uncompressed and perhaps damaged.
 
     Raises:
         ValueError: The header is cut off or counts other samples than the index.

@@ -47,19 +47,13 @@ def convert(settings: ImageSettings, *, dry_run: bool = False, log: Log = print)
 class Conversion:
     """Writes samples as a data set, or goes on with what an earlier call began.
 
-    Under the ``composer`` launcher all ranks make one. Without it there is no process group.
-
-    Args:
-        settings: What and how.
-        make_encoder: Gives what encodes on a device, and knows the samples.
-        log: Gets the lines for people, on the first rank.
+    Under the ``composer`` launcher all ranks make one; without it there is no process group. ``make_encoder`` gives
+    what encodes on a device, and knows the samples; ``log`` gets the lines for people, on the first rank.
     """
 
     encoder: Encoder
 
-    def __init__(
-        self, settings: Settings, make_encoder: Callable[[torch.device], Encoder], log: Log = print
-    ) -> None:
+    def __init__(self, settings: Settings, make_encoder: Callable[[torch.device], Encoder], log: Log = print) -> None:
         self.settings, self.output, self.ranks = settings, Output(settings), Ranks.start()
         self.folder, self._make_encoder = settings.state, make_encoder
         self.log = log if self.ranks.is_first else lambda line: None
@@ -221,8 +215,8 @@ class Conversion:
         for name, plan in plans.items():
             if plan.is_finished:
                 continue
-            folder = self.folder / name
-            manifest = finish_split(folder, plan, done_parts(folder, plan.content), self.encoder, self.settings)
+            finished = replace(plan, parts=done_parts(self.folder / name, plan.content))
+            manifest = finish_split(finished, self.encoder, self.settings)
             lost = len(plan.order) - manifest.num_samples
             unreadable = f', {lost:,} images were unreadable' if lost else ''
             place = os.path.join(self.settings.out, name)

@@ -29,21 +29,13 @@ class Batch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A batch that was read.
-
-    Args:
-        batch: Which one.
-        samples: ``[B, ...]`` as the encoder takes them; None if none is readable.
-        positions: Their positions in the source.
-        unreadable: Position and reason of the others.
-        problem: Why reading has to stop, or None. Not raised: a worker's exception would carry its traceback.
-    """
+    """A batch that was read."""
 
     batch: Batch
-    samples: Tensor | None
-    positions: list[int]
-    unreadable: list[tuple[int, str]]
-    problem: str | None
+    samples: Tensor | None  # [B, ...] as the encoder takes them; None if none is readable
+    positions: list[int]  # those of the samples in the source
+    unreadable: list[tuple[int, str]]  # positions of the others, and reasons
+    problem: str | None  # why reading has to stop; not raised, for a worker's exception would carry its traceback
 
 
 class _Batches(Dataset):

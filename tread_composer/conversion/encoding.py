@@ -28,32 +28,21 @@ if they are wanted."""
 
 
 class Encoder:
-    """What stands between a source and shards, and what the manifest says about it.
-
-    Attributes:
-        device: Where to compute.
-        kind: What the manifest calls the stored numbers.
-        latent_shape: ``(C, h, w)``.
-        mirrored: Whether the mirror images are stored, too.
-        content: What decides about the stored bytes: compared when a conversion is continued.
-        description: One line for the log.
-        note: What the manifest adds to the source's description.
-        resolution, crop, autoencoder, autoencoder_hash: As in the manifest.
-        prepare: A sample as the source reads it -> an array; runs in worker processes.
-    """
+    """What stands between a source and shards, and what the manifest says about it."""
 
     device: torch.device
+    prepare: Callable[[Any], np.ndarray]  # of a sample as the source reads it; runs in worker processes
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    content: dict[str, Any]  # what decides about the stored bytes: compared when a conversion is continued
+    description: str  # one line for the log
+    note = ''  # what the manifest adds to the source's description
+    # As in the manifest:
     kind: Kind
-    latent_shape: tuple[int, int, int]
     mirrored: bool
-    content: dict[str, Any]
-    description: str
-    note = ''
     resolution: int
     crop: Any = 'center'
     autoencoder: str | None = None
     autoencoder_hash: str | None = None
-    prepare: Callable[[Any], np.ndarray]
 
     @property
     def columns(self) -> dict[str, str]:
@@ -65,27 +54,15 @@ class Encoder:
         raise NotImplementedError
 
     def __call__(self, samples: Tensor, split: str, positions: Sequence[int]) -> Encoded:
-        """Encode what was prepared.
-
-        Args:
-            samples: ``[B, ...]``.
-            split: Name of the split.
-            positions: In the split's source.
-        """
+        """Encode what was prepared, ``[B, ...]``, of these positions in the split's source."""
         raise NotImplementedError
 
 
 class ImageEncoder(Encoder):
     """Encodes images and their mirror images: ``encode(flip(x))``, which is not ``flip(encode(x))``.
 
-    Which network that is, a subclass knows: it says ``kind``, ``title`` and the autoencoder before it calls this, and
-    what is stored of pixels in ``stored``.
-
-    Args:
-        settings: The conversion.
-        device: Where to compute.
-        channels: Of the latent.
-        downsampling: Pixels per latent pixel along a side.
+    Which network that is, a subclass knows: it says ``kind``, ``title`` and the autoencoder before it calls this with
+    the latent's channels and the pixels per latent pixel along a side, and what is stored of pixels in ``stored``.
 
     Raises:
         UserError: The resolution is no multiple of ``downsampling``.

@@ -23,12 +23,7 @@ _RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
 
 class Output:
-    """The local folder of a conversion.
-
-    Attributes:
-        folder: Its path.
-        scratch: The folder in it with what is removed at the end.
-    """
+    """The local folder of a conversion, and in it ``scratch`` with what is removed at the end."""
 
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.state

@@ -65,14 +65,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 class PartWriter:
-    """Writes one part.
-
-    Args:
-        folder: The split's.
-        part: Number of the part.
-        encoder: Says what a row is.
-        content: What the part is made with; goes into ``part.json``.
-    """
+    """Writes the part of this number into the split's folder; ``content``, what it is made with, into ``part.json``."""
 
     def __init__(self, folder: Path, part: int, encoder: Encoder, content: dict[str, Any]) -> None:
         self.split, self.part = folder.name, part

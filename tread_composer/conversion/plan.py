@@ -7,7 +7,6 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,27 +20,16 @@ __all__ = ['SplitPlan', 'make_plans', 'permutation']
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One split to be written: its samples in writing order, cut into parts.
+    """One split to be written: its samples in writing order, cut into parts."""
 
-    Args:
-        name: Name of the split and its folder.
-        source: Where the samples are.
-        order: int64 ``[N]``, positions in the source.
-        part_size: Samples of a part; the last may have fewer.
-        note: What was done to the source, for the manifest.
-        content: What its parts must be made with.
-        parts: Those that are finished: number -> what ``part.json`` says.
-        is_finished: Whether the split is whole already.
-    """
-
-    name: str
+    name: str  # that of its folder, too
     source: Source
-    order: np.ndarray
-    part_size: int
-    note: str = ''
-    content: dict[str, Any] = field(default_factory=dict)
-    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    is_finished: bool = False
+    order: np.ndarray  # int64 [N], positions in the source
+    part_size: int  # samples of a part; the last may have fewer
+    note: str = ''  # what was done to the source, for the manifest
+    content: dict[str, Any] = field(default_factory=dict)  # what its parts must be made with
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)  # finished ones: what part.json of a number says
+    is_finished: bool = False  # the whole split
 
     @property
     def num_parts(self) -> int:
@@ -89,15 +77,6 @@ class SplitPlan:
             'names_labels_and_order': f'sha256:{digest.hexdigest()}',
             'class_names': f'sha256:{classes.hexdigest()}',
         }
-
-    def description(self, source: str) -> str:
-        """For the manifest, which travels: the source in words, without where it lay on this machine."""
-        text = self.source.description
-        path = Path(source).expanduser()
-        for form in sorted({str(path.resolve()), str(path.absolute()), source}, key=len, reverse=True):
-            if Path(form).is_absolute():
-                text = text.replace(form, path.resolve().name)
-        return text + self.note
 
 
 def permutation(count: int, seed: int, split: str) -> np.ndarray:

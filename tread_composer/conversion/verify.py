@@ -97,7 +97,6 @@ class _SplitCheck:
         # Of the samples that can be read, in their order.
         self.labels: list[int] = []
         self.names: list[str] = []
-        self.places: list[tuple[str, int]] = []
         self.sums: Any = 0.0  # of x and of x squared, [2, C]
         self.values = 0
         self.pairs: Counter[str] = Counter()  # of an image and its mirror image
@@ -160,7 +159,6 @@ class _SplitCheck:
                 except ValueError as error:
                     problems[str(error)].append(number)
             if rows:
-                self.places += [(name, number) for number in rows]
                 self._check_rows(rows, manifest, problems)
         for words, numbers in problems.items():
             self._fault(name, f'{_sample_numbers(numbers)}: {words}')
@@ -177,7 +175,7 @@ class _SplitCheck:
         self.names += [row[NAME] for row in rows.values()]
         for label in {label for label in labels if not 0 <= label < max(manifest.num_classes, 1)}:
             words = f'label {label} is not one of the {manifest.num_classes} classes of the manifest'
-            report(words, np.array(labels) == label)
+            report(words, np.array([value == label for value in labels]))
         latents = {}
         for column in (LATENTS, LATENTS_MIRRORED) if manifest.mirrored else (LATENTS,):
             latents[column] = stored_BKHW = np.stack([row[column] for row in rows.values()])
@@ -231,16 +229,12 @@ class _SplitCheck:
 
     def _check_names(self) -> None:
         counts = Counter(self.names)
-        if len(counts) == 1 and len(self.names) > 1:
-            self._note('all samples have the same name')
-            return
         repeated = [name for name, count in counts.items() if count > 1]
-        for name in repeated[:_FEW]:
-            places = [f'{shard} sample {number}'
-                      for (shard, number), other in zip(self.places, self.names, strict=True) if other == name]  # fmt: skip
-            self._fault(MANIFEST_NAME, f'the same name, {name!r}, of {" and ".join(places[:3])}')
-        if len(repeated) > _FEW:
-            self._fault(MANIFEST_NAME, f'{len(repeated) - _FEW} more names that stand for several samples')
+        if len(counts) == 1 and repeated:
+            self._note('all samples have the same name')
+        elif repeated:
+            words = f'{len(repeated)} names stand for several samples, such as {repeated[0]!r}'
+            self._fault(MANIFEST_NAME, f'{words} for {counts[repeated[0]]}')
 
     def _check_statistics(self, manifest: Manifest) -> None:
         mean, second = self.sums / self.values
@@ -256,11 +250,8 @@ class _SplitCheck:
         if manifest.mirrored and manifest.kind != 'pixels':
             for kind, words in (('equal', 'equal to'), ('flipped', 'only the flipped arrays of')):
                 if self.pairs[kind] > _SUSPICIOUS_SHARE * self.pairs['all']:
-                    self._fault(
-                        MANIFEST_NAME,
-                        f'{self.pairs[kind]} of {self.pairs["all"]} {LATENTS_MIRRORED} are {words} {LATENTS}, not those '
-                        f'of mirrored images',
-                    )
+                    share = f'{self.pairs[kind]} of {self.pairs["all"]} {LATENTS_MIRRORED}'
+                    self._fault(MANIFEST_NAME, f'{share} are {words} {LATENTS}, not those of mirrored images')
 
 
 def _sample_numbers(numbers: list[int]) -> str:

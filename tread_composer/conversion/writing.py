@@ -21,11 +21,6 @@ class BackgroundWriter:
 
     Use as a context manager: leaving it waits until all parts are done; leaving it by an exception gives up the
     unfinished part. Batches of a part must come together and in order.
-
-    Args:
-        plans: By name of split.
-        encoder: Says what a row is.
-        settings: The conversion.
     """
 
     def __init__(self, plans: Mapping[str, SplitPlan], encoder: Encoder, settings: Settings) -> None:
@@ -51,12 +46,9 @@ class BackgroundWriter:
                 self._writer.abandon()
 
     def put(self, item: Prepared, encoded: Encoded | None, meanwhile: Callable[[], None]) -> None:
-        """Hand over a batch; waits while the writer is a whole part behind, which the disk or an upload may cost.
+        """Hand over a batch and its readable samples, if there are any.
 
-        Args:
-            item: The batch.
-            encoded: Its readable samples; None if there are none.
-            meanwhile: Called while waiting.
+        While the writer is a whole part behind, which the disk or an upload may cost, it waits and calls ``meanwhile``.
 
         Raises:
             UserError: What stopped the writer, e.g. a full disk or too many unreadable images.
@@ -90,7 +82,7 @@ class BackgroundWriter:
         for position, reason in item.unreadable:
             writer.unreadable.append({'name': source.names[position], 'reason': reason})
             unreadable.append(writer.unreadable[-1])
-            refuse_too_many(folder, plan, unreadable, self._settings)
+            refuse_too_many(plan, unreadable, self._settings)
         if encoded is not None:
             labels = [int(source.labels[position]) for position in item.positions]
             writer.write(encoded(), labels, [source.names[position] for position in item.positions])

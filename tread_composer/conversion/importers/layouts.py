@@ -165,7 +165,9 @@ def _open_tars(root: Path, paths: list[Path], kind: type[_Arrays]) -> Source:
         for number, name in zip(numbers, samples.names, strict=True)
     ]
     description = f'webdataset {root.name} ({len(paths)} tars, {kind.MEMBER})'
-    return kind(description, (), names, np.array(samples.labels, np.int64), IndexedFiles(paths), numbers, offsets, sizes)
+    return kind(
+        description, (), names, np.array(samples.labels, np.int64), IndexedFiles(paths), numbers, offsets, sizes
+    )
 
 
 @dataclass(eq=False)

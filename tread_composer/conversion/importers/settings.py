@@ -63,7 +63,7 @@ class ImportSettings(Settings):
 
     source: Annotated[str, Flag('SOURCE')]
     layout: Layout
-    split: str
+    split: Literal['train', 'val']
     files: Annotated[str | None, Flag(metavar='PATTERN')] = None
     autoencoder_id: str | None = None
     autoencoder: str | None = None
@@ -80,8 +80,6 @@ class ImportSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.split).name != self.split or self.split.startswith('.'):
-            raise UserError(f'--split {self.split}: the name of a folder is needed, such as train')
         asked = {**_ALWAYS, **_OF_LAYOUT[self.layout]}
         reasons = argument_docs(type(self))
         lines = [

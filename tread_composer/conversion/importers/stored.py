@@ -51,7 +51,7 @@ class StoredLatents(Encoder):
         factor = 2 if self.kind == 'moments' else 1
         self.source = open_layout(settings, None if channels is None else channels * factor)
         self.source.description = f'imported: {self.source.description}'
-        self._set_labels(settings)
+        self._set_labels(settings.names_of_classes)
         try:
             views = self.source.read(0)
         except UserError as error:
@@ -76,8 +76,8 @@ class StoredLatents(Encoder):
         mirror = ', with mirror images' if self.mirrored else ''
         self.description = f'latents of {self.autoencoder} ({self.kind}): {shape}{mirror}'
 
-    def _set_labels(self, settings: ImportSettings) -> None:
-        source, classes = self.source, settings.names_of_classes
+    def _set_labels(self, classes: tuple[str, ...]) -> None:
+        source = self.source
         source.class_names = classes
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
         if not classes:
@@ -91,22 +91,22 @@ class StoredLatents(Encoder):
 
     def _latent_shape(self, channels: int | None, downsampling: int | None) -> tuple[int, int, int]:
         """That of the first sample, compared with what is said about all of them."""
-        stored, name = self._stored, self.source.names[0]
-        is_moments = self.kind == 'moments'
-        if len(stored) != 3 or (is_moments and stored[0] % 2):
-            raise UserError(f'{name}: shape {stored} cannot be channels, height, width of {self.kind}')
-        shape = (stored[0] // 2 if is_moments else stored[0], stored[1], stored[2])
-        if channels not in (None, shape[0]):
-            hint = ''
-            if channels in (2 * shape[0], shape[0] / 2):
-                hint = ' Twice as many are moments, half as many are samples: is --kind right?'
+        stored, per_channel = self._stored, 2 if self.kind == 'moments' else 1
+        if len(stored) != 3 or stored[0] % per_channel:
             raise UserError(
-                f'{name}: shape {stored} as {self.kind} means {shape[0]} channels, {channels} are stated.{hint}'
+                f'{self.source.names[0]}: shape {stored} cannot be channels, height, width of {self.kind}; is --kind '
+                f'right?'
+            )
+        shape = (stored[0] // per_channel, stored[1], stored[2])
+        if channels not in (None, shape[0]):
+            raise UserError(
+                f'{self.source.names[0]}: shape {stored} as {self.kind} means {shape[0]} channels, {channels} are '
+                f'stated; is --kind right (moments are twice as many)?'
             )
         if downsampling is not None and any(side * downsampling != self.resolution for side in shape[1:]):
             raise UserError(
-                f'{name}: {shape[1]} x {shape[2]} latent pixels are {shape[1] * downsampling} pixels a side with this '
-                f'autoencoder, which divides by {downsampling}; --resolution {self.resolution} is not that'
+                f'{self.source.names[0]}: {shape[1]} x {shape[2]} latent pixels are {shape[1] * downsampling} pixels a '
+                f'side with this autoencoder; --resolution {self.resolution} is not that'
             )
         return shape
 

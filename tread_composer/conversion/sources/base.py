@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,24 +26,15 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 """Folder and file names that mean a split, and which."""
 
-Kind = TypeVar('Kind', bound='Source')
-
 
 @dataclass(frozen=True)
 class Request:
-    """What a layout is opened with.
-
-    Attributes:
-        root: The folder or file; absolute.
-        scratch: Folder for a copy of images that cannot be read at random.
-        ground_truth: Labels of validation images that lie in no class folders.
-        class_names: In label order, for layouts whose labels are numbers; empty: the numbers are the names.
-    """
+    """What a layout is opened with; ``root`` is the folder or file, absolute."""
 
     root: Path
-    scratch: Path
-    ground_truth: Path | None = None
-    class_names: tuple[str, ...] = ()
+    scratch: Path  # for a copy of images that cannot be read at random
+    ground_truth: Path | None = None  # labels of validation images that lie in no class folders
+    class_names: tuple[str, ...] = ()  # of labels that are numbers, in their order; empty: the numbers are the names
 
 
 @dataclass
@@ -66,21 +57,13 @@ class Ignored:
 
 @dataclass
 class Images:
-    """The images of one split as a layout lists them, in any order.
+    """The images of one split as a layout lists them, in any order."""
 
-    Attributes:
-        names: ``<class>/<file>``; without classes, or before they are known, ``<file>``.
-        labels: One for each name.
-        class_names: In label order; empty without labels.
-        ignored: What lies beside them.
-        places: The values of ``COLUMNS`` of the source's class for each image.
-    """
-
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # <class>/<file>; without classes, or before they are known, <file>
     labels: list[int] = field(default_factory=list)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # in label order; empty without labels
     ignored: Ignored = field(default_factory=Ignored)
-    places: list[tuple[int, ...]] = field(default_factory=list)
+    places: list[tuple[int, ...]] = field(default_factory=list)  # the values of COLUMNS of the source's class
 
     def in_classes(self, class_names: tuple[str, ...]) -> None:
         """Put the class before the name of each file."""
@@ -121,19 +104,23 @@ class Source:
         raise NotImplementedError
 
     @classmethod
-    def arranged(cls: type[Kind], layout: str, location: Path | str, images: Images, **facts: Any) -> Kind:
-        """The images in the order of every layout, by (label, name); ``facts`` are attributes that are no ``COLUMNS``.
+    def arranged(cls, layout: str, root: Path, images: Images, *, inside: Path | str = '', **facts: Any) -> 'Source':
+        """The images in the order of every layout, by (label, name).
+
+        They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where that is.
+        ``facts`` are attributes that are no ``COLUMNS``.
 
         Raises:
-            UserError: No image at all, two of one name, or a name that is not UTF-8; names ``layout`` and ``location``.
+            UserError: No image at all, two of one name, or a name that is not UTF-8; names the place.
         """
+        location = root / inside
         names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
         if not names:
             raise UserError(f'{location}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
         check_names(location, names)
         order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
         classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
-        description = f'{layout} at {location}: {len(names):,} images, {classes}'
+        description = f'{layout} at {Path(root.name, inside)}: {len(names):,} images, {classes}'
         places = np.array(images.places, np.int64).reshape(-1, len(cls.COLUMNS))[order] if cls.COLUMNS else np.empty(0)
         return cls(
             description=f'{description}; {ignored}' if ignored else description,

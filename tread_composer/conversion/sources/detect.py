@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import SPLITS, Request, Source, few, read_class_names
+from tread_composer.conversion.sources.base import Request, Source, few, read_class_names
 from tread_composer.conversion.sources.ilsvrc import open_ilsvrc
 from tread_composer.conversion.sources.numbered import PLACES, split_files
-from tread_composer.conversion.sources.tars import role_of
+from tread_composer.conversion.sources.tars import holds_tars
 from tread_composer.conversion.sources.tree import holds_images, open_folders
 from tread_composer.conversion.sources.webdataset import open_webdataset
 from tread_composer.conversion.sources.zips import open_zip
@@ -23,7 +23,6 @@ _LAYOUTS = (
 # A compressed tar is refused when it is opened.
 _SUFFIX = re.compile(r'\.(?:(zip|parquet|tar)|tgz|tar\.(?:gz|bz2|xz|zst))$', re.IGNORECASE)
 _OFFICIAL = re.compile(r'ILSVRC\d+_img_(val|test)\b.*\.tar')
-_OF_ONE_CLASS = re.compile(r'n\d{8}\.tar')
 
 
 def open_sources(
@@ -54,7 +53,7 @@ def open_sources(
         raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     archives = _archives(root)
     kind = _kind(root, archives)
-    official = _official(root, archives, with_truth=ground_truth is not None) if kind == '.tar' else {}
+    official = _official(archives, with_truth=ground_truth is not None) if kind == '.tar' else {}
     has_numbers = kind == '.parquet' or (kind == '.tar' and not official)
     if class_names is not None and not has_numbers:
         raise UserError(f'class_names={class_names}: the classes of {root} are named by its folders. Leave it out')
@@ -108,31 +107,12 @@ def _kind(root: Path, archives: list[Path]) -> str:
     return kinds.pop() if kinds else 'folders'
 
 
-def _official(root: Path, tars: list[Path], with_truth: bool) -> dict[Path, str]:
+def _official(tars: list[Path], with_truth: bool) -> dict[Path, str]:
     """The split of each tar of ILSVRC; empty where the tars are webdatasets."""
-    roles = {}
-    for tar in tars:
-        named = _OFFICIAL.fullmatch(tar.name)
-        roles[tar] = named[1] if named else role_of(tar)
-        if roles[tar] == 'nothing':
-            raise UserError(f'{tar}: no image among its first members. Expected {_LAYOUTS}')
-        if roles[tar] == 'folders':
-            raise UserError(
-                f'{tar}: a tar of folders of images. Unpack it, or pack the folders as a zip (zip -0 -r). Expected '
-                f'{_LAYOUTS}'
-            )
-        if roles[tar] == 'images' and _OF_ONE_CLASS.fullmatch(tar.name):
-            raise UserError(
-                f'{root}: {tar.name} and the like are tars of one class each, whose labels would be lost. Give the tar '
-                f'that they come from (ILSVRC2012_img_train.tar), or unpack each into a folder of its name'
-            )
-    if with_truth or 'train' in roles.values():  # then images alone are those of the validation set
-        roles = {tar: 'val' if role == 'images' else role for tar, role in roles.items()}
-    official = {tar: role for tar, role in roles.items() if role in SPLITS}
-    if 0 < len(official) < len(roles):
-        names = ', '.join(f'{tar.name} ({role})' for tar, role in roles.items())
-        raise UserError(f'{root}: ILSVRC tars beside others: {names}. Give a folder with one kind, or the tar itself')
-    return official
+    splits = {tar: named[1] for tar in tars if (named := _OFFICIAL.fullmatch(tar.name))}
+    splits |= {tar: 'train' for tar in tars if tar not in splits and holds_tars(tar)}
+    # Beside those, or with a ground truth, images alone are those of the validation set.
+    return {tar: splits.get(tar, 'val') for tar in tars} if splits or with_truth else {}
 
 
 def _check_same_classes(root: Path, sources: Mapping[str, Source]) -> None:

@@ -82,8 +82,9 @@ def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence
             images.names = [f'row-{row:08d}' for row in range(len(images.names))]
     if label is not None:
         name_by_number(root, splits, request.class_names or class_names)
+    copies_of = {split: [str(copies[file]) for file in members] for split, members in files.items()}
     return {
-        split: ParquetSource.arranged('parquet files', root, images, copies=[str(copies[file]) for file in files[split]])
+        split: ParquetSource.arranged('parquet files', root, images, copies=copies_of[split])
         for split, images in splits.items()
     }
 
@@ -156,10 +157,10 @@ def _rows(file: Path, columns: _Columns) -> Iterator[pyarrow.RecordBatch]:
     source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
     names = [columns.image] + ([columns.label] if columns.label else [])
     for number, batch in enumerate(source.iter_batches(_BATCH, columns=names, use_threads=False)):
-        images = batch.column(columns.image)
-        paths = pyarrow.compute.fill_null(pyarrow.compute.struct_field(images, 'path').cast(pyarrow.string()), '')
+        image = batch.column(columns.image)
+        content, paths = (image.flatten()[image.type.get_field_index(name)] for name in ('bytes', 'path'))
+        paths = pyarrow.compute.fill_null(paths.cast(pyarrow.string()), '')
         labels = batch.column(columns.label) if columns.label else pyarrow.array(np.zeros(len(batch), np.int64))
-        content = pyarrow.compute.struct_field(images, 'bytes')
         for column, fault in ((content, 'holds no bytes'), (labels, 'has no label')):
             if column.null_count:
                 row = pyarrow.compute.index(column.is_null(), True).as_py()

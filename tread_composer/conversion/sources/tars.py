@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tread_composer.conversion.sources.base import is_image, is_litter, member_parts
+from tread_composer.conversion.sources.base import member_parts
 from tread_composer.core.errors import UserError
 
-__all__ = ['Archive', 'Member', 'role_of']
+__all__ = ['Archive', 'Member', 'holds_tars']
 
 
 class Member(NamedTuple):
@@ -89,23 +89,7 @@ class Archive:
             )
 
 
-def role_of(path: Path) -> str:
-    """What a tar holds, by its first members.
-
-    Returns:
-        ``'train'`` for a tar of tars, as only ImageNet's training set is; else ``'labels'`` beside images,
-        ``'images'`` alone, ``'folders'`` of them, or ``'nothing'``.
-    """
-    role = 'nothing'
+def holds_tars(path: Path) -> bool:
+    """Whether a tar holds others, as ImageNet's training set does."""
     with Archive(path) as archive:
-        for member in itertools.islice(archive.members(), 64):
-            name = member.parts[-1].lower()
-            if is_litter(member.parts):
-                continue
-            if name.endswith('.tar'):
-                return 'train'
-            if name.endswith(('.cls', '.json')):
-                return 'labels'
-            if is_image(name):
-                role = 'folders' if len(member.parts) > 1 else 'images'
-    return role
+        return any(member.parts[-1].endswith('.tar') for member in itertools.islice(archive.members(), 64))

@@ -39,27 +39,15 @@ _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
 
 @dataclass
 class Branch(Images):
-    """One split of a tree.
-
-    Attributes:
-        prefix: Beginning of its paths in the tree; ends with ``/`` or is empty.
-        bare: The class in a name is no folder of the tree: labels come from elsewhere.
-    """
+    """One split of a tree, whose paths there begin with ``prefix`` (empty, or with ``/`` at its end)."""
 
     prefix: str = ''
-    bare: bool = False
+    bare: bool = False  # the class in a name is no folder of the tree: labels come from elsewhere
 
 
 @dataclass
 class Listing:
-    """What a tree holds; paths are separated by ``/``.
-
-    Attributes:
-        images: Path of each image, and its place, which its source will need.
-        folders: Paths of folders.
-        label_files: Path and content of files with labels.
-        ignored: What else there is.
-    """
+    """What a tree holds, by path: images with their places, folders, files with labels, and what else there is."""
 
     images: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
@@ -67,12 +55,7 @@ class Listing:
     ignored: Ignored = field(default_factory=Ignored)
 
     def add(self, parts: Sequence[str], read: Callable[[], bytes], place: tuple[int, ...] = ()) -> None:
-        """Put a file where it belongs.
-
-        Args:
-            parts: Parts of its path.
-            read: Gives its content.
-            place: What the source of an image will need.
+        """Put a file where it belongs: the parts of its path, its content, and the place that an image's source needs.
 
         Raises:
             UserError: A label file cannot be read, or there is an image of this path already.
@@ -93,9 +76,8 @@ class Listing:
     def branches(self, request: Request) -> dict[str, Branch]:
         """The splits of the tree.
 
-        Args:
-            request: Its ground truth is needed, and allowed, for a split ``val`` without class folders beside a
-                ``train`` with them, or alone (as Kaggle's ImageNet has it).
+        Ground truth is needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
+        alone (as Kaggle's ImageNet has it).
 
         Raises:
             UserError: Not one of the layouts; says what there is and what to do.
@@ -230,11 +212,17 @@ def open_folders(request: Request) -> dict[str, Source]:
             listing.folders.add('/'.join(parts))
         else:
             listing.add(parts, root.joinpath(*parts).read_bytes)
-    sources: dict[str, Source] = {}
-    for split, branch in listing.branches(request).items():
-        layout, folder = 'class folders' if branch.class_names else 'flat folder', root / branch.prefix
-        sources[split] = FolderSource.arranged(layout, folder, branch, folder=str(folder), bare=branch.bare)
-    return sources
+    return {
+        split: FolderSource.arranged(
+            'class folders' if branch.class_names else 'flat folder',
+            root,
+            branch,
+            inside=branch.prefix,
+            folder=str(root / branch.prefix),
+            bare=branch.bare,
+        )
+        for split, branch in listing.branches(request).items()
+    }
 
 
 def holds_images(root: Path) -> bool:

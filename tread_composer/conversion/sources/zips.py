@@ -40,7 +40,7 @@ class ZipSource(RangeSource):
         """The image file at that position; see ``Source.read``."""
         offset, size = int(self.offsets[position]), int(self.sizes[position])
         signature, *lengths = _LOCAL_HEADER.unpack(self.files.read(0, offset, _LOCAL_HEADER.size))
-        if signature != zipfile.stringFileHeader:
+        if signature != b'PK\3\4':
             raise UnreadableImage('damaged in the archive: no header where the directory says')
         data = self.files.read(0, offset + _LOCAL_HEADER.size + sum(lengths), size)
         try:
@@ -73,17 +73,16 @@ def open_zip(request: Request) -> dict[str, Source]:
     # NotImplementedError is zipfile's word for a compression or a version that it does not know.
     except (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
-    sources: dict[str, Source] = {}
-    for split, branch in listing.branches(request).items():
-        location = f'{path}/{branch.prefix}' if branch.prefix else path
-        sources[split] = ZipSource.arranged('zip', location, branch, files=IndexedFiles([path]))
-    return sources
+    return {
+        split: ZipSource.arranged('zip', path, branch, inside=branch.prefix, files=IndexedFiles([path]))
+        for split, branch in listing.branches(request).items()
+    }
 
 
 def _check(path: Path, info: zipfile.ZipInfo) -> None:
     is_plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if not is_plain or info.flag_bits & _ENCRYPTED_FLAG or stat.S_ISLNK(info.external_attr >> 16):
         raise UserError(
-            f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than deflate. Pack '
-            f'again from plain files: zip -0 -r'
+            f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than deflate. '
+            f'Pack again from plain files: zip -0 -r'
         )
