@@ -93,7 +93,13 @@ class PartWriter:
             UserError: A value is not finite; names the sample.
         """
         for view in views_BSHW:
-            _check_finite(view, names)
+            finite = np.isfinite(view).all(axis=(2, 3))
+            if not finite.all():
+                row, channel = np.argwhere(~finite)[0]
+                raise UserError(
+                    f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or '
+                    f'beyond 65504): the autoencoder does not fit, or, of imported latents, --stored-scale is wrong'
+                )
             self._sums.append(channel_sums(view, self._kind))
             self._values_per_channel += len(view) * view.shape[2] * view.shape[3]
         for row, (label, name) in enumerate(zip(labels, names, strict=True)):
@@ -103,9 +109,21 @@ class PartWriter:
 
     def finish(self, remote: str | None = None) -> None:
         """Bring everything to the disk, or the shards to where the split is wanted; take the final name."""
+        # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
+        sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
+        sum_of_values, sum_of_squares = np.sort(sums, axis=0).sum(axis=0).tolist()
+        summary = {
+            'content': self._content,
+            'samples': self._count,
+            'values_per_channel': self._values_per_channel,
+            'sum': sum_of_values,
+            'sum_of_squares': sum_of_squares,
+            'unreadable': self.unreadable,
+        }
+        final = self._folder / part_name(self.part)
         try:
             self._writer.finish()
-            write_json(self._place / _PART_FILE, self._summary())
+            write_json(self._place / _PART_FILE, summary)
             if remote is not None:
                 for path in sorted(self._place.glob('shard.*')):
                     upload(path, f'{remote}/{part_name(self.part)}', keep=False)
@@ -113,7 +131,15 @@ class PartWriter:
                 to_disk(path)
             to_disk(self._place)
             self._place.chmod(0o755)  # mkdtemp made it for its owner alone
-            self._take_name()
+            try:
+                self._place.rename(final)
+            except OSError:
+                # A rank of a killed run may live on for some seconds and finish a part. It was made with the same
+                # settings, so its rows are as good as ours.
+                if not (final / _PART_FILE).is_file():
+                    raise
+                shutil.rmtree(self._place)
+            to_disk(self._folder)
         except BaseException:
             self.abandon()
             raise
@@ -122,38 +148,3 @@ class PartWriter:
         """Give the disk back what was written."""
         self._writer.cancel_future_jobs()
         shutil.rmtree(self._place, ignore_errors=True)
-
-    def _take_name(self) -> None:
-        final = self._folder / part_name(self.part)
-        try:
-            self._place.rename(final)
-        except OSError:
-            # A rank of a killed run may live on for some seconds and finish a part. It was made with the same settings,
-            # so its rows are as good as ours.
-            if not (final / _PART_FILE).is_file():
-                raise
-            shutil.rmtree(self._place)
-        to_disk(self._folder)
-
-    def _summary(self) -> dict[str, Any]:
-        # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
-        sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
-        sum_of_values, sum_of_squares = np.sort(sums, axis=0).sum(axis=0).tolist()
-        return {
-            'content': self._content,
-            'samples': self._count,
-            'values_per_channel': self._values_per_channel,
-            'sum': sum_of_values,
-            'sum_of_squares': sum_of_squares,
-            'unreadable': self.unreadable,
-        }
-
-
-def _check_finite(view_BSHW: np.ndarray, names: Sequence[str]) -> None:
-    finite = np.isfinite(view_BSHW).all(axis=(2, 3))
-    if not finite.all():
-        row, channel = np.argwhere(~finite)[0]
-        raise UserError(
-            f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or beyond '
-            f'65504): the autoencoder does not fit, or, of imported latents, --stored-scale is wrong'
-        )

@@ -166,7 +166,7 @@ class _SplitCheck:
     def _check_rows(self, rows: dict[int, dict], manifest: Manifest, problems: dict[str, list[int]]) -> None:
         numbers = np.array(list(rows))
 
-        def report(words: str, wrong_B: np.ndarray) -> None:
+        def report(words: str, wrong_B: Any) -> None:
             if wrong_B.any():
                 problems[words] += numbers[wrong_B].tolist()
 

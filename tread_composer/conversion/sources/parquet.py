@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -31,8 +31,7 @@ _COPY = pyarrow.schema({'bytes': pyarrow.binary(), 'path': pyarrow.string(), 'la
 _DAMAGE = (OSError, ValueError, pyarrow.ArrowException)
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """Which columns hold what; must be the same in all files of a data set."""
 
     image: str

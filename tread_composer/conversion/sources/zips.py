@@ -6,7 +6,6 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -64,8 +63,13 @@ def open_zip(request: Request) -> dict[str, Source]:
                 if info.is_dir() or not parts:
                     listing.folders.add('/'.join(parts))
                     continue
-                _check(path, info)
                 is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
+                is_plain = is_deflated or info.compress_type == zipfile.ZIP_STORED
+                if not is_plain or info.flag_bits & _ENCRYPTED_FLAG or stat.S_ISLNK(info.external_attr >> 16):
+                    raise UserError(
+                        f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than '
+                        f'deflate. Pack again from plain files: zip -0 -r'
+                    )
                 place = (0, info.header_offset, info.compress_size, info.CRC, is_deflated)
                 listing.add(parts, functools.partial(archive.read, info), place)
     except UserError:
@@ -77,12 +81,3 @@ def open_zip(request: Request) -> dict[str, Source]:
         split: ZipSource.arranged('zip', path, branch, inside=branch.prefix, files=IndexedFiles([path]))
         for split, branch in listing.branches(request).items()
     }
-
-
-def _check(path: Path, info: zipfile.ZipInfo) -> None:
-    is_plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not is_plain or info.flag_bits & _ENCRYPTED_FLAG or stat.S_ISLNK(info.external_attr >> 16):
-        raise UserError(
-            f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than deflate. '
-            f'Pack again from plain files: zip -0 -r'
-        )
