@@ -241,7 +241,7 @@ class _SplitCheck:
         std = np.sqrt(np.maximum(second - mean**2, 0))
         for key, measured, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
             limits = STATISTICS_TOLERANCE * np.array(manifest.std)
-            far = np.flatnonzero(np.abs(measured - stated) > limits)
+            far = np.flatnonzero(~(np.abs(measured - stated) <= limits))  # NaN is far, too
             if len(far):
                 words = ', '.join(f'channel {c} has {measured[c]:.4g}, stated is {stated[c]:.4g}' for c in far[:3])
                 more = f' and {len(far) - 3} more channels' if len(far) > 3 else ''
