@@ -130,7 +130,8 @@ def _open_lmdb(root: Path, channels: int) -> Source:
         except ValueError as error:
             raise UserError(f'{root}: the length or label {len(labels)} is not a number: {error}') from error
     names = [f'z-{position}' for position in range(count)]
-    return _LMDB(f'LMDB {root.name} of MaskDiT', (), names, np.array(labels, np.int64), root, channels)
+    places = np.empty((count, 0), np.int64)  # the names say it
+    return _LMDB(f'LMDB {root.name} of MaskDiT', (), names, np.array(labels, np.int64), places, root, channels)
 
 
 @dataclass(eq=False)
@@ -158,35 +159,31 @@ class _Pickled(_Arrays):
 
 def _open_tars(root: Path, paths: list[Path], kind: type[_Arrays]) -> Source:
     samples = scan_tars(root, paths, lambda extension: extension == kind.MEMBER)
-    numbers, offsets, sizes = np.array(samples.places, np.int64).T
     # keys need only be different within a tar
     names = [
         f'{paths[number].name}/{name.removesuffix(f".{kind.MEMBER}")}'
-        for number, name in zip(numbers, samples.names, strict=True)
+        for (number, *_), name in zip(samples.places, samples.names, strict=True)
     ]
     description = f'webdataset {root.name} ({len(paths)} tars, {kind.MEMBER})'
-    return kind(
-        description, (), names, np.array(samples.labels, np.int64), IndexedFiles(paths), numbers, offsets, sizes
-    )
+    labels, places = np.array(samples.labels, np.int64), np.array(samples.places, np.int64)
+    return kind(description, (), names, labels, places, IndexedFiles(paths))
 
 
 @dataclass(eq=False)
 class _SafeTensors(Source):
     paths: list[Path]
     keys: tuple[str, ...]
-    starts: np.ndarray
 
     def read(self, position: int) -> list[np.ndarray]:
         """``[K, H, W]`` of the image, and of its mirror image if there is one."""
-        number = int(np.searchsorted(self.starts, position, side='right')) - 1
-        row = int(position - self.starts[number])
+        number, row = self.places[position].tolist()
         with safe_open(str(self.paths[number]), framework='pt') as file:
             return [file.get_slice(key)[row : row + 1][0].float().numpy() for key in self.keys]
 
 
 def _open_safetensors(root: Path, paths: list[Path]) -> Source:
-    names, starts, labels, mirrored = [], [0], [], set()
-    for path in paths:
+    names, places, labels, mirrored = [], [], [], set()
+    for number, path in enumerate(paths):
         try:
             with safe_open(str(path), framework='pt') as file:
                 keys = set(file.keys())
@@ -200,12 +197,12 @@ def _open_safetensors(root: Path, paths: list[Path]) -> Source:
             raise UserError(f'{path}: as many latents as labels are needed, but there are {rows}')
         mirrored.add('latents_flip' in keys)
         names += [f'{path.name}:{row}' for row in range(rows['labels'])]
-        starts.append(len(names))
+        places += [(number, row) for row in range(rows['labels'])]
     if len(mirrored) > 1:
         raise UserError(f'{root}: some files have latents_flip and some have not')
     columns = ('latents', 'latents_flip') if mirrored.pop() else ('latents',)
     description = f'safetensors {root.name} of LightningDiT ({len(paths)} files)'
-    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts))
+    return _SafeTensors(description, (), names, np.concatenate(labels), np.array(places), paths, columns)
 
 
 @dataclass(eq=False)
@@ -225,4 +222,4 @@ def _halves(source: Source) -> Source:
             f'{source.description}: the second half of {len(source)} samples cannot be the mirror images of the first: '
             f'the labels are not the same. Say --mirrors none'
         )
-    return _Halves(source.description, (), source.names[:half], source.labels[:half], source)
+    return _Halves(source.description, (), source.names[:half], source.labels[:half], source.places[:half], source)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Images:
     labels: list[int] = field(default_factory=list)
     class_names: tuple[str, ...] = ()  # in label order; empty without labels
     ignored: Ignored = field(default_factory=Ignored)
-    places: list[tuple[int, ...]] = field(default_factory=list)  # the values of COLUMNS of the source's class
+    places: list[tuple[int, ...]] = field(default_factory=list)  # rows of the source's
 
     def in_classes(self, class_names: tuple[str, ...]) -> None:
         """Put the class before the name of each file."""
@@ -81,15 +81,14 @@ class Source:
         names: No two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
             name): equal for equal images, whatever the layout.
         labels: int64, in the same order; zeros without labels.
+        places: int64, a row for each; says where the sample is, as the class reads it.
     """
-
-    COLUMNS: ClassVar[tuple[str, ...]] = ()
-    """Attributes that say where the samples are: arrays with one number for each."""
 
     description: str
     class_names: tuple[str, ...]
     names: Sequence[str]
     labels: np.ndarray
+    places: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,7 +107,7 @@ class Source:
         """The images in the order of every layout, by (label, name).
 
         They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where that is.
-        ``facts`` are attributes that are no ``COLUMNS``.
+        ``facts`` are further attributes.
 
         Raises:
             UserError: No image at all, two of one name, or a name that is not UTF-8; names the place.
@@ -121,13 +120,12 @@ class Source:
         order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
         classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
         description = f'{layout} at {Path(root.name, inside)}: {len(names):,} images, {classes}'
-        places = np.array(images.places, np.int64).reshape(-1, len(cls.COLUMNS))[order] if cls.COLUMNS else np.empty(0)
         return cls(
             description=f'{description}; {ignored}' if ignored else description,
             class_names=class_names,
             names=[names[position] for position in order],
             labels=np.array(labels, dtype=np.int64)[order],
-            **dict(zip(cls.COLUMNS, places.T, strict=True)),
+            places=np.array(images.places, np.int64)[order],
             **facts,
         )
 
@@ -166,18 +164,13 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class RangeSource(Source):
-    """Sample ``i`` is ``sizes[i]`` bytes of file ``numbers[i]`` from ``offsets[i]``."""
-
-    COLUMNS: ClassVar = ('numbers', 'offsets', 'sizes')
+    """A place is the number of a file, an offset and a size."""
 
     files: IndexedFiles
-    numbers: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
 
     def read(self, position: int) -> bytes:
         """The bytes at that position; see ``Source.read``."""
-        return self.files.read(int(self.numbers[position]), int(self.offsets[position]), int(self.sizes[position]))
+        return self.files.read(*self.places[position].tolist())
 
 
 def check_names(location: Path | str, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -41,20 +41,15 @@ class _Columns(NamedTuple):
 
 @dataclass(eq=False)
 class ParquetSource(Source):
-    """Image ``i`` is in row ``rows[i]`` of batch ``batches[i]`` of the copy ``numbers[i]``."""
-
-    COLUMNS: ClassVar = ('numbers', 'batches', 'rows')
+    """A place is the number of a copy, a batch of it, and a row of that."""
 
     copies: list[str]
-    numbers: np.ndarray
-    batches: np.ndarray
-    rows: np.ndarray
 
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
-        with pyarrow.memory_map(self.copies[self.numbers[position]]) as file:
-            batch = pyarrow.ipc.open_file(file).get_batch(int(self.batches[position]))
-            return batch.column('bytes')[int(self.rows[position])].as_py()
+        number, index, row = self.places[position].tolist()
+        with pyarrow.memory_map(self.copies[number]) as file:
+            return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
 
 
 def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:

@@ -5,10 +5,6 @@ import stat
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
 
 from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Request, Source, member_parts
@@ -23,30 +19,24 @@ _LOCAL_HEADER = struct.Struct('<4s22xHH')
 _ENCRYPTED_FLAG = 0x1
 
 
-@dataclass(eq=False)
 class ZipSource(RangeSource):
-    """Members by the offset of their local header and their compressed size.
+    """A place is the offset of a member's local header, its compressed size, checksum, and whether it is deflated.
 
     Python's own reader would hold an object of about a kilobyte for each member in every worker process.
     """
 
-    COLUMNS: ClassVar = (*RangeSource.COLUMNS, 'checksums', 'is_deflated')
-
-    checksums: np.ndarray
-    is_deflated: np.ndarray
-
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
-        offset, size = int(self.offsets[position]), int(self.sizes[position])
+        offset, size, checksum, is_deflated = self.places[position].tolist()
         signature, *lengths = _LOCAL_HEADER.unpack(self.files.read(0, offset, _LOCAL_HEADER.size))
         if signature != b'PK\3\4':
             raise UnreadableImage('damaged in the archive: no header where the directory says')
         data = self.files.read(0, offset + _LOCAL_HEADER.size + sum(lengths), size)
         try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS) if self.is_deflated[position] else data
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if is_deflated else data
         except zlib.error as error:
             raise UnreadableImage(f'damaged in the archive: {error}') from error
-        if zlib.crc32(data) != self.checksums[position]:
+        if zlib.crc32(data) != checksum:
             raise UnreadableImage('damaged in the archive: its checksum differs from the directory')
         return data
 
@@ -70,7 +60,7 @@ def open_zip(request: Request) -> dict[str, Source]:
                         f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than '
                         f'deflate. Pack again from plain files: zip -0 -r'
                     )
-                place = (0, info.header_offset, info.compress_size, info.CRC, is_deflated)
+                place = (info.header_offset, info.compress_size, info.CRC, is_deflated)
                 listing.add(parts, functools.partial(archive.read, info), place)
     except UserError:
         raise
