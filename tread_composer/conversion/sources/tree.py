@@ -3,6 +3,7 @@
 A zip and the official tars are looked at as the folders that they would unpack to; what is mixed or unclear is refused.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -156,17 +157,10 @@ class Listing:
 
 
 def _wrapper(paths: list[str]) -> str:
-    """The folders that everything is in, as ``a/b/``, down to where splits or class folders begin."""
-    prefix = ''
-    while True:
-        top, _, remainder = paths[0][len(prefix) :].partition('/')
-        longer = f'{prefix}{top}/'
-        # two folders below the present place, and one below the new: class folders can only begin there
-        if top in SPLITS or '/' not in remainder:
-            return prefix
-        if not all(path.startswith(longer) and '/' in path[len(longer) :] for path in paths):
-            return prefix
-        prefix = longer
+    """The folders that everything is in, as ``a/b/``, above those where splits or class folders begin."""
+    above = [folder.split('/')[:-1] for folder in {path.rpartition('/')[0] for path in paths}]
+    parts = itertools.takewhile(lambda part: part not in SPLITS, os.path.commonprefix(above))
+    return ''.join(f'{part}/' for part in parts)
 
 
 def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
