@@ -159,7 +159,8 @@ class Listing:
 def _wrapper(paths: list[str]) -> str:
     """The folders that everything is in, as ``a/b/``, above those where splits or class folders begin."""
     above = [folder.split('/')[:-1] for folder in {path.rpartition('/')[0] for path in paths}]
-    parts = itertools.takewhile(lambda part: part not in SPLITS, os.path.commonprefix(above))
+    common = os.path.commonprefix(above)  # noqa: RUF071  (of lists: parts are compared, not letters)
+    parts = itertools.takewhile(lambda part: part not in SPLITS, common)
     return ''.join(f'{part}/' for part in parts)
 
 

@@ -33,7 +33,7 @@ def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequen
             f'that there are classes. Give one split alone, or leave the names'
         )
     for split in unlabelled:
-        if any('/' in name for name in splits[split].names) or re.fullmatch(r'n\d{8}\.tar', tars[split][0].name):
+        if all('/' in name for name in splits[split].names) or re.fullmatch(r'n\d{8}\.tar', tars[split][0].name):
             raise UserError(
                 f'{root}: {tars[split][0].name} holds folders of images, or those of one class, whose labels would be '
                 f'lost. Unpack each such tar into a folder of its name, or give the tar that they come from '
