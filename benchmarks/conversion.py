@@ -6,6 +6,7 @@ ratio B / A is the figure. The autoencoder has random weights; its widths set ho
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tread_composer.conversion.convert import convert
+from tread_composer.conversion.convert import Conversion
 from tread_composer.conversion.encoding import Encoder, image_encoder
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
@@ -98,7 +99,7 @@ def main() -> None:
                 encoder_alone(encoder, batches, 1)  # warm
                 alone = encoder_alone(encoder, batches, max(1, options.images // len(paths)))
             began = time.perf_counter()
-            convert(settings, log=lambda line: None)
+            Conversion(settings, functools.partial(image_encoder, settings), lambda line: None).run()
             rows.append((alone, options.images / (time.perf_counter() - began)))
     print(
         f'{platform.processor() or platform.machine()}, {available_cores()} cores, torch {torch.__version__}, {device}'

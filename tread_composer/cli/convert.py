@@ -42,9 +42,10 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
-    from tread_composer.conversion.convert import convert
+    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.encoding import image_encoder
 
-    convert(settings, dry_run=dry_run, log=_say)
+    Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
 
 
 def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
@@ -57,9 +58,10 @@ def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
         --autoencoder stabilityai/sd-vae-ft-mse --autoencoder-id stabilityai/sd-vae-ft-mse --num-classes 1000
         --out data/imagenet256 --split train
     """
-    from tread_composer.conversion.importers.stored import import_latents
+    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.importers.stored import StoredLatents
 
-    import_latents(settings, dry_run=dry_run, log=_say)
+    Conversion(settings, functools.partial(StoredLatents, settings), _say).run(dry_run)
 
 
 def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:

@@ -5,7 +5,6 @@ but the names of finished parts is remembered in between, so a killed conversion
 """
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
@@ -18,12 +17,12 @@ import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
 from tread_composer.conversion.decoding import Batch, Prepared, prepared_batches
-from tread_composer.conversion.encoding import Encoded, Encoder, image_encoder
+from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.merging import finish_split
 from tread_composer.conversion.output import Output, refuse_foreign, refuse_if_too_large, size_in_words
 from tread_composer.conversion.parts import done_parts, remove_unfinished
 from tread_composer.conversion.plan import SplitPlan, make_plans
-from tread_composer.conversion.settings import ImageSettings, Settings
+from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.writing import BackgroundWriter
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
@@ -33,15 +32,10 @@ from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.progress import RankProgress
 from tread_composer.io.ranks import Ranks, check_equal
 
-__all__ = ['Conversion', 'convert']
+__all__ = ['Conversion']
 
 Log = Callable[[str], None]
 Plans = dict[str, SplitPlan]
-
-
-def convert(settings: ImageSettings, *, dry_run: bool = False, log: Log = print) -> None:
-    """Convert images, or go on with what an earlier call began; see ``Conversion``."""
-    Conversion(settings, functools.partial(image_encoder, settings), log).run(dry_run)
 
 
 class Conversion:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.data.checks import fetch_descriptions
 from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
@@ -121,16 +122,12 @@ def refuse_foreign(remote: str) -> None:
     Raises:
         UserError: There is a manifest already.
     """
-    from streaming.base.storage.download import CloudDownloader
-
-    url = f'{remote}/{MANIFEST_NAME}'
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            CloudDownloader.get(url).download(url, str(Path(folder) / MANIFEST_NAME), 60)
-        except Exception:
-            # Each of the clouds says "not there" in its own way. Should it be out of reach, uploading will tell.
-            return
-    raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
+        with contextlib.suppress(UserError):  # it is not there; should the place be out of reach, uploading will tell
+            fetch_descriptions(remote, folder)
+        if (Path(folder) / MANIFEST_NAME).exists():
+            url = f'{remote}/{MANIFEST_NAME}'
+            raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
 
 
 def refuse_if_too_large(

@@ -4,8 +4,7 @@ Legend: B samples, V views (the image, its mirror image), C latent channels, K s
 latent pixels.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,13 @@ from torch import Tensor
 
 from tread_composer.autoencoders import open_autoencoder
 from tread_composer.conversion.contents import LOGVAR_RANGE
-from tread_composer.conversion.convert import Conversion
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.sources import Source
 from tread_composer.core.errors import UserError
 
-__all__ = ['import_latents']
-
-
-def import_latents(settings: ImportSettings, *, dry_run: bool = False, log: Callable[[str], None] = print) -> None:
-    """Write ``out/split``, or go on with what an earlier call began; see ``Conversion``."""
-    Conversion(settings, functools.partial(StoredLatents, settings), log).run(dry_run)
+__all__ = ['StoredLatents']
 
 
 class StoredLatents(Encoder):

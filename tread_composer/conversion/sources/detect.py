@@ -96,14 +96,11 @@ def _kind(root: Path, archives: list[Path]) -> str:
     kinds = {f'.{(_SUFFIX.findall(file.name)[0] or "tar").lower()}' for file in archives}
     if root.is_file() and not kinds:
         raise UserError(f'{root}: not a file of a known kind. Expected {_LAYOUTS}')
-    if kinds and root.is_dir() and holds_images(root):
+    if root.is_dir() and kinds and (len(kinds) > 1 or '.zip' in kinds or holds_images(root)):
         raise UserError(
-            f'{root}: holds images, and also {names}. Which is meant? Give the archive itself, or move it away'
+            f'{root}: holds {names}: several kinds, a zip, or archives beside images. Give the file itself, or a '
+            f'folder with one kind'
         )
-    if len(kinds) > 1:
-        raise UserError(f'{root}: holds files of several kinds: {names}. Which is meant? Give a folder with one kind')
-    if kinds == {'.zip'} and root.is_dir():
-        raise UserError(f'{root}: holds {names}. Give the zip file itself')
     return kinds.pop() if kinds else 'folders'
 
 
