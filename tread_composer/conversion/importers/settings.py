@@ -18,23 +18,15 @@ __all__ = ['ImportSettings']
 
 Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit']
 
-# How a fact is asked for, and the fields of which one must be given.
-_ALWAYS = {
-    '--autoencoder-id': ('autoencoder_id',),
-    '--autoencoder PATH or --autoencoder-hash': ('autoencoder', 'autoencoder_hash'),
-    '--resolution': ('resolution',),
-    '--crop': ('crop',),
-    '--num-classes or --class-names': ('num_classes', 'class_names'),
+# The fields of which one must be given, for each fact that is asked for.
+_ALWAYS = (('autoencoder_id',), ('autoencoder', 'autoencoder_hash'), ('resolution',), ('crop',),
+           ('num_classes', 'class_names'))  # fmt: skip
+_OF_LAYOUT: dict[Layout, tuple[tuple[str, ...], ...]] = {
+    'maskdit-lmdb': (('channels', 'autoencoder'), ('mirrors',)),
+    'maskdit-webdataset': (('mirrors',),),
+    'tread-webdataset': (('kind',), ('stored_scale',), ('stored_shift',)),
+    'lightningdit': (),
 }
-_MIRRORS = {'--mirrors': ('mirrors',)}
-_OF_LAYOUT: dict[Layout, dict[str, tuple[str, ...]]] = {
-    'maskdit-lmdb': {'--channels or --autoencoder PATH': ('channels', 'autoencoder'), **_MIRRORS},
-    'maskdit-webdataset': _MIRRORS,
-    'tread-webdataset': {
-        '--kind': ('kind',), '--stored-scale': ('stored_scale',), '--stored-shift': ('stored_shift',)
-    },
-    'lightningdit': {},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +72,14 @@ class ImportSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked = {**_ALWAYS, **_OF_LAYOUT[self.layout]}
-        reasons = argument_docs(type(self))
-        lines = [
-            f'  {name}: {" ".join(reasons[names[0]].split())}'
-            for name, names in asked.items()
-            if all(getattr(self, field) is None for field in names)
-        ]
+        reasons, lines = argument_docs(type(self)), []
+        for names in (*_ALWAYS, *_OF_LAYOUT[self.layout]):
+            if all(getattr(self, name) is None for name in names):
+                flags = ' or '.join(f'--{name.replace("_", "-")}' for name in names)
+                lines.append(f'  {flags}: {" ".join(reasons[names[0]].split())}')
         if lines:
             raise UserError('\n'.join([f'the files of layout {self.layout} do not say everything; missing:', *lines]))
-        if self.mirrors and 'mirrors' not in sum(asked.values(), ()):
+        if self.mirrors and ('mirrors',) not in _OF_LAYOUT[self.layout]:
             raise UserError(f'--mirrors belongs to the MaskDiT layouts; {self.layout} says itself what it holds')
         if self.autoencoder and self.autoencoder_hash:
             raise UserError('give --autoencoder or --autoencoder-hash, not both')
