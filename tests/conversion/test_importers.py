@@ -197,7 +197,13 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         assert main([str(tmp_path), '--layout', layout, '--out', str(tmp_path.parent / 'x'), '--split', 'train']) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 + 5 + len(particular)
-        common = ['--autoencoder-id', '--autoencoder or --autoencoder-hash', '--resolution', '--crop', '--num-classes or']
+        common = [
+            '--autoencoder-id',
+            '--autoencoder or --autoencoder-hash',
+            '--resolution',
+            '--crop',
+            '--num-classes or',
+        ]
         for name in [*common, *particular]:
             assert sum(line.startswith(f'  {name}') and len(line.split(': ')[1]) > 20 for line in lines) == 1, name
     assert not (tmp_path.parent / 'x').exists()

@@ -110,6 +110,7 @@ _CLASS = {'_type': 'ClassLabel', 'names': ['a']}
         ({'image': _IMAGE, 'label': pyarrow.array([None], pyarrow.int64())}, None, 'row 0 has no label'),
         ({'image': pyarrow.array([{'bytes': None, 'path': 'a'}], _IMAGE.type)}, None, "row 0 holds no bytes.*'a'"),
         ({'image': pyarrow.array([None], _IMAGE.type)}, None, 'row 0 holds no bytes'),
+        ({'image': pyarrow.array([], _IMAGE.type), 'label': pyarrow.array([], 'int64')}, None, 'train hold no row'),
     ],
 )
 def test_unclear_parquet_files_are_refused(columns, metadata, message, tmp_path, opened):

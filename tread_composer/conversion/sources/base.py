@@ -106,17 +106,14 @@ class Source:
     def arranged(cls, layout: str, root: Path, images: Images, *, inside: Path | str = '', **facts: Any) -> 'Source':
         """The images in the order of every layout, by (label, name).
 
-        They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where that is.
-        ``facts`` are further attributes.
+        They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where on this machine that
+        is. ``facts`` are further attributes.
 
         Raises:
-            UserError: No image at all, two of one name, or a name that is not UTF-8; names the place.
+            UserError: Two have one name, or a name is not UTF-8; names the place.
         """
-        location = root / inside
         names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
-        if not names:
-            raise UserError(f'{location}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
-        check_names(location, names)
+        check_names(root / inside, names)
         order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
         classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
         description = f'{layout} at {Path(root.name, inside)}: {len(names):,} images, {classes}'

@@ -71,6 +71,8 @@ def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence
         splits[split] = images = Images(ignored=Ignored(notes=list(notes)))
         for number, file in enumerate(members):
             _list(copies[file], number, images)
+        if not images.names:
+            raise UserError(f'{root}: the files of {split} hold no row. Get them anew')
         if '' in images.names or len(set(zip(images.labels, images.names, strict=True))) < len(images.names):
             images.ignored.notes.append('named by row, since the files do not name each image')
             images.names = [f'row-{row:08d}' for row in range(len(images.names))]
