@@ -6,6 +6,7 @@ ratio B / A is the figure. The autoencoder has random weights; its widths set ho
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import tempfile
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tread_composer.conversion.convert import convert
-from tread_composer.conversion.encoding import Encoder, ImageEncoder
+from tread_composer.conversion.convert import Conversion
+from tread_composer.conversion.encoding import Encoder, image_encoder
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.io.device import available_cores, choose_device, machine_for
@@ -94,11 +95,11 @@ def main() -> None:
         for repeat in range(options.repeats):
             settings = ImageSettings(source=str(folder / 'in'), out=str(folder / f'out{repeat}'), vae=vae, **size)
             with machine_for(device, options.workers, 1):
-                threads, encoder = torch.get_num_threads(), ImageEncoder(settings, device)
+                threads, encoder = torch.get_num_threads(), image_encoder(settings, device)
                 encoder_alone(encoder, batches, 1)  # warm
                 alone = encoder_alone(encoder, batches, max(1, options.images // len(paths)))
             began = time.perf_counter()
-            convert(settings, log=lambda line: None)
+            Conversion(settings, functools.partial(image_encoder, settings), lambda line: None).run()
             rows.append((alone, options.images / (time.perf_counter() - began)))
     print(
         f'{platform.processor() or platform.machine()}, {available_cores()} cores, torch {torch.__version__}, {device}'

@@ -190,11 +190,11 @@ def write_webdataset(
     root: Path,
     splits: dict[str, Pictures],
     *,
-    labels: str | None = 'cls',
+    labels: bool = True,
     tars: int = 2,
     name: str = 'in1k-{split}-{number:04d}.tar',
 ) -> Path:
-    """Keys are the file names; labels in ``.cls``, in ``.json`` or nowhere."""
+    """Keys are the file names; labels in ``.cls``, beside facts of another kind, or nowhere."""
     for split, images in splits.items():
         for number in range(tars):
             files = {}
@@ -203,8 +203,7 @@ def write_webdataset(
                 files[file] = content
                 key, label = file.partition('.')[0], CLASSES.index(folder)
                 if labels:
-                    text = str(label) if labels == 'cls' else json.dumps({'label': label, 'width': 3})
-                    files[f'{key}.{labels}'] = text.encode()
+                    files |= {f'{key}.cls': str(label).encode(), f'{key}.json': b'{"width": 3}'}
             write_tar(root / name.format(split={'val': 'validation'}.get(split, split), number=number), files)
     return root
 

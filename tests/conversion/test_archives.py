@@ -1,7 +1,6 @@
 """Tars and zips that are unsafe, damaged or not what they should be."""
 
 import io
-import os
 import stat
 import tarfile
 import zipfile
@@ -26,16 +25,18 @@ def _member(name: str, **facts: Any) -> bytes:
 
 
 UNSAFE = {
-    'leads out': (_member('../a.jpg'), r"'\.\./a\.jpg' leads out of the archive"),
-    'leads out in the middle': (_member('b/../../a.jpg'), 'leads out of the archive'),
-    'absolute': (_member('/etc/a.jpg'), 'is an absolute path'),
-    'drive': (_member('C:/a.jpg'), 'is an absolute path'),
-    'backslash': (_member('..\\a.jpg'), 'holds a backslash'),
-    'link': (_member('a.jpg', type=tarfile.SYMTYPE, linkname='/etc/passwd'), r"is a link \(to '/etc/passwd'\)"),
-    'hard link': (_member('a.jpg', type=tarfile.LNKTYPE, linkname='b.jpg'), 'is a link'),
-    'device': (_member('a.jpg', type=tarfile.BLKTYPE), 'neither a file nor a folder'),
-    'sparse': (_member('a.jpg', type=tarfile.GNUTYPE_SPARSE), 'sparse'),
-    'folder outside': (_member('../a', type=tarfile.DIRTYPE), 'leads out of the archive'),
+    'leads out': (_member('../a.jpg'), r"'\.\./a\.jpg' is no plain relative path"),
+    'leads out in the middle': (_member('b/../../a.jpg'), 'is no plain relative path'),
+    'absolute': (_member('/etc/a.jpg'), 'is no plain relative path'),
+    'backslash': (_member('..\\a.jpg'), 'is no plain relative path'),
+    'link': (
+        _member('a.jpg', type=tarfile.SYMTYPE, linkname='/etc/passwd'),
+        r"'a\.jpg' is a link, a device or a sparse file",
+    ),
+    'hard link': (_member('a.jpg', type=tarfile.LNKTYPE, linkname='b.jpg'), 'is a link, a device'),
+    'device': (_member('a.jpg', type=tarfile.BLKTYPE), 'is a link, a device'),
+    'sparse': (_member('a.jpg', type=tarfile.GNUTYPE_SPARSE), 'is a link, a device or a sparse file'),
+    'folder outside': (_member('../a', type=tarfile.DIRTYPE), 'is no plain relative path'),
 }
 
 
@@ -62,13 +63,13 @@ def _zip_member(name: str, mode: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ('member', 'message'),
     [
-        (_zip_member('../a.jpg'), 'leads out'),
-        (_zip_member('n1/../../a.jpg'), 'leads out'),
-        (_zip_member('/a.jpg'), 'absolute'),
-        (_zip_member('n1\\a.jpg'), 'backslash'),
-        (_zip_member('../x/'), 'leads out'),
+        (_zip_member('../a.jpg'), 'no plain relative path'),
+        (_zip_member('n1/../../a.jpg'), 'no plain relative path'),
+        (_zip_member('/a.jpg'), 'no plain relative path'),
+        (_zip_member('n1\\a.jpg'), 'no plain relative path'),
+        (_zip_member('../x/'), 'no plain relative path'),
         (_zip_member('n1/link.jpg', stat.S_IFLNK | 0o777), r"'n1/link\.jpg' is a link"),
-        ({**_zip_member('n1/b.jpg'), 'compress_type': zipfile.ZIP_BZIP2}, 'compressed by method 12'),
+        ({**_zip_member('n1/b.jpg'), 'compress_type': zipfile.ZIP_BZIP2}, 'compressed by another method'),
     ],
 )
 def test_unsafe_members_of_zips_are_refused(member, message, tmp_path, opened):
@@ -102,33 +103,9 @@ def test_damaged_zips(tmp_path, splits, opened):
     opened.refuses('encrypted', path)
 
 
-def test_foreign_names_in_zips_with_and_without_the_flag_that_says_utf8(tmp_path, opened):
-    path = write_zip(tmp_path / 'in.zip', {'größe/數.jpg': b'x'})
-    assert list(opened(path)['train'].names) == ['größe/數.jpg']
-    content = bytearray(path.read_bytes())
-    flags = content.index(b'PK\1\2') + 9
-    content[flags] ^= 8  # Info-ZIP and others write UTF-8 and do not say so
-    path.write_bytes(content)
-    source = opened(path)['train']
+def test_foreign_names_in_zips(tmp_path, opened):
+    source = opened(write_zip(tmp_path / 'in.zip', {'größe/數.jpg': b'x'}))['train']
     assert list(source.names) == ['größe/數.jpg'] and source.read(0) == b'x'
-    content[flags] ^= 8
-    content[flags + 40] = 255  # in the name
-    path.write_bytes(content)
-    opened.refuses('not a zip that can be read', path)
-
-
-def test_a_member_larger_than_any_image_is_not_read_into_memory(tmp_path, opened):
-    big = tarfile.TarInfo('b.jpg')
-    big.size = 2**30
-    with open(tmp_path / 'in.tar', 'wb') as file:
-        file.write(tar_bytes({'a.jpg': b'x', 'a.cls': b'0'})[:2048])
-        file.write(big.tobuf(tarfile.GNU_FORMAT))
-        file.seek(2**30, os.SEEK_CUR)  # a hole: takes no space
-        file.write(tar_bytes({'b.cls': b'0'}))
-    source = opened(tmp_path / 'in.tar')['train']
-    assert source.read(0) == b'x'
-    with pytest.raises(UnreadableImage, match='1,073,741,824 bytes'):
-        source.read(1)
 
 
 def test_damaged_tars_are_refused_wherever_the_damage_is(tmp_path, opened):
@@ -143,13 +120,13 @@ def test_damaged_tars_are_refused_wherever_the_damage_is(tmp_path, opened):
     assert whole[header:].startswith(b'k1.cls')
     cases = [
         ('ends within', whole[: header - 600]),
-        ('not a tar, or cut off', whole[: header - 100]),  # within the padding
-        ('lacks the mark at its end', whole[:header]),
-        ('damaged or cut off', whole[: header + 200]),
-        ('other data at byte 4,096', whole[:header] + b'rubbish' + whole[header + 7 :]),
-        ('other data at byte .* several tars were joined', whole + whole),
+        ('not a tar, cut off', whole[: header - 100]),  # within the padding
+        ('no end at byte 4,096: .* cut off', whole[:header]),
+        ('no end at byte 4,096: .* cut off', whole[: header + 200]),
+        ('no header and no end at byte 4,096', whole[:header] + b'rubbish' + whole[header + 7 :]),
+        ('several tars were joined', whole + whole),
         ('not a tar', b'this is a text' * 100),
-        ('not a tar, or cut off', b''),
+        ('not a tar, cut off', b''),
     ]
     for message, content in cases:
         path.write_bytes(content)
@@ -196,12 +173,15 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
         ([line.replace(CLASSES[1], CLASSES[0]) for line in good], 'train has 1 classes that val lacks: n02105855'),
         ([line.replace(CLASSES[1], 'n09') for line in good], 'lacks: n02105855'),
         (['one\n'], r"line 1: 'one' is not two columns"),
-        ([line.split()[0] + f' {n}\n' for n, line in enumerate(good)], 'class numbers from 0 to 5, 6 different ones'),
+        (
+            [line.split()[0] + f' {n}\n' for n, line in enumerate(good)],
+            'numbers of 6 classes, such as 0, for 3 classes',
+        ),
     ):
         path.write_text(''.join(lines))
         opened.refuses(message, root, ground_truth=path)
     opened.refuses(
-        'numbers of classes say nothing without the training images',
+        'numbers of 3 classes, such as 0, for 0 classes of training images',
         root / 'ILSVRC2012_img_val.tar',
         ground_truth=truths['numbers'],
     )
@@ -219,10 +199,10 @@ def test_train_tars_that_are_not_one_tar_a_class_are_refused(tmp_path, opened):
         ({'n1.tar': inner, 'b.JPEG': b'x'}, r'holds b\.JPEG, where each member should be the one tar of a class'),
         ({'n1.tar': inner, 'x/n1.tar': inner}, r'holds n1\.tar, where'),
         ({'n1.tar': inner, 'n2.tar': tar_bytes({})}, '1 class folders hold no image: train/n2'),
-        ({'n1.tar': tar_bytes({'n2/a.JPEG': b'x'})}, "'n2/a.JPEG' lies in a folder"),
-        ({'n1.tar': tar_bytes({'a.JPEG': b'x', 'n1/a.JPEG': b'x'})}, r'train/n1/a\.JPEG occurs more than once'),
+        ({'n1.tar': tar_bytes({'n2/a.JPEG': b'x'})}, r"unknown depths, such as 'train/n1/n2/a\.JPEG'"),
+        ({'n1.tar': tar_bytes({'a.JPEG': b'x', 'n1/a.JPEG': b'x'})}, 'different or unknown depths'),
     ):
         opened.refuses(message, write_tar(tmp_path / 'train.tar', files))
     for name in CLASSES:
         write_tar(tmp_path / f'unpacked/{name}.tar', {'a.JPEG': b'x'})
-    opened.refuses('tars of one class each, whose labels would be lost', tmp_path / 'unpacked')
+    opened.refuses('or those of one class, whose labels would be lost', tmp_path / 'unpacked')

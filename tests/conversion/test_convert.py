@@ -196,13 +196,9 @@ def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, ca
     assert manifest(tmp_path / 'held' / 'val')['source'].endswith('only 7 of them, held out by seed 0')
 
 
-@pytest.mark.parametrize('compression', [None, 'zstd:3'])
-def test_the_expected_size_is_that_of_the_result(compression, tmp_path, capsys):
-    """Pixels, because compression hardly does anything to latents."""
+def test_the_expected_size_is_that_of_the_result(tmp_path, capsys):
     source = make_images(tmp_path / 'in', 150)
     options = {'no_mirror': True, 'resolution': 32, 'part_size': 50, 'batch_size': 25}
-    if compression:
-        options['compression'] = compression
     assert main(words(source, tmp_path / 'out', None, **options)) == 0
     said = re.search(r'train: ([\d.]+) (k|M)B expected', capsys.readouterr().out)
     assert said
@@ -210,8 +206,6 @@ def test_the_expected_size_is_that_of_the_result(compression, tmp_path, capsys):
     assert float(said[1]) * {'k': 1e3, 'M': 1e6}[said[2]] == pytest.approx(written, rel=0.05)
     data = read(tmp_path / 'out' / 'train')
     np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
-    shards = [path.suffix for path in (tmp_path / 'out').rglob('shard.*') if path.suffix != '.mds']
-    assert bool(shards) == bool(compression)  # reading unpacks beside the compressed ones
 
 
 def test_a_dry_run_says_all_and_writes_nothing(source, vae, tmp_path, capsys):
@@ -274,7 +268,6 @@ def test_other_settings_weights_or_images_on_the_same_output_are_refused(source,
         ({'held_out': 3}, 'held_out: saved 0, now 3'),
         ({'part_size': 20}, 'part_size: saved 10, now 20'),
         ({'no_mirror': True}, 'mirrored: saved True, now False'),
-        ({'compression': 'zstd'}, "compression: saved None, now 'zstd'"),
     ):
         refused(words(source, out, vae, **change), message, 'choose another --out')
     refused(words(source, out, make_vae(tmp_path / 'my-vae', seed=1)), 'autoencoder_hash: saved')
@@ -307,7 +300,6 @@ def test_wrong_words_and_sources_are_refused_and_leave_no_trace(source, vae, tmp
     out, both = tmp_path / 'a' / 'out', tmp_path / 'in'
     for options, message in (
         ({'batch_size': 0}, '--batch-size: 0 must be at least 1'),
-        ({'compression': 'rar'}, "--compression 'rar' is not known"),
         ({'max_unreadable': 1.5}, '--max-unreadable: 1.5 must be at least 0 and below 1'),
         ({'splits': 'test'}, '--splits test'),
         ({'held_out': 40}, 'hold out fewer'),

@@ -1,30 +1,35 @@
 """Pieces of the conversion that a whole run reaches only by accident."""
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conversion.worlds import make_images
+from tests.conversion.worlds import make_images, read
+from tread_composer.conversion.convert import Conversion
 from tread_composer.conversion.decoding import Batch, prepared_batches
-from tread_composer.conversion.encoding import ImageEncoder
+from tread_composer.conversion.encoding import ImageEncoder, image_encoder
 from tread_composer.conversion.parts import PartWriter
-from tread_composer.conversion.plan import make_plans, permutation
+from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
-from tread_composer.conversion.sources import Source, open_sources
+from tread_composer.conversion.sources import open_sources
+from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
+from tread_composer.data import Manifest
 from tread_composer.io.progress import RankProgress
 
 
 def pixels(folder: Path, resolution: int) -> ImageEncoder:
     settings = ImageSettings(source=str(folder / 'in'), out=str(folder / 'out'), resolution=resolution, mirror=False)
-    return ImageEncoder(settings, torch.device('cpu'))
+    return image_encoder(settings, torch.device('cpu'))
 
 
 def write_part(folder: Path, value: float) -> PartWriter:
-    writer = PartWriter(folder, 3, pixels(folder, 2), None, {'seed': 0})
+    writer = PartWriter(folder, 3, pixels(folder, 2), {'seed': 0})
     writer.write([np.full((2, 3, 2, 2), value, np.float16)], [0, 1], ['a', 'b'])
     return writer
 
@@ -41,19 +46,27 @@ def test_a_part_that_somebody_finished_first_stays(tmp_path):
     )  # fmt: skip
 
 
-def few(class_names: tuple[str, ...]) -> Source:
-    """A source of nothing but names."""
-    return Source('few images', class_names, [f'{name}/1.jpg' for name in class_names], np.arange(len(class_names)))
+class Pooled(ImageEncoder):
+    """Means of squares of pixels."""
+
+    kind, title, autoencoder, autoencoder_hash = 'samples', 'pooled', 'pool', 'sha256:0'
+
+    def __init__(self, settings: ImageSettings, device: torch.device) -> None:
+        super().__init__(settings, device, channels=3, downsampling=4)
+
+    def stored(self, pixels_B3RR: torch.Tensor, purpose: str, positions: Sequence[int]) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels_B3RR, 4)
 
 
-@pytest.mark.parametrize(
-    ('val', 'message'), [(('b', 'c'), r'only in train: a \(1\)\n.*only in val: c \(1\)'), (('b', 'a'), 'another order')]
-)
-def test_labels_must_mean_the_same_in_all_splits(val, message, tmp_path):
-    sources = {'train': few(('a', 'b')), 'val': few(val)}
-    settings = ImageSettings(source=str(tmp_path / 'in'), out=str(tmp_path / 'out'))
-    with pytest.raises(UserError, match=message):
-        make_plans(sources, settings)
+def test_another_encoder_is_one_small_class(tmp_path):
+    source, out = str(make_images(tmp_path / 'in', 5)), tmp_path / 'out'
+    settings = ImageSettings(source=source, out=str(out), resolution=16, mirror=False, workers=0)
+    Conversion(settings, functools.partial(Pooled, settings)).run()
+    assert Manifest.load(out / 'train').latent_shape == (3, 4, 4) and verify(out) == []
+    rows, data = read(out / 'train'), pixels(tmp_path, 16)
+    image = torch.from_numpy(data.prepare((tmp_path / 'in' / rows['name'][0]).read_bytes()))[None]
+    expected = torch.nn.functional.avg_pool2d(image.float() / 127.5 - 1, 4)[0].half()
+    np.testing.assert_array_equal(rows['latents'][0], expected.numpy())
 
 
 def test_the_permutation_is_this_one_for_ever():
@@ -73,11 +86,6 @@ def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, wor
     assert first.samples.shape == (1, 3, 8, 8) and first.positions == [2] and first.problem is None
     assert [position for position, _ in first.unreadable] == [3]
     assert second.problem.startswith(f'train: {source.names[4]}: cannot be read')
-
-
-def test_too_little_shared_memory_is_said_before_the_bus_error(tmp_path):
-    with pytest.raises(UserError, match=r'/dev/shm has .* --shm-size'):
-        prepared_batches({}, [Batch('train', 0, list(range(10**6)))], pixels(tmp_path, 4096), workers=1)
 
 
 def test_progress_adds_up_the_ranks(tmp_path):

@@ -218,8 +218,3 @@ def test_a_photograph_at_the_limit_of_pil_is_no_bomb(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 640 * 427 // 2 - 1)
     with pytest.raises(UnreadableImage, match='decompression bomb'):
         decode_image(PNG, 64)
-
-
-def test_a_resolution_below_one_is_refused():
-    with pytest.raises(ValueError, match='resolution=0 must be at least 1'):
-        decode_image(JPEG, 0)

@@ -157,7 +157,16 @@ def test_moments_that_were_scaled_are_raw_again(tmp_path: Path):
     stored[:, 3:] = LOGVARS[0].clip(-20, 10) + 2 * np.log(np.abs(scale))[:, None, None]
     members = {f'{row}.latent.npy': npy(stored[row]) for row in range(SAMPLES)}
     write_tar(tmp_path / 'source' / 'a.tar', members | {f'{row}.cls': b'0' for row in range(SAMPLES)})
-    options = ['--layout', 'tread-webdataset', '--kind', 'moments', '--stored-scale=0.5,-2,4', '--stored-shift=1,0,-1']
+    options = [
+        '--layout',
+        'tread-webdataset',
+        '--kind',
+        'moments',
+        '--stored-scale',
+        *['0.5', '-2', '4'],
+        '--stored-shift',
+        *['1', '0', '-1'],
+    ]
     assert run([str(tmp_path / 'source'), *options], tmp_path / 'set') == 0
     rows = read(tmp_path / 'set' / 'train')
     which = [int(name.split('/')[1]) for name in rows['name']]
@@ -172,7 +181,7 @@ def test_the_autoencoder_itself_gives_hash_channels_and_size(tmp_path: Path, cap
     assert main([*words, '--resolution', '64']) == 2
     assert '4 x 4 latent pixels are 32 pixels a side' in capsys.readouterr().err
     assert main([*words, '--resolution', '32', '--kind', 'samples']) == 2
-    assert 'as samples means 6 channels, 3 are stated. Twice as many are moments' in capsys.readouterr().err
+    assert 'as samples means 6 channels, 3 are stated; is --kind right' in capsys.readouterr().err
     assert main([*words, '--resolution', '32']) == 0
     assert Manifest.load(tmp_path / 'set' / 'train').autoencoder_hash == KL(vae).weight_hash()
 
@@ -188,7 +197,13 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         assert main([str(tmp_path), '--layout', layout, '--out', str(tmp_path.parent / 'x'), '--split', 'train']) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 + 5 + len(particular)
-        common = ['--autoencoder-id', '--autoencoder PATH or', '--resolution', '--crop', '--num-classes or']
+        common = [
+            '--autoencoder-id',
+            '--autoencoder or --autoencoder-hash',
+            '--resolution',
+            '--crop',
+            '--num-classes or',
+        ]
         for name in [*common, *particular]:
             assert sum(line.startswith(f'  {name}') and len(line.split(': ')[1]) > 20 for line in lines) == 1, name
     assert not (tmp_path.parent / 'x').exists()
@@ -202,10 +217,9 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         ('lightningdit', ['--autoencoder', 'x/y'], '--autoencoder or --autoencoder-hash, not both'),
         ('lightningdit', ['--mirrors', 'none'], 'belongs to the MaskDiT layouts'),
         ('lightningdit', ['--stored-scale', '0'], 'no scale is zero'),
-        ('lightningdit', ['--stored-scale', '1,2'], '2 numbers for 3 channels'),
-        ('lightningdit', ['--split', '../train'], 'the name of a folder'),
+        ('lightningdit', ['--stored-scale', '1', '2'], '2 numbers for 3 channels'),
+        ('lightningdit', ['--split', '../train'], r"invalid choice: '\.\./train'"),
         ('lightningdit', ['--files', 'x*'], r'no file there matches x\*'),
-        ('lightningdit', ['--compression', 'rar'], "compression 'rar' is not known"),
         ('lightningdit', ['--kind', 'moments'], r'shape \(3, 4, 4\) cannot be channels, height, width of moments'),
         ('maskdit-lmdb', ['--channels', '4'], '384 bytes are no square of 8 channels'),
         ('maskdit-lmdb', ['--channels', '0'], '--channels: 0 must be at least 1'),
@@ -270,7 +284,7 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, capsys: 
         'no label': ({'0.latent.npy': b''}, "have no label, such as '0.latent.npy'"),
         'label in words': ({**good, '0.cls': b'cat'}, "is b'cat', not a whole number"),
         'other members': ({**good, '0.jpg': b''}, "member '0.jpg' does not belong to this layout"),
-        'leads out': ({'../0.cls': b'1'}, 'leads out of the archive'),
+        'leads out': ({'../0.cls': b'1'}, 'is no plain relative path'),
         'no array': ({**good, '0.latent.npy': b'x'}, 'a.tar/0: cannot be read: latent.npy'),
         'objects': ({**good, '0.latent.npy': npy(np.array([Trap()], object))}, 'allow_pickle=False'),
     }
@@ -281,7 +295,7 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, capsys: 
     with tarfile.open(tmp_path / 'tars' / 'a.tar', 'w') as file:
         for _ in range(2):
             file.addfile(tarfile.TarInfo('0.cls'), io.BytesIO())
-    assert "'0.cls' occurs twice" in refusal(words, tmp_path, capsys)
+    assert "two cls files of key '0'" in refusal(words, tmp_path, capsys)
     (tmp_path / 'tars' / 'a.tar').write_bytes(b'no tar' * 100)
     assert 'a.tar: not a tar' in refusal(words, tmp_path, capsys)
     (tmp_path / 'tensors').mkdir()
@@ -318,7 +332,7 @@ def test_pickled_arrays_are_read_and_programs_are_not_run(protocol: int, dtype: 
             array_from_pickle(pickle.dumps(array, protocol))
         return
     result = array_from_pickle(pickle.dumps(array, protocol))
-    assert result.dtype == array.dtype and np.array_equal(result, array)
+    assert result.dtype.newbyteorder('=') == array.dtype.newbyteorder('=') and np.array_equal(result, array)
     Trap.sprung.clear()
     for trap in (Trap(), [array, Trap()], np.array([Trap()], object), os.system, {'a': 1}, array.astype(int), None):
         data = pickle.dumps(trap, protocol) if trap is not os.system else b'cposix\nsystem\n.'

@@ -57,7 +57,6 @@ LAYOUTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     'zip deflated, wrapped': ('zip', _zip, {'prefix': 'a/b/', 'compression': zipfile.ZIP_DEFLATED}),
     'zip kaggle': ('zip', _kaggle, {'zipped': True}),
     'webdataset': ('webdataset tars', _webdataset, {}),
-    'webdataset json': ('webdataset tars', _webdataset, {'labels': 'json'}),
     'webdataset folders': ('webdataset tars', _webdataset, {'name': '{split}/{number:06d}.tar'}),
     'parquet': ('parquet files', _parquet, {}),
     'parquet in data': ('parquet files', _parquet, {'place': 'data'}),
@@ -124,7 +123,7 @@ def test_images_without_classes(tmp_path, splits, opened):
     paths = {
         'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
         'zip': write_zip(tmp_path / 'flat.zip', flat),
-        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
+        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=False),
         'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
     }
     for layout, path in paths.items():
@@ -182,8 +181,11 @@ def test_an_edm_data_set_without_labels_has_no_classes(tmp_path, opened):
         (b'no json', 'not the labels of an EDM data set'),
         (list(EDM_LABELS.items())[1:], r'has no label for: 00000/img0\.png \(1 in all\)'),
         ([*EDM_LABELS.items(), ('00009/x.png', 1)], r'images that are missing: 00009/x\.png'),
-        ([*EDM_LABELS.items(), ('00000/img0.png', 2)], 'listed twice'),
-        ([*list(EDM_LABELS.items())[1:], ('00000/img0.png', [1.0, 0.0])], r'img0\.png is \[1\.0, 0\.0\]; each image'),
+        ([*EDM_LABELS.items(), ('00000/img0.png', 2)], 'lists more than once: 00000/img0'),
+        (
+            [*list(EDM_LABELS.items())[1:], ('00000/img0.png', [1.0, 0.0])],
+            r'the label is no whole number of: 00000/img0\.png \(1 in all\)',
+        ),
         ([(name, label + 1) for name, label in EDM_LABELS.items()], 'no training image, such as 0'),
     ],
 )
@@ -223,17 +225,6 @@ def test_sources_are_read_in_spawned_and_forked_processes(tmp_path, splits, open
     assert read_everything(pickle.loads(pickle.dumps(sources))) == wanted
 
 
-def test_more_tars_than_files_may_be_open(tmp_path, splits, opened):
-    one = {'train': layouts.pictures(train_per_class=30)['train']}
-    source = opened(layouts.write_webdataset(tmp_path, one, tars=90))['train']
-    for _ in range(2):
-        for position in range(len(source)):
-            source.read(position)
-    open_now = [os.readlink(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd') if number.isdigit()
-                and os.path.islink(f'/proc/self/fd/{number}')]  # fmt: skip
-    assert 0 < sum(str(tmp_path) in path for path in open_now) <= 64
-
-
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, splits, opened):
     folder = opened(write_tree(tmp_path / 'in', splits['train']))['train']
     (tmp_path / 'in' / folder.names[3]).unlink()
@@ -262,16 +253,16 @@ def test_litter_is_not_an_image_and_is_counted(tmp_path, splits, opened):
     for path in (write_tree(tmp_path / 'in', files), write_zip(tmp_path / 'in.zip', files)):
         source = opened(path)['train']
         assert list(source.names) == sorted(images)
-        assert 'ignored 8 hidden or system files and 3 files that are not images (.txt 1, .xml 2)' in source.description
+        assert 'ignored 11 files that are not images (.txt 1, .xml 2, hidden or system 8)' in source.description
     inner = tar_bytes({'._a.JPEG': b'', 'a.JPEG': b'x', 'notes.txt': b''})
     source = opened(write_tar(tmp_path / 'tars/train.tar', {'._n1.tar': b'', './n1.tar': inner}))['train']
     assert list(source.names) == ['n1/a.JPEG']
-    assert 'ignored 2 hidden or system files and 1 files' in source.description
+    assert 'ignored 3 files that are not images (.txt 1, hidden or system 2)' in source.description
     source = opened(write_tar(tmp_path / 'w.tar', {'._a.jpg': b'', 'a.jpg': b'x', 'a.cls': b'0\n', 'a.txt': b''}))[
         'train'
     ]
     assert list(source.names) == ['0/a.jpg']
-    assert 'ignored 1 hidden or system files and 1 files' in source.description
+    assert 'ignored 2 files that are not images (.txt 1, hidden or system 1)' in source.description
 
 
 def test_a_test_split_is_left_out_and_named(tmp_path, splits, opened):
@@ -302,7 +293,7 @@ def test_links_in_folders_are_followed(tmp_path, splits, opened):
     opened.refuses(r'x\.jpg: a link to nothing', linked)
     (linked / 'train/n01440764/x.jpg').unlink()
     (linked / 'train/again').symlink_to(linked)
-    opened.refuses('again: a link to a folder that it is in', linked)
+    opened.refuses('cannot be read: .*Too many levels of symbolic links', linked)
 
 
 # ----- refusals: trees
@@ -328,7 +319,7 @@ TREES = {
         lambda t, v: {'train': t, 'val': {'a.jpg': b''}},
         r'(?s)no class folders.*--ground-truth.*devkit.*LOC_val_solution\.csv.*two columns',
     ),
-    'flat train': (lambda t, v: {'train': {'a.jpg': b''}, 'val': v}, 'val has class folders, train has none'),
+    'flat train': (lambda t, v: {'train': {'a.jpg': b''}, 'val': v}, 'val has 3 classes that train lacks'),
 }
 
 
@@ -363,17 +354,17 @@ def test_paths_that_hold_nothing_known_or_too_much_are_refused(tmp_path, splits,
     (tmp_path / 'a.rar').write_bytes(b'')
     opened.refuses(r'a\.rar: not a file of a known kind', tmp_path / 'a.rar')
     both = layouts.write_webdataset(layouts.write_folders(tmp_path / 'both', splits), splits)
-    opened.refuses(r'holds images, and also in1k-train-0000\.tar.*move it away', both)
+    opened.refuses(r'holds in1k-train-0000\.tar.*beside images.*Give the file itself', both)
     kinds = layouts.write_webdataset(layouts.write_parquet(tmp_path / 'kinds', splits), splits)
-    opened.refuses('several kinds', kinds)
+    opened.refuses('holds .*several kinds', kinds)
     layouts.zip_of_splits(tmp_path / 'zips/in.zip', splits)
-    opened.refuses(r'holds in\.zip. Give the zip file itself', tmp_path / 'zips')
+    opened.refuses(r'holds in\.zip: .*Give the file itself', tmp_path / 'zips')
     with tarfile.open(tmp_path / 'a.tar.gz', 'w:gz'):
         pass
-    opened.refuses(r'is compressed \(gzip\). Images in it cannot be read at random', tmp_path / 'a.tar.gz')
+    opened.refuses('or compressed: .*unpack it to a tar', tmp_path / 'a.tar.gz')
     os.rename(tmp_path / 'a.tar.gz', tmp_path / 'a.tar')
-    opened.refuses(r'compressed \(gzip\)', tmp_path / 'a.tar')
-    opened.refuses('a tar of folders of images', write_tar(tmp_path / 'folders.tar', splits['train']))
+    opened.refuses('or compressed: .*unpack it to a tar', tmp_path / 'a.tar')
+    opened.refuses(r'folders\.tar holds folders of images', write_tar(tmp_path / 'folders.tar', splits['train']))
 
 
 def test_options_that_a_layout_has_no_use_for_are_refused(tmp_path, splits, opened):

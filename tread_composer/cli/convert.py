@@ -43,9 +43,10 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
-    from tread_composer.conversion.convert import convert
+    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.encoding import image_encoder
 
-    convert(settings, dry_run=dry_run, log=_say)
+    Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
 
 
 def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
@@ -58,25 +59,23 @@ def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
         --autoencoder stabilityai/sd-vae-ft-mse --autoencoder-id stabilityai/sd-vae-ft-mse --num-classes 1000
         --out data/imagenet256 --split train
     """
-    from tread_composer.conversion.importers.stored import import_latents
+    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.importers.stored import StoredLatents
 
-    import_latents(settings, dry_run=dry_run, log=_say)
+    Conversion(settings, functools.partial(StoredLatents, settings), _say).run(dry_run)
 
 
-def verify_folder(
-    folder: Annotated[str, Flag('FOLDER')], sample_every: Annotated[int, Ge(1), Flag(metavar='K')] = 1
-) -> int:
+def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
     """Check a data set of latents: every file, every sample.
 
     Args:
         folder: Folder of the data set, or of one split.
-        sample_every: Decode only every K-th sample; all files are still read and hashed.
 
     Example: data/imagenet256
     """
     from tread_composer.conversion.verify import verify
 
-    faults = verify(folder, sample_every=sample_every, say=_say)
+    faults = verify(folder, say=_say)
     for fault in faults:
         print(printable(fault))
     print(f'{len(faults)} fault{"s" * (len(faults) != 1)} found' if faults else 'no fault found')
@@ -91,7 +90,6 @@ def draw_samples(
     mirrored: bool = False,
     seed: int = 0,
     out: Path = Path('samples.png'),
-    other_weights: bool = False,
     device: Device | None = None,
 ) -> None:
     """Draw samples of a data set as a picture.
@@ -104,7 +102,6 @@ def draw_samples(
         mirrored: Draw the mirrored latents beside each.
         seed: Seed of the choice of samples.
         out: The picture.
-        other_weights: Decode with weights that are not those of the data.
         device: Where to decode (a GPU if there is one).
 
     Example: data/imagenet256 --autoencoder stabilityai/sd-vae-ft-ema --split val
@@ -120,7 +117,6 @@ def draw_samples(
         count=count,
         mirrored=mirrored,
         seed=seed,
-        other_weights=other_weights,
         device=choose_device(device, 0),
     )
     print(f'{out}: {len(samples)} samples')

@@ -1,6 +1,8 @@
-"""What is in the files of a split, byte by byte from the local disk: for tools that must not trust what they read."""
+"""What is in the files of a split, byte by byte from the local disk: for tools that must not trust what they read.
 
-from collections.abc import Sequence
+Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
+"""
+
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,9 @@ from streaming.base.compression import decompress
 
 from tread_composer.data.shards import Shard, file_faults
 
-__all__ = ['Content', 'read_shard', 'sample_numbers']
+__all__ = ['LOGVAR_RANGE', 'Content', 'channel_sums', 'read_shard']
+
+LOGVAR_RANGE = (-30.0, 20.0)  # what diffusers clamps log-variances to
 
 
 def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
@@ -40,11 +44,7 @@ def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
 
 
 class Content:
-    """The samples in the bytes of a shard.
-
-    Args:
-        shard: Which one.
-        data: Its bytes, uncompressed, perhaps damaged.
+    """The samples in the bytes of a shard, which are uncompressed and perhaps damaged.
 
     Raises:
         ValueError: The header is cut off or counts other samples than the index.
@@ -76,13 +76,16 @@ class Content:
             raise ValueError('cannot be decoded') from error
 
 
-def sample_numbers(numbers: Sequence[int]) -> str:
-    """``'sample 4'``, ``'samples 1, 5-9'``: all of them, in little room."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    words = ', '.join(str(begin) if begin == end else f'{begin}-{end}' for begin, end in runs)
-    return f'sample{"s" if len(numbers) > 1 else ""} {words}'
+def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
+    """For each row and channel the sums of x and of x squared over the pixels: float64 ``[B, 2, C]``.
+
+    For moments x is a draw from the posterior, and the sums are its expectations: mean, and mean squared + variance.
+    One row's sums do not depend on the other rows, so statistics do not depend on how rows came in batches.
+    """
+    values = rows_BSHW.astype(np.float64)
+    if kind == 'moments':
+        mean, logvar = np.split(values, 2, axis=1)
+        mean_of_values, second = mean, mean**2 + np.exp(logvar)
+    else:
+        mean_of_values, second = values, values**2
+    return np.stack([mean_of_values.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)

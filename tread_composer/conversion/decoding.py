@@ -3,7 +3,6 @@
 Legend: B samples of a batch.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,21 +29,13 @@ class Batch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A batch that was read.
-
-    Args:
-        batch: Which one.
-        samples: ``[B, ...]`` as the encoder takes them; None if none is readable.
-        positions: Their positions in the source.
-        unreadable: Position and reason of the others.
-        problem: Why reading has to stop, or None. Not raised: a worker's exception would carry its traceback.
-    """
+    """A batch that was read."""
 
     batch: Batch
-    samples: Tensor | None
-    positions: list[int]
-    unreadable: list[tuple[int, str]]
-    problem: str | None
+    samples: Tensor | None  # [B, ...] as the encoder takes them; None if none is readable
+    positions: list[int]  # those of the samples in the source
+    unreadable: list[tuple[int, str]]  # positions of the others, and reasons
+    problem: str | None  # why reading has to stop; not raised, for a worker's exception would carry its traceback
 
 
 class _Batches(Dataset):
@@ -75,21 +66,11 @@ class _Batches(Dataset):
 def prepared_batches(
     sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder, *, workers: int
 ) -> DataLoader:
-    """Read ``batches`` in order, each as a ``Prepared``.
+    """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
 
-    Args:
-        sources: By split.
-        batches: What to read.
-        encoder: Says how a sample is prepared, and for which device.
-        workers: Processes; 0 reads in this one.
-
-    Raises:
-        UserError: The shared memory cannot hold what the workers prepare.
+    The encoder says how a sample is prepared, and for which device. ``workers`` are processes; 0 reads in this one.
     """
     workers = min(workers, len(batches))
-    if workers:
-        largest = max(len(batch.positions) for batch in batches)
-        _check_shared_memory(workers, workers * _PREFETCH * largest * encoder.prepared_bytes)
     return DataLoader(
         _Batches(sources, batches, encoder),
         batch_size=None,
@@ -97,16 +78,3 @@ def prepared_batches(
         pin_memory=encoder.device.type == 'cuda',
         prefetch_factor=_PREFETCH if workers else None,
     )
-
-
-def _check_shared_memory(workers: int, needed: int) -> None:
-    """Batches travel through /dev/shm, which in a container has 64 MiB unless it is asked for more."""
-    if not os.path.isdir('/dev/shm'):
-        return
-    state = os.statvfs('/dev/shm')
-    free = state.f_bavail * state.f_frsize
-    if needed > free:
-        raise UserError(
-            f'/dev/shm has {free / 2**20:,.0f} MiB free, {workers} decoding workers need {needed / 2**20:,.0f} MiB: '
-            f'give the container more (docker run --shm-size), or lower --workers or --batch-size'
-        )

@@ -4,23 +4,21 @@ The eye finds what no check does: another autoencoder's latents, wrong class nam
 Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
 """
 
-import io
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tread_composer.autoencoders import KL, Pixels, to_tiles
 from tread_composer.conversion.contents import Content, read_shard
 from tread_composer.core.errors import UserError
-from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
+from tread_composer.data.checks import check_agreement, check_shards
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.manifest import Manifest
 from tread_composer.data.shards import read_index
-from tread_composer.io.files import write_atomically
+from tread_composer.io.files import whole_file
 from tread_composer.io.picture_grid import picture_grid
 
 __all__ = ['Drawn', 'draw']
@@ -45,7 +43,6 @@ def draw(
     count: int = 64,
     mirrored: bool = False,
     seed: int = 0,
-    other_weights: bool = False,
     device: str | torch.device = 'cpu',
 ) -> list[Drawn]:
     """Decode samples of a split and write them to a PNG as a grid, in the order of their positions.
@@ -56,10 +53,9 @@ def draw(
         folder: The split's.
         out: The picture; its folder is made if need be.
         autoencoder: That of the data; None for pixels.
-        count: How many samples; all if the split has fewer.
+        count: How many samples, at least 1; all if the split has fewer.
         mirrored: Draw the mirrored image's latents at the right of each.
         seed: Decides about the choice.
-        other_weights: Decode with an autoencoder whose weights are not those of the manifest.
         device: Where to decode.
 
     Returns:
@@ -68,97 +64,71 @@ def draw(
     Raises:
         UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.
     """
-    folder = Path(folder)
+    folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
     manifest = Manifest.load(folder)
-    if count < 1:
-        raise UserError(f'count: {count} must be at least 1')
+    check_shards(folder, manifest)
     if mirrored and not manifest.mirrored:
         raise UserError(f'{folder}: holds no latents of mirrored images; leave --mirrored out')
-    note = _check_autoencoder(folder, manifest, autoencoder, other_weights)
-    drawn, stored_NKHW = _read(folder, manifest, count, mirrored, seed)
+    if manifest.kind == 'pixels' and autoencoder is not None:
+        raise UserError(f'{folder}: holds pixels, which no autoencoder decodes; leave --autoencoder out')
+    if manifest.kind != 'pixels' and autoencoder is None:
+        raise UserError(f'{folder}: holds latents of {manifest.autoencoder}; give it as --autoencoder')
+    if autoencoder is not None:
+        check_agreement(manifest, channels=autoencoder.channels, autoencoder_hash=autoencoder.weight_hash())
+    total = manifest.num_samples
+    rows = _read(folder, np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    stored_NKHW = torch.from_numpy(
+        np.stack([row[column] for row in rows.values() for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]])
+    )
     decode = (autoencoder or Pixels()).decode
     latents_NCHW = stored_NKHW.float()[:, : manifest.channels]
     pixels_NCHW = torch.cat([decode(latents.to(device)).cpu() for latents in latents_NCHW.split(_BATCH)])
     broken = int((~pixels_NCHW.isfinite()).flatten(1).any(1).sum())
     words = [
-        *note,
         *([f'{broken} OF {len(pixels_NCHW)} IMAGES ARE NOT FINITE (shown grey)'] if broken else []),
-        f'{folder.name}: {len(drawn)} of {manifest.num_samples:,} samples, seed {seed}',
+        f'{folder.name}: {len(rows)} of {total:,} samples, seed {seed}',
         f'{manifest.kind} of {manifest.autoencoder}' if manifest.autoencoder else 'pixels',
         *(['each with its mirror image'] if mirrored else []),
     ]
+    drawn = [Drawn(position, int(row[LABEL]), row[NAME]) for position, row in rows.items()]
     tiles_NHW3 = to_tiles(pixels_NCHW)
     views = 1 + mirrored
     height, width = tiles_NHW3.shape[1:3]
     picture = picture_grid(
         tiles_NHW3,
         ', '.join(words),
-        columns=max(1, round(math.sqrt(len(drawn) * height / (views * width)))),  # about as wide as high
+        columns=max(1, round(math.sqrt(len(rows) * height / (views * width)))),  # about as wide as high
         captions=[(_class_name(sample.label, manifest.class_names), f'#{sample.position}') for sample in drawn],
         views=views,
         smallest=_TILE,
     )
-    content = io.BytesIO()
-    picture.save(content, format='PNG')
-    write_atomically(Path(out), content.getvalue())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as unfinished:
+        picture.save(unfinished, format='PNG')
     return drawn
 
 
-def _check_autoencoder(folder: Path, manifest: Manifest, autoencoder: KL | None, other_weights: bool) -> list[str]:
-    """What the title has to say about the autoencoder."""
-    if manifest.kind == 'pixels':
-        if autoencoder is not None:
-            raise UserError(f'{folder}: holds pixels, which no autoencoder decodes; leave --autoencoder out')
-        return []
-    if autoencoder is None:
-        raise UserError(f'{folder}: holds latents of {manifest.autoencoder}; give it as --autoencoder')
-    if autoencoder.channels != manifest.channels:
-        raise UserError(
-            f'{folder}: latents with {manifest.channels} channels of {manifest.autoencoder}, but {autoencoder.path} '
-            f'decodes {autoencoder.channels}; give the autoencoder of the data'
-        )
-    digest = autoencoder.weight_hash()
-    if digest == manifest.autoencoder_hash:
-        return []
-    if not other_weights:
-        raise UserError(
-            f'{folder}: made with weights {manifest.autoencoder_hash} of {manifest.autoencoder}, but '
-            f'{autoencoder.path} has {digest}. Give the autoencoder of the data, or decode with this one on purpose: '
-            f'--other-weights'
-        )
-    return ['decoded with OTHER WEIGHTS than the data were made with']
-
-
-def _read(folder: Path, manifest: Manifest, count: int, mirrored: bool, seed: int) -> tuple[list[Drawn], Tensor]:
-    """The chosen samples and their stored arrays; with ``mirrored`` each is followed by its mirror image's."""
-    shards = read_index(folder)
-    total = sum(shard.samples for shard in shards)
-    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    expected = columns(manifest.kind, manifest.latent_shape, manifest.mirrored)
-    drawn, arrays = [], []
-    for shard in shards:
-        inside = chosen[(chosen >= shard.start) & (chosen < shard.start + shard.samples)]
+def _read(folder: Path, positions: np.ndarray) -> dict[int, dict[str, Any]]:
+    """The rows at these positions of a split, in their order."""
+    rows = {}
+    for shard in read_index(folder):
+        inside = positions[(positions >= shard.start) & (positions < shard.start + shard.samples)]
         if not len(inside):
             continue
-        if shard.encodings != expected:
-            raise UserError(f'{shard.path}: its columns are not those of the manifest; verify the data set')
         data, faults = read_shard(shard)
         if data is None or faults:
             raise UserError(f'{faults[0]}; verify the data set')
         try:
             content = Content(shard, data)
-            for position in inside.tolist():
-                row = content.row(position - shard.start)
-                drawn.append(Drawn(position, int(row[LABEL]), row[NAME]))
-                arrays += [row[column] for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]]
+            rows |= {position: content.row(position - shard.start) for position in sorted(inside.tolist())}
         except ValueError as error:
             raise UserError(f'{shard.path}: {error}; verify the data set') from error
-    return drawn, torch.from_numpy(np.stack(arrays))
+    return rows
 
 
-def _class_name(label: int, class_names: Sequence[str]) -> str:
+def _class_name(label: int, class_names: tuple[str, ...]) -> str:
     if not class_names:
         return 'no classes'
     if not 0 <= label < len(class_names):

@@ -32,10 +32,7 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray:
     Raises:
         UnreadableImage: PIL cannot decode all of it, or it has more pixels than any photograph. Damage in the middle of
             a JPEG, which its decoder conceals, is not noticed.
-        ValueError: ``resolution`` is below 1.
     """
-    if resolution < 1:
-        raise ValueError(f'resolution={resolution} must be at least 1')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about odd metadata; what matters is raised

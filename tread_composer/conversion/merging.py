@@ -4,11 +4,9 @@ Each file is replaced in one step and the manifest comes last, so a split with a
 merged again by the next run, however this one ended.
 """
 
-import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,28 +19,31 @@ from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
-from tread_composer.io.files import read_json, whole_file, write_json
+from tread_composer.io.files import read_json, write_json
 
 __all__ = ['finish_split', 'refuse_too_many']
 
 _REPORT = 'unreadable.json'
 
 
-def finish_split(
-    folder: Path, plan: SplitPlan, parts: Mapping[int, dict[str, Any]], encoder: Encoder, settings: Settings
-) -> Manifest:
-    """Make a data set out of all parts of a split, given what each ``part.json`` says.
+def finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
+    """Make a data set out of the parts of a split, which are all finished.
 
     Raises:
         UserError: Too many images were unreadable, or a finished part has been damaged since.
     """
-    assert len(parts) == plan.num_parts
-    numbers = sorted(parts)
-    unreadable = [entry for number in numbers for entry in parts[number]['unreadable']]
-    refuse_too_many(folder, plan, unreadable, settings)
-    _report(folder, plan, unreadable)
-    manifest = _manifest(plan, [parts[number] for number in numbers if parts[number]['samples']], encoder, settings)
-    _merge_indexes(folder, numbers)
+    assert not plan.undone
+    folder = settings.state / plan.name
+    refuse_too_many(plan, plan.unreadable, settings)
+    _report(plan, plan.unreadable, settings)
+    manifest = _manifest(plan, encoder, settings)
+    # As streaming's merge_index, which takes paths for URLs (a '#' in one loses the rest).
+    shards = []
+    for part in map(part_name, range(plan.num_parts)):
+        for shard in read_json(folder / part / 'index.json')['shards']:
+            shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
+            shards.append(shard)
+    write_json(folder / 'index.json', {'version': 2, 'shards': shards})
     try:
         check_shards(folder, manifest, remote=settings.is_remote)
     except UserError as error:
@@ -62,7 +63,7 @@ def finish_split(
     return manifest
 
 
-def refuse_too_many(folder: Path, plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
+def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
     """Compare the unreadable images of a split so far with what is allowed.
 
     Raises:
@@ -70,34 +71,23 @@ def refuse_too_many(folder: Path, plan: SplitPlan, unreadable: Collection[dict[s
     """
     allowed = int(settings.max_unreadable * len(plan.order))
     if len(unreadable) > allowed:
-        _report(folder, plan, unreadable)
+        report = _report(plan, unreadable, settings)
         raise UserError(
             f'{plan.name}: {len(unreadable):,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
-            f'{settings.max_unreadable:g} allows {allowed:,}. {folder / _REPORT} lists them with reasons. Repair the '
-            f'source and start anew, or run the same command with a larger share to go on without them'
+            f'{settings.max_unreadable:g} allows {allowed:,}. {report} lists them with reasons. Repair the source and '
+            f'start anew, or run the same command with a larger share to go on without them'
         )
 
 
-def _report(folder: Path, plan: SplitPlan, unreadable: Collection[dict[str, str]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _report(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> Path:
+    path = settings.state / plan.name / _REPORT
     entries = sorted(unreadable, key=lambda entry: entry['name'])
-    write_json(folder / _REPORT, {'images': len(plan.order), 'unreadable': len(entries), 'list': entries})
+    write_json(path, {'images': len(plan.order), 'unreadable': len(entries), 'list': entries})
+    return path
 
 
-def _merge_indexes(folder: Path, parts: list[int]) -> None:
-    # As streaming's merge_index, which takes paths for URLs (a '#' in one loses the rest).
-    shards = []
-    for part in map(part_name, parts):
-        for shard in read_json(folder / part / 'index.json')['shards']:
-            for form in (shard['raw_data'], shard['zip_data']):
-                if form:
-                    form['basename'] = f'{part}/{form["basename"]}'
-            shards.append(shard)
-    with whole_file(folder / 'index.json') as unfinished:
-        unfinished.write_text(json.dumps({'version': 2, 'shards': shards}))
-
-
-def _manifest(plan: SplitPlan, parts: list[dict[str, Any]], encoder: Encoder, settings: Settings) -> Manifest:
+def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
+    parts = [plan.parts[number] for number in range(plan.num_parts) if plan.parts[number]['samples']]
     values = sum(part['values_per_channel'] for part in parts)
     mean = np.array([part['sum'] for part in parts]).sum(axis=0) / values
     second = np.array([part['sum_of_squares'] for part in parts]).sum(axis=0) / values
@@ -125,5 +115,5 @@ def _manifest(plan: SplitPlan, parts: list[dict[str, Any]], encoder: Encoder, se
         std=tuple(std.tolist()),
         permutation_seed=settings.seed,
         tool_version=tread_composer.__version__,
-        source=plan.description(settings.source) + encoder.note,
+        source=f'{plan.source.description}{plan.note}{encoder.note}',
     )

@@ -13,28 +13,22 @@ from typing import Any
 
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.data.checks import fetch_descriptions
 from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['Output', 'refuse_foreign', 'refuse_if_too_large', 'scratch_of', 'size_in_words', 'upload']
+__all__ = ['Output', 'refuse_foreign', 'refuse_if_too_large', 'size_in_words', 'upload']
 
 _RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
 
-def scratch_of(folder: Path) -> Path:
-    """Where a conversion to ``folder`` keeps what is removed at its end."""
-    return folder / _SCRATCH
-
-
 class Output:
-    """The local folder of a conversion."""
+    """The local folder of a conversion, and in it ``scratch`` with what is removed at the end."""
 
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.state
-        self._record_path = self.folder / _RECORD
-        self._began = False
-        self._pending: dict[str, Any] | None = None  # a record that is still to be written
+        self.scratch, self._record_path = self.folder / _SCRATCH, self.folder / _RECORD
 
     def check(self) -> None:
         """Whether this can be used at all; writes nothing.
@@ -55,8 +49,8 @@ class Output:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Path]:
-        """Hold the folder and yield its scratch; what is refused before ``record`` leaves it as it was.
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, with its scratch; what is refused before ``record`` leaves it as it was.
 
         Raises:
             UserError: As ``check``, or another conversion is at work.
@@ -65,26 +59,26 @@ class Output:
         made = [path for path in (*reversed(self.folder.parents), self.folder) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = f'{self.folder} is being written by another conversion ({{holder}}); wait for it, or stop it'
-        scratch = scratch_of(self.folder)
         with locked(self.folder / _LOCK, busy):
-            is_new = not scratch.exists()
             try:
                 self.check()  # somebody may have been here in between
-                scratch.mkdir(exist_ok=True)
-                yield scratch
+                self.scratch.mkdir(exist_ok=True)
+                yield
             finally:
-                if not self._record_path.exists() or (is_new and not self._began):
-                    shutil.rmtree(scratch, ignore_errors=True)
+                with contextlib.suppress(OSError):  # holds something that is needed to go on
+                    self.scratch.rmdir()
                 if not self._record_path.exists():  # refused before anything was decided
+                    shutil.rmtree(self.scratch, ignore_errors=True)
                     (self.folder / _LOCK).unlink(missing_ok=True)
                     for path in reversed(made):
                         with contextlib.suppress(OSError):  # no longer empty: then it is not ours alone
                             path.rmdir()
 
-    def settle(self, content: dict[str, Any], splits: dict[str, dict[str, Any]]) -> None:
+    def settle(self, content: dict[str, Any], splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Compare what the data are made with, in all splits and in each, with what is recorded.
 
-        Other splits that were recorded before stay.
+        Returns:
+            What is to be recorded; splits that were recorded before stay in it.
 
         Raises:
             ResumeError: The record says something else; lists the differences.
@@ -98,14 +92,11 @@ class Output:
                 {**content, **common},
                 'Continue with the same settings and the same source, or choose another --out.',
             )
-        current = {'content': content, 'splits': {**saved['splits'], **splits}}
-        self._pending = current if current != saved or not self._record_path.exists() else None
+        return {'content': content, 'splits': {**saved['splits'], **splits}}
 
-    def record(self) -> None:
-        """Write what ``settle`` found. From now on the folder is this conversion's."""
-        self._began = True
-        if self._pending is not None:
-            write_json(self._record_path, self._pending)
+    def record(self, content: dict[str, Any]) -> None:
+        """Write what ``settle`` has returned. From now on the folder is this conversion's."""
+        write_json(self._record_path, content)
 
 
 def upload(path: Path, target: str, *, keep: bool) -> None:
@@ -131,16 +122,12 @@ def refuse_foreign(remote: str) -> None:
     Raises:
         UserError: There is a manifest already.
     """
-    from streaming.base.storage.download import CloudDownloader
-
-    url = f'{remote}/{MANIFEST_NAME}'
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            CloudDownloader.get(url).download(url, str(Path(folder) / MANIFEST_NAME), 60)
-        except Exception:
-            # Each of the clouds says "not there" in its own way. Should it be out of reach, uploading will tell.
-            return
-    raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
+        with contextlib.suppress(UserError):  # it is not there; should the place be out of reach, uploading will tell
+            fetch_descriptions(remote, folder)
+        if (Path(folder) / MANIFEST_NAME).exists():
+            url = f'{remote}/{MANIFEST_NAME}'
+            raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
 
 
 def refuse_if_too_large(

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
+from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.output import upload
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import read_json, to_disk, write_json
 
-__all__ = ['PartWriter', 'channel_sums', 'done_parts', 'part_name', 'remove_unfinished']
+__all__ = ['PartWriter', 'done_parts', 'part_name', 'remove_unfinished']
 
 _PART_FILE = 'part.json'
 _SHARD_BYTES = 1 << 26
@@ -63,36 +64,11 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink()
 
 
-def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
-    """For each row and channel the sums of x and of x squared over the pixels: float64 ``[B, 2, C]``.
-
-    For moments x is a draw from the posterior, and the sums are its expectations: mean, and mean squared + variance.
-    One row's sums do not depend on the other rows, so statistics do not depend on how rows came in batches.
-    """
-    values = rows_BSHW.astype(np.float64)
-    if kind == 'moments':
-        mean, logvar = np.split(values, 2, axis=1)
-        mean_of_values, second = mean, mean**2 + np.exp(logvar)
-    else:
-        mean_of_values, second = values, values**2
-    return np.stack([mean_of_values.sum(axis=(2, 3)), second.sum(axis=(2, 3))], axis=1)
-
-
 class PartWriter:
-    """Writes one part.
+    """Writes the part of this number into the split's folder; ``content``, what it is made with, into ``part.json``."""
 
-    Args:
-        folder: The split's.
-        part: Number of the part.
-        encoder: Says what a row is.
-        compression: How the shards are compressed, as ``MDSWriter`` wants it.
-        content: What the part is made with; goes into ``part.json``.
-    """
-
-    def __init__(
-        self, folder: Path, part: int, encoder: Encoder, compression: str | None, content: dict[str, Any]
-    ) -> None:
-        self.part = part
+    def __init__(self, folder: Path, part: int, encoder: Encoder, content: dict[str, Any]) -> None:
+        self.split, self.part = folder.name, part
         self._folder, self._kind, self._content = folder, encoder.kind, content
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f'{_WRITING}{part_name(part)}-{os.getpid()}-'
@@ -100,7 +76,7 @@ class PartWriter:
         self._writer = MDSWriter(
             out=str(self._place),
             columns=encoder.columns,
-            compression=compression,
+            compression=None,  # would save at most 7% of latents
             hashes=['xxh64'],
             size_limit=_SHARD_BYTES,
             max_workers=1,
@@ -117,7 +93,13 @@ class PartWriter:
             UserError: A value is not finite; names the sample.
         """
         for view in views_BSHW:
-            _check_finite(view, names)
+            finite = np.isfinite(view).all(axis=(2, 3))
+            if not finite.all():
+                row, channel = np.argwhere(~finite)[0]
+                raise UserError(
+                    f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or '
+                    f'beyond 65504): the autoencoder does not fit, or, of imported latents, --stored-scale is wrong'
+                )
             self._sums.append(channel_sums(view, self._kind))
             self._values_per_channel += len(view) * view.shape[2] * view.shape[3]
         for row, (label, name) in enumerate(zip(labels, names, strict=True)):
@@ -127,9 +109,21 @@ class PartWriter:
 
     def finish(self, remote: str | None = None) -> None:
         """Bring everything to the disk, or the shards to where the split is wanted; take the final name."""
+        # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
+        sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
+        sum_of_values, sum_of_squares = np.sort(sums, axis=0).sum(axis=0).tolist()
+        summary = {
+            'content': self._content,
+            'samples': self._count,
+            'values_per_channel': self._values_per_channel,
+            'sum': sum_of_values,
+            'sum_of_squares': sum_of_squares,
+            'unreadable': self.unreadable,
+        }
+        final = self._folder / part_name(self.part)
         try:
             self._writer.finish()
-            write_json(self._place / _PART_FILE, self._summary())
+            write_json(self._place / _PART_FILE, summary)
             if remote is not None:
                 for path in sorted(self._place.glob('shard.*')):
                     upload(path, f'{remote}/{part_name(self.part)}', keep=False)
@@ -137,7 +131,15 @@ class PartWriter:
                 to_disk(path)
             to_disk(self._place)
             self._place.chmod(0o755)  # mkdtemp made it for its owner alone
-            self._take_name()
+            try:
+                self._place.rename(final)
+            except OSError:
+                # A rank of a killed run may live on for some seconds and finish a part. It was made with the same
+                # settings, so its rows are as good as ours.
+                if not (final / _PART_FILE).is_file():
+                    raise
+                shutil.rmtree(self._place)
+            to_disk(self._folder)
         except BaseException:
             self.abandon()
             raise
@@ -146,38 +148,3 @@ class PartWriter:
         """Give the disk back what was written."""
         self._writer.cancel_future_jobs()
         shutil.rmtree(self._place, ignore_errors=True)
-
-    def _take_name(self) -> None:
-        final = self._folder / part_name(self.part)
-        try:
-            self._place.rename(final)
-        except OSError:
-            # A rank of a killed run may live on for some seconds and finish a part. It was made with the same settings,
-            # so its rows are as good as ours.
-            if not (final / _PART_FILE).is_file():
-                raise
-            shutil.rmtree(self._place)
-        to_disk(self._folder)
-
-    def _summary(self) -> dict[str, Any]:
-        # Sorted, because images and mirror images alternate by batches: the same to the bit for any batch size.
-        sums = np.concatenate(self._sums) if self._sums else np.zeros((0, 2, 0))
-        sum_of_values, sum_of_squares = np.sort(sums, axis=0).sum(axis=0).tolist()
-        return {
-            'content': self._content,
-            'samples': self._count,
-            'values_per_channel': self._values_per_channel,
-            'sum': sum_of_values,
-            'sum_of_squares': sum_of_squares,
-            'unreadable': self.unreadable,
-        }
-
-
-def _check_finite(view_BSHW: np.ndarray, names: Sequence[str]) -> None:
-    finite = np.isfinite(view_BSHW).all(axis=(2, 3))
-    if not finite.all():
-        row, channel = np.argwhere(~finite)[0]
-        raise UserError(
-            f'{names[row]}: channel {channel} of its latents holds values that half precision cannot (NaN, or beyond '
-            f'65504): the autoencoder does not fit, or, of imported latents, --stored-scale is wrong'
-        )

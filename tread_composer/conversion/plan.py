@@ -6,8 +6,7 @@ Legend: N samples of a split.
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,26 +20,36 @@ __all__ = ['SplitPlan', 'make_plans', 'permutation']
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One split to be written: its samples in writing order, cut into parts.
+    """One split to be written: its samples in writing order, cut into parts."""
 
-    Args:
-        name: Name of the split and its folder.
-        source: Where the samples are.
-        order: int64 ``[N]``, positions in the source.
-        part_size: Samples of a part; the last may have fewer.
-        note: What was done to the source, for the manifest.
-    """
-
-    name: str
+    name: str  # that of its folder, too
     source: Source
-    order: np.ndarray
-    part_size: int
-    note: str = ''
+    order: np.ndarray  # int64 [N], positions in the source
+    part_size: int  # samples of a part; the last may have fewer
+    note: str = ''  # what was done to the source, for the manifest
+    content: dict[str, Any] = field(default_factory=dict)  # what its parts must be made with
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)  # finished ones: what part.json of a number says
+    is_finished: bool = False  # the whole split
 
     @property
     def num_parts(self) -> int:
         """How many parts there are."""
         return -(-len(self.order) // self.part_size)
+
+    @property
+    def undone(self) -> list[tuple[str, int]]:
+        """Split and number of each part that is to be made."""
+        return [(self.name, number) for number in range(self.num_parts) if number not in self.parts]
+
+    @property
+    def samples_done(self) -> int:
+        """Samples of finished parts, readable or not."""
+        return sum(len(self.positions(number)) for number in self.parts)
+
+    @property
+    def unreadable(self) -> list[dict[str, str]]:
+        """Name and reason of each sample of the finished parts that could not be read."""
+        return [entry for part in self.parts.values() for entry in part['unreadable']]
 
     def positions(self, part: int) -> np.ndarray:
         """Positions in the source of the samples of a part, in writing order."""
@@ -55,7 +64,7 @@ class SplitPlan:
         for start in range(0, len(positions), batch_size):
             yield positions[start : start + batch_size].tolist()
 
-    def content(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What identifies the samples, their labels and their order: compared when a conversion is continued."""
         digest = hashlib.sha256()
         names, labels = self.source.names, self.source.labels
@@ -68,15 +77,6 @@ class SplitPlan:
             'names_labels_and_order': f'sha256:{digest.hexdigest()}',
             'class_names': f'sha256:{classes.hexdigest()}',
         }
-
-    def description(self, source: str) -> str:
-        """For the manifest, which travels: the source in words, without where it lay on this machine."""
-        text = self.source.description
-        path = Path(source).expanduser()
-        for form in sorted({str(path.resolve()), str(path.absolute()), source}, key=len, reverse=True):
-            if Path(form).is_absolute():
-                text = text.replace(form, path.resolve().name)
-        return text + self.note
 
 
 def permutation(count: int, seed: int, split: str) -> np.ndarray:
@@ -93,8 +93,7 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     """A plan for each split that is asked for.
 
     Raises:
-        UserError: A split that does not exist, splits that disagree about the classes, or images to hold out where that
-            cannot be done.
+        UserError: A split that does not exist, or images to hold out where that cannot be done.
     """
     plans = {
         name: SplitPlan(name, source, permutation(len(source), settings.seed, name), settings.part_size)
@@ -106,10 +105,7 @@ def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitP
     for name in names:
         if name not in plans:
             raise UserError(f'--splits {name}: {settings.source} has {", ".join(plans)}')
-    chosen = [plans[name] for name in dict.fromkeys(names)]
-    for plan in chosen[1:]:
-        _check_same_classes(chosen[0], plan, settings)
-    return chosen
+    return [plans[name] for name in dict.fromkeys(names)]
 
 
 def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, SplitPlan]:
@@ -126,23 +122,3 @@ def _hold_out(plans: dict[str, SplitPlan], settings: Settings) -> dict[str, Spli
     train = replace(whole, order=whole.order[:-count], note=note.format('all but'))
     val = replace(whole, name='val', order=whole.order[-count:], note=note.format('only'))
     return {**plans, 'train': train, 'val': val}
-
-
-def _check_same_classes(plan: SplitPlan, counterpart: SplitPlan, settings: Settings) -> None:
-    """With other classes the same label would mean something else in each split."""
-    classes, counterparts = plan.source.class_names, counterpart.source.class_names
-    if classes == counterparts:
-        return
-    lines = [
-        f'{settings.source}: {plan.name} has {len(classes):,} classes and {counterpart.name} {len(counterparts):,}, '
-        f'but labels must mean the same in both; complete the data or convert one split with --splits'
-    ]
-    for name, missing in (
-        (plan.name, set(classes) - set(counterparts)),
-        (counterpart.name, set(counterparts) - set(classes)),
-    ):
-        if missing:
-            lines.append(f'  only in {name}: {", ".join(sorted(missing)[:5])} ({len(missing):,})')
-    if len(lines) == 1:
-        lines.append('  the same names in another order')
-    raise UserError('\n'.join(lines))

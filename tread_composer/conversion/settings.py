@@ -8,7 +8,6 @@ from annotated_types import Ge, Lt
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, check_request
-from tread_composer.data.columns import Kind
 from tread_composer.io.device import available_cores
 
 __all__ = ['ImageSettings', 'Settings']
@@ -23,7 +22,6 @@ class Settings:
         out: Folder of the data set, or a URL that streaming uploads to (s3://...).
         seed: Seed of the one permutation before writing.
         part_size: Samples that are finished, or after an interruption made anew, together.
-        compression: Compression of the shards, e.g. zstd:3; saves at most 7% of latents, so none by default.
         work: With a URL as --out: local folder that remembers what is done.
 
     Raises:
@@ -34,7 +32,6 @@ class Settings:
     out: str
     seed: Annotated[int, Ge(0)] = 0
     part_size: Annotated[int, Ge(1)] = 8192
-    compression: str | None = None
     work: str | None = None
     # What else a conversion of images can be told; of stored latents it is always the same.
     splits: tuple[str, ...] | None = field(default=None, init=False)
@@ -46,14 +43,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_request(self)
-        if self.compression is not None:
-            self._check_compression()
         self._check_places()
 
     @property
     def content(self) -> dict[str, Any]:
         """What decides about the stored bytes, besides samples and encoder: compared when a conversion is continued."""
-        return {name: getattr(self, name) for name in ('seed', 'held_out', 'part_size', 'compression')}
+        # Shards were compressed on demand once: conversions that were begun then can still be continued without.
+        return {'seed': self.seed, 'held_out': self.held_out, 'part_size': self.part_size, 'compression': None}
 
     @property
     def is_remote(self) -> bool:
@@ -81,16 +77,6 @@ class Settings:
             return self.workers
         cores = max(1, available_cores() // ranks_here)
         return max(1, cores - 1 if on_gpu else cores // 8)
-
-    def _check_compression(self) -> None:
-        from streaming.base.compression import get_compressions, is_compression
-
-        if not is_compression(self.compression):
-            choices = ', '.join(sorted(name for name in get_compressions() if ':' not in name))
-            raise UserError(
-                f'--compression {self.compression!r} is not known to streaming; it knows {choices}, most of them also '
-                f'with a level, e.g. zstd:3'
-            )
 
     def _check_places(self) -> None:
         if self.is_remote and self.work is None:
@@ -163,20 +149,3 @@ class ImageSettings(Settings):
             if getattr(self, name) != getattr(ImageSettings, name):  # a dataclass keeps defaults as class attributes
                 flag = f'--{name.replace("_", "-")}'
                 raise UserError(f'{flag} says nothing without an autoencoder: give --autoencoder, or leave it')
-
-    @property
-    def kind(self) -> Kind:
-        """What the manifest calls the stored numbers."""
-        if self.vae is None:
-            return 'pixels'
-        return 'moments' if self.store == 'moments' else 'samples'
-
-    @property
-    def autoencoder_id(self) -> str | None:
-        """What the manifest calls the autoencoder."""
-        if self.vae is None or self.vae_id is not None:
-            return self.vae_id
-        path = Path(self.vae)
-        if path.is_file():
-            return path.resolve().stem
-        return path.resolve().name if path.is_dir() else self.vae

@@ -1,21 +1,19 @@
 """Is a data set what it says it is? Every file, every sample, and the manifest against both.
 
 For after a conversion, a copy or a doubt; training itself only looks at presence, sizes and counts. A fault never hides
-the next one: whatever can still be read is read. Memory: one shard, and some 20 bytes for each sample of the split.
+the next one: whatever can still be read is read. Memory: one shard, and labels and names of the split.
 Legend: B samples, C latent channels, K stored channels (2C for moments), H x W latent pixels.
 """
 
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import xxhash
-from torch import Tensor
 
-from tread_composer.conversion.contents import Content, read_shard, sample_numbers
-from tread_composer.conversion.encoding import LOGVAR_RANGE
+from tread_composer.conversion.contents import LOGVAR_RANGE, Content, channel_sums, read_shard
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
@@ -28,10 +26,9 @@ STATISTICS_TOLERANCE = 0.05  # of the standard deviation: the splits of a data s
 _SUSPICIOUS_SHARE = 0.1  # of mirrored pairs that are equal: a few symmetric images are no fault
 _FEW = 10  # samples a class, on average: with more, a class without any is no accident
 _CHUNK = 64  # samples that are looked at together
-_NO_SAMPLE = np.iinfo(np.int64).min  # a label that cannot be read
 
 
-def verify(folder: str | Path, *, sample_every: int = 1, say: Callable[[str], None] = print) -> list[str]:
+def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[str]:
     """Compare a data set with its indexes and manifests, reading every byte.
 
     Per shard: presence, size, every hash of the index, header. Per sample: can be decoded, finite, log-variance within
@@ -42,7 +39,6 @@ def verify(folder: str | Path, *, sample_every: int = 1, say: Callable[[str], No
 
     Args:
         folder: A data set with splits in it, or one split.
-        sample_every: Decode only every so many samples of a shard. Files are still read and hashed as a whole.
         say: Where counts, histograms and progress go, a line at a time.
 
     Returns:
@@ -51,11 +47,9 @@ def verify(folder: str | Path, *, sample_every: int = 1, say: Callable[[str], No
     Raises:
         UserError: There is no data set at ``folder``.
     """
-    if sample_every < 1:
-        raise UserError(f'sample_every: {sample_every} must be at least 1')
     faults, manifests = [], {}
     for split in _splits(Path(folder)):
-        check = _SplitCheck(split, sample_every, say)
+        check = _SplitCheck(split, say)
         faults += check.run()
         if check.manifest is not None:
             manifests[split] = check.manifest
@@ -96,10 +90,16 @@ def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
 class _SplitCheck:
     """The check of one split: what is known of its samples, and the faults so far."""
 
-    def __init__(self, folder: Path, sample_every: int, say: Callable[[str], None]) -> None:
-        self.folder, self.sample_every, self.say = folder, sample_every, say
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
         self.manifest: Manifest | None = None
         self.faults: list[str] = []
+        # Of the samples that can be read, in their order.
+        self.labels: list[int] = []
+        self.names: list[str] = []
+        self.sums: Any = 0.0  # of x and of x squared, [2, C]
+        self.values = 0
+        self.pairs: Counter[str] = Counter()  # of an image and its mirror image
 
     def run(self) -> list[str]:
         """All checks of one split; the faults in words."""
@@ -108,30 +108,27 @@ class _SplitCheck:
         except UserError as error:
             self.faults.append(str(error))
         try:
-            self.shards = read_index(self.folder)
+            shards = read_index(self.folder)
         except UserError as error:
             return [*self.faults, str(error)]
-        total = sum(shard.samples for shard in self.shards)
-        self.labels = np.full(total, _NO_SAMPLE, np.int64)
-        self.names = np.zeros(total, np.uint64)  # hashes of them: the names of ImageNet would take 100 MB
-        self.statistics = _Statistics()
+        total = sum(shard.samples for shard in shards)
         if self.manifest and total != self.manifest.num_samples:
             self._fault('index.json', f'{total} samples, the manifest has num_samples={self.manifest.num_samples}')
         progress = Progress(str(self.folder), total, 'samples', log=self.say)
-        for shard in self.shards:
+        for shard in shards:
             data, faults = read_shard(shard)
             self.faults += faults
             if self.manifest is not None:  # else nobody knows what is in the bytes
                 self._check_shard(shard, data, self.manifest)
             progress.add(shard.samples)
-        self._note_files()
-        read = np.flatnonzero(self.labels != _NO_SAMPLE)
+        self._note_files(shards)
         if self.manifest:
-            self._note(f'{total:,} samples by the index, {len(read):,} of them read; {self.manifest.source}', '')
-            if len(read):
-                self._check_labels(self.manifest, self.labels[read])
-                self._check_names(read)
-                self._check_statistics(self.manifest, len(read))
+            self._note(f'{total:,} samples by the index, {len(self.labels):,} of them read; {self.manifest.source}', '')
+            if self.labels:
+                self._check_labels(self.manifest, np.array(self.labels))
+                self._check_names()
+            if self.values:
+                self._check_statistics(self.manifest)
         return self.faults
 
     def _fault(self, file: str, words: str) -> None:
@@ -154,54 +151,57 @@ class _SplitCheck:
             self._fault(name, f'{error}; its samples cannot be found')
             return
         problems: dict[str, list[int]] = defaultdict(list)
-        numbers = list(range(0, shard.samples, self.sample_every))
-        for start in range(0, len(numbers), _CHUNK):
+        for start in range(0, shard.samples, _CHUNK):
             rows = {}
-            for number in numbers[start : start + _CHUNK]:
+            for number in range(start, min(start + _CHUNK, shard.samples)):
                 try:
                     rows[number] = content.row(number)
                 except ValueError as error:
                     problems[str(error)].append(number)
             if rows:
-                self._check_rows(shard, rows, manifest, problems)
-        for words, positions in problems.items():
-            self._fault(name, f'{sample_numbers(positions)}: {words}')
+                self._check_rows(rows, manifest, problems)
+        for words, numbers in problems.items():
+            self._fault(name, f'{_sample_numbers(numbers)}: {words}')
 
-    def _check_rows(self, shard: Shard, rows: dict[int, dict], manifest: Manifest, problems: dict) -> None:
+    def _check_rows(self, rows: dict[int, dict], manifest: Manifest, problems: dict[str, list[int]]) -> None:
         numbers = np.array(list(rows))
-        labels = np.array([row[LABEL] for row in rows.values()], np.int64)
-        self.labels[shard.start + numbers] = labels
-        self.names[shard.start + numbers] = [xxhash.xxh64_intdigest(row[NAME].encode()) for row in rows.values()]
-        in_range = (labels >= 0) & (labels < max(manifest.num_classes, 1))
-        for number, label in zip(numbers[~in_range].tolist(), labels[~in_range].tolist(), strict=True):
-            problems[f'label {label} is not one of the {manifest.num_classes} classes of the manifest'].append(number)
+
+        def report(words: str, wrong_B: Any) -> None:
+            if wrong_B.any():
+                problems[words] += numbers[wrong_B].tolist()
+
+        labels = [int(row[LABEL]) for row in rows.values()]
+        self.labels += labels
+        self.names += [row[NAME] for row in rows.values()]
+        for label in {label for label in labels if not 0 <= label < max(manifest.num_classes, 1)}:
+            words = f'label {label} is not one of the {manifest.num_classes} classes of the manifest'
+            report(words, np.array([value == label for value in labels]))
         latents = {}
         for column in (LATENTS, LATENTS_MIRRORED) if manifest.mirrored else (LATENTS,):
             # Single precision: on a CPU, half precision is several times slower in all that follows.
-            stored_BKHW = torch.from_numpy(np.stack([row[column] for row in rows.values()])).float()
-            finite_B = torch.stack(stored_BKHW.flatten(1).aminmax(dim=1)).isfinite().all(0)  # NaN is both of them
-            if not finite_B.all():
-                problems[f'NaN or infinity in {column}'] += numbers[~finite_B.numpy()].tolist()
-            if manifest.kind == 'moments':
-                low_B, high_B = stored_BKHW[:, manifest.channels :].flatten(1).aminmax(dim=1)
-                outside_B = ((low_B < LOGVAR_RANGE[0]) | (high_B > LOGVAR_RANGE[1])) & finite_B
-                if outside_B.any():
-                    words = f'log-variance outside of {LOGVAR_RANGE[0]:g}..{LOGVAR_RANGE[1]:g} in {column}'
-                    problems[words] += numbers[outside_B.numpy()].tolist()
-            self.statistics.add(stored_BKHW[finite_B], manifest.channels)
-            latents[column] = stored_BKHW
+            latents[column] = stored_BKHW = np.stack([row[column] for row in rows.values()]).astype(np.float32)
+            finite_B = np.isfinite(stored_BKHW).all(axis=(1, 2, 3))
+            report(f'NaN or infinity in {column}', ~finite_B)
+            logvar_BCHW, (low, high) = stored_BKHW[:, manifest.channels :], LOGVAR_RANGE  # only moments have such
+            outside_B = ((logvar_BCHW < low) | (logvar_BCHW > high)).any(axis=(1, 2, 3))
+            report(f'log-variance outside of {low:g}..{high:g} in {column}', outside_B & finite_B)
+            self.sums = self.sums + channel_sums(stored_BKHW[finite_B], manifest.kind).sum(axis=0)
+            self.values += int(finite_B.sum()) * stored_BKHW.shape[2] * stored_BKHW.shape[3]
         if manifest.mirrored:
-            flipped_B = self.statistics.add_pairs(latents[LATENTS], latents[LATENTS_MIRRORED])
-            if manifest.kind == 'pixels' and not flipped_B.all():
-                problems[f'{LATENTS_MIRRORED} are not the mirrored pixels'] += numbers[~flipped_B.numpy()].tolist()
+            mirrored = latents[LATENTS_MIRRORED]
+            flipped_B = (latents[LATENTS][..., ::-1] == mirrored).all(axis=(1, 2, 3))
+            equal_B = (latents[LATENTS] == mirrored).all(axis=(1, 2, 3))
+            self.pairs.update({'all': len(rows), 'equal': int(equal_B.sum()), 'flipped': int(flipped_B.sum())})
+            if manifest.kind == 'pixels':
+                report(f'{LATENTS_MIRRORED} are not the mirrored pixels', ~flipped_B)
 
-    def _note_files(self) -> None:
+    def _note_files(self, shards: list[Shard]) -> None:
         """What lies there beside the data, and hashes that are not there: no faults, but worth knowing."""
-        listed = {info.basename for shard in self.shards for info in shard.forms}
+        listed = {info.basename for shard in shards for info in shard.forms}
         present = {str(path.relative_to(self.folder)) for path in self.folder.rglob('*.mds*')}
         if strange := sorted(present - listed):
             self._note(f'{len(strange)} shard files are not in the index, e.g. {strange[0]}')
-        if bare := sum(not shard.reader.raw_data.hashes for shard in self.shards):
+        if bare := sum(not shard.reader.raw_data.hashes for shard in shards):
             self._note(f'the index has no hash of {bare} shards: changed bytes cannot be found')
 
     def _check_labels(self, manifest: Manifest, labels: np.ndarray) -> None:
@@ -217,96 +217,52 @@ class _SplitCheck:
             if absent:
                 more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
                 words = f'no sample of class {", ".join(absent[:5])}{more}'
-                if len(labels) >= _FEW * manifest.num_classes and self.sample_every == 1:
+                if len(labels) >= _FEW * manifest.num_classes:
                     self._fault(MANIFEST_NAME, words)
                 else:
                     self._note(words)
-        place = _in_class_order(labels)
-        if manifest.permutation_seed is not None and place:
-            self._fault(
-                MANIFEST_NAME,
-                f'permutation_seed is {manifest.permutation_seed}, but the labels are not mixed: {place}',
-            )
+        if manifest.permutation_seed is not None and (place := _in_class_order(labels)):
+            words = f'permutation_seed is {manifest.permutation_seed}, but the labels are not mixed: {place}'
+            self._fault(MANIFEST_NAME, words)
 
-    def _check_names(self, read: np.ndarray) -> None:
-        values, counts = np.unique(self.names[read], return_counts=True)
-        if len(values) == 1 and len(read) > 1:
+    def _check_names(self) -> None:
+        counts = Counter(self.names)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if len(counts) == 1 and repeated:
             self._note('all samples have the same name')
-            return
-        repeated = values[counts > 1]
-        for value in repeated[:_FEW]:
-            places, name = [], ''
-            for position in read[self.names[read] == value][:3]:
-                shard = next(shard for shard in reversed(self.shards) if shard.start <= position)
-                places.append(f'{shard.reader.raw_data.basename} sample {position - shard.start}')
-                data, _ = read_shard(shard)
-                assert data is not None  # it was read a moment ago
-                name = Content(shard, data).row(int(position - shard.start))[NAME]
-            self._fault(MANIFEST_NAME, f'the same name, {name!r}, of {" and ".join(places)}')
-        if len(repeated) > _FEW:
-            self._fault(MANIFEST_NAME, f'{len(repeated) - _FEW} more names that stand for several samples')
+        elif repeated:
+            words = f'{len(repeated)} names stand for several samples, such as {repeated[0]!r}'
+            self._fault(MANIFEST_NAME, f'{words} for {counts[repeated[0]]}')
 
-    def _check_statistics(self, manifest: Manifest, images: int) -> None:
-        mean, std = self.statistics.result()
-        if not mean:
-            return
-        # A part of the samples has other statistics than all of them: four standard errors of a mean over images.
-        margin = STATISTICS_TOLERANCE + (4 / images**0.5 if self.sample_every > 1 else 0)
+    def _check_statistics(self, manifest: Manifest) -> None:
+        mean, second = self.sums / self.values
+        std = np.sqrt(np.maximum(second - mean**2, 0))
         for key, measured, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
-            far = [c for c, value in enumerate(stated) if not abs(measured[c] - value) <= margin * manifest.std[c]]
-            if far:
-                words = ', '.join(f'channel {c} has {measured[c]:.4g}, stated is {stated[c]:.4g}' for c in far[:3])
-                more = f' and {len(far) - 3} more channels' if len(far) > 3 else ''
-                self._fault(MANIFEST_NAME, f'{key}: {words}{more} (further than {margin:.2f} standard deviations)')
+            is_near = np.abs(measured - stated) <= STATISTICS_TOLERANCE * np.array(manifest.std)
+            for channel in np.flatnonzero(~is_near)[:1]:
+                self._fault(
+                    MANIFEST_NAME,
+                    f'{key}: channel {channel} has {measured[channel]:.4g}, stated is {stated[channel]:.4g}; so many '
+                    f'channels are off by more than {STATISTICS_TOLERANCE:.2f} standard deviations: {sum(~is_near)}',
+                )
         if manifest.mirrored and manifest.kind != 'pixels':
-            pairs = self.statistics.pairs
-            for count, words in (
-                (self.statistics.equal, 'equal to'),
-                (self.statistics.flipped, 'only the flipped arrays of'),
-            ):
-                if count > _SUSPICIOUS_SHARE * pairs:
-                    self._fault(
-                        MANIFEST_NAME,
-                        f'{count} of {pairs} {LATENTS_MIRRORED} are {words} {LATENTS}, not those of mirrored images',
-                    )
+            for kind, words in (('equal', 'equal to'), ('flipped', 'only the flipped arrays of')):
+                if self.pairs[kind] > _SUSPICIOUS_SHARE * self.pairs['all']:
+                    share = f'{self.pairs[kind]} of {self.pairs["all"]} {LATENTS_MIRRORED}'
+                    self._fault(MANIFEST_NAME, f'{share} are {words} {LATENTS}, not those of mirrored images')
 
 
-class _Statistics:
-    """Per channel: mean and standard deviation of the latents (of moments: of their draws); and of mirrored pairs."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | float = 0.0  # of x and of x squared, [2, C]
-        self._count = 0
-        self.pairs = self.equal = self.flipped = 0
-
-    def add(self, stored_BKHW: Tensor, channels: int) -> None:
-        """Take a batch into the sums: means, or latents that are their own."""
-        mean, logvar = stored_BKHW[:, :channels], stored_BKHW[:, channels:]
-        second = mean.square()
-        if logvar.shape[1]:
-            second = second + logvar.exp()
-        # Sums in double: over 10^9 values single precision would drift by more than the tolerance.
-        self._sums = self._sums + torch.stack([mean, second]).sum((3, 4)).double().sum(1)
-        self._count += mean.shape[0] * mean.shape[2] * mean.shape[3]
-
-    def add_pairs(self, latents_BKHW: Tensor, mirrored_BKHW: Tensor) -> Tensor:
-        """Counts pairs that show that nothing was encoded twice; returns which are flips of one another."""
-        flipped_B = (latents_BKHW.flip(-1) == mirrored_BKHW).flatten(1).all(1)
-        self.pairs += len(flipped_B)
-        self.equal += int((latents_BKHW == mirrored_BKHW).flatten(1).all(1).sum())
-        self.flipped += int(flipped_B.sum())
-        return flipped_B
-
-    def result(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel; empty if there was no finite sample."""
-        if not self._count:
-            return [], []
-        mean, second = torch.as_tensor(self._sums) / self._count
-        return mean.tolist(), (second - mean.square()).clamp(min=0).sqrt().tolist()
+def _sample_numbers(numbers: list[int]) -> str:
+    """``'sample 4'``, ``'samples 1, 5-9'``: all of them, in little room."""
+    words = []
+    for _, run in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+        begin, *_, end = [number for _, number in run] * 2  # one number is both
+        words.append(str(begin) if begin == end else f'{begin}-{end}')
+    return f'sample{"s" if len(numbers) > 1 else ""} {", ".join(words)}'
 
 
 def _in_class_order(labels: np.ndarray) -> str:
-    """Where more neighbours have the same label than a random order would ever give; '' if nowhere.
+    """Whether more neighbours have the same label than a random order would ever give; '' if not.
 
     In a random order of these labels, two neighbours are equal with probability ``sum_c n_c (n_c - 1) / (n (n - 1))``.
     """
@@ -315,14 +271,7 @@ def _in_class_order(labels: np.ndarray) -> str:
         return ''
     sizes = np.unique(labels, return_counts=True)[1].astype(np.float64)
     chance = float((sizes * (sizes - 1)).sum() / (count * (count - 1)))
-    equal = labels[1:] == labels[:-1]
-    # All of them, then stretches, which are many: those must be further off before a chance hit can be excluded.
-    for length, sigmas in ((len(equal), 5), (1024, 8)):
-        for start in range(0, len(equal) - length + 1, length):
-            repeats, expected = int(equal[start : start + length].sum()), chance * length
-            if repeats > expected + sigmas * (expected * (1 - chance)) ** 0.5 + sigmas:
-                return (
-                    f'{repeats} of {length} neighbours from sample {start} on are of the same class, '
-                    f'{expected:.1f} would be expected'
-                )
-    return ''
+    repeats, expected = int((labels[1:] == labels[:-1]).sum()), chance * (count - 1)
+    if repeats <= expected + 5 * (expected * (1 - chance)) ** 0.5 + 5:
+        return ''
+    return f'{repeats} of {count - 1} neighbours are of the same class, {expected:.1f} would be expected'

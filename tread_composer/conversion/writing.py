@@ -1,9 +1,8 @@
 """Writing in the background: the encoder hands over a batch and goes on; disk and network are another thread's work."""
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Any
 
 from tread_composer.conversion.decoding import Prepared
@@ -22,53 +21,34 @@ class BackgroundWriter:
 
     Use as a context manager: leaving it waits until all parts are done; leaving it by an exception gives up the
     unfinished part. Batches of a part must come together and in order.
-
-    Args:
-        plans: By name of split.
-        encoder: Says what a row is.
-        contents: What ``part.json`` repeats, by split.
-        settings: The conversion.
-        unreadable: By split: entries of parts that were finished before.
     """
 
-    def __init__(
-        self,
-        plans: Mapping[str, SplitPlan],
-        encoder: Encoder,
-        contents: Mapping[str, dict[str, Any]],
-        settings: Settings,
-        unreadable: Mapping[str, Iterable[dict[str, str]]],
-    ) -> None:
-        self._plans, self._encoder, self._contents, self._settings = plans, encoder, contents, settings
-        self._unreadable = {split: list(entries) for split, entries in unreadable.items()}
+    def __init__(self, plans: Mapping[str, SplitPlan], encoder: Encoder, settings: Settings) -> None:
+        self._plans, self._encoder, self._settings = plans, encoder, settings
+        self._unreadable = {name: plan.unreadable for name, plan in plans.items()}
         self._pool = ThreadPoolExecutor(1, 'write-parts')
         self._waiting: collections.deque[Future] = collections.deque()
         self._failed = False
-        self._current: tuple[str, PartWriter] | None = None
+        self._writer: PartWriter | None = None
 
     def __enter__(self) -> 'BackgroundWriter':
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is None:
-                self._submit(self._finish_current)
+                self._submit(self._finish_part)
                 for future in self._waiting:
                     future.result()
         finally:
             self._pool.shutdown(cancel_futures=True)
-            if self._current is not None:
-                self._current[1].abandon()
+            if self._writer is not None:
+                self._writer.abandon()
 
     def put(self, item: Prepared, encoded: Encoded | None, meanwhile: Callable[[], None]) -> None:
-        """Hand over a batch; waits while the writer is a whole part behind, which the disk or an upload may cost.
+        """Hand over a batch and its readable samples, if there are any.
 
-        Args:
-            item: The batch.
-            encoded: Its readable samples; None if there are none.
-            meanwhile: Called while waiting.
+        While the writer is a whole part behind, which the disk or an upload may cost, it waits and calls ``meanwhile``.
 
         Raises:
             UserError: What stopped the writer, e.g. a full disk or too many unreadable images.
@@ -94,25 +74,20 @@ class BackgroundWriter:
 
     def _write(self, item: Prepared, encoded: Encoded | None) -> None:
         split, part, _ = item.batch
-        plan, folder = self._plans[split], self._settings.state / split
-        source = plan.source
-        if self._current is None or (self._current[0], self._current[1].part) != (split, part):
-            self._finish_current()
-            compression, content = self._settings.compression, self._contents[split]
-            self._current = split, PartWriter(folder, part, self._encoder, compression, content)
-        writer = self._current[1]
+        plan, folder, unreadable = self._plans[split], self._settings.state / split, self._unreadable[split]
+        if self._writer is None or (self._writer.split, self._writer.part) != (split, part):
+            self._finish_part()
+            self._writer = PartWriter(folder, part, self._encoder, plan.content)
+        source, writer = plan.source, self._writer
         for position, reason in item.unreadable:
-            entry = {'name': source.names[position], 'reason': reason}
-            writer.unreadable.append(entry)
-            self._unreadable[split].append(entry)
-            refuse_too_many(folder, plan, self._unreadable[split], self._settings)
+            writer.unreadable.append({'name': source.names[position], 'reason': reason})
+            unreadable.append(writer.unreadable[-1])
+            refuse_too_many(plan, unreadable, self._settings)
         if encoded is not None:
             labels = [int(source.labels[position]) for position in item.positions]
-            names = [source.names[position] for position in item.positions]
-            writer.write(encoded(), labels, names)
+            writer.write(encoded(), labels, [source.names[position] for position in item.positions])
 
-    def _finish_current(self) -> None:
-        if self._current is not None:
-            split, writer = self._current
-            self._current = None
-            writer.finish(self._settings.remote and f'{self._settings.remote}/{split}')
+    def _finish_part(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.finish(self._settings.remote and f'{self._settings.remote}/{writer.split}')

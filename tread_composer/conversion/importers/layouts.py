@@ -14,18 +14,20 @@ Layouts, as the code that writes or reads them has it:
 Legend: K stored channels, H x W latent pixels.
 """
 
-import functools
+import contextlib
 import io
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from tread_composer.conversion.importers.pickled import array_from_pickle
 from tread_composer.conversion.importers.settings import ImportSettings
-from tread_composer.conversion.sources.base import OpenFiles, RangeSource, Source, check_names
+from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Source, check_names
 from tread_composer.conversion.sources.webdataset import scan_tars
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
@@ -48,12 +50,12 @@ def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source
         raise UserError(f'{root}: no such folder; give the one that holds the files of one split')
     if settings.layout == 'maskdit-lmdb':
         assert stored_channels is not None  # the settings have asked for it
-        source: Source = _open_lmdb(root, stored_channels)
+        source = _open_lmdb(root, stored_channels)
     elif settings.layout == 'lightningdit':
         source = _open_safetensors(root, _matching(root, settings.files or '*.safetensors'))
     else:
-        member = 'latent' if settings.layout == 'maskdit-webdataset' else 'latent.npy'
-        source = _open_tars(root, _matching(root, settings.files or '*.tar'), member)
+        kind = _Pickled if settings.layout == 'maskdit-webdataset' else _Arrays
+        source = _open_tars(root, _matching(root, settings.files or '*.tar'), kind)
     if not len(source):
         raise UserError(f'{root}: holds no samples')
     check_names(root, source.names)
@@ -68,50 +70,14 @@ def _matching(root: Path, pattern: str) -> list[Path]:
 
 
 @dataclass(eq=False)
-class _Opened(Source):
-    """A source with an open ``handle``, which each process has to open for itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != 'handle'}
-
-
-@dataclass(eq=False)
-class _LMDB(_Opened):
+class _LMDB(Source):
     path: Path
     channels: int
 
-    @functools.cached_property
-    def handle(self) -> Any:
-        """Reads the value of a key."""
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UserError('layout maskdit-lmdb needs lmdb, which is not installed: pip install lmdb') from error
-        try:
-            # no lock: it would need to write to the source
-            environment = lmdb.open(str(self.path), readonly=True, lock=False, create=False, readahead=False)
-            return environment.begin(buffers=False).get
-        except lmdb.Error as error:
-            raise UserError(f'{self.path}: cannot be opened as an LMDB: {error}') from error
-
-    def value(self, key: str) -> bytes:
-        """The bytes of a key that must be there."""
-        value = self.handle(key.encode())
-        if value is None:
-            raise UserError(f'{self.path}: has no entry {key}: it is incomplete, or not of this layout')
-        return value
-
-    def number(self, key: str) -> int:
-        """The decimal text of a key."""
-        text = self.value(key)
-        try:
-            return int(text.decode('ascii'))
-        except ValueError as error:
-            raise UserError(f'{self.path}, entry {key}: {text[:20]!r} is not a number') from error
-
     def read(self, position: int) -> list[np.ndarray]:
         """``[K, H, W]`` of the image."""
-        data = self.value(self.names[position])
+        with _lmdb(self.path) as value_of:
+            data = value_of(self.names[position])
         side = math.isqrt(len(data) // (4 * self.channels))
         if 4 * self.channels * side * side != len(data) or not data:
             raise UserError(
@@ -121,98 +87,122 @@ class _LMDB(_Opened):
         return [np.frombuffer(data, '<f4').reshape(self.channels, side, side)]
 
 
+@contextlib.contextmanager
+def _lmdb(path: Path) -> Iterator[Callable[[str], bytes]]:
+    """Reads the value of a key, which must be there."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError('layout maskdit-lmdb needs lmdb, which is not installed: pip install lmdb') from error
+
+    def value_of(key: str) -> bytes:
+        value = transaction.get(key.encode())
+        if value is None:
+            raise UserError(f'{path}: has no entry {key}: it is incomplete, or not of this layout')
+        return value
+
+    try:
+        # no lock: it would need to write to the source
+        with (
+            lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=False) as environment,
+            environment.begin() as transaction,
+        ):
+            yield value_of
+    except lmdb.Error as error:
+        raise UserError(f'{path}: cannot be read as an LMDB: {error}') from error
+
+
 def _open_lmdb(root: Path, channels: int) -> Source:
     if not (root / 'data.mdb').is_file():
         inner = sorted(path.parent.name for path in root.glob('*/data.mdb'))
         hint = f'; there is one in {", ".join(inner)}' if inner else ''
         raise UserError(f'{root}: no data.mdb, so no LMDB{hint}')
-    source = _LMDB(f'LMDB {root.name} of MaskDiT', (), (), np.empty(0), root, channels)
-    count = source.number('length')
-    progress = Progress(f'reading labels of {root}', count, 'samples')
-    source.names, source.labels = [f'z-{position}' for position in range(count)], np.empty(count, np.int64)
-    for position in range(count):
-        source.labels[position] = source.number(f'y-{position}')
-        progress.add()
-    return source
+    labels: list[int] = []
+    with _lmdb(root) as value_of:
+        try:
+            count = int(value_of('length'))
+            progress = Progress(f'reading labels of {root}', count, 'samples')
+            for position in range(count):
+                labels.append(int(value_of(f'y-{position}')))
+                progress.add()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f'{root}: the length or label {len(labels)} is not a number: {error}') from error
+    names = [f'z-{position}' for position in range(count)]
+    places = np.empty((count, 0), np.int64)  # the names say it
+    return _LMDB(f'LMDB {root.name} of MaskDiT', (), names, np.array(labels, np.int64), places, root, channels)
 
 
 @dataclass(eq=False)
-class _Tars(RangeSource):
-    member: str
+class _Arrays(RangeSource):
+    MEMBER: ClassVar = 'latent.npy'
 
     def read(self, position: int) -> list[np.ndarray]:  # type: ignore[override]
         """``[K, H, W]`` of the image."""
         data = super().read(position)
         try:
-            if self.member == 'latent':
-                return [array_from_pickle(data)]
-            return [np.load(io.BytesIO(data), allow_pickle=False)]
+            return [self.array(data)]
         except Exception as error:  # numpy's errors for damaged arrays are of many kinds
-            raise UserError(f'{self.member}: {error}') from error
+            raise UserError(f'{self.MEMBER}: {error}') from error
+
+    @staticmethod
+    def array(data: bytes) -> np.ndarray:
+        """The array that a member holds."""
+        return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def _open_tars(root: Path, paths: list[Path], member: str) -> Source:
-    samples = scan_tars(root, paths, lambda extension: extension == member)
-    numbers, offsets, sizes = np.array(samples.places, np.int64).T
+class _Pickled(_Arrays):
+    MEMBER: ClassVar = 'latent'
+    array = staticmethod(array_from_pickle)
+
+
+def _open_tars(root: Path, paths: list[Path], kind: type[_Arrays]) -> Source:
+    samples = scan_tars(root, paths, lambda extension: extension == kind.MEMBER)
     # keys need only be different within a tar
     names = [
-        f'{paths[number].name}/{name.removesuffix(f".{member}")}'
+        f'{paths[number].name}/{name.removesuffix(f".{kind.MEMBER}")}'
         for (number, *_), name in zip(samples.places, samples.names, strict=True)
     ]
-    description = f'webdataset {root.name} ({len(paths)} tars, {member})'
-    labels = np.array(samples.labels, np.int64)
-    return _Tars(description, (), names, labels, OpenFiles(paths), numbers, offsets, sizes, member)
+    description = f'webdataset {root.name} ({len(paths)} tars, {kind.MEMBER})'
+    labels, places = np.array(samples.labels, np.int64), np.array(samples.places, np.int64)
+    return kind(description, (), names, labels, places, IndexedFiles(paths))
 
 
 @dataclass(eq=False)
-class _SafeTensors(_Opened):
+class _SafeTensors(Source):
     paths: list[Path]
     keys: tuple[str, ...]
-    starts: np.ndarray
-
-    @functools.cached_property
-    def handle(self) -> list[dict[str, Any]]:
-        """The tensors of each file, read when they are sliced."""
-        from safetensors import safe_open
-
-        files = [safe_open(str(path), framework='pt') for path in self.paths]
-        return [{key: file.get_slice(key) for key in self.keys} for file in files]
 
     def read(self, position: int) -> list[np.ndarray]:
         """``[K, H, W]`` of the image, and of its mirror image if there is one."""
-        file = int(np.searchsorted(self.starts, position, side='right')) - 1
-        row = int(position - self.starts[file])
-        return [self.handle[file][key][row : row + 1][0].float().numpy() for key in self.keys]
+        number, row = self.places[position].tolist()
+        with safe_open(str(self.paths[number]), framework='pt') as file:
+            return [file.get_slice(key)[row : row + 1][0].float().numpy() for key in self.keys]
 
 
 def _open_safetensors(root: Path, paths: list[Path]) -> Source:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise UserError(
-            'layout lightningdit needs safetensors, which is not installed: pip install safetensors'
-        ) from error
-    names, starts, labels, mirrored = [], [0], [], set()
-    for path in paths:
+    names, places, labels, mirrored = [], [], [], set()
+    for number, path in enumerate(paths):
         try:
-            file = safe_open(str(path), framework='pt')
-            keys = set(file.keys())
-            if not {'latents', 'labels'} <= keys <= {'latents', 'latents_flip', 'labels'}:
-                raise UserError(f'{path}: holds {sorted(keys)}, not latents, latents_flip and labels')
-            rows = {key: file.get_slice(key).get_shape()[0] for key in keys}
-            labels.append(file.get_tensor('labels').numpy().astype(np.int64))
+            with safe_open(str(path), framework='pt') as file:
+                keys = set(file.keys())
+                if not {'latents', 'labels'} <= keys <= {'latents', 'latents_flip', 'labels'}:
+                    raise UserError(f'{path}: holds {sorted(keys)}, not latents, latents_flip and labels')
+                rows = {key: file.get_slice(key).get_shape()[0] for key in keys}
+                labels.append(file.get_tensor('labels').numpy().astype(np.int64))
         except (SafetensorError, OSError, IndexError) as error:
             raise UserError(f'{path}: cannot be read as safetensors: {error}') from error
         if len(set(rows.values())) > 1:
             raise UserError(f'{path}: as many latents as labels are needed, but there are {rows}')
         mirrored.add('latents_flip' in keys)
         names += [f'{path.name}:{row}' for row in range(rows['labels'])]
-        starts.append(len(names))
+        places += [(number, row) for row in range(rows['labels'])]
     if len(mirrored) > 1:
         raise UserError(f'{root}: some files have latents_flip and some have not')
     columns = ('latents', 'latents_flip') if mirrored.pop() else ('latents',)
     description = f'safetensors {root.name} of LightningDiT ({len(paths)} files)'
-    return _SafeTensors(description, (), names, np.concatenate(labels), paths, columns, np.array(starts))
+    return _SafeTensors(description, (), names, np.concatenate(labels), np.array(places), paths, columns)
 
 
 @dataclass(eq=False)
@@ -232,4 +222,4 @@ def _halves(source: Source) -> Source:
             f'{source.description}: the second half of {len(source)} samples cannot be the mirror images of the first: '
             f'the labels are not the same. Say --mirrors none'
         )
-    return _Halves(source.description, (), source.names[:half], source.labels[:half], source)
+    return _Halves(source.description, (), source.names[:half], source.labels[:half], source.places[:half], source)

@@ -17,25 +17,16 @@ from tread_composer.data.columns import Kind
 __all__ = ['ImportSettings']
 
 Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit']
-Numbers = Annotated[str, Flag(metavar='S[,S...]')]
 
-# How a fact is asked for, and the fields of which one must be given.
-_ALWAYS = {
-    '--autoencoder-id': ('autoencoder_id',),
-    '--autoencoder PATH or --autoencoder-hash': ('autoencoder', 'autoencoder_hash'),
-    '--resolution': ('resolution',),
-    '--crop': ('crop',),
-    '--num-classes or --class-names': ('num_classes', 'class_names'),
+# The fields of which one must be given, for each fact that is asked for.
+_ALWAYS = (('autoencoder_id',), ('autoencoder', 'autoencoder_hash'), ('resolution',), ('crop',),
+           ('num_classes', 'class_names'))  # fmt: skip
+_OF_LAYOUT: dict[Layout, tuple[tuple[str, ...], ...]] = {
+    'maskdit-lmdb': (('channels', 'autoencoder'), ('mirrors',)),
+    'maskdit-webdataset': (('mirrors',),),
+    'tread-webdataset': (('kind',), ('stored_scale',), ('stored_shift',)),
+    'lightningdit': (),
 }
-_MIRRORS = {'--mirrors': ('mirrors',)}
-_OF_LAYOUT: dict[Layout, dict[str, tuple[str, ...]]] = {
-    'maskdit-lmdb': {'--channels or --autoencoder PATH': ('channels', 'autoencoder'), **_MIRRORS},
-    'maskdit-webdataset': _MIRRORS,
-    'tread-webdataset': {
-        '--kind': ('kind',), '--stored-scale': ('stored_scale',), '--stored-shift': ('stored_shift',)
-    },
-    'lightningdit': {},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +55,7 @@ class ImportSettings(Settings):
 
     source: Annotated[str, Flag('SOURCE')]
     layout: Layout
-    split: str
+    split: Literal['train', 'val']
     files: Annotated[str | None, Flag(metavar='PATTERN')] = None
     autoencoder_id: str | None = None
     autoencoder: str | None = None
@@ -76,23 +67,19 @@ class ImportSettings(Settings):
     channels: Annotated[int | None, Ge(1)] = None
     mirrors: Literal['none', 'second-half'] | None = None
     kind: Literal['moments', 'samples'] | None = None
-    stored_scale: Numbers | None = None
-    stored_shift: Numbers | None = None
+    stored_scale: tuple[float, ...] | None = None
+    stored_shift: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.split).name != self.split or self.split.startswith('.'):
-            raise UserError(f'--split {self.split}: the name of a folder is needed, such as train')
-        asked = {**_ALWAYS, **_OF_LAYOUT[self.layout]}
-        reasons = argument_docs(type(self))
-        lines = [
-            f'  {name}: {" ".join(reasons[names[0]].split())}'
-            for name, names in asked.items()
-            if all(getattr(self, field) is None for field in names)
-        ]
+        reasons, lines = argument_docs(type(self)), []
+        for names in (*_ALWAYS, *_OF_LAYOUT[self.layout]):
+            if all(getattr(self, name) is None for name in names):
+                flags = ' or '.join(f'--{name.replace("_", "-")}' for name in names)
+                lines.append(f'  {flags}: {" ".join(reasons[names[0]].split())}')
         if lines:
             raise UserError('\n'.join([f'the files of layout {self.layout} do not say everything; missing:', *lines]))
-        if self.mirrors and 'mirrors' not in sum(asked.values(), ()):
+        if self.mirrors and ('mirrors',) not in _OF_LAYOUT[self.layout]:
             raise UserError(f'--mirrors belongs to the MaskDiT layouts; {self.layout} says itself what it holds')
         if self.autoencoder and self.autoencoder_hash:
             raise UserError('give --autoencoder or --autoencoder-hash, not both')
@@ -121,23 +108,13 @@ class ImportSettings(Settings):
         """What undoes ``stored = (raw - shift) * scale``, float32 ``[C or 1, 1, 1]`` each.
 
         Raises:
-            UserError: Not one number or one for each channel, a scale of zero, or one that is not finite.
+            UserError: Not one number or one for each channel, or a scale of zero.
         """
         # MaskDiT and LightningDiT store what the encoder gives; both scale when they read.
-        scale, shift = (
-            _numbers(self.stored_scale or '1', '--stored-scale'),
-            _numbers(self.stored_shift or '0', '--stored-shift'),
-        )
+        scale, shift = self.stored_scale or (1.0,), self.stored_shift or (0.0,)
         for name, values in (('--stored-scale', scale), ('--stored-shift', shift)):
             if len(values) not in (1, channels):
                 raise UserError(f'{name}: {len(values)} numbers for {channels} channels; give one, or one for each')
-        if not np.isfinite([*scale, *shift]).all() or 0 in scale:
-            raise UserError(f'--stored-scale {scale}, --stored-shift {shift}: finite, and no scale is zero')
+        if 0 in scale:
+            raise UserError(f'--stored-scale {scale}: no scale is zero')
         return tuple(np.array(values, np.float32).reshape(-1, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
-
-
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(','))
-    except ValueError:
-        raise UserError(f'{flag}: {text!r} is not a number, or numbers with commas between them') from None

@@ -4,8 +4,7 @@ Legend: B samples, V views (the image, its mirror image), C latent channels, K s
 latent pixels.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +12,14 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders import open_autoencoder
-from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.encoding import LOGVAR_RANGE, Encoded, Encoder
+from tread_composer.conversion.contents import LOGVAR_RANGE
+from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.sources import Source
 from tread_composer.core.errors import UserError
 
-__all__ = ['import_latents']
-
-
-def import_latents(settings: ImportSettings, *, dry_run: bool = False, log: Callable[[str], None] = print) -> None:
-    """Write ``out/split``, or go on with what an earlier call began; see ``Conversion``."""
-
-    def open_splits(encoder: StoredLatents, scratch: Path) -> dict[str, Source]:
-        del scratch
-        return {settings.split: encoder.source}
-
-    Conversion(settings, functools.partial(StoredLatents, settings), open_splits, log).run(dry_run)
+__all__ = ['StoredLatents']
 
 
 class StoredLatents(Encoder):
@@ -42,7 +31,7 @@ class StoredLatents(Encoder):
 
     def __init__(self, settings: ImportSettings, device: torch.device) -> None:
         assert settings.resolution is not None  # the settings have asked for it
-        self.device, self.kind = device, settings.stored_kind
+        self.device, self.kind, self.split = device, settings.stored_kind, settings.split
         self.resolution, self.crop = settings.resolution, settings.crop
         self.autoencoder, self.autoencoder_hash = settings.autoencoder_id, settings.autoencoder_hash
         channels, downsampling = settings.channels, None
@@ -55,7 +44,7 @@ class StoredLatents(Encoder):
         factor = 2 if self.kind == 'moments' else 1
         self.source = open_layout(settings, None if channels is None else channels * factor)
         self.source.description = f'imported: {self.source.description}'
-        self._set_labels(settings)
+        self._set_labels(settings.names_of_classes)
         try:
             views = self.source.read(0)
         except UserError as error:
@@ -64,7 +53,6 @@ class StoredLatents(Encoder):
         self.latent_shape = self._latent_shape(channels, downsampling)
         self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
         self.prepare = self._raw_views
-        self.prepared_bytes = 2 * (1 + self.mirrored) * int(np.prod(self._stored))
         self.content = {
             'layout': settings.layout,
             'kind': self.kind,
@@ -81,8 +69,8 @@ class StoredLatents(Encoder):
         mirror = ', with mirror images' if self.mirrored else ''
         self.description = f'latents of {self.autoencoder} ({self.kind}): {shape}{mirror}'
 
-    def _set_labels(self, settings: ImportSettings) -> None:
-        source, classes = self.source, settings.names_of_classes
+    def _set_labels(self, classes: tuple[str, ...]) -> None:
+        source = self.source
         source.class_names = classes
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
         if not classes:
@@ -96,22 +84,22 @@ class StoredLatents(Encoder):
 
     def _latent_shape(self, channels: int | None, downsampling: int | None) -> tuple[int, int, int]:
         """That of the first sample, compared with what is said about all of them."""
-        stored, name = self._stored, self.source.names[0]
-        is_moments = self.kind == 'moments'
-        if len(stored) != 3 or (is_moments and stored[0] % 2):
-            raise UserError(f'{name}: shape {stored} cannot be channels, height, width of {self.kind}')
-        shape = (stored[0] // 2 if is_moments else stored[0], stored[1], stored[2])
-        if channels not in (None, shape[0]):
-            hint = ''
-            if channels in (2 * shape[0], shape[0] / 2):
-                hint = ' Twice as many are moments, half as many are samples: is --kind right?'
+        stored, per_channel = self._stored, 2 if self.kind == 'moments' else 1
+        if len(stored) != 3 or stored[0] % per_channel:
             raise UserError(
-                f'{name}: shape {stored} as {self.kind} means {shape[0]} channels, {channels} are stated.{hint}'
+                f'{self.source.names[0]}: shape {stored} cannot be channels, height, width of {self.kind}; is --kind '
+                f'right?'
+            )
+        shape = (stored[0] // per_channel, stored[1], stored[2])
+        if channels not in (None, shape[0]):
+            raise UserError(
+                f'{self.source.names[0]}: shape {stored} as {self.kind} means {shape[0]} channels, {channels} are '
+                f'stated; is --kind right (moments are twice as many)?'
             )
         if downsampling is not None and any(side * downsampling != self.resolution for side in shape[1:]):
             raise UserError(
-                f'{name}: {shape[1]} x {shape[2]} latent pixels are {shape[1] * downsampling} pixels a side with this '
-                f'autoencoder, which divides by {downsampling}; --resolution {self.resolution} is not that'
+                f'{self.source.names[0]}: {shape[1]} x {shape[2]} latent pixels are {shape[1] * downsampling} pixels a '
+                f'side with this autoencoder; --resolution {self.resolution} is not that'
             )
         return shape
 
@@ -131,6 +119,11 @@ class StoredLatents(Encoder):
             raw_VKHW = np.concatenate([raw_VKHW, logvar.clip(*LOGVAR_RANGE)], axis=1)
         with np.errstate(over='ignore'):  # whoever writes them refuses what is not finite
             return raw_VKHW.astype(np.float16)
+
+    def sources(self, scratch: Path) -> Mapping[str, Source]:
+        """The one split."""
+        del scratch
+        return {self.split: self.source}
 
     def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
         """Nothing is left to be done."""

@@ -9,17 +9,15 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any
 
 import numpy as np
 
-from tread_composer.conversion.images import UnreadableImage
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'OpenFiles', 'RangeSource', 'Request', 'Source', 'check_member',
-    'check_names', 'check_same_classes', 'few', 'in_label_order', 'is_image', 'is_litter', 'read_class_names',
-    'refuse_giant',
+    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'RangeSource', 'Request', 'Source', 'check_names',
+    'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'read_class_names',
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
@@ -28,69 +26,44 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 """Folder and file names that mean a split, and which."""
 
-_MAX_FILE_BYTES = 2**29  # a file above it is no image; reading it would only fill the memory of a worker
-_MAX_OPEN = 64
-
-Kind = TypeVar('Kind', bound='Source')
-
 
 @dataclass(frozen=True)
 class Request:
-    """What a layout is opened with.
-
-    Attributes:
-        root: The folder or file; absolute.
-        scratch: Folder for a copy of images that cannot be read at random.
-        ground_truth: Labels of validation images that lie in no class folders.
-        class_names: In label order, for layouts whose labels are numbers; empty: the numbers are the names.
-    """
+    """What a layout is opened with; ``root`` is the folder or file, absolute."""
 
     root: Path
-    scratch: Path
-    ground_truth: Path | None = None
-    class_names: tuple[str, ...] = ()
+    scratch: Path  # for a copy of images that cannot be read at random
+    ground_truth: Path | None = None  # labels of validation images that lie in no class folders
+    class_names: tuple[str, ...] = ()  # of labels that are numbers, in their order; empty: the numbers are the names
 
 
 @dataclass
 class Ignored:
     """What lies beside the images: counted and reported, so that nothing is left out silently."""
 
-    litter: int = 0
-    others: collections.Counter[str] = field(default_factory=collections.Counter)
+    files: collections.Counter[str] = field(default_factory=collections.Counter)
     notes: list[str] = field(default_factory=list)
 
     def add(self, parts: Sequence[str]) -> None:
         """Count a file that is not an image."""
-        if is_litter(parts):
-            self.litter += 1
-        else:
-            self.others[PurePosixPath(parts[-1]).suffix.lower() or 'no extension'] += 1
+        suffix = PurePosixPath(parts[-1]).suffix.lower() or 'no extension'
+        self.files['hidden or system' if is_litter(parts) else suffix] += 1
 
     def __str__(self) -> str:
-        texts = [f'{self.litter:,} hidden or system files'] if self.litter else []
-        if self.others:
-            kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.others.items()))
-            texts.append(f'{self.others.total():,} files that are not images ({kinds})')
-        return '; '.join([f'ignored {" and ".join(texts)}'] * bool(texts) + self.notes)
+        kinds = ', '.join(f'{kind} {count:,}' for kind, count in sorted(self.files.items()))
+        files = [f'ignored {self.files.total():,} files that are not images ({kinds})'] if kinds else []
+        return '; '.join(files + self.notes)
 
 
 @dataclass
 class Images:
-    """The images of one split as a layout lists them, in any order.
+    """The images of one split as a layout lists them, in any order."""
 
-    Attributes:
-        names: ``<class>/<file>``; without classes, or before they are known, ``<file>``.
-        labels: One for each name.
-        class_names: In label order; empty without labels.
-        ignored: What lies beside them.
-        places: The values of ``COLUMNS`` of the source's class for each image.
-    """
-
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # <class>/<file>; without classes, or before they are known, <file>
     labels: list[int] = field(default_factory=list)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # in label order; empty without labels
     ignored: Ignored = field(default_factory=Ignored)
-    places: list[tuple[int, ...]] = field(default_factory=list)
+    places: list[tuple[int, ...]] = field(default_factory=list)  # rows of the source's
 
     def in_classes(self, class_names: tuple[str, ...]) -> None:
         """Put the class before the name of each file."""
@@ -108,15 +81,14 @@ class Source:
         names: No two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
             name): equal for equal images, whatever the layout.
         labels: int64, in the same order; zeros without labels.
+        places: int64, a row for each; says where the sample is, as the class reads it.
     """
-
-    COLUMNS: ClassVar[tuple[str, ...]] = ()
-    """Attributes that say where the samples are: arrays with one number for each."""
 
     description: str
     class_names: tuple[str, ...]
     names: Sequence[str]
     labels: np.ndarray
+    places: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,52 +98,41 @@ class Source:
 
         Raises:
             UserError: The file is gone, or has changed since the source was opened.
-            UnreadableImage: This one is damaged within its archive, or too large to be an image.
+            UnreadableImage: This one is damaged within its archive.
         """
         raise NotImplementedError
 
     @classmethod
-    def arranged(cls: type[Kind], layout: str, location: Path | str, images: Images, **facts: Any) -> Kind:
-        """The images in the order of every layout, by (label, name); ``facts`` are attributes that are no ``COLUMNS``.
+    def arranged(cls, layout: str, root: Path, images: Images, *, inside: Path | str = '', **facts: Any) -> 'Source':
+        """The images in the order of every layout, by (label, name).
+
+        They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where on this machine that
+        is. ``facts`` are further attributes.
 
         Raises:
-            UserError: No image at all, two of one name, or a name that is not UTF-8; names ``layout`` and ``location``.
+            UserError: Two have one name, or a name is not UTF-8; names the place.
         """
         names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
-        if not names:
-            raise UserError(f'{location}: no image ({" ".join(IMAGE_SUFFIXES)}) in it; {ignored or "it is empty"}')
-        check_names(location, names)
+        check_names(root / inside, names)
         order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
         classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
-        description = f'{layout} at {location}: {len(names):,} images, {classes}'
-        places = np.array(images.places, np.int64).reshape(-1, len(cls.COLUMNS))[order] if cls.COLUMNS else np.empty(0)
+        description = f'{layout} at {Path(root.name, inside)}: {len(names):,} images, {classes}'
         return cls(
             description=f'{description}; {ignored}' if ignored else description,
             class_names=class_names,
             names=[names[position] for position in order],
             labels=np.array(labels, dtype=np.int64)[order],
-            **dict(zip(cls.COLUMNS, places.T, strict=True)),
+            places=np.array(images.places, np.int64)[order],
             **facts,
         )
 
 
-def refuse_giant(size: int) -> None:
-    """Raise ``UnreadableImage`` for a size that no image has."""
-    if size > _MAX_FILE_BYTES:
-        raise UnreadableImage(f'{size:,} bytes; more than {_MAX_FILE_BYTES:,} are not read as an image')
-
-
-class OpenFiles:
-    """Files by number, opened when first read in a process, a limited number at once.
-
-    Reads say their offset (``pread``), so that processes which inherited an open file do not disturb each other. Only
-    the paths are pickled.
-    """
+class IndexedFiles:
+    """Files by number, which must stay as they were when they were indexed."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
         self._stamps = [_stamp(os.stat(path)) for path in self.paths]
-        self._open: dict[int, BinaryIO] = {}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """``size`` bytes of file ``number`` from ``offset``.
@@ -179,29 +140,19 @@ class OpenFiles:
         Raises:
             UserError: The file cannot be read, or is not the one that was indexed.
         """
-        data = b''
+        path = self.paths[number]
         try:
-            file = self._open.get(number) or self._opened(number)
-            while len(data) < size:  # a network file system may return less than asked for
-                piece = os.pread(file.fileno(), size - len(data), offset + len(data))
-                if not piece:
-                    raise UserError(f'{self.paths[number]}: ends before an image that it held. Start again')
-                data = data + piece if data else piece
+            # Opened each time, as a file of a folder is: no process inherits the position of another.
+            with open(path, 'rb') as file:
+                if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
+                    raise UserError(f'{path}: has changed since it was indexed. Start again')
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
-            raise UserError(f'{self.paths[number]}: cannot be read: {error}') from error
+            raise UserError(f'{path}: cannot be read: {error}') from error
+        if len(data) < size:
+            raise UserError(f'{path}: ends before an image that it should hold. Get it anew')
         return data
-
-    def _opened(self, number: int) -> BinaryIO:
-        file = open(self.paths[number], 'rb', buffering=0)  # noqa: SIM115  (stays open; closed when it is forgotten)
-        if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
-            raise UserError(f'{self.paths[number]}: has changed since it was indexed. Start again')
-        if len(self._open) >= _MAX_OPEN:
-            self._open.pop(next(iter(self._open)))
-        self._open[number] = file
-        return file
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, '_open': {}}
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -210,20 +161,13 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class RangeSource(Source):
-    """Sample ``i`` is ``sizes[i]`` bytes of file ``numbers[i]`` from ``offsets[i]``."""
+    """A place is the number of a file, an offset and a size."""
 
-    COLUMNS: ClassVar = ('numbers', 'offsets', 'sizes')
-
-    files: OpenFiles
-    numbers: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
+    files: IndexedFiles
 
     def read(self, position: int) -> bytes:
         """The bytes at that position; see ``Source.read``."""
-        size = int(self.sizes[position])
-        refuse_giant(size)
-        return self.files.read(int(self.numbers[position]), int(self.offsets[position]), size)
+        return self.files.read(*self.places[position].tolist())
 
 
 def check_names(location: Path | str, names: Sequence[str]) -> None:
@@ -232,8 +176,8 @@ def check_names(location: Path | str, names: Sequence[str]) -> None:
     Raises:
         UserError: Two have one name, or a name is not UTF-8.
     """
-    if len(set(names)) != len(names):
-        repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
         raise UserError(
             f'{location}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
         )
@@ -242,6 +186,15 @@ def check_names(location: Path | str, names: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(f'{location}: the name {name!r} is not UTF-8. Rename the file') from error
+
+
+def check_splits(location: Path, names: Collection[str]) -> None:
+    """Refuse names out of ``SPLITS`` of which two mean one split, or all the test split."""
+    splits = {SPLITS[name] for name in names}
+    if len(splits) < len(names):
+        raise UserError(f'{location}: {few(names)}: two folders for one split. Rename or move one of them')
+    if splits == {'test'}:
+        raise UserError(f'{location}: only a test split, which is never converted; train or val are missing')
 
 
 def is_image(name: str) -> bool:
@@ -260,24 +213,19 @@ def few(names: Collection[str], shown: int = 5) -> str:
     return text if len(names) <= shown else f'{text} and {len(names) - shown} more'
 
 
-def check_member(archive: Path, name: str) -> tuple[str, ...]:
-    """The parts of an archive member's name.
-
-    Nothing is ever extracted by its name; an archive with such names is still not what it seems to be.
+def member_parts(archive: Path, name: str) -> tuple[str, ...]:
+    """The parts of an archive member's name, which is never used to extract it.
 
     Raises:
-        UserError: The name leads out of the archive, or is not a plain relative path.
+        UserError: No plain relative path: the archive is not what it seems to be, or its folders cannot be told.
     """
-    reason = None
-    if name.startswith('/') or name[1:3] == ':/':
-        reason = 'is an absolute path'
-    elif '..' in name.split('/'):
-        reason = "leads out of the archive ('..')"
-    elif '\\' in name or '\0' in name:
-        reason = 'holds a backslash or a zero byte'
-    if reason:
-        raise UserError(f'{archive}: member {name!r} {reason}. Refused: get the archive anew, or pack it again')
-    return PurePosixPath(name).parts
+    path = PurePosixPath(name)
+    if path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name:
+        raise UserError(
+            f'{archive}: member {name!r} is no plain relative path (absolute, with "..", a backslash or a zero byte). '
+            f'Refused: get the archive anew, or pack it again'
+        )
+    return path.parts
 
 
 def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -285,21 +233,6 @@ def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     classes = sorted(set(names))
     numbers = [str(number) for number in range(len(classes))]
     return tuple(numbers if sorted(numbers) == classes else classes)
-
-
-def check_same_classes(location: Path | str, train: Iterable[str], val: Iterable[str]) -> None:
-    """Train and val must have the same class folders: a missing one means an incomplete copy.
-
-    Raises:
-        UserError: They have not; says which are missing where.
-    """
-    train, val = set(train), set(val)
-    for split, counterpart, missing in (('train', 'val', train - val), ('val', 'train', val - train)):
-        if missing:
-            raise UserError(
-                f'{location}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. '
-                f'Complete the data, or give the folder of one split alone'
-            )
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import check_same_classes, few, is_image
+from tread_composer.conversion.sources.base import few, in_label_order, is_image
 from tread_composer.core.errors import UserError
 
 __all__ = ['assign_classes', 'missing_truth']
@@ -17,7 +17,6 @@ _THREE_FORMS = (
     "(a) ILSVRC2012_devkit_t12.tar.gz or its unpacked folder, (b) Kaggle's LOC_val_solution.csv, "
     '(c) a text file with two columns: image name, and synset or number of the class in sorted order from 0'
 )
-_MAX_BYTES = 2**26
 
 
 def missing_truth(location: Path) -> UserError:
@@ -34,7 +33,7 @@ def assign_classes(
     """Class names, and the label of each file, given the classes of the training images if there are any.
 
     Raises:
-        UserError: No ground truth; it and the images are not the same; or its classes are not those of the training.
+        UserError: No ground truth; it and the images are not the same; or its numbers are not those of the classes.
     """
     if ground_truth is None:
         raise missing_truth(location)
@@ -47,13 +46,17 @@ def assign_classes(
         if missing:
             raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
     classes = [truth[stem] for stem in stems]
-    names = set(classes)
-    if all(name.isdecimal() for name in names) and not (train_classes and names <= set(train_classes)):
-        return _numbered(ground_truth, classes, train_classes)
-    if train_classes:
-        check_same_classes(location, train_classes, names)
-    class_names = train_classes or tuple(sorted(names))
+    class_names = in_label_order(classes)
     label_of = {name: label for label, name in enumerate(class_names)}
+    training = set(train_classes or ())
+    if all(name.isdecimal() for name in class_names) and not training.issuperset(class_names):
+        if train_classes is None or class_names != tuple(str(number) for number in range(len(train_classes))):
+            raise UserError(
+                f'ground_truth={ground_truth}: numbers of {len(class_names):,} classes, such as {class_names[0]}, for '
+                f'{len(training):,} classes of training images; 0 to n - 1 must all occur, in the order of the '
+                f'sorted names. Give synsets, or a source that holds train too'
+            )
+        class_names = train_classes
     return class_names, [label_of[name] for name in classes]
 
 
@@ -84,23 +87,6 @@ def _stem(name: str) -> str:
     return name.rpartition('.')[0] if is_image(name) else name
 
 
-def _numbered(
-    path: Path, classes: list[str], train_classes: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], list[int]]:
-    if train_classes is None:
-        raise UserError(
-            f'ground_truth={path}: numbers of classes say nothing without the training images. '
-            f'Give synsets, or a source that holds train too'
-        )
-    labels, total = [int(name) for name in classes], len(train_classes)
-    if set(labels) != set(range(total)):
-        raise UserError(
-            f'ground_truth={path}: class numbers from {min(labels)} to {max(labels)}, {len(set(labels)):,} different '
-            f'ones, for {total:,} classes; 0 to {total - 1} must all occur, in the order of the sorted names'
-        )
-    return train_classes, labels
-
-
 def _devkit(path: Path) -> dict[str, str]:
     """Line i is the ILSVRC id of image i. These ids are not positions in the sorted synsets: meta.mat maps them."""
     meta, truth = _devkit_files(path)
@@ -110,12 +96,9 @@ def _devkit(path: Path) -> dict[str, str]:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)['synsets'])
         synset_of = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets}
         ids = [int(line) for line in truth.decode('ascii').split()]
+        return {f'ILSVRC2012_val_{image:08d}': synset_of[number] for image, number in enumerate(ids, start=1)}
     except Exception as error:  # a damaged .mat file fails in as many ways as it has fields
         raise UserError(f'ground_truth={path}: {_META} or {_TRUTH} is damaged: {error!r}') from error
-    stray = {str(number) for number in ids if number not in synset_of}
-    if stray:
-        raise UserError(f'ground_truth={path}: {_TRUTH} has ids that {_META} lacks: {few(stray)}')
-    return {f'ILSVRC2012_val_{image:08d}': synset_of[number] for image, number in enumerate(ids, start=1)}
 
 
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:
@@ -128,7 +111,7 @@ def _devkit_files(path: Path) -> tuple[bytes, bytes]:
             for member in archive:
                 name = member.name.rpartition('/')[2]
                 content = archive.extractfile(member) if name in (_META, _TRUTH) and member.isreg() else None
-                if content is not None and member.size <= _MAX_BYTES:
+                if content is not None:
                     contents[name] = content.read()
     if len(contents) != 2:
         raise UserError(f'ground_truth={path}: {_META} and {_TRUTH} are not both in it. Expected {_THREE_FORMS}')

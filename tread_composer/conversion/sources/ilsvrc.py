@@ -1,10 +1,10 @@
 """The official tars of ImageNet (ILSVRC 2012): the training tar of one tar a class, and the flat validation tar."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import OpenFiles, RangeSource, Request, Source, is_image, is_litter
+from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Request, Source, few, is_image, is_litter
 from tread_composer.conversion.sources.ground_truth import missing_truth
 from tread_composer.conversion.sources.tars import Archive, Member
 from tread_composer.conversion.sources.tree import Listing
@@ -14,37 +14,43 @@ from tread_composer.io.progress import Progress
 __all__ = ['open_ilsvrc']
 
 
-def open_ilsvrc(request: Request, train: Path | None, val: Path | None, notes: Sequence[str]) -> dict[str, Source]:
+def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Source]:
     """The splits of the official tars, of tars and flat: read as the folders that unpacking them would give."""
-    if val and not request.ground_truth:
-        raise missing_truth(val)
+    tars = {split: tar for tar, split in split_of.items()}
+    if len(tars) < len(split_of):
+        names = few([tar.name for tar in split_of])
+        raise UserError(f'{request.root}: {names}: one tar of each split is expected. Give the tar itself')
     listing = Listing()
-    listing.ignored.notes += notes
-    if train:
-        _list_train(train, listing)
-    if val:
-        with Archive(val) as archive:
-            _list(archive, ('val',), listing, Progress(f'scanning {val}'))
-    tars = {split: path for split, path in (('train', train), ('val', val)) if path}
+    if test := tars.pop('test', None):
+        listing.ignored.notes.append(f'{test.name} is not converted')
+    if not tars:
+        raise UserError(f'{request.root}: only a test set, which has no labels; the tar of train or val is missing')
+    if 'val' in tars and not request.ground_truth:
+        raise missing_truth(tars['val'])
+    for split, path in tars.items():
+        with Archive(path) as archive:
+            progress = Progress(f'scanning {path}')
+            if split == 'train':
+                _list_train(archive, listing, progress)
+            else:
+                _list(archive, (split,), listing, progress)
     return {
-        split: RangeSource.arranged('ILSVRC tars', tars[split], branch, files=OpenFiles([tars[split]]))
+        split: RangeSource.arranged('ILSVRC tars', tars[split], branch, files=IndexedFiles([tars[split]]))
         for split, branch in listing.branches(request).items()
     }
 
 
-def _list_train(path: Path, listing: Listing) -> None:
-    progress = Progress(f'scanning {path}')
-    with Archive(path) as archive:
-        for outer in archive.members():
-            name = outer.parts[-1]
-            if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
-                listing.ignored.add(outer.parts)
-                continue
-            folder = ('train', name.removesuffix('.tar'))
-            if is_image(name) or '/'.join(folder) in listing.folders:
-                raise UserError(f'{path}: holds {name}, where each member should be the one tar of a class')
-            listing.folders.add('/'.join(folder))
-            _list(archive, folder, listing, progress, outer)
+def _list_train(archive: Archive, listing: Listing, progress: Progress) -> None:
+    for outer in archive.members():
+        name = outer.parts[-1]
+        if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
+            listing.ignored.add(outer.parts)
+            continue
+        folder = ('train', name.removesuffix('.tar'))
+        if is_image(name) or '/'.join(folder) in listing.folders:
+            raise UserError(f'{archive.path}: holds {name}, where each member should be the one tar of a class')
+        listing.folders.add('/'.join(folder))
+        _list(archive, folder, listing, progress, outer)
 
 
 def _list(
@@ -52,11 +58,5 @@ def _list(
 ) -> None:
     for member in archive.members(outer):
         progress.add()
-        *folders, name = member.parts
-        if outer and folders and folders != [folder[-1]] and is_image(name):
-            raise UserError(
-                f'{archive.path}: {"/".join(outer.parts)}: {"/".join(member.parts)!r} lies in a folder, where a class '
-                f'has none'
-            )
         read = functools.partial(archive.read, member.offset, member.size)
-        listing.add((*folder, name), read, (0, member.offset, member.size))
+        listing.add((*folder, *member.parts), read, (0, member.offset, member.size))

@@ -1,40 +1,37 @@
 """Hugging Face's parquet files: a struct column of encoded images, and a column of labels.
 
-Parquet cannot be read at random: one image costs the decoding of a row group of hundreds. So the image bytes are copied
-once, in order, into a spool file for each parquet file.
+Parquet cannot be read at random: one image costs the decoding of a row group of hundreds. So each file is copied once
+into an uncompressed Arrow file, of which small batches are mapped into memory.
 """
 
 import hashlib
-import itertools
 import json
-import sys
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from tread_composer.conversion.output import refuse_if_too_large, size_in_words
-from tread_composer.conversion.sources.base import Ignored, Images, OpenFiles, RangeSource, Request, Source
+from tread_composer.conversion.sources.base import Ignored, Images, Request, Source
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, whole_file
-from tread_composer.io.locks import locked
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import Progress, to_stderr
 
-__all__ = ['open_parquet']
+__all__ = ['ParquetSource', 'open_parquet']
 
 _BATCH = 64  # rows that are in memory at once
+_COPY = pyarrow.schema({'bytes': pyarrow.binary(), 'path': pyarrow.string(), 'label': pyarrow.int64()})
 # What reading raises; ValueError: texts that are not UTF-8.
 _DAMAGE = (OSError, ValueError, pyarrow.ArrowException)
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """Which columns hold what; must be the same in all files of a data set."""
 
     image: str
@@ -42,58 +39,50 @@ class _Columns:
     class_names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Spool:
-    """The images of one parquet file, one after the other in ``path``; image ``i`` ends at ``starts[i + 1]``."""
+@dataclass(eq=False)
+class ParquetSource(Source):
+    """A place is the number of a copy, a batch of it, and a row of that."""
 
-    path: Path
-    starts: np.ndarray
-    labels: np.ndarray
-    files: list[str]
+    copies: list[str]
+
+    def read(self, position: int) -> bytes:
+        """The image file at that position; see ``Source.read``."""
+        number, index, row = self.places[position].tolist()
+        with pyarrow.memory_map(self.copies[number]) as file:
+            return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
 
 
 def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
     """The splits of parquet files; what an earlier, interrupted call left in the scratch folder is used again."""
     root = request.root
-    columns = _agreed_columns([file for split in files.values() for file in split])
-    if request.class_names and columns.label is None:
-        raise UserError(f'{root}: class names are given, but the files have no column of labels')
-    spools = _spool_all(files, columns, request.scratch / 'parquet')
-    splits = {split: _images(root, split, spools[split], notes) for split in files}
-    if columns.label is not None:
-        name_by_number(root, splits, request.class_names or columns.class_names)
-    return {
-        split: RangeSource.arranged(
-            'parquet files', root, images, files=OpenFiles([spool.path for spool in spools[split]])
-        )
-        for split, images in splits.items()
-    }
-
-
-def _images(root: Path, split: str, spools: list[_Spool], notes: Sequence[str]) -> Images:
-    images = Images(ignored=Ignored(notes=list(notes)))
-    for number, spool in enumerate(spools):
-        images.names += spool.files
-        images.labels += spool.labels.tolist()
-        starts = spool.starts.tolist()
-        images.places += [(number, start, end - start) for start, end in itertools.pairwise(starts)]
-    if not images.names:
-        raise UserError(f'{root}: the files of {split} hold no row')
-    if '' in images.names or len(set(zip(images.labels, images.names, strict=True))) < len(images.names):
-        images.ignored.notes.append('named by row, since the files do not name each image')
-        images.names = [f'row-{row:08d}' for row in range(len(images.names))]
-    return images
-
-
-def _agreed_columns(files: list[Path]) -> _Columns:
-    columns_of = {file: _columns_of(file) for file in files}
-    reference = files[0]
-    for file, columns in columns_of.items():
-        if columns != columns_of[reference]:
+    columns = {file: _columns_of(file) for split in files.values() for file in split}
+    reference, *others = columns
+    for file in others:
+        if columns[file] != columns[reference]:
             raise UserError(
                 f'{file}: columns or class names differ from those of {reference}. Give one data set at a time'
             )
-    return columns_of[reference]
+    label, class_names = columns[reference].label, columns[reference].class_names
+    if request.class_names and label is None:
+        raise UserError(f'{root}: class names are given, but the files have no column of labels')
+    copies = _copy_all(columns, request.scratch / 'parquet')
+    splits = {}
+    for split, members in files.items():
+        splits[split] = images = Images(ignored=Ignored(notes=list(notes)))
+        for number, file in enumerate(members):
+            _list(copies[file], number, images)
+        if not images.names:
+            raise UserError(f'{root}: the files of {split} hold no row. Get them anew')
+        if '' in images.names or len(set(zip(images.labels, images.names, strict=True))) < len(images.names):
+            images.ignored.notes.append('named by row, since the files do not name each image')
+            images.names = [f'row-{row:08d}' for row in range(len(images.names))]
+    if label is not None:
+        name_by_number(root, splits, request.class_names or class_names)
+    copies_of = {split: [str(copies[file]) for file in members] for split, members in files.items()}
+    return {
+        split: ParquetSource.arranged('parquet files', root, images, copies=copies_of[split])
+        for split, images in splits.items()
+    }
 
 
 def _columns_of(file: Path) -> _Columns:
@@ -128,83 +117,64 @@ def _is_image(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_struct(kind) and {'bytes', 'path'} <= {kind.field(i).name for i in range(kind.num_fields)}
 
 
-def _spool_all(files: dict[str, list[Path]], columns: _Columns, folder: Path) -> dict[str, list[_Spool]]:
-    """Copy what is not yet copied. Any number of processes may call this at once; one copies, the others wait."""
+def _copy_all(columns: dict[Path, _Columns], folder: Path) -> dict[Path, Path]:
+    """Copy the files that are not yet copied. A conversion does this on its first rank, under its lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / '.lock'):
-        for abandoned in folder.glob(f'{UNFINISHED}*'):  # by a copy that was killed: only one runs at a time
-            abandoned.unlink()
-        targets = {file: _target(file, columns, folder) for split in files.values() for file in split}
-        spools = {file: spool for file, target in targets.items() if (spool := _finished(target)) is not None}
-        todo = [file for file in targets if file not in spools]
-        if todo:
-            # What is not image in such a file is less than what compression leaves of JPEGs.
-            size = sum(file.stat().st_size for file in todo)
-            free = refuse_if_too_large(folder, size, f'the images of {len(todo)} parquet files')
-            print(
-                f'{folder}: {len(todo)} parquet files are copied here, about {size_in_words(size)} of images; '
-                f'{size_in_words(free)} are free',
-                file=sys.stderr,
-                flush=True,
-            )
-            progress = Progress(f'copying to {folder}', len(todo), 'files')
-            for file in todo:
-                spools[file] = _copy(file, columns, targets[file])
-                progress.add()
-    return {split: [spools[file] for file in paths] for split, paths in files.items()}
+    for abandoned in folder.glob(f'{UNFINISHED}*'):  # by a copy that was killed
+        abandoned.unlink()
+    targets = {}
+    for file, kinds in columns.items():  # a changed parquet file, or another choice of columns, is another copy
+        facts = repr((str(file), file.stat().st_size, file.stat().st_mtime_ns, kinds.image, kinds.label))
+        targets[file] = folder / f'{file.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow'
+    todo = [file for file, target in targets.items() if not target.exists()]
+    if todo:
+        # What is not image in such a file is less than what compression leaves of JPEGs.
+        size = sum(file.stat().st_size for file in todo)
+        free = refuse_if_too_large(folder, size, f'the images of {len(todo)} parquet files')
+        to_stderr(
+            f'{folder}: {len(todo)} parquet files are copied here, about {size_in_words(size)} of images; '
+            f'{size_in_words(free)} are free'
+        )
+        progress = Progress(f'copying to {folder}', len(todo), 'files')
+        for file in todo:
+            try:
+                with whole_file(targets[file]) as unfinished, pyarrow.ipc.new_file(str(unfinished), _COPY) as writer:
+                    for batch in _rows(file, columns[file]):
+                        writer.write_batch(batch)
+            except UserError:
+                raise
+            except _DAMAGE as error:
+                raise UserError(f'{file}: cannot be copied to {targets[file]}: {error}') from error
+            progress.add()
+    return targets
 
 
-def _target(file: Path, columns: _Columns, folder: Path) -> Path:
-    """A changed parquet file, or another choice of columns, is another spool."""
-    status = file.stat()
-    facts = repr((str(file), status.st_size, status.st_mtime_ns, columns.image, columns.label))
-    return folder / f'{file.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.images'
-
-
-def _finished(target: Path) -> _Spool | None:
-    index = target.with_suffix('.npz')  # written last: it is the mark that the copy is complete
-    if not index.exists() or not target.exists():
-        return None
-    try:
-        with np.load(index, allow_pickle=False) as arrays:
-            spool = _Spool(target, arrays['starts'], arrays['labels'], arrays['files'].tolist())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None  # damaged by whatever: copied again
-    return spool if target.stat().st_size == spool.starts[-1] else None
-
-
-def _copy(file: Path, columns: _Columns, target: Path) -> _Spool:
-    try:
-        with whole_file(target) as unfinished, unfinished.open('wb') as stream:
-            arrays = _write_images(file, columns, stream)
-        with whole_file(target.with_suffix('.npz')) as unfinished, unfinished.open('wb') as stream:
-            np.savez(stream, **arrays)
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError(f'{file}: cannot be copied to {target}: {error}') from error
-    return _Spool(target, arrays['starts'], arrays['labels'], arrays['files'].tolist())
-
-
-def _write_images(file: Path, columns: _Columns, stream: IO[bytes]) -> dict[str, Any]:
-    sizes, labels, files = [], [], []
-    names = [columns.image] + ([columns.label] if columns.label else [])
+def _rows(file: Path, columns: _Columns) -> Iterator[pyarrow.RecordBatch]:
     source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-    for batch in source.iter_batches(_BATCH, columns=names, use_threads=False):
-        labels += batch.column(columns.label).to_pylist() if columns.label else [0] * len(batch)
-        for image in batch.column(columns.image):
-            content, path = image['bytes'].as_buffer() if image.is_valid else None, image['path'].as_py()
-            if content is None:
+    names = [columns.image] + ([columns.label] if columns.label else [])
+    for number, batch in enumerate(source.iter_batches(_BATCH, columns=names, use_threads=False)):
+        image = batch.column(columns.image)
+        content, paths = (image.flatten()[image.type.get_field_index(name)] for name in ('bytes', 'path'))
+        paths = pyarrow.compute.fill_null(paths.cast(pyarrow.string()), '')
+        labels = batch.column(columns.label) if columns.label else pyarrow.array(np.zeros(len(batch), np.int64))
+        for column, fault in ((content, 'holds no bytes'), (labels, 'has no label')):
+            if column.null_count:
+                row = pyarrow.compute.index(column.is_null(), True).as_py()
                 raise UserError(
-                    f'{file}: row {len(sizes)} holds no bytes (path {path!r}). Write files with embedded images'
+                    f'{file}: row {number * _BATCH + row} {fault} (path {paths[row].as_py()!r}). Write files with '
+                    f'embedded images and a label for each'
                 )
-            stream.write(content)
-            sizes.append(len(content))
-            files.append((path or '').rpartition('/')[2])
-    if None in labels:
-        raise UserError(f'{file}: row {labels.index(None)} has no label')
-    return {
-        'starts': np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        'labels': np.array(labels, dtype=np.int64),
-        'files': np.array(files, dtype=np.str_),
-    }
+        paths.validate(full=True)  # texts that are not UTF-8
+        arrays = [content.cast(pyarrow.binary()), paths, labels.cast(pyarrow.int64())]
+        yield pyarrow.record_batch(arrays, schema=_COPY)
+
+
+def _list(copy: Path, number: int, images: Images) -> None:
+    """Take the images of a copy in."""
+    with pyarrow.memory_map(str(copy)) as file:
+        reader = pyarrow.ipc.open_file(file)
+        for index in range(reader.num_record_batches):
+            batch = reader.get_batch(index)
+            images.names += [path.rpartition('/')[2] for path in batch.column('path').to_pylist()]
+            images.labels += batch.column('label').to_pylist()
+            images.places += [(number, index, row) for row in range(len(batch))]

@@ -1,19 +1,16 @@
 """Members of an uncompressed tar, or of a tar within a tar, as byte ranges: headers are read, data are not."""
 
-import io
 import itertools
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tread_composer.conversion.sources.base import check_member, is_image, is_litter
+from tread_composer.conversion.sources.base import member_parts
 from tread_composer.core.errors import UserError
 
-__all__ = ['Archive', 'Member', 'role_of']
-
-_COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
+__all__ = ['Archive', 'Member', 'holds_tars']
 
 
 class Member(NamedTuple):
@@ -24,36 +21,19 @@ class Member(NamedTuple):
     size: int
 
 
-class _Headers(io.FileIO):
-    """A file that ``tarfile`` reads headers from. Member data never pass through it, so a long read is damage."""
-
-    def read(self, size: int | None = -1, /) -> Any:
-        if size is None or not 0 <= size <= 2**20:
-            raise ValueError(f'a header of {size} bytes')
-        return super().read(size)
-
-
 class Archive:
     """A tar on disk, opened for reading; a context manager.
 
     Raises:
-        UserError: Cannot be opened, or is compressed.
+        UserError: Cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = _Headers(path)
+            self._file = open(path, 'rb', buffering=0)  # noqa: SIM115  (closed by leaving the archive)
         except OSError as error:
             raise UserError(f'{path}: cannot be read: {error}') from error
-        start = self.read(0, 6)
-        for magic, name in _COMPRESSED.items():
-            if start.startswith(magic):
-                self._file.close()
-                raise UserError(
-                    f'{path}: is compressed ({name}). Images in it cannot be read at random, and compressing JPEGs '
-                    f'saves nothing: unpack it to a tar, for instance with gunzip, bunzip2, unxz or unzstd'
-                )
 
     def __enter__(self) -> 'Archive':
         return self
@@ -69,8 +49,8 @@ class Archive:
         """The regular files in the archive, or in the archive that is its member ``outer``; folders are left out.
 
         Raises:
-            UserError: Not a tar; cut off; followed by other data; or it holds a link, a device, a sparse file or a name
-                that leads out of it. ``tarfile`` itself takes a damaged header in the middle for the end.
+            UserError: Not a tar; compressed; cut off; followed by other data; or it holds a link, a device, a sparse
+                file or a name that leads out of it.
         """
         place, start, end = self.path, 0, os.fstat(self._file.fileno()).st_size
         if outer is not None:
@@ -80,55 +60,36 @@ class Archive:
             with tarfile.open(fileobj=self._file, mode='r:') as archive:
                 while (info := archive.next()) is not None and info.offset < end:
                     archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill gigabytes
-                    parts = check_member(place, info.name)
-                    _check_kind(place, info)
-                    if info.size < 0 or info.offset_data + info.size > end:
+                    parts = member_parts(place, info.name)
+                    if info.issparse() or not (info.isreg() or info.isdir()):
+                        raise UserError(
+                            f'{place}: member {info.name!r} is a link, a device or a sparse file. Refused: pack again '
+                            f'with tar --dereference'
+                        )
+                    if info.offset_data + info.size > end:
                         raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
                     if info.isreg() and parts:
                         yield Member(parts, info.offset_data, info.size)
-                self._check_end(place, start, end if info else archive.offset, end)
+                self._check_end(place, end if info else archive.offset, end)
         except (OSError, ValueError, tarfile.TarError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f'{place}: not a tar, or cut off: {error}. Get it anew') from error
+            raise UserError(
+                f'{place}: not a tar, cut off, or compressed: {error}. Get it anew, or unpack it to a tar (images in a '
+                f'compressed one cannot be read at random)'
+            ) from error
 
-    def _check_end(self, place: Path, start: int, offset: int, end: int) -> None:
-        """After the last member a tar has at least one block of zeros, and nothing but zeros."""
-        for position in range(offset, end, 2**20):
-            block = self.read(position, min(2**20, end - position))
-            if block.count(0) != len(block):
-                raise UserError(
-                    f'{place}: there are other data at byte {position - start:,} where a header or the end should be: '
-                    f'it is damaged or cut off, or several tars were joined. Get it anew, or pack it again'
-                )
-        if end - offset < tarfile.BLOCKSIZE:
-            raise UserError(f'{place}: lacks the mark at its end: it is cut off. Get it anew')
-
-
-def _check_kind(place: Path, info: tarfile.TarInfo) -> None:
-    reason = None
-    if info.issym() or info.islnk():
-        reason = f'is a link (to {info.linkname!r})'
-    elif info.issparse():
-        reason = 'is stored as a sparse file'
-    elif not (info.isreg() or info.isdir()):
-        reason = 'is neither a file nor a folder'
-    if reason:
-        raise UserError(f'{place}: member {info.name!r} {reason}. Refused: pack again with tar --dereference')
+    def _check_end(self, place: Path, offset: int, end: int) -> None:
+        # A tar ends with zeros, at least a block of them; tarfile itself takes a damaged header for the end.
+        mark = self.read(offset, min(end - offset, 2**20))
+        if len(mark) < tarfile.BLOCKSIZE or any(mark):
+            raise UserError(
+                f'{place}: no header and no end at byte {offset:,}: it is damaged or cut off, or several tars were '
+                f'joined. Get it anew, or pack it again'
+            )
 
 
-def role_of(path: Path) -> str:
-    """What a tar holds, by its first members: ``'tars'``, ``'labels'``, ``'folders'``, ``'images'``, ``'nothing'``."""
-    role = 'nothing'
+def holds_tars(path: Path) -> bool:
+    """Whether a tar holds others, as ImageNet's training set does."""
     with Archive(path) as archive:
-        for member in itertools.islice(archive.members(), 64):
-            name = member.parts[-1].lower()
-            if is_litter(member.parts):
-                continue
-            if name.endswith('.tar'):
-                return 'tars'
-            if name.endswith(('.cls', '.json')):
-                return 'labels'
-            if is_image(name):
-                role = 'folders' if len(member.parts) > 1 else 'images'
-    return role
+        return any(member.parts[-1].endswith('.tar') for member in itertools.islice(archive.members(), 64))

@@ -3,7 +3,7 @@
 A zip and the official tars are looked at as the folders that they would unpack to; what is mixed or unclear is refused.
 """
 
-import json
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from tread_composer.conversion.sources.base import (
     Images,
     Request,
     Source,
-    check_same_classes,
+    check_splits,
     few,
     in_label_order,
     is_image,
     is_litter,
-    refuse_giant,
 )
+from tread_composer.conversion.sources.edm import edm_labels
 from tread_composer.conversion.sources.ground_truth import assign_classes
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
@@ -29,36 +29,26 @@ from tread_composer.io.progress import Progress
 
 __all__ = ['Branch', 'FolderSource', 'Listing', 'holds_images', 'open_folders']
 
-_EDM = 'dataset.json'
-_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
-"""Files with these names hold labels; only EDM's are read, beside the others folders say nothing certain."""
+_READERS: dict[str, Callable[[str, Sequence[str], bytes], list[int] | None]] = {'dataset.json': edm_labels}
+"""Files beside the images that label them, and what reads the labels (None: there are none)."""
+
+_LABEL_FILES = (*_READERS, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
+"""Files with these names hold labels; beside those that nobody reads, folders say nothing certain."""
 
 _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
 
 
 @dataclass
 class Branch(Images):
-    """One split of a tree.
-
-    Attributes:
-        prefix: Beginning of its paths in the tree; ends with ``/`` or is empty.
-        bare: The class in a name is no folder of the tree: labels come from elsewhere.
-    """
+    """One split of a tree, whose paths there begin with ``prefix`` (empty, or with ``/`` at its end)."""
 
     prefix: str = ''
-    bare: bool = False
+    bare: bool = False  # the class in a name is no folder of the tree: labels come from elsewhere
 
 
 @dataclass
 class Listing:
-    """What a tree holds; paths are separated by ``/``.
-
-    Attributes:
-        images: Path of each image, and its place, which its source will need.
-        folders: Paths of folders.
-        label_files: Path and content of files with labels.
-        ignored: What else there is.
-    """
+    """What a tree holds, by path: images with their places, folders, files with labels, and what else there is."""
 
     images: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
@@ -66,12 +56,7 @@ class Listing:
     ignored: Ignored = field(default_factory=Ignored)
 
     def add(self, parts: Sequence[str], read: Callable[[], bytes], place: tuple[int, ...] = ()) -> None:
-        """Put a file where it belongs.
-
-        Args:
-            parts: Parts of its path.
-            read: Gives its content.
-            place: What the source of an image will need.
+        """Put a file where it belongs: the parts of its path, its content, and the place that an image's source needs.
 
         Raises:
             UserError: A label file cannot be read, or there is an image of this path already.
@@ -92,9 +77,8 @@ class Listing:
     def branches(self, request: Request) -> dict[str, Branch]:
         """The splits of the tree.
 
-        Args:
-            request: Its ground truth is needed, and allowed, for a split ``val`` without class folders beside a
-                ``train`` with them, or alone (as Kaggle's ImageNet has it).
+        Ground truth is needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
+        alone (as Kaggle's ImageNet has it).
 
         Raises:
             UserError: Not one of the layouts; says what there is and what to do.
@@ -105,50 +89,52 @@ class Listing:
         prefix = _wrapper(paths)
         if prefix:
             self.ignored.notes.append(f'all images are inside {prefix}')
-        tops = _by_top(paths, prefix)
+        tops: dict[str, list[str]] = {}  # paths by their first folder; those in no folder under the empty name
+        for path in paths:
+            top, slash, _ = path[len(prefix) :].partition('/')
+            tops.setdefault(top if slash else '', []).append(path)
         named = sorted(set(tops) & set(SPLITS))
-        if not named:
-            branches = {'train': self._branch(root, prefix, paths)}
-        else:
-            self._check_splits(root, prefix, tops, named)
+        if named:
+            self._check_tops(root, prefix, tops, named)
             branches = {
                 SPLITS[top]: self._branch(root, f'{prefix}{top}/', tops[top]) for top in named if SPLITS[top] != 'test'
             }
-            for path in [path for path in self.label_files if path.startswith(f'{prefix}test/')]:
-                del self.label_files[path]  # of images that are not converted
-        if self.label_files:
+        else:
+            branches = {'train': self._branch(root, prefix, paths)}
+        unread = [path for path in self.label_files if not path.startswith(f'{prefix}test/')]
+        if unread:
             raise UserError(
-                f'{root}: {few(self.label_files)} hold labels that this layout does not read, so those of the folders '
-                f'may be wrong. Move them away if the folders are the classes; read is {_EDM} of EDM, beside the images'
+                f'{root}: {few(unread)} hold labels that this layout does not read, so those of the folders may be '
+                f'wrong. Move them away if the folders are the classes; read is {", ".join(_READERS)} beside the images'
             )
-        _join(root, branches, request.ground_truth)
+        _label_val(root, branches, request.ground_truth)
         return branches
 
-    def _check_splits(self, root: Path, prefix: str, tops: dict[str, list[str]], named: list[str]) -> None:
+    def _check_tops(self, root: Path, prefix: str, tops: dict[str, list[str]], named: list[str]) -> None:
+        """Whether everything is in the folder of a split, and no such folder is empty."""
+        check_splits(root, named)
         strangers = [top or f'the image {tops[top][0]}' for top in tops if top not in SPLITS]
         if strangers:
             raise UserError(
                 f'{root}: {few(named)} are taken as splits, but beside them are images of no split: {few(strangers)}. '
                 f'Move them away; or, if {few(named)} are classes, rename these folders'
             )
-        expected = [top for top, split in SPLITS.items() if split != 'test']
-        empty = [top for top in expected if f'{prefix}{top}' in self.folders and top not in tops]
+        empty = [top for top in SPLITS if top != 'test' and f'{prefix}{top}' in self.folders and top not in tops]
         if empty:
             raise UserError(f'{root}: {few(empty)} holds no image. Complete the data, or remove the folder')
-        meant = [SPLITS[top] for top in named]
-        if len(set(meant)) < len(meant):
-            raise UserError(f'{root}: {few(named)}: two folders for one split. Rename or move one of them')
-        if set(meant) == {'test'}:
-            raise UserError(f'{root}: only a test split, which is never converted; train/ or val/ are missing')
-        if 'test' in meant:
+        if 'test' in named:
             self.ignored.notes.append(f'test/ ({len(tops["test"]):,} images) is not converted')
 
     def _branch(self, root: Path, prefix: str, paths: list[str]) -> Branch:
         names = [path[len(prefix) :] for path in paths]
         branch = Branch(names, [0] * len(names), (), self.ignored, [self.images[path] for path in paths], prefix)
-        if (content := self.label_files.pop(f'{prefix}{_EDM}', None)) is not None:
-            _read_edm_labels(f'{root}/{prefix}{_EDM}', branch, content)
-            return branch
+        for file, reader in _READERS.items():
+            if (content := self.label_files.pop(prefix + file, None)) is not None:
+                place = f'{root}/{prefix}{file}'
+                if (labels := reader(place, names, content)) is not None:
+                    branch.labels, branch.bare = labels, True
+                    name_by_number(place, {'train': branch}, ())
+                return branch
         depths = {name.count('/'): name for name in names}  # an example of each
         if depths.keys() == {0}:
             return branch
@@ -159,11 +145,10 @@ class Listing:
             )
         class_of = [name.partition('/')[0] for name in names]
         branch.class_names = in_label_order(class_of)
-        inner = [path[len(prefix) :] for path in self.folders if path.startswith(prefix)]
-        empty = {path.partition('/')[0] for path in inner} - {*branch.class_names, ''}
-        if empty:
+        inner = {path[len(prefix) :].partition('/')[0] for path in self.folders if path.startswith(prefix)}
+        if empty := inner - {*branch.class_names, ''}:
             raise UserError(
-                f'{root}: {len(empty):,} class folders hold no image: {few(sorted(prefix + name for name in empty))}. '
+                f'{root}: {len(empty):,} class folders hold no image: {few([prefix + name for name in empty])}. '
                 f'Complete the data; a folder that is no class must be moved away'
             )
         label_of = {name: label for label, name in enumerate(branch.class_names)}
@@ -172,61 +157,20 @@ class Listing:
 
 
 def _wrapper(paths: list[str]) -> str:
-    """The folders that everything is in, as ``a/b/``, down to where splits or class folders begin."""
-    prefix = ''
-    while True:
-        top, _, remainder = paths[0][len(prefix) :].partition('/')
-        longer = f'{prefix}{top}/'
-        # two folders below the present place, and one below the new: class folders can only begin there
-        if top in SPLITS or '/' not in remainder:
-            return prefix
-        if not all(path.startswith(longer) and '/' in path[len(longer) :] for path in paths):
-            return prefix
-        prefix = longer
+    """The folders that everything is in, as ``a/b/``, above those where splits or class folders begin."""
+    above = [folder.split('/')[:-1] for folder in {path.rpartition('/')[0] for path in paths}]
+    common = os.path.commonprefix(above)  # noqa: RUF071  (of lists: parts are compared, not letters)
+    parts = itertools.takewhile(lambda part: part not in SPLITS, common)
+    return ''.join(f'{part}/' for part in parts)
 
 
-def _by_top(paths: list[str], prefix: str) -> dict[str, list[str]]:
-    """Paths by their first folder below ``prefix``; those in no folder under the empty name."""
-    tops: dict[str, list[str]] = {}
-    for path in paths:
-        top, slash, _ = path[len(prefix) :].partition('/')
-        tops.setdefault(top if slash else '', []).append(path)
-    return tops
-
-
-def _read_edm_labels(file: str, branch: Branch, content: bytes) -> None:
-    """EDM's layout: numbered folders that are no classes, and ``{"labels": [["00000/img00000000.png", 6], ...]}``."""
-    names = branch.names
-    try:
-        rows = json.loads(content)['labels']
-        labels = {} if rows is None else dict(rows)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{file}: not the labels of an EDM data set ({error!r}). Move it away, or repair it') from error
-    if rows is None:
-        return
-    for fault, missing in (
-        ('has no label for', set(names) - set(labels)),
-        ('labels images that are missing', set(labels) - set(names)),
-    ):
-        if missing:
-            raise UserError(f'{file}: {fault}: {few(missing)} ({len(missing):,} in all). Both must be complete')
-    branch.labels = [labels[name] for name in names]
-    wrong = [name for name, number in zip(names, branch.labels, strict=True) if type(number) is not int]
-    if wrong or len(labels) != len(rows):
-        fault = f'the label of {wrong[0]} is {labels[wrong[0]]!r:.60}' if wrong else 'an image is listed twice'
-        raise UserError(f'{file}: {fault}; each image needs one whole number')
-    name_by_number(file, {'train': branch}, ())
-    branch.bare = True
-
-
-def _join(root: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
-    """Check that the splits belong together, and give ``val`` its labels where they come from elsewhere."""
+def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
+    """Give ``val`` its labels where they come from elsewhere."""
     train, val = branches.get('train'), branches.get('val')
     if val is not None and not val.class_names and (ground_truth or (train and train.class_names)):
-        classes = train.class_names if train else None
-        if train and not classes:
+        if train and not train.class_names:
             raise UserError(f'{root}: ground_truth={ground_truth} is given, but train has no class folders')
-        class_names, val.labels = assign_classes(ground_truth, val.names, classes, root)
+        class_names, val.labels = assign_classes(ground_truth, val.names, train and train.class_names, root)
         val.in_classes(class_names)
         val.bare = True
     elif ground_truth:
@@ -234,10 +178,6 @@ def _join(root: Path, branches: dict[str, Branch], ground_truth: Path | None) ->
             f'ground_truth={ground_truth}: {root} has no use for it: it labels validation images that lie loose in '
             f'val/ or in the official tar. Leave it out'
         )
-    if train and val:
-        if val.class_names and not train.class_names:
-            raise UserError(f'{root}: val has class folders, train has none. Give one split alone')
-        check_same_classes(root, train.class_names, val.class_names)
 
 
 @dataclass(eq=False)
@@ -250,11 +190,9 @@ class FolderSource(Source):
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
         name = self.names[position]
-        path = f'{self.folder}/{name.partition("/")[2] if self.bare else name}'
+        path = Path(self.folder, name.partition('/')[2] if self.bare else name)
         try:
-            with open(path, 'rb', buffering=0) as file:
-                refuse_giant(os.fstat(file.fileno()).st_size)
-                return file.readall()
+            return path.read_bytes()
         except OSError as error:
             raise UserError(f'{path}: was there when the source was opened and cannot be read now: {error}') from error
 
@@ -269,11 +207,17 @@ def open_folders(request: Request) -> dict[str, Source]:
             listing.folders.add('/'.join(parts))
         else:
             listing.add(parts, root.joinpath(*parts).read_bytes)
-    sources: dict[str, Source] = {}
-    for split, branch in listing.branches(request).items():
-        layout, folder = 'class folders' if branch.class_names else 'flat folder', root / branch.prefix
-        sources[split] = FolderSource.arranged(layout, folder, branch, folder=str(folder), bare=branch.bare)
-    return sources
+    return {
+        split: FolderSource.arranged(
+            'class folders' if branch.class_names else 'flat folder',
+            root,
+            branch,
+            inside=branch.prefix,
+            folder=str(root / branch.prefix),
+            bare=branch.bare,
+        )
+        for split, branch in listing.branches(request).items()
+    }
 
 
 def holds_images(root: Path) -> bool:
@@ -282,26 +226,19 @@ def holds_images(root: Path) -> bool:
     return any(is_image(parts[-1]) and not is_litter(parts) for parts in files)
 
 
-def _walk(root: Path) -> Iterator[tuple[tuple[str, ...], bool]]:
+def _walk(root: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Parts of the path of everything below, and whether it is a folder. Links are followed: people link data sets."""
-    stack: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
-    while stack:
-        parts, ancestors = stack.pop()
-        folder = root.joinpath(*parts)
-        try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in ancestors:
-                raise UserError(f'{folder}: a link to a folder that it is in. Remove it')
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    inner = (*parts, entry.name)
-                    is_folder = entry.is_dir()
-                    if not is_folder and not entry.is_file() and is_image(entry.name) and not is_litter(inner):
-                        raise UserError(f'{entry.path}: a link to nothing, or no file at all. Repair or remove it')
-                    hidden = is_folder and is_litter(inner)
-                    yield inner, is_folder and not hidden  # a hidden folder is not entered and counts as one file
-                    if is_folder and not hidden:
-                        stack.append((inner, ancestors | {identity}))
-        except OSError as error:
-            raise UserError(f'{folder}: cannot be read: {error}') from error
+    folder = root.joinpath(*inside)
+    try:
+        with os.scandir(folder) as scan:
+            entries = list(scan)
+        for entry in entries:
+            parts = (*inside, entry.name)
+            is_folder = entry.is_dir() and not is_litter(parts)  # a hidden folder counts as one file
+            if not entry.is_dir() and not entry.is_file() and is_image(entry.name) and not is_litter(parts):
+                raise UserError(f'{entry.path}: a link to nothing, or no file at all. Repair or remove it')
+            yield parts, is_folder
+            if is_folder:
+                yield from _walk(root, parts)
+    except OSError as error:  # too many levels: a link to a folder that it is in
+        raise UserError(f'{folder}: cannot be read: {error}') from error

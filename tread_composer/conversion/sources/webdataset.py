@@ -1,13 +1,13 @@
-"""webdataset tars: ``key.jpg`` beside ``key.cls`` (a number) or ``key.json`` with a ``label``."""
+"""webdataset tars: ``key.jpg`` beside ``key.cls``, which is a number."""
 
-import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tread_composer.conversion.sources.base import (
     Ignored,
     Images,
-    OpenFiles,
+    IndexedFiles,
     RangeSource,
     Request,
     Source,
@@ -21,28 +21,32 @@ from tread_composer.io.progress import Progress
 
 __all__ = ['open_webdataset', 'scan_tars']
 
-_LABELS = {'cls': 64, 'json': 2**20}
-"""Extensions of files that say the label, and how large these may be."""
-
 
 def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
     """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
     root = request.root
     splits = {split: scan_tars(root, paths, _is_image, Ignored(notes=list(notes))) for split, paths in tars.items()}
     unlabelled = [split for split, images in splits.items() if None in images.labels]
-    if unlabelled and len(unlabelled) < len(splits):
-        raise UserError(f'{root}: {unlabelled[0]} has no labels, the other split has. Give one split alone')
-    if unlabelled and request.class_names:
-        raise UserError(f'{root}: class names are given, but the images have no labels (key.cls or key.json)')
+    if unlabelled and (request.class_names or len(unlabelled) < len(splits)):
+        raise UserError(
+            f'{root}: {unlabelled[0]} has no labels (key.cls), but the other split or --class-names says '
+            f'that there are classes. Give one split alone, or leave the names'
+        )
+    for split in unlabelled:
+        if all('/' in name for name in splits[split].names) or re.fullmatch(r'n\d{8}\.tar', tars[split][0].name):
+            raise UserError(
+                f'{root}: {tars[split][0].name} holds folders of images, or those of one class, whose labels would be '
+                f'lost. Unpack each such tar into a folder of its name, or give the tar that they come from '
+                f'(ILSVRC2012_img_train.tar)'
+            )
     for images in splits.values():
         images.names = [name.rpartition('/')[2] for name in images.names]
-    if unlabelled:
-        for images in splits.values():
+        if unlabelled:
             images.labels = [0] * len(images.names)
-    else:
+    if not unlabelled:
         name_by_number(root, splits, request.class_names)
     return {
-        split: RangeSource.arranged('webdataset tars', root, images, files=OpenFiles(tars[split]))
+        split: RangeSource.arranged('webdataset tars', root, images, files=IndexedFiles(tars[split]))
         for split, images in splits.items()
     }
 
@@ -68,7 +72,25 @@ def scan_tars(
     samples, progress = Images(ignored=ignored or Ignored()), Progress(f'scanning {root}')
     for number, path in enumerate(tars):
         with Archive(path) as archive:
-            _scan_tar(archive, number, is_sample, samples, progress, strict=ignored is None)
+            members: dict[tuple[str, str], Member] = {}
+            for member in archive.members():
+                progress.add()
+                stem, _, extension = member.parts[-1].partition('.')  # webdataset: a key ends at the first dot
+                key = '/'.join((*member.parts[:-1], stem))
+                kind = 'sample' if is_sample(extension) else extension.lower()
+                if is_litter(member.parts) or kind not in ('sample', 'cls'):
+                    if ignored is None:
+                        raise UserError(f'{path}: member {"/".join(member.parts)!r} does not belong to this layout')
+                    ignored.add(member.parts)
+                elif members.setdefault((key, kind), member) is not member:
+                    raise UserError(f'{path}: two {kind} files of key {key!r}. Each sample needs its own key')
+            for (key, kind), member in members.items():
+                if (key, 'sample') not in members:
+                    raise UserError(f'{path}: key {key!r} has a label and no sample. Get the tar anew')
+                if kind == 'sample':
+                    samples.names.append('/'.join(member.parts))
+                    samples.labels.append(_label(archive, key, members.get((key, 'cls'))))  # type: ignore[arg-type]
+                    samples.places.append((number, member.offset, member.size))
     if not samples.names:
         raise UserError(f'{root}: {tars[0].name} and the like hold no sample; {samples.ignored}')
     missing = samples.labels.count(None)  # type: ignore[arg-type]
@@ -78,56 +100,14 @@ def scan_tars(
     return samples
 
 
-def _scan_tar(
-    archive: Archive,
-    number: int,
-    is_sample: Callable[[str], bool],
-    samples: Images,
-    progress: Progress,
-    *,
-    strict: bool,
-) -> None:
-    members: dict[str, Member] = {}
-    labels: dict[str, dict[str, Member]] = {}
-    for member in archive.members():
-        progress.add()
-        name = member.parts[-1]
-        stem, _, extension = name.partition('.')  # webdataset: a key ends at the first dot
-        key = '/'.join((*member.parts[:-1], stem))
-        if is_sample(extension) and not is_litter(member.parts):
-            if members.setdefault(key, member) is not member:
-                raise UserError(f'{archive.path}: two samples of key {key!r}. Each needs its own')
-        elif extension.lower() in _LABELS and not is_litter(member.parts):
-            if labels.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
-                raise UserError(f'{archive.path}: {name!r} occurs twice. Each sample needs its own key')
-        elif strict:
-            raise UserError(f'{archive.path}: member {"/".join(member.parts)!r} does not belong to this layout')
-        else:
-            samples.ignored.add(member.parts)
-    alone = [key for key in labels if key not in members]
-    if alone:
-        raise UserError(f'{archive.path}: {len(alone):,} keys have a label and no sample, such as {alone[0]!r}')
-    for key, member in members.items():
-        samples.names.append('/'.join(member.parts))
-        samples.labels.append(_label(archive, key, labels.get(key, {})))  # type: ignore[arg-type]
-        samples.places.append((number, member.offset, member.size))
-
-
-def _label(archive: Archive, key: str, members: dict[str, Member]) -> int | None:
-    for kind, limit in _LABELS.items():  # .cls first: it says nothing else
-        if kind not in members:
-            continue
-        _, offset, size = members[kind]
-        text = archive.read(offset, min(size, limit))
-        try:
-            if size > limit:
-                raise ValueError('too long to be a label')
-            label = int(text.decode('ascii')) if kind == 'cls' else json.loads(text).get('label')
-        except (ValueError, AttributeError, RecursionError):
-            label = text
-        if label is None:
-            continue  # json without a label: other facts about the image
-        if type(label) is not int or abs(label) > 2**31:
-            raise UserError(f'{archive.path}: the label of {key!r} in its .{kind} is {label!r:.60}, not a whole number')
-        return label
-    return None
+def _label(archive: Archive, key: str, member: Member | None) -> int | None:
+    if member is None:
+        return None
+    text = archive.read(member.offset, min(member.size, 64))
+    try:
+        label = int(text)
+    except ValueError:
+        label = None
+    if label is None or abs(label) > 2**31 or member.size > 64:
+        raise UserError(f'{archive.path}: the label of {key!r} in its .cls is {text!r:.60}, not a whole number')
+    return label

@@ -5,14 +5,9 @@ import stat
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-import numpy as np
 
 from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.sources.base import OpenFiles, RangeSource, Request, Source, check_member, refuse_giant
+from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Request, Source, member_parts
 from tread_composer.conversion.sources.tree import Listing
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
@@ -20,39 +15,29 @@ from tread_composer.io.progress import Progress
 __all__ = ['ZipSource', 'open_zip']
 
 # Of a local header only the lengths of the two fields that end it are needed; the central directory has the rest.
-_SIGNATURE = b'PK\3\4'
 _LOCAL_HEADER = struct.Struct('<4s22xHH')
-_UTF8_FLAG, _ENCRYPTED_FLAG = 0x800, 0x1
+_ENCRYPTED_FLAG = 0x1
 
 
-@dataclass(eq=False)
 class ZipSource(RangeSource):
-    """Members by the offset of their local header and their compressed size.
+    """A place is the offset of a member's local header, its compressed size, checksum, and whether it is deflated.
 
     Python's own reader would hold an object of about a kilobyte for each member in every worker process.
     """
 
-    COLUMNS: ClassVar = (*RangeSource.COLUMNS, 'unpacked_sizes', 'checksums', 'is_deflated')
-
-    unpacked_sizes: np.ndarray
-    checksums: np.ndarray
-    is_deflated: np.ndarray
-
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
-        offset, size = int(self.offsets[position]), int(self.unpacked_sizes[position])
-        refuse_giant(max(size, int(self.sizes[position])))
+        offset, size, checksum, is_deflated = self.places[position].tolist()
         signature, *lengths = _LOCAL_HEADER.unpack(self.files.read(0, offset, _LOCAL_HEADER.size))
-        if signature != _SIGNATURE:
+        if signature != b'PK\3\4':
             raise UnreadableImage('damaged in the archive: no header where the directory says')
-        data = self.files.read(0, offset + _LOCAL_HEADER.size + sum(lengths), int(self.sizes[position]))
-        if self.is_deflated[position]:
-            try:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-            except zlib.error as error:
-                raise UnreadableImage(f'damaged in the archive: {error}') from error
-        if len(data) != size or zlib.crc32(data) != self.checksums[position]:
-            raise UnreadableImage('damaged in the archive: size or checksum differ from its directory')
+        data = self.files.read(0, offset + _LOCAL_HEADER.size + sum(lengths), size)
+        try:
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if is_deflated else data
+        except zlib.error as error:
+            raise UnreadableImage(f'damaged in the archive: {error}') from error
+        if zlib.crc32(data) != checksum:
+            raise UnreadableImage('damaged in the archive: its checksum differs from the directory')
         return data
 
 
@@ -64,43 +49,25 @@ def open_zip(request: Request) -> dict[str, Source]:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 progress.add()
-                parts = check_member(path, _name(info))
+                parts = member_parts(path, info.orig_filename)
                 if info.is_dir() or not parts:
                     listing.folders.add('/'.join(parts))
                     continue
-                _check(path, info)
                 is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
-                place = (0, info.header_offset, info.compress_size, info.file_size, info.CRC, is_deflated)
+                is_plain = is_deflated or info.compress_type == zipfile.ZIP_STORED
+                if not is_plain or info.flag_bits & _ENCRYPTED_FLAG or stat.S_ISLNK(info.external_attr >> 16):
+                    raise UserError(
+                        f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than '
+                        f'deflate. Pack again from plain files: zip -0 -r'
+                    )
+                place = (info.header_offset, info.compress_size, info.CRC, is_deflated)
                 listing.add(parts, functools.partial(archive.read, info), place)
     except UserError:
         raise
     # NotImplementedError is zipfile's word for a compression or a version that it does not know.
     except (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f'{path}: not a zip that can be read ({error}). Was it copied completely?') from error
-    sources: dict[str, Source] = {}
-    for split, branch in listing.branches(request).items():
-        location = f'{path}/{branch.prefix}' if branch.prefix else path
-        sources[split] = ZipSource.arranged('zip', location, branch, files=OpenFiles([path]))
-    return sources
-
-
-def _name(info: zipfile.ZipInfo) -> str:
-    """The name as it was packed: programs that write UTF-8 often do not set the flag that says so."""
-    if info.flag_bits & _UTF8_FLAG:
-        return info.orig_filename
-    try:
-        return info.orig_filename.encode('cp437').decode('utf-8')
-    except UnicodeError:
-        return info.orig_filename
-
-
-def _check(path: Path, info: zipfile.ZipInfo) -> None:
-    reason = None
-    if stat.S_ISLNK(info.external_attr >> 16):
-        reason = 'is a link'
-    elif info.flag_bits & _ENCRYPTED_FLAG:
-        reason = 'is encrypted'
-    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        reason = f'is compressed by method {info.compress_type}, neither stored nor deflated'
-    if reason:
-        raise UserError(f'{path}: member {info.filename!r} {reason}. Pack again from plain files: zip -0 -r')
+    return {
+        split: ZipSource.arranged('zip', path, branch, inside=branch.prefix, files=IndexedFiles([path]))
+        for split, branch in listing.branches(request).items()
+    }
