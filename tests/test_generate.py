@@ -89,9 +89,10 @@ def test_what_stands_beside_the_images_says_how_they_were_made(trained, tmp_path
     assert made_with['sampling']['guidance'] == 'classifier_free'
     assert (made_with['num_samples'], made_with['labels'], made_with['seed']) == (10, 'balanced', 0)
     assert (made_with['autoencoder'], made_with['decode_dtype']) == ('pixels', 'float32')
-    assert made_with['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    grid = {'objective': 'flow_matching', 'sampling_shift': 1.0, 'corrected_at_zero': True}
+    assert made_with['time_grid'] == grid
     assert (made_with['weak'], found['run']) == ('none', 'digits_tread')
-    assert (found['evaluations'], found['guided_evaluations']) == (5, 5)
+    assert (found['evaluations'], found['guided_evaluations']) == (6, 6)
     assert sample(trained, tmp_path / 'plain', '--count', '10') == 0
     assert found['gmacs_per_image'] == pytest.approx(2 * record(tmp_path / 'plain')['gmacs_per_image'])
 

@@ -26,9 +26,11 @@ _DESCRIBED = (
     'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',
     'uint8_rule',
 )  # fmt: skip
+_CORRECTED = 'corrected_at_zero'  # `samplers.sampler_facts`; not said: the last step is Euler's
+_GRIDS = dict.fromkeys(name for part in OBJECTIVES.values() for name in part().time_grid())
 _SECTIONS = {
     'sampling': (*SamplingSettings.names(), 'routes'),
-    'time_grid': ('objective', *dict.fromkeys(name for part in OBJECTIVES.values() for name in part().time_grid())),
+    'time_grid': ('objective', *_GRIDS, _CORRECTED),
 }
 
 
@@ -150,7 +152,7 @@ def _whole_grid(described: dict[str, Any]) -> dict[str, Any]:
         return {'objective': UNKNOWN, **described}
     if name not in OBJECTIVES:
         raise UserError(f'--describe: time_grid.objective={name}: choose one of {", ".join(OBJECTIVES)}')
-    settings = {key: value for key, value in described.items() if key != 'objective'}
+    settings = {key: value for key, value in described.items() if key not in ('objective', _CORRECTED)}
     # What else there is to say may depend on what is said: a cosine schedule has no betas.
     said = {key: settings[key] for key in OBJECTIVES[name]().time_grid() if settings.get(key, UNKNOWN) != UNKNOWN}
     try:

@@ -53,6 +53,8 @@ class DDPM:
         't=0 data, t=1 noise; the network is told the timestep, 0 .. T - 1 from data to noise'
     )
 
+    drift_at_zero: ClassVar[bool] = False  # no timestep is without noise, so the network has seen none
+
     num_timesteps: AtLeast2 = 1000
     beta_start: Positive = _DEFAULT_BETAS[0]
     beta_end: Positive = _DEFAULT_BETAS[1]
