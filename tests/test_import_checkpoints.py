@@ -171,6 +171,26 @@ def test_either_weights_of_a_training_file_can_be_taken(tmp_path):
         import_weights(tmp_path / 'theirs.pt', tmp_path / 'b.safetensors', SAID, layout='dit')
 
 
+@pytest.mark.parametrize(
+    ('said', 'message'),
+    [
+        ({'path_type': 'GVP', 'prediction': 'velocity'}, 'trained with --path-type GVP; of SiT, the path Linear'),
+        ({'path_type': 'VP', 'prediction': 'noise'}, 'trained with --path-type VP'),
+        ({'path_type': 'Linear', 'prediction': 'score'}, 'trained with --prediction score'),
+        ({'path_type': 'Linear', 'prediction': 'velocity'}, ''),
+    ],
+)
+def test_sit_of_another_path_is_refused(tmp_path, said, message):
+    file, out = tmp_path / 'theirs.pt', tmp_path / 'a.safetensors'
+    torch.save({'ema': make_weights(8), 'args': argparse.Namespace(model='SiT-XL/2', **said)}, file)
+    if message:
+        with pytest.raises(UserError, match=message):
+            import_weights(file, out, SAID, layout='sit')
+        assert not out.exists()
+    else:
+        assert import_weights(file, out, SAID, layout='sit')['layout'] == 'sit'
+
+
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.model.'])
 def test_names_of_wrappers_do_not_matter(tmp_path, prefix):
     weights = make_weights(4, maskdit=True)
