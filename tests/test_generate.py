@@ -58,7 +58,8 @@ def test_the_files_hold_the_images_of_the_model(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     # Labels that are not balanced are not called so.
     assert 'no multiple of the 10 classes' in printed and record(tmp_path / 'out')['made_with']['labels'] == 'in turn'
-    assert 'ema weights after 3 batches' in printed
+    # Three updates with decay 0.5.
+    assert 'ema weights after 3 batches; 12% of the average is still the weights that it began with' in printed
     assert '3 evaluations, 0 of them guided' in printed and 'images/s' in printed
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'grid.png', 'images', 'mds', 'samples.json', 'samples.npz',
@@ -89,9 +90,10 @@ def test_what_stands_beside_the_images_says_how_they_were_made(trained, tmp_path
     assert made_with['sampling']['guidance'] == 'classifier_free'
     assert (made_with['num_samples'], made_with['labels'], made_with['seed']) == (10, 'balanced', 0)
     assert (made_with['autoencoder'], made_with['decode_dtype']) == ('pixels', 'float32')
-    assert made_with['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    grid = {'objective': 'flow_matching', 'sampling_shift': 1.0, 'corrected_at_zero': True}
+    assert made_with['time_grid'] == grid
     assert (made_with['weak'], found['run']) == ('none', 'digits_tread')
-    assert (found['evaluations'], found['guided_evaluations']) == (5, 5)
+    assert (found['evaluations'], found['guided_evaluations']) == (6, 6)
     assert sample(trained, tmp_path / 'plain', '--count', '10') == 0
     assert found['gmacs_per_image'] == pytest.approx(2 * record(tmp_path / 'plain')['gmacs_per_image'])
 

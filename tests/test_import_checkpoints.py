@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.published import DECODER, SIZES, edm_denoised, make_weights, network, sit_velocity
+from tests.published import DECODER, SIZES, edm_denoised, make_weights, network, positions, sit_velocity
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
@@ -134,6 +134,24 @@ def test_a_file_that_shows_its_layout_needs_no_word(tmp_path, layout):
     assert import_weights(file, tmp_path / 'a.safetensors', said)['layout'] == layout
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('layout', ['dit', 'maskdit'])
+def test_files_in_half_precision_are_imported(tmp_path, layout, dtype):
+    """Rounded positions are no learned ones, also where the rounded file was saved as float32 again."""
+    rounded = {
+        name: value.to(dtype) for name, value in make_weights(HEADS[layout], maskdit=layout == 'maskdit').items()
+    }
+    for stored in (rounded, {name: value.float() for name, value in rounded.items()}):
+        file = saved(tmp_path / 'theirs.pt', layout, stored)
+        import_weights(file, tmp_path / 'a.safetensors', SAID, layout=layout, overwrite=True)
+        ours = load_trained(tmp_path / 'a.safetensors').model.denoiser.state_dict()
+        assert torch.equal(ours['blocks.1.attn.qkv.weight'], rounded['blocks.1.attn.qkv.weight'].float())
+    stretched = positions(SIZES['width'], 4) + 0.01
+    torch.save({**rounded, 'pos_embed': stretched.to(dtype)}, tmp_path / 'theirs.pt')
+    with pytest.raises(UserError, match='learned, or stretched'):
+        import_weights(tmp_path / 'theirs.pt', tmp_path / 'b.safetensors', SAID, layout=layout)
+
+
 def test_dit_and_sit_must_be_told_apart(tmp_path):
     file = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
     with pytest.raises(UserError, match=r'DiT and SiT name their tensors alike.*--layout sit'):
@@ -154,6 +172,26 @@ def test_either_weights_of_a_training_file_can_be_taken(tmp_path):
     torch.save(content, tmp_path / 'theirs.pt')
     with pytest.raises(UserError, match='holds no ema weights, only model'):
         import_weights(tmp_path / 'theirs.pt', tmp_path / 'b.safetensors', SAID, layout='dit')
+
+
+@pytest.mark.parametrize(
+    ('said', 'message'),
+    [
+        ({'path_type': 'GVP', 'prediction': 'velocity'}, 'trained with --path-type GVP; of SiT, the path Linear'),
+        ({'path_type': 'VP', 'prediction': 'noise'}, 'trained with --path-type VP'),
+        ({'path_type': 'Linear', 'prediction': 'score'}, 'trained with --prediction score'),
+        ({'path_type': 'Linear', 'prediction': 'velocity'}, ''),
+    ],
+)
+def test_sit_of_another_path_is_refused(tmp_path, said, message):
+    file, out = tmp_path / 'theirs.pt', tmp_path / 'a.safetensors'
+    torch.save({'ema': make_weights(8), 'args': argparse.Namespace(model='SiT-XL/2', **said)}, file)
+    if message:
+        with pytest.raises(UserError, match=message):
+            import_weights(file, out, SAID, layout='sit')
+        assert not out.exists()
+    else:
+        assert import_weights(file, out, SAID, layout='sit')['layout'] == 'sit'
 
 
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.model.'])

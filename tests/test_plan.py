@@ -46,6 +46,13 @@ def test_costs_are_those_of_the_flop_model(capsys, size, dense, routed, ratio):
     assert found['tokens_per_block'] == [256] * 2 + [128] * (depth - 5) + [256] * 3
 
 
+def test_an_average_that_is_too_long_for_the_run_is_said(capsys):
+    changed = 'algorithms.ema.decay=0.9999'
+    assert re.search('\naverage +at the end 93% of the average', plan(capsys, 'digits_tread.yaml', changed).out)
+    for words in ([], [changed, 'algorithms.ema.warmup=true']):
+        assert 'of the average' not in plan(capsys, 'digits_tread.yaml', *words).out
+
+
 def test_a_state_space_network_is_counted_with_its_scans(capsys):
     # The kernel is for a GPU; planning for it needs none, and counts the torch form.
     found = figures(capsys, 'mamba2_dit_b_tread.yaml', 'model.kernel=fused', code=2)

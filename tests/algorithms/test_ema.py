@@ -1,12 +1,17 @@
 """Our ``EMA`` through a real ``Trainer``, against an average kept by hand."""
 
+import io
+import itertools
+
 import pytest
 import torch
 from composer import Callback, Evaluator
 from composer.algorithms import EMA as ComposerEMA
+from diffusers.training_utils import EMAModel
 
 from tests.helpers import assert_equal_weights, fit, loader, make_trainer, tiny_model, weights
 from tread_composer.algorithms.ema import EMA
+from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.core.errors import ResumeError
 
 DECAY = 0.7
@@ -15,8 +20,8 @@ DECAY = 0.7
 class ByHand(Callback):
     """The closed form, parameter by parameter, on weights seen from outside."""
 
-    def __init__(self, every: int = 1):
-        self.average, self.every = None, every
+    def __init__(self, every: int = 1, decays=None):
+        self.average, self.every, self.decays = None, every, decays or itertools.repeat(DECAY)
 
     def fit_start(self, state, logger):
         if self.average is None:
@@ -26,9 +31,10 @@ class ByHand(Callback):
 
     def batch_end(self, state, logger):
         if int(state.timestamp.batch) % self.every == 0:
+            decay = next(self.decays)
             for name, parameter in state.model.named_parameters():
                 if parameter.requires_grad:
-                    self.average[name] = DECAY * self.average[name] + (1 - DECAY) * parameter.detach().double()
+                    self.average[name] = decay * self.average[name] + (1 - decay) * parameter.detach().double()
 
 
 class Snapshots(Callback):
@@ -62,6 +68,61 @@ def test_the_average_is_the_closed_form_and_trains_the_same(every):
         assert torch.allclose(averaged[name].double(), value, atol=1e-6), name
     _, plain = fit([])
     assert recorder.losses == plain.losses
+
+
+@pytest.mark.parametrize('every', [1, 2])
+def test_warm_up_is_the_usual_one_through_a_resumed_run(every, tmp_path):
+    """Behind the first update, which diffusers takes for a copy, against its ``EMAModel``."""
+    theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.4)
+    decays = [0.1, *(theirs.get_decay(update + 1) for update in range(1, 12))]
+    assert decays[4] == 5 / 14 and decays[6] == decays[11] == 0.4
+    hand = ByHand(every, iter(decays))
+    saved = {'save_folder': str(tmp_path), 'save_interval': '6ba'}
+    fit([EMA(0.4, f'{every}ba', warmup=True)], callbacks=[hand], max_duration='6ba', **saved)
+    ema = EMA(0.4, f'{every}ba', warmup=True)
+    trainer, _ = fit([ema], callbacks=[hand], max_duration='12ba', load_path=str(tmp_path / 'latest-rank0.pt'))
+    assert int(trainer.state.timestamp.batch) == 12
+    averaged = averaged_weights(trainer, ema)
+    for name, value in hand.average.items():
+        assert torch.allclose(averaged[name].double(), value, atol=1e-6), name
+
+
+@pytest.mark.parametrize(('warmup', 'counts'), [(False, (1, 5, 60)), (True, (1, 2, 5, 150))])
+def test_the_share_of_the_first_weights_is_what_the_average_has_of_them(warmup, counts):
+    model, ema = tiny_model(), EMA(0.99, warmup=warmup)
+    trainer = make_trainer(model, [ema])
+    name, parameter = 'denoiser.blocks.0.attn.qkv.weight', model.denoiser.blocks[0].attn.qkv.weight
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    trainer.engine.run_event('fit_start')
+    with torch.no_grad():
+        parameter.fill_(0.0)
+    for batch in range(1, counts[-1] + 1):
+        trainer.state.timestamp = trainer.state.timestamp.to_next_batch()
+        trainer.engine.run_event('batch_end')
+        if batch in counts:
+            average = float(ema.state_dict()['average'][name].mean())
+            assert ema.initial_share(batch) == pytest.approx(average, rel=1e-4, abs=1e-9)
+
+
+def test_an_average_that_is_mostly_of_the_beginning_says_so(tmp_path, capsys):
+    """In training, beside the loss that it has; in `plan`; and a run that goes on with it counts from there."""
+    evaluated = {'eval_dataloader': Evaluator(label='eval', dataloader=loader(shuffle=False)), 'eval_interval': '6ba'}
+    lines = io.StringIO()
+    ema = EMA(0.9999)
+    fit([ema], max_duration='6ba', loggers=[ProgressLines(stream=lines)], **evaluated)
+    assert 'of the averaged weights (100% of the average is still the weights that it began with;' in lines.getvalue()
+    assert ema.plan_rows({'batches': 10_000})['average'].startswith('at the end 37% of the average is still')
+    assert ema.plan_rows({'batches': 50_000}) == {} == ema.plan_rows({'batches': None})
+    assert EMA(0.9999, warmup=True).plan_rows({'batches': 150}) == {}
+    for algorithms, words in (([], 'of the raw weights'), ([EMA(0.2)], 'of the averaged weights\n')):
+        lines = io.StringIO()
+        fit(algorithms, max_duration='6ba', loggers=[ProgressLines(stream=lines)], **evaluated)
+        assert words in lines.getvalue()
+    fit([], save_folder=str(tmp_path), save_interval='6ba', max_duration='6ba')
+    later = EMA(0.5)
+    trainer, _ = fit([later], load_path=str(tmp_path / 'latest-rank0.pt'), max_duration='8ba')
+    assert '(25% of the average' in later.in_evaluation(trainer.state)
 
 
 def test_evaluation_sees_the_average_and_training_gets_its_weights_back():

@@ -96,7 +96,7 @@ def test_what_is_written_is_what_the_images_of_the_average_give(tmp_path, digits
     assert {key: protocol[key] for key in expected} == expected
     assert protocol['sampling']['num_steps'] == 2
     assert (protocol['autoencoder'], protocol['autoencoder_hash']) == ('pixels', None)
-    assert protocol['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0}
+    assert protocol['time_grid'] == {'objective': 'flow_matching', 'sampling_shift': 1.0, 'corrected_at_zero': True}
     assert protocol['weak'] == 'none' and differences(protocol, protocol) == []
     assert any('fd_digits_20' in text for _, text in callback.summary(made.state))
 

@@ -66,8 +66,23 @@ def test_what_is_trained_otherwise_and_sampled_alike_compares():
     assert differences(protocol(model_of(EDM())), protocol(model_of(FlowMatching()))) == []
 
 
+def test_numbers_of_samplers_that_end_otherwise_do_not_compare():
+    """Before 0.2 the last step of heun was Euler's in flow matching too; in other equations nothing has changed."""
+    heun, euler = (SamplingSettings(sampler=name, num_steps=4) for name in ('heun', 'euler'))
+    before = protocol(model_of(FlowMatching()), settings=heun).to_dict()
+    assert before['time_grid'].pop('corrected_at_zero') is True
+    found = differences(before, protocol(model_of(FlowMatching()), settings=heun))
+    assert found == ["time_grid.corrected_at_zero: 'absent' and True"]
+    unchanged = [(FlowMatching(), euler), (EDM(), heun), (EDM(), SamplingSettings(sampler='edm_heun')), (DDPM(), heun)]
+    for objective, settings in unchanged:
+        assert facts(model_of(objective), settings)['time_grid'] == {
+            'objective': objective.name,
+            **objective.time_grid(),
+        }
+
+
 def test_of_a_foreign_objective_the_grid_is_unknown():
-    assert time_grid(object()) == UNKNOWN == time_grid(None)
+    assert time_grid(object(), 'heun') == UNKNOWN == time_grid(None, 'heun')
 
 
 def test_the_second_network_and_the_routes_count():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtr  # float64, with erfc in its tails
 from torch import Tensor, nn
 
 from tests.objectives import denoisers
@@ -180,6 +181,17 @@ def test_the_bound_of_a_perfect_model_is_zero_and_of_one_with_the_largest_varian
     first = DDPM()(Fixed(noise, torch.ones_like(noise)), inside, labels, noise, torch.full((6,), 1e-4))['vlb']
     expected = -math.log2(2 * normal_cdf(1 / 255 / 0.01) - 1)
     torch.testing.assert_close(first, torch.full((6,), expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('deviations', [0.0, 1.0, 4.0, 5.6, 6.0, 6.9])
+def test_the_likelihood_of_a_bin_far_from_the_mean_is_that_of_float64(deviations: float) -> None:
+    """At t = 0 the mean is off by 0.01 for each unit of the noise's error, and the standard deviation is 0.01."""
+    latents, labels, noise = batch()
+    inside, wrong = torch.zeros_like(latents), noise + deviations * math.sqrt(1 - 1e-4)
+    out = DDPM()(Fixed(wrong, torch.ones_like(noise)), inside, labels, noise, torch.full((6,), 1e-4))['vlb']
+    half_bin = 1 / 255 / 0.01
+    expected = -math.log2(ndtr(half_bin - deviations) - ndtr(-half_bin - deviations))
+    torch.testing.assert_close(out, torch.full((6,), expected), rtol=1e-4, atol=0)
 
 
 def test_the_bound_trains_the_variance_only_and_the_error_the_noise_only() -> None:

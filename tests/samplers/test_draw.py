@@ -229,7 +229,9 @@ def cost(mode: str, **more) -> SamplingCost:
 def test_what_guidance_costs() -> None:
     plain = cost('none')
     assert (plain.evaluations, plain.guided) == (5, 0)
-    assert cost('none', sampler='heun').gmacs == pytest.approx(plain.gmacs * 9 / 5)
+    assert cost('none', sampler='heun').gmacs == pytest.approx(2 * plain.gmacs)  # 2 n calls
+    assert cost('classifier_free', sampler='heun', guidance_interval=(0.0, 1.0)).guided == 10  # at t = 0 too
+    assert cost('classifier_free', sampler='heun', guidance_interval=(0.1, 1.0)).guided == 9
     assert cost('classifier_free') == SamplingCost(pytest.approx(2 * plain.gmacs), 5, 5)
     assert cost('auto').gmacs == pytest.approx(2 * plain.gmacs)
     assert cost('interval') == SamplingCost(pytest.approx(plain.gmacs * 8 / 5), 5, 3)  # t = 0.8, 0.6, 0.4

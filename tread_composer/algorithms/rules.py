@@ -17,7 +17,7 @@ from torchvision.models.resnet import Bottleneck
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['Limit', 'conflict', 'limits', 'num_averages', 'refuse_conflicts']
+__all__ = ['Limit', 'conflict', 'evaluated_weights', 'limits', 'num_averages', 'refuse_conflicts']
 
 Limit = Literal['train', 'save', 'resume', 'shard']
 
@@ -106,3 +106,13 @@ def _all_zero(model: nn.Module) -> str | None:
     """Name of a trainable parameter without any value but zero."""
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and not p.is_meta)
     return next((name for name, parameter in named if not parameter.any()), None)
+
+
+def evaluated_weights(state: State) -> str:
+    """Which weights an evaluation of this run sees, in words: an algorithm may put an average in their place."""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, EMA):
+            return "weights averaged by Composer's EMA"
+        if hasattr(algorithm, 'in_evaluation'):
+            return algorithm.in_evaluation(state)
+    return 'raw weights'

@@ -9,6 +9,7 @@ from composer.core import State, TimeUnit
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from tread_composer.algorithms.rules import evaluated_weights
 from tread_composer.io.progress import duration, to_stderr
 
 __all__ = ['ProgressLines']
@@ -35,6 +36,7 @@ class ProgressLines(LoggerDestination):
         self._share_at_start = 0.0
         self._losses: deque[Any] = deque(maxlen=_SMOOTHED)
         self._gradient_norm: float | None = None
+        self._evaluated = ''  # weights
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say what begins."""
@@ -60,12 +62,18 @@ class ProgressLines(LoggerDestination):
             self._last_line = now
             self._print(self._line(state, now))
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Ask which weights are evaluated."""
+        self._evaluated = evaluated_weights(state)
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Print the figures of an evaluation; those of each batch are in the lines already."""
         self._gradient_norm = metrics.get('gradient_norm', self._gradient_norm)
         measured = {name: value for name, value in metrics.items() if name.startswith(('metrics/eval', 'digits/'))}
         if measured:
-            self._print(f'batch {step}: ' + ', '.join(f'{name} {float(value):.4g}' for name, value in measured.items()))
+            figures = ', '.join(f'{name} {float(value):.4g}' for name, value in measured.items())
+            is_loss = self._evaluated and any('eval' in name for name in measured)
+            self._print(f'batch {step}: {figures}' + (f' of the {self._evaluated}' if is_loss else ''))
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Say that it is done."""

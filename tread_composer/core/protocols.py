@@ -90,6 +90,8 @@ class Objective(Protocol):
     """What is learnt, and the differential equation that turns noise into data with it.
 
     Everything that others want to know about an objective is asked of it: nobody else keeps a list of objectives.
+    Asked of those that have it, and False of the others: ``drift_at_zero``, whether its drift exists at time 0, so that
+    a sampler of second order may correct its last step.
     """
 
     name: str

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.metrics.protocol import UINT8_RULE, UNKNOWN
 from tread_composer.routing import Route
-from tread_composer.samplers import SamplingSettings
+from tread_composer.samplers import SamplingSettings, sampler_facts
 
 __all__ = ['Draws', 'drawing_facts', 'time_grid']
 
@@ -71,11 +71,14 @@ class Draws:
             yield indices, labels, draw(labels, [self.seed(index) for index in indices])
 
 
-def time_grid(objective: Any) -> dict[str, Any] | str:
-    """The objective's name and what decides where the steps of a sampler lie; ``'unknown'`` where it says nothing."""
+def time_grid(objective: Any, sampler: str) -> dict[str, Any] | str:
+    """The objective's name, what decides where the steps of a sampler lie, and how the last one ends.
+
+    ``'unknown'`` of None, and of an objective that says nothing of its grid.
+    """
     if not hasattr(objective, 'time_grid'):
         return UNKNOWN
-    return {'objective': objective.name, **objective.time_grid()}
+    return {'objective': objective.name, **objective.time_grid(), **sampler_facts(sampler, objective)}
 
 
 def drawing_facts(
@@ -106,7 +109,7 @@ def drawing_facts(
         'labels': draws.rule,
         'seed': draws.first_seed,
         'sampling': sampling.protocol(routes),
-        'time_grid': time_grid(getattr(model, 'objective', None)),
+        'time_grid': time_grid(getattr(model, 'objective', None), sampling.sampler),
         'weak': 'none' if weak is None else f'{weak[0]} {weak[1]}',
         'autoencoder': autoencoder.path if encoded else 'pixels',
         'autoencoder_hash': autoencoder.weight_hash() if encoded else None,

@@ -42,6 +42,7 @@ class EDM:
     prediction: ClassVar[str] = "EDM's network F; the denoised latents are c_skip x + c_out F(c_in x, ln(sigma) / 4)"
     time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told ln(sigma) / 4, sigma = 0 is data'
     learned_variance: ClassVar[bool] = False
+    drift_at_zero: ClassVar[bool] = False  # (x - D(x; sigma)) / sigma
 
     P_mean: float = -1.2
     P_std: Positive = 1.2

@@ -49,6 +49,7 @@ class FlowMatching:
     prediction: ClassVar[str] = 'velocity: noise - data'
     time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told t'
     learned_variance: ClassVar[bool] = False
+    drift_at_zero: ClassVar[bool] = True  # a velocity, which no time divides
 
     time_distribution: TimeDistribution = field(default_factory=LogitNormal)
     time_shift: Positive = 1.0

@@ -13,6 +13,7 @@ from typing import Any
 from composer import Trainer
 from composer.utils import dist, get_device
 
+from tread_composer.algorithms.rules import evaluated_weights
 from tread_composer.builders.environment import environment
 from tread_composer.builders.model import check_fit
 from tread_composer.builders.run_data import prepare_data, split_folders
@@ -163,9 +164,9 @@ def report(trainer: Trainer, config: Config, status: str) -> str:
     for label, metrics in trainer.state.eval_metrics.items():
         if 'loss' in metrics and metrics['loss'].update_count:
             value = float(metrics['loss'].compute())
-            rows.append(
-                ('evaluation loss', f'{value:.4f} on {label!r}, at fixed noise and times: any two runs compare')
-            )
+            weights = evaluated_weights(trainer.state)
+            text = f'{value:.4f} of the {weights} on {label!r}, at fixed noise and times: any two runs compare'
+            rows.append(('evaluation loss', text))
     for part in (*trainer.state.callbacks, *trainer.logger.destinations):
         summary = getattr(part, 'summary', None)
         if summary is not None:

@@ -127,7 +127,7 @@ class _Job:
                 return None
             RankProgress.clear(self.folder.scratch)
         age = f'after {trained.batch:,} batches' if trained.batch else 'after a number of batches that nobody has said'
-        log(f'{trained.source}: {trained.weights} weights {age}')
+        log(f'{trained.source}: {trained.weights} weights {age}{trained.immaturity}')
         if 'model.attention' in self.request.overrides:
             log(trained.attention)
         if self.draws.rule == 'in turn':

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tread_composer.samplers.guidance import GUIDANCE, default_guidance, guidance_defaults, guidance_named
     from tread_composer.samplers.guided import SamplingCost, check_guidance, guidance_cost, guided_denoiser
     from tread_composer.samplers.ode import euler, heun
-    from tread_composer.samplers.registry import SAMPLERS, check_sampler, integrate, sampler_named
+    from tread_composer.samplers.registry import SAMPLERS, check_sampler, integrate, sampler_facts, sampler_named
     from tread_composer.samplers.settings import SamplingSettings
     from tread_composer.samplers.stochastic import edm_heun, sde
 
@@ -36,6 +36,7 @@ __all__ = [
     'heun',
     'integrate',
     'needs',
+    'sampler_facts',
     'sampler_named',
     'sde',
 ]
@@ -47,7 +48,7 @@ _NAMES = {
     'guidance': ('GUIDANCE', 'default_guidance', 'guidance_defaults', 'guidance_named'),
     'guided': ('SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser'),
     'ode': ('euler', 'heun'),
-    'registry': ('SAMPLERS', 'check_sampler', 'integrate', 'sampler_named'),
+    'registry': ('SAMPLERS', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named'),
     'settings': ('SamplingSettings',),
     'stochastic': ('edm_heun', 'sde'),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tread_composer.core.protocols import Denoiser, StepNoise
 
-__all__ = ['Clock', 'Equation', 'Sampler', 'needs']
+__all__ = ['Clock', 'Equation', 'Sampler', 'corrects', 'needs']
 
 
 class Clock:
@@ -45,6 +45,11 @@ class Equation:
     def __init__(self, objective: Any, denoiser: Denoiser, labels_B: Tensor, clock: Clock | None = None) -> None:
         self.objective, self.clock = objective, clock or Clock()
         self._denoiser, self._labels_B = denoiser, labels_B  # int64 [B]
+
+    @property
+    def drift_at_zero(self) -> bool:
+        """Whether ``drift`` may be asked for at time 0; no, of an objective that does not say it."""
+        return getattr(self.objective, 'drift_at_zero', False)
 
     def drift(self, x_BCHW: Tensor, time: Tensor) -> Tensor:
         """``dx/dtime`` at a time, a float64 scalar; float64."""
@@ -86,3 +91,9 @@ def needs(attribute: str, does: str, instead: str) -> Callable[[_Marked], _Marke
         return sampler
 
     return mark
+
+
+def corrects(sampler: _Marked) -> _Marked:
+    """Says of a sampler that it corrects the step to time 0 by the drift there, where the objective has one."""
+    sampler.corrects = True  # type: ignore[attr-defined]
+    return sampler

@@ -125,7 +125,9 @@ class _Guided:
         settings = self.settings
         if settings.guidance_interval is not None:
             low, high = (end * (1 + _ROUNDING) for end in settings.guidance_interval)
-            if not low < self.run.clock.time <= high:  # (low, high], as in Kynkaanniemi et al., section 3
+            time = self.run.clock.time
+            # (low, high], as in Kynkaanniemi et al., section 3; from 0 on it holds the end of a step to 0.
+            if time > high or (time <= low and low > 0):
                 return self.run.denoiser(x_BCHW, t_B, labels_B)
         strong, weak = self.branches(x_BCHW, t_B, labels_B)
         if weak is None:  # the provider found both branches alike

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.equation import Equation
+from tread_composer.samplers.equation import Equation, corrects
 
 __all__ = ['euler', 'heun', 'heun_step']
 
@@ -25,10 +25,12 @@ def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /
     return x
 
 
+@corrects
 def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Heun's method: two drifts per step, second order (EDM, arXiv 2206.00364, Algorithm 1 without churn).
 
-    A step to time 0 is an Euler step, since EDM's drift divides by the time there: ``2 n - 1`` drifts for n steps.
+    ``2 n`` drifts for n steps. Where the objective has no drift at time 0 (EDM's divides by the time), the step to 0 is
+    an Euler step, and there are ``2 n - 1``.
     """
     del noise
     x = x_BCHW.double()
@@ -41,7 +43,7 @@ def heun_step(equation: Equation, x_BCHW: Tensor, time: Tensor, next_time: Tenso
     """One step of ``heun``: x at ``next_time``, float64."""
     slope = equation.drift(x_BCHW, time)
     ahead = x_BCHW + (next_time - time) * slope  # predicted by Euler (Algorithm 1, line 5)
-    if next_time == 0:
+    if next_time == 0 and not equation.drift_at_zero:  # line 6
         return ahead
     # Corrected by the mean slope of both ends, the trapezoidal rule (lines 7 and 8).
     return x_BCHW + (next_time - time) * (slope + equation.drift(ahead, next_time)) / 2

@@ -16,7 +16,7 @@ from tread_composer.samplers.equation import Equation, Sampler
 from tread_composer.samplers.ode import euler, heun
 from tread_composer.samplers.stochastic import edm_heun, sde
 
-__all__ = ['SAMPLERS', 'check_sampler', 'integrate', 'sampler_named']
+__all__ = ['SAMPLERS', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named']
 
 SAMPLERS: dict[str, Sampler] = {
     'ddim': ddim, 'ddpm': ddpm, 'edm_heun': edm_heun, 'euler': euler, 'heun': heun, 'sde': sde,
@@ -49,6 +49,15 @@ def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None 
     foreign = sorted(set(settings or {}) - set(names))
     if foreign:
         raise ValueError(f'{name!r} has no settings {foreign}; it has {names or "none"}')
+
+
+def sampler_facts(name: str, objective: Any) -> dict[str, Any]:
+    """What decides the samples of this objective besides the settings, for the protocol of a number.
+
+    Numbers of before 0.2, whose last step was Euler's in flow matching too, have no ``corrected_at_zero``.
+    """
+    corrected = getattr(objective, 'drift_at_zero', False) and getattr(sampler_named(name), 'corrects', False)
+    return {'corrected_at_zero': True} if corrected else {}
 
 
 def integrate(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.equation import Equation, needs
+from tread_composer.samplers.equation import Equation, corrects, needs
 from tread_composer.samplers.ode import heun_step
 
 __all__ = ['edm_heun', 'sde']
@@ -18,6 +18,7 @@ __all__ = ['edm_heun', 'sde']
 _MOST_CHURN = math.sqrt(2) - 1  # fresh noise of at most the variance that x holds: (1 + gamma)^2 = 2
 
 
+@corrects
 @needs('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none")
 def edm_heun(
     equation: Equation,

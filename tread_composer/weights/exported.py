@@ -49,6 +49,14 @@ class WeightFacts:
         return self.data.class_names
 
     @property
+    def immaturity(self) -> str:
+        """Behind a semicolon, what share of the average is the weights of the start; empty where it is below 1 %."""
+        algorithms = (part.instance for part in self.config.algorithms.values())
+        averaging = [algorithm for algorithm in algorithms if hasattr(algorithm, 'immaturity')]
+        text = averaging[0].immaturity(self.batch) if self.weights == 'ema' and self.batch and averaging else ''
+        return f'; {text}' if text else ''
+
+    @property
     def routes(self) -> tuple[Route, ...]:
         """Routes that they were trained with; none if the run was dense."""
         return tuple(self.config.routes())

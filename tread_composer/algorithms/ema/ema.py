@@ -5,6 +5,7 @@ to 1, say) it trains on from the averaged weights without a word. Under FSDP2 it
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from tread_composer.algorithms.schedule import parse_time
 from tread_composer.core.errors import ResumeError
 
 __all__ = ['EMA']
+
+_NEGLIGIBLE = 0.01  # share of the initial weights in an average that is not worth a word
+_WARMED_UP = 100  # updates: with warm-up, 1 / C(109, 9) = 2e-13 of the initial weights is left after them
 
 
 class EMA(AveragingAlgorithm):
@@ -35,6 +39,9 @@ class EMA(AveragingAlgorithm):
         decay: Share of the old average that stays at an update; DiT, SiT and TREAD use 0.9999 (half-life of 6931
             batches), which needs runs much longer than 10,000 batches.
         update_interval: Batches between two updates, as a time string such as ``'1ba'``; ``decay`` is per update.
+        warmup: Update number n, from 0, decays by ``min(decay, (1 + n) / (10 + n))``: the first weights, which are
+            noise, are forgotten within some batches, and the average is short while the run is (TensorFlow's
+            ``ExponentialMovingAverage`` with ``num_updates``). Off in the published recipes, whose runs are long.
 
     Raises:
         ValueError: ``decay`` is not in [0, 1), or the interval is not a number of batches.
@@ -50,16 +57,48 @@ class EMA(AveragingAlgorithm):
 
     num_averages: ClassVar[int] = 1
 
-    def __init__(self, decay: float = 0.9999, update_interval: str = '1ba') -> None:
+    def __init__(self, decay: float = 0.9999, update_interval: str = '1ba', warmup: bool = False) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f'decay: {decay!r} is not in [0, 1); DiT and TREAD use 0.9999')
         interval = parse_time(update_interval, 'update_interval')
         if interval is None or interval.unit != TimeUnit.BATCH or interval.value < 1:
             raise ValueError(f"update_interval: {update_interval!r} is not a number of batches such as '1ba'")
-        self.decay, self.update_interval = float(decay), update_interval
+        self.decay, self.update_interval, self.warmup = float(decay), update_interval, warmup
         self._every = int(interval.value)
+        self._first_batch = 0  # batch at which the average began: 0, or where a run went on with it
         self._averages = Averages('EMA', ['average'])
         self._weights: dict[str, Tensor] | None = None  # the raw weights, while the average stands in for them
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is bound to."""
+        settings = {'decay': self.decay, 'update_interval': self.update_interval}
+        # Checkpoints that are older than it have no such key.
+        return {**settings, 'warmup': True} if self.warmup else settings
+
+    def initial_share(self, num_batches: int) -> float:
+        """The share of the average, ``num_batches`` after it began, that is the weights with which it began."""
+        updates = num_batches // self._every
+        if not self.warmup:
+            return self.decay**updates
+        return math.prod(self._decay_at(update) for update in range(min(updates, _WARMED_UP)))
+
+    def immaturity(self, num_batches: int) -> str:
+        """What is to be said of an average that is mostly of the beginning; empty where that is below 1 %."""
+        share = self.initial_share(num_batches)
+        if share <= _NEGLIGIBLE:
+            return ''
+        remedy = '' if self.warmup else '; a smaller algorithms.ema.decay or algorithms.ema.warmup: true forgets them'
+        return f'{share:.0%} of the average is still the weights that it began with{remedy}'
+
+    def in_evaluation(self, state: State) -> str:
+        """Which weights an evaluation sees at this moment, in words."""
+        immaturity = self.immaturity(int(state.timestamp.batch) - self._first_batch)
+        return 'averaged weights' + (f' ({immaturity})' if immaturity else '')
+
+    def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """What ``plan`` prints where the run is too short for the average."""
+        immaturity = '' if plan['batches'] is None else self.immaturity(plan['batches'])
+        return {'average': f'at the end {immaturity}'} if immaturity else {}
 
     @contextlib.contextmanager
     def averaged(self, state: State) -> Iterator[None]:
@@ -80,7 +119,11 @@ class EMA(AveragingAlgorithm):
         """
         if self._weights is not None:
             raise RuntimeError('EMA: a checkpoint cannot be taken while the averaged weights stand in for the weights')
-        return {**super().state_dict(), 'average': self._averages.whole().get('average')}
+        return {
+            **super().state_dict(),
+            'average': self._averages.whole().get('average'),
+            'first_batch': self._first_batch,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved average; ``ResumeError`` if its settings differ, or it is of Composer's ``EMA``."""
@@ -90,12 +133,23 @@ class EMA(AveragingAlgorithm):
                 'Resume with composer_ema, or start a new run from the weights alone (load_weights_only: true).'
             )
         super().load_state_dict(state)
+        self._first_batch = state.get('first_batch', 0)
         # None: saved before training had begun.
         self._averages.load({} if state['average'] is None else {'average': state['average']})
 
+    def _on_fit_start(self, state: State, logger: Logger) -> None:
+        if not (self._averages.local or self._averages.loaded):
+            self._first_batch = int(state.timestamp.batch)
+        super()._on_fit_start(state, logger)
+
     def _on_batch_end(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) % self._every == 0:
-            self._averages.update(state.model, {'average': 1.0 - self.decay})
+        batch = int(state.timestamp.batch)
+        if batch % self._every == 0:
+            updates = batch // self._every - self._first_batch // self._every - 1  # before this one
+            self._averages.update(state.model, {'average': 1.0 - self._decay_at(updates)})
+
+    def _decay_at(self, updates: int) -> float:
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     @torch.no_grad()
     def _on_eval_start(self, state: State, logger: Logger | None = None) -> None:

@@ -129,7 +129,7 @@ class _Bench:
                 f'alike; take {max(1, round(count / classes)) * classes}'
             )
         self.measurer.check(count, image_size(trained.model), has_labels=classes > 0)
-        facts = drawing_facts(trained.model, SamplingSettings(), draws, weights='')
+        facts = drawing_facts(trained.model, SamplingSettings(request.sampler), draws, weights='')
         self.contract: dict[str, Any] = {
             # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
             'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},

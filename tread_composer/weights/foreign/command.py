@@ -14,7 +14,7 @@ from tread_composer.data.manifest import LatentFacts
 from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
-from tread_composer.weights.foreign.files import LAYOUTS, layout_of, read_weights
+from tread_composer.weights.foreign.files import LAYOUTS, check_trained_as, layout_of, read_weights
 from tread_composer.weights.foreign.hints import Hints
 
 __all__ = ['import_weights', 'read_class_names']
@@ -38,7 +38,8 @@ def import_weights(
     """Convert a file of DiT, SiT, CompVis/tread or MaskDiT to one that ``load_trained`` reads.
 
     Names, the label table, the sign and the direction of time are converted, so that the network predicts what
-    this project's objectives expect. SiT's files are taken for those of its linear path and velocity.
+    this project's objectives expect. SiT's files are taken for those of its linear path and velocity, as published; those
+    that say otherwise are refused.
 
     Args:
         path: ``.pt`` or ``.safetensors``.
@@ -54,8 +55,9 @@ def import_weights(
     if layout not in (*LAYOUTS, 'auto') or weights not in ('ema', 'raw'):
         raise UserError(f'layout {layout!r} or weights {weights!r} unknown; layouts: {", ".join(LAYOUTS)}, auto')
     source = str(path)
-    tensors, container = read_weights(path, weights)
+    tensors, container, settings = read_weights(path, weights)
     layout = layout_of(layout, tensors, container, source)
+    check_trained_as(layout, settings, source)
     _ask_for_missing(hints, layout)
     sizes = sizes_of(tensors, layout, hints.num_heads, source)  # and the positions are checked
     facts = LatentFacts(

@@ -121,13 +121,21 @@ def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path
             f'or another grid has no place in our network'
         )
     side = math.isqrt(shape[1])
-    apart = float((tensors[name][0] - sincos_positions(shape[2], side)).abs().max())
-    if not apart <= _POSITION_TOLERANCE:
+    positions_ND = tensors[name][0]
+    apart = float((positions_ND - sincos_positions(shape[2], side)).abs().max())
+    # Half the distance of two numbers at 1: what values up to 1 lose in the type in which they were stored.
+    if not apart <= _POSITION_TOLERANCE + torch.finfo(_stored_type(positions_ND)).eps / 2:
         raise UserError(
             f'{path}: {name} differs by {apart:.2g} from the fixed sines and cosines of a {side} x {side} grid: these '
             f'positions are learned, or stretched from another grid, and sampling would be of another network'
         )
     return side
+
+
+def _stored_type(values: Tensor) -> torch.dtype:
+    """The narrowest type that holds these float32 values as they are, whatever a file of them says."""
+    narrow = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).float(), values))
+    return next(narrow, torch.float32)
 
 
 def converted(tensors: Mapping[str, Tensor], layout: str, sizes: Sizes) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Layouts: facebookresearch/DiT and willisma/SiT (a flat state dict, or ``model`` 
 (``model_state_dict`` and ``ema_state_dict``), Anima-Lab/MaskDiT (``model`` and ``ema``, with a decoder).
 """
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import read_pickled
 
-__all__ = ['LAYOUTS', 'layout_of', 'read_weights']
+__all__ = ['LAYOUTS', 'check_trained_as', 'layout_of', 'read_weights']
 
 LAYOUTS = ('dit', 'sit', 'tread', 'maskdit')
 _CONTAINERS = {'ema': ('ema', 'ema_state_dict'), 'raw': ('model', 'model_state_dict')}
+_SIT = {'path_type': 'Linear', 'prediction': 'velocity'}  # of the choices that SiT trains, those that are flow matching
 _ANCHOR = 'x_embedder.proj.weight'  # what stands before it is the prefix that wrappers have given to all names
 
 
-def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, Tensor], str | None]:
+def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, Tensor], str | None, Mapping[str, Any]]:
     """The weights asked for, float32, without the prefixes of wrappers (``model.``, ``module.``, ``_orig_mod.``).
 
     Args:
@@ -32,7 +34,8 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
             is, only its publisher knows.
 
     Returns:
-        The tensors, and the key of the file that they were under; None for a flat file.
+        The tensors, the key of the file that they were under (None for a flat file), and the arguments of the training
+        where the file has them.
 
     Raises:
         UserError: No such file, a damaged one, or no weights of a diffusion transformer in it.
@@ -56,7 +59,9 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     foreign = [name for name, value in network.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
     if foreign:
         raise UserError(f'{path}: {foreign[0]!r} stands beside the network {prefix!r} and is not a tensor of it')
-    return {name.removeprefix(prefix): value.float() for name, value in network.items()}, container
+    arguments = content.get('args')
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return {name.removeprefix(prefix): value.float() for name, value in network.items()}, container, settings
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
@@ -96,3 +101,18 @@ def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | No
         why = 'it has a decoder (decoder_layer)' if has_decoder else f'its weights lie under {container!r}'
         raise UserError(f'{path}: --layout {requested}, but {why}, as in files of {detected}; take --layout {detected}')
     return requested
+
+
+def check_trained_as(layout: str, settings: Mapping[str, Any], path: str) -> None:
+    """Refuse a network that predicts something else than networks of this layout are taken to predict.
+
+    Raises:
+        UserError: The arguments of its training say so.
+    """
+    different = {name: settings.get(name, needed) for name, needed in _SIT.items()} if layout == 'sit' else {}
+    for name, value in different.items():
+        if value != _SIT[name]:
+            raise UserError(
+                f'{path}: was trained with --{name.replace("_", "-")} {value}; of SiT, the path Linear and the prediction '
+                'velocity can be imported, whose equation this project samples. Sample it with the code of SiT'
+            )
