@@ -113,6 +113,7 @@ def evaluated_weights(state: State) -> str:
     for algorithm in state.algorithms:
         if isinstance(algorithm, EMA):
             return "weights averaged by Composer's EMA"
-        if hasattr(algorithm, 'in_evaluation'):
-            return algorithm.in_evaluation(state)
+        in_evaluation = getattr(algorithm, 'in_evaluation', None)
+        if in_evaluation is not None:
+            return in_evaluation(state)
     return 'raw weights'

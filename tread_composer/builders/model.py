@@ -108,7 +108,7 @@ def check_fit(config: Config) -> None:
     depth, num_tokens = config.depth(), getattr(model.denoiser, 'num_tokens', None)
     for name, part in config.algorithms.items():
         tokens_per_block = getattr(part.instance, 'tokens_per_block', None)
-        if None not in (tokens_per_block, depth, num_tokens):
+        if tokens_per_block is not None and depth is not None and num_tokens is not None:
             try:
                 tokens_per_block(depth, num_tokens)
             except ValueError as error:

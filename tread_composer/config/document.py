@@ -245,12 +245,12 @@ def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def with_values(tree: dict[str, Any], values: Mapping[Path, str]) -> dict[str, Any]:
+def with_values(tree: Any, values: Mapping[Path, str]) -> Any:
     """The tree, with other texts at these places where something stands there."""
     for path, text in values.items():
-        node: Any = tree
+        node = tree
         for key in path[:-1]:
-            node = node[key] if isinstance(node, list) else node.get(key, {})
+            node = node[key] if key in node or isinstance(node, list) else {}
         if isinstance(node, list) or path[-1] in node:
             node[path[-1]] = text
     return tree

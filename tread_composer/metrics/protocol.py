@@ -63,7 +63,7 @@ class Protocol:
         features: ``name``, ``weights_hash`` and ``version`` of the feature network.
         resolution: Side of the images in pixels.
         settings: What the metric depends on besides, such as the size of KID's subsets.
-        time_grid: ``objective``, what of it decides where the steps lie, how the last ends: ``metrics.drawing.time_grid``.
+        time_grid: ``objective``, where its steps lie and how the last one ends: ``metrics.drawing.time_grid``.
         weak: Which weights guided as the second network, and their digest; ``'none'`` without one.
     """
 

@@ -113,6 +113,6 @@ def check_trained_as(layout: str, settings: Mapping[str, Any], path: str) -> Non
     for name, value in different.items():
         if value != _SIT[name]:
             raise UserError(
-                f'{path}: was trained with --{name.replace("_", "-")} {value}; of SiT, the path Linear and the prediction '
+                f'{path}: was trained with --{name.replace("_", "-")} {value}; SiT's path Linear and prediction '
                 'velocity can be imported, whose equation this project samples. Sample it with the code of SiT'
             )
