@@ -137,7 +137,9 @@ def test_a_file_that_shows_its_layout_needs_no_word(tmp_path, layout):
 @pytest.mark.parametrize('layout', ['dit', 'maskdit'])
 def test_files_in_half_precision_are_imported(tmp_path, layout, dtype):
     """Rounded positions are no learned ones, also where the rounded file was saved as float32 again."""
-    rounded = {name: value.to(dtype) for name, value in make_weights(HEADS[layout], maskdit=layout == 'maskdit').items()}
+    rounded = {
+        name: value.to(dtype) for name, value in make_weights(HEADS[layout], maskdit=layout == 'maskdit').items()
+    }
     for stored in (rounded, {name: value.float() for name, value in rounded.items()}):
         file = saved(tmp_path / 'theirs.pt', layout, stored)
         import_weights(file, tmp_path / 'a.safetensors', SAID, layout=layout, overwrite=True)

@@ -75,7 +75,10 @@ def test_numbers_of_samplers_that_end_otherwise_do_not_compare():
     assert found == ["time_grid.corrected_at_zero: 'absent' and True"]
     unchanged = [(FlowMatching(), euler), (EDM(), heun), (EDM(), SamplingSettings(sampler='edm_heun')), (DDPM(), heun)]
     for objective, settings in unchanged:
-        assert facts(model_of(objective), settings)['time_grid'] == {'objective': objective.name, **objective.time_grid()}
+        assert facts(model_of(objective), settings)['time_grid'] == {
+            'objective': objective.name,
+            **objective.time_grid(),
+        }
 
 
 def test_of_a_foreign_objective_the_grid_is_unknown():

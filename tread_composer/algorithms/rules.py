@@ -138,6 +138,7 @@ def evaluated_weights(state: State) -> str:
     for algorithm in state.algorithms:
         if isinstance(algorithm, EMA):
             return "weights averaged by Composer's EMA"
-        if hasattr(algorithm, 'in_evaluation'):
-            return algorithm.in_evaluation(state)
+        in_words = getattr(algorithm, 'in_evaluation', None)
+        if in_words is not None:
+            return in_words(state)
     return 'raw weights'

@@ -74,7 +74,9 @@ class ProgressLines(LoggerDestination):
         measured = {name: value for name, value in metrics.items() if name.startswith(('metrics/eval', 'digits/'))}
         if measured:
             figures = ', '.join(f'{name} {float(value):.4g}' for name, value in measured.items())
-            weights = f' of the {self._evaluated}' if self._evaluated and any('eval' in name for name in measured) else ''
+            weights = (
+                f' of the {self._evaluated}' if self._evaluated and any('eval' in name for name in measured) else ''
+            )
             self._print(f'batch {step}: {figures}{weights}')
 
     def fit_end(self, state: State, logger: Logger) -> None:

@@ -287,6 +287,6 @@ def _log_bin(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _cdf(x: Tensor) -> Tensor:
-    """That of N(0, 1). (ADM's is a tanh, off by up to 2e-4.)"""
+    """Of N(0, 1); ADM takes a tanh, which is off by up to 2e-4."""
     # Not `ndtr`, which is 1 + erf(x / sqrt(2)) over 2: in float32 nothing is left of it below -5.5.
     return torch.special.erfc(x * -math.sqrt(0.5)) / 2

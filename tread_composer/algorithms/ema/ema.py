@@ -77,7 +77,9 @@ class EMA(AlgorithmBase):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to."""
         settings = {'decay': self.decay, 'update_interval': self.update_interval}
-        return {**settings, 'warmup': True} if self.warmup else settings  # absent from checkpoints that are older than it
+        return (
+            {**settings, 'warmup': True} if self.warmup else settings
+        )  # absent from checkpoints that are older than it
 
     def initial_share(self, num_batches: int) -> float:
         """The share of the average, ``num_batches`` after it began, that is the weights with which it began."""

@@ -42,8 +42,8 @@ def import_weights(
     """Convert a file of DiT, SiT, CompVis/tread or MaskDiT to one that ``load_trained`` reads.
 
     Names, the label table, the sign and the direction of time are converted, so that the network predicts what
-    this project's objectives expect. SiT's files are taken for those of its linear path and velocity, as published; those
-    that say otherwise are refused.
+    this project's objectives expect. SiT's files are taken for those of its linear path and velocity, as published;
+    those that say otherwise are refused.
 
     Args:
         path: ``.pt`` or ``.safetensors``.
