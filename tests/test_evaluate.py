@@ -161,7 +161,8 @@ def test_images_that_say_nothing_compare_with_none(digits, tmp_path, capsys):
     assert 'compare with no others' in capsys.readouterr().out
     fid, kid = load_results(folder / 'results.json')
     assert (fid['metric'], kid['metric']) == ('fd_digits_30', 'kd_digits_30')
-    assert kid['protocol']['settings'] == {'kid_subset_size': 25, 'kid_subsets': 100}
+    drawn = {'subsets_seed': 2020, 'images': 'in the order of their hashes'}
+    assert kid['protocol']['settings'] == {'kid_subset_size': 25, 'kid_subsets': 100, **drawn}
     assert fid['protocol']['seed'] == UNKNOWN
     assert 'seed: unknown for both numbers' in differences(fid['protocol'], fid['protocol'])
 

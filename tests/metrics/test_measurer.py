@@ -63,7 +63,10 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
     assert entry['unit'] == 'squared MMD' and entry['better'] == 'lower'
     protocol = entry['protocol']
     assert protocol['reference_hash'] == measurer.reference.hash and protocol['features']['name'] == 'digits'
-    assert protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100} and protocol['num_samples'] == 12
+    drawn = {'subsets_seed': 2020, 'images': 'in the order of their hashes'}
+    assert (
+        protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100, **drawn} and protocol['num_samples'] == 12
+    )
 
 
 def test_what_a_table_has_in_common_names_the_settings_that_its_metrics_take():

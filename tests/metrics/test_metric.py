@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from tread_composer.metrics.features import FeatureSet, joined
 from tread_composer.metrics.frechet import Statistics, statistics
 from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
 
-GENERAL = [name for name in METRICS if name != 'recognised']  # which reads the features of the digits alone
+# `recognised` and `sfid` read the features of one network alone.
+GENERAL = [name for name in METRICS if name not in ('recognised', 'sfid')]
 
 
 def features(values: np.ndarray, logits: np.ndarray | None = None) -> FeatureSet:
@@ -51,6 +54,18 @@ def test_the_fid_of_gaussians_with_known_moments():
     samples = features(rows * deviations + mean)
     found = measure(build_metrics(['fid'], {}), samples, Comparison(Statistics(np.zeros(2), np.eye(2))))
     assert found[0].value == pytest.approx(9 + (2 - 1) ** 2 + (5 - 1) ** 2, rel=1e-6)
+
+
+def test_sfid_is_the_distance_of_the_spatial_features_and_says_what_it_has_not_been_held_against():
+    mean, deviations = np.array([3.0, 0.0]), np.array([2.0, 5.0])
+    rows = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]] * 5) * np.sqrt(19 / 20)  # covariance exactly the identity
+    samples = dataclasses.replace(features(normal(20, 0)), spatial_NS=torch.from_numpy(rows * deviations + mean))
+    (found,) = measure(build_metrics(['sfid'], {}), samples, Comparison(spatial=Statistics(np.zeros(2), np.eye(2))))
+    assert found.value == pytest.approx(9 + (2 - 1) ** 2 + (5 - 1) ** 2, rel=1e-6)
+    assert found.quantity.reported('inception', 50_000) == 'sfid'
+    assert found.settings == {'port': "not yet held against ADM's numbers"}
+    with pytest.raises(UserError, match='3 features and the samples have 2'):
+        measure(build_metrics(['sfid'], {}), samples, Comparison(spatial=Statistics(np.zeros(3), np.eye(3))))
 
 
 def test_ill_conditioned_covariances_give_finite_numbers():
@@ -119,7 +134,8 @@ def check(metrics, **changes):
 @pytest.mark.parametrize(
     ('metrics', 'changes', 'message'),
     [
-        (['sfid'], {}, r"\['sfid'\] given; choose of fid"),
+        (['sfidd'], {}, r"\['sfidd'\] given; choose of fid"),
+        (['sfid'], {'features': 'digits'}, "sfid is of the features 'inception', not 'digits'"),
         ([], {}, 'none given'),
         (['is'], {'num_logits': 0}, 'these features have none'),
         (['is'], {'num_samples': 9}, '10 parts'),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -6,13 +7,16 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from tests.metrics.small import Means, as_batch, random_images, write_folder
+from tests.metrics.small import PROTOCOL, Means, as_batch, random_images, write_folder
 from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.digits import DigitsFeatures, DigitsImages, real_digits
 from tread_composer.metrics.features import open_extractor
 from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import open_images
+from tread_composer.metrics.measurement import Measurement
+from tread_composer.metrics.measurer import Measurer
+from tread_composer.metrics.protocol import differences
 from tread_composer.metrics.references import open_reference
 
 
@@ -27,12 +31,33 @@ def write_mds(folder, images):
     return folder
 
 
+def test_lossy_images_are_named_and_a_name_moves_no_number(tmp_path):
+    images = random_images(2)
+    write_folder(tmp_path / 'png', images)
+    Image.fromarray(images[0]).save(write_folder(tmp_path / 'jpeg', images[:1]) / 'a.JPG')
+    with MDSWriter(out=str(tmp_path / 'mds'), columns={'image': 'jpeg'}) as writer:
+        writer.write({'image': Image.fromarray(images[0])})
+    said = []
+    for name in ('png', 'jpeg', 'mds'):
+        measurer = Measurer(Measurement(str(tmp_path / name), features='digits'), torch.device('cpu'))
+        said.append(measurer.facts()['reference'])
+    assert said == [
+        {'name': 'png', 'kind': 'folder'},
+        {'name': 'jpeg', 'kind': 'folder', 'lossy': 'JPEG'},
+        {'name': 'mds', 'kind': 'mds', 'lossy': 'JPEG'},
+    ]
+    named = dataclasses.replace(PROTOCOL, reference=said[1])
+    assert differences(named, dataclasses.replace(PROTOCOL, reference={'name': 'jpeg', 'kind': 'folder'})) == []
+
+
 def test_every_form_gives_the_same_bytes(tmp_path):
     images = random_images(20)
     forms = [write_folder(tmp_path / 'folder', images), write_mds(tmp_path / 'mds', images)]
     for name, save in (('plain', np.savez), ('packed', np.savez_compressed)):
         save(tmp_path / f'{name}.npz', images)
         forms.append(tmp_path / f'{name}.npz')
+    np.save(tmp_path / 'plain.npy', images)
+    forms.append(tmp_path / 'plain.npy')
     for form in forms:
         found = open_images(form)
         assert (found.count, found.resolution) == (20, 8)
@@ -108,6 +133,31 @@ def test_an_adm_file_gives_its_statistics_and_its_images(tmp_path):
         alone.features(Means(), tmp_path / 'cache')
 
 
+def test_spatial_statistics_are_those_of_the_file_and_spatial_features_are_kept(tmp_path):
+    class Places(Means):
+        spatial = True
+
+        def __call__(self, images):
+            features, logits = super().__call__(images)
+            return features, logits, features[:, :2] * 3
+
+    images = random_images(6)
+    path = adm(
+        tmp_path / 'ref.npz', arr_0=images, mu=np.zeros(6), sigma=np.eye(6), mu_s=np.ones(9), sigma_s=np.eye(9) * 2
+    )
+    published = open_reference(path).published_spatial
+    assert (published.mean_D == 1).all() and (published.covariance_DD == np.eye(9) * 2).all()
+    folder = write_folder(tmp_path / 'a', images)
+    for _ in range(2):  # computed, then of the cache
+        found = open_reference(folder).features(Places(), tmp_path / 'cache')
+        assert torch.equal(found.spatial_NS, found.features_ND[:, :2] * 3)
+    assert open_reference(folder).features(Means(), tmp_path / 'cache').spatial_NS is None
+    assert len(list((tmp_path / 'cache').iterdir())) == 2
+    without = open_reference(adm(tmp_path / 's.npz', mu=np.zeros(6), sigma=np.eye(6)))
+    with pytest.raises(UserError, match='not mu_s and sigma_s, which sfid compares with'):
+        without.check(open_extractor('digits'), 8, spatial=True)
+
+
 def test_what_does_not_go_together_is_refused(tmp_path):
     images = open_reference(write_folder(tmp_path / 'a', random_images(4)))
     with pytest.raises(UserError, match='images of 8 pixels, and the samples have 16'):
@@ -137,6 +187,18 @@ def test_what_does_not_go_together_is_refused(tmp_path):
 def test_a_wrong_npz_is_refused(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message):
         open_reference(adm(tmp_path / 'wrong.npz', **arrays))
+
+
+def test_a_wrong_npy_is_refused(tmp_path):
+    for array, message in (
+        (np.zeros((2, 8, 8, 3)), 'images are uint8'),
+        (np.array([print], object), 'no npy that can be'),
+    ):
+        np.save(tmp_path / 'a.npy', array)
+        with pytest.raises(UserError, match=message):
+            open_images(tmp_path / 'a.npy')
+    np.save(tmp_path / 'grey.npy', random_images(3)[..., :1])
+    assert torch.equal(all_images(tmp_path / 'grey.npy'), as_batch(random_images(3)[..., :1].repeat(3, 3)))
 
 
 def test_a_pickle_in_an_npz_is_not_opened(tmp_path):

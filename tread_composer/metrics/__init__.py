@@ -10,6 +10,7 @@ __all__ = ['FEATURES', 'METRICS', 'REFERENCES']
 
 METRICS: Mapping[str, str] = {
     'fid': 'tread_composer.metrics.fid:FID',
+    'sfid': 'tread_composer.metrics.fid:SFID',
     'kid': 'tread_composer.metrics.kid:KID',
     'is': 'tread_composer.metrics.inception_score:InceptionScore',
     'prc': 'tread_composer.metrics.precision_recall:PrecisionRecall',

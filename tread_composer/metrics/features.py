@@ -1,6 +1,6 @@
 """Feature networks by name, and the features of a set of images: what every metric here is computed from.
 
-Legend: N images of a set, B images of a batch, R side of an image in pixels, D features, K logits.
+Legend: N images of a set, B images of a batch, R side of an image in pixels, D features, K logits, S spatial features.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from tread_composer.io.progress import Progress
 from tread_composer.metrics import FEATURES
 
 __all__ = [
+    'HASH_ORDER',
     'Extractor',
     'FeatureSet',
     'extractor_class',
@@ -31,6 +32,10 @@ __all__ = [
     'open_extractor',
     'save_features',
 ]
+
+
+HASH_ORDER = 'in the order of their hashes'
+"""How `joined` leaves images, in words for the protocol: where they came from decides no random subset."""
 
 
 class Extractor(Protocol):
@@ -55,8 +60,11 @@ class Extractor(Protocol):
         """``name``, ``weights_hash`` and ``version``, for the protocol."""
         ...
 
-    def __call__(self, images_B3RR: Tensor, /) -> tuple[Tensor, Tensor | None]:
-        """Features ``[B, D]`` and logits ``[B, K]`` of uint8 images."""
+    def __call__(self, images_B3RR: Tensor, /) -> tuple[Any, ...]:
+        """Features ``[B, D]`` and logits ``[B, K]`` of uint8 images.
+
+        Spatial features ``[B, S]`` come third where the network has an attribute ``spatial`` that is True.
+        """
         ...
 
 
@@ -72,12 +80,14 @@ class FeatureSet:
         logits_NK: None if the network has none.
         digests: One of the bytes of each image.
         labels_N: What each image was to show, int64; None if nobody knows.
+        spatial_NS: Features that keep their place in the image, where they are asked for.
     """
 
     features_ND: Tensor
     logits_NK: Tensor | None
     digests: Sequence[bytes]
     labels_N: Tensor | None = None
+    spatial_NS: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -102,12 +112,13 @@ def looked(
     begin = 0
     for images_BCRR in batches_BCRR:
         images_B3RR = images_BCRR.expand(-1, 3, -1, -1)  # grey as three equal channels
-        features_BD, logits_BK = extractor(images_B3RR)
+        features_BD, *further = extractor(images_B3RR)
+        logits_BK, spatial_BS = (None if tensor is None else tensor.cpu() for tensor in (*further, None)[:2])
         # Of the bytes: the same for an image whichever rank looks at it
         digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images_B3RR.cpu().numpy()]
         end = begin + len(digests)
         labels_B = None if labels is None else torch.tensor(labels[begin:end], dtype=torch.int64)
-        yield FeatureSet(features_BD.cpu(), None if logits_BK is None else logits_BK.cpu(), digests, labels_B)
+        yield FeatureSet(features_BD.cpu(), logits_BK, digests, labels_B, spatial_BS)
         begin = end
         if progress is not None:
             progress.add(len(digests))
@@ -132,8 +143,9 @@ def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
     features_ND = torch.cat([part.features_ND for part in parts])[order]
     if not features_ND.isfinite().all():
         raise UserError('features came out that are not finite; check the weights of the feature network')
-    logits_NK, labels_N = in_order([part.logits_NK for part in parts]), in_order([part.labels_N for part in parts])
-    return FeatureSet(features_ND, logits_NK, [digests[i] for i in order], labels_N)
+    names = ('logits_NK', 'labels_N', 'spatial_NS')
+    logits_NK, labels_N, spatial_NS = (in_order([getattr(part, name) for part in parts]) for name in names)
+    return FeatureSet(features_ND, logits_NK, [digests[i] for i in order], labels_N, spatial_NS)
 
 
 def save_features(path: Path, features: FeatureSet, contract: str) -> None:
@@ -141,7 +153,9 @@ def save_features(path: Path, features: FeatureSet, contract: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digests = np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1)
     with whole_file(path) as unfinished, unfinished.open('wb') as file:
-        np.savez(file, features=features.features_ND.numpy(), digests=digests, label=np.array(contract))
+        arrays: dict[str, Any] = {'features': features.features_ND.numpy(), 'digests': digests, 'label': contract}
+        arrays |= {} if features.spatial_NS is None else {'spatial': features.spatial_NS.numpy()}
+        np.savez(file, **arrays)
 
 
 def load_features(path: Path, contract: str) -> FeatureSet:
@@ -149,11 +163,12 @@ def load_features(path: Path, contract: str) -> FeatureSet:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
+            spatial = torch.from_numpy(arrays['spatial']) if 'spatial' in arrays.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
     if str(saved) != contract:
         raise UserError(f'{path}: this file of the cache is of another reference; delete it')
-    return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests])
+    return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests], None, spatial)
 
 
 def extractor_class(name: str) -> Any:
@@ -171,8 +186,8 @@ def extractor_class(name: str) -> Any:
 def open_extractor(name: str, *, device: str | torch.device = 'cpu', **settings: Any) -> Extractor:
     """A feature network: one of ``FEATURES``, or ``package.module:Class``.
 
-    Of ``device`` and the settings (``inception``, ``inception_sha256``, ``allow_download``) it takes those that its
-    ``open``, or else its constructor, names.
+    Of ``device`` and the settings (``inception``, ``inception_sha256``, ``allow_download``, ``spatial``) it takes those
+    that its ``open``, or else its constructor, names.
 
     Raises:
         UserError: The name is unknown, a setting does not belong to this network, or its weights are missing or not

@@ -1,4 +1,4 @@
-"""Sets of images on disk: a folder, an npz as the ADM suite has it, or MDS. All come out as bytes in RGB.
+"""Sets of images on disk: a folder, one array, an npz as the ADM suite has it, or MDS. All come out as bytes in RGB.
 
 Nothing is resized or cropped: that would move every metric, and belongs to whoever made the images.
 Legend: N images of a set, B images of a batch, R side of an image in pixels.
@@ -25,7 +25,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpzImages', 'file_hash', 'open_images']
+__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpyImages', 'NpzImages', 'file_hash', 'open_images']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 _MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
@@ -33,7 +33,10 @@ _NPZ_ARRAY = 'arr_0'  # the name that numpy gives an array saved without one: AD
 
 
 class ImageSet:
-    """Square images of one size: where they are, N and R; ``kind`` is ``'folder'``, ``'npz'`` or ``'mds'``."""
+    """Square images of one size: where they are, N and R; ``kind`` is ``'folder'``, ``'npy'``, ``'npz'`` or ``'mds'``."""
+
+    is_lossy = False
+    """Whether there are JPEGs among them: what those have lost moves a distance of features."""
 
     def __init__(self, path: Path, kind: str, count: int, resolution: int) -> None:
         self.path, self.kind, self.count, self.resolution = path, kind, count, resolution
@@ -82,6 +85,7 @@ class FolderImages(ImageSet):
         if not self.files:
             raise UserError(f'{path}: holds no images ({", ".join(IMAGE_SUFFIXES)})')
         pixels_RR3 = _pixels(path / self.files[0])
+        self.is_lossy = any(name.lower().endswith(('.jpg', '.jpeg')) for name in self.files)
         super().__init__(path, 'folder', len(self.files), _square(pixels_RR3.shape[:2], path / self.files[0]))
 
     @functools.cached_property
@@ -108,6 +112,32 @@ class FolderImages(ImageSet):
         return pixels
 
 
+class NpyImages(ImageSet):
+    """One array in a ``.npy``, uint8 ``[N, R, R, 3]`` (or 1 for grey); mapped into memory, not read.
+
+    Raises:
+        UserError: It is damaged, or another array.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._images_NRRC = np.load(path, mmap_mode='r', allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f'{path}: is no npy that can be read: {error}') from error
+        shape = self._images_NRRC.shape
+        _check_array(path, 'the array', shape, self._images_NRRC.dtype)
+        super().__init__(path, 'npy', shape[0], _square(shape[1:3], path))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the file."""
+        return file_hash(self.path)
+
+    def _load(self, indices: range) -> np.ndarray:
+        images_BRRC = self._images_NRRC[indices.start : indices.stop]
+        return images_BRRC.repeat(3 // images_BRRC.shape[3], axis=3)
+
+
 class NpzImages(ImageSet):
     """The array ``arr_0`` of an npz, uint8 ``[N, R, R, 3]``, as ADM's suite has it; read piece by piece.
 
@@ -122,8 +152,7 @@ class NpzImages(ImageSet):
                 raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {self._names}')
             with archive.open(f'{_NPZ_ARRAY}.npy') as stream:
                 shape, dtype = _array_header(stream, path)
-        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
-            raise UserError(f'{path}: {_NPZ_ARRAY} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
+        _check_array(path, _NPZ_ARRAY, shape, dtype)
         self._channels = shape[3]  # 1 for grey
         super().__init__(path, 'npz', shape[0], _square(shape[1:3], path))
 
@@ -180,6 +209,7 @@ class MDSImages(ImageSet):
             raise UserError(f'{path}: needs one column of images ({", ".join(_MDS_IMAGES)}), it has {self._columns}')
         self._column = LATENTS if self._is_pixels else images[0]
         self._rows: Any = LocalDataset(str(path))
+        self.is_lossy = self._columns[self._column].startswith('jpeg')
         super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
 
     @functools.cached_property
@@ -216,12 +246,19 @@ def open_images(path: str | Path) -> ImageSet:
         UserError: There is nothing that holds images.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == '.npz':
-        return NpzImages(path)
+    if path.is_file() and path.suffix in ('.npy', '.npz'):
+        return NpzImages(path) if path.suffix == '.npz' else NpyImages(path)
     if path.is_dir():
         return MDSImages(path) if (path / 'index.json').exists() else FolderImages(path)
-    problem = 'no such file or folder' if not path.exists() else 'neither an .npz nor a folder'
-    raise UserError(f'{path}: {problem}; give a folder of images, an .npz as ADM has it, or an MDS data set of images')
+    problem = 'no such file or folder' if not path.exists() else 'neither an .npz, an .npy nor a folder'
+    raise UserError(
+        f'{path}: {problem}; give a folder of images, an .npz as ADM has it, an .npy, or an MDS data set of images'
+    )
+
+
+def _check_array(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+        raise UserError(f'{path}: {name} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
 
 
 def file_hash(path: Path) -> str:

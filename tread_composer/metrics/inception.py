@@ -2,13 +2,14 @@
 
 The weights are TensorFlow's ``inception-2015-12-05``, which all published FIDs are made with, converted by
 torch-fidelity (pytorch-fid publishes the same bytes under another name).
-Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,008).
+Legend: B images, R side of an image in pixels, D features (2,048), K logits (1,008), S spatial features (2,023).
 """
 
 import hashlib
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ __all__ = [
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
 _SIZE = 95_628_359  # bytes
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
+
+_SPATIAL_CHANNELS = 7  # ADM, evaluations/evaluator.py: as many as make about 2,048 features of 17 x 17 places
 
 
 def hub_path() -> Path:
@@ -118,14 +121,23 @@ class InceptionFeatures:
 
     It resizes as TensorFlow 1 did, within the network, so images go in at their own resolution. `open` makes it of
     torch-fidelity's extractor with the layers ``'2048'`` and ``'logits_unbiased'``; ``sha256`` names the weights.
+    With ``spatial`` the features of ADM's sFID too, from ``mixed_6/conv`` of TensorFlow's graph.
     """
 
     name = 'inception'
     resolution = None
     num_logits = 1008
 
-    def __init__(self, network: nn.Module, sha256: str, device: str | torch.device = 'cpu') -> None:
+    def __init__(
+        self, network: nn.Module, sha256: str, device: str | torch.device = 'cpu', spatial: bool = False
+    ) -> None:
         self._network, self._sha256, self._device = network.to(device), sha256, torch.device(device)
+        self.spatial = spatial
+        self._places: list[Tensor] = []  # what the hook has seen of one batch, [B, 192, 17, 17]
+        if spatial:
+            # TensorFlow counts 5b, 5c, 5d, 6a, ... as mixed, mixed_1, ...; `conv` is the branch of 1 x 1 with its ReLU.
+            block: Any = network.Mixed_6d
+            block.branch1x1.register_forward_hook(lambda module, args, out: self._places.append(out))
 
     @classmethod
     def open(
@@ -135,6 +147,7 @@ class InceptionFeatures:
         inception_sha256: str | None = None,
         allow_download: bool = False,
         device: str | torch.device = 'cpu',
+        spatial: bool = False,
     ) -> 'InceptionFeatures':
         """Load the weights. Nothing in the file is run: it is read as tensors before torch-fidelity may open it.
 
@@ -158,7 +171,7 @@ class InceptionFeatures:
         except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: holds no weights of torch-fidelity's Inception: {reason}") from error
-        return cls(network, hashlib.sha256(content).hexdigest(), device)
+        return cls(network, hashlib.sha256(content).hexdigest(), device, spatial)
 
     def identity(self) -> dict[str, str]:
         """See ``features.Extractor``."""
@@ -167,8 +180,12 @@ class InceptionFeatures:
         version = f'torch-fidelity {torch_fidelity.__version__}'
         return {'name': self.name, 'weights_hash': f'sha256:{self._sha256}', 'version': version}
 
-    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``[B, 2048]`` and logits ``[B, 1008]``, float32, of uint8 images."""
+    def __call__(self, images_B3RR: Tensor) -> tuple[Tensor, ...]:
+        """Features ``[B, 2048]`` and logits ``[B, 1008]`` of uint8 images, where asked for ``[B, 2023]``; float32."""
         with torch.no_grad(), plain_float32(self._device):
             features_BD, logits_BK = self._network(images_B3RR.to(self._device))
-        return features_BD, logits_BK
+        if not self.spatial:
+            return features_BD, logits_BK
+        # TensorFlow has channels last: the seven values of a place stand together, as in `mu_s`.
+        places_BHWC = self._places.pop().permute(0, 2, 3, 1)
+        return features_BD, logits_BK, places_BHWC[..., :_SPATIAL_CHANNELS].flatten(1)

@@ -3,14 +3,14 @@
 import torch
 
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.features import HASH_ORDER, FeatureSet
 from tread_composer.metrics.metric import Comparison, Figure
 from tread_composer.metrics.quantity import Quantity
 
 __all__ = ['InceptionScore']
 
 _SCORE = Quantity('inception_score', 'higher', 'classes', other='score')
-_SPLITS = 10  # as published
+_SPLITS, _SEED = 10, 2020  # as published; torch-fidelity's default
 
 
 class InceptionScore:
@@ -32,5 +32,7 @@ class InceptionScore:
 
         assert samples.logits_NK is not None
         # Mean and standard deviation over the parts
-        numbers = isc_features_to_metric(samples.logits_NK, splits=_SPLITS)
-        return [Figure(_SCORE, numbers[KEY_METRIC_ISC_MEAN], numbers[KEY_METRIC_ISC_STD], {'splits': _SPLITS})]
+        numbers = isc_features_to_metric(samples.logits_NK, splits=_SPLITS, rng_seed=_SEED)
+        # Which images are together in a part moves the score.
+        settings = {'splits': _SPLITS, 'splits_seed': _SEED, 'images': HASH_ORDER}
+        return [Figure(_SCORE, numbers[KEY_METRIC_ISC_MEAN], numbers[KEY_METRIC_ISC_STD], settings)]

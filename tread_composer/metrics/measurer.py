@@ -62,9 +62,14 @@ class Measurer:
             inception_sha256=measurement.inception_sha256,
             allow_download=measurement.allow_download,
             device=device,
+            spatial=self._needs_spatial,
         )
         self.reference = open_reference(measurement.reference) if images is None else reference_of(images)
         self._against: Comparison | None = None
+
+    @property
+    def _needs_spatial(self) -> bool:
+        return any(getattr(metric, 'needs_spatial', False) for metric in self.metrics)
 
     @property
     def needs_labels(self) -> bool:
@@ -85,7 +90,7 @@ class Measurer:
             num_reference=self.reference.count,
             has_labels=has_labels,
         )
-        self.reference.check(self.extractor, resolution)
+        self.reference.check(self.extractor, resolution, spatial=self._needs_spatial)
 
     def prepare(self) -> None:
         """Look at the reference, as far as the metrics need it and the cache has it not; once.
@@ -106,7 +111,10 @@ class Measurer:
                 return Comparison(features=features)
             # Of the whole training set, where the file has them
             moments = reference.published or statistics(features.features_ND)  # type: ignore[union-attr]
-            return Comparison(moments, features)
+            spatial = reference.published_spatial
+            if spatial is None and features is not None and features.spatial_NS is not None:
+                spatial = statistics(features.spatial_NS)
+            return Comparison(moments, features, spatial)
 
         self._against = ranks.agreed(fitted)
 
@@ -138,8 +146,9 @@ class Measurer:
 
     def facts(self) -> dict[str, Any]:
         """The part of a ``Protocol`` that is this object's to say."""
+        lossy = {'lossy': 'JPEG'} if self.reference.images is not None and self.reference.images.is_lossy else {}
         return {
-            'reference': {'name': self.reference.path.name, 'kind': self.reference.kind},
+            'reference': {'name': self.reference.path.name, 'kind': self.reference.kind, **lossy},
             'reference_hash': self.reference.hash,
             'features': self.extractor.identity(),
         }

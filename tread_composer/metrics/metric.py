@@ -46,17 +46,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean and covariance of the reference, and features of its images; of the two, what the metrics need."""
+    """Mean and covariance of the reference, and features of its images; what of it the metrics need."""
 
     statistics: Statistics | None = None
     features: FeatureSet | None = None
+    spatial: Statistics | None = None
+    """Of the spatial features."""
 
 
 class Metric(Protocol):
     """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
 
-    It may say ``needs_labels = True`` if it needs to know what each image was to show, and with ``reads_features`` name
-    the only features that it can read.
+    It may say ``needs_labels = True`` if it needs to know what each image was to show, ``needs_spatial = True`` if it
+    reads the spatial features, and with ``reads_features`` name the only features that it can read.
     """
 
     name: str
@@ -172,9 +174,12 @@ def measure(
     Raises:
         UserError: The two sides have features of different lengths.
     """
-    width, moments, features = samples.width, reference.statistics, reference.features
-    lengths = ([] if moments is None else [len(moments.mean_D)]) + ([] if features is None else [features.width])
-    for length in lengths:
+    moments, features, spatial = reference.statistics, reference.features, reference.spatial
+    lengths = [] if moments is None else [(len(moments.mean_D), samples.width)]
+    lengths += [] if features is None else [(features.width, samples.width)]
+    if spatial is not None and samples.spatial_NS is not None:
+        lengths.append((len(spatial.mean_D), samples.spatial_NS.shape[1]))
+    for length, width in lengths:
         if length != width:
             raise UserError(f'the reference has {length} features and the samples have {width}: of another network')
     return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]

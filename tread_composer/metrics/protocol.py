@@ -39,7 +39,11 @@ _ENTRY = {'metric': str, 'value': (int, float), 'protocol': Mapping}  # what an 
 _OPTIONAL = ('run', 'batch', 'training', 'better', 'source', 'weights_digest')
 
 # Names of things that a hash identifies: they may lie elsewhere under another name.
-_NAMED_BY_HASH = {'reference.name': 'reference_hash', 'autoencoder': 'autoencoder_hash'}
+_NAMED_BY_HASH = {
+    'reference.name': 'reference_hash',
+    'reference.lossy': 'reference_hash',
+    'autoencoder': 'autoencoder_hash',
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Protocol:
         autoencoder_hash: SHA-256 of its weights; None for pixels.
         decode_dtype: What it computed in.
         uint8_rule: How pixels became bytes.
-        reference: ``name`` and ``kind`` of what was compared with.
+        reference: ``name`` and ``kind`` of what was compared with, and ``lossy`` where it has JPEGs.
         reference_hash: SHA-256 of its content.
         features: ``name``, ``weights_hash`` and ``version`` of the feature network.
         resolution: Side of the images in pixels.

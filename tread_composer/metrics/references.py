@@ -2,7 +2,7 @@
 
 A reference is a set of images (``images.open_images``), or an ADM reference file. Of such a file FID takes ``mu`` and
 ``sigma``, which are those of the whole training set, in the features of TensorFlow's Inception; KID, precision and
-recall take its images ``arr_0``, of which there are 10,000. ``mu_s`` and ``sigma_s`` belong to sFID, which is not here.
+recall take its images ``arr_0``, of which there are 10,000. sFID takes ``mu_s`` and ``sigma_s``.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Reference:
         images: None if it has statistics alone.
         published: ``mu`` and ``sigma`` of the file; None if they are to be computed.
         hash: SHA-256 of its content.
+        published_spatial: ``mu_s`` and ``sigma_s`` of the file, of spatial features; None as above.
     """
 
     path: Path
@@ -45,18 +47,25 @@ class Reference:
     images: ImageSet | None
     published: Statistics | None
     hash: str
+    published_spatial: Statistics | None = None
 
     @property
     def count(self) -> int:
         """Images that there are; 0 for statistics alone."""
         return 0 if self.images is None else self.images.count
 
-    def check(self, extractor: Extractor, resolution: int) -> None:
+    def check(self, extractor: Extractor, resolution: int, *, spatial: bool = False) -> None:
         """Refuse a network, or samples of ``resolution`` pixels, that do not belong to this reference.
 
         Raises:
-            UserError: The resolutions differ, or the statistics are of another network.
+            UserError: The resolutions differ, the statistics are of another network, or there are none of the
+                ``spatial`` features.
         """
+        if spatial and self.published is not None and self.published_spatial is None:
+            raise UserError(
+                f'{self.path}: has mu and sigma but not mu_s and sigma_s, which sfid compares with; give a file that '
+                'has them, as ADM publishes them, or images alone'
+            )
         if self.published is not None and extractor.name != 'inception':
             raise UserError(f'{self.path}: its mu and sigma are of Inception, and the features are {extractor.name!r}')
         if self.images is not None and self.images.resolution != resolution:
@@ -85,9 +94,9 @@ class Reference:
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.
         """
-        contract = json.dumps(
-            {'format': _CACHE_FORMAT, 'reference': self.hash, 'features': extractor.identity()}, sort_keys=True
-        )
+        facts = {'format': _CACHE_FORMAT, 'reference': self.hash, 'features': extractor.identity()}
+        facts |= {'spatial': True} if getattr(extractor, 'spatial', False) else {}
+        contract = json.dumps(facts, sort_keys=True)
         name = f'features-{extractor.name}-{hashlib.sha256(contract.encode()).hexdigest()[:32]}.npz'
         path = None if cache is None else cache / name
         # The first rank decides for all: the others may see another cache.
@@ -117,10 +126,10 @@ def open_reference(path: str | Path) -> Reference:
     """
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
-        published, has_images = _adm(path)
+        published, spatial, has_images = _adm(path)
         images = NpzImages(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
-        return Reference(path, 'npz' if published is None else 'adm', images, published, digest)
+        return Reference(path, 'npz' if published is None else 'adm', images, published, digest, spatial)
     if str(path) in REFERENCES and not path.exists():
         return reference_of(part_named(str(path), REFERENCES)())
     return reference_of(open_images(path))
@@ -131,18 +140,24 @@ def reference_of(images: ImageSet) -> Reference:
     return Reference(images.path, images.kind, images, None, images.hash)
 
 
-def _adm(path: Path) -> tuple[Statistics | None, bool]:
-    """``mu`` and ``sigma`` of an npz that has both, and whether it holds images."""
+def _adm(path: Path) -> tuple[Statistics | None, Statistics | None, bool]:
+    """``mu`` and ``sigma`` of an npz that has both, ``mu_s`` and ``sigma_s`` likewise, and whether it holds images."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            has_images = 'arr_0' in arrays.files
-            if not {'mu', 'sigma'} <= set(arrays.files):
-                return None, has_images
-            mean, covariance = (np.asarray(arrays[name], np.float64) for name in ('mu', 'sigma'))
+            names = set(arrays.files)
+            pairs = [pair if set(pair) <= names else None for pair in (('mu', 'sigma'), ('mu_s', 'sigma_s'))]
+            plain, spatial = (pair and _moments(path, arrays, *pair) for pair in pairs)
+            return plain, spatial if plain else None, 'arr_0' in names
+    except UserError:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f'{path}: cannot be read as an npz of images or of mu and sigma: {error}') from error
+
+
+def _moments(path: Path, arrays: Any, mu: str, sigma: str) -> Statistics:
+    mean, covariance = (np.asarray(arrays[name], np.float64) for name in (mu, sigma))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f'{path}: mu is {mean.shape} and sigma {covariance.shape}; they must be [D] and [D, D]')
+        raise UserError(f'{path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; they must be [D] and [D, D]')
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f'{path}: mu or sigma is not finite')
-    return Statistics(mean, covariance), has_images
+        raise UserError(f'{path}: {mu} or {sigma} is not finite')
+    return Statistics(mean, covariance)

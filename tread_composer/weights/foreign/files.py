@@ -109,10 +109,10 @@ def check_trained_as(layout: str, settings: Mapping[str, Any], path: str) -> Non
     Raises:
         UserError: The arguments of its training say so.
     """
-    different = {name: settings.get(name, needed) for name, needed in _SIT.items()} if layout == 'sit' else {}
-    for name, value in different.items():
-        if value != _SIT[name]:
+    for name, needed in _SIT.items() if layout == 'sit' else ():
+        value = settings.get(name, needed)
+        if value != needed:
             raise UserError(
-                f'{path}: was trained with --{name.replace("_", "-")} {value}; SiT's path Linear and prediction '
-                'velocity can be imported, whose equation this project samples. Sample it with the code of SiT'
+                f'{path}: was trained with --{name.replace("_", "-")} {value}; of SiT, the path Linear and the '
+                'prediction velocity can be imported, whose equation is sampled here. Sample it with the code of SiT'
             )
