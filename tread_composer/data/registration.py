@@ -1,7 +1,7 @@
 """Gives each data set a free number for streaming's shared memory: one job of a machine at a time.
 
-streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. It looks for the first free number of each
-name by itself and takes the largest of the nine. Where a job has just ended and another has just begun, the names have
+streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. By itself it looks for the first free number of each
+name and takes the largest of the nine. Where a job has just ended and another has just begun, the names have
 gaps at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock
 files of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
 Here a number is free only if all nine of its names are, and whoever creates ``locals``, which the kernel allows once,
@@ -16,8 +16,8 @@ as its job lives, so the next job can tell the dead from the living, and removes
 
 import contextlib
 import fcntl
-import itertools
 import os
+import secrets
 import time
 import weakref
 from collections.abc import Iterator
@@ -119,14 +119,23 @@ def _free_number(local: list[str], remote: list[str | None], retry: int) -> tupl
     fetched = {folder for folder, source in zip(local, remote, strict=True) if source is not None}
     for _ in range(retry):
         try:
-            return _lowest_free(local, fetched)
+            return _new_number(local, fetched)
         except ValueError:
             time.sleep(TICK)
-    return _lowest_free(local, fetched)
+    return _new_number(local, fetched)
 
 
-def _lowest_free(local: list[str], fetched: set[str]) -> tuple[int, SharedMemory]:
-    for number in itertools.count():
+def _new_number(local: list[str], fetched: set[str]) -> tuple[int, SharedMemory]:
+    """Drawn, so that it is none that a killed process had: Python's resource tracker removes its segments by name.
+
+    It may do so a moment after another process has seen that it is dead; had that one taken the number, its segments
+    would go, a third process would find the number free, and two runs would read each other's order of samples.
+    """
+    present = {int(path.name[:6]) for path in _SEGMENTS.glob(f'[0-9]*_{LOCALS}')}
+    for number in present:
+        _is_taken(number, fetched)
+    while True:
+        number = secrets.randbelow(10**6)
         if _is_taken(number, fetched):
             continue
         content = prefix._pack_locals(local, number)
@@ -136,7 +145,6 @@ def _lowest_free(local: list[str], fetched: set[str]) -> tuple[int, SharedMemory
             continue
         memory.buf[: len(content)] = content
         return number, memory
-    raise AssertionError
 
 
 def _is_taken(number: int, fetched: set[str]) -> bool:

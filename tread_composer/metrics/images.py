@@ -33,7 +33,7 @@ _NPZ_ARRAY = 'arr_0'  # the name that numpy gives an array saved without one: AD
 
 
 class ImageSet:
-    """Square images of one size: where they are, N and R; ``kind`` is ``'folder'``, ``'npy'``, ``'npz'`` or ``'mds'``."""
+    """Square images of one size: where they are, N, R; ``kind`` is ``'folder'``, ``'npy'``, ``'npz'`` or ``'mds'``."""
 
     is_lossy = False
     """Whether there are JPEGs among them: what those have lost moves a distance of features."""
