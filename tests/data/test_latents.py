@@ -251,6 +251,8 @@ def test_a_killed_run_does_not_keep_the_next_one_from_starting(split: Path, tmp_
     assert len(left) > 5
     assert exit_codes([start(read_all, local, remote, tmp_path / 'result')]) == [0]
     assert (tmp_path / 'result').read_text() == str(SAMPLES)
+    another = train_loader(split, batch_size=4)  # not under the killed one's number: its tracker may not be done
+    assert len(list(another)) == SAMPLES // 4
     assert not left & set(os.listdir('/dev/shm'))  # what the killed one left is gone
     assert of_living <= set(os.listdir('/dev/shm')) and len(list(living)) == SAMPLES // 4  # and nobody else's
     shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
