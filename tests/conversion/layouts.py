@@ -190,11 +190,11 @@ def write_webdataset(
     root: Path,
     splits: dict[str, Pictures],
     *,
-    labels: bool = True,
+    labels: str | None = 'cls',
     tars: int = 2,
     name: str = 'in1k-{split}-{number:04d}.tar',
 ) -> Path:
-    """Keys are the file names; labels in ``.cls``, beside facts of another kind, or nowhere."""
+    """Keys are the file names; labels in ``.cls``, beside facts of another kind, in ``.json``, or nowhere."""
     for split, images in splits.items():
         for number in range(tars):
             files = {}
@@ -202,8 +202,10 @@ def write_webdataset(
                 folder, _, file = path.partition('/')
                 files[file] = content
                 key, label = file.partition('.')[0], CLASSES.index(folder)
-                if labels:
+                if labels == 'cls':
                     files |= {f'{key}.cls': str(label).encode(), f'{key}.json': b'{"width": 3}'}
+                elif labels == 'json':
+                    files[f'{key}.json'] = json.dumps({'label': label, 'width': 3}).encode()
             write_tar(root / name.format(split={'val': 'validation'}.get(split, split), number=number), files)
     return root
 

@@ -88,6 +88,11 @@ def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, wor
     assert second.problem.startswith(f'train: {source.names[4]}: cannot be read')
 
 
+def test_too_little_shared_memory_is_said_before_the_bus_error(tmp_path):
+    with pytest.raises(UserError, match=r'/dev/shm has .* --shm-size'):
+        prepared_batches({}, [Batch('train', 0, list(range(10**6)))], pixels(tmp_path, 4096), workers=1)
+
+
 def test_progress_adds_up_the_ranks(tmp_path):
     lines: list[str] = []
     first, second = (

@@ -57,6 +57,7 @@ LAYOUTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     'zip deflated, wrapped': ('zip', _zip, {'prefix': 'a/b/', 'compression': zipfile.ZIP_DEFLATED}),
     'zip kaggle': ('zip', _kaggle, {'zipped': True}),
     'webdataset': ('webdataset tars', _webdataset, {}),
+    'webdataset json': ('webdataset tars', _webdataset, {'labels': 'json'}),
     'webdataset folders': ('webdataset tars', _webdataset, {'name': '{split}/{number:06d}.tar'}),
     'parquet': ('parquet files', _parquet, {}),
     'parquet in data': ('parquet files', _parquet, {'place': 'data'}),
@@ -123,7 +124,7 @@ def test_images_without_classes(tmp_path, splits, opened):
     paths = {
         'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
         'zip': write_zip(tmp_path / 'flat.zip', flat),
-        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=False),
+        'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
         'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
     }
     for layout, path in paths.items():

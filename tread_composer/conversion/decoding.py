@@ -14,6 +14,7 @@ from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources import Source
 from tread_composer.core.errors import UserError
+from tread_composer.io.shared_memory import check_shared_memory
 
 __all__ = ['Batch', 'Prepared', 'prepared_batches']
 
@@ -69,8 +70,15 @@ def prepared_batches(
     """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
 
     The encoder says how a sample is prepared, and for which device. ``workers`` are processes; 0 reads in this one.
+
+    Raises:
+        UserError: The shared memory cannot hold what the workers prepare.
     """
     workers = min(workers, len(batches))
+    if workers:
+        largest = max(len(batch.positions) for batch in batches)
+        needed = workers * _PREFETCH * largest * encoder.prepared_bytes
+        check_shared_memory(needed, 'lower --workers or --batch-size')
     return DataLoader(
         _Batches(sources, batches, encoder),
         batch_size=None,

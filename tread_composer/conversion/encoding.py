@@ -4,6 +4,7 @@ Legend: B samples, C channels of the latent (S stored channels: 2C for moments),
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources import Source, open_sources
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.data.columns import Kind, columns
+from tread_composer.data.columns import Kind, columns, stored_shape
 
 __all__ = ['Encoded', 'Encoder', 'ImageEncoder', 'KLEncoder', 'PixelEncoder', 'image_encoder']
 
@@ -48,6 +49,11 @@ class Encoder:
     def columns(self) -> dict[str, str]:
         """Names and encodings of a row, as the shards' writer wants them."""
         return columns(self.kind, self.latent_shape, self.mirrored)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Of one prepared sample, at the most: here its latents and those of its mirror image, float16."""
+        return 2 * 2 * math.prod(stored_shape(self.kind, self.latent_shape))
 
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """What is encoded: the source of each split; ``scratch`` is for copies that are removed at the end."""
@@ -93,6 +99,11 @@ class ImageEncoder(Encoder):
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '
             f'from {settings.resolution} x {settings.resolution} pixels'
         )
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Of one decoded image."""
+        return 3 * self.resolution**2
 
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """The images at ``settings.source``."""

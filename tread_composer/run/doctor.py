@@ -10,7 +10,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -21,13 +20,13 @@ from tread_composer.config import Config, check_files, check_machine
 from tread_composer.config.registry import resolve
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import check_writable
+from tread_composer.io.shared_memory import check_shared_memory
 from tread_composer.metrics.inception import check_weights, find_weights
 from tread_composer.run.plan import data_state, make_plan
 
 __all__ = ['check_run_machine', 'examine']
 
 _MIB, _GB = 2**20, 1e9
-_SHARED_MEMORY = Path('/dev/shm')
 _SEGMENTS_BYTES = 8 * _MIB  # streaming's own segments: nine for each data set, the largest with 1 MiB
 _PREFETCH = 2  # batches that a worker holds ready: torch's default
 _OPEN_FILES = 1024  # a run with two data sets and eight loading workers holds about 400
@@ -161,27 +160,12 @@ def _covers(architecture: str, major: int, minor: int) -> bool:
 
 
 def _shared_memory(config: Config | None, world_size: int) -> str:
-    """``/dev/shm``: streaming's segments and the batches of loading workers lie there.
-
-    Where it is too small, the kernel ends the process with a bare bus error.
-    """
-    if not _SHARED_MEMORY.is_dir():
-        return 'no /dev/shm on this system'
-    if not os.access(_SHARED_MEMORY, os.W_OK):
-        raise UserError('/dev/shm cannot be written to, and streaming keeps its state there; mount it writable')
+    """Streaming's segments and the batches of loading workers."""
     needed = _SEGMENTS_BYTES
     if config is not None:  # each rank has an equal share of the batch, and as many workers
         batch_bytes = config.global_train_batch_size // world_size * _sample_bytes(config)
         needed += batch_bytes * (config.data.num_workers or 0) * world_size * _PREFETCH
-    state = os.statvfs(_SHARED_MEMORY)
-    free = state.f_bavail * state.f_frsize
-    if free < needed:
-        raise UserError(
-            f'/dev/shm has {free / _MIB:,.1f} MiB free, and this run needs about {needed / _MIB:,.1f} MiB: start the '
-            f'container with --shm-size={max(1, round(2 * needed / 2**30))}g, remount it larger, or take fewer workers '
-            f'(data.num_workers)'
-        )
-    return f'/dev/shm has {free / _MIB:,.0f} MiB free, about {needed / _MIB:,.0f} MiB are needed'
+    return check_shared_memory(needed, 'take fewer workers (data.num_workers)')
 
 
 def _sample_bytes(config: Config) -> int:

@@ -1,7 +1,8 @@
-"""webdataset tars: ``key.jpg`` beside ``key.cls``, which is a number."""
+"""webdataset tars: ``key.jpg`` beside ``key.cls`` (a number) or ``key.json`` with a ``label``."""
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tread_composer.conversion.sources.base import (
@@ -21,6 +22,9 @@ from tread_composer.io.progress import Progress
 
 __all__ = ['open_webdataset', 'scan_tars']
 
+_LABELS = {'cls': 64, 'json': 2**20}
+"""Extensions of files that say the label, and how large these may be."""
+
 
 def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
     """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
@@ -29,7 +33,7 @@ def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequen
     unlabelled = [split for split, images in splits.items() if None in images.labels]
     if unlabelled and (request.class_names or len(unlabelled) < len(splits)):
         raise UserError(
-            f'{root}: {unlabelled[0]} has no labels (key.cls), but the other split or --class-names says '
+            f'{root}: {unlabelled[0]} has no labels (key.cls or key.json), but the other split or --class-names says '
             f'that there are classes. Give one split alone, or leave the names'
         )
     for split in unlabelled:
@@ -78,7 +82,7 @@ def scan_tars(
                 stem, _, extension = member.parts[-1].partition('.')  # webdataset: a key ends at the first dot
                 key = '/'.join((*member.parts[:-1], stem))
                 kind = 'sample' if is_sample(extension) else extension.lower()
-                if is_litter(member.parts) or kind not in ('sample', 'cls'):
+                if is_litter(member.parts) or kind not in ('sample', *_LABELS):
                     if ignored is None:
                         raise UserError(f'{path}: member {"/".join(member.parts)!r} does not belong to this layout')
                     ignored.add(member.parts)
@@ -89,7 +93,7 @@ def scan_tars(
                     raise UserError(f'{path}: key {key!r} has a label and no sample. Get the tar anew')
                 if kind == 'sample':
                     samples.names.append('/'.join(member.parts))
-                    samples.labels.append(_label(archive, key, members.get((key, 'cls'))))  # type: ignore[arg-type]
+                    samples.labels.append(_label(archive, key, members))  # type: ignore[arg-type]
                     samples.places.append((number, member.offset, member.size))
     if not samples.names:
         raise UserError(f'{root}: {tars[0].name} and the like hold no sample; {samples.ignored}')
@@ -100,14 +104,19 @@ def scan_tars(
     return samples
 
 
-def _label(archive: Archive, key: str, member: Member | None) -> int | None:
-    if member is None:
-        return None
-    text = archive.read(member.offset, min(member.size, 64))
-    try:
-        label = int(text)
-    except ValueError:
-        label = None
-    if label is None or abs(label) > 2**31 or member.size > 64:
-        raise UserError(f'{archive.path}: the label of {key!r} in its .cls is {text!r:.60}, not a whole number')
-    return label
+def _label(archive: Archive, key: str, members: Mapping[tuple[str, str], Member]) -> int | None:
+    for kind, limit in _LABELS.items():  # .cls first: it says nothing else
+        member = members.get((key, kind))
+        if member is None:
+            continue
+        text = archive.read(member.offset, min(member.size, limit))
+        try:
+            label = int(text) if kind == 'cls' else json.loads(text).get('label')
+        except (ValueError, AttributeError, RecursionError):
+            label = text
+        if label is None:
+            continue  # json without a label: other facts about the image
+        if type(label) is not int or abs(label) > 2**31 or member.size > limit:
+            raise UserError(f'{archive.path}: the label of {key!r} in its .{kind} is {label!r:.60}, not a whole number')
+        return label
+    return None
