@@ -33,7 +33,7 @@ def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /)
     an Euler step, and there are ``2 n - 1``.
     """
     del noise
-    x = x_BCHW.double()
+    x = x_BCHW.double()  # float64, as in `euler`
     for time, next_time in pairwise(times.double()):
         x = heun_step(equation, x, time, next_time)
     return x

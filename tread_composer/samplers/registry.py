@@ -56,6 +56,7 @@ def sampler_facts(name: str, objective: Any) -> dict[str, Any]:
 
     Numbers of before 0.2, whose last step was Euler's in flow matching too, have no ``corrected_at_zero``.
     """
+    # Only where it applies: what samples as it did before has the protocol that it had.
     corrected = getattr(objective, 'drift_at_zero', False) and getattr(sampler_named(name), 'corrects', False)
     return {'corrected_at_zero': True} if corrected else {}
 
