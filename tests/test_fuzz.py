@@ -173,7 +173,7 @@ def test_any_manifest(folder, path, value):
 def test_any_index(folder, path, value):
     (folder / 'index.json').write_text(json.dumps(replaced(INDEX, path, value)))
     shards = refused_in_words(folder / 'index.json', read_index) or ()
-    assert all(shard.path.parent == folder and shard.samples > 0 for shard in shards)
+    assert all(folder in shard.path.parents and '..' not in shard.path.parts and shard.samples > 0 for shard in shards)
 
 
 @given(content=st.binary(max_size=200))

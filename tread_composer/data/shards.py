@@ -19,17 +19,17 @@ from tread_composer.core.errors import UserError
 __all__ = ['Shard', 'file_faults', 'read_index']
 
 
-def _plain_name(name: str) -> str:
+def _within(name: str) -> str:
     # An index may come from elsewhere, and shards are fetched to the places that it names.
-    if name in ('', '.', '..') or any(character in name for character in '/\\\0'):
-        raise ValueError('is no plain file name, and shards lie in the folder of their index')
+    if {'', '.', '..'} & set(name.split('/')) or '\\' in name or '\0' in name:
+        raise ValueError('leads out of the folder of the index, where shards lie')
     return name
 
 
 class _File(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    basename: Annotated[str, AfterValidator(_plain_name)]
+    basename: Annotated[str, AfterValidator(_within)]
     bytes: Annotated[int, Field(ge=1)]
     hashes: dict[str, str]
 
