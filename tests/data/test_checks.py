@@ -43,7 +43,10 @@ def test_an_index_that_is_broken_or_absent_is_named(split: Path, manifest: Manif
     (split / 'index.json').unlink()
     if content is not None:
         (split / 'index.json').write_text(content)
-    with pytest.raises(ValueError, match=r'index\.json: ' + ('no such file' if content is None else 'empty or broken|shard 0: format: ')):
+    with pytest.raises(
+        ValueError,
+        match=r'index\.json: ' + ('no such file' if content is None else 'empty or broken|shard 0: format: '),
+    ):
         check_shards(split, manifest)
 
 

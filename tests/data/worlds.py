@@ -16,6 +16,7 @@ from tread_composer.data.digits import prepare_digits
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
 
+
 def register_together(local: Path, moment: float, times: int, temporary: Path | None = None) -> None:
     """Build data sets from one moment on, as a run does that was started beside others; may have its own TMPDIR."""
     torch.set_num_threads(1)

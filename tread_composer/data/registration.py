@@ -1,17 +1,17 @@
 """Gives each data set a free number for streaming's shared memory: one job of a machine at a time.
 
-streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. By itself it looks for the first free number of each
-name and takes the largest of the nine. Where a job has just ended and another has just begun, the names have
-gaps at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock
-files of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
+streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. By itself it looks for the first free number of
+each name and takes the largest of the nine. Where a job has just ended and another has just begun, the names have gaps
+at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock files
+of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
 Here a number is free only if all nine of its names are, and whoever creates ``locals``, which the kernel allows once,
 has it; a number that another job takes in between is passed over.
 
 streaming does both steps on every rank, with barriers of the whole job in between; a lock around them would make two
 jobs wait for each other for ever. So the first rank of each node takes the number and tells the others.
 
-A job that is killed leaves its segments behind. Each number of ours has a file beside its segments that is locked as long
-as its job lives, so the next job can tell the dead from the living, and removes what is theirs.
+A job that is killed leaves its segments behind. Each number of ours has a file beside its segments that is locked as
+long as its job lives, so the next job can tell the dead from the living, and removes what is theirs.
 """
 
 import contextlib

@@ -82,7 +82,7 @@ def read_index(folder: Path) -> list[Shard]:
     """The shards of a split, in order.
 
     Raises:
-        UserError: ``index.json`` is missing, broken or of another format than MDS, or names a file outside of the folder.
+        UserError: ``index.json`` is missing, broken or of another format than MDS, or names a file elsewhere.
     """
     path = folder / 'index.json'
     shards: list[Shard] = []
@@ -94,7 +94,9 @@ def read_index(folder: Path) -> list[Shard]:
             shards.append(Shard(folder, begin, MDSReader.from_json(str(folder), None, entry)))
             begin += shards[-1].samples
     except FileNotFoundError as error:
-        raise UserError(f'{path}: no such file, so this is no finished data set; give the folder of one split') from error
+        raise UserError(
+            f'{path}: no such file, so this is no finished data set; give the folder of one split'
+        ) from error
     except ValidationError as error:
         fault = error.errors()[0]
         text = f'{".".join(map(str, fault["loc"]))}: {fault["input"]!r}: {fault["msg"].removeprefix("Value error, ")}'
