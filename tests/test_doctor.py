@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.runs import ROOT, command, environment, launch
+from tests.runs import ROOT, SMALL, command, environment, launch
 from tests.warm import may_have_namespaces, own_namespaces, start_program
 from tread_composer.cli import main
 
@@ -64,6 +64,21 @@ def test_faults_of_a_machine_are_named_with_their_cure(tmp_path, fault, name, cu
     verdict, text = lines(outputs[0].read_text())[name]
     assert (process.exitcode, verdict) == (2, 'FAULT') and cure in text
     assert '1 fault, each with its cure above' in outputs[1].read_text()
+
+
+@pytest.mark.skipif(not may_have_namespaces(), reason='needs namespaces of its own, which are refused here')
+@pytest.mark.parametrize(('folder', 'size'), [('data', '100k'), ('runs', '1500k')])
+def test_a_disk_that_fills_ends_a_run_in_words(tmp_path, folder, size):
+    """Checkpoints have tests of their own; here it is the digits, or MLflow's store and the pictures."""
+    (tmp_path / folder).mkdir()
+    outputs = [tmp_path / 'out', tmp_path / 'err']
+    before = functools.partial(own_namespaces, f'mount -t tmpfs -o size={size} tmpfs {tmp_path / folder}')
+    grid = 'callbacks.sample_grid={interval: 1ba, num_steps: 2, weights: raw}'
+    words = command(DIGITS, *SMALL, grid, 'save_interval=1ba', 'max_duration=3ba')
+    process = start_program(words[1:], tmp_path, environment(), outputs, before)
+    process.join()
+    text = outputs[1].read_text()
+    assert process.exitcode == 2 and 'Traceback' not in text and 'make room' in text, text
 
 
 def test_a_port_that_is_taken(monkeypatch, capsys):

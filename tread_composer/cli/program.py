@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 the input is at fault (one message on each node, no traceback); 1 a fault of ours (traceback).
 """
 
+import errno
 import inspect
 import itertools
 import os
@@ -37,7 +38,12 @@ def run_program(
         return code or 0
     except UserError as error:
         return refused(error)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f'the disk is full ({error}). What is finished is kept: make room, then run the same command again'
+            return refused(UserError(text))
+        if not isinstance(error, BrokenPipeError):
+            raise
         if words is not None or not _is_unread(sys.stdout.fileno()):
             raise
         # The reader has enough: `plan x.yaml | head`.
