@@ -1,15 +1,7 @@
 """The base of the backbones: latents as tokens in, the same prediction out; a backbone adds its blocks.
 
 What stands here is the published DiT (arXiv 2212.09748, section 3): a grid of patches with fixed sin-cos positions, one
-vector of time and label for all blocks, a head that gives patches back. A backbone says what is its own:
-
-- ``block_class``: the unit that FSDP gathers and that activation checkpointing recomputes;
-- ``token_arguments`` and ``block_inputs``: the arguments of its blocks beside tokens and condition;
-- ``presets``: its published sizes by name;
-- ``attentions``: the implementations of attention that its blocks can run on, none where they have no attention.
-
-Its file and one line in ``tread_composer.models.BACKBONES`` are all that it costs: its section of a configuration is
-made from its constructor. Nothing here knows of routing or of Composer.
+vector of time and label for all blocks, a head that gives patches back. Nothing here knows of routing or of Composer.
 
 Shapes: B samples, C latent channels, D width, O output channels, H x W latent pixels, N tokens of a grid of h x w, p
 patch size.
@@ -31,7 +23,8 @@ class LatentTransformer(nn.Module):
     """Noisy latents, their noise level and labels to a prediction of the latents' shape.
 
     A subclass passes its own arguments on, adds ``blocks`` (``nn.ModuleList``) and ``final_layer``, and calls
-    ``initialise(self)``. Its blocks are called as ``block(x_BND, condition_BD, *inputs)``.
+    ``initialise(self)``. Its blocks are called as ``block(x_BND, condition_BD, *inputs)``. Its file and one line in
+    ``tread_composer.models.BACKBONES`` are all that it costs: its constructor is its section of a configuration.
 
     Args:
         latent_size: Height and width of the latents in training, H = W.
@@ -48,15 +41,11 @@ class LatentTransformer(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
-    block_class: ClassVar[type[nn.Module]]
-    """What ``blocks`` holds."""
-    token_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+    block_class: ClassVar[type[nn.Module]]  # of `blocks`: what FSDP gathers and activation checkpointing recomputes
+    token_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of a block that belong to its tokens, [B, N, ...]
+    # Published sizes by name, as constructor arguments; all of them decide the same arguments.
     presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    """Published sizes by name, as constructor arguments; all of them decide the same arguments."""
-    attentions: ClassVar[tuple[str, ...]] = ()
-    """What the setting ``attention`` may be."""
-
+    attentions: ClassVar[tuple[str, ...]] = ()  # what the setting `attention` may be; none where blocks have none
     blocks: nn.ModuleList
     final_layer: nn.Module
 
@@ -117,11 +106,7 @@ class LatentTransformer(nn.Module):
         return ((),)
 
     def condition(self, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
-        """Time and label for the blocks: ``[B, D]``.
-
-        Raises:
-            ValueError: Labels are missing.
-        """
+        """Time and label for the blocks: ``[B, D]``. Without labels, where it has classes, a ``ValueError``."""
         c = self.t_embedder(t_B)
         if self.num_classes:
             if labels_B is None:
@@ -153,18 +138,12 @@ class LatentTransformer(nn.Module):
         return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
 
     def use_attention(
-        self,
-        name: str,
-        device: torch.device,
-        *,
-        dtypes: Sequence[torch.dtype] = (torch.float32,),
-        training: bool = True,
+        self, name: str, device: torch.device, *, dtypes: Sequence[torch.dtype] = (torch.float32,), training: bool = True
     ) -> str:
         """Compute attention otherwise from now on. Weights, their names and, up to rounding, results stay the same.
 
         To be called before compilation; probes on the device (``choose_attention``) and returns one line that says what
-        runs. A network starts with ``'sdpa'``. ``dtypes`` are what its attention will run in: that of autocast, and
-        that of the weights where there is none.
+        runs. ``dtypes`` are what its attention will run in: that of autocast, or that of the weights without.
 
         Raises:
             ValueError: The network has no such attention.

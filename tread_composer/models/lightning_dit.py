@@ -19,7 +19,7 @@ from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
-from tread_composer.models.layers import Attention, RMSNorm, modulate
+from tread_composer.models.layers import Attention, RMSNorm, check_rows, modulate
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'SwiGLU', 'rotary_table', 'rotate']
 
@@ -97,21 +97,10 @@ class LightningDiTBlock(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor, rope: Tensor) -> Tensor:
         """Tokens ``[B, N, D]``, for any N and in any order, to tokens of the same shape.
 
-        Args:
-            x_BND: Tokens.
-            condition_BD: Times and labels.
-            rope: Rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``.
-
-        Raises:
-            ValueError: ``rope`` is of other tokens than ``x_BND``, as far as its shape shows.
+        ``rope`` are the rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``; of other tokens, as far as
+        its shape shows, it is a ``ValueError``.
         """
-        if rope.shape[:2] != x_BND.shape[:2]:
-            raise ValueError(
-                f'rope: the rotary table is of {rope.shape[0]} samples x {rope.shape[1]} tokens, the block got '
-                f'{x_BND.shape[0]} x {x_BND.shape[1]}. Whoever takes tokens out must take their rows of the table '
-                "along: Tread and apply_tread do with token_arguments=('rope',), YAML: algorithms.tread."
-                'token_arguments: [rope]'
-            )
+        check_rows('rope', rope, x_BND)
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         x_BND = x_BND + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import Call, RoutingError, bare, kind, tensors_in
+from tread_composer.routing.arguments import FAILURES, Call, RoutingError, bare, kind, tensors_in
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
 from tread_composer.routing.taps import Slot
 
 __all__ = ['calls_of', 'in_float32']
-
-# What torch, a model's own checks and Python raise on a tensor of an unexpected shape.
-_FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
 
 
 def calls_of(
@@ -112,12 +109,11 @@ class _StandIn:
                 arguments = functools.partial(route.reduced, *original, starts=starts)
                 route.probe.check(self.index, self.block, self.call, arguments)
             out = self.call(*reduced[0], **reduced[1])
-        except _FAILURES as error:
+        except FAILURES as error:
             kept, total = route.counts
             if kept == total or _speaks_for_itself(error):  # with all tokens kept, it has nothing to do with the route
                 raise
-            values = self._named(reduced)
-            full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, total)]
+            full = self._of_length(total, reduced)
             hint = f' Arguments that still have {total} entries: {", ".join(full)}.' if full else ''
             raise RoutingError(
                 f'{name} failed on {kept} of {total} tokens: {error}\n'
@@ -135,14 +131,11 @@ class _StandIn:
         """The call; where it fails on something of a route's length, the error says so."""
         try:
             return self.call(*args, **kwargs)
-        except _FAILURES as error:
-            counts = [route.counts for route in self.passed if route.kept is not None]  # K and N
-            short = {
-                f'{argument!r} ({kind(value)})': None
-                for kept, total in counts
-                for argument, value in self._named((args, kwargs))
-                if kept != total and _has_length(value, kept) and not _has_length(value, total)
-            }
+        except FAILURES as error:
+            short: list[str] = []
+            for kept, total in [route.counts for route in self.passed if route.kept is not None]:
+                full = self._of_length(total, (args, kwargs))  # of them all where nothing was skipped
+                short += [text for text in self._of_length(kept, (args, kwargs)) if text not in [*full, *short]]
             if not short or _speaks_for_itself(error):
                 raise
             raise RoutingError(
@@ -163,22 +156,20 @@ class _StandIn:
                 "activation_checkpointing, or torch's checkpoint_wrapper around each block"
             )
 
-    def _named(self, call: Call) -> list[tuple[str, Any]]:
-        """The arguments of a call with their names; what ``*args`` takes has none but its number."""
+    def _of_length(self, length: int, call: Call) -> list[str]:
+        """The arguments of a call that hold a tensor of this length, in words; those of ``*args`` by their numbers."""
         args, kwargs = call
         parameters = inspect.signature(bare(self.block).forward).parameters.values()
         names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
         names += [f'argument {index}' for index in range(len(names), len(args))]
-        return [*zip(names, args, strict=False), *kwargs.items()]
+        values = [*zip(names, args, strict=False), *kwargs.items()]
+        lengths = {name: [size for tensor in tensors_in(value) for size in tensor.shape] for name, value in values}
+        return [f'{name!r} ({kind(value)})' for name, value in values if length in lengths[name]]
 
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether an error has no need of an explanation: ours, or the one that Composer reads to try a smaller batch."""
     return isinstance(error, RoutingError) or 'out of memory' in str(error)
-
-
-def _has_length(value: Any, length: int) -> bool:
-    return any(length in tensor.shape for tensor in tensors_in(value))
 
 
 def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:

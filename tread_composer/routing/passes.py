@@ -48,17 +48,16 @@ class Pass:
         training: bool,
         probed: bool,
     ) -> None:
-        self.settings, self.stretch, self.ids_of = settings, stretch, ids
+        self.settings, self.stretch, self.ids_of, self.probed = settings, stretch, ids, probed
         self.start, self.end = span  # a slice of the list may end within the stretch
         self.kept: Tensor | None = None
         # What only an eager forward can do, and only training needs.
         self.watched = training and not torch.compiler.is_compiling()
-        self.probed = probed
         self.probe: Probe | None = None
 
     @property
     def ids(self) -> Tensor:
-        """The kept ids ``[B, K]``, or ``[1, K]``; the first block of the route has asked for them."""
+        """The kept ids ``[B, K]``, or ``[1, K]``, since the first block of the route."""
         assert self.kept is not None
         return self.kept
 
@@ -81,10 +80,10 @@ class Pass:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
         x = self.settings.tokens.value(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3:
-            name, path = self.settings.tokens.name, self.settings.path
             raise RoutingError(
-                f'{path}: the argument {name!r} should hold tokens [B, N, D], the block got {kind(x)}. Tokens cannot '
-                'be dropped from a [B, H, W, D] grid. Use tokens= to select another argument'
+                f'{self.settings.path}: the argument {self.settings.tokens.name!r} should hold tokens [B, N, D], the '
+                f'block got {kind(x)}. Tokens cannot be dropped from a [B, H, W, D] grid. Use tokens= to select another '
+                'argument'
             )
         self.full: Tensor = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
