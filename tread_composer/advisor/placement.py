@@ -8,7 +8,7 @@ is behind the embedding, depth k behind block k - 1. A route over the blocks ``s
 import contextlib
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class RouteAdvice:
     route: Route | None  # None where there are too few blocks for one
     rule: Literal['authors', 'scaled', 'none']  # TREAD's, ours
     reasons: tuple[str, ...]  # a sentence each
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `Tread`: of the list, and what its owner declares
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `Tread`, of a list that was looked at
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -99,16 +99,10 @@ def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
         reasons.append(f'the model is routed already (blocks {spans}); another route needs a fresh copy')
     arguments: dict[str, Any] = {}
     if advice.route is not None:
-        arguments = {name: getattr(advice.route, name) for name in ('start', 'end', 'selection_rate')}
-        arguments['blocks'] = path
+        arguments = {**asdict(advice.route), 'blocks': path}
         with contextlib.suppress(ValueError):  # it needs no name where it is found without
             find_blocks(model)
             del arguments['blocks']
-        owner = model.get_submodule(path.rpartition('.')[0])
-        declared = tuple(getattr(owner, 'token_arguments', ()))
-        if declared:
-            arguments['token_arguments'] = declared
-            reasons.append(f'token_arguments={declared!r}: declared by the model')
     return replace(advice, reasons=tuple(reasons), arguments=arguments)
 
 

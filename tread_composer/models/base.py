@@ -46,6 +46,7 @@ class LatentTransformer(nn.Module):
     # Published sizes by name, as constructor arguments; all of them decide the same arguments.
     presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     attentions: ClassVar[tuple[str, ...]] = ()  # what the setting `attention` may be; none where blocks have none
+    any_grid: ClassVar[bool] = True  # takes latents of any size that patches tile, not that of training alone
     blocks: nn.ModuleList
     final_layer: nn.Module
 
@@ -86,7 +87,7 @@ class LatentTransformer(nn.Module):
             labels_B: Class ids, int64, ``0 .. num_classes`` (see ``LabelEmbedder``). Ignored without classes.
 
         Raises:
-            ValueError: The latents are not such as the model takes (``grid_of``), or labels are missing.
+            ValueError: The latents are of another shape than the model takes, or labels are missing.
         """
         grid = self.grid_of(x_BCHW)
         x = self.x_embedder(x_BCHW) + self.positions(grid)  # [B, N, D], raster order
@@ -115,18 +116,14 @@ class LatentTransformer(nn.Module):
         return c
 
     def grid_of(self, x_BCHW: Tensor) -> tuple[int, int]:
-        """``(h, w)`` of the patches of these latents, which may have another size than those of training.
-
-        Raises:
-            ValueError: They have other channels, or patches do not tile them.
-        """
-        channels, height, width = x_BCHW.shape[1:]
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f'this {type(self).__name__} was made for latents [B, {self.in_channels}, H, W] with H and W divisible '
-                f'by {self.patch_size}, got {list(x_BCHW.shape)}'
-            )
-        return height // self.patch_size, width // self.patch_size
+        """``(h, w)`` of the patches of these latents; ``ValueError`` for latents that the model does not take."""
+        (channels, height, width), side, p = x_BCHW.shape[1:], self.latent_size, self.patch_size
+        fits = height % p == width % p == 0 if self.any_grid else (height, width) == (side, side)
+        if channels != self.in_channels or not fits:
+            shape = f'H, W] with H and W divisible by {p}' if self.any_grid else f'{side}, {side}]'
+            name = type(self).__name__
+            raise ValueError(f'this {name} was made for latents [B, {self.in_channels}, {shape}, got {list(x_BCHW.shape)}')
+        return height // p, width // p
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
@@ -190,10 +187,7 @@ class LatentTransformer(nn.Module):
 def size_table(
     sizes: Mapping[str, tuple[int, ...]], names: Sequence[str], patch_sizes: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """Presets ``'<size>/<patch size>'`` as constructor arguments: each row of the published table at each patch size.
-
-    ``names`` are the arguments that the columns of ``sizes`` stand for.
-    """
+    """Presets ``'<size>/<patch size>'``: each row of a published table, whose columns are ``names``, at each patch size."""
     return {
         f'{size}/{patch_size}': {'patch_size': patch_size, **dict(zip(names, row, strict=True))}
         for size, row in sizes.items()
@@ -202,11 +196,7 @@ def size_table(
 
 
 def initialise(network: nn.Module) -> None:
-    """DiT's start: every block is the identity and the prediction is 0 (adaLN-Zero).
-
-    Args:
-        network: With the parts' names of a DiT. What is no linear layer, convolution or embedding stays as it is.
-    """
+    """DiT's start for a network with its parts' names: every block is the identity, the prediction 0 (adaLN-Zero)."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             # Gates, shifts and scales of 0: each block is the identity. A head of 0: the prediction is 0.
@@ -226,10 +216,7 @@ def initialise(network: nn.Module) -> None:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int, channels: int) -> Tensor:
-    """Patches ``[B, h * w, p * p * O]``, in raster order, channel fastest, to ``[B, O, h * p, w * p]``.
-
-    ``grid`` is h and w.
-    """
+    """Patches ``[B, h * w, p * p * O]``, in raster order, channel fastest, to ``[B, O, h * p, w * p]``."""
     x = patches.unflatten(2, (patch_size, patch_size, channels)).unflatten(1, grid)  # [B, h, w, p, p, O]
     # [B, O, h, p, w, p]: a row of pixels is a row of patches and a row within them.
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from tread_composer.models.attention import Attend, sdpa
 
 __all__ = [
-    'Attention',
-    'LabelEmbedder',
-    'Mlp',
-    'PatchEmbed',
-    'RMSNorm',
-    'TimestepEmbedder',
-    'check_rows',
-    'modulate',
+    'Attention', 'LabelEmbedder', 'Mlp', 'PatchEmbed', 'RMSNorm', 'TimestepEmbedder', 'check_rows', 'modulate',
     'sincos_positions',
-]
+]  # fmt: skip
 
 _MAX_PERIOD = 10000.0
 

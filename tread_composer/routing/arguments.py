@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tread_composer.routing.tokens import take_along
 
-__all__ = ['Argument', 'Call', 'RoutingError', 'TokenArgument', 'TokenArguments', 'parse_token_arguments']
+__all__ = [
+    'Argument', 'Call', 'ListSettings', 'RoutingError', 'TokenArgument', 'TokenArguments', 'parse_token_arguments'
+]  # fmt: skip
 
 # What torch, a model's own checks and Python raise on a tensor of an unexpected shape.
 FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
@@ -145,6 +147,18 @@ class TokenArgument:
 
     def _fault(self, text: str) -> RoutingError:
         return RoutingError(f'token argument {self.argument.name!r}: {text}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ListSettings:
+    """How the blocks of one list take and return their tokens."""
+
+    path: str  # dotted name of the list within the model
+    depth: int  # number of its blocks
+    tokens: Argument  # carries the tokens [B, N, D]
+    tokens_out: int | None  # position of the tokens in a block's tuple output; None where the output is a tensor
+    token_arguments: tuple[TokenArgument, ...]  # further arguments with one entry per token
+    always_keep: tuple[int, int]  # number of leading and of trailing tokens that never skip
 
 
 def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared: bool) -> tuple[TokenArgument, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import FAILURES, Call, RoutingError, bare, kind, tensors_in
+from tread_composer.routing.arguments import FAILURES, Call, RoutingError, bare, kind, output_tokens, tensors_in
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
 from tread_composer.routing.taps import Slot
@@ -29,7 +29,7 @@ def calls_of(
     """One callable for each block: the block itself wherever nothing is to be done.
 
     ``offset`` is the number of ``blocks[0]`` within the list. By such numbers, ``passes`` has the pass through a block,
-    and ``float32`` the blocks that run without autocast; ``slots`` are where to leave what blocks return.
+    and ``float32`` the blocks that run without autocast.
     """
     calls: list[Callable[..., Any]] = []
     passed: tuple[Pass, ...] = ()
@@ -87,15 +87,16 @@ class _StandIn:
         else:
             out = self.call(*reduced[0], **reduced[1])
         for slot in self.slots:
-            slot.put(route.tokens_of(out), route.ids)  # [B, K, D]: what the block itself returned
+            # [B, K, D], what the block itself returned; a tap from before the route does not know where it is.
+            slot.put(output_tokens(out, route.settings.tokens_out), route.ids)
         return route.leave(out) if self.index == route.end else out  # [B, N, D] behind the last block
 
     def _off_route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.slots:
             self._refuse_reentrant(f'block {self.index}')
         out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
-        for slot in self.slots:
-            slot.put(out, None)  # all tokens
+        for slot in self.slots:  # of all tokens
+            slot.put(out, None)
         return out
 
     def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
@@ -124,7 +125,7 @@ class _StandIn:
                 'the route'
             ) from error
         if route.probe is not None:
-            route.probe.note(route.tokens_of(out))
+            route.probe.note(output_tokens(out, route.settings.tokens_out))
         return out
 
     def _behind_routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

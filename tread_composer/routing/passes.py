@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tread_composer.routing.arguments import Call, RoutingError, kind, output_tokens
+from tread_composer.routing.arguments import Call, ListSettings, RoutingError, kind, output_tokens
 from tread_composer.routing.probe import PROBED_FORWARDS, Probe
-from tread_composer.routing.settings import ListSettings
 from tread_composer.routing.tokens import put_back, take_kept
 
 __all__ = ['Pass', 'Stretch']
@@ -22,7 +21,7 @@ __all__ = ['Pass', 'Stretch']
 
 @dataclasses.dataclass(eq=False)
 class Stretch:
-    """The part of a route that lies in one block list, and what forward passes along it have shown so far."""
+    """The part of a route that lies in one block list, and what forward passes along it have shown."""
 
     route: int  # its number
     start: int  # first block, counted within the list
@@ -115,13 +114,10 @@ class Pass:
                 args, kwargs = follower.argument.replaced(args, kwargs, value)
         return args, kwargs
 
-    def tokens_of(self, out: Any) -> Tensor:
-        """The tokens in a block's output."""
-        return output_tokens(out, self.settings.tokens_out)
-
     def leave(self, out: Any) -> Any:
         """The last block's output with the kept tokens back in the full sequence."""
-        position, x, kept = self.settings.tokens_out, self.tokens_of(out), self.ids.expand(len(self.full), -1)
+        position, kept = self.settings.tokens_out, self.ids.expand(len(self.full), -1)
+        x = output_tokens(out, position)
         if x.shape[1] != kept.shape[1]:  # costs nothing when compiled: shapes are known while tracing
             raise RoutingError(
                 f'{self.settings.path}: {kept.shape[1]} tokens went onto the route and {x.shape[1]} came off it, so '
@@ -133,7 +129,7 @@ class Pass:
             self._end_probe(self.probe, restored)
         if isinstance(out, Tensor):
             return restored
-        assert position is not None  # tokens_of refuses a tuple without one
+        assert position is not None  # output_tokens refuses a tuple without one
         return (*out[:position], restored, *out[position + 1 :])
 
     def _end_probe(self, probe: Probe, restored: Tensor) -> None:
@@ -142,7 +138,7 @@ class Pass:
         probe.end(restored)
         if probe.hooks and self.stretch.forwards == 1:
             kept, total = self.counts
-            hooks = '; '.join(f'{name} on {len(blocks)} of them' for name, blocks in probe.hooks.items())
+            hooks = '; '.join(f'{name} on {count} of them' for name, count in sorted(probe.hooks.items()))
             warnings.warn(
                 f'{self.settings.path}: blocks of the route have hooks, which see {kept} of {total} tokens ({hooks}). '
                 'tap_blocks hands out what a block returned together with the ids of the kept tokens',
