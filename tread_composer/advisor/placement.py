@@ -89,8 +89,6 @@ def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
         ValueError: The list is not found (the message names the candidates), or is empty.
     """
     path, block_list = find_blocks(model, blocks)
-    if not len(block_list):
-        raise ValueError(f'blocks: {path!r} is empty; name a list of blocks')
     advice = recommended_route(len(block_list))
     reasons = [f'{path or "the model itself"}: {advice.depth} blocks', *advice.reasons]
     routing = routing_of(model)

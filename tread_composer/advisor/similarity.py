@@ -57,8 +57,6 @@ def token_similarity(
             they should be, change their shape on the way, or are not finite; or there was no call.
     """
     _, container = find_blocks(model, blocks)
-    if not len(container):
-        raise ValueError(f'blocks: {blocks!r} is empty; name a list that has blocks')
     block_list = [container[index] for index in range(len(container))]  # not by iterating: that may yield a route
     total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
     count, num_tokens = 0, 0

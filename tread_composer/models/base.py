@@ -121,8 +121,10 @@ class LatentTransformer(nn.Module):
         fits = height % p == width % p == 0 if self.any_grid else (height, width) == (side, side)
         if channels != self.in_channels or not fits:
             shape = f'H, W] with H and W divisible by {p}' if self.any_grid else f'{side}, {side}]'
-            name = type(self).__name__
-            raise ValueError(f'this {name} was made for latents [B, {self.in_channels}, {shape}, got {list(x_BCHW.shape)}')
+            raise ValueError(
+                f'this {type(self).__name__} was made for latents [B, {self.in_channels}, {shape}, got '
+                f'{list(x_BCHW.shape)}'
+            )
         return height // p, width // p
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
@@ -135,7 +137,12 @@ class LatentTransformer(nn.Module):
         return square[: grid[0], : grid[1]].reshape(1, -1, self.hidden_size).to(self.pos_embed)
 
     def use_attention(
-        self, name: str, device: torch.device, *, dtypes: Sequence[torch.dtype] = (torch.float32,), training: bool = True
+        self,
+        name: str,
+        device: torch.device,
+        *,
+        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        training: bool = True,
     ) -> str:
         """Compute attention otherwise from now on. Weights, their names and, up to rounding, results stay the same.
 
@@ -187,7 +194,7 @@ class LatentTransformer(nn.Module):
 def size_table(
     sizes: Mapping[str, tuple[int, ...]], names: Sequence[str], patch_sizes: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """Presets ``'<size>/<patch size>'``: each row of a published table, whose columns are ``names``, at each patch size."""
+    """Presets ``'<size>/<patch size>'``: each row of a published table with columns ``names``, at each patch size."""
     return {
         f'{size}/{patch_size}': {'patch_size': patch_size, **dict(zip(names, row, strict=True))}
         for size, row in sizes.items()

@@ -76,9 +76,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, sinusoid_size: int = 256) -> None:
         super().__init__()
         self.sinusoid_size = sinusoid_size
-        self.mlp = nn.Sequential(
-            nn.Linear(sinusoid_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(sinusoid_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """See the class."""

@@ -204,8 +204,8 @@ def _parsed(name: str, written: Any, block: nn.Module) -> TokenArgument:
         if isinstance(count, str) and name != 'without_first':
             options[name] = find_argument(block, count, f'{setting}: {name}')
         elif type(count) is not int or count < 0:  # by type: True is an int
-            rule = 'is not a number of tokens' if name == 'without_first' else "is neither a count nor an argument's name"
-            raise ValueError(f'{setting}: {name}: {count!r} {rule}')
+            alternative = '' if name == 'without_first' else " or an argument's name"
+            raise ValueError(f'{setting}: {name}: {count!r} is not a number of tokens{alternative}')
     members = options.get('members')
     if members is not None and (not isinstance(members, (list, tuple)) or not members):
         raise ValueError(f'{setting}: members: {members!r} is no list of places or keys')

@@ -56,8 +56,6 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
     """
     path, container = find_blocks(model, blocks)
     depth = len(container)
-    if depth == 0:
-        raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
     inner = (1, -2) if depth > 2 else (0, -1)  # all blocks but the first and the last, where others are left
     with evaluating(model):
         try:

@@ -81,8 +81,7 @@ class Pass:
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise RoutingError(
                 f'{self.settings.path}: the argument {self.settings.tokens.name!r} should hold tokens [B, N, D], the '
-                f'block got {kind(x)}. Tokens cannot be dropped from a [B, H, W, D] grid. Use tokens= to select another '
-                'argument'
+                f'block got {kind(x)}. Tokens cannot be dropped from a [B, H, W, D] grid. Use tokens= to select another'
             )
         self.full: Tensor = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when

@@ -37,7 +37,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
     ``nn.Sequential`` of at least two children of one class that have parameters.
 
     Raises:
-        ValueError: The path is wrong, or there is no candidate, or more than one.
+        ValueError: The path is wrong, the list is empty, or there is no candidate, or more than one.
     """
     kinds = (*ROUTED, *ROUTED.values())  # exactly these: a subclass may iterate in its own way
     if path is not None:
@@ -47,6 +47,8 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
             raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
         if type(container) not in kinds:
             raise ValueError(f'blocks: {path!r} is a {type(container).__name__}; a ModuleList or Sequential is needed')
+        if not len(container):  # type: ignore[arg-type]
+            raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
         return path, container  # type: ignore[return-value]
     candidates: dict[str, BlockList] = {}
     for name, module in model.named_modules():

@@ -25,7 +25,7 @@ def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
 
 
 def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
-    """How many of ``num_tokens`` stay: ``always_keep + free - int(free * selection_rate)``; ``ValueError`` if too few."""
+    """How many tokens stay: ``always_keep + free - int(free * selection_rate)``; ``ValueError`` for too few."""
     fixed = sum(both_ends(always_keep))
     free = num_tokens - fixed  # the rate is a share of the tokens that may skip
     if free < 0:

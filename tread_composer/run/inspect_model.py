@@ -29,7 +29,7 @@ def inspect_model(reference: str, blocks: str | None = None) -> FoundSettings:
     types = [type(part).__name__ for part in (pair if isinstance(pair, tuple) else [pair])]
     if len(types) != 2 or not isinstance(pair[0], nn.Module) or not callable(pair[1]):
         raise UserError(
-            f'{reference}: returns {", ".join(types)}; it must return a pair: the model, a torch.nn.Module, and run(model)'
+            f'{reference}: returns {", ".join(types)}; it must return a torch.nn.Module and run(model), a pair'
         )
     try:
         settings = find_settings(*pair, blocks=blocks)
