@@ -129,7 +129,7 @@ def _outline_routes(axes: Any, inspection: Inspection) -> None:
         squares.append((inspection.advice.span, f'proposed: blocks {{}} to {{}} ({rule})', 'white', 'dashed', 0.12))
     for (start, end), label, colour, style, wider in squares:
         low, side = start - 0.5 - wider, end - start + 2 + 2 * wider
-        outline = {'edgecolor': colour, 'linestyle': style, 'label': label.format(start, end)}
+        outline: dict[str, Any] = {'edgecolor': colour, 'linestyle': style, 'label': label.format(start, end)}
         square = Rectangle((low, low), side, side, fill=False, linewidth=2, **outline)
         square.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground='black')])
         axes.add_patch(square)

@@ -46,7 +46,8 @@ class LatentTransformer(nn.Module):
     # Published sizes by name, as constructor arguments; all of them decide the same arguments.
     presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     attentions: ClassVar[tuple[str, ...]] = ()  # what the setting `attention` may be; none where blocks have none
-    any_grid: ClassVar[bool] = True  # takes latents of any size that patches tile, not that of training alone
+    # Takes latents of any size that patches tile: beyond training's, positions that the weights have not seen.
+    any_grid: ClassVar[bool] = True
     blocks: nn.ModuleList
     final_layer: nn.Module
 

@@ -1,9 +1,8 @@
 """LightningDiT (arXiv 2501.01423): DiT with rotary positions, RMSNorm and SwiGLU, names and shapes as published.
 
 A published file has two entries more, ``feat_rope.freqs_cos`` and ``feat_rope.freqs_sin``: here the rotary table is
-made from the grid in each forward pass, so that any grid works, and is handed to each block as its argument ``rope``.
-The file knows nothing of routing; whoever takes tokens out of a block's sequence must take their rows of ``rope``
-along (``token_arguments``), and a block refuses a table of another length.
+made from the grid in each forward pass and handed to each block as its argument ``rope``. Whoever takes tokens out of
+a block's sequence must take their rows along (``token_arguments``).
 
 Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
 p patch size, A attention heads, E half the width of a head.
@@ -109,10 +108,6 @@ class LightningDiTBlock(nn.Module):
 
 class LightningDiT(LatentTransformer):
     """The diffusion transformer of LightningDiT; called as ``DiT`` is.
-
-    Positions are counted in patches: fixed sin-cos vectors are added to the tokens, and rotary tables go to the blocks.
-    Both are made for the grid that comes, so that latents of any height and width work that patches tile. Beyond the
-    grid of training they are positions that the weights have not seen.
 
     Args beside those of ``LatentTransformer``:
         patch_size: 1 in the paper, whose latents are small.

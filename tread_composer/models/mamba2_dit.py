@@ -5,9 +5,9 @@ are DiT's, and a preset has width, depth and, within 4 %, the number of paramete
 mixer is twice as wide as attention; an MLP of ratio 3 in place of 4 pays for that). No published result belongs to it.
 
 The order of the tokens counts in a scan. So each block gets the places of its tokens in the scan (``positions``), puts
-them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor. A
-block that sees some of the tokens only scans these, in the same order. The file knows nothing of routing; whoever takes
-tokens out of a block's sequence must take their ``positions`` along (``token_arguments``).
+them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor.
+Whoever takes tokens out of a block's sequence must take their ``positions`` along (``token_arguments``); it then scans
+the others, in the same order.
 
 Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
 p patch size.
@@ -59,22 +59,14 @@ class Mamba2Block(nn.Module):
         check_rows('positions', positions, x_BND)
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        order_BN = positions.argsort(dim=1)  # the token that comes k-th in the scan; its argsort is the way back
-        scanned = self.mixer(_taken(modulate(self.norm1(x_BND), shift1, scale1), order_BN))
-        x_BND = x_BND + gate1.unsqueeze(1) * _taken(scanned, order_BN.argsort(dim=1))
+        order_BN1 = positions.argsort(dim=1).unsqueeze(2)  # the token that comes k-th in the scan
+        scanned = self.mixer(modulate(self.norm1(x_BND), shift1, scale1).take_along_dim(order_BN1, dim=1))
+        x_BND = x_BND + gate1.unsqueeze(1) * scanned.take_along_dim(order_BN1.argsort(dim=1), dim=1)  # and back
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-
-
-def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
-    """The tokens in the order of ``ids_BN``."""
-    return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))  # ids [B, N, 1], the same for all of D
 
 
 class Mamba2DiT(LatentTransformer):
     """The state-space counterpart of ``DiT``; called as that is.
-
-    Fixed sin-cos positions and the scan are made for the grid that comes, so that latents of any height and width work
-    that patches tile. Beyond the grid of training they are positions that the weights have not seen.
 
     Args beside those of ``LatentTransformer``:
         expand: Inner width of a mixer over ``hidden_size``.

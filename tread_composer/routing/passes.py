@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tread_composer.routing.arguments import Call, ListSettings, RoutingError, kind, output_tokens
@@ -31,28 +30,19 @@ class Stretch:
     conclusive: bool | None = None  # whether a probe could tell that all blocks are sound; None before there was one
 
 
+@dataclasses.dataclass(eq=False)
 class Pass:
-    """One pass along a stretch: holds the full sequence and the kept ids between its first and its last block.
+    """One pass along a stretch: holds the full sequence and the kept ids between its first and its last block."""
 
-    ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass; ``probed``: its blocks may be tried.
-    """
-
-    def __init__(
-        self,
-        settings: ListSettings,
-        stretch: Stretch,
-        span: tuple[int, int],
-        ids: Callable[[Tensor], Tensor],
-        *,
-        training: bool,
-        probed: bool,
-    ) -> None:
-        self.settings, self.stretch, self.ids_of, self.probed = settings, stretch, ids, probed
-        self.start, self.end = span  # a slice of the list may end within the stretch
-        self.kept: Tensor | None = None
-        # What only an eager forward can do, and only training needs.
-        self.watched = training and not torch.compiler.is_compiling()
-        self.probe: Probe | None = None
+    settings: ListSettings
+    stretch: Stretch
+    start: int  # a slice of the list may begin or end within the stretch
+    end: int
+    ids_of: Callable[[Tensor], Tensor]  # tokens [B, N, D] to the kept ids [B, K], or [1, K]
+    probed: bool  # whether its blocks may be tried
+    watched: bool  # in training that is not compiled
+    kept: Tensor | None = None
+    probe: Probe | None = None
 
     @property
     def ids(self) -> Tensor:

@@ -186,11 +186,13 @@ class Routing:
         A slice that ends within a route puts the tokens back at its own end.
         """
         settings, probed = self.settings.lists[number], not self.settings.ordered
+        # What only an eager forward can do, and only training needs.
+        watched = training and not torch.compiler.is_compiling()
         passes: dict[int, Pass] = {}
         for stretch in self.stretches[number]:
             start, end = max(stretch.start, offset), min(stretch.end, offset + count - 1)
             if start <= end:  # it lies in what is walked
                 ids = functools.partial(self.kept_ids, stretch.route, number=number)
-                route = Pass(settings, stretch, (start, end), ids, training=training, probed=probed)
+                route = Pass(settings, stretch, start, end, ids, probed, watched)
                 passes.update(dict.fromkeys(range(start, end + 1), route))
         return passes
