@@ -59,10 +59,15 @@ class Mamba2Block(nn.Module):
         check_rows('positions', positions, x_BND)
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        order_BN1 = positions.argsort(dim=1).unsqueeze(2)  # the token that comes k-th in the scan
-        scanned = self.mixer(modulate(self.norm1(x_BND), shift1, scale1).take_along_dim(order_BN1, dim=1))
-        x_BND = x_BND + gate1.unsqueeze(1) * scanned.take_along_dim(order_BN1.argsort(dim=1), dim=1)  # and back
+        order_BN = positions.argsort(dim=1)  # the token that comes k-th in the scan; its argsort is the way back
+        scanned = self.mixer(_taken(modulate(self.norm1(x_BND), shift1, scale1), order_BN))
+        x_BND = x_BND + gate1.unsqueeze(1) * _taken(scanned, order_BN.argsort(dim=1))
         return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+
+
+def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    """The tokens in the order of ``ids_BN``; ``take_along_dim`` would keep ids for all of D in memory."""
+    return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))  # ids [B, N, 1], the same for all of D
 
 
 class Mamba2DiT(LatentTransformer):
