@@ -91,7 +91,7 @@ def test_the_command_from_its_words_to_its_files(trained, tmp_path, capsys):
     assert own['lowest_over_times'] == pytest.approx(min(one[2][5] for one in both), abs=1e-6)
     assert [one['rank'] for one in found['candidates']][:5] == [1, 2, 3, 4, 5] and found['num_candidates'] == 6
     assert f'similarity {route["ends"]:.3f}' in text and 'proposed, the run' in text
-    assert 'algorithms: {tread: {start: 2, end: -4, selection_rate: 0.5}}' in text
+    assert 'Tread(start=2, end=-4, selection_rate=0.5)' in text
 
 
 def test_neither_batch_size_nor_the_way_to_the_same_data_change_the_numbers(trained, tmp_path, capsys):

@@ -162,7 +162,7 @@ def test_a_call_that_runs_nothing_is_refused():
 @pytest.mark.parametrize('yaml', ['digits.yaml', 'digits_lightning.yaml', 'digits_mamba2.yaml'])
 def test_each_backbone_of_ours_can_be_looked_at(yaml):
     denoiser = build_denoiser(load_config(YAMLS / yaml), channels=1, latent_size=8, num_classes=10)
-    assert propose_route(denoiser).arguments.get('token_arguments', ()) == tuple(denoiser.token_arguments)
+    assert propose_route(denoiser).arguments == {'start': 2, 'end': -4, 'selection_rate': 0.5}
     found = token_similarity(denoiser, [lambda: denoiser(*inputs(2))])
     torch.testing.assert_close(found.mean, torch.ones(9, 9, dtype=torch.float64))  # each block starts as the identity
     randomised(denoiser)

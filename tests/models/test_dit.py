@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.networks import fresh_net, inputs, on_meta, random_net
-from tread_composer.models import DiT, preset, without_sigma
+from tread_composer.models import DiT, without_sigma
 from tread_composer.models.layers import sincos_positions
 
 # ---- parameters
@@ -59,13 +59,9 @@ def test_keys_and_shapes_of_xl2_are_those_of_the_published_checkpoint() -> None:
 
 def test_presets() -> None:
     assert len(DiT.presets) == 15
-    assert preset('DiT-L/8') == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
+    assert DiT.presets['DiT-L/8'] == {'patch_size': 8, 'hidden_size': 1024, 'depth': 24, 'num_heads': 16}
     assert on_meta(DiT, 'DiT-B/4').num_tokens == 64
     assert on_meta(DiT, 'DiT-XL/2', latent_size=64).state_dict()['pos_embed'].shape == (1, 1024, 1152)
-    preset('DiT-B/4')['depth'] = 1
-    assert preset('DiT-B/4')['depth'] == 12
-    with pytest.raises(ValueError, match='DiT-XL/2'):
-        preset('DiT-XXL/2')
 
 
 # ---- cost

@@ -204,7 +204,7 @@ def test_a_network_is_its_parts_and_a_route_a_loop_over_gathered_tokens(
     ('backbone', 'message'),
     [
         (LightningDiT, r'3 samples x 16 tokens, the block got 3 x 8.*token_arguments: \[rope\]'),
-        (Mamba2DiT, r'positions.*\[3, 16\].*3 samples of 8 tokens.*token_arguments: \[positions\]'),
+        (Mamba2DiT, r'positions.*3 samples x 16 tokens, the block got 3 x 8.*token_arguments: \[positions\]'),
     ],
 )
 def test_a_route_that_forgets_what_belongs_to_tokens_is_refused(backbone: type, message: str) -> None:

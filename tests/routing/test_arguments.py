@@ -164,8 +164,8 @@ def test_lists_with_settings_of_their_own_keep_the_same_tokens_on_one_route(arme
         ({'token_arguments': {'pair': True}}, "'pair': True names no dimensions"),
         ({'token_arguments': {'pair': {'dim': 1}}}, r"'pair': \{'dim': 1\} is not understood"),
         ({'token_arguments': {'pair': {'dims': 1, 'after': 'prompt'}}}, "'pair': after: .* no argument 'prompt'"),
-        ({'token_arguments': {'pair': {'dims': 1, 'after': -1}}}, 'after: -1 is neither a count nor'),
-        ({'token_arguments': {'pair': {'dims': 1, 'before': True}}}, 'before: True is neither a count nor'),
+        ({'token_arguments': {'pair': {'dims': 1, 'after': -1}}}, 'after: -1 is not a number of tokens or an'),
+        ({'token_arguments': {'pair': {'dims': 1, 'before': True}}}, 'before: True is not a number of tokens or'),
         (
             {'token_arguments': {'pair': {'dims': 1, 'without_first': -1}}},
             'without_first: -1 is not a number of tokens',

@@ -1,7 +1,7 @@
-"""Where to place a route: guidelines, what a model's code tells, and how alike its tokens are from block to block.
+"""Where to place a route: guidelines, and how alike a model's tokens are from block to block.
 
-In plain torch, for any model: ``propose_route`` looks at a model's code, ``token_similarity`` at its activations. The
-command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``).
+In plain torch, for any model: ``propose_route`` looks at its list of blocks, ``token_similarity`` at its activations.
+The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``).
 """
 
 from typing import TYPE_CHECKING
@@ -9,34 +9,11 @@ from typing import TYPE_CHECKING
 from tread_composer.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from tread_composer.advisor.placement import (
-        RouteAdvice,
-        candidate_spans,
-        format_advice,
-        propose_route,
-        recommended_route,
-    )
-    from tread_composer.advisor.ranking import Candidate, RouteReading, rank_routes, read_route
-    from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+    from tread_composer.advisor.placement import format_advice, propose_route
+    from tread_composer.advisor.similarity import token_similarity
 
-__all__ = [
-    'Candidate',
-    'RouteAdvice',
-    'RouteReading',
-    'TokenSimilarity',
-    'candidate_spans',
-    'format_advice',
-    'propose_route',
-    'rank_routes',
-    'read_route',
-    'recommended_route',
-    'token_similarity',
-]
+__all__ = ['format_advice', 'propose_route', 'token_similarity']
 
-_HOMES = {
-    'placement': ('RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route'),
-    'ranking': ('Candidate', 'RouteReading', 'rank_routes', 'read_route'),
-    'similarity': ('TokenSimilarity', 'token_similarity'),
-}
+_HOMES = {'format_advice': 'placement', 'propose_route': 'placement', 'token_similarity': 'similarity'}
 # A command's words are checked before torch is loaded, and `inspect` has its own here.
-__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for module, names in _HOMES.items() for name in names})
+__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for name, module in _HOMES.items()})

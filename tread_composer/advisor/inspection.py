@@ -5,15 +5,21 @@ Legend: S samples, B samples of a batch, L blocks.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tread_composer.advisor.latents import RealLatents, read_latents
-from tread_composer.advisor.placement import RouteAdvice, candidate_spans, propose_route
-from tread_composer.advisor.ranking import SCORE_RULE, Candidate, rank_routes, read_route
+from tread_composer.advisor.placement import (
+    SCORE_RULE,
+    RouteAdvice,
+    candidate_spans,
+    propose_route,
+    rank_routes,
+    read_route,
+)
 from tread_composer.advisor.request import InspectRequest
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
 from tread_composer.algorithms.rules import conflict
@@ -70,7 +76,7 @@ def inspect_run(request: InspectRequest) -> Inspection:
             raise UserError(f'{request.path}: {error}') from None
     mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
     routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
-    advice, ranked, run_name = propose_route(fresh, blocks), rank_routes(mean), trained.config.run_name
+    advice, run_name = propose_route(fresh, blocks), trained.config.run_name
     facts = {
         'run': run_name,
         'source': trained.source,
@@ -95,7 +101,7 @@ def inspect_run(request: InspectRequest) -> Inspection:
             {'time': time, 'mean': _rounded(entry.mean), 'std_over_samples': _rounded(entry.std)}
             for time, entry in maps.items()
         ],
-        'routes': [asdict(read_route(mean, *span)) for span in routes],
+        'routes': [read_route(mean, *span) for span in routes],
         'proposal': {
             'span': advice.span and list(advice.span),
             'rule': advice.rule,
@@ -103,8 +109,8 @@ def inspect_run(request: InspectRequest) -> Inspection:
             'reasons': list(advice.reasons),
         },
         'score': SCORE_RULE,
-        'num_candidates': len(ranked),
-        'candidates': _suggestions(trained, maps, ranked, advice, routes),
+        'num_candidates': len(candidate_spans(len(mean) - 1)),
+        'candidates': _suggestions(trained, maps, mean, [*([advice.span] if advice.span else []), *routes]),
         'notes': _notes(trained, mean, routes),
     }
     title = f'{run_name} at batch {trained.batch}, {trained.weights} weights'
@@ -149,28 +155,21 @@ def _fresh(trained: Trained) -> Any:
 
 
 def _suggestions(
-    trained: Trained,
-    maps: dict[float, TokenSimilarity],
-    ranked: Sequence[Candidate],
-    advice: RouteAdvice,
-    routes: Sequence[tuple[int, int]],
+    trained: Trained, maps: dict[float, TokenSimilarity], mean: Tensor, routes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """The best candidates, the proposed route and the run's own, each with its rank and what it would save."""
-    spans = [(candidate.start, candidate.end) for candidate in ranked]
-    selected = [*spans[:_SHOWN], *([advice.span] if advice.span else []), *routes]
+    """The best candidates and, if they are candidates, these routes; each with its rank and what it would save."""
+    ranked = {(candidate.start, candidate.end): candidate for candidate in rank_routes(mean)}
+    spans = list(ranked)
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
     dense = count_macs(_fresh(trained), facts)
     suggestions = []
-    for start, end in dict.fromkeys(selected):
-        if (start, end) not in spans:  # a route of the run that the guidelines would not have
-            continue
-        rank = spans.index((start, end))
+    for start, end in dict.fromkeys([*spans[:_SHOWN], *(span for span in routes if span in ranked)]):
         alike = [float(similarity.mean[start, end + 1]) for similarity in maps.values()]
         suggestions.append(
             {
-                **asdict(ranked[rank]),
-                'rank': rank + 1,  # 1 is the best score
+                **ranked[start, end]._asdict(),
+                'rank': spans.index((start, end)) + 1,  # 1 is the best score
                 'lowest_over_times': min(alike),
                 'highest_over_times': max(alike),
                 # Multiply-adds of a dense training step over those of a routed one.
@@ -181,15 +180,13 @@ def _suggestions(
 
 
 def _notes(trained: Trained, mean: Tensor, routes: Sequence[tuple[int, int]]) -> list[str]:
-    with_route = (
+    notes = [
         'these weights were trained with a route and have adapted to it: the map speaks for routes like that one; '
         'inspect the dense twin to see what the network does without'
-    )
-    densely = (
-        'these weights were trained densely: training with a route would change them, and with them this map (the '
+        if routes
+        else 'these weights were trained densely: training with a route would change them, and with them this map (the '
         'ends of a route become alike)'
-    )
-    notes = [with_route if routes else densely]
+    ]
     for start, end in routes:
         if (start, end) not in candidate_spans(len(mean) - 1):
             notes.append(f"the run's route, blocks {start} to {end}, does not keep to the guidelines: it has no rank")

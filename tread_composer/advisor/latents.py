@@ -86,17 +86,13 @@ def _split_folder(config: Config, folder: str | os.PathLike[str] | None) -> Path
     splits = [folders[split] for split in ('eval', 'train') if split in folders]
     if folder is None:
         return Path(config.data.local) / splits[0]
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f'--data {path}: there is no such folder; give the folder of a latents data set or of a split')
-    inner = list(dict.fromkeys([*splits, 'val', 'eval', 'train']))
+    path, inner = Path(folder), list(dict.fromkeys([*splits, 'val', 'eval', 'train']))
     for place in (path, *(path / name for name in inner)):
         if (place / MANIFEST_NAME).is_file():
             return place
-    raise UserError(
-        f'--data {path}: holds no {MANIFEST_NAME}, nor does a split in it ({", ".join(inner)}); give the folder of a '
-        'latents data set or of a split'
-    )
+    fault = f'holds no {MANIFEST_NAME}, nor does a split in it ({", ".join(inner)})'
+    fault = fault if path.is_dir() else 'there is no such folder'
+    raise UserError(f'--data {path}: {fault}; give the folder of a latents data set or of a split')
 
 
 def _spread(num_samples: int, manifest: Manifest, source: str) -> tuple[int, ...]:

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from tread_composer.advisor.inspection import Inspection
-from tread_composer.advisor.placement import format_advice
-from tread_composer.advisor.ranking import SCORE_RULE
+from tread_composer.advisor.placement import SCORE_RULE, format_advice
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import write_atomically
 from tread_composer.io.table import text_table
 
 __all__ = ['draw_inspection', 'format_inspection', 'write_inspection']
 
+_HEAD = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
 _COLUMNS = 4
 _WIDTH = 110
 _MOST_WRITTEN = 13  # depths up to which each cell has room for its number
@@ -28,19 +27,17 @@ _DARK = 0.45  # share of the colour scale below which white reads better than bl
 def write_inspection(inspection: Inspection, folder: str | Path, command: str) -> list[Path]:
     """Write ``similarity.png`` and ``inspection.json``, each whole or not at all, and return their paths.
 
-    ``command`` is written down as the way to get the same again.
-
-    Raises:
-        UserError: They cannot be written.
+    ``command`` is written down as the way to get the same again. ``UserError`` if they cannot be written.
     """
-    folder = Path(folder)
-    picture, numbers = folder / 'similarity.png', folder / 'inspection.json'
+    numbers = json.dumps({'command': command, **inspection.facts}, indent=1).encode()
+    contents = {'similarity.png': draw_inspection(inspection), 'inspection.json': numbers}
+    files = {Path(folder, name): content for name, content in contents.items()}
     try:
-        write_atomically(picture, draw_inspection(inspection))
-        write_atomically(numbers, json.dumps({'command': command, **inspection.facts}, indent=1).encode())
+        for path, content in files.items():
+            write_atomically(path, content)
     except OSError as error:
         raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
-    return [picture, numbers]
+    return list(files)
 
 
 def format_inspection(inspection: Inspection) -> str:
@@ -65,38 +62,24 @@ def format_inspection(inspection: Inspection) -> str:
         ]
     if not facts['routes']:
         lines.append('route of the run: none')
-    lines += ['', format_advice(inspection.advice)]
-    # Without `blocks`: Tread looks in the Composer model, where the path is longer.
-    words = [
-        f'{name}: [{", ".join(value)}]' if isinstance(value, tuple) else f'{name}: {value}'
-        for name, value in inspection.advice.arguments.items()
-        if name != 'blocks'
-    ]
-    if words:
-        lines.append(f'  in YAML  algorithms: {{tread: {{{", ".join(words)}}}}}')
-    lines += ['', *_table(inspection), '']
-    lines += [textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in facts['notes']]
-    return '\n'.join(lines)
-
-
-def _table(inspection: Inspection) -> list[str]:
-    head = 'rank', 'blocks', 'similarity', 'over the times', 'score', 'ideal step ratio', ''
+    lines += ['', format_advice(inspection.advice), '']
     rows = []
-    for row in inspection.facts['candidates']:
+    for row in facts['candidates']:
         span = row['start'], row['end']
         places = {'proposed': span == inspection.advice.span, 'the run': span in inspection.routes}
         marks = ', '.join(word for word, holds in places.items() if holds)
         over_times = f'{row["lowest_over_times"]:.3f} to {row["highest_over_times"]:.3f}'
         figures = f'{row["similarity"]:.3f}', over_times, f'{row["score"]:.3f}', f'{row["ideal_step_ratio"]:.2f}x'
         rows.append((row['rank'], f'{span[0]} to {span[1]}', *figures, marks))
-    if not rows:
-        return ['no candidates: too few blocks']
-    return [
-        f'what the map says of the {inspection.facts["num_candidates"]} routes that keep to the guidelines',
-        text_table(head, rows, 'rrrrrrl'),
-        SCORE_RULE,
-        'evidence, not truth: nobody has trained these routes to test the score',
-    ]
+    if rows:
+        lines += [
+            f'what the map says of the {facts["num_candidates"]} routes that keep to the guidelines',
+            text_table(_HEAD, rows, 'rrrrrrl'),
+            SCORE_RULE,
+            'evidence, not truth: nobody has trained these routes to test the score',
+        ]
+    lines += ['', *(textwrap.fill(f'note: {note}', _WIDTH, subsequent_indent='      ') for note in facts['notes'])]
+    return '\n'.join(lines)
 
 
 def draw_inspection(inspection: Inspection) -> bytes:
@@ -119,8 +102,10 @@ def draw_inspection(inspection: Inspection) -> bytes:
         ticks = range(0, len(values), max(1, -(-len(values) // 10)))  # ten at most
         xlabel = 'depth (0: embedding, k: after block k - 1)'
         axes.set(title=title, xlabel=xlabel, ylabel='depth', xticks=ticks, yticks=ticks)
-        if len(values) <= _MOST_WRITTEN:
-            _write_values(axes, values, lowest)
+        for (row, column), value in np.ndenumerate(values.numpy()) if len(values) <= _MOST_WRITTEN else ():
+            colour = 'white' if (value - lowest) / (1 - lowest) < _DARK else 'black'
+            text = f'{value:.2f}'.replace('0.', '.')
+            axes.text(column, row, text, ha='center', va='center', fontsize=7, color=colour)
         _outline_routes(axes, inspection)
     figure.colorbar(image, ax=list(grid.flat), label='cosine similarity of the same token', shrink=0.85)
     figure.suptitle(f'How alike tokens are at two depths: {inspection.title}')
@@ -132,31 +117,19 @@ def draw_inspection(inspection: Inspection) -> bytes:
     return content.getvalue()
 
 
-def _write_values(axes: Any, values: Tensor, lowest: float) -> None:
-    for (row, column), value in np.ndenumerate(values.numpy()):
-        colour = 'white' if (value - lowest) / (1 - lowest) < _DARK else 'black'
-        text = f'{value:.2f}'.replace('0.', '.')
-        axes.text(column, row, text, ha='center', va='center', fontsize=7, color=colour)
-
-
 def _outline_routes(axes: Any, inspection: Inspection) -> None:
     """A square from the depth where tokens leave to the depth where they return; the score reads its corners."""
-    for span in inspection.routes:
-        _square(axes, span, f'route of the run: blocks {span[0]} to {span[1]}', 'red', 'solid', 0.0)
-    span = inspection.advice.span
-    if span is not None:
-        rule = "the authors' rule" if inspection.advice.rule == 'authors' else 'our rule for few blocks'
-        # Slightly wider, so that it can be seen around a route of the run that is the same.
-        _square(axes, span, f'proposed: blocks {span[0]} to {span[1]} ({rule})', 'white', 'dashed', 0.12)
-
-
-def _square(axes: Any, span: tuple[int, int], label: str, colour: str, style: str, wider: float) -> None:
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
-    low, high = span[0] - 0.5 - wider, span[1] + 1.5 + wider
-    square = Rectangle(
-        (low, low), high - low, high - low, fill=False, edgecolor=colour, linestyle=style, linewidth=2, label=label
-    )
-    square.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground='black')])
-    axes.add_patch(square)
+    squares = [(span, 'route of the run: blocks {} to {}', 'red', 'solid', 0.0) for span in inspection.routes]
+    if inspection.advice.span is not None:
+        rule = "the authors' rule" if inspection.advice.rule == 'authors' else 'our rule for few blocks'
+        # Slightly wider, so that it can be seen around a route of the run that is the same.
+        squares.append((inspection.advice.span, f'proposed: blocks {{}} to {{}} ({rule})', 'white', 'dashed', 0.12))
+    for (start, end), label, colour, style, wider in squares:
+        low, side = start - 0.5 - wider, end - start + 2 + 2 * wider
+        outline: dict[str, Any] = {'edgecolor': colour, 'linestyle': style, 'label': label.format(start, end)}
+        square = Rectangle((low, low), side, side, fill=False, linewidth=2, **outline)
+        square.set_path_effects([patheffects.withStroke(linewidth=3.5, foreground='black')])
+        axes.add_patch(square)

@@ -1,16 +1,26 @@
-"""Where a route should be, from a model's list of blocks alone: the authors' rule, and ours where that ends."""
+"""Where a route should be: by rule, the authors' and ours where that ends; and what a similarity map says about routes.
+
+A map is evidence, not truth: no route has been trained to test the score. A depth is a place between blocks: depth 0
+is behind the embedding, depth k behind block k - 1. A route over the blocks ``start..end`` takes tokens from depth
+``start`` and hands them back, unchanged, at depth ``end + 1``.
+"""
 
 import contextlib
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from tread_composer.routing import Route, find_blocks, routing_of
 
-__all__ = ['RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'recommended_route']
+__all__ = [
+    'SCORE_RULE', 'Candidate', 'RouteAdvice', 'candidate_spans', 'format_advice', 'propose_route', 'rank_routes',
+    'read_route', 'recommended_route',
+]  # fmt: skip
+
+SCORE_RULE = 'score = similarity of the tokens where the route starts and where it ends x share of the blocks on it'
 
 _FEWEST_FOR_AUTHORS = 8  # below, their rule leaves two blocks or fewer to the route
 _RATE = 0.5
@@ -20,16 +30,13 @@ _WIDTH = 110  # characters of a line
 
 @dataclass(frozen=True)
 class RouteAdvice:
-    """A route by rule, for any model of so many blocks or for one whose list was looked at.
-
-    What the blocks' own arguments mean, ``routing.find_settings`` measures.
-    """
+    """A route by rule, for any model of so many blocks or for one whose list was looked at."""
 
     depth: int  # blocks of the model
     route: Route | None  # None where there are too few blocks for one
     rule: Literal['authors', 'scaled', 'none']  # TREAD's, ours
     reasons: tuple[str, ...]  # a sentence each
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `Tread`: of the list, and what its owner declares
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `Tread`, of a list that was looked at
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -43,12 +50,7 @@ def recommended_route(depth: int) -> RouteAdvice:
     From 8 blocks on the authors' (TREAD, arXiv 2501.04765): block 2 to block B - 4, both included, at rate 0.5, for
     every depth. With fewer, a scaled rule of ours, which nobody has studied: about a sixth of the blocks stays dense
     before the route and a quarter behind it, as in 12 blocks by the authors' rule, and one at least on either side.
-
-    Raises:
-        ValueError: ``depth`` is below 1.
     """
-    if depth < 1:
-        raise ValueError(f'depth={depth}: a model has at least 1 block')
     if depth >= _FEWEST_FOR_AUTHORS:
         return RouteAdvice(depth, Route(2, -4, _RATE), 'authors', _AUTHORS_REASONS)
     before, after = (max(1, int(depth * share + 0.5)) for share in (_BEFORE, _AFTER))  # a half is rounded up
@@ -81,15 +83,12 @@ def candidate_spans(depth: int) -> list[tuple[int, int]]:
 def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
     """Propose a route for a model, which is neither run nor changed, and say why.
 
-    The model's weights may be on the meta device. ``blocks`` is the path of its list of blocks, and needed only where
-    there are several.
+    Its weights may be on the meta device. ``blocks`` is the path of its list of blocks, where there are several.
 
     Raises:
         ValueError: The list is not found (the message names the candidates), or is empty.
     """
     path, block_list = find_blocks(model, blocks)
-    if not len(block_list):
-        raise ValueError(f'blocks: {path!r} is empty; name a list of blocks')
     advice = recommended_route(len(block_list))
     reasons = [f'{path or "the model itself"}: {advice.depth} blocks', *advice.reasons]
     routing = routing_of(model)
@@ -98,17 +97,55 @@ def propose_route(model: nn.Module, blocks: str | None = None) -> RouteAdvice:
         reasons.append(f'the model is routed already (blocks {spans}); another route needs a fresh copy')
     arguments: dict[str, Any] = {}
     if advice.route is not None:
-        arguments = {name: getattr(advice.route, name) for name in ('start', 'end', 'selection_rate')}
-        arguments['blocks'] = path
+        arguments = {**asdict(advice.route), 'blocks': path}
         with contextlib.suppress(ValueError):  # it needs no name where it is found without
             find_blocks(model)
             del arguments['blocks']
-        owner = model.get_submodule(path.rpartition('.')[0])
-        declared = tuple(getattr(owner, 'token_arguments', ()))
-        if declared:
-            arguments['token_arguments'] = declared
-            reasons.append(f'token_arguments={declared!r}: declared by the model')
     return replace(advice, reasons=tuple(reasons), arguments=arguments)
+
+
+class Candidate(NamedTuple):
+    """A route that keeps to the guidelines, first and last block."""
+
+    start: int
+    end: int
+    similarity: float  # mean cosine of the same token at depth `start` and at depth `end + 1`
+    score: float  # similarity times the share of the model's blocks that are on the route
+
+
+def rank_routes(similarity: Tensor) -> list[Candidate]:
+    """All routes that keep to the guidelines (``candidate_spans``), best score first; the earlier start among equals.
+
+    The score is ``similarity[start, end + 1] * (end - start + 1) / L`` of the map ``[L + 1, L + 1]`` of L blocks. Its
+    two factors are what a route needs and what it is for: tokens that skip are handed to block ``end + 1`` as they were
+    at ``start``, and the blocks between are the arithmetic that is saved.
+    """
+    depth = len(similarity) - 1
+    candidates = []
+    for start, end in candidate_spans(depth):
+        alike = float(similarity[start, end + 1])
+        candidates.append(Candidate(start, end, alike, alike * (end - start + 1) / depth))
+    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.start))
+
+
+def read_route(similarity: Tensor, start: int, end: int) -> dict[str, float]:
+    """What the map ``[L + 1, L + 1]`` of L blocks says about the route from block ``start`` to ``end``, inclusive.
+
+    Mean cosines of the same token at two depths: ``ends``, where tokens leave the route's blocks and where they return;
+    ``outputs_mean`` and ``outputs_lowest``, depth ``start`` and the output of each block of the route, which become
+    alike with a route (the paper's observation); ``all_pairs`` of different depths, to hold the others against.
+    """
+    depth = len(similarity) - 1
+    outputs = similarity[start, start + 1 : end + 2]  # row of depth start: behind each block of the route
+    off_diagonal = similarity.sum() - similarity.diagonal().sum()
+    return {
+        'start': start,
+        'end': end,
+        'ends': float(outputs[-1]),
+        'outputs_mean': float(outputs.mean()),
+        'outputs_lowest': float(outputs.min()),
+        'all_pairs': float(off_diagonal / (depth * (depth + 1))),
+    }
 
 
 def format_advice(advice: RouteAdvice) -> str:

@@ -4,6 +4,7 @@ Shapes: B samples, N tokens, D width, L blocks. Depth 0 is behind the embedding,
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,9 @@ def token_similarity(
 ) -> TokenSimilarity:
     """The mean cosine between a token at one depth and the same token at another (TREAD, arXiv 2501.04765).
 
-    The model runs in evaluation mode, so densely, and without gradients; hooks record the first block's input and each
-    block's output. Afterwards, and after an exception, hooks are gone and modes are as they were. Tokens of one batch
-    at all depths are held at a time. A token that is all zeros counts as similarity 0.
-
-    The cosine is that of the whole vector: what all tokens have in common, often a few large channels, counts too and
-    makes values high. Compare values of one model with each other.
+    The model runs in evaluation mode, so densely, and without gradients, and is afterwards as it was. Tokens of one
+    batch at all depths are held at a time. A token that is all zeros counts as similarity 0. The cosine is that of the
+    whole vector: what all tokens have in common counts too and makes values high.
 
     Args:
         model: Any module with a list of blocks that it calls one after the other.
@@ -59,8 +57,6 @@ def token_similarity(
             they should be, change their shape on the way, or are not finite; or there was no call.
     """
     _, container = find_blocks(model, blocks)
-    if not len(container):
-        raise ValueError(f'blocks: {blocks!r} is empty; name a list that has blocks')
     block_list = [container[index] for index in range(len(container))]  # not by iterating: that may yield a route
     total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
     count, num_tokens = 0, 0
@@ -121,16 +117,11 @@ def _recording(blocks: list[nn.Module], tokens: str | None, tokens_out: int | No
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(argument.value(args, kwargs), 0)
 
-    def after(depth: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:
-            keep(out[tokens_out] if isinstance(out, tuple) and tokens_out is not None else out, depth)
+    def after(depth: int, _: nn.Module, __: Any, out: Any) -> None:
+        keep(out[tokens_out] if isinstance(out, tuple) and tokens_out is not None else out, depth)
 
-        return hook
-
-    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [block.register_forward_hook(after(index + 1)) for index, block in enumerate(blocks)]
-    try:
+    with contextlib.ExitStack() as hooks:  # a handle removes its hook where it is left
+        hooks.enter_context(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+        for depth, block in enumerate(blocks, 1):
+            hooks.enter_context(block.register_forward_hook(functools.partial(after, depth)))
         yield depths
-    finally:
-        for handle in handles:
-            handle.remove()

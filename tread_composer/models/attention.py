@@ -10,7 +10,6 @@ Shapes: B samples, A heads, N tokens, F width of a head.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,8 +59,7 @@ def choose_attention(
     """
     if name == 'sdpa':
         return sdpa, "attention: sdpa, torch's own"
-    xformers = _xformers(device) if name == 'xformers' else None
-    attend = xformers_attention if xformers else _flex(device)
+    attend, version = _xformers(device) if name == 'xformers' else _flex(device)
     rows: list[str] = []
     for dtype, (num_heads, head_size) in itertools.product(dtypes, heads):
         size = f'{str(dtype).removeprefix("torch.")}, heads of {head_size}'
@@ -77,17 +75,12 @@ def choose_attention(
                 f'{name!r} gives another result than sdpa on {device} ({size}): off by {difference:.1e} of the largest '
                 f'value; update it, {_REMEDY}'
             )
-        operators = f' by {_operators(xformers, device, num_heads, head_size, dtype)}' if xformers else ''
-        rows.append(f'{size}{operators} (differs from sdpa by {difference:.0e} of the largest value)')
-    # Not compiled, FlexAttention holds all N x N scores.
-    form = 'compiled' if device.type == 'cuda' else 'not compiled: all scores in memory'
-    version = xformers.__version__ if xformers else f'of torch {torch.__version__}, {form}'
+        rows.append(f'{size} (differs from sdpa by {difference:.0e} of the largest value)')
     return attend, f'attention: {name} {version} on {device}: {"; ".join(rows)}'
 
 
-def _xformers(device: torch.device) -> ModuleType:
+def _xformers(device: torch.device) -> tuple[Attend, str]:
     try:
-        import xformers  # type: ignore[reportMissingImports]
         import xformers.ops  # type: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
         raise UserError(
@@ -99,15 +92,17 @@ def _xformers(device: torch.device) -> ModuleType:
         raise UserError(
             f"'xformers' cannot run on {device}: its kernels need a CUDA device; take device: gpu, {_REMEDY}"
         )
-    return xformers
+    return xformers_attention, xformers.__version__
 
 
-def _flex(device: torch.device) -> Attend:
+def _flex(device: torch.device) -> tuple[Attend, str]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Inductor makes the kernel on a GPU; on a CPU it makes forward passes only, and the plain formulas have a backward.
     function: Any = torch.compile(flex_attention) if device.type == 'cuda' else flex_attention
-    return function
+    # Not compiled, FlexAttention holds all N x N scores.
+    form = 'compiled' if device.type == 'cuda' else 'not compiled: all scores in memory'
+    return function, f'of torch {torch.__version__}, {form}'
 
 
 def _probe(
@@ -126,15 +121,3 @@ def _probe(
                 (out.float() * weights).sum().backward()
             results.append([out.detach().float(), *([x.grad.float()] if x.grad is not None else [])])
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]).max())
-
-
-def _operators(xformers: Any, device: torch.device, num_heads: int, head_size: int, dtype: torch.dtype) -> str:
-    """The names of the operators that xformers takes for such tensors; those that end with ``-pt`` are torch's own."""
-    try:
-        from xformers.ops.fmha import Inputs, dispatch  # type: ignore[reportMissingImports]
-
-        like = torch.empty(2, _TOKENS, num_heads, head_size, device=device, dtype=dtype)
-        inputs = Inputs(like, like, like)
-        return f'{dispatch._dispatch_fw(inputs, True).NAME} and {dispatch._dispatch_bw(inputs, None).NAME}'
-    except (ImportError, AttributeError, TypeError):  # no public function says it; another release may have others
-        return f'an operator that xformers {xformers.__version__} does not name'

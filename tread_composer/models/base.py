@@ -1,15 +1,7 @@
 """The base of the backbones: latents as tokens in, the same prediction out; a backbone adds its blocks.
 
 What stands here is the published DiT (arXiv 2212.09748, section 3): a grid of patches with fixed sin-cos positions, one
-vector of time and label for all blocks, a head that gives patches back. A backbone says what is its own:
-
-- ``block_class``: the unit that FSDP gathers and that activation checkpointing recomputes;
-- ``token_arguments`` and ``block_inputs``: the arguments of its blocks beside tokens and condition;
-- ``presets``: its published sizes by name;
-- ``attentions``: the implementations of attention that its blocks can run on, none where they have no attention.
-
-Its file and one line in ``tread_composer.models.BACKBONES`` are all that it costs: its section of a configuration is
-made from its constructor. Nothing here knows of routing or of Composer.
+vector of time and label for all blocks, a head that gives patches back. Nothing here knows of routing or of Composer.
 
 Shapes: B samples, C latent channels, D width, O output channels, H x W latent pixels, N tokens of a grid of h x w, p
 patch size.
@@ -31,7 +23,8 @@ class LatentTransformer(nn.Module):
     """Noisy latents, their noise level and labels to a prediction of the latents' shape.
 
     A subclass passes its own arguments on, adds ``blocks`` (``nn.ModuleList``) and ``final_layer``, and calls
-    ``initialise(self)``. Its blocks are called as ``block(x_BND, condition_BD, *inputs)``.
+    ``initialise(self)``. Its blocks are called as ``block(x_BND, condition_BD, *inputs)``. Its file and one line in
+    ``tread_composer.models.BACKBONES`` are all that it costs: its constructor is its section of a configuration.
 
     Args:
         latent_size: Height and width of the latents in training, H = W.
@@ -48,15 +41,13 @@ class LatentTransformer(nn.Module):
         ValueError: The sizes do not fit together.
     """
 
-    block_class: ClassVar[type[nn.Module]]
-    """What ``blocks`` holds."""
-    token_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of a block that belong to its tokens, ``[B, N, ...]``."""
+    block_class: ClassVar[type[nn.Module]]  # of `blocks`: what FSDP gathers and activation checkpointing recomputes
+    token_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of a block that belong to its tokens, [B, N, ...]
+    # Published sizes by name, as constructor arguments; all of them decide the same arguments.
     presets: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    """Published sizes by name, as constructor arguments; all of them decide the same arguments."""
-    attentions: ClassVar[tuple[str, ...]] = ()
-    """What the setting ``attention`` may be."""
-
+    attentions: ClassVar[tuple[str, ...]] = ()  # what the setting `attention` may be; none where blocks have none
+    # Takes latents of any size that patches tile: beyond training's, positions that the weights have not seen.
+    any_grid: ClassVar[bool] = True
     blocks: nn.ModuleList
     final_layer: nn.Module
 
@@ -97,7 +88,7 @@ class LatentTransformer(nn.Module):
             labels_B: Class ids, int64, ``0 .. num_classes`` (see ``LabelEmbedder``). Ignored without classes.
 
         Raises:
-            ValueError: The latents are not such as the model takes (``grid_of``), or labels are missing.
+            ValueError: The latents are of another shape than the model takes, or labels are missing.
         """
         grid = self.grid_of(x_BCHW)
         x = self.x_embedder(x_BCHW) + self.positions(grid)  # [B, N, D], raster order
@@ -117,11 +108,7 @@ class LatentTransformer(nn.Module):
         return ((),)
 
     def condition(self, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
-        """Time and label for the blocks: ``[B, D]``.
-
-        Raises:
-            ValueError: Labels are missing.
-        """
+        """Time and label for the blocks: ``[B, D]``. Without labels, where it has classes, a ``ValueError``."""
         c = self.t_embedder(t_B)
         if self.num_classes:
             if labels_B is None:
@@ -130,18 +117,16 @@ class LatentTransformer(nn.Module):
         return c
 
     def grid_of(self, x_BCHW: Tensor) -> tuple[int, int]:
-        """``(h, w)`` of the patches of these latents, which may have another size than those of training.
-
-        Raises:
-            ValueError: They have other channels, or patches do not tile them.
-        """
-        channels, height, width = x_BCHW.shape[1:]
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
+        """``(h, w)`` of the patches of these latents; ``ValueError`` for latents that the model does not take."""
+        (channels, height, width), side, p = x_BCHW.shape[1:], self.latent_size, self.patch_size
+        fits = height % p == width % p == 0 if self.any_grid else (height, width) == (side, side)
+        if channels != self.in_channels or not fits:
+            shape = f'H, W] with H and W divisible by {p}' if self.any_grid else f'{side}, {side}]'
             raise ValueError(
-                f'this {type(self).__name__} was made for latents [B, {self.in_channels}, H, W] with H and W divisible '
-                f'by {self.patch_size}, got {list(x_BCHW.shape)}'
+                f'this {type(self).__name__} was made for latents [B, {self.in_channels}, {shape}, got '
+                f'{list(x_BCHW.shape)}'
             )
-        return height // self.patch_size, width // self.patch_size
+        return height // p, width // p
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Sin-cos vectors ``[1, h * w, D]``: those of the weights for the grid of training, others as they are."""
@@ -163,8 +148,7 @@ class LatentTransformer(nn.Module):
         """Compute attention otherwise from now on. Weights, their names and, up to rounding, results stay the same.
 
         To be called before compilation; probes on the device (``choose_attention``) and returns one line that says what
-        runs. A network starts with ``'sdpa'``. ``dtypes`` are what its attention will run in: that of autocast, and
-        that of the weights where there is none.
+        runs. ``dtypes`` are what its attention will run in: that of autocast, or that of the weights without.
 
         Raises:
             ValueError: The network has no such attention.
@@ -211,10 +195,7 @@ class LatentTransformer(nn.Module):
 def size_table(
     sizes: Mapping[str, tuple[int, ...]], names: Sequence[str], patch_sizes: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """Presets ``'<size>/<patch size>'`` as constructor arguments: each row of the published table at each patch size.
-
-    ``names`` are the arguments that the columns of ``sizes`` stand for.
-    """
+    """Presets ``'<size>/<patch size>'``: each row of a published table with columns ``names``, at each patch size."""
     return {
         f'{size}/{patch_size}': {'patch_size': patch_size, **dict(zip(names, row, strict=True))}
         for size, row in sizes.items()
@@ -223,11 +204,7 @@ def size_table(
 
 
 def initialise(network: nn.Module) -> None:
-    """DiT's start: every block is the identity and the prediction is 0 (adaLN-Zero).
-
-    Args:
-        network: With the parts' names of a DiT. What is no linear layer, convolution or embedding stays as it is.
-    """
+    """DiT's start for a network with its parts' names: every block is the identity, the prediction 0 (adaLN-Zero)."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             # Gates, shifts and scales of 0: each block is the identity. A head of 0: the prediction is 0.
@@ -247,10 +224,7 @@ def initialise(network: nn.Module) -> None:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int, channels: int) -> Tensor:
-    """Patches ``[B, h * w, p * p * O]``, in raster order, channel fastest, to ``[B, O, h * p, w * p]``.
-
-    ``grid`` is h and w.
-    """
+    """Patches ``[B, h * w, p * p * O]``, in raster order, channel fastest, to ``[B, O, h * p, w * p]``."""
     x = patches.unflatten(2, (patch_size, patch_size, channels)).unflatten(1, grid)  # [B, h, w, p, p, O]
     # [B, O, h, p, w, p]: a row of pixels is a row of patches and a row within them.
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -70,6 +70,8 @@ class DiT(LatentTransformer):
 
     block_class = DiTBlock
     attentions = ATTENTIONS
+    # Its positions are the table of one grid (section 3.2): latents of another size are most likely a mistake.
+    any_grid = False
     # Width D, depth, heads. S to XL: arXiv 2212.09748, Table 1. H: the code of MaskDiT, arXiv 2306.09305.
     presets = size_table(
         {
@@ -104,20 +106,6 @@ class DiT(LatentTransformer):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         initialise(self)
-
-    def grid_of(self, x_BCHW: Tensor) -> tuple[int, int]:
-        """``(h, w)`` of the patches: always those of training.
-
-        Raises:
-            ValueError: The latents have another shape than the model was made for.
-        """
-        # Its positions are the table of one grid (section 3.2): latents of another size are most likely a mistake.
-        expected = (self.in_channels, self.latent_size, self.latent_size)
-        if tuple(x_BCHW.shape[1:]) != expected:
-            raise ValueError(
-                f'this DiT was made for latents [B, {", ".join(map(str, expected))}], got {list(x_BCHW.shape)}'
-            )
-        return super().grid_of(x_BCHW)
 
 
 def without_sigma(state_dict: Mapping[str, Tensor], in_channels: int, patch_size: int) -> dict[str, Tensor]:

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from tread_composer.models.attention import Attend, sdpa
 
 __all__ = [
-    'Attention',
-    'LabelEmbedder',
-    'Mlp',
-    'PatchEmbed',
-    'RMSNorm',
-    'TimestepEmbedder',
-    'modulate',
+    'Attention', 'LabelEmbedder', 'Mlp', 'PatchEmbed', 'RMSNorm', 'TimestepEmbedder', 'check_rows', 'modulate',
     'sincos_positions',
-]
+]  # fmt: skip
 
 _MAX_PERIOD = 10000.0
 
@@ -29,6 +23,16 @@ _MAX_PERIOD = 10000.0
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """``x * (1 + scale) + shift`` with one shift and scale per sample: ``[B, N, D]`` (DiT, section 3.2, adaLN)."""
     return x_BND * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+
+
+def check_rows(name: str, rows: Tensor, x_BND: Tensor) -> None:
+    """Refuse a block's argument of other tokens than ``x_BND`` with a ``ValueError``, as far as its shape shows."""
+    if rows.shape[:2] != x_BND.shape[:2]:
+        raise ValueError(
+            f'{name}: its rows are of {rows.shape[0]} samples x {rows.shape[1]} tokens, the block got '
+            f'{x_BND.shape[0]} x {x_BND.shape[1]}. Whoever takes tokens out must take their rows along: Tread and '
+            f'apply_tread do with token_arguments=({name!r},), YAML: algorithms.tread.token_arguments: [{name}]'
+        )
 
 
 def sincos_positions(width: int, grid_size: int) -> Tensor:
@@ -72,11 +76,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, sinusoid_size: int = 256) -> None:
         super().__init__()
         self.sinusoid_size = sinusoid_size
-        self.mlp = nn.Sequential(
-            nn.Linear(sinusoid_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        self.mlp = nn.Sequential(nn.Linear(sinusoid_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """See the class."""
@@ -130,14 +130,8 @@ def _head_norm(kind: Literal['rms', 'layer'] | bool, size: int) -> nn.Module:
 class Attention(nn.Module):
     """Self-attention ``[B, N, D] -> [B, N, D]``; the rows of ``qkv`` are q, then k, then v, each split into heads.
 
-    Args:
-        hidden_size: D.
-        num_heads: A, divides D.
-        qk_norm: Normalise the queries and keys of each head (ViT-22B, arXiv 2302.05442, section 2): their products stay
-            bounded, which is the usual cure for a loss that becomes nan in bfloat16.
-
-    Raises:
-        ValueError: There is no such norm.
+    ``qk_norm`` normalises the queries and keys of each head (ViT-22B, arXiv 2302.05442, section 2): their products stay
+    bounded, which is the usual cure for a loss that becomes nan in bfloat16.
     """
 
     attend: Attend
@@ -148,8 +142,7 @@ class Attention(nn.Module):
         self.num_heads, self.head_size = num_heads, hidden_size // num_heads
         self.attend = sdpa
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = _head_norm(qk_norm, self.head_size)
-        self.k_norm = _head_norm(qk_norm, self.head_size)
+        self.q_norm, self.k_norm = _head_norm(qk_norm, self.head_size), _head_norm(qk_norm, self.head_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x_BND: Tensor, *places: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """LightningDiT (arXiv 2501.01423): DiT with rotary positions, RMSNorm and SwiGLU, names and shapes as published.
 
 A published file has two entries more, ``feat_rope.freqs_cos`` and ``feat_rope.freqs_sin``: here the rotary table is
-made from the grid in each forward pass, so that any grid works, and is handed to each block as its argument ``rope``.
-The file knows nothing of routing; whoever takes tokens out of a block's sequence must take their rows of ``rope``
-along (``token_arguments``), and a block refuses a table of another length.
+made from the grid in each forward pass and handed to each block as its argument ``rope``. Whoever takes tokens out of
+a block's sequence must take their rows along (``token_arguments``).
 
 Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
 p patch size, A attention heads, E half the width of a head.
@@ -19,7 +18,7 @@ from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.attention import ATTENTIONS
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
-from tread_composer.models.layers import Attention, RMSNorm, modulate
+from tread_composer.models.layers import Attention, RMSNorm, check_rows, modulate
 
 __all__ = ['LightningDiT', 'LightningDiTBlock', 'SwiGLU', 'rotary_table', 'rotate']
 
@@ -97,21 +96,10 @@ class LightningDiTBlock(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor, rope: Tensor) -> Tensor:
         """Tokens ``[B, N, D]``, for any N and in any order, to tokens of the same shape.
 
-        Args:
-            x_BND: Tokens.
-            condition_BD: Times and labels.
-            rope: Rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``.
-
-        Raises:
-            ValueError: ``rope`` is of other tokens than ``x_BND``, as far as its shape shows.
+        ``rope`` are the rows of ``rotary_table`` for these very tokens, ``[B, N, 2, E]``; of other tokens, as far as
+        its shape shows, it is a ``ValueError``.
         """
-        if rope.shape[:2] != x_BND.shape[:2]:
-            raise ValueError(
-                f'rope: the rotary table is of {rope.shape[0]} samples x {rope.shape[1]} tokens, the block got '
-                f'{x_BND.shape[0]} x {x_BND.shape[1]}. Whoever takes tokens out must take their rows of the table '
-                "along: Tread and apply_tread do with token_arguments=('rope',), YAML: algorithms.tread."
-                'token_arguments: [rope]'
-            )
+        check_rows('rope', rope, x_BND)
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         x_BND = x_BND + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
@@ -120,10 +108,6 @@ class LightningDiTBlock(nn.Module):
 
 class LightningDiT(LatentTransformer):
     """The diffusion transformer of LightningDiT; called as ``DiT`` is.
-
-    Positions are counted in patches: fixed sin-cos vectors are added to the tokens, and rotary tables go to the blocks.
-    Both are made for the grid that comes, so that latents of any height and width work that patches tile. Beyond the
-    grid of training they are positions that the weights have not seen.
 
     Args beside those of ``LatentTransformer``:
         patch_size: 1 in the paper, whose latents are small.

@@ -1,14 +1,13 @@
 """Mamba2DiT: a DiT whose attention is a bidirectional Mamba-2 scan (SSD, arXiv 2405.21060). A network of our own.
 
 It answers what another way of mixing tokens does to a method: patches, positions, conditions, head and first weights
-are DiT's, width and depth of a preset are those of the DiT of the same letter, and so, within 4 %, is the number of
-parameters (the mixer is twice as wide as attention and has half again as many; an MLP of ratio 3 in place of 4 pays for
-that). No published result belongs to these sizes.
+are DiT's, and a preset has width, depth and, within 4 %, the number of parameters of the DiT of the same letter (the
+mixer is twice as wide as attention; an MLP of ratio 3 in place of 4 pays for that). No published result belongs to it.
 
 The order of the tokens counts in a scan. So each block gets the places of its tokens in the scan (``positions``), puts
-them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor. A
-block that sees some of the tokens only scans these, in the same order. The file knows nothing of routing; whoever takes
-tokens out of a block's sequence must take their ``positions`` along (``token_arguments``).
+them in that order, scans, and puts them back: the result for a token does not depend on where it lies in the tensor.
+Whoever takes tokens out of a block's sequence must take their ``positions`` along (``token_arguments``); it then scans
+the others, in the same order.
 
 Shapes: B samples, C latent channels, O output channels, H x W latent pixels, N tokens of a grid of h x w, D width,
 p patch size.
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tread_composer.core.bounds import Depth, Positive, Width
 from tread_composer.models.base import LatentTransformer, initialise, size_table
 from tread_composer.models.dit import FinalLayer
-from tread_composer.models.layers import Mlp, modulate
+from tread_composer.models.layers import Mlp, check_rows, modulate
 from tread_composer.models.ssd import BidirectionalSSD
 
 __all__ = ['Mamba2Block', 'Mamba2DiT', 'scan_positions']
@@ -54,22 +53,10 @@ class Mamba2Block(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor, positions: Tensor) -> Tensor:
         """Tokens ``[B, N, D]``, for any N and in any order, to tokens of the same shape in that order.
 
-        Args:
-            x_BND: Tokens.
-            condition_BD: Times and labels.
-            positions: Where these very tokens stand in this block's scan: ``[B, N]``, no two of a sample alike. Only
-                their order counts.
-
-        Raises:
-            ValueError: ``positions`` are of other tokens than ``x_BND``, as far as their shape shows.
+        ``positions`` ``[B, N]`` say where these very tokens stand in this block's scan, no two of a sample alike; only
+        their order counts. Those of other tokens, as far as their shape shows, are a ``ValueError``.
         """
-        if positions.shape != x_BND.shape[:2]:
-            raise ValueError(
-                f'positions: their shape is {list(positions.shape)}, the block got {x_BND.shape[0]} samples of '
-                f'{x_BND.shape[1]} tokens. Whoever takes tokens out must take their positions along: Tread and '
-                "apply_tread do with token_arguments=('positions',), YAML: algorithms.tread.token_arguments: "
-                '[positions]'
-            )
+        check_rows('positions', positions, x_BND)
         # Six vectors [B, D], zero at the start (adaLN-Zero).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         order_BN = positions.argsort(dim=1)  # the token that comes k-th in the scan; its argsort is the way back
@@ -79,15 +66,12 @@ class Mamba2Block(nn.Module):
 
 
 def _taken(x_BND: Tensor, ids_BN: Tensor) -> Tensor:
-    """The tokens in the order of ``ids_BN``."""
+    """The tokens in the order of ``ids_BN``; ``take_along_dim`` would keep ids for all of D in memory."""
     return x_BND.gather(1, ids_BN.unsqueeze(2).expand_as(x_BND))  # ids [B, N, 1], the same for all of D
 
 
 class Mamba2DiT(LatentTransformer):
     """The state-space counterpart of ``DiT``; called as that is.
-
-    Fixed sin-cos positions and the scan are made for the grid that comes, so that latents of any height and width work
-    that patches tile. Beyond the grid of training they are positions that the weights have not seen.
 
     Args beside those of ``LatentTransformer``:
         expand: Inner width of a mixer over ``hidden_size``.

@@ -34,9 +34,8 @@ def bidirectional_ssd(
     """The sum of a scan along the tokens and one against them, ``[B, N, H, P]`` in the dtype of x.
 
     Each direction has its own step sizes ``dt`` >= 0 and rates ``A`` < 0, in float32 or better, and its own ``B``,
-    ``C``, how a token is written to the state and reads it, the same for all heads; a token's own contribution is in
-    both. A decay is the exponential of a sum of numbers below 0: no difference of large sums, no decay above 1.
-    Sequences of at most ``chunk_size`` tokens, Q, are one matrix.
+    ``C``, the same for all heads; a token's own contribution is in both. A decay is the exponential of a sum of numbers
+    below 0: never above 1. Sequences of at most ``chunk_size`` tokens, Q, are one matrix.
     """
     # R = 2 B scans: along the tokens for all samples, then against them. a = dt A, the logarithm of a decay.
     a_RNH, dt_RNH, B_RNS, C_RNS = (_both_ways(value) for value in (dt_BN2H * A_2H, dt_BN2H, B_BN2S, C_BN2S))
@@ -120,11 +119,7 @@ def fused_refusal(device: torch.device) -> str | None:
 def fused_bidirectional_ssd(
     x_BNHP: Tensor, dt_BN2H: Tensor, A_2H: Tensor, B_BN2S: Tensor, C_BN2S: Tensor, *, chunk_size: int
 ) -> Tensor:
-    """The same as ``bidirectional_ssd`` with ``mamba_ssm``'s kernel, called once for each direction.
-
-    Raises:
-        UserError: The kernel is not installed, or the tensors are not on a CUDA device.
-    """
+    """The same by ``mamba_ssm``'s kernel, once for each direction; ``UserError`` where it is not or cannot run."""
     reason = fused_refusal(x_BNHP.device)
     if reason is not None:
         raise UserError(f"kernel: 'fused' cannot run: {reason}; take kernel='torch', which gives the same result")
@@ -146,10 +141,9 @@ class BidirectionalSSD(nn.Module):
     Their results are added, x itself comes along with a weight for each head (the paper's D), and
     ``RMSNorm(y * silu(z))`` is projected back to the width of the tokens.
 
-    Mamba's short causal convolution in front of the scan is left out: its weights belong to tokens one, two and three
-    places back. On a route these places hold tokens from anywhere behind, so that the same weights would learn of
-    random distances in training and meet neighbours in sampling. A scan has no such fixed distances: what lies between
-    two tokens enters by its own dt. The activation behind the convolution, SiLU on x, B and C, stays.
+    Mamba's short causal convolution in front of the scan is left out: on a route the places one to three back hold
+    tokens from anywhere, so its weights would learn of random distances in training and meet neighbours in sampling.
+    The activation behind it, SiLU on x, B and C, stays.
 
     Raises:
         ValueError: The sizes do not fit together, or there is no such kernel.

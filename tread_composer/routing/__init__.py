@@ -14,10 +14,9 @@ The method is this loop, and all the rest of the room makes other people's model
 them, and ``apply_tread`` makes a model's own block list do it while training. ``tap_blocks`` hands out what blocks
 returned, with or without a route. ``tread_composer.algorithms.Tread`` drives all this from a Composer ``Trainer``.
 
-From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``settings``, frozen; ``probe``, which
-tries whether a block can be routed; ``passes``, one forward pass along one route; ``callables``, what a list yields for
-it; ``routing``, what is armed for the present batch; ``lists``, which route; ``surgery`` on them; ``finding``, which
-runs a model to learn its settings.
+From the ground up: ``tokens`` and ``route``; ``arguments`` of a block's call; ``probe``, which tries whether a block
+can be routed; ``passes``, one forward pass along one route; ``callables``, what a list yields for it; ``routing``, what
+is armed for a batch; ``lists``, which route; ``surgery`` on them; ``finding``, which learns a model's settings.
 """
 
 from tread_composer.routing.arguments import RoutingError, TokenArguments
@@ -29,22 +28,7 @@ from tread_composer.routing.taps import Tapped, Taps
 from tread_composer.routing.tokens import keep_lowest, put_back, sample_kept, take_kept
 
 __all__ = [
-    'FoundSettings',
-    'Route',
-    'Routing',
-    'RoutingError',
-    'Tapped',
-    'Taps',
-    'TokenArguments',
-    'apply_tread',
-    'check_routes',
-    'find_blocks',
-    'find_settings',
-    'keep_lowest',
-    'put_back',
-    'remove_tread',
-    'routing_of',
-    'sample_kept',
-    'take_kept',
-    'tap_blocks',
-]
+    'FoundSettings', 'Route', 'Routing', 'RoutingError', 'Tapped', 'Taps', 'TokenArguments', 'apply_tread',
+    'check_routes', 'find_blocks', 'find_settings', 'keep_lowest', 'put_back', 'remove_tread', 'routing_of',
+    'sample_kept', 'take_kept', 'tap_blocks',
+]  # fmt: skip

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from tread_composer.routing.tokens import take_along
 
-__all__ = ['Argument', 'Call', 'RoutingError', 'TokenArgument', 'TokenArguments', 'parse_token_arguments']
+__all__ = [
+    'Argument', 'Call', 'ListSettings', 'RoutingError', 'TokenArgument', 'TokenArguments', 'parse_token_arguments'
+]  # fmt: skip
+
+# What torch, a model's own checks and Python raise on a tensor of an unexpected shape.
+FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
 
 TokenArguments = Sequence[str] | Mapping[str, Any]
 """Names of arguments ``[B, N, ...]``, or a mapping from names to the dimensions that count tokens.
@@ -80,15 +85,13 @@ class TokenArgument:
         around = self._count(self.after, args, kwargs), self._count(self.before, args, kwargs)
         if type(value) not in (tuple, list, dict):
             if self.members is not None:
-                raise RoutingError(f'token argument {self.argument.name!r}: {kind(value)} has no members')
+                raise self._fault(f'{kind(value)} has no members')
             return self._taken(value, shape, around, kept)
         members: dict[Any, Any] = dict(value) if type(value) is dict else dict(enumerate(value))
         follow = members.keys() if self.members is None else self.members
-        missing = [str(key) for key in follow if key not in members]
+        missing = sorted(str(key) for key in follow if key not in members)
         if missing:
-            raise RoutingError(
-                f'token argument {self.argument.name!r}: members {sorted(missing)} are not in {kind(value)}'
-            )
+            raise self._fault(f'members {missing} are not in {kind(value)}')
         for key in follow:
             if members[key] is not None:
                 note = f' (member {key!r}; where not all follow, name those that do: members)'
@@ -101,9 +104,9 @@ class TokenArgument:
             return neighbour
         value = neighbour.value(args, kwargs)
         if not isinstance(value, Tensor) or value.dim() < 2:
-            raise RoutingError(
-                f'token argument {self.argument.name!r}: its entries stand beside those of {neighbour.name!r}, which '
-                f'should be a tensor [B, M, ...]; the block got {kind(value)}'
+            raise self._fault(
+                f'its entries stand beside those of {neighbour.name!r}, which should be a tensor [B, M, ...]; the '
+                f'block got {kind(value)}'
             )
         return value.shape[1]
 
@@ -111,44 +114,51 @@ class TokenArgument:
         self, value: Any, shape: tuple[int, int], around: tuple[int, int], kept: Tensor, note: str = ''
     ) -> Tensor:
         """One tensor for the kept tokens; ``note`` says in an error which member it is."""
-        if not isinstance(value, Tensor):
-            raise self._mismatch(value, shape, around, note)
-        # take_along counts dimensions from the front.
-        dims = [dim + value.dim() if dim < 0 else dim for dim in self.dims]
         length = shape[1] + sum(around) - self.without_first  # entries: N tokens and what stands beside them
-        if not all(0 <= dim < value.dim() and value.shape[dim] == length for dim in dims):
-            raise self._mismatch(value, shape, around, note)
+        rank = value.dim() if isinstance(value, Tensor) else 0
+        # take_along counts dimensions from the front.
+        dims = [dim + rank if dim < 0 else dim for dim in self.dims]
+        fits = all(0 <= dim < rank and value.shape[dim] == length for dim in dims)
+        if not fits or (0 not in dims and value.shape[0] not in (1, shape[0])):  # 1: for all samples alike
+            raise self._fault(self._mismatch(value, shape, around, note))
         if 0 in dims and kept.shape[0] != 1:  # [N, ...] and another route for each sample
-            raise RoutingError(
-                f'token argument {self.argument.name!r}: {kind(value)} has no dimension for the samples, so it cannot '
-                'follow another route for each of them; give them one: shared=True'
-            )
-        if 0 not in dims and value.shape[0] not in (1, shape[0]):  # 1: for all samples alike
-            raise self._mismatch(value, shape, around, note)
+            raise self._fault(f'{kind(value)} {_NO_SAMPLES}')
         if self.without_first:  # those tokens are always kept, so they are the first ids
             kept = kept[:, self.without_first :] - self.without_first
         for dim in dims:  # a mask [B, 1, N, N] loses rows, then columns
             value = take_along(value, kept, dim, *around)
         return value
 
-    def _mismatch(self, value: Any, shape: tuple[int, int], around: tuple[int, int], note: str) -> RoutingError:
-        name, tokens = self.argument.name, shape[1]
-        expected, remedy = f'a tensor of {shape[0]} samples x {tokens} tokens', ''
+    def _mismatch(self, value: Any, shape: tuple[int, int], around: tuple[int, int], note: str) -> str:
+        samples, tokens = shape
+        expected, remedy = f'a tensor of {samples} samples x {tokens} tokens', ''
         if self.dims != (1,) or any(around) or self.without_first:
             sides = zip(('after', 'before'), around, strict=True)
             beside = ''.join(f' {side} {count} others' for side, count in sides if count)
             places = ' and '.join(map(str, self.dims))
             expected = f'a tensor with {tokens - self.without_first} tokens{beside} in dimension {places}'
-        if self.dims == (1,) and isinstance(value, Tensor):
-            # Batch dimensions are counted from the front, the others from the back, as users write them.
-            at = [dim - value.dim() if dim > 1 else dim for dim, size in enumerate(value.shape) if size == tokens]
-            shared = ', shared=True' if 0 in at else ''
-            remedy = f'. Is it dimension {at} that counts tokens? Say token_arguments={{{name!r}: {at}}}{shared}'
-            remedy = remedy if at else ''
-        return RoutingError(
-            f'token argument {name!r}: expected {expected}, the block got {kind(value)}{note}; it cannot follow the '
-            f'kept tokens{remedy}'
-        )
+        # Batch dimensions are counted from the front, the others from the back, as users write them.
+        sizes = enumerate(value.shape if self.dims == (1,) and isinstance(value, Tensor) else ())
+        at = [dim - value.dim() if dim > 1 else dim for dim, size in sizes if size == tokens]
+        if at:
+            setting = f'token_arguments={{{self.argument.name!r}: {at}}}{", shared=True" if 0 in at else ""}'
+            remedy = f'. Is it dimension {at} that counts tokens? Say {setting}'
+        return f'expected {expected}, the block got {kind(value)}{note}; it cannot follow the kept tokens{remedy}'
+
+    def _fault(self, text: str) -> RoutingError:
+        return RoutingError(f'token argument {self.argument.name!r}: {text}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ListSettings:
+    """How the blocks of one list take and return their tokens."""
+
+    path: str  # dotted name of the list within the model
+    depth: int  # number of its blocks
+    tokens: Argument  # carries the tokens [B, N, D]
+    tokens_out: int | None  # position of the tokens in a block's tuple output; None where the output is a tensor
+    token_arguments: tuple[TokenArgument, ...]  # further arguments with one entry per token
+    always_keep: tuple[int, int]  # number of leading and of trailing tokens that never skip
 
 
 def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared: bool) -> tuple[TokenArgument, ...]:
@@ -163,13 +173,14 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     parsed = tuple(_parsed(name, written, block) for name, written in mapping.items())
     for argument in parsed:
         if 0 in argument.dims and not shared:
-            raise ValueError(
-                f'token_arguments: {argument.argument.name!r} counts tokens in dimension 0, so it has none for the '
-                'samples and cannot follow another route for each of them; give them one: shared=True'
-            )
+            name = argument.argument.name
+            raise ValueError(f'token_arguments: {name!r} counts tokens in dimension 0, so it {_NO_SAMPLES}')
     return parsed
 
 
+_NO_SAMPLES = (
+    'has no dimension for the samples and cannot follow another route for each of them; give them one: shared=True'
+)
 _OPTIONS = 'dims', 'after', 'before', 'without_first', 'members'
 _FORM = (
     "write the dimension(s) that count tokens, for example -1 or [-2, -1], or {'dims': 0, 'after': 'text'} with any of "
@@ -188,32 +199,21 @@ def _parsed(name: str, written: Any, block: nn.Module) -> TokenArgument:
     is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
     if not (is_list and dims and all(type(dim) is int for dim in dims) and len(set(dims)) == len(dims)):
         raise ValueError(f'{setting}: {options["dims"]!r} names no dimensions; {_FORM}')
-    options['dims'] = tuple(dims)
-    for side in ('after', 'before'):
-        neighbour = options.setdefault(side, 0)
-        if isinstance(neighbour, str):
-            options[side] = find_argument(block, neighbour, f'{setting}: {side}')
-        elif not _is_count(neighbour):
-            raise ValueError(f"{setting}: {side}: {neighbour!r} is neither a count nor an argument's name")
-    if not _is_count(options.setdefault('without_first', 0)):
-        raise ValueError(f'{setting}: without_first: {options["without_first"]!r} is not a number of tokens')
+    for name in ('after', 'before', 'without_first'):
+        count = options.setdefault(name, 0)
+        if isinstance(count, str) and name != 'without_first':
+            options[name] = find_argument(block, count, f'{setting}: {name}')
+        elif type(count) is not int or count < 0:  # by type: True is an int
+            alternative = '' if name == 'without_first' else " or an argument's name"
+            raise ValueError(f'{setting}: {name}: {count!r} is not a number of tokens{alternative}')
     members = options.get('members')
     if members is not None and (not isinstance(members, (list, tuple)) or not members):
         raise ValueError(f'{setting}: members: {members!r} is no list of places or keys')
-    options['members'] = None if members is None else tuple(members)
-    return TokenArgument(argument, **options)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0  # by type: True is an int
+    return TokenArgument(argument, **{**options, 'dims': tuple(dims), 'members': members and tuple(members)})
 
 
 def find_argument(block: nn.Module, name: str | None, setting: str) -> Argument:
-    """An argument of the block's ``forward`` by its name; the first one if that is None.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """An argument of the block's ``forward`` by its name, or ``ValueError``; the first one if that is None."""
     signature = list(inspect.signature(block.forward).parameters)
     if not signature:
         raise ValueError(f'{setting}: {type(block).__name__}.forward takes no argument that could be tokens')
@@ -232,11 +232,7 @@ def bare(block: nn.Module) -> nn.Module:
 
 
 def output_tokens(out: Any, position: int | None) -> Tensor:
-    """The tokens in a block's output: the output itself, or the tensor at ``position`` of a tuple.
-
-    Raises:
-        RoutingError: It is no tensor, and the position is missing or outside of the tuple.
-    """
+    """The tokens in a block's output: the output itself, or the tensor at ``position`` of a tuple; else an error."""
     if isinstance(out, Tensor):
         return out
     if not isinstance(out, tuple) or position is None:

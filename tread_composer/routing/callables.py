@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.routing.arguments import Call, RoutingError, bare, kind, tensors_in
+from tread_composer.routing.arguments import FAILURES, Call, RoutingError, bare, kind, output_tokens, tensors_in
 from tread_composer.routing.passes import Pass
 from tread_composer.routing.stack import inside_reentrant
 from tread_composer.routing.taps import Slot
 
 __all__ = ['calls_of', 'in_float32']
-
-# What torch, a model's own checks and Python raise on a tensor of an unexpected shape.
-_FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
 
 
 def calls_of(
@@ -32,7 +29,7 @@ def calls_of(
     """One callable for each block: the block itself wherever nothing is to be done.
 
     ``offset`` is the number of ``blocks[0]`` within the list. By such numbers, ``passes`` has the pass through a block,
-    and ``float32`` the blocks that run without autocast; ``slots`` are where to leave what blocks return.
+    and ``float32`` the blocks that run without autocast.
     """
     calls: list[Callable[..., Any]] = []
     passed: tuple[Pass, ...] = ()
@@ -90,15 +87,16 @@ class _StandIn:
         else:
             out = self.call(*reduced[0], **reduced[1])
         for slot in self.slots:
-            slot.put(route.tokens_of(out), route.ids)  # [B, K, D]: what the block itself returned
+            # [B, K, D], what the block itself returned; a tap from before the route does not know where it is.
+            slot.put(output_tokens(out, route.settings.tokens_out), route.ids)
         return route.leave(out) if self.index == route.end else out  # [B, N, D] behind the last block
 
     def _off_route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.slots:
             self._refuse_reentrant(f'block {self.index}')
         out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
-        for slot in self.slots:
-            slot.put(out, None)  # all tokens
+        for slot in self.slots:  # of all tokens
+            slot.put(out, None)
         return out
 
     def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
@@ -112,12 +110,11 @@ class _StandIn:
                 arguments = functools.partial(route.reduced, *original, starts=starts)
                 route.probe.check(self.index, self.block, self.call, arguments)
             out = self.call(*reduced[0], **reduced[1])
-        except _FAILURES as error:
+        except FAILURES as error:
             kept, total = route.counts
             if kept == total or _speaks_for_itself(error):  # with all tokens kept, it has nothing to do with the route
                 raise
-            values = self._named(reduced)
-            full = [f'{argument!r} ({kind(value)})' for argument, value in values if _has_length(value, total)]
+            full = self._of_length(total, reduced)
             hint = f' Arguments that still have {total} entries: {", ".join(full)}.' if full else ''
             raise RoutingError(
                 f'{name} failed on {kept} of {total} tokens: {error}\n'
@@ -128,21 +125,18 @@ class _StandIn:
                 'the route'
             ) from error
         if route.probe is not None:
-            route.probe.note(route.tokens_of(out))
+            route.probe.note(output_tokens(out, route.settings.tokens_out))
         return out
 
     def _behind_routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call; where it fails on something of a route's length, the error says so."""
         try:
             return self.call(*args, **kwargs)
-        except _FAILURES as error:
-            counts = [route.counts for route in self.passed if route.kept is not None]  # K and N
-            short = {
-                f'{argument!r} ({kind(value)})': None
-                for kept, total in counts
-                for argument, value in self._named((args, kwargs))
-                if kept != total and _has_length(value, kept) and not _has_length(value, total)
-            }
+        except FAILURES as error:
+            short: list[str] = []
+            for kept, total in [route.counts for route in self.passed if route.kept is not None]:
+                full = self._of_length(total, (args, kwargs))  # of them all where nothing was skipped
+                short += [text for text in self._of_length(kept, (args, kwargs)) if text not in [*full, *short]]
             if not short or _speaks_for_itself(error):
                 raise
             raise RoutingError(
@@ -163,22 +157,20 @@ class _StandIn:
                 "activation_checkpointing, or torch's checkpoint_wrapper around each block"
             )
 
-    def _named(self, call: Call) -> list[tuple[str, Any]]:
-        """The arguments of a call with their names; what ``*args`` takes has none but its number."""
+    def _of_length(self, length: int, call: Call) -> list[str]:
+        """The arguments of a call that hold a tensor of this length, in words; those of ``*args`` by their numbers."""
         args, kwargs = call
         parameters = inspect.signature(bare(self.block).forward).parameters.values()
         names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
         names += [f'argument {index}' for index in range(len(names), len(args))]
-        return [*zip(names, args, strict=False), *kwargs.items()]
+        values = [*zip(names, args, strict=False), *kwargs.items()]
+        lengths = {name: [size for tensor in tensors_in(value) for size in tensor.shape] for name, value in values}
+        return [f'{name!r} ({kind(value)})' for name, value in values if length in lengths[name]]
 
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether an error has no need of an explanation: ours, or the one that Composer reads to try a smaller batch."""
     return isinstance(error, RoutingError) or 'out of memory' in str(error)
-
-
-def _has_length(value: Any, length: int) -> bool:
-    return any(length in tensor.shape for tensor in tensors_in(value))
 
 
 def in_float32(block: Callable[..., Any]) -> Callable[..., Any]:

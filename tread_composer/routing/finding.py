@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tread_composer.core.evaluating import evaluating
-from tread_composer.routing.arguments import RoutingError, bare, tensors_in
+from tread_composer.routing.arguments import FAILURES, RoutingError, bare, tensors_in
 from tread_composer.routing.route import Route
 from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread
 
 __all__ = ['FoundSettings', 'find_settings']
 
 _TRIALS = 200  # combinations of what several arguments may mean
-_FAILURES = RuntimeError, ValueError, IndexError, TypeError, AssertionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +56,6 @@ def find_settings(model: nn.Module, run: Callable[[nn.Module], Any], *, blocks: 
     """
     path, container = find_blocks(model, blocks)
     depth = len(container)
-    if depth == 0:
-        raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
     inner = (1, -2) if depth > 2 else (0, -1)  # all blocks but the first and the last, where others are left
     with evaluating(model):
         try:
@@ -84,14 +81,11 @@ def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSetti
     name, position, notes = tokens
     settings: dict[str, Any] = {} if name == next(iter(values)) else {'tokens': name}
     settings |= {} if position is None else {'tokens_out': position}
-    shape = values[name].shape
+    shape = values.pop(name).shape
     # Arguments [B, M, ...] that may be tokens of text: M of each.
-    texts = {
-        argument: value.shape[1]
-        for argument, value in values.items()
-        if argument != name and isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] == shape[0]
-    }
-    choices = {key: list(_meanings(value, shape[1], texts)) for key, value in values.items() if key != name}
+    streams = {key: value.shape for key, value in values.items() if isinstance(value, Tensor) and value.dim() == 3}
+    texts = {key: size[1] for key, size in streams.items() if size[0] == shape[0]}
+    choices = {key: list(_meanings(value, shape[1], texts)) for key, value in values.items()}
     choices = {key: [*meanings, None] for key, meanings in choices.items() if meanings}  # None: it follows nothing
     fault = 'the tokens in another order give another result, whatever follows them'
     for combination in itertools.islice(itertools.product(*choices.values()), _TRIALS):
@@ -99,8 +93,8 @@ def _searched(trials: '_Trials', values: dict[str, Any], out: Any) -> FoundSetti
         trial = settings | _written(chosen)
         try:
             if trials.move_together(shape, trial):
-                return FoundSettings(trial, (*notes, *_questions(shape[1], trial)), trials.fault_in_training(trial))
-        except _FAILURES as error:
+                return FoundSettings(trial, notes + _questions(shape[1], trial), trials.fault_in_training(trial))
+        except FAILURES as error:
             fault = str(error).partition('\n')[0]
     return FoundSettings(settings, notes, fault)
 
@@ -160,12 +154,12 @@ def _meanings(value: Any, num_tokens: int, texts: dict[str, int]) -> Iterator[di
         yield from _meanings_of_tensor(value, num_tokens, texts)
     elif type(value) in (tuple, list, dict):
         members = value if isinstance(value, dict) else dict(enumerate(value))
-        members = {key: member for key, member in members.items() if member is not None}
         tensors = {key: member for key, member in members.items() if isinstance(member, Tensor)}
         meanings = {key: list(_meanings_of_tensor(member, num_tokens, texts)) for key, member in tensors.items()}
         follow = [key for key in meanings if meanings[key]]
+        is_all = len(follow) == sum(member is not None for member in members.values())
         for meaning in meanings[follow[0]] if follow else ():  # all members that follow do so alike
-            yield meaning if len(follow) == len(members) else {**meaning, 'members': follow}
+            yield meaning if is_all else {**meaning, 'members': follow}
 
 
 def _meanings_of_tensor(value: Tensor, num_tokens: int, texts: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -218,8 +212,7 @@ class _Trials:
         kept = torch.stack([torch.cat([torch.arange(fixed), order]) for order in orders])  # [B, N] or [1, N]
         kept = kept.to(next(self.model.parameters()).device)
         remove_tread(self.model)
-        route = Route(0, self.depth - 1, 0.5)
-        routing = apply_tread(self.model, route, blocks=self.path, ordered=True, **settings)
+        routing = apply_tread(self.model, Route(0, self.depth - 1), blocks=self.path, ordered=True, **settings)
         with routing.forced([kept], num_tokens=shape[1]):
             moved = _run(self.model, self.run)
         # Float32 sums in another order; a wrong setting is off by orders of magnitude more.
@@ -244,13 +237,12 @@ class _Trials:
         return None
 
 
-def _questions(num_tokens: int, settings: dict[str, Any]) -> list[str]:
+def _questions(num_tokens: int, settings: dict[str, Any]) -> tuple[str, ...]:
     """What no trial can tell: whether the first tokens are part of the image."""
     side = math.isqrt(num_tokens)
     extra = num_tokens - side**2
-    if not extra or settings.get('always_keep'):
-        return []
-    return [
+    text = (
         f'{num_tokens} tokens are {side} x {side} and {extra}: if these are a class token, registers or text, they '
         f'should not skip: always_keep={extra}, or [0, {extra}] where they come last'
-    ]
+    )
+    return (text,) if extra and not settings.get('always_keep') else ()

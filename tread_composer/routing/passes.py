@@ -9,12 +9,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tread_composer.routing.arguments import Call, RoutingError, kind, output_tokens
+from tread_composer.routing.arguments import Call, ListSettings, RoutingError, kind, output_tokens
 from tread_composer.routing.probe import PROBED_FORWARDS, Probe
-from tread_composer.routing.settings import ListSettings
 from tread_composer.routing.tokens import put_back, take_kept
 
 __all__ = ['Pass', 'Stretch']
@@ -22,7 +20,7 @@ __all__ = ['Pass', 'Stretch']
 
 @dataclasses.dataclass(eq=False)
 class Stretch:
-    """The part of a route that lies in one block list, and what forward passes along it have shown so far."""
+    """The part of a route that lies in one block list, and what forward passes along it have shown."""
 
     route: int  # its number
     start: int  # first block, counted within the list
@@ -32,33 +30,23 @@ class Stretch:
     conclusive: bool | None = None  # whether a probe could tell that all blocks are sound; None before there was one
 
 
+@dataclasses.dataclass(eq=False)
 class Pass:
-    """One pass along a stretch: holds the full sequence and the kept ids between its first and its last block.
+    """One pass along a stretch: holds the full sequence and the kept ids between its first and its last block."""
 
-    ``ids(x_BND)`` gives the kept ids ``[B, K]``, or ``[1, K]``, of this pass; ``probed``: its blocks may be tried.
-    """
-
-    def __init__(
-        self,
-        settings: ListSettings,
-        stretch: Stretch,
-        span: tuple[int, int],
-        ids: Callable[[Tensor], Tensor],
-        *,
-        training: bool,
-        probed: bool,
-    ) -> None:
-        self.settings, self.stretch, self.ids_of = settings, stretch, ids
-        self.start, self.end = span  # a slice of the list may end within the stretch
-        self.kept: Tensor | None = None
-        # What only an eager forward can do, and only training needs.
-        self.watched = training and not torch.compiler.is_compiling()
-        self.probed = probed
-        self.probe: Probe | None = None
+    settings: ListSettings
+    stretch: Stretch
+    start: int  # a slice of the list may begin or end within the stretch
+    end: int
+    ids_of: Callable[[Tensor], Tensor]  # tokens [B, N, D] to the kept ids [B, K], or [1, K]
+    probed: bool  # whether its blocks may be tried
+    watched: bool  # in training that is not compiled
+    kept: Tensor | None = None
+    probe: Probe | None = None
 
     @property
     def ids(self) -> Tensor:
-        """The kept ids ``[B, K]``, or ``[1, K]``; the first block of the route has asked for them."""
+        """The kept ids ``[B, K]``, or ``[1, K]``, since the first block of the route."""
         assert self.kept is not None
         return self.kept
 
@@ -81,10 +69,9 @@ class Pass:
         """Store the full sequence that the route's first block was given, and settle which tokens are kept."""
         x = self.settings.tokens.value(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3:
-            name, path = self.settings.tokens.name, self.settings.path
             raise RoutingError(
-                f'{path}: the argument {name!r} should hold tokens [B, N, D], the block got {kind(x)}. Tokens cannot '
-                'be dropped from a [B, H, W, D] grid. Use tokens= to select another argument'
+                f'{self.settings.path}: the argument {self.settings.tokens.name!r} should hold tokens [B, N, D], the '
+                f'block got {kind(x)}. Tokens cannot be dropped from a [B, H, W, D] grid. Use tokens= to select another'
             )
         self.full: Tensor = x
         # Asked once in a pass: a model that checkpoints its own blocks calls this again during the backward pass, when
@@ -116,13 +103,10 @@ class Pass:
                 args, kwargs = follower.argument.replaced(args, kwargs, value)
         return args, kwargs
 
-    def tokens_of(self, out: Any) -> Tensor:
-        """The tokens in a block's output."""
-        return output_tokens(out, self.settings.tokens_out)
-
     def leave(self, out: Any) -> Any:
         """The last block's output with the kept tokens back in the full sequence."""
-        position, x, kept = self.settings.tokens_out, self.tokens_of(out), self.ids.expand(len(self.full), -1)
+        position, kept = self.settings.tokens_out, self.ids.expand(len(self.full), -1)
+        x = output_tokens(out, position)
         if x.shape[1] != kept.shape[1]:  # costs nothing when compiled: shapes are known while tracing
             raise RoutingError(
                 f'{self.settings.path}: {kept.shape[1]} tokens went onto the route and {x.shape[1]} came off it, so '
@@ -134,7 +118,7 @@ class Pass:
             self._end_probe(self.probe, restored)
         if isinstance(out, Tensor):
             return restored
-        assert position is not None  # tokens_of refuses a tuple without one
+        assert position is not None  # output_tokens refuses a tuple without one
         return (*out[:position], restored, *out[position + 1 :])
 
     def _end_probe(self, probe: Probe, restored: Tensor) -> None:
@@ -143,7 +127,7 @@ class Pass:
         probe.end(restored)
         if probe.hooks and self.stretch.forwards == 1:
             kept, total = self.counts
-            hooks = '; '.join(f'{name} on {len(blocks)} of them' for name, blocks in probe.hooks.items())
+            hooks = '; '.join(f'{name} on {count} of them' for name, count in sorted(probe.hooks.items()))
             warnings.warn(
                 f'{self.settings.path}: blocks of the route have hooks, which see {kept} of {total} tokens ({hooks}). '
                 'tap_blocks hands out what a block returned together with the ids of the kept tokens',

@@ -5,10 +5,10 @@ arguments do not say. Attention and MLPs do so; windows, convolutions, causal ma
 each block of one forward pass three times more, and watches what the model does between them: it vouches that the pass
 equals the plain loop over the blocks with an explicit gather before and an explicit put-back behind it.
 
-Off the hot path: only the forward passes of ``PROBED_FORWARDS`` have a probe. Shapes: B samples, N tokens, K kept
-tokens, D width.
+Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
+import collections
 import contextlib
 import sys
 import warnings
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from tread_composer.routing.arguments import Call, RoutingError, kind, output_tokens
-from tread_composer.routing.settings import ListSettings
+from tread_composer.routing.arguments import Call, ListSettings, RoutingError, kind, output_tokens
 from tread_composer.routing.tokens import with_ends
 
 __all__ = ['PROBED_FORWARDS', 'Probe']
@@ -40,7 +39,7 @@ class Probe:
         self.full = self._copy(full_BND)
         self.previous: Tensor | None = None  # a copy of what the block before returned
         self.outputs: list[Tensor] = []  # of the blocks so far, [B, K, D]
-        self.hooks: dict[str, list[nn.Module]] = {}  # of users, by name: the blocks that have one
+        self.hooks: collections.Counter[str] = collections.Counter()  # of users, by name: on how many blocks
 
     def check(self, index: int, block: nn.Module, call: Callable[..., Any], reduced: Callable[..., Call]) -> None:
         """Try block ``index`` before the call that counts; ``reduced(order=...)`` are its arguments on the route.
@@ -48,9 +47,8 @@ class Probe:
         Raises:
             RoutingError: It cannot be routed, or the model itself has changed the tokens since the block before.
         """
-        tokens, path = self.settings.tokens, self.settings.path
-        for name in _hooks_of_users(block):
-            self.hooks.setdefault(name, []).append(block)
+        tokens = self.settings.tokens
+        self.hooks.update(_hooks_of_users(block))
 
         def outcome(order: Tensor | None = None, *, changed: bool = False) -> Tensor | None:
             try:
@@ -69,7 +67,7 @@ class Probe:
         # One block whose work rounding hides, and the pass as a whole vouches for nothing.
         self.conclusive = self.conclusive and conclusive
         if fault:
-            raise RoutingError(f'block {index} of {path!r} cannot be routed: {fault}')
+            raise RoutingError(f'block {index} of {self.settings.path!r} cannot be routed: {fault}')
 
     def note(self, x_BKD: Tensor) -> None:
         """Keep what a block returned, for comparison with what the next one is given."""
@@ -88,13 +86,8 @@ class Probe:
         return arguments if order is None else tree_map_only(Tensor, moved, arguments)
 
     def between(self, index: int, x: Any) -> None:
-        """Compare what block ``index`` is given with what the block before it returned.
-
-        A copy is compared, not the tensor itself, which may have been written to in place.
-
-        Raises:
-            RoutingError: The model itself has worked on the tokens in between.
-        """
+        """Refuse a model that has itself worked on the tokens between the block before and block ``index``."""
+        # A copy is compared, not the tensor itself, which may have been written to in place.
         before, count = self.previous, self.kept_BK.shape[1]
         if before is None or not isinstance(x, Tensor) or (x.shape == before.shape and _equal(x, before)):
             return
@@ -113,11 +106,7 @@ class Probe:
         )
 
     def end(self, restored_BND: Tensor) -> None:
-        """Compare the sequence behind the route with the full one in which the kept places are replaced.
-
-        Raises:
-            RoutingError: They differ.
-        """
+        """Refuse a sequence behind the route that is not the full one with its kept places replaced."""
         if self.full is None or self.previous is None or self.previous.shape[2:] != restored_BND.shape[2:]:
             return
         with torch.no_grad():
@@ -143,10 +132,7 @@ def _compared(outcome: Callable[..., Tensor | None], x_BKD: Tensor, fixed: tuple
     """Compare a block on its kept tokens with itself on the same in another order, and with the first sample changed.
 
     ``outcome(order, changed=...)`` gives its output tokens, or None if memory was short. The ``fixed`` leading and
-    trailing tokens keep their places.
-
-    Returns:
-        A fault in words, or none; and whether rounding left anything to be seen.
+    trailing tokens keep their places. Returns a fault in words, or none; and whether rounding left anything to be seen.
     """
     (batch_size, num_kept), free = x_BKD.shape[:2], x_BKD.shape[1] - sum(fixed)
     out = outcome()
@@ -215,8 +201,7 @@ def _undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, calls of the block leave no trace: on gradients, random numbers, buffers, train flags, hooks, graphs.
 
     Dropout is off. Hooks of torch's own (FSDP, weight norm) and those by which Composer's ranks tell each other that
-    one ran out of memory stay, the user's do not see the calls. What a block keeps outside of buffers, such as a cache
-    object among its arguments or a list of its own, is not covered.
+    one ran out of memory stay, the user's do not see the calls.
     """
     modules = list(block.modules())
     before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in modules]
@@ -265,8 +250,7 @@ def _without_users(hooks: Any) -> Any:
     return type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_user(hook))
 
 
-def _hooks_of_users(block: nn.Module) -> list[str]:
+def _hooks_of_users(block: nn.Module) -> set[str]:
     """Names of the forward hooks on a block that see fewer tokens on a route."""
-    hooks = [*block._forward_pre_hooks.values(), *block._forward_hooks.values()]
-    names = [getattr(hook, '__qualname__', type(hook).__qualname__) for hook in hooks]
-    return sorted({f'{_home(hook)}.{name}' for hook, name in zip(hooks, names, strict=True) if _is_of_user(hook)})
+    hooks = filter(_is_of_user, [*block._forward_pre_hooks.values(), *block._forward_hooks.values()])
+    return {f'{_home(hook)}.{getattr(hook, "__qualname__", type(hook).__qualname__)}' for hook in hooks}

@@ -87,10 +87,7 @@ def check_routes(routes: Sequence[Route], depth: int) -> list[tuple[int, int]]:
 
 
 def parts_within(spans: Sequence[tuple[int, int]], offset: int, depth: int) -> list[tuple[int, int, int]]:
-    """The parts of routes in a list of ``depth`` blocks behind ``offset`` others.
-
-    Number of the route, first and last block, both counted within the list.
-    """
+    """Number of the route, first and last block of the parts of routes in a list of ``depth`` blocks behind others."""
     return [
         (route, max(start - offset, 0), min(end - offset, depth - 1))
         for route, (start, end) in enumerate(spans)

@@ -4,6 +4,7 @@ Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -12,24 +13,46 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tread_composer.routing.arguments import ListSettings
 from tread_composer.routing.passes import Pass, Stretch
-from tread_composer.routing.route import parts_within
-from tread_composer.routing.settings import RoutingSettings
+from tread_composer.routing.route import Route, parts_within
 from tread_composer.routing.tokens import sample_kept, with_ends
 
-__all__ = ['KeptSampler', 'Routing']
+__all__ = ['KeptSampler', 'Routing', 'RoutingSettings']
 
 KeptSampler = Callable[[int, int, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSettings:
+    """The arguments of ``apply_tread``, resolved for one model."""
+
+    lists: tuple[ListSettings, ...]  # in the order in which the model runs them; their blocks are counted through
+    routes: tuple[Route, ...]  # disjoint, in order of depth
+    spans: tuple[tuple[int, int], ...]  # first and last block of each route
+    shared: bool  # all samples have the same route: kept ids are [1, K]
+    ordered: bool  # the blocks need ascending tokens; they are not probed
+    float32_after: bool  # the one block behind each route runs without autocast, in float32
+
+    def words(self) -> dict[str, object]:
+        """The settings as a user wrote them: numbers and names, no tuples of dataclasses."""
+        spans = zip(self.spans, self.routes, strict=True)
+        return {
+            'blocks': [part.path for part in self.lists],
+            'routes': [f'{start} to {end} at rate {route.selection_rate}' for (start, end), route in spans],
+            'tokens': [part.tokens.name for part in self.lists],
+            'token_arguments': [[str(argument) for argument in part.token_arguments] for part in self.lists],
+            **{name: [getattr(part, name) for part in self.lists] for name in ('tokens_out', 'always_keep')},
+            **{name: getattr(self, name) for name in ('shared', 'ordered', 'float32_after')},
+        }
 
 
 class Routing:
     """What a routed model is armed with: which tokens are kept in the present forward pass.
 
     ``apply_tread`` makes it. By default each training forward draws its own routes from the global generator. To
-    decide yourself, call ``arm`` before the forward pass; to train densely, call ``disarm``.
-
-    Args:
-        settings: What was asked for; it does not change.
+    decide yourself, call ``arm`` before the forward pass; to train densely, call ``disarm``. ``settings``, what was
+    asked for, does not change.
     """
 
     def __init__(self, settings: RoutingSettings) -> None:
@@ -105,14 +128,10 @@ class Routing:
 
     @contextlib.contextmanager
     def forced(self, kept: Sequence[Tensor], *, num_tokens: int) -> Iterator[None]:
-        """Route each forward pass inside of the context, in evaluation mode too, along these ids.
+        """Route each forward pass inside of the context, in evaluation mode too, along these ids (see ``arm``).
 
-        Afterwards, and after an exception, all is as it was before: what training was armed with, and density in
-        evaluation. How many tokens are kept is up to ``kept``, not to the routes' selection rates.
-
-        Args:
-            kept: For each route the kept ids ``[B, K]`` (or ``[1, K]``, see ``arm``), ascending.
-            num_tokens: Length of the sequences that they were drawn for.
+        Afterwards, and after an exception, all is as it was before. How many tokens are kept is up to ``kept``, not to
+        the routes' selection rates.
         """
         # Sampling within training (a callback, sparse guidance) must leave no trace on the armed batch.
         before = self.kept, self.num_tokens, self.sampler, self.in_evaluation
@@ -130,10 +149,8 @@ class Routing:
         """The ids kept on ``routes[route]`` for the tokens that enter it: ``[B, K]`` or, of a shared route, ``[1, K]``.
 
         Ids are armed and sampled for the first list; where list ``number`` has more or fewer tokens that never skip
-        (text in front, say), the same of the rest stay in it.
-
-        Raises:
-            ValueError: The ids were drawn for sequences of another length or another number of samples.
+        (text in front, say), the same of the rest stay in it. Ids for another length or number of samples are refused
+        with a ``ValueError``.
         """
         fixed, drawn_fixed = self.settings.lists[number].always_keep, self.settings.lists[0].always_keep
         batch_size, num_tokens = x_BND.shape[0], x_BND.shape[1] - sum(fixed) + sum(drawn_fixed)
@@ -164,17 +181,18 @@ class Routing:
         return with_ends(free, x_BND.shape[1], *fixed)
 
     def passes(self, number: int, offset: int, count: int, *, training: bool) -> dict[int, Pass]:
-        """The pass through each block on a route. Each call of this method is one forward pass with state of its own.
+        """The pass through each block on a route, for a walk over ``count`` blocks of a list; with state of its own.
 
-        ``count`` blocks of list ``number`` are walked, from ``offset`` on: a slice that ends within a route puts the
-        tokens back at its own end.
+        A slice that ends within a route puts the tokens back at its own end.
         """
         settings, probed = self.settings.lists[number], not self.settings.ordered
+        # What only an eager forward can do, and only training needs.
+        watched = training and not torch.compiler.is_compiling()
         passes: dict[int, Pass] = {}
         for stretch in self.stretches[number]:
             start, end = max(stretch.start, offset), min(stretch.end, offset + count - 1)
             if start <= end:  # it lies in what is walked
                 ids = functools.partial(self.kept_ids, stretch.route, number=number)
-                route = Pass(settings, stretch, (start, end), ids, training=training, probed=probed)
+                route = Pass(settings, stretch, start, end, ids, probed, watched)
                 passes.update(dict.fromkeys(range(start, end + 1), route))
         return passes

@@ -19,9 +19,8 @@ def in_forward(block: nn.Module) -> bool:
     """Whether the present call belongs to a forward pass through a model that holds ``block``.
 
     It does inside of any module's call, inside of torch's checkpointing (which runs parts of a forward pass again
-    during the backward pass, where no module is called), and inside of a method with tensors among its arguments (in
-    tuples, lists and mappings too) of a module that holds the block: ``model.forward_features(x)``. It does not in
-    ``for b in model.blocks: shard(b)``, wherever that stands.
+    during the backward pass, where no module is called), and inside of a method of a module that holds the block, with
+    tensors among its arguments: ``model.forward_features(x)``. It does not in ``for b in model.blocks: shard(b)``.
     """
     if torch.compiler.is_compiling():
         return True

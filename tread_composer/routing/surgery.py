@@ -8,16 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from tread_composer.routing.arguments import Argument, TokenArguments, bare, find_argument, parse_token_arguments
+from tread_composer.routing.arguments import (
+    Argument,
+    ListSettings,
+    TokenArguments,
+    bare,
+    find_argument,
+    parse_token_arguments,
+)
 from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
 from tread_composer.routing.route import Route, check_routes, parts_within
-from tread_composer.routing.routing import Routing
-from tread_composer.routing.settings import ListSettings, RoutingSettings
+from tread_composer.routing.routing import Routing, RoutingSettings
 from tread_composer.routing.taps import Slot, Taps
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['apply_tread', 'find_blocks', 'remove_tread', 'routing_of', 'tap_blocks']
-
 
 Blocks = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None
 """Path of a block list; several; or a mapping from paths to what differs from the other settings in that list."""
@@ -28,13 +33,11 @@ _PER_LIST = 'tokens', 'tokens_out', 'token_arguments', 'always_keep'
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockList]:
     """The list of blocks to route, with its path.
 
-    Args:
-        model: The model to look in.
-        path: Where the list is, for example ``'denoiser.blocks'``. If None, the model must hold exactly one outermost
-            ``nn.ModuleList`` or ``nn.Sequential`` of at least two children of one class that have parameters.
+    Without a ``path``, such as ``'denoiser.blocks'``, the model must hold exactly one outermost ``nn.ModuleList`` or
+    ``nn.Sequential`` of at least two children of one class that have parameters.
 
     Raises:
-        ValueError: The path is wrong, or there is no candidate, or more than one.
+        ValueError: The path is wrong, the list is empty, or there is no candidate, or more than one.
     """
     kinds = (*ROUTED, *ROUTED.values())  # exactly these: a subclass may iterate in its own way
     if path is not None:
@@ -44,11 +47,16 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, BlockLi
             raise ValueError(f'blocks: the model has no module {path!r} ({error})') from None
         if type(container) not in kinds:
             raise ValueError(f'blocks: {path!r} is a {type(container).__name__}; a ModuleList or Sequential is needed')
+        if not len(container):  # type: ignore[arg-type]
+            raise ValueError(f'blocks: {path!r} is empty; name a list that has blocks')
         return path, container  # type: ignore[return-value]
     candidates: dict[str, BlockList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f'{outer}.') or outer == '' for outer in candidates)
-        if type(module) in kinds and not nested and _is_stack(module):
+        children = list(module.children())
+        # An MLP as nn.Sequential is no stack of blocks.
+        alike = len(children) > 1 and len({type(child) for child in children}) == 1
+        if type(module) in kinds and not nested and alike and next(module.parameters(), None) is not None:
             candidates[name] = module  # type: ignore[assignment]
     if len(candidates) == 1:
         return next(iter(candidates.items()))
@@ -127,9 +135,8 @@ def apply_tread(
     """
     routes = (routes,) if isinstance(routes, Route) else tuple(routes)
     lists = _lists(model, blocks)
-    depths = [len(container) for container in lists.values()]
     try:
-        spans = check_routes(routes, sum(depths))
+        spans = check_routes(routes, sum(map(len, lists.values())))
     except ValueError as error:
         raise ValueError(f'{" + ".join(lists)}: {error}') from None
     common = dict(zip(_PER_LIST, (tokens, tokens_out, token_arguments, always_keep), strict=True))
@@ -195,7 +202,7 @@ def tap_blocks(
     lists: dict[str, Any]
     if blocks is not None or routing_of(model) is None:
         lists = dict(_lists(model, blocks))
-    else:  # in the order in which the route goes through them
+    else:  # in the order in which the route goes through them; its own paths may begin at a part of this model
         routed = [(name, part) for name, part in _routed(model).items() if not part.is_slice]
         lists = dict(sorted(routed, key=lambda item: item[1].list_number))
     _refuse_copies(model, lists)
@@ -244,11 +251,7 @@ def _refuse_differences(model: nn.Module, attached: Routing, settings: RoutingSe
 
 
 def _refuse_copies(model: nn.Module, lists: Mapping[str, Any]) -> None:
-    """Refuse a model that holds the same blocks in another list too: walked there, they would not route.
-
-    Raises:
-        ValueError: Names the lists.
-    """
+    """Refuse a model that holds the same blocks in another list too: walked there, they would not route."""
     blocks = {id(block): path for path, container in lists.items() for block in container.children()}
     named = {id(container) for container in lists.values()}
     named |= {id(part) for part in _routed(model).values() if part.is_slice}  # which routes with its list
@@ -303,9 +306,3 @@ def _lists(model: nn.Module, blocks: Blocks) -> dict[str, BlockList]:
     if not paths or len({id(container) for container in lists.values()}) < len(paths):
         raise ValueError(f'blocks: {paths} names no list, or one of them twice')
     return lists
-
-
-def _is_stack(module: nn.Module) -> bool:
-    children = list(module.children())
-    same_class = len({type(child) for child in children}) == 1  # an MLP as nn.Sequential is no stack of blocks
-    return len(children) > 1 and same_class and any(True for _ in module.parameters())

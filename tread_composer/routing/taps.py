@@ -3,6 +3,7 @@
 Shapes: B samples, N tokens, K kept tokens, D width.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,18 +28,19 @@ class Tapped(NamedTuple):
     kept: Tensor | None
 
 
+@dataclasses.dataclass(eq=False)
 class Slot:
-    """Where a walk over a block list leaves what block ``index`` returned, for one reader.
+    """Where a walk over a block list leaves what a block returned, for one reader.
 
     The one thing of a forward pass that outlives it: written by the walk, never read by it, so that a compiled graph
     has no guard on it.
     """
 
-    def __init__(self, index: int, tokens_out: int | None, *, evaluation: bool) -> None:
-        self.index, self.tokens_out = index, tokens_out
-        self.evaluation = evaluation  # written in evaluation mode too
-        self.tokens: Tensor | None = None
-        self.kept: Tensor | None = None
+    index: int  # of the block
+    tokens_out: int | None
+    evaluation: bool  # written in evaluation mode too
+    tokens: Tensor | None = None
+    kept: Tensor | None = None
 
     def put(self, out: Any, kept: Tensor | None) -> None:
         """Leave a block's output and its kept ids."""
@@ -50,25 +52,16 @@ class Slot:
             # A shared route has ids [1, K]; readers get one row for each sample.
             self.kept = None if kept is None else kept.expand(tokens.shape[0], -1)
 
-    def clear(self) -> None:
-        """Let go of the tensors."""
-        self.tokens = self.kept = None
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without the tensors, which belong to one graph.
         return {**self.__dict__, 'tokens': None, 'kept': None}
 
 
 class Taps:
-    """The reader's handle of ``tap_blocks``.
-
-    Args:
-        slots: By the numbers that the reader asked for.
-        remove: Takes the slots out of the block lists.
-    """
+    """The reader's handle of ``tap_blocks``."""
 
     def __init__(self, slots: Mapping[int, Slot], remove: Callable[[], None]) -> None:
-        self._slots, self._remove = dict(slots), remove
+        self._slots, self._remove = dict(slots), remove  # by the numbers that were asked for; takes them out again
 
     def read(self) -> dict[int, Tapped]:
         """What the blocks returned in the last forward pass, by the numbers that were asked for; empties the taps.
@@ -90,7 +83,7 @@ class Taps:
     def clear(self) -> None:
         """Let go of what is there, unread."""
         for slot in self._slots.values():
-            slot.clear()
+            slot.tokens = slot.kept = None
 
     def remove(self) -> None:
         """Tap no more; other taps of the same blocks, and a route, stay."""

@@ -15,11 +15,7 @@ AlwaysKeep = int | Sequence[int]
 
 
 def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
-    """How many leading and how many trailing tokens never skip.
-
-    Raises:
-        ValueError: It is neither a count nor a pair of counts.
-    """
+    """How many leading and how many trailing tokens never skip; ``ValueError`` for what says neither."""
     pair = (always_keep, 0) if isinstance(always_keep, int) else tuple(always_keep)
     if len(pair) != 2 or not all(type(count) is int and count >= 0 for count in pair):
         raise ValueError(
@@ -29,11 +25,7 @@ def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
 
 
 def count_kept(num_tokens: int, selection_rate: float, always_keep: AlwaysKeep = 0) -> int:
-    """How many of ``num_tokens`` stay on the blocks: ``always_keep + free - int(free * selection_rate)``.
-
-    Raises:
-        ValueError: There are not even ``always_keep`` tokens.
-    """
+    """How many tokens stay: ``always_keep + free - int(free * selection_rate)``; ``ValueError`` for too few."""
     fixed = sum(both_ends(always_keep))
     free = num_tokens - fixed  # the rate is a share of the tokens that may skip
     if free < 0:
@@ -89,14 +81,10 @@ def take_kept(x_BND: Tensor, kept_BK: Tensor) -> Tensor:
 
 
 def take_along(value: Tensor, kept: Tensor, dim: int, leading: int = 0, trailing: int = 0) -> Tensor:
-    """The kept tokens' entries of a tensor whose dimension ``dim`` counts tokens.
+    """The entries of the kept tokens, ids ``[B, K]``, of a tensor whose dimension ``dim`` >= 0 counts tokens.
 
-    Args:
-        value: Samples in dimension 0 (size B, or 1 for all of them); with ids for all samples it may have none.
-        kept: Ids ``[B, K]``, or ``[1, K]`` for all samples.
-        dim: Not negative; 0 only with ids for all samples.
-        leading: Number of entries before those of the tokens, which stay.
-        trailing: Number of entries behind those of the tokens, which stay.
+    ``value`` has samples in dimension 0 (size B, or 1 for all of them); with ids ``[1, K]`` it may have none. So many
+    ``leading`` and ``trailing`` entries around those of the tokens stay.
     """
     if leading or trailing:
         kept = with_ends(kept + leading, value.shape[dim], leading, trailing)

@@ -18,23 +18,18 @@ def inspect_model(reference: str, blocks: str | None = None) -> FoundSettings:
     Raises:
         UserError: The function is not there or does not return these two, or the model cannot be routed.
     """
-    module, _, name = reference.partition(':')
-    if not module or not name:
-        raise UserError(f'{reference}: write package.module:function, for example my_package.models:small_model')
     try:
         function = import_named(reference)
     except ImportError as error:
         raise UserError(
-            f'{reference}: {error}; Python must be able to import it: start the command in its folder, or set '
-            f'PYTHONPATH'
+            f'{reference}: {error}; write package.module:function, for example my_package.models:small_model. Python '
+            'must be able to import it: start the command in its folder, or set PYTHONPATH'
         ) from None
     pair = function()
-    if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[1]):
-        raise UserError(f'{reference}: returns {type(pair).__name__}; it must return the model and run(model), a pair')
-    if not isinstance(pair[0], nn.Module):
+    types = [type(part).__name__ for part in (pair if isinstance(pair, tuple) else [pair])]
+    if len(types) != 2 or not isinstance(pair[0], nn.Module) or not callable(pair[1]):
         raise UserError(
-            f'{reference}: returns a model and run(model), but the first of the two is of type '
-            f'{type(pair[0]).__name__}; it must be a torch.nn.Module'
+            f'{reference}: returns {", ".join(types)}; it must return a torch.nn.Module and run(model), a pair'
         )
     try:
         settings = find_settings(*pair, blocks=blocks)
