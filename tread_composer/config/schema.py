@@ -31,6 +31,7 @@ __all__ = [
     'plain',
     'signature_fields',
     'signature_model',
+    'strict_model',
     'yaml_type',
 ]
 
@@ -157,7 +158,11 @@ def _class_type(annotation: type) -> Any:
         return str
     if annotation in (list, tuple):
         return list[Any]
-    return signature_model(annotation, is_argument=True) if dataclasses.is_dataclass(annotation) else None
+    if not dataclasses.is_dataclass(annotation):
+        return None
+    model = signature_model(annotation)
+    model.constructor = annotation
+    return model
 
 
 def _member(kind: type[enum.Enum], value: object) -> enum.Enum:
@@ -228,14 +233,15 @@ def part_kind(annotation: Any, metadata: Sequence[Any] = ()) -> str | None:
     return next((kind for kind in (*kinds, *map(part_kind, typing.get_args(annotation))) if kind is not None), None)
 
 
-def signature_model(
-    target: Callable[..., Any], skip: Collection[str] = (), *, is_argument: bool = False
-) -> type[Strict]:
-    """The constructor of ``target`` as a strict section; ``skip`` names the arguments that the builders give."""
-    fields, refused = signature_fields(target, skip)
-    model = create_model(target.__name__, __base__=Strict, **fields)
+def signature_model(target: Callable[..., Any]) -> type[Strict]:
+    """The constructor of ``target`` as a strict section."""
+    return strict_model(target.__name__, *signature_fields(target))
+
+
+def strict_model(name: str, fields: dict[str, Any], refused: dict[str, str]) -> type[Strict]:
+    """A strict section of these fields; ``refused`` are names that are not for YAML, with the reason."""
+    model = create_model(name, __base__=Strict, **fields)
     model.refused = refused
-    model.constructor = target if is_argument else None
     return model
 
 

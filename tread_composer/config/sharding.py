@@ -15,10 +15,9 @@ _HERE = ('parallelism_config', 'fsdp')
 
 def sharding_problems(config: Config, world_size: int) -> list[Problem]:
     """What is wrong between the settings of FSDP, the number of ranks and the rest of the run."""
-    fsdp = _fsdp(config)
+    fsdp, problems = config.fsdp, []
     if fsdp is None:
         return []
-    problems = []
     if _is_second():
         if config.device_train_microbatch_size == 'auto':
             text = "'auto' works with DDP and FSDP1 alone in Composer; give a number, or set FSDP_VERSION=1"
@@ -62,15 +61,10 @@ def _degrees(fsdp: Any, world_size: int) -> list[Problem]:
 
 def sharding_needs_gpu(config: Config) -> list[Problem]:
     """For a run on the CPU: Composer gives FSDP1 the CUDA device without asking whether there is one."""
-    fsdp = _fsdp(config)
-    if fsdp is None or _is_second():
+    if config.fsdp is None or _is_second():
         return []
     text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
     return [Problem(_HERE, text)]
-
-
-def _fsdp(config: Config) -> Any:
-    return None if config.parallelism_config is None else config.parallelism_config.fsdp
 
 
 def _is_second() -> bool:

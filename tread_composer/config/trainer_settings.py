@@ -1,7 +1,6 @@
 """The Trainer's keywords that a YAML file may set, read from ``composer.Trainer`` itself."""
 
 import dataclasses
-import inspect
 import os
 from typing import Annotated, Any, Literal
 
@@ -9,12 +8,12 @@ import torch
 from composer import Trainer
 from composer.core import Time, TimeUnit
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from pydantic import AfterValidator, create_model
+from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.schema import Length, Strict, signature_fields, yaml_type
+from tread_composer.config.schema import Length, Strict, signature_fields, strict_model, yaml_type
 
-__all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section', 'trainer_keywords']
+__all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section']
 
 BUILT_BY_US = {
     'model': '',  # a section of our own
@@ -64,9 +63,7 @@ def fsdp_section(version: str) -> type[Strict]:
     if version == '2':
         reason = f'Composer shards over all ranks under FSDP2; replicas of shards (HSDP) are a setting of {fsdp1}'
         refused |= dict.fromkeys(degrees, reason)
-    model = create_model(kind.__name__, __base__=Strict, **fields)
-    model.refused = refused
-    return model
+    return strict_model(kind.__name__, fields, refused)
 
 
 class ParallelismSettings(Strict):
@@ -125,15 +122,9 @@ def _settings() -> type[Strict]:
     fields, refused = signature_fields(Trainer, skip=tuple(BUILT_BY_US))
     missing = set(_TIGHTER) - set(fields) - set(refused)
     assert not missing, f'composer.Trainer has no keyword {missing}'
-    model = create_model('TrainerSettings', __base__=Strict, **{**fields, **_TIGHTER})
-    model.refused = {**refused, **{name: reason for name, reason in BUILT_BY_US.items() if reason}}
-    return model
+    reasons = {name: reason for name, reason in BUILT_BY_US.items() if reason}
+    return strict_model('TrainerSettings', fields | _TIGHTER, refused | reasons)
 
 
 TrainerSettings: Any = _settings()
 """Strict section with one field for each keyword of the Trainer that YAML can write, under Composer's names."""
-
-
-def trainer_keywords() -> list[str]:
-    """All keywords of ``composer.Trainer``."""
-    return [name for name in inspect.signature(Trainer.__init__).parameters if name != 'self']

@@ -12,13 +12,13 @@ from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
 
 from tread_composer.callbacks.update_guard import OnNonfinite
 from tread_composer.config.components import Component
-from tread_composer.config.document import dump_yaml, with_values
+from tread_composer.config.document import dump_yaml, map_texts, with_values
 from tread_composer.config.errors import Path
 from tread_composer.config.registry import resolve
 from tread_composer.config.schema import plain
 from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.core.bounds import AtLeast1, Seed
+from tread_composer.core.bounds import AtLeast1, Positive, Seed
 from tread_composer.core.masking import MASK, without_password
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
@@ -26,8 +26,7 @@ from tread_composer.routing.tokens import AlwaysKeep
 __all__ = ['Config', 'backbone_arguments']
 
 _SECTION = WithJsonSchema({'type': 'object'})
-_Latent = Annotated[float, Ge(-1e6), Le(1e6)]
-OneOrPerChannel = _Latent | Annotated[list[_Latent], MinLen(1)]
+_Shift = Annotated[float, Ge(-1e6), Le(1e6)]
 ComponentField = Annotated[InstanceOf[Component], _SECTION]
 
 
@@ -50,9 +49,9 @@ class Config(TrainerSettings):
     """The network; ``dit`` without a name."""
     objective: ComponentField
     """What the network learns."""
-    latent_scale: OneOrPerChannel = 1.0
+    latent_scale: Positive | Annotated[list[Positive], MinLen(1)] = 1.0
     """``latents = (raw - shift) * scale``; one number or one per channel."""
-    latent_shift: OneOrPerChannel = 0.0
+    latent_shift: _Shift | Annotated[list[_Shift], MinLen(1)] = 0.0
     """As ``latent_scale``."""
     latent_normalization: Annotated[PerChannelNormalization | None, SkipValidation, _SECTION] = None
     """Instead of numbers for the two above: computed from the training data's manifest."""
@@ -81,6 +80,11 @@ class Config(TrainerSettings):
     def precision_name(self) -> str | None:
         """``precision`` as YAML has it."""
         return getattr(self.precision, 'value', self.precision)
+
+    @property
+    def fsdp(self) -> Any:
+        """The section ``parallelism_config.fsdp``; None in a run that shards nothing."""
+        return getattr(self.parallelism_config, 'fsdp', None)
 
     def routes(self) -> list[Route]:
         """The routes of all algorithms that have some."""
@@ -133,7 +137,7 @@ class Config(TrainerSettings):
             if value is None and type(self).model_fields[name].default is None:
                 continue
             tree[name] = _tree_of(value)
-        return with_values(_without_passwords(tree), dict.fromkeys(self._references, MASK))
+        return with_values(map_texts(tree, without_password), dict.fromkeys(self._references, MASK))
 
     def to_yaml(self) -> str:
         """``to_dict`` as YAML text, which names the variable of the environment in place of a secret."""
@@ -146,14 +150,6 @@ def backbone_arguments(model: Component) -> dict[str, Any]:
     arguments = {key: value for key, value in model.kwargs.items() if key not in ('preset', 'attention')}
     preset = model.kwargs.get('preset')
     return {**arguments, **resolve('backbone', model.name).presets[preset]} if preset else arguments  # type: ignore[attr-defined]
-
-
-def _without_passwords(value: Any) -> Any:
-    if isinstance(value, str):
-        return without_password(value)
-    if isinstance(value, dict):
-        return {key: _without_passwords(item) for key, item in value.items()}
-    return [_without_passwords(item) for item in value] if isinstance(value, list) else value
 
 
 def _tree_of(value: Any) -> Any:
