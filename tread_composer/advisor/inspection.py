@@ -69,7 +69,7 @@ def inspect_run(request: InspectRequest) -> Inspection:
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
     mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
-    routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
+    routes = tuple(route.span(len(mean) - 1) for route in trained.config.routes())
     advice, ranked, run_name = propose_route(fresh, blocks), rank_routes(mean), trained.config.run_name
     facts = {
         'run': run_name,
@@ -159,7 +159,7 @@ def _suggestions(
     spans = [(candidate.start, candidate.end) for candidate in ranked]
     selected = [*spans[:_SHOWN], *([advice.span] if advice.span else []), *routes]
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
-    rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
+    rate = next(iter(trained.config.routes()), Route()).selection_rate
     dense = count_macs(_fresh(trained), facts)
     suggestions = []
     for start, end in dict.fromkeys(selected):

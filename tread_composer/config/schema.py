@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from composer.core import Time, TimeUnit
-from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
 from tread_composer.config.bounds import OF_OTHERS, is_length
@@ -76,15 +76,13 @@ _LARGEST_COUNT = 10**12
 
 def _check_time(value: object, is_length: bool = False) -> object:
     shown = {'value': 'null' if value is None else repr(value)}
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise PydanticCustomError('time', '{value} is not a time; write a number and a unit, such as 200ba', shown)
-    if not isinstance(value, str):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         text = 'a bare number has no unit (Composer would read epochs); write '
         is_whole = isinstance(value, int) or value.is_integer()
         text += "'{value}ep' or '{value}ba'" if is_whole else "'{value}dur' for that share of the run"
         raise PydanticCustomError('time', text, {'value': value})
-    units = ', '.join(f'{unit} ({meaning})' for unit, meaning in _UNITS.items())
-    if not _TIME.fullmatch(value) or not _is_time(value):
+    if not isinstance(value, str) or not _TIME.fullmatch(value) or not _is_time(value):
+        units = ', '.join(f'{unit} ({meaning})' for unit, meaning in _UNITS.items())
         text = "{value} is not a time: write a whole number and one of the units {units}, such as '200ba' or '0.5dur'"
         raise PydanticCustomError('time', text, {**shown, 'units': units})
     time = Time.from_timestring(value)
@@ -153,7 +151,7 @@ def _class_type(annotation: type) -> Any:
     if annotation in _PARTS:
         return Annotated[Any, _Part(_PARTS[annotation])]
     if issubclass(annotation, enum.Enum):
-        return Annotated[annotation, BeforeValidator(lambda value: _member(annotation, value))]
+        return Annotated[Literal[tuple(member.value for member in annotation)], AfterValidator(annotation)]
     if issubclass(annotation, pathlib.PurePath):
         return str
     if annotation in (list, tuple):
@@ -163,15 +161,6 @@ def _class_type(annotation: type) -> Any:
     model = signature_model(annotation)
     model.constructor = annotation
     return model
-
-
-def _member(kind: type[enum.Enum], value: object) -> enum.Enum:
-    for member in kind:
-        if value is member or (isinstance(value, str) and value == member.value):
-            return member
-    expected = ', '.join(repr(member.value) for member in kind)
-    shown = {'value': 'null' if value is None else repr(value), 'expected': expected}
-    raise PydanticCustomError('one_of', '{value} is not one of {expected}', shown)
 
 
 def _union(members: tuple[Any, ...], name: str, default: Any) -> Any:

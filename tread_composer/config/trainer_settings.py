@@ -39,11 +39,7 @@ _OBJECTS = ('ignored_modules', 'load_planner', 'save_planner', 'process_group')
 
 
 def fsdp_section(version: str) -> type[Strict]:
-    """``parallelism_config.fsdp`` as a strict section: Composer takes any name there without a word.
-
-    Args:
-        version: ``'1'`` or ``'2'``: they have other settings, and Composer reads which is meant from ``FSDP_VERSION``.
-    """
+    """``parallelism_config.fsdp`` as a strict section, of FSDP1 or FSDP2: Composer takes any name there without a word."""
     kind, foreign = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
     fsdp1, fsdp2 = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
     refused = {
@@ -81,15 +77,14 @@ def _backend(name: str) -> str:
     return name
 
 
-class CompileSettings(Strict):
-    """``compile_config``: arguments of ``torch.compile`` for the whole model."""
+_MODES = Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']
 
-    fullgraph: bool = False
-    dynamic: bool | None = None
-    backend: Annotated[str, AfterValidator(_backend)] = 'inductor'
-    mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = None
-    options: dict[str, Any] | None = None
-    disable: bool = False
+
+def _compile_section() -> type[Strict]:
+    """``compile_config``: arguments of ``torch.compile`` for the whole model."""
+    fields, refused = signature_fields(torch.compile, skip=('model',))
+    names = {'backend': (Annotated[str, AfterValidator(_backend)], 'inductor'), 'mode': (_MODES | None, None)}
+    return strict_model('CompileSettings', fields | names, refused)
 
 
 def _training_length(text: str) -> str:
@@ -109,7 +104,7 @@ _TIGHTER: dict[str, Any] = {
     'console_stream': (Literal['stdout', 'stderr'], 'stderr'),
     'device': (Literal['cpu', 'gpu', 'mps'] | None, None),
     'python_log_level': (Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] | None, None),
-    'compile_config': (CompileSettings | None, None),
+    'compile_config': (_compile_section() | None, None),
     # A number with a point would be a share of tokens: for text only.
     'device_train_microbatch_size': (int | Literal['auto'] | None, None),
     'parallelism_config': (ParallelismSettings | None, None),

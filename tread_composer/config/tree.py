@@ -86,10 +86,10 @@ class Config(TrainerSettings):
         """The section ``parallelism_config.fsdp``; None in a run that shards nothing."""
         return getattr(self.parallelism_config, 'fsdp', None)
 
-    def routes(self) -> list[Route]:
-        """The routes of all algorithms that have some."""
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of all algorithms that have some; none of a dense run."""
         routes = (route for part in self.algorithms.values() for route in getattr(part.instance, 'routes', ()))
-        return [route for route in routes if isinstance(route, Route)]
+        return tuple(route for route in routes if isinstance(route, Route))
 
     def always_keep(self) -> AlwaysKeep:
         """How many positions never skip, leading or leading and trailing; 0 if no algorithm has such a setting."""

@@ -90,7 +90,7 @@ def _problem(
         return Problem(path, 'is missing and has no default; give it')
     # Of a union the most telling member: a message of our own, else all that would have been right.
     for detail in details:
-        if detail['type'] in ('time', 'one_of', 'rule'):
+        if detail['type'] in ('time', 'rule'):
             return Problem(path, detail['msg'])
     expected = [_expected(detail) for detail in details]
     rules = dict.fromkeys(rule for rule in expected if rule)
