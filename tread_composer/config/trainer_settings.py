@@ -39,7 +39,7 @@ _OBJECTS = ('ignored_modules', 'load_planner', 'save_planner', 'process_group')
 
 
 def fsdp_section(version: str) -> type[Strict]:
-    """``parallelism_config.fsdp`` as a strict section, of FSDP1 or FSDP2: Composer takes any name there without a word."""
+    """``parallelism_config.fsdp`` as a strict section, of FSDP1 or 2: Composer takes any name there without a word."""
     kind, foreign = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
     fsdp1, fsdp2 = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
     refused = {
