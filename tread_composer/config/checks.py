@@ -33,18 +33,16 @@ def joint_problems(config: Config, world_size: int) -> list[Problem]:
 
 
 def _batches(config: Config, world_size: int) -> Iterator[Problem]:
-    sizes = {name: getattr(config, name) for name in ('global_train_batch_size', 'global_eval_batch_size')}
-    divide = True
-    for name, size in sizes.items():
+    for name in ('global_train_batch_size', 'global_eval_batch_size'):
+        size = getattr(config, name)
         if size % world_size:
-            divide = False
             nearest = max(1, round(size / world_size)) * world_size
             yield Problem(
                 (name,), f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
             )
     size, micro = config.global_train_batch_size, config.device_train_microbatch_size
     per_rank = size // world_size
-    if isinstance(micro, int) and divide and (micro < 1 or per_rank % micro):
+    if isinstance(micro, int) and size % world_size == 0 and (micro < 1 or per_rank % micro):
         divisors = ', '.join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
         text = f'{micro} does not divide the {per_rank} samples of one rank ({size} / {world_size}); take one of '
         yield Problem(('device_train_microbatch_size',), text + divisors)
@@ -57,19 +55,18 @@ def _preset(config: Config) -> Iterator[Problem]:
     """A published size by ``preset``, or all sizes one by one."""
     arguments = config.model.kwargs
     presets = getattr(resolve('backbone', config.model.name), 'presets', {})
-    sizes = {name: arguments.get(name) for name in (next(iter(presets.values())) if presets else ())}
+    if not presets:
+        return
+    sizes = {name: arguments.get(name) for name in next(iter(presets.values()))}
     if 'preset' in arguments:
         rule = f'the preset {arguments["preset"]!r} has decided that; remove it, or the preset and give all sizes'
         yield from (Problem(('model', name), f'{size}: {rule}') for name, size in sizes.items() if size is not None)
         return
-    example = next((name for name in presets if '-B/' in name), next(iter(presets), None))
-    for name, size in sizes.items():
-        if size is None:
-            text = f'is missing; give it, or all sizes by one name, for example preset: {example!r}'
-            yield Problem(('model', name), text)
+    text = f'is missing; give it, or all sizes by one name, for example preset: {next(iter(presets))!r}'
+    yield from (Problem(('model', name), text) for name, size in sizes.items() if size is None)
     width, heads = sizes.get('hidden_size'), sizes.get('num_heads')
     # Published sizes fit; of free ones this is the usual slip.
-    if width and heads and None not in sizes.values() and width % heads:
+    if width and heads and width % heads:
         yield Problem(('model', 'hidden_size'), f'{width} does not divide among {heads} heads; take a multiple')
 
 

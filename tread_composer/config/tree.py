@@ -17,7 +17,7 @@ from tread_composer.config.errors import Path
 from tread_composer.config.registry import resolve
 from tread_composer.config.schema import plain
 from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
-from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
+from tread_composer.config.trainer_settings import TrainerSettings
 from tread_composer.core.bounds import AtLeast1, Positive, Seed
 from tread_composer.core.masking import MASK, without_password
 from tread_composer.routing import Route
@@ -121,9 +121,7 @@ class Config(TrainerSettings):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The keywords for ``composer.Trainer``, defaults included, but for the objects that the builders make."""
-        names = [name for name in TrainerSettings.model_fields if name not in BUILT_BY_US]
-        values = {name: getattr(self, name) for name in ('run_name', 'seed', *names)}
-        return {name: plain(value) for name, value in values.items()}
+        return {name: plain(getattr(self, name)) for name in ('run_name', 'seed', *TrainerSettings.model_fields)}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``.
@@ -158,8 +156,7 @@ def _tree_of(value: Any) -> Any:
     if isinstance(value, dict) and all(isinstance(item, Component) for item in value.values()):
         return {name: item.to_plain() for name, item in value.items()}
     if dataclasses.is_dataclass(value):  # a section that is held as the object itself
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(value)}
-        values = {name: getattr(value, name) for name in defaults}
-        kept = {name: item for name, item in values.items() if item is not None or defaults[name] is not None}
+        items = {entry.name: (getattr(value, entry.name), entry.default) for entry in dataclasses.fields(value)}
+        kept = {name: item for name, (item, default) in items.items() if item is not None or default is not None}
         return {'name': value.name, **kept}  # type: ignore[attr-defined]
     return plain(value)
