@@ -14,10 +14,7 @@ from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
 from tread_composer.config.sharding import sharding_problems
 from tread_composer.config.tree import Config
-from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.metrics import REFERENCES
-from tread_composer.metrics.inception import find_weights
 
 __all__ = ['check_files', 'joint_problems']
 
@@ -26,8 +23,8 @@ _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
 
 def joint_problems(config: Config, world_size: int) -> list[Problem]:
     """What is wrong between settings that are each right; ``world_size`` is the number of ranks."""
-    problems = [*_batches(config, world_size), *sharding_problems(config, world_size)]
-    for rule in (_preset, _parts, _combinations, _composers, _saving, _learned_variance, _rest, place_problems):
+    problems = [*_batches(config, world_size), *sharding_problems(config, world_size), *_answers(config, 'problems')]
+    for rule in (_preset, _combinations, _composers, _saving, _learned_variance, _rest, place_problems):
         problems += rule(config)
     return problems
 
@@ -70,13 +67,14 @@ def _preset(config: Config) -> Iterator[Problem]:
         yield Problem(('model', 'hidden_size'), f'{width} does not divide among {heads} heads; take a multiple')
 
 
-def _parts(config: Config) -> Iterator[Problem]:
-    """What algorithms and callbacks themselves have against the run (``core.protocols.AlgorithmFacts.problems``)."""
+def _answers(config: Config, question: str) -> Iterator[Problem]:
+    """What algorithms and callbacks themselves have against the run, those that have a method of this name."""
     for table, parts in (('algorithms', config.algorithms), ('callbacks', config.callbacks)):
         for name, part in parts.items():
-            problems = part.instance.problems(config) if hasattr(resolve(part.kind, part.name), 'problems') else ()
-            for setting, text in problems:
-                yield Problem((table, name, setting) if setting else (table, name), text)
+            # The class is asked whether it has one: callbacks of others are not made before the run.
+            if hasattr(resolve(part.kind, part.name), question):
+                for setting, text in getattr(part.instance, question)(config):
+                    yield Problem((table, name, setting) if setting else (table, name), text)
 
 
 def _combinations(config: Config) -> Iterator[Problem]:
@@ -172,7 +170,7 @@ def check_files(config: Config, source: str = '') -> None:
     Raises:
         ConfigError: The folder of latents is missing or holds no index, or another file is missing.
     """
-    problems = [*_data_files(config), *_evaluation_files(config)]
+    problems = [*_data_files(config), *_answers(config, 'missing_files')]
     path = config.load_path
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
         text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
@@ -196,20 +194,3 @@ def _data_files(config: Config) -> Iterator[Problem]:
         if split != data.train_split:
             remedy += '; data.eval_split=null trains without evaluation'
         yield Problem(('data', 'local'), f'{data.local!r}: {folder!r} {fault}; {remedy}')
-
-
-def _evaluation_files(config: Config) -> Iterator[Problem]:
-    """What the callback would otherwise miss after the data and the model have been prepared."""
-    if 'evaluation' not in config.callbacks:
-        return
-    arguments, path = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
-    reference = os.path.abspath(arguments['reference'])
-    made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
-    if not os.path.exists(reference) and not made_later and arguments['reference'] not in REFERENCES:
-        text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
-        yield Problem((*path, 'reference'), f'{arguments["reference"]!r} {text}')
-    if arguments.get('features', 'inception') == 'inception':
-        try:
-            find_weights(arguments.get('inception'))
-        except UserError as error:
-            yield Problem((*path, 'inception'), str(error))
