@@ -107,7 +107,7 @@ class Evaluation(SamplingCallback):
         self._resolution = 0  # side of an image in pixels, once one was drawn
 
     def missing_files(self, config: Any) -> Iterator[tuple[str, str]]:
-        """What it would miss after data and model of this ``Config`` have been prepared: pairs of a setting and a text."""
+        """What it would miss behind the data and the model of this ``Config``: pairs of a setting and a text."""
         reference = self.measurement.reference
         path = os.path.abspath(reference)
         made_later = config.data.name == 'digits' and path.startswith(os.path.abspath(config.data.local) + os.sep)
