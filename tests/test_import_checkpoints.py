@@ -107,7 +107,7 @@ def test_treads_rectified_flow_has_our_convention(tmp_path):
     t = torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
         close(trained.model.denoiser(x, t, labels), [network(weights, *one) for one in zip(x, t, LABELS, strict=True)])
-    assert (trained.batch, trained.routes[0].selection_rate) == (400_000, 0.5)
+    assert (trained.batch, trained.config.routes()[0].selection_rate) == (400_000, 0.5)
     assert trained.model.objective.time_distribution.mean == 0.0  # its default: logit-normal
 
 
@@ -117,7 +117,7 @@ def test_what_is_known_of_imported_weights(tmp_path, layout):
     names.write_text('tench\ngoldfish\nwhite shark\ntiger shark\nhammerhead\n')
     objective = 'edm' if layout == 'tread' else None
     _, trained = imported(tmp_path, layout, objective=objective, class_names=str(names))
-    assert trained.class_names[1] == 'goldfish'
+    assert trained.data.class_names[1] == 'goldfish'
     assert trained.model.null_label == 5
     assert trained.model.latent_scale == pytest.approx(0.18215)
     assert trained.config.autoencoder.instance.path == trained.data.autoencoder == 'some/vae'
@@ -246,8 +246,8 @@ def spoilt(**changes):
 @pytest.mark.parametrize(
     ('weights', 'message'),
     [
-        (spoilt(blocks__1__mlp__fc1__bias=None), 'not in the weights: blocks.1.mlp.fc1.bias'),
-        (spoilt(cls_token=torch.zeros(1, 1, 32)), 'not in the model: cls_token'),
+        (spoilt(blocks__1__mlp__fc1__bias=None), r'Missing key\(s\) in state_dict: "blocks.1.mlp.fc1.bias"'),
+        (spoilt(cls_token=torch.zeros(1, 1, 32)), r'Unexpected key\(s\) in state_dict: "cls_token"'),
         (spoilt(pos_embed=None), "'pos_embed' is missing"),
         (spoilt(pos_embed=make_weights(8)['pos_embed'] + 0.1), r'pos_embed differs by 0.1 .* 4 x 4 grid: these'),
         (spoilt(pos_embed=torch.zeros(1, 17, 32)), r'pos_embed is \[1, 17, 32\]; .* class token or another grid'),
@@ -278,7 +278,8 @@ def test_what_the_file_does_not_say_is_asked_for_with_the_reason(tmp_path, capsy
     assert main(['import', str(path), '--out', str(tmp_path / 'a.safetensors'), *said, '--num-heads', '4']) == 0
     assert 'layout    tread' in capsys.readouterr().out
     trained = load_trained(tmp_path / 'a.safetensors')
-    assert (trained.routes[0].start, trained.routes[0].end) == (0, -1)
+    (route,) = trained.config.routes()
+    assert (route.start, route.end) == (0, -1)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ RANKS = {
         ({'RANK': '2'}, 'RANK=2 in the environment does not go with WORLD_SIZE=2'),
         ({'LOCAL_RANK': '5'}, 'LOCAL_RANK=5 in the environment does not go with LOCAL_WORLD_SIZE=2'),
         ({'LOCAL_WORLD_SIZE': '4'}, 'LOCAL_WORLD_SIZE=4 in the environment does not go with WORLD_SIZE=2'),
-        ({'WORLD_SIZE': '0', 'RANK': None, 'LOCAL_RANK': None, 'LOCAL_WORLD_SIZE': None}, 'both are 1 or more'),
+        ({'WORLD_SIZE': '0', 'RANK': None, 'LOCAL_RANK': None, 'LOCAL_WORLD_SIZE': None}, "WORLD_SIZE='0' in"),
         ({'MASTER_ADDR': None}, 'WORLD_SIZE=2 in the environment, without MASTER_ADDR'),
         ({'MASTER_PORT': '70000'}, 'MASTER_PORT=70000 in the environment is no port'),
         ({'WORLD_SIZE': None, 'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '4'}, 'srun has started 4 tasks'),

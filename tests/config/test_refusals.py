@@ -7,6 +7,7 @@ import pytest
 
 from tests.runs import ROOT, refused_here
 from tread_composer.config import ConfigError, load_config
+from tread_composer.core.errors import UserError
 
 # An override of `base.yaml`, and what the message says of it.
 REFUSED = r"""
@@ -41,7 +42,7 @@ model.preset=DiT-B/2 -> model.depth: 8: the preset
 model.depth=null -> model.depth: is missing
 model.hidden_size=30 -> model.hidden_size: 30 does not divide among 4 heads
 objective={name: ddmp} -> objective.name: 'ddmp' is unknown.
-objective={name: ddpm} -> model.learn_sigma: false, but objective ddpm with learned_variance: true
+objective={name: ddpm} -> model.learn_sigma: false, but objective 'ddpm' trains a variance
 objective={name: ddpm, sigma_data: 0.5} -> objective.sigma_data: belongs to 'edm', not to 'ddpm'
 objective={name: ddpm, num_timesteps: 1} -> objective.num_timesteps: 1 is not greater than or equal to 2
 objective={name: ddpm, schedule: cosine, beta_end: 0.1} -> belong to schedule 'linear'
@@ -243,13 +244,15 @@ def test_batches_divide_among_the_ranks(base, message, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     assert 'among 3 ranks' in message(world_size=None)
     monkeypatch.setenv('WORLD_SIZE', 'many')
-    assert "WORLD_SIZE is 'many'" in message(world_size=None)
+    with pytest.raises(UserError, match="WORLD_SIZE='many' in the environment is no whole number of 1 or more"):
+        load_config(base)
 
 
 def test_settings_that_contradict_each_other(message):
     ddpm = ['objective={name: ddpm}', 'model.learn_sigma=true']
     text = message(*ddpm, 'objective.learned_variance=false')
-    assert 'learned_variance: false does not train; set it to false, or objective.learned_variance to true' in text
+    assert "objective 'ddpm' trains no variance" in text
+    assert 'set it to false, or objective.learned_variance to true' in text
     text = message('algorithms.direction_schedule={end_time: 2ba}', 'objective={name: edm}')
     assert "algorithms.direction_schedule: opens and closes the velocity-direction loss, and objective 'edm'" in text
     text = message('latent_normalization={}', 'latent_scale=0.18215', 'latent_shift=[0.5]')

@@ -201,8 +201,8 @@ def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(wh
     ('word', 'rule'),
     [
         ('save_weights_only=true', 'autoresume to false'),
-        ('save_num_checkpoints_to_keep=0', 'keep at least 1'),
-        ('save_num_checkpoints_to_keep=-2', 'keep at least 1'),
+        ('save_num_checkpoints_to_keep=0', '0 must be at least 1, or -1 for all'),
+        ('save_num_checkpoints_to_keep=-2', '-2 must be at least 1, or -1 for all'),
         ('save_filename=step.pt', 'ba{batch}'),
         ('save_filename=ep{epoch}-ba{batch}.pt.zst', 'uncompressed'),
     ],

@@ -75,7 +75,7 @@ def inspect_run(request: InspectRequest) -> Inspection:
         except ValueError as error:
             raise UserError(f'{request.path}: {error}') from None
     mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
-    routes = tuple(route.span(len(mean) - 1) for route in trained.routes)
+    routes = tuple(route.span(len(mean) - 1) for route in trained.config.routes())
     advice, run_name = propose_route(fresh, blocks), trained.config.run_name
     facts = {
         'run': run_name,
@@ -161,7 +161,7 @@ def _suggestions(
     ranked = {(candidate.start, candidate.end): candidate for candidate in rank_routes(mean)}
     spans = list(ranked)
     facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
-    rate = trained.routes[0].selection_rate if trained.routes else Route().selection_rate
+    rate = next(iter(trained.config.routes()), Route()).selection_rate
     dense = count_macs(_fresh(trained), facts)
     suggestions = []
     for start, end in dict.fromkeys([*spans[:_SHOWN], *(span for span in routes if span in ranked)]):

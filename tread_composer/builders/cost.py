@@ -15,11 +15,7 @@ from tread_composer.routing import find_blocks
 __all__ = ['Savers', 'count_macs', 'run_with_shapes', 'depth_of', 'sampling_cost', 'tokens_per_block']
 
 Savers = Mapping[str, Any]
-"""Algorithms of a run by their names in the YAML, those alone that have a ``rehearse``: they save work in training.
-
-``rehearse(denoiser, batch_size)`` is a context in which a training forward on the meta device costs what it costs while
-the algorithm is on; ``tokens_per_block(depth, num_tokens)`` are the tokens that each block then sees.
-"""
+"""Algorithms of a run by their names in the YAML, those alone that save work (``AlgorithmFacts.rehearse``)."""
 
 
 def depth_of(denoiser: nn.Module) -> int:

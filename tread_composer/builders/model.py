@@ -13,22 +13,10 @@ from tread_composer.config import Config
 from tread_composer.config.registry import resolve
 from tread_composer.config.tree import backbone_arguments
 from tread_composer.core.errors import UserError
-from tread_composer.core.protocols import Autoencoder
 from tread_composer.data.manifest import LatentFacts, Manifest
 from tread_composer.latent_diffusion import LatentDiffusion
 
-__all__ = ['build_autoencoder', 'build_denoiser', 'build_model', 'check_fit']
-
-
-def build_autoencoder(config: Config, manifest: Manifest | LatentFacts | None = None) -> Autoencoder:
-    """A new autoencoder of the configuration. Its weights are loaded, and held against the data's, when first used."""
-    # Of its own for each model: one that is shared has been held against the data of another. And never on the meta
-    # device, for a constructor may compute.
-    with torch.device('cpu'):
-        autoencoder = config.autoencoder.build()
-    if isinstance(autoencoder, KL) and manifest is not None and not autoencoder.other_weights:
-        autoencoder.expected_hash = manifest.autoencoder_hash
-    return autoencoder
+__all__ = ['build_denoiser', 'build_model', 'check_fit']
 
 
 def build_denoiser(config: Config, *, channels: int, latent_size: int, num_classes: int) -> Any:
@@ -75,6 +63,12 @@ def build_model(
         )
     place = ''  # of the fault, if there is one
     try:
+        # Of its own for each model: one that is shared has been held against the data of another. And never on the meta
+        # device, for a constructor may compute.
+        with torch.device('cpu'):
+            autoencoder = config.autoencoder.build()
+        if isinstance(autoencoder, KL) and not autoencoder.other_weights:
+            autoencoder.expected_hash = manifest.autoencoder_hash  # its weights are loaded when first used
         model = LatentDiffusion(
             denoiser,
             config.objective.instance,
@@ -84,7 +78,7 @@ def build_model(
             label_dropout=config.label_dropout,
             latent_scale=config.latent_scale,
             latent_shift=config.latent_shift,
-            autoencoder=build_autoencoder(config, manifest),
+            autoencoder=autoencoder,
         )
         # What an algorithm adds to the model is there before the optimizer and the compilation of its blocks.
         for name, component in config.algorithms.items():

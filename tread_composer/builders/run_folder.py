@@ -123,8 +123,7 @@ def check_load_path(config: Config) -> None:
         raise UserError(f'load_path: {error}\n{remedy}') from None
     # Which reader is used depends on the settings, not on what lies there.
     kind = 'sharded' if Path(text).is_dir() else 'full'
-    fsdp = None if config.parallelism_config is None else config.parallelism_config.fsdp
-    expected = 'sharded' if fsdp is not None and fsdp.state_dict_type == 'sharded' else 'full'
+    expected = getattr(config.fsdp, 'state_dict_type', 'full')
     if kind != expected:
         raise UserError(
             f'load_path: {text} is a {kind} checkpoint, and this run reads {expected} ones; '

@@ -1,6 +1,6 @@
 """How good the generated digits are: the callback ``evaluation`` as the quickstart uses it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +53,13 @@ class DigitsQuality(Evaluation):
         drawn = {'sampler': sampler, 'num_steps': num_steps, 'guidance_scale': guidance_scale, 'weights': weights}
         images = {'num_samples': num_samples, 'seed': seed, 'batch_size': _BATCH}
         super().__init__(interval=interval, folder=folder, **measured, **drawn, **images)  # type: ignore[arg-type]
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """As of ``SamplingCallback``, and that the data are not the digits."""
+        yield from super().problems(config)
+        name = config.data.name
+        if name != 'digits':
+            yield '', f'measures the ten digits, and the data are {name!r}; remove it (callbacks.digits_quality=null)'
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first measurement, and look at the real digits."""

@@ -1,8 +1,9 @@
 """FID and its relatives while a run trains, on averaged weights and on all ranks, without a trace in the training."""
 
 import logging
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,8 +18,10 @@ from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
+from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.drawing import Draws
 from tread_composer.metrics.images import ImageSet
+from tread_composer.metrics.inception import find_weights
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
@@ -102,6 +105,20 @@ class Evaluation(SamplingCallback):
         self._spent: dict[int, float] = {}  # batch -> seconds of the measurement after it
         self._measurer: Measurer | None = None
         self._resolution = 0  # side of an image in pixels, once one was drawn
+
+    def missing_files(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What it would miss behind the data and the model of this ``Config``: pairs of a setting and a text."""
+        reference = self.measurement.reference
+        path = os.path.abspath(reference)
+        made_later = config.data.name == 'digits' and path.startswith(os.path.abspath(config.data.local) + os.sep)
+        if not os.path.exists(path) and not made_later and reference not in REFERENCES:
+            text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
+            yield 'reference', f'{reference!r} {text}'
+        if self.measurement.features == 'inception':
+            try:
+                find_weights(self.measurement.inception)
+            except UserError as error:
+                yield 'inception', str(error)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse at once what would fail at the first measurement, and look at the reference."""

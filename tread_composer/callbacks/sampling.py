@@ -20,7 +20,7 @@ from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
 from tread_composer.io.progress import Progress
 from tread_composer.metrics.drawing import Draws, drawing_facts
-from tread_composer.samplers import SamplingSettings, default_guidance
+from tread_composer.samplers import SamplingSettings, check_sampler, default_guidance
 
 __all__ = ['SamplingCallback', 'Weights', 'bare_model', 'log_file']
 
@@ -79,6 +79,19 @@ class SamplingCallback(Callback):
         if at_end or (event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self._is_due(state, event)):
             self._last_batch = batch
             self.act(state, logger)
+
+    def problems(self, config: Any) -> Iterator[tuple[str, str]]:
+        """What speaks against it in a run with this ``Config``, before data and model exist: a setting and a text."""
+        averages = any(hasattr(part.instance, 'averaged') for part in config.algorithms.values())
+        if self.weights == 'ema' and not averages:
+            yield 'weights', "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
+        try:
+            check_sampler(self.sampler, config.objective.instance)
+        except ValueError as error:
+            yield 'sampler', str(error)
+        most = getattr(config.objective.instance, 'num_timesteps', None)
+        if most is not None and self.num_steps > most:
+            yield 'num_steps', f'{self.num_steps} steps, but the objective has {most} timesteps; take at most {most}'
 
     def folder_of(self, state: State) -> Path:
         """The folder of this run."""

@@ -42,6 +42,7 @@ OF_OTHERS: dict[str, Any] = {
     'num_checkpoints_to_keep': SomeOrAll,
     'train_subset_num_batches': SomeOrAll,
     'eval_subset_num_batches': SomeOrAll,
+    'save_num_checkpoints_to_keep': SomeOrAll,
     'scale_schedule_ratio': Annotated[float, Gt(0), Le(1000)],
     'dist_timeout': Annotated[float, Gt(0), Le(10**9)],
 }

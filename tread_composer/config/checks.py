@@ -4,22 +4,17 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from tread_composer.algorithms.rules import conflict, limits
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.places import place_problems
-from tread_composer.config.registry import is_ours, resolve
+from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
 from tread_composer.config.sharding import sharding_problems
 from tread_composer.config.tree import Config
-from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.metrics import REFERENCES
-from tread_composer.metrics.inception import find_weights
-from tread_composer.samplers import check_sampler
 
 __all__ = ['check_files', 'joint_problems']
 
@@ -28,27 +23,23 @@ _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
 
 def joint_problems(config: Config, world_size: int) -> list[Problem]:
     """What is wrong between settings that are each right; ``world_size`` is the number of ranks."""
-    problems = [*_batches(config, world_size), *sharding_problems(config, world_size)]
-    for rule in (_preset, _algorithms, _combinations, _composers, _saving, _averages, _learned_variance):
-        problems += rule(config)
-    for rule in (_samplers, _latents, _rest, place_problems):
+    problems = [*_batches(config, world_size), *sharding_problems(config, world_size), *_answers(config, 'problems')]
+    for rule in (_preset, _combinations, _composers, _saving, _learned_variance, _rest, place_problems):
         problems += rule(config)
     return problems
 
 
 def _batches(config: Config, world_size: int) -> Iterator[Problem]:
-    sizes = {name: getattr(config, name) for name in ('global_train_batch_size', 'global_eval_batch_size')}
-    divide = True
-    for name, size in sizes.items():
+    for name in ('global_train_batch_size', 'global_eval_batch_size'):
+        size = getattr(config, name)
         if size % world_size:
-            divide = False
             nearest = max(1, round(size / world_size)) * world_size
             yield Problem(
                 (name,), f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
             )
     size, micro = config.global_train_batch_size, config.device_train_microbatch_size
     per_rank = size // world_size
-    if isinstance(micro, int) and divide and (micro < 1 or per_rank % micro):
+    if isinstance(micro, int) and size % world_size == 0 and (micro < 1 or per_rank % micro):
         divisors = ', '.join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
         text = f'{micro} does not divide the {per_rank} samples of one rank ({size} / {world_size}); take one of '
         yield Problem(('device_train_microbatch_size',), text + divisors)
@@ -61,28 +52,29 @@ def _preset(config: Config) -> Iterator[Problem]:
     """A published size by ``preset``, or all sizes one by one."""
     arguments = config.model.kwargs
     presets = getattr(resolve('backbone', config.model.name), 'presets', {})
-    sizes = {name: arguments.get(name) for name in (next(iter(presets.values())) if presets else ())}
+    if not presets:
+        return
+    sizes = {name: arguments.get(name) for name in next(iter(presets.values()))}
     if 'preset' in arguments:
         rule = f'the preset {arguments["preset"]!r} has decided that; remove it, or the preset and give all sizes'
         yield from (Problem(('model', name), f'{size}: {rule}') for name, size in sizes.items() if size is not None)
         return
-    example = next((name for name in presets if '-B/' in name), next(iter(presets), None))
-    for name, size in sizes.items():
-        if size is None:
-            text = f'is missing; give it, or all sizes by one name, for example preset: {example!r}'
-            yield Problem(('model', name), text)
+    text = f'is missing; give it, or all sizes by one name, for example preset: {next(iter(presets))!r}'
+    yield from (Problem(('model', name), text) for name, size in sizes.items() if size is None)
     width, heads = sizes.get('hidden_size'), sizes.get('num_heads')
     # Published sizes fit; of free ones this is the usual slip.
-    if width and heads and None not in sizes.values() and width % heads:
+    if width and heads and width % heads:
         yield Problem(('model', 'hidden_size'), f'{width} does not divide among {heads} heads; take a multiple')
 
 
-def _algorithms(config: Config) -> Iterator[Problem]:
-    """What algorithms themselves have against the run (``core.protocols.AlgorithmFacts.problems``)."""
-    for name, component in config.algorithms.items():
-        problems = getattr(component.instance, 'problems', None)
-        for setting, text in problems(config) if problems else ():
-            yield Problem(('algorithms', name, setting) if setting else ('algorithms', name), text)
+def _answers(config: Config, question: str) -> Iterator[Problem]:
+    """What algorithms and callbacks themselves have against the run, those that have a method of this name."""
+    for table, parts in (('algorithms', config.algorithms), ('callbacks', config.callbacks)):
+        for name, part in parts.items():
+            # The class is asked whether it has one: callbacks of others are not made before the run.
+            if hasattr(resolve(part.kind, part.name), question):
+                for setting, text in getattr(part.instance, question)(config):
+                    yield Problem((table, name, setting) if setting else (table, name), text)
 
 
 def _combinations(config: Config) -> Iterator[Problem]:
@@ -99,6 +91,8 @@ def _composers(config: Config) -> Iterator[Problem]:
     for name, component in config.algorithms.items():
         path, remedy, algorithm = ('algorithms', name), f'take it out (algorithms.{name}=null)', component.instance
         reasons = limits(algorithm)
+        if 'shard' in reasons and config.parallelism_config is not None:
+            yield Problem(path, reasons['shard'])
         reason = conflict(LatentDiffusion, type(algorithm)) or reasons.get('train')
         if reason is not None:
             yield Problem(path, f'cannot work in this run: {reason}; {remedy}')
@@ -127,95 +121,39 @@ def _saving(config: Config) -> Iterator[Problem]:
     if config.on_nonfinite == 'rewind' and not config.autoresume:
         text = "'rewind' goes back to the run's own last checkpoint, which needs save_folder and autoresume=true"
         yield Problem(('on_nonfinite',), text)
-    if config.save_folder is None:
-        return
-    if config.autoresume and config.save_weights_only:
+    if config.save_folder is not None and config.autoresume and config.save_weights_only:
         text = (
             'true saves no optimizer, average or position in the data, so autoresume would begin anew with trained '
             'weights and call it the same run; set it to false, or autoresume to false'
         )
         yield Problem(('save_weights_only',), text)
-    keep = config.save_num_checkpoints_to_keep
-    if keep < 1 and keep != -1:
-        text = 'leaves no checkpoint to go on from; keep at least 1, or all with -1 (save_folder=null saves none)'
-        yield Problem(('save_num_checkpoints_to_keep',), f'{keep} {text}')
-
-
-def _averages(config: Config) -> Iterator[Problem]:
-    """Sampling from averaged weights needs an algorithm that averages; Composer's own fails when sharded."""
-    for name, part in config.algorithms.items():
-        reasons = limits(part.instance)
-        if 'shard' in reasons and config.parallelism_config is not None:
-            yield Problem(('algorithms', name), reasons['shard'])
-    averages = any(hasattr(part.instance, 'averaged') for part in config.algorithms.values())
-    # What callbacks of other packages mean by `weights` is not known.
-    for name, callback in config.callbacks.items():
-        weights = getattr(callback.settings, 'weights', None) if is_ours('callback', callback.name) else None
-        if weights == 'ema' and not averages:
-            text = "'ema', but there is no algorithms.ema to average the weights; add it, or set weights: raw"
-            yield Problem(('callbacks', name, 'weights'), text)
 
 
 def _learned_variance(config: Config) -> Iterator[Problem]:
     """The variance channels of the network and the loss that trains them come together or not at all."""
-    objective = config.objective
-    learn_sigma = getattr(config.model.settings, 'learn_sigma', None)
+    objective, learn_sigma = config.objective, getattr(config.model.settings, 'learn_sigma', None)
     trains_variance = objective.instance.learned_variance
     if learn_sigma is None or learn_sigma == trains_variance:  # None: of another package, only its prediction shows it
         return
-    if trains_variance:
-        text = (
-            'false, but objective ddpm with learned_variance: true trains a variance that needs output channels; set '
-            'it to true, or objective.learned_variance to false'
-        )
-    elif objective.name == 'ddpm':
-        text = 'true adds output channels for a variance, which learned_variance: false does not train; set it to '
-        text += 'false, or objective.learned_variance to true'
-    else:
-        text = 'true adds output channels for a variance, which objective '
-        text += f'{objective.name!r} does not train (ddpm does); set it to false'
+    text = f'{str(learn_sigma).lower()}, but objective {objective.name!r} trains {"a" if trains_variance else "no"} '
+    text += f'variance, which is what these output channels are for; set it to {str(trains_variance).lower()}'
+    if 'learned_variance' in objective.kwargs:
+        text += f', or objective.learned_variance to {str(learn_sigma).lower()}'
     yield Problem(('model', 'learn_sigma'), text)
 
 
-def _samplers(config: Config) -> Iterator[Problem]:
-    """Callbacks that draw samples would find out at their first picture, after the data have been prepared."""
-    objective = config.objective.instance
-    for name, callback in config.callbacks.items():
-        settings: Any = callback.settings
-        if not is_ours('callback', callback.name) or not hasattr(settings, 'sampler'):
-            continue
-        try:
-            check_sampler(settings.sampler, objective)
-        except ValueError as error:
-            yield Problem(('callbacks', name, 'sampler'), str(error))
-        most = getattr(objective, 'num_timesteps', None)
-        if most is not None and settings.num_steps > most:
-            text = f'{settings.num_steps} steps, but the objective has {most} timesteps; take at most {most}'
-            yield Problem(('callbacks', name, 'num_steps'), text)
-
-
-def _latents(config: Config) -> Iterator[Problem]:
-    scales = config.latent_scale if isinstance(config.latent_scale, list) else [config.latent_scale]
-    if any(scale <= 0 for scale in scales):
-        yield Problem(('latent_scale',), f'{config.latent_scale} must be positive; latents are multiplied by it')
+def _rest(config: Config) -> Iterator[Problem]:
     for name, neutral in (('latent_scale', 1.0), ('latent_shift', 0.0)):
         value = getattr(config, name)
         if config.latent_normalization is not None and value != neutral:
             yield Problem((name,), f'{value}: latent_normalization decides that; remove one of the two')
-
-
-def _rest(config: Config) -> Iterator[Problem]:
-    data = config.data
     if config.precision_config is not None and config.precision_name != 'amp_fp8':
         yield Problem(('precision_config',), 'is for precision amp_fp8 only; take it out')
-    if 'digits_quality' in config.callbacks and data.name != 'digits':
-        text = f'measures the ten digits, and the data are {data.name!r}; remove it (callbacks.digits_quality=null)'
-        yield Problem(('callbacks', 'digits_quality'), text)
     if config.compile and config.compile_config is not None:
         text = 'compiles the whole model while compile: true compiles its blocks; keep one of the two'
         yield Problem(('compile_config',), text)
-    limit = getattr(data, 'cache_limit', None)
-    if limit is not None and getattr(data, 'remote', None) is None:
+    limit = getattr(config.data, 'cache_limit', None)
+    if limit is not None and config.data.remote is None:
         text = 'needs data.remote: without one, nothing can be fetched again'
         yield Problem(('data', 'cache_limit'), text)
     if isinstance(limit, str) and not _BYTES.fullmatch(limit.lower()):
@@ -232,7 +170,7 @@ def check_files(config: Config, source: str = '') -> None:
     Raises:
         ConfigError: The folder of latents is missing or holds no index, or another file is missing.
     """
-    problems = [*_data_files(config), *_evaluation_files(config)]
+    problems = [*_data_files(config), *_answers(config, 'missing_files')]
     path = config.load_path
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
         text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
@@ -256,20 +194,3 @@ def _data_files(config: Config) -> Iterator[Problem]:
         if split != data.train_split:
             remedy += '; data.eval_split=null trains without evaluation'
         yield Problem(('data', 'local'), f'{data.local!r}: {folder!r} {fault}; {remedy}')
-
-
-def _evaluation_files(config: Config) -> Iterator[Problem]:
-    """What the callback would otherwise miss after the data and the model have been prepared."""
-    if 'evaluation' not in config.callbacks:
-        return
-    arguments, path = config.callbacks['evaluation'].kwargs, ('callbacks', 'evaluation')
-    reference = os.path.abspath(arguments['reference'])
-    made_later = config.data.name == 'digits' and reference.startswith(os.path.abspath(config.data.local) + os.sep)
-    if not os.path.exists(reference) and not made_later and arguments['reference'] not in REFERENCES:
-        text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
-        yield Problem((*path, 'reference'), f'{arguments["reference"]!r} {text}')
-    if arguments.get('features', 'inception') == 'inception':
-        try:
-            find_weights(arguments.get('inception'))
-        except UserError as error:
-            yield Problem((*path, 'inception'), str(error))

@@ -9,19 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 import torch
-from pydantic import create_model
 
 from tread_composer.config.errors import Path, Problem
-from tread_composer.config.registry import (
-    FROM_DATA,
-    SECTIONS,
-    is_ours,
-    lacks,
-    part_names,
-    resolve,
-    unkept,
-)
-from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields
+from tread_composer.config.registry import FROM_DATA, SECTIONS, lacks, part_names, resolve, unkept
+from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, strict_model
 from tread_composer.config.validation import check
 from tread_composer.core.errors import did_you_mean
 from tread_composer.core.named import is_reference
@@ -46,8 +37,8 @@ _PACKAGES = {
     'neptune_logger': 'neptune', 'slack_logger': 'slack_sdk', 'tensorboard_logger': 'tensorboard',
     'wandb_logger': 'wandb',
 }  # fmt: skip
-# Pure constructors: called at load, so that a value out of range is refused before data or model exist. Callbacks of
-# Composer's and loggers are not: theirs may write or connect.
+# Pure constructors: called at load, so that a value out of range is refused before data or model exist. Loggers' are
+# not, for they may write or connect; of callbacks, those that can be asked what speaks against them in a run.
 _PURE = ('algorithm', 'autoencoder', 'objective', 'optimizer', 'scheduler', 'time_distribution', 'weighting')
 
 
@@ -102,9 +93,7 @@ def component_schema(kind: str, name: str) -> type[Strict]:
     fields |= _NARROWER.get(name, {})
     if kind == 'backbone':
         fields = _with_presets(target, fields)
-    model = create_model(target.__name__, __base__=Strict, **fields)
-    model.refused = refused
-    return model
+    return strict_model(target.__name__, fields, refused)
 
 
 def _with_presets(target: Any, fields: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +154,7 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
         return empty, [Problem(path, f'cannot be used here: the package {_PACKAGES[name]!r} is not installed')]
     component = Component(kind, name, plain(settings, defaults=kind in SECTIONS))
     component.__dict__['settings'] = settings  # validated once
-    fault = _fault(component) if kind in _PURE or (kind == 'callback' and is_ours(kind, name)) else None
+    fault = _fault(component) if kind in _PURE or hasattr(resolve(kind, name), 'problems') else None
     return component, [] if fault is None else [Problem(path, fault)]
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from tread_composer.config.errors import ConfigError, Path, Problem, dotted
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'read_document', 'with_values']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'map_texts', 'read_document', 'with_values']
 
 _COMMAND_LINE = 'command line'
 _FROM_ENVIRONMENT = '${oc.env:'
@@ -115,14 +115,16 @@ class Document:
                 base[key] = {} if value is None and not path and key in TABLES else copy.deepcopy(value)
                 self.sources[key_path] = source
 
-    def override(self, override: str) -> None:
-        """Set one value by ``key=value``, or note what is wrong with it."""
-        fault = self._override(override)
-        if fault is not None:
-            self.problems.append(Problem((), f'{override}: {fault}', source=_COMMAND_LINE))
+    def resolved(self, overrides: Sequence[str]) -> 'Document':
+        """Itself under ``key=value`` overrides, with each ``${...}`` replaced by its value.
 
-    def resolved(self) -> 'Document':
-        """Itself, with each ``${...}`` replaced by its value; ``ConfigError`` for these and earlier problems."""
+        Raises:
+            ConfigError: All problems of merging and overrides, or all of interpolations.
+        """
+        faults = ((override, self._override(override)) for override in overrides)
+        self.problems += [
+            Problem((), f'{override}: {fault}', source=_COMMAND_LINE) for override, fault in faults if fault is not None
+        ]
         if not self.problems:
             self._interpolate()
         if self.problems:
@@ -148,7 +150,9 @@ class Document:
         path: list[Any] = []
         for part in key.split('.'):
             if path:
-                node = _child(node, path[-1])
+                if isinstance(node, dict) and node.get(path[-1]) is None:
+                    node[path[-1]] = {}
+                node = node[path[-1]]
             if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
                 return f'{dotted(tuple(path))} is a list of {len(node)}; {part!r} is not a position in it'
             if not isinstance(node, (dict, list)):
@@ -215,9 +219,7 @@ def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     document = Document(main=os.fspath(path))
     for name, tree in _chain(document.main):
         document.merge(tree, name)
-    for override in overrides:
-        document.override(override)
-    return document.resolved()
+    return document.resolved(overrides)
 
 
 def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) -> Document:
@@ -225,10 +227,7 @@ def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) 
 
     ``main`` is what to call it in messages; otherwise as ``read_document``.
     """
-    document = Document(main=main, data=_escaped(copy.deepcopy(tree)))
-    for override in overrides:
-        document.override(override)
-    return document.resolved()
+    return Document(main=main, data=map_texts(tree, _escaped)).resolved(overrides)
 
 
 def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None) -> str:
@@ -241,7 +240,7 @@ def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None
         path: re.sub(r'\$\{oc\.env:(\w+)\}', rf"${{oc.env:\1,'{MASK}'}}", text)
         for path, text in (references or {}).items()
     }
-    tree = with_values(_escaped(tree), texts)
+    tree = with_values(map_texts(tree, _escaped), texts)
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -261,19 +260,17 @@ def _is_private(path: Path) -> bool:
     return path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')
 
 
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return value.replace('${', '\\${') if isinstance(value, str) else value
+def map_texts(node: Any, change: Callable[[str], str]) -> Any:
+    """A copy of the tree with all of its texts changed."""
+    if isinstance(node, dict):
+        return {key: map_texts(item, change) for key, item in node.items()}
+    if isinstance(node, list):
+        return [map_texts(item, change) for item in node]
+    return change(node) if isinstance(node, str) else node
 
 
-def _child(node: Any, key: str | int) -> Any:
-    """What stands under a key; an empty mapping is put where a mapping holds nothing."""
-    if isinstance(node, dict) and node.get(key) is None:
-        node[key] = {}
-    return node[key]
+def _escaped(text: str) -> str:
+    return text.replace('${', '\\${')
 
 
 def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:

@@ -32,7 +32,12 @@ def json_schema() -> dict[str, Any]:
 
 def _options(kind: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
     """A section of this kind for each name, and the part of another package."""
-    return [*(_named(kind, name, shared) for name in part_names(kind)), _REFERENCE]
+    options = []
+    for name in part_names(kind):
+        schema = _arguments(kind, name, shared)
+        schema['properties'] = {'name': {'const': name}, **schema.get('properties', {})}
+        options.append({**schema, 'required': ['name', *schema.get('required', [])]})
+    return [*options, _REFERENCE]
 
 
 def _arguments(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +54,4 @@ def _arguments(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
     # References count from the root of the whole schema.
     shared.update(schema.pop('$defs', {}))
     schema.pop('description', None)
-    return schema
-
-
-def _named(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
-    schema = _arguments(kind, name, shared)
-    schema['properties'] = {'name': {'const': name}, **schema.get('properties', {})}
-    schema['required'] = ['name', *schema.get('required', [])]
     return schema

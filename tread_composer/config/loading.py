@@ -11,6 +11,7 @@ from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.tree import Config
 from tread_composer.config.validation import check
+from tread_composer.core import launch
 from tread_composer.core.named import is_reference
 
 __all__ = ['load_config', 'restore_config']
@@ -41,8 +42,11 @@ def load_config(
         ConfigError: Anything is wrong; one line for each problem.
     """
     document = read_document(path, overrides)
-    config, problems = _validated(document)
-    return _sound(document, config, problems or joint_problems(config, _ranks(world_size)))
+    config = _validated(document)
+    problems = joint_problems(config, launch.world_size() if world_size is None else world_size)
+    if problems:
+        raise ConfigError.from_problems(problems, document.source_of)
+    return config
 
 
 def restore_config(
@@ -62,28 +66,11 @@ def restore_config(
         ConfigError: It is no configuration of this version, or an override is wrong.
     """
     if isinstance(saved, Mapping):
-        document = document_of(dict(saved), source, overrides)
-    else:
-        document = read_document(saved, overrides)
-    return _sound(document, *_validated(document))
+        return _validated(document_of(dict(saved), source, overrides))
+    return _validated(read_document(saved, overrides))
 
 
-def _sound(document: Document, config: Config, problems: list[Problem]) -> Config:
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
-    return config
-
-
-def _ranks(world_size: int | None) -> int:
-    text = os.environ.get('WORLD_SIZE', '1') if world_size is None else str(world_size)
-    if not text.isdigit() or int(text) < 1:
-        problem = Problem((), f'WORLD_SIZE is {text!r}; it must be the number of ranks', source='environment')
-        raise ConfigError.from_problems([problem])
-    return int(text)
-
-
-def _validated(document: Document) -> tuple[Config, list[Problem]]:
-    """The tree with its problems; usable only if there are none."""
+def _validated(document: Document) -> Config:
     tree: dict[str, Any] = dict(document.data)
     problems: list[Problem] = []
     for table, kind in TABLES.items():
@@ -100,13 +87,14 @@ def _validated(document: Document) -> tuple[Config, list[Problem]]:
     if tree.get('autoresume') is None:
         tree['autoresume'] = tree.get('save_folder') is not None
     config, faults = check(Config, tree)
-    if config is not None:
-        config._references = document.references  # type: ignore[attr-defined]
     for problem in faults:
         key = str(problem.path[0]) if len(problem.path) == 1 else ''
         is_explained = key in _REMEDIES and tree.get(key) is None
         problems.append(Problem(problem.path, f'is missing: {_REMEDIES[key]}') if is_explained else problem)
-    return config, problems  # type: ignore[return-value]
+    if problems:
+        raise ConfigError.from_problems(problems, document.source_of)
+    config._references = document.references  # type: ignore[union-attr]
+    return config  # type: ignore[return-value]
 
 
 def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Component], list[Problem]]:

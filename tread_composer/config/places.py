@@ -41,7 +41,7 @@ def place_problems(config: Config) -> Iterator[Problem]:
     name = config.save_filename
     if 'ba{batch}' not in name or '/' in name or not name.endswith('.pt'):
         yield Problem(('save_filename',), f'{name!r} {text} and end in .pt, uncompressed')
-    prefix = getattr(getattr(config.parallelism_config, 'fsdp', None), 'sharded_ckpt_prefix_dir', None)  # FSDP1's
+    prefix = getattr(config.fsdp, 'sharded_ckpt_prefix_dir', None)  # FSDP1's
     if prefix is not None and ('ba{batch}' not in prefix or '/' in prefix):
         yield Problem(('parallelism_config', 'fsdp', 'sharded_ckpt_prefix_dir'), f'{prefix!r} {text}')
 

@@ -132,14 +132,11 @@ def part_names(kind: str) -> list[str]:
 def list_parts() -> list[tuple[str, str, str, str]]:
     """Every part that a YAML file can name: kind, name, whose it is, and the first line of its docstring."""
     rows = []
-    parts: list[tuple[str, str, Callable[[], Any]]] = []
-    for kind in KINDS:
-        parts += [(kind, name, functools.partial(resolve, kind, name)) for name in part_names(kind)]
-    for kind, table in MEASURING.items():
-        parts += [(kind, name, functools.partial(part_named, name, table)) for name in table]
-    for kind, name, find in parts:
+    parts = [(kind, name) for kind in KINDS for name in part_names(kind)]
+    parts += [(kind, name) for kind, table in MEASURING.items() for name in table]
+    for kind, name in parts:
         try:
-            target = find()
+            target = part_named(name, MEASURING[kind]) if kind in MEASURING else resolve(kind, name)
             text, owner = (inspect.getdoc(target) or '').split('\n\n')[0], target.__module__.partition('.')[0]
         except (ImportError, ValueError) as error:
             text, owner = f'cannot be used here: {error}', 'tread_composer'

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from composer.core import Time, TimeUnit
-from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
 from tread_composer.config.bounds import OF_OTHERS, is_length
@@ -31,6 +31,7 @@ __all__ = [
     'plain',
     'signature_fields',
     'signature_model',
+    'strict_model',
     'yaml_type',
 ]
 
@@ -75,15 +76,13 @@ _LARGEST_COUNT = 10**12
 
 def _check_time(value: object, is_length: bool = False) -> object:
     shown = {'value': 'null' if value is None else repr(value)}
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise PydanticCustomError('time', '{value} is not a time; write a number and a unit, such as 200ba', shown)
-    if not isinstance(value, str):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         text = 'a bare number has no unit (Composer would read epochs); write '
         is_whole = isinstance(value, int) or value.is_integer()
         text += "'{value}ep' or '{value}ba'" if is_whole else "'{value}dur' for that share of the run"
         raise PydanticCustomError('time', text, {'value': value})
-    units = ', '.join(f'{unit} ({meaning})' for unit, meaning in _UNITS.items())
-    if not _TIME.fullmatch(value) or not _is_time(value):
+    if not isinstance(value, str) or not _TIME.fullmatch(value) or not _is_time(value):
+        units = ', '.join(f'{unit} ({meaning})' for unit, meaning in _UNITS.items())
         text = "{value} is not a time: write a whole number and one of the units {units}, such as '200ba' or '0.5dur'"
         raise PydanticCustomError('time', text, {**shown, 'units': units})
     time = Time.from_timestring(value)
@@ -152,21 +151,16 @@ def _class_type(annotation: type) -> Any:
     if annotation in _PARTS:
         return Annotated[Any, _Part(_PARTS[annotation])]
     if issubclass(annotation, enum.Enum):
-        return Annotated[annotation, BeforeValidator(lambda value: _member(annotation, value))]
+        return Annotated[Literal[tuple(member.value for member in annotation)], AfterValidator(annotation)]
     if issubclass(annotation, pathlib.PurePath):
         return str
     if annotation in (list, tuple):
         return list[Any]
-    return signature_model(annotation, is_argument=True) if dataclasses.is_dataclass(annotation) else None
-
-
-def _member(kind: type[enum.Enum], value: object) -> enum.Enum:
-    for member in kind:
-        if value is member or (isinstance(value, str) and value == member.value):
-            return member
-    expected = ', '.join(repr(member.value) for member in kind)
-    shown = {'value': 'null' if value is None else repr(value), 'expected': expected}
-    raise PydanticCustomError('one_of', '{value} is not one of {expected}', shown)
+    if not dataclasses.is_dataclass(annotation):
+        return None
+    model = signature_model(annotation)
+    model.constructor = annotation
+    return model
 
 
 def _union(members: tuple[Any, ...], name: str, default: Any) -> Any:
@@ -228,14 +222,15 @@ def part_kind(annotation: Any, metadata: Sequence[Any] = ()) -> str | None:
     return next((kind for kind in (*kinds, *map(part_kind, typing.get_args(annotation))) if kind is not None), None)
 
 
-def signature_model(
-    target: Callable[..., Any], skip: Collection[str] = (), *, is_argument: bool = False
-) -> type[Strict]:
-    """The constructor of ``target`` as a strict section; ``skip`` names the arguments that the builders give."""
-    fields, refused = signature_fields(target, skip)
-    model = create_model(target.__name__, __base__=Strict, **fields)
+def signature_model(target: Callable[..., Any]) -> type[Strict]:
+    """The constructor of ``target`` as a strict section."""
+    return strict_model(target.__name__, *signature_fields(target))
+
+
+def strict_model(name: str, fields: dict[str, Any], refused: dict[str, str]) -> type[Strict]:
+    """A strict section of these fields; ``refused`` are names that are not for YAML, with the reason."""
+    model = create_model(name, __base__=Strict, **fields)
     model.refused = refused
-    model.constructor = target if is_argument else None
     return model
 
 

@@ -1,7 +1,6 @@
 """The Trainer's keywords that a YAML file may set, read from ``composer.Trainer`` itself."""
 
 import dataclasses
-import inspect
 import os
 from typing import Annotated, Any, Literal
 
@@ -9,12 +8,12 @@ import torch
 from composer import Trainer
 from composer.core import Time, TimeUnit
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from pydantic import AfterValidator, create_model
+from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.schema import Length, Strict, signature_fields, yaml_type
+from tread_composer.config.schema import Length, Strict, signature_fields, strict_model, yaml_type
 
-__all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section', 'trainer_keywords']
+__all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section']
 
 BUILT_BY_US = {
     'model': '',  # a section of our own
@@ -40,11 +39,7 @@ _OBJECTS = ('ignored_modules', 'load_planner', 'save_planner', 'process_group')
 
 
 def fsdp_section(version: str) -> type[Strict]:
-    """``parallelism_config.fsdp`` as a strict section: Composer takes any name there without a word.
-
-    Args:
-        version: ``'1'`` or ``'2'``: they have other settings, and Composer reads which is meant from ``FSDP_VERSION``.
-    """
+    """``parallelism_config.fsdp`` as a strict section, of FSDP1 or 2: Composer takes any name there without a word."""
     kind, foreign = (FSDP2Config, FSDPConfig) if version == '2' else (FSDPConfig, FSDP2Config)
     fsdp1, fsdp2 = 'FSDP1: take FSDP_VERSION=2 out of the environment', 'FSDP2: set FSDP_VERSION=2 in the environment'
     refused = {
@@ -64,9 +59,7 @@ def fsdp_section(version: str) -> type[Strict]:
     if version == '2':
         reason = f'Composer shards over all ranks under FSDP2; replicas of shards (HSDP) are a setting of {fsdp1}'
         refused |= dict.fromkeys(degrees, reason)
-    model = create_model(kind.__name__, __base__=Strict, **fields)
-    model.refused = refused
-    return model
+    return strict_model(kind.__name__, fields, refused)
 
 
 class ParallelismSettings(Strict):
@@ -84,15 +77,14 @@ def _backend(name: str) -> str:
     return name
 
 
-class CompileSettings(Strict):
-    """``compile_config``: arguments of ``torch.compile`` for the whole model."""
+_MODES = Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']
 
-    fullgraph: bool = False
-    dynamic: bool | None = None
-    backend: Annotated[str, AfterValidator(_backend)] = 'inductor'
-    mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = None
-    options: dict[str, Any] | None = None
-    disable: bool = False
+
+def _compile_section() -> type[Strict]:
+    """``compile_config``: arguments of ``torch.compile`` for the whole model."""
+    fields, refused = signature_fields(torch.compile, skip=('model',))
+    names = {'backend': (Annotated[str, AfterValidator(_backend)], 'inductor'), 'mode': (_MODES | None, None)}
+    return strict_model('CompileSettings', fields | names, refused)
 
 
 def _training_length(text: str) -> str:
@@ -112,7 +104,7 @@ _TIGHTER: dict[str, Any] = {
     'console_stream': (Literal['stdout', 'stderr'], 'stderr'),
     'device': (Literal['cpu', 'gpu', 'mps'] | None, None),
     'python_log_level': (Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] | None, None),
-    'compile_config': (CompileSettings | None, None),
+    'compile_config': (_compile_section() | None, None),
     # A number with a point would be a share of tokens: for text only.
     'device_train_microbatch_size': (int | Literal['auto'] | None, None),
     'parallelism_config': (ParallelismSettings | None, None),
@@ -125,15 +117,9 @@ def _settings() -> type[Strict]:
     fields, refused = signature_fields(Trainer, skip=tuple(BUILT_BY_US))
     missing = set(_TIGHTER) - set(fields) - set(refused)
     assert not missing, f'composer.Trainer has no keyword {missing}'
-    model = create_model('TrainerSettings', __base__=Strict, **{**fields, **_TIGHTER})
-    model.refused = {**refused, **{name: reason for name, reason in BUILT_BY_US.items() if reason}}
-    return model
+    reasons = {name: reason for name, reason in BUILT_BY_US.items() if reason}
+    return strict_model('TrainerSettings', fields | _TIGHTER, refused | reasons)
 
 
 TrainerSettings: Any = _settings()
 """Strict section with one field for each keyword of the Trainer that YAML can write, under Composer's names."""
-
-
-def trainer_keywords() -> list[str]:
-    """All keywords of ``composer.Trainer``."""
-    return [name for name in inspect.signature(Trainer.__init__).parameters if name != 'self']

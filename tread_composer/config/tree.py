@@ -12,13 +12,13 @@ from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
 
 from tread_composer.callbacks.update_guard import OnNonfinite
 from tread_composer.config.components import Component
-from tread_composer.config.document import dump_yaml, with_values
+from tread_composer.config.document import dump_yaml, map_texts, with_values
 from tread_composer.config.errors import Path
 from tread_composer.config.registry import resolve
 from tread_composer.config.schema import plain
 from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
-from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings
-from tread_composer.core.bounds import AtLeast1, Seed
+from tread_composer.config.trainer_settings import TrainerSettings
+from tread_composer.core.bounds import AtLeast1, Positive, Seed
 from tread_composer.core.masking import MASK, without_password
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
@@ -26,8 +26,7 @@ from tread_composer.routing.tokens import AlwaysKeep
 __all__ = ['Config', 'backbone_arguments']
 
 _SECTION = WithJsonSchema({'type': 'object'})
-_Latent = Annotated[float, Ge(-1e6), Le(1e6)]
-OneOrPerChannel = _Latent | Annotated[list[_Latent], MinLen(1)]
+_Shift = Annotated[float, Ge(-1e6), Le(1e6)]
 ComponentField = Annotated[InstanceOf[Component], _SECTION]
 
 
@@ -50,9 +49,9 @@ class Config(TrainerSettings):
     """The network; ``dit`` without a name."""
     objective: ComponentField
     """What the network learns."""
-    latent_scale: OneOrPerChannel = 1.0
+    latent_scale: Positive | Annotated[list[Positive], MinLen(1)] = 1.0
     """``latents = (raw - shift) * scale``; one number or one per channel."""
-    latent_shift: OneOrPerChannel = 0.0
+    latent_shift: _Shift | Annotated[list[_Shift], MinLen(1)] = 0.0
     """As ``latent_scale``."""
     latent_normalization: Annotated[PerChannelNormalization | None, SkipValidation, _SECTION] = None
     """Instead of numbers for the two above: computed from the training data's manifest."""
@@ -82,10 +81,15 @@ class Config(TrainerSettings):
         """``precision`` as YAML has it."""
         return getattr(self.precision, 'value', self.precision)
 
-    def routes(self) -> list[Route]:
-        """The routes of all algorithms that have some."""
+    @property
+    def fsdp(self) -> Any:
+        """The section ``parallelism_config.fsdp``; None in a run that shards nothing."""
+        return getattr(self.parallelism_config, 'fsdp', None)
+
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of all algorithms that have some; none of a dense run."""
         routes = (route for part in self.algorithms.values() for route in getattr(part.instance, 'routes', ()))
-        return [route for route in routes if isinstance(route, Route)]
+        return tuple(route for route in routes if isinstance(route, Route))
 
     def always_keep(self) -> AlwaysKeep:
         """How many positions never skip, leading or leading and trailing; 0 if no algorithm has such a setting."""
@@ -117,9 +121,7 @@ class Config(TrainerSettings):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The keywords for ``composer.Trainer``, defaults included, but for the objects that the builders make."""
-        names = [name for name in TrainerSettings.model_fields if name not in BUILT_BY_US]
-        values = {name: getattr(self, name) for name in ('run_name', 'seed', *names)}
-        return {name: plain(value) for name, value in values.items()}
+        return {name: plain(getattr(self, name)) for name in ('run_name', 'seed', *TrainerSettings.model_fields)}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain values, defaults included; loading it again gives an equal ``Config``.
@@ -133,7 +135,7 @@ class Config(TrainerSettings):
             if value is None and type(self).model_fields[name].default is None:
                 continue
             tree[name] = _tree_of(value)
-        return with_values(_without_passwords(tree), dict.fromkeys(self._references, MASK))
+        return with_values(map_texts(tree, without_password), dict.fromkeys(self._references, MASK))
 
     def to_yaml(self) -> str:
         """``to_dict`` as YAML text, which names the variable of the environment in place of a secret."""
@@ -148,22 +150,13 @@ def backbone_arguments(model: Component) -> dict[str, Any]:
     return {**arguments, **resolve('backbone', model.name).presets[preset]} if preset else arguments  # type: ignore[attr-defined]
 
 
-def _without_passwords(value: Any) -> Any:
-    if isinstance(value, str):
-        return without_password(value)
-    if isinstance(value, dict):
-        return {key: _without_passwords(item) for key, item in value.items()}
-    return [_without_passwords(item) for item in value] if isinstance(value, list) else value
-
-
 def _tree_of(value: Any) -> Any:
     if isinstance(value, Component):
         return {'name': value.name, **value.to_plain()}
     if isinstance(value, dict) and all(isinstance(item, Component) for item in value.values()):
         return {name: item.to_plain() for name, item in value.items()}
     if dataclasses.is_dataclass(value):  # a section that is held as the object itself
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(value)}
-        values = {name: getattr(value, name) for name in defaults}
-        kept = {name: item for name, item in values.items() if item is not None or defaults[name] is not None}
+        items = {entry.name: (getattr(value, entry.name), entry.default) for entry in dataclasses.fields(value)}
+        kept = {name: item for name, (item, default) in items.items() if item is not None or default is not None}
         return {'name': value.name, **kept}  # type: ignore[attr-defined]
     return plain(value)

@@ -28,14 +28,14 @@ def check(
         errors: dict[Path, list[Any]] = {}
         for detail in error.errors(include_url=False):
             errors.setdefault(_real_path(detail['loc'], detail['type'], data), []).append(detail)
-        # Where one problem lies within another, the deeper one says more.
-        locations = [location for location in errors if not any(_within(ancestor, location) for ancestor in errors)]
-        return None, [_problem(model, data, path, location, errors[location], siblings or {}) for location in locations]
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    """Whether a problem lies deeper: of a union, the member that fits the data best complains the deepest."""
-    return len(inner) > len(outer) and inner[: len(outer)] == outer
+    # Where one problem lies within another, the deeper one says more: that of the union member that fits the data best.
+    outer = {location[:length] for location in errors for length in range(len(location))}
+    problems = [
+        _problem(model, path, location, details, siblings or {})
+        for location, details in errors.items()
+        if location not in outer
+    ]
+    return None, problems
 
 
 def _real_path(location: tuple[Any, ...], kind: str, data: Any) -> Path:
@@ -70,16 +70,10 @@ _EXPECTED = {
 
 
 def _problem(
-    model: type[Strict],
-    data: Any,
-    base: Path,
-    location: Path,
-    details: list[Any],
-    siblings: Mapping[str, type[Strict]],
+    model: type[Strict], base: Path, location: Path, details: list[Any], siblings: Mapping[str, type[Strict]]
 ) -> Problem:
-    path = (*base, *location)
+    path, value = (*base, *location), details[0]['input']
     kinds = [detail['type'] for detail in details]
-    value = _at(data, location)
     if 'extra_forbidden' in kinds:
         section = _section(model, location[:-1])
         if section is not None and location[-1] in section.refused:
@@ -96,7 +90,7 @@ def _problem(
         return Problem(path, 'is missing and has no default; give it')
     # Of a union the most telling member: a message of our own, else all that would have been right.
     for detail in details:
-        if detail['type'] in ('time', 'one_of', 'rule'):
+        if detail['type'] in ('time', 'rule'):
             return Problem(path, detail['msg'])
     expected = [_expected(detail) for detail in details]
     rules = dict.fromkeys(rule for rule in expected if rule)
@@ -131,17 +125,9 @@ def _type_remedy(value: Any, kinds: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = {True: 'true', False: 'false', None: 'null'}.get(value) if value is None or isinstance(value, bool) else None
-    return text or repr(value)
-
-
-def _at(data: Any, location: Path) -> Any:
-    for part in location:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
+    if value is None or isinstance(value, bool):
+        return {True: 'true', False: 'false', None: 'null'}[value]
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _section(model: type[Strict], location: Path) -> type[Strict] | None:

@@ -18,6 +18,8 @@ __all__ = ['global_rank', 'prepare_rank', 'refused', 'world_size']
 _PATIENCE = 20.0  # seconds
 _SECONDS_TO_CLOSE = 30.0  # as long as Composer's launcher itself gives its ranks
 _START = "start the ranks by composer -n RANKS ..., by torchrun, or by srun with each task's variables exported"
+# The launcher's variables that are numbers, with the least that each may be.
+_LEAST = {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0, 'MASTER_PORT': 0}
 
 
 def global_rank() -> int:
@@ -27,8 +29,8 @@ def global_rank() -> int:
 
 
 def world_size() -> int:
-    """Number of ranks that this process was launched with."""
-    return int(os.environ.get('WORLD_SIZE', '1'))
+    """Number of ranks that this process was launched with; ``UserError`` if the launcher says none."""
+    return _number('WORLD_SIZE') or 1
 
 
 def prepare_rank() -> None:
@@ -61,6 +63,13 @@ def refused(error: UserError) -> int:
     return 2
 
 
+def _number(name: str) -> int | None:
+    text, least = os.environ.get(name), _LEAST[name]
+    if text is not None and not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise UserError(f'{name}={text!r} in the environment is no whole number of {least} or more; {_START}')
+    return None if text is None else int(text)
+
+
 def _check_variables() -> None:
     tasks = os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS', '1')
     if 'WORLD_SIZE' not in os.environ and 'SLURM_STEP_ID' in os.environ and tasks.isdecimal() and int(tasks) > 1:
@@ -70,42 +79,35 @@ def _check_variables() -> None:
             f'LOCAL_WORLD_SIZE=<tasks of this node> NODE_RANK=$SLURM_NODEID, and MASTER_ADDR and MASTER_PORT of the '
             f'first node; or let srun start one task for each node, and that one composer -n GPUS ...'
         )
-    values = {}
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'NODE_RANK', 'MASTER_PORT'):
-        text = os.environ.get(name)
-        if text is None:
-            continue
-        if not (text.isascii() and text.isdecimal()):
-            raise UserError(f'{name}={text!r} in the environment is no whole number of 0 or more; {_START}')
-        values[name] = int(text)
-    size = values.get('WORLD_SIZE', 1)
-    for name, limit in (('RANK', 'WORLD_SIZE'), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'), ('LOCAL_WORLD_SIZE', 'WORLD_SIZE')):
-        value, most = values.get(name), values.get(limit, 1)
-        if value is None:
-            continue
-        if value > most or (value == most and name != 'LOCAL_WORLD_SIZE'):
-            raise UserError(f'{name}={value} in the environment does not go with {limit}={most}; {_START}')
-    if size < 1 or values.get('LOCAL_WORLD_SIZE', 1) < 1:
-        raise UserError(f'WORLD_SIZE and LOCAL_WORLD_SIZE count ranks, so both are 1 or more; {_START}')
-    if size > 1:
-        absent = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-        if absent:
-            raise UserError(f'WORLD_SIZE={size} in the environment, without {" and ".join(absent)}; {_START}')
-    if not 0 <= values.get('MASTER_PORT', 0) < 65536:
+    values = {name: _number(name) for name in _LEAST}
+    size, size_here = values['WORLD_SIZE'] or 1, values['LOCAL_WORLD_SIZE'] or 1
+    limits = {
+        'RANK': ('WORLD_SIZE', size - 1),
+        'LOCAL_RANK': ('LOCAL_WORLD_SIZE', size_here - 1),
+        'LOCAL_WORLD_SIZE': ('WORLD_SIZE', size),
+    }
+    for name, (limit, most) in limits.items():
+        if (values[name] or 0) > most:
+            raise UserError(
+                f'{name}={values[name]} in the environment does not go with {limit}={values[limit] or 1}; {_START}'
+            )
+    absent = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if size > 1 and absent:
+        raise UserError(f'WORLD_SIZE={size} in the environment, without {" and ".join(absent)}; {_START}')
+    if (values['MASTER_PORT'] or 0) > 65535:
         raise UserError(f'MASTER_PORT={values["MASTER_PORT"]} in the environment is no port; take 1024 to 65535')
 
 
 def _end_with_launcher(launcher: int) -> None:
     """Nobody else would end this rank, and it would hold its GPU.
 
-    It is asked first (Composer then closes the run, and MLflow shows it as failed), then killed: a collective whose
-    other ranks are gone may never return. Only beside other ranks: a shell that began a single process with ``nohup``
-    may end before it.
+    Only beside other ranks: a shell that began a single process with ``nohup`` may end before it.
     """
     while os.getppid() == launcher:
         time.sleep(0.5)
     text = f'rank {global_rank()}: its launcher (process {launcher}) is gone, so it ends, too'
     print(text, file=sys.stderr, flush=True)
+    # Asked first: Composer then closes the run. A collective whose other ranks are gone may never return.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_SECONDS_TO_CLOSE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -171,7 +171,7 @@ class ReverseChain(Objective, Protocol):
 class AlgorithmFacts(Protocol):
     """What a Composer ``Algorithm`` may say of itself. Each method is optional.
 
-    The configuration asks for ``problems``; ``plan`` and ``compare`` ask for the others. Besides these methods:
+    The configuration asks for ``problems``, of callbacks too; ``plan`` and ``compare`` for the others. Besides these:
     ``incompatible_with``, a class attribute (see ``algorithms.rules``); ``num_averages``, the copies of the trainable
     weights that it keeps in float32; ``default_folder`` and ``folder``, where it writes within the run's folder;
     ``settings_digest``, None until the run fills it in.

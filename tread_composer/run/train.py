@@ -147,7 +147,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _checked_config(path: str, overrides: Sequence[str]) -> Config:
-    config = load_config(path, overrides, world_size=world_size())
+    config = load_config(path, overrides)
     check_machine(config, path)
     check_files(config, path)
     check_fit(config)

@@ -96,7 +96,7 @@ class _Job:
             self.draws,
             weights=self.trained.weights,
             decode_dtype=request.decode_dtype,
-            routes=self.trained.routes,
+            routes=self.trained.config.routes(),
             weak=None if weak is None else (weak.weights, weak.digest),
         )
         # What decides the images and their files. A protocol of evaluation has the same names.
@@ -117,7 +117,7 @@ class _Job:
                 'source': trained.source,
                 'run': trained.config.run_name,
                 'batch': trained.batch or None,
-                'class_names': list(trained.class_names),
+                'class_names': list(trained.data.class_names),
                 'gmacs_per_image': cost.gmacs,
                 'evaluations': cost.evaluations,
                 'guided_evaluations': cost.guided,
@@ -199,7 +199,7 @@ class _Job:
         title = f'{trained.config.run_name}, batch {trained.batch or "unknown"}, {trained.weights} weights, '
         title += f'{sampling.sampler} {sampling.num_steps} steps, guidance '
         title += f'{sampling.guidance} {sampling.guidance_scale:g}'
-        written += [write_grid(self.folder, self.draws, trained.class_names, title).name, RECORD]
+        written += [write_grid(self.folder, self.draws, trained.data.class_names, title).name, RECORD]
         written += [f'{PLACES["png"]}/'] if 'png' in formats else []
         self.folder.finish()
         self.about(f'{self.folder.count:,} images in {self.folder.path}: {", ".join(written)}')

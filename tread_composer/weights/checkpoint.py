@@ -8,14 +8,9 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['averaged_weights', 'checkpoint_batch', 'checkpoint_weights']
+__all__ = ['averaged_weights', 'checkpoint_weights']
 
 _NETWORK = 'denoiser.'  # where a LatentDiffusion has it
-
-
-def checkpoint_batch(state: Mapping[str, Any]) -> int:
-    """How many batches the checkpoint's weights were trained on."""
-    return int(state['timestamp']['Timestamp']['batch'])
 
 
 def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> dict[str, Tensor]:

@@ -22,8 +22,6 @@ from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import LatentFacts
 from tread_composer.io.tensors import digest_of, write_tensors
-from tread_composer.routing import Route
-from tread_composer.routing.tokens import AlwaysKeep
 
 __all__ = ['Exported', 'WeightFacts', 'digest_of', 'exported_run', 'read_exported', 'write_exported']
 
@@ -44,27 +42,12 @@ class WeightFacts:
     average: Mapping[str, Any] | None = None  # how a post-hoc average was made (`posthoc.Average.facts`)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """One for each class."""
-        return self.data.class_names
-
-    @property
     def immaturity(self) -> str:
         """Behind a semicolon, what share of the average is the weights of the start; empty where it is below 1 %."""
         algorithms = (part.instance for part in self.config.algorithms.values())
         averaging = [algorithm for algorithm in algorithms if hasattr(algorithm, 'immaturity')]
         text = averaging[0].immaturity(self.batch) if self.weights == 'ema' and self.batch and averaging else ''
         return f'; {text}' if text else ''
-
-    @property
-    def routes(self) -> tuple[Route, ...]:
-        """Routes that they were trained with; none if the run was dense."""
-        return tuple(self.config.routes())
-
-    @property
-    def always_keep(self) -> AlwaysKeep:
-        """How many tokens never skip on the routes: leading ones, or a pair of leading and trailing ones."""
-        return self.config.always_keep()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.model import build_model
@@ -24,10 +23,12 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.samplers import SamplingSettings
-from tread_composer.weights.checkpoint import averaged_weights, checkpoint_batch, checkpoint_weights
+from tread_composer.weights.checkpoint import averaged_weights, checkpoint_weights
 from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported
 
 __all__ = ['Trained', 'image_size', 'load_trained', 'model_of', 'read_trained', 'weights_name']
+
+_MISFIT_CHARACTERS = 1500  # torch names each tensor of a network that is another one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class Trained(WeightFacts):
         """Make the network ready for this guidance; ``UserError`` if it was not trained with what that needs."""
         if sampling.provider is None:
             return
-        denoiser: Any = self.model.denoiser
+        denoiser, config = self.model.denoiser, self.config
         try:
-            sampling.provider.prepare(denoiser, routes=self.routes, always_keep=self.always_keep)
+            sampling.provider.prepare(denoiser, routes=config.routes(), always_keep=config.always_keep())
         except ValueError as error:
             raise UserError(f'{self.source}: {error}') from None
 
@@ -129,7 +130,7 @@ def read_trained(
     width = posthoc_width(weights)
     if width is None:
         tensors = checkpoint_weights(state, weights, str(file))
-        return Exported(tensors=tensors, batch=checkpoint_batch(state), **facts)
+        return Exported(tensors=tensors, batch=int(state['timestamp']['Timestamp']['batch']), **facts)
     average = _average_afterwards(state, config, file, width, allow_inexact)
     tensors = averaged_weights(state, average.tensors, str(file.parent))
     return Exported(tensors=tensors, batch=average.facts['batch'], average=average.facts, **facts)
@@ -150,7 +151,11 @@ def model_of(exported: Exported, source: str) -> LatentDiffusion:
         UserError: The weights do not fit the model; names what is missing, unknown or of another shape.
     """
     model = build_model(exported.config, exported.data, unfilled=True)  # no second copy in memory
-    _fill(model.denoiser, exported.tensors, source)
+    try:
+        model.denoiser.load_state_dict(dict(exported.tensors), assign=True)
+    except RuntimeError as error:
+        text = f'{source}: the weights do not fit the model that its configuration describes'
+        raise UserError(f'{text}: {str(error)[:_MISFIT_CHARACTERS]}') from None
     return model.eval()
 
 
@@ -207,22 +212,3 @@ def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Mani
         remedy = f'Copy manifest.json of the data that the run was trained on to {path}.'
         raise ResumeError.from_differences(place, trained_on, present, remedy)
     return manifest
-
-
-def _fill(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
-    misshapen = [
-        f'{name} is {list(tensors[name].shape)}, the model has {shape}'
-        for name, shape in shapes.items()
-        if name in tensors and list(tensors[name].shape) != shape
-    ]
-    complaints = {
-        'not in the weights': sorted(shapes.keys() - tensors.keys()),
-        'not in the model': sorted(tensors.keys() - shapes.keys()),
-        'of another shape': misshapen,
-    }
-    lines = [f'  {words}: {", ".join(names[:5])}' for words, names in complaints.items() if names]
-    if lines:
-        text = '\n'.join(lines)
-        raise UserError(f'{path}: the weights do not fit the model that its configuration describes:\n{text}')
-    denoiser.load_state_dict(dict(tensors), strict=True, assign=True)

@@ -26,10 +26,7 @@ _TIME_WEIGHT = 't_embedder.mlp.0.weight'
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tensors say of the network.
-
-    ``decoder`` are the sizes of MaskDiT's; None elsewhere.
-    """
+    """What the tensors say of the network; ``decoder`` are the sizes of MaskDiT's, None elsewhere."""
 
     hidden_size: int
     depth: int
@@ -96,21 +93,17 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
 
 def _heads(hidden_size: int, depth: int, num_heads: int | None, path: str) -> int:
     """The number of heads is in no tensor; published sizes have published numbers."""
-    published = {
-        size['num_heads']
-        for size in DiT.presets.values()
-        if (size['hidden_size'], size['depth']) == (hidden_size, depth)
-    }  # fmt: skip
     if num_heads is not None:
         if hidden_size % num_heads:
             raise UserError(f'--num-heads {num_heads}: does not divide the width {hidden_size} of {path}')
         return num_heads
-    if not published:
-        raise UserError(
-            f'{path}: width {hidden_size} and {depth} blocks are no published size, and no tensor shows the number of '
-            f'attention heads; give it: --num-heads'
-        )
-    return published.pop()
+    for size in DiT.presets.values():
+        if (size['hidden_size'], size['depth']) == (hidden_size, depth):
+            return size['num_heads']
+    raise UserError(
+        f'{path}: width {hidden_size} and {depth} blocks are no published size, and no tensor shows the number of '
+        f'attention heads; give it: --num-heads'
+    )
 
 
 def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path: str) -> int:
@@ -140,15 +133,15 @@ def _stored_type(values: Tensor) -> torch.dtype:
 
 def converted(tensors: Mapping[str, Tensor], layout: str, sizes: Sizes) -> dict[str, Tensor]:
     """Our network's weights, which predict in our conventions what the file's predict in theirs."""
-    out = dict(tensors)
-    if layout == 'sit':
-        out = _with_time_reversed(without_sigma(out, sizes.in_channels, sizes.patch_size) if sizes.learn_sigma else out)
     if layout == 'maskdit':
-        out = _maskdit(out, sizes)
-    return out
+        return _maskdit(tensors, sizes)
+    if layout != 'sit':
+        return dict(tensors)
+    plain = without_sigma(tensors, sizes.in_channels, sizes.patch_size) if sizes.learn_sigma else tensors
+    return _with_time_reversed(plain)
 
 
-def _with_time_reversed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_time_reversed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """SiT's velocity, data - noise with data at t = 1, as ours: ``v(x, t) = -v_SiT(x, 1 - t)``.
 
     The sign goes into the head. ``1 - t`` goes into the first layer of the timestep embedding: its inputs are
