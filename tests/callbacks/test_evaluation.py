@@ -173,7 +173,7 @@ def test_what_would_fail_later_is_refused_at_the_start(tmp_path, digits, monkeyp
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'metrics': ['sfid']}, 'choose of fid'),
+        ({'metrics': ['fidd']}, 'choose of fid'),
         ({'metrics': ['is']}, 'these features have none'),
         ({'features': 'clip'}, "'clip' is none of inception, digits"),
         ({'num_samples': 1}, 'must be at least 2'),
