@@ -13,7 +13,7 @@ from tread_composer.core.flatten import flatten
 from tread_composer.io.chart import Chart
 from tread_composer.io.files import write_atomically
 
-__all__ = ['Report', 'flat']
+__all__ = ['Report', 'flat', 'in_words']
 
 Cells = Sequence[tuple[int, int]]
 TitledTable = tuple[str, Sequence[str], Sequence[Sequence[str]], Cells]
@@ -117,6 +117,11 @@ class Report:
 def flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """A tree of settings as dotted names and texts."""
     return {name: 'none' if value in (None, {}) else str(value) for name, value in flatten(tree).items()}
+
+
+def in_words(tree: Mapping[str, Any]) -> str:
+    """The same in one line."""
+    return ', '.join(f'{name} {value}' for name, value in flat(tree).items())
 
 
 def _data(kind: str, content: bytes) -> str:
