@@ -25,6 +25,7 @@ from tread_composer.metrics.digits import DigitsImages
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.samplers import SamplingSettings
 
+
 def rows_with(settings) -> list[dict]:
     """Rows whose ``fid`` is a parabola over the scale, with its best at 1.5."""
     values = lambda scale: {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}  # noqa: E731

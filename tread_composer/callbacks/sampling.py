@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tread_composer.core.errors import UserError
 from tread_composer.core.evaluating import evaluating
 from tread_composer.core.precision import plain_float32
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import Progress, silent, to_stderr
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import SamplingSettings, default_guidance
 
@@ -120,7 +120,8 @@ class SamplingCallback(Callback):
         all of them. The first one prints rate and remaining time.
         """
         label = f'{self.owner} at batch {int(state.timestamp.batch)}'
-        progress = Progress(label, sum(map(len, batches)), 'images', show=dist.get_global_rank() == 0)
+        log = to_stderr if dist.get_global_rank() == 0 else silent
+        progress = Progress(label, sum(map(len, batches)), 'images', log=log)
         draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
         for indices, labels, images_BCHW in draws.images(draw, batches):
             yield indices, labels, images_BCHW

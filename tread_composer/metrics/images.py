@@ -4,9 +4,11 @@ Nothing is resized or cropped: that would move every metric, and belongs to whoe
 Legend: N images of a set, B images of a batch, R side of an image in pixels.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import zipfile
@@ -25,7 +27,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpyImages', 'NpzImages', 'file_hash', 'open_images']
+__all__ = ['ArrayImages', 'FolderImages', 'ImageSet', 'MDSImages', 'file_hash', 'open_images']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 _MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
@@ -112,49 +114,18 @@ class FolderImages(ImageSet):
         return pixels
 
 
-class NpyImages(ImageSet):
-    """One array in a ``.npy``, uint8 ``[N, R, R, 3]`` (or 1 for grey); mapped into memory, not read.
+class ArrayImages(ImageSet):
+    """One array, uint8 ``[N, R, R, 3]`` (or 1 for grey): a ``.npy``, or ``arr_0`` of an npz as ADM's suite has it.
+
+    Read piece by piece: it may be larger than the memory.
 
     Raises:
         UserError: It is damaged, or another array.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._images_NRRC = np.load(path, mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f'{path}: is no npy that can be read: {error}') from error
-        shape = self._images_NRRC.shape
-        _check_array(path, 'the array', shape, self._images_NRRC.dtype)
-        super().__init__(path, 'npy', shape[0], _square(shape[1:3], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the file."""
-        return file_hash(self.path)
-
-    def _load(self, indices: range) -> np.ndarray:
-        images_BRRC = self._images_NRRC[indices.start : indices.stop]
-        return images_BRRC.repeat(3 // images_BRRC.shape[3], axis=3)
-
-
-class NpzImages(ImageSet):
-    """The array ``arr_0`` of an npz, uint8 ``[N, R, R, 3]``, as ADM's suite has it; read piece by piece.
-
-    Raises:
-        UserError: There is no such array.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with _npz(path) as archive:
-            self._names = archive.namelist()
-            if f'{_NPZ_ARRAY}.npy' not in self._names:
-                raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {self._names}')
-            with archive.open(f'{_NPZ_ARRAY}.npy') as stream:
-                shape, dtype = _array_header(stream, path)
-        _check_array(path, _NPZ_ARRAY, shape, dtype)
-        self._channels = shape[3]  # 1 for grey
-        super().__init__(path, 'npz', shape[0], _square(shape[1:3], path))
+        with _array(path) as (_, shape):
+            super().__init__(path, path.suffix.removeprefix('.'), shape[0], _square(shape[1:3], path))
 
     @functools.cached_property
     def hash(self) -> str:
@@ -163,23 +134,21 @@ class NpzImages(ImageSet):
 
     def labels(self) -> list[int] | None:
         """The array ``arr_1``, where ADM's suite has labels."""
-        if 'arr_1.npy' not in self._names:
+        if self.kind == 'npy':
             return None
         with np.load(self.path, allow_pickle=False) as arrays:
-            return arrays['arr_1'].astype(int).tolist()
+            return arrays['arr_1'].astype(int).tolist() if 'arr_1' in arrays.files else None
 
     def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
-        shape = (self.resolution, self.resolution, self._channels)
-        size = int(np.prod(shape))
-        with _npz(self.path) as archive, archive.open(f'{_NPZ_ARRAY}.npy') as stream:
-            _array_header(stream, self.path)
+        with _array(self.path) as (stream, shape):
+            size, channels = math.prod(shape[1:]), shape[3]  # 1 for grey
             stream.seek(begin * size, io.SEEK_CUR)  # behind the header
             for start in range(begin, end, batch_size):
                 count = min(batch_size, end - start)
                 content = stream.read(count * size)
                 if len(content) != count * size:
                     raise UserError(f'{self.path}: ends within image {start + len(content) // size}; copy it again')
-                yield np.frombuffer(content, np.uint8).reshape(count, *shape).repeat(3 // self._channels, axis=3)
+                yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:]).repeat(3 // channels, axis=3)
 
 
 class MDSImages(ImageSet):
@@ -247,18 +216,13 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if path.is_file() and path.suffix in ('.npy', '.npz'):
-        return NpzImages(path) if path.suffix == '.npz' else NpyImages(path)
+        return ArrayImages(path)
     if path.is_dir():
         return MDSImages(path) if (path / 'index.json').exists() else FolderImages(path)
     problem = 'no such file or folder' if not path.exists() else 'neither an .npz, an .npy nor a folder'
     raise UserError(
         f'{path}: {problem}; give a folder of images, an .npz as ADM has it, an .npy, or an MDS data set of images'
     )
-
-
-def _check_array(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
-        raise UserError(f'{path}: {name} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
 
 
 def file_hash(path: Path) -> str:
@@ -295,20 +259,25 @@ def _square(size: tuple[int, ...], path: Path) -> int:
     return int(size[0])
 
 
-def _npz(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f'{path}: is no npz that can be read: {error}') from error
-
-
-def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise UserError(f'{path}: {_NPZ_ARRAY} has a damaged header: {error}') from error
-    if fortran:
-        raise UserError(f'{path}: {_NPZ_ARRAY} is stored column by column; save it in C order')
-    return shape, dtype
+@contextlib.contextmanager
+def _array(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The bytes of an array of images, from behind its header on, and its shape."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.suffix == '.npz':
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                stream = stack.enter_context(archive.open(f'{_NPZ_ARRAY}.npy'))
+            else:
+                stream = stack.enter_context(path.open('rb'))
+            major, _ = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except KeyError:
+            raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {archive.namelist()}') from None
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(f'{path}: is no {path.suffix[1:]} that can be read: {error}') from error
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+            raise UserError(f'{path}: its array is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
+        if fortran:
+            raise UserError(f'{path}: is stored column by column; save it in C order')
+        yield stream, shape

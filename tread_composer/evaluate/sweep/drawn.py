@@ -93,7 +93,7 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
 
 
 def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this, the first one writes.
+    """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this.
 
     Every finished row is on the disk at once, in ``sweep.json``, so an interrupted sweep goes on; rows are independent,
     so a later sweep of the same kind may add some. Each number goes with its protocol into ``results.json`` too.
