@@ -245,7 +245,7 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     [
         (['--samples', '45'], 'no multiple of the 10 classes'),
         (['--samples', '1'], '--count: 1 must be at least 2'),
-        (['--samples', '40', '--metrics', 'sfid'], "invalid choice: 'sfid'"),
+        (['--samples', '40', '--metrics', 'fvd'], "invalid choice: 'fvd'"),
         (['--samples', '40', '--batch-size', '0'], '--batch-size: 0 must be at least 1'),
         (['--samples', '40', '--metrics', 'kid'], 'kid needs 1000 images'),
         (['--samples', '40', '--inception-sha256', 'a' * 64], 'need no weights of Inception'),

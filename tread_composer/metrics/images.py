@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class ImageSet:
     is_lossy = False
     """Whether there are JPEGs among them: what those have lost moves a distance of features."""
 
+    files: Sequence[str] = ()
+    """What holds the images, below ``path``, where that is a folder."""
+
     def __init__(self, path: Path, kind: str, count: int, resolution: int) -> None:
         self.path, self.kind, self.count, self.resolution = path, kind, count, resolution
         if count < 1:
@@ -48,7 +51,7 @@ class ImageSet:
     @functools.cached_property
     def hash(self) -> str:
         """``'sha256:...'`` over the content of the files (and their names, where there are several)."""
-        raise NotImplementedError
+        return _tree_hash(self.path, self.files) if self.files else file_hash(self.path)
 
     def labels(self) -> list[int] | None:
         """What each image was to show, if the set says it."""
@@ -90,11 +93,6 @@ class FolderImages(ImageSet):
         self.is_lossy = any(name.lower().endswith(('.jpg', '.jpeg')) for name in self.files)
         super().__init__(path, 'folder', len(self.files), _square(pixels_RR3.shape[:2], path / self.files[0]))
 
-    @functools.cached_property
-    def hash(self) -> str:
-        """Over the names and the content of the images."""
-        return _tree_hash(self.path, self.files)
-
     def labels(self) -> list[int] | None:
         """From the names that ``sample`` gives to its files."""
         matches = [re.search(r'_label(\d+)\.png$', name) for name in self.files]
@@ -126,11 +124,6 @@ class ArrayImages(ImageSet):
     def __init__(self, path: Path) -> None:
         with _array(path) as (_, shape):
             super().__init__(path, path.suffix.removeprefix('.'), shape[0], _square(shape[1:3], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the file."""
-        return file_hash(self.path)
 
     def labels(self) -> list[int] | None:
         """The array ``arr_1``, where ADM's suite has labels."""
@@ -165,7 +158,8 @@ class MDSImages(ImageSet):
 
         shards, self._is_pixels = read_index(path), (path / MANIFEST_NAME).exists()
         self._columns = shards[0].encodings if shards else {}
-        self._files = [shard.reader.raw_data.basename for shard in shards]
+        described = [name for name in ('index.json', MANIFEST_NAME) if (path / name).exists()]
+        self.files = [*described, *(shard.reader.raw_data.basename for shard in shards)]
         images = [name for name, encoding in self._columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
         if any(shard.reader.compression for shard in shards):
             raise UserError(f'{path}: its shards are compressed; write them without compression')
@@ -180,12 +174,6 @@ class MDSImages(ImageSet):
         self._rows: Any = LocalDataset(str(path))
         self.is_lossy = self._columns[self._column].startswith('jpeg')
         super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Over the index and the shards."""
-        described = [name for name in ('index.json', MANIFEST_NAME) if (self.path / name).exists()]
-        return _tree_hash(self.path, [*described, *self._files])
 
     def labels(self) -> list[int] | None:
         """The column ``label``, if there is one."""
@@ -234,7 +222,7 @@ def file_hash(path: Path) -> str:
     return f'sha256:{digest.hexdigest()}'
 
 
-def _tree_hash(folder: Path, files: list[str]) -> str:
+def _tree_hash(folder: Path, files: Sequence[str]) -> str:
     """SHA-256 over the names and the content of files, whatever their order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(lambda name: file_hash(folder / name).removeprefix('sha256:'), files)
