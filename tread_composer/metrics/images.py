@@ -26,8 +26,9 @@ from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.io.files import file_hash
 
-__all__ = ['ArrayImages', 'FolderImages', 'ImageSet', 'MDSImages', 'file_hash', 'open_images']
+__all__ = ['ArrayImages', 'FolderImages', 'ImageSet', 'MDSImages', 'open_images']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 _MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
@@ -211,15 +212,6 @@ def open_images(path: str | Path) -> ImageSet:
     raise UserError(
         f'{path}: {problem}; give a folder of images, an .npz as ADM has it, an .npy, or an MDS data set of images'
     )
-
-
-def file_hash(path: Path) -> str:
-    """``'sha256:...'`` of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return f'sha256:{digest.hexdigest()}'
 
 
 def _tree_hash(folder: Path, files: Sequence[str]) -> str:

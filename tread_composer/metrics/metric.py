@@ -10,7 +10,7 @@ import torch
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
-from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.features import Extractor, FeatureSet
 from tread_composer.metrics.frechet import Statistics
 
 __all__ = [
@@ -151,26 +151,24 @@ def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str
 
 def check_metrics(
     metrics: Sequence[Metric],
-    *,
-    features: str,
-    num_logits: int,
+    extractor: Extractor | type[Extractor],
     num_samples: int,
     num_reference: int,
     has_labels: bool = True,
 ) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
-    ``features`` is the name of the feature network, which tells ``num_logits`` classes; ``num_reference`` is 0 where
-    the reference holds statistics alone; ``has_labels`` says whether it is known what each image was to show.
+    Of the feature network its class is enough; ``num_reference`` is 0 where the reference holds statistics alone;
+    ``has_labels`` says whether it is known what each image was to show.
 
     Raises:
         UserError: The network, the counts or the reference do not allow it.
     """
     for metric in metrics:
-        network = getattr(metric, 'reads_features', features)
+        network, features = getattr(metric, 'reads_features', extractor.name), extractor.name
         if network != features:
             raise UserError(f'metrics: {metric.name} is of the features {network!r}, not {features!r}; leave it out')
-        if metric.needs_logits and not num_logits:
+        if metric.needs_logits and not extractor.num_logits:
             raise UserError(
                 f'metrics: {metric.name} needs the classes of Inception, and these features have none; leave it out'
             )

@@ -17,12 +17,13 @@ import numpy as np
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import part_named
+from tread_composer.io.files import file_hash
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
 from tread_composer.metrics.frechet import Statistics
-from tread_composer.metrics.images import ImageSet, file_hash, open_images
+from tread_composer.metrics.images import ImageSet, open_images
 
 __all__ = ['Reference', 'open_reference', 'reference_of']
 
