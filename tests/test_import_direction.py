@@ -1,6 +1,7 @@
 """The rooms of the package stand in one order: a file imports its own room and rooms before it, nothing else."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_file_imports_its_own_room_and_rooms_below(path):
     for room in imported_rooms(path):
         assert ROOMS.index(room) <= floor, f'{path.relative_to(ROOT)} imports {room}'
         assert room_of(path) in (room, *LEAVES.get(room, ROOMS)), f'{path.relative_to(ROOT)} imports {room}'
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Within a room too, and for types alone as well; ``__init__`` files only hand names on."""
+    modules = {
+        '.'.join(path.relative_to(ROOT).with_suffix('').parts): path for path in FILES if path.stem != '__init__'
+    }
+    imports = {}
+    for module, path in modules.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        imports[module] = {node.module for node in nodes} & modules.keys()
+    graphlib.TopologicalSorter(imports).prepare()  # CycleError names the circle
 
 
 def test_every_file_stands_in_a_room():

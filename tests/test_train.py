@@ -147,8 +147,8 @@ def test_a_dense_run_does_not_continue_a_routed_checkpoint(whole, tmp_path):
     [
         ('algorithms.tread.blocks=nowhere', "algorithms.tread: blocks: the model has no module 'nowhere'"),
         (
-            'callbacks.sample_grid={class_names: [a, b]}',
-            'callbacks.sample_grid.class_names: 2 names for the 10 classes',
+            'callbacks.sample_grid={classes: [3, 99]}',
+            'callbacks.sample_grid.classes: [99] are not classes of the model',
         ),
     ],
 )

@@ -3,13 +3,14 @@ import os
 import re
 import signal
 import sqlite3
+import time
 
 import pytest
 from composer.core import Callback
 from mlflow import MlflowClient
 
 from tests.callbacks.small import store, trainer
-from tests.warm import start, wait_until
+from tests.warm import exit_codes, start, wait_until
 from tread_composer.callbacks.mlflow_run import MLflowRun
 
 
@@ -205,3 +206,15 @@ def test_only_a_run_that_reached_its_end_is_finished(folder):
 def test_a_plain_folder_as_tracking_uri_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=re.escape("set folder: './mlruns'")):
         MLflowRun('x', tracking_uri='./mlruns')
+
+
+def made_together(folder, moment):
+    time.sleep(max(0.0, moment - time.time()))
+    MLflowRun('together', folder=folder)
+
+
+def test_two_runs_may_make_one_store_at_the_same_moment(tmp_path):
+    """MLflow's migrations of the one met half of those of the other: duplicate column name."""
+    moment = time.time() + 1
+    assert exit_codes([start(made_together, str(tmp_path), moment) for _ in range(2)]) == [0, 0]
+    assert MlflowClient(store(tmp_path)).get_experiment_by_name('together') is not None

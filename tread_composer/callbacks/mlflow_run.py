@@ -35,6 +35,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.io.files import check_writable
+from tread_composer.io.locks import locked
 from tread_composer.io.progress import to_stderr
 
 __all__ = ['PATIENCE', 'MLflowRun']
@@ -93,7 +94,8 @@ class MLflowRun(MLFlowLogger):
         disable_mlflow_telemetry()  # in a Python script of the user's, this is the first import of MLflow
         self.folder, uri = _store(folder, tracking_uri)
         if dist.get_global_rank() == 0:
-            self._prepare_store(experiment_name, uri, local=tracking_uri is None)
+            with _in_turn(uri):
+                self._prepare_store(experiment_name, uri, local=tracking_uri is None)
         with _environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
             super().__init__(
                 experiment_name,
@@ -124,7 +126,8 @@ class MLflowRun(MLFlowLogger):
         if uri.startswith('sqlite:') and not database.exists():
             check_writable(database)  # MLflow would try for minutes
             return f'{database}: will be made'
-        _ask(uri)
+        with _in_turn(uri):
+            _ask(uri)
         return f'{without_password(uri)}: answers'
 
     def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
@@ -329,6 +332,18 @@ def _store(folder: str | None, tracking_uri: str | None) -> tuple[Path, str]:
             f"out and set folder: {uri!r} (a sqlite file is made there), or give a server's address."
         )
     return place, uri
+
+
+@contextlib.contextmanager
+def _in_turn(uri: str) -> Iterator[None]:
+    """One process at a time makes or migrates a database, which takes MLflow seconds; the others wait for it."""
+    if not uri.startswith('sqlite:///'):
+        yield
+        return
+    database = Path(uri.removeprefix('sqlite:///'))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with locked(database.with_name(f'.{database.name}.lock')):
+        yield
 
 
 def _ask(uri: str) -> None:

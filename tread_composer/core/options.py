@@ -18,7 +18,17 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['Device', 'Flag', 'Weights', 'argument_docs', 'check_bounds', 'check_request', 'unwrapped']
+__all__ = [
+    'Device',
+    'Flag',
+    'GuidedChannels',
+    'Weights',
+    'argument_docs',
+    'check_bounds',
+    'check_choice',
+    'check_request',
+    'unwrapped',
+]
 
 _BOUNDS: Mapping[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     Ge: ('ge', 'at least', operator.ge),
@@ -53,6 +63,7 @@ class Flag:
 
 
 Device = Literal['cuda', 'cpu']
+GuidedChannels = Literal['all', 'first3']
 Weights = Annotated[str, Flag(choices=('ema', 'raw', 'posthoc:WIDTH'))]
 
 
@@ -88,6 +99,16 @@ def argument_docs(target: Callable[..., Any]) -> dict[str, str]:
             entries = re.findall(r'^    (\w+)(?: \(.*?\))?:((?:.*)(?:\n(?:      .*|(?=\n)))*)', block[2], re.MULTILINE)
             texts |= {name: body.partition('\n\n')[0] for name, body in entries}
     return texts
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of the choices of a ``Literal``.
+
+    Raises:
+        ValueError: Names the choices.
+    """
+    if value not in typing.get_args(choices):
+        raise ValueError(f'{name}: {value!r} is none of {", ".join(typing.get_args(choices))}')
 
 
 def check_request(request: object) -> None:

@@ -1,9 +1,9 @@
 """Gives each data set a free number for streaming's shared memory: one job of a machine at a time.
 
-streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. By itself it looks for the first free number of
-each name and takes the largest of the nine. Where a job has just ended and another has just begun, the names have gaps
-at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock files
-of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
+streaming numbers its segments ``NNNNNN_<name>``, nine names to a number. By itself it looks for the first free number
+of each name and takes the largest of the nine. Where a job has just ended and another has just begun, the names have
+gaps at different numbers, and the largest of these may be a number whose ``locals`` exist: ``FileExistsError``. (Lock
+files of earlier jobs in a common TMPDIR usually hide the gaps; with private ones they show.)
 Here a number is free only if all nine of its names are, and whoever creates ``locals``, which the kernel allows once,
 has it; a number that another job takes in between is passed over.
 

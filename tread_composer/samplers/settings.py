@@ -5,19 +5,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tread_composer import samplers
 from tread_composer.core.bounds import Steps
-from tread_composer.core.options import Flag
+from tread_composer.core.options import Flag, GuidedChannels, check_choice
 
 if TYPE_CHECKING:
     from tread_composer.routing import Route
     from tread_composer.samplers.guidance.provider import GuidanceProvider
 
-__all__ = ['GuidedChannels', 'SamplingSettings', 'check_choice']
-
-GuidedChannels = Literal['all', 'first3']
+__all__ = ['SamplingSettings']
 
 _GUIDED_ONLY = ('guidance_interval', 'guided_channels')  # without effect where nothing is guided
 
@@ -162,16 +160,6 @@ class SamplingSettings:
         return (
             f'{name}: {value!r} has no effect with guidance {self.guidance!r}; it belongs to guidance {_either(owners)}'
         )
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of the choices of a ``Literal``.
-
-    Raises:
-        ValueError: Names the choices.
-    """
-    if value not in get_args(choices):
-        raise ValueError(f'{name}: {value!r} is none of {", ".join(get_args(choices))}')
 
 
 def _either(names: Sequence[str]) -> str:

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from tread_composer.core.options import check_choice
 from tread_composer.samplers.guidance.provider import (
     Branches,
     GuidanceProvider,
     SamplingRun,
     Unlabelled,
     WeakLabel,
-    check_choice,
     needs_classes,
 )
 

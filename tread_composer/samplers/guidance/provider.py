@@ -10,22 +10,20 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tread_composer.core.options import GuidedChannels
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.equation import Clock
-from tread_composer.samplers.settings import GuidedChannels, check_choice
 
 __all__ = [
     'Branches',
     'GuidanceProvider',
-    'GuidedChannels',
     'SamplingRun',
     'Unlabelled',
     'WeakLabel',
     'check_channels',
-    'check_choice',
     'guide',
     'needs_classes',
 ]

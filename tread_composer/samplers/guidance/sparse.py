@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from tread_composer.core.options import check_choice
 from tread_composer.core.protocols import Denoiser
 from tread_composer.routing import Route, Routing, apply_tread, keep_lowest, routing_of
 from tread_composer.routing.tokens import AlwaysKeep
@@ -20,7 +21,6 @@ from tread_composer.samplers.guidance.provider import (
     SamplingRun,
     Unlabelled,
     WeakLabel,
-    check_choice,
     needs_classes,
 )
 
