@@ -19,6 +19,7 @@ from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
 from tread_composer.metrics.drawing import Draws
+from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure
@@ -117,7 +118,7 @@ class Evaluation(SamplingCallback):
             if self._path(state).exists():
                 load_results(self._path(state))
             log = to_stderr if ranks.is_first else silent
-            measurer = Measurer(self.measurement, device, ranks, log)
+            measurer = Measurer(self.measurement, device, ranks, log, self.reference_images())
             measurer.check(self.num_samples, self._resolution, has_labels=classes > 0)
             return measurer
 
@@ -150,6 +151,10 @@ class Evaluation(SamplingCallback):
             return []
         figures = ', '.join(f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries)
         return [('measured', f'{figures} at batch {entries[0]["batch"]}; protocol in {self._path(state)}')]
+
+    def reference_images(self) -> ImageSet | None:
+        """The reference, where it is none of the disk."""
+        return None
 
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""

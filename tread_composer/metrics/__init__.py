@@ -28,4 +28,4 @@ FEATURES: Mapping[str, str] = {
 """Feature networks, by name as the metrics are."""
 
 REFERENCES: Mapping[str, str] = {'digits': 'tread_composer.metrics.digits:DigitsImages'}
-"""Sets of real images that need no file, by name; a folder of that name is given as ``./name``."""
+"""Sets of real images that need no file, by name; a path of the same name goes before."""

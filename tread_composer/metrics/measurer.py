@@ -19,10 +19,11 @@ from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import FeatureSet, joined, looked, open_extractor
 from tread_composer.metrics.frechet import statistics
+from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol
-from tread_composer.metrics.references import open_reference
+from tread_composer.metrics.references import open_reference, reference_of
 
 __all__ = ['Measurer']
 
@@ -38,6 +39,7 @@ class Measurer:
         device: Where to compute.
         ranks: This process and its like.
         log: Gets the lines for people.
+        images: The reference, where it is no path of the measurement's; its features are not kept.
 
     Raises:
         UserError: A metric or the features are unknown, or the reference or the weights of Inception are not what they
@@ -50,9 +52,10 @@ class Measurer:
         device: torch.device,
         ranks: Ranks = Ranks(),
         log: Callable[[str], None] = silent,
+        images: ImageSet | None = None,
     ) -> None:
         self.measurement, self.device, self.ranks, self.log = measurement, device, ranks, log
-        self.metrics = measurement.build()
+        self.metrics, self._cache = measurement.build(), measurement.cache if images is None else None
         self.extractor = open_extractor(
             measurement.features,
             inception=measurement.inception,
@@ -61,7 +64,7 @@ class Measurer:
             device=device,
             spatial=self._needs_spatial,
         )
-        self.reference = open_reference(measurement.reference)
+        self.reference = open_reference(measurement.reference) if images is None else reference_of(images)
         self._against: Comparison | None = None
 
     @property
@@ -93,8 +96,8 @@ class Measurer:
         reference, ranks, sides = self.reference, self.ranks, {metric.compares_with for metric in self.metrics}
         features = None
         if 'images' in sides or ('statistics' in sides and reference.published is None):
-            size, cache = self.measurement.batch_size, self.measurement.cache
-            features = reference.features(self.extractor, cache, batch_size=size, ranks=ranks, log=self.log)
+            size = self.measurement.batch_size
+            features = reference.features(self.extractor, self._cache, batch_size=size, ranks=ranks, log=self.log)
 
         def fitted() -> Comparison:
             if 'statistics' not in sides or not ranks.is_first:

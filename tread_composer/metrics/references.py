@@ -25,7 +25,7 @@ from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_
 from tread_composer.metrics.frechet import Statistics
 from tread_composer.metrics.images import ImageSet, open_images
 
-__all__ = ['Reference', 'open_reference']
+__all__ = ['Reference', 'open_reference', 'reference_of']
 
 _CACHE_FORMAT = 1
 
@@ -82,7 +82,7 @@ class Reference:
     def features(
         self,
         extractor: Extractor,
-        cache: Path,
+        cache: Path | None,
         *,
         batch_size: int = 64,
         ranks: Ranks = Ranks(),
@@ -90,7 +90,7 @@ class Reference:
     ) -> FeatureSet | None:
         """Features of its images, on the first rank: from the cache, else computed by all ranks and put there.
 
-        All ranks call this. Of images that need no file, which are few, nothing is kept.
+        All ranks call this; without a folder ``cache`` nothing is kept.
 
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.
@@ -99,7 +99,7 @@ class Reference:
         facts |= {'spatial': True} if getattr(extractor, 'spatial', False) else {}
         contract = json.dumps(facts, sort_keys=True)
         name = f'features-{extractor.name}-{hashlib.sha256(contract.encode()).hexdigest()[:32]}.npz'
-        path = cache / name if self.path.exists() else None
+        path = None if cache is None else cache / name
         # The first rank decides for all: the others may see another cache.
         if ranks.from_first(path is not None and path.exists()):
             return ranks.agreed(lambda: load_features(path) if path and ranks.is_first else None)
@@ -120,23 +120,24 @@ class Reference:
 
 
 def open_reference(path: str | Path) -> Reference:
-    """The reference of this name in ``metrics.REFERENCES``, else at a path.
+    """The reference at a path, or of this name in ``metrics.REFERENCES`` if nothing is there.
 
     Raises:
         UserError: There is none, or its statistics are damaged.
     """
-    if path in REFERENCES:
-        return _of_images(part_named(str(path), REFERENCES)())
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         published, spatial, has_images = _adm(path)
         images = open_images(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
         return Reference(path, 'npz' if published is None else 'adm', images, published, digest, spatial)
-    return _of_images(open_images(path))
+    if str(path) in REFERENCES and not path.exists():
+        return reference_of(part_named(str(path), REFERENCES)())
+    return reference_of(open_images(path))
 
 
-def _of_images(images: ImageSet) -> Reference:
+def reference_of(images: ImageSet) -> Reference:
+    """Images as a reference."""
     return Reference(images.path, images.kind, images, None, images.hash)
 
 
