@@ -170,7 +170,7 @@ def test_images_that_say_nothing_compare_with_none(digits, tmp_path, capsys):
 STRANGERS_METRIC = """
 from types import SimpleNamespace
 
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Quantity
 
 
 class Spread:

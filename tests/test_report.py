@@ -50,20 +50,6 @@ def test_nested_settings_are_flat_names():
     assert page.cells == ['sampling.sampler', 'heun', 'sampling.interval', 'none', 'seed', '0', 'empty', 'none']
 
 
-@pytest.mark.parametrize(
-    ('make', 'message'),
-    [
-        (lambda: Report('t').table(['a'], [['1', '2']]), '1 columns has rows of .2. cells'),
-        (lambda: Report('t').pictures([('x', b'GIF89a')]), "'x' is no PNG"),
-        (lambda: Chart('x', 'y', [Curve('c', [])]), 'at least one point'),
-        (lambda: Chart('x', 'y', [Curve('c', [(1, float('nan'))])]), 'not finite'),
-    ],
-)
-def test_what_cannot_be_shown_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_writing_where_nothing_can_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):

@@ -14,90 +14,30 @@ from tests.pages import Page, assert_self_contained, drawings, lines_of
 from tests.runs import environment, run
 from tests.warm import start_program, wait_until
 from tread_composer.cli import main
-from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.core.errors import UserError
 from tread_composer.evaluate.sweep.drawn import rows_of, sampling_of, sweep
 from tread_composer.evaluate.sweep.request import SweepRequest
-from tread_composer.evaluate.sweep.rows import best_rows, combinations, format_sweep, run_sweep, write_sweep
+from tread_composer.evaluate.sweep.rows import best_rows, format_sweep, write_sweep
+from tread_composer.io.locks import locked
 from tread_composer.io.ranks import Ranks
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.digits import DigitsImages
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.samplers import SamplingSettings
 
-CONTRACT = {'model': 'tiny', 'reference': {'name': 'digits'}}
-SCALES = combinations(weights=['ema'], guidance_scale=[1.0, 1.5, 2.0])
 
-
-class Killed(BaseException):
-    """Like a signal: nothing but the disk remains."""
-
-
-class Counting:
-    """Measures ``fid`` as a parabola with its best at 1.5; dies at its n-th call."""
-
-    def __init__(self, dies_at: int | None = None) -> None:
-        self.asked: list[float] = []
-        self.dies_at = dies_at
-
-    def __call__(self, settings):
-        if self.dies_at == len(self.asked) + 1:
-            raise Killed
-        scale = settings['guidance_scale']
-        self.asked.append(scale)
-        return {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}
+def rows_with(settings) -> list[dict]:
+    """Rows whose ``fid`` is a parabola over the scale, with its best at 1.5."""
+    values = lambda scale: {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}  # noqa: E731
+    return [{'settings': row, 'values': values(row['guidance_scale']), 'seconds': 1.0} for row in settings]
 
 
 def quiet(line: str) -> None:
     del line
 
 
-def test_a_killed_sweep_goes_on_with_the_row_it_died_in_and_may_be_widened(tmp_path):
-    first = Counting(dies_at=3)
-    with pytest.raises(Killed):
-        run_sweep(SCALES, first, tmp_path, CONTRACT, quiet)
-    assert first.asked == [1.0, 1.5]
-    second, said = Counting(), []
-    rows = run_sweep(SCALES, second, tmp_path, CONTRACT, said.append)
-    assert second.asked == [2.0]
-    assert [row['settings'] for row in rows] == SCALES
-    assert [row['values']['fid'] for row in rows] == [2.25, 2.0, 2.25]
-    assert said[0] == '2 of 3 rows are finished, and kept'
-    third, more = Counting(), [{**SCALES[0], 'guidance_scale': 3.0}]
-    assert run_sweep(SCALES[:1], third, tmp_path, CONTRACT, quiet) == rows and third.asked == []
-    assert [row['settings'] for row in run_sweep(more, third, tmp_path, CONTRACT, quiet)] == [*SCALES, *more]
-
-
-def test_other_settings_of_the_same_folder_are_refused_and_change_nothing(tmp_path):
-    run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
-    before = (tmp_path / 'sweep.json').read_bytes()
-    other = Counting()
-    with pytest.raises(ResumeError, match=r"reference\.name: saved 'digits', now 'faces'"):
-        run_sweep(SCALES, other, tmp_path, {**CONTRACT, 'reference': {'name': 'faces'}}, quiet)
-    assert other.asked == [] and (tmp_path / 'sweep.json').read_bytes() == before
-    (tmp_path / 'sweep.json').write_text('{"rows": []}')
-    with pytest.raises(UserError, match='not written by this version'):
-        run_sweep(SCALES, other, tmp_path, CONTRACT, quiet)
-
-
-def test_two_sweeps_in_one_folder_at_a_time_are_refused(tmp_path):
-    def nested(settings):
-        with pytest.raises(UserError, match='another process is sweeping'):
-            run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
-        return {'fid': 1.0}
-
-    assert len(run_sweep(SCALES[:1], nested, tmp_path, CONTRACT, quiet)) == 1
-
-
-def test_a_number_that_is_not_finite_ends_the_sweep_and_is_not_kept(tmp_path):
-    with pytest.raises(UserError, match=r'weights ema, guidance_scale 1.0: fid came out as nan'):
-        run_sweep(SCALES, lambda _: {'fid': float('nan')}, tmp_path, CONTRACT, quiet)
-    assert not (tmp_path / 'sweep.json').exists()
-    with pytest.raises(UserError, match='cannot be written'):
-        run_sweep(SCALES, Counting(), __file__, CONTRACT, quiet)
-
-
 def test_the_best_is_marked_by_the_direction_of_each_metric(tmp_path):
-    rows = run_sweep(SCALES, Counting(), tmp_path, CONTRACT, quiet)
+    rows = rows_with([{'weights': 'ema', 'guidance_scale': scale} for scale in (1.0, 1.5, 2.0)])
     assert best_rows(rows) == {'fid': 1, 'recall': 0}  # a cost has no best
     table = format_sweep(rows).splitlines()
     assert table[0].split() == ['weights', 'guidance_scale', 'fid', 'recall', 'gmacs_per_image']
@@ -114,14 +54,6 @@ def test_the_best_is_marked_by_the_direction_of_each_metric(tmp_path):
     assert len(drawings(page)) == 2  # a cost is in the table
 
 
-def test_combinations():
-    assert combinations(a=[1, 2, 1], b=['x', 'y']) == [
-        {'a': 1, 'b': 'x'}, {'a': 1, 'b': 'y'}, {'a': 2, 'b': 'x'}, {'a': 2, 'b': 'y'},
-    ]  # fmt: skip
-    with pytest.raises(UserError, match='no values for b'):
-        combinations(a=[1], b=[])
-
-
 def test_the_rows_of_a_request():
     request = SweepRequest(
         'x', 'o', Measurement('r'), guidance_scales=(1.0, 2.0), intervals=(None, (0.1, 0.8)),
@@ -135,9 +67,10 @@ def test_the_rows_of_a_request():
         ('sparse', 2.0, None), ('sparse', 2.0, [0.1, 0.8]),
     ]  # fmt: skip
     assert said[0].startswith('8 combinations come to 5 rows: without guidance')
-    assert [row['guidance'] for row in rows_of(SweepRequest('x', 'o', Measurement('r'), (2.0,), ((0.3, 0.3),)))] == [
-        'none'
-    ]
+    (empty,) = rows_of(SweepRequest('x', 'o', Measurement('r'), (2.0, 2.0), ((0.3, 0.3),)))
+    assert empty['guidance'] == 'none'
+    with pytest.raises(UserError, match='has no value'):
+        rows_of(SweepRequest('x', 'o', Measurement('r'), guidance_scales=()))
     assert sampling_of(rows[0], request) == SamplingSettings(guidance='none')
     drawn = sampling_of(rows[-1], request)
     assert (drawn.guidance, drawn.guidance_interval) == ('sparse', (0.1, 0.8))
@@ -152,8 +85,7 @@ def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
     settings += [
         {'weights': w, **kind, 'guidance_scale': s} for w in ('ema', 'raw') for kind in kinds for s in (2.0, 3.0)
     ]
-    rows = run_sweep(settings, Counting(), tmp_path, CONTRACT, quiet)
-    page = write_sweep(rows, tmp_path, CONTRACT, 'sweep')[2].read_text()
+    page = write_sweep(rows_with(settings), tmp_path, {}, 'sweep')[2].read_text()
     assert [len(points) for points in lines_of(drawings(Page(page))[0])] == [3] * 4
 
 
@@ -198,16 +130,27 @@ def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, ca
     assert entries[0]['batch'] == 3 and entries[0]['protocol']['sampling']['guidance'] == 'none'
     # The same again measures nothing; more rows are added, sparse guidance and raw weights among them.
     assert command(trained, *words, '--guidance-scale', '1', '3') == 0
-    assert table_of(out) == before
+    assert table_of(out) == before and '2 of 2 rows are finished, and kept' in capsys.readouterr().out
     sparse = ['--guidance', 'sparse', '--guidance-settings', 'strong_rate=0.25', 'weak_rate=0.75']
     assert command(trained, *words, '--guidance-scale', '3', '--weights', 'raw', *sparse) == 0
     rows = table_of(out)
     assert rows[:2] == before and rows[2]['settings']['weak_rate'] == 0.75
     assert_self_contained((out / 'sweep.html').read_text())
-    # Other samples in the same folder are refused.
+    # Other samples in the same folder are refused, and so is a second process in it.
     capsys.readouterr()
-    assert command(trained, '--samples', '50', '--out', str(out)) == 2
-    assert 'num_samples: saved 40, now 50' in capsys.readouterr().err
+    state = (out / 'sweep.json').read_bytes()
+
+    def refused(message, *changed):
+        assert command(trained, *(changed or words)) == 2
+        assert message in capsys.readouterr().err
+
+    refused('num_samples: saved 40, now 50', '--samples', '50', '--out', str(out))
+    with locked(out / '.lock'):
+        refused('another process is sweeping')
+    assert (out / 'sweep.json').read_bytes() == state
+    (out / 'sweep.json').write_text('{"rows": []}')
+    refused('not written by this version')
+    refused('cannot be written', '--samples', '40', '--out', str(out / 'sweep.json'))
 
 
 def test_kid_of_small_subsets_with_a_cache_of_its_own(trained, tmp_path):
@@ -302,7 +245,7 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     [
         (['--samples', '45'], 'no multiple of the 10 classes'),
         (['--samples', '1'], '--count: 1 must be at least 2'),
-        (['--samples', '40', '--metrics', 'sfid'], "invalid choice: 'sfid'"),
+        (['--samples', '40', '--metrics', 'fvd'], "invalid choice: 'fvd'"),
         (['--samples', '40', '--batch-size', '0'], '--batch-size: 0 must be at least 1'),
         (['--samples', '40', '--metrics', 'kid'], 'kid needs 1000 images'),
         (['--samples', '40', '--inception-sha256', 'a' * 64], 'need no weights of Inception'),

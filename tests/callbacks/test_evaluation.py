@@ -173,11 +173,11 @@ def test_what_would_fail_later_is_refused_at_the_start(tmp_path, digits, monkeyp
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'metrics': ['fidd']}, 'choose of fid'),
+        ({'metrics': ['fvd']}, 'choose of fid'),
         ({'metrics': ['is']}, 'these features have none'),
         ({'features': 'clip'}, "'clip' is none of inception, digits"),
         ({'num_samples': 1}, 'must be at least 2'),
-        ({'labels': 'mine'}, "'mine' is not known"),
+        ({'labels': 'mine'}, "'mine'; choose of balanced, random"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, settings, message):

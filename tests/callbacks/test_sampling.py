@@ -135,7 +135,7 @@ def test_averaged_weights_that_nobody_keeps_are_refused_before_training(tmp_path
 def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match='multiple of 10'):
         DigitsQuality(num_samples=55)
-    with pytest.raises(ValueError, match="'mean' is neither"):
+    with pytest.raises(ValueError, match="'mean'; choose of ema, raw"):
         SampleGrid(weights='mean')
     with pytest.raises(ValueError, match=r'\[10\] are not classes of the model'):
         trainer(callbacks=[SampleGrid(classes=[3, 10], weights='raw', folder=str(tmp_path))]).fit()

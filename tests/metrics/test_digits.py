@@ -6,6 +6,7 @@ from tests.metrics.small import as_batch
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.digits import DigitsFeatures, DigitsImages, DigitsJudge, digits_judge, real_digits
 from tread_composer.metrics.features import joined, looked
+from tread_composer.metrics.inception import InceptionFeatures
 from tread_composer.metrics.metric import build_metrics, check_metrics, measure
 
 
@@ -29,10 +30,10 @@ def test_real_digits_are_recognised_and_noise_is_not():
 
 def test_without_labels_or_other_features_nothing_is_recognised():
     metrics = build_metrics(['recognised'], {})
-    facts = {'features': 'digits', 'num_logits': 0, 'num_samples': 10, 'num_reference': 0}
+    facts = {'extractor': DigitsFeatures, 'num_samples': 10, 'num_reference': 0}
     check_metrics(metrics, **facts)
     for changes, message in (
-        ({'features': 'inception', 'num_logits': 1008}, "of the features 'digits', not 'inception'"),
+        ({'extractor': InceptionFeatures}, "of the features 'digits', not 'inception'"),
         ({'has_labels': False}, 'needs the label of each image'),
     ):
         with pytest.raises(UserError, match=message):

@@ -12,8 +12,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.measurer import Measurer
-from tread_composer.metrics.metric import Figure
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Figure, Quantity
 
 CPU = torch.device('cpu')
 DRAWN = {'weights': 'ema', 'labels': 'none', 'seed': 0, 'sampling': 'unknown', 'autoencoder': 'pixels',

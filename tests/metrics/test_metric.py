@@ -7,8 +7,10 @@ import torch
 from tests.metrics.small import Means, as_batch, extract, random_images
 from tread_composer.core.errors import UserError
 from tread_composer.metrics import METRICS
+from tread_composer.metrics.digits import DigitsFeatures
 from tread_composer.metrics.features import FeatureSet, joined
 from tread_composer.metrics.frechet import Statistics, statistics
+from tread_composer.metrics.inception import InceptionFeatures
 from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
 
 # `recognised` and `sfid` read the features of one network alone.
@@ -127,7 +129,7 @@ def test_the_global_streams_and_the_log_stay_as_they_are(capsys):
 
 
 def check(metrics, **changes):
-    facts = {'features': 'inception', 'num_logits': 3, 'num_samples': 100, 'num_reference': 100}
+    facts = {'extractor': InceptionFeatures, 'num_samples': 100, 'num_reference': 100}
     check_metrics(build_metrics(metrics, {'kid_subset_size': 50}), **{**facts, **changes})
 
 
@@ -135,9 +137,9 @@ def check(metrics, **changes):
     ('metrics', 'changes', 'message'),
     [
         (['sfidd'], {}, r"\['sfidd'\] given; choose of fid"),
-        (['sfid'], {'features': 'digits'}, "sfid is of the features 'inception', not 'digits'"),
+        (['sfid'], {'extractor': DigitsFeatures}, "sfid is of the features 'inception', not 'digits'"),
         ([], {}, 'none given'),
-        (['is'], {'num_logits': 0}, 'these features have none'),
+        (['is'], {'extractor': DigitsFeatures}, 'these features have none'),
         (['is'], {'num_samples': 9}, '10 parts'),
         (['kid'], {'num_samples': 49}, 'kid needs 50 images'),
         (['prc'], {'num_reference': 0}, 'statistics alone'),

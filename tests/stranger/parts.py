@@ -14,8 +14,7 @@ from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from tread_composer.metrics.metric import Figure
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Figure, Quantity
 
 
 class StraightLine:

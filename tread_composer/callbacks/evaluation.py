@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from composer.core import Event, State
@@ -14,8 +14,9 @@ from composer.utils import dist
 
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
-from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
+from tread_composer.core.bounds import MeasuredCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
 from tread_composer.metrics import REFERENCES
@@ -69,7 +70,7 @@ class Evaluation(SamplingCallback):
         features: str = 'inception',
         inception: str | None = None,
         inception_sha256: str | None = None,
-        num_samples: ImageCount = 10_000,
+        num_samples: MeasuredCount = 10_000,
         labels: Labels = 'balanced',
         sampler: str = 'heun',
         num_steps: Steps = 50,
@@ -81,13 +82,9 @@ class Evaluation(SamplingCallback):
         folder: str = 'runs/{run_name}',
         cache: str | None = None,
     ) -> None:
-        if labels not in get_args(Labels):
-            raise UserError(f'labels: {labels!r} is not known; choose one of {", ".join(get_args(Labels))}')
-        if min(num_samples, batch_size, kid_subset_size) < 2 or seed < 0:
-            raise UserError(
-                f'num_samples={num_samples}, batch_size={batch_size}, kid_subset_size={kid_subset_size}, seed={seed}: '
-                'the first three must be at least 2, and seed must not be negative'
-            )
+        check_bounds('labels', Labels, labels)
+        check_bounds('num_samples', MeasuredCount, num_samples)
+        check_bounds('seed', Seed, seed)
         super().__init__(interval, folder, sampler, num_steps, guidance_scale, weights)
         self.measurement = Measurement(
             reference=reference,

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import MinLen
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
@@ -49,6 +49,15 @@ _FLUSH_SECONDS = 5.0
 _METRICS_A_REQUEST = 1000  # MLflow's limits
 _PARAMS_A_REQUEST = 100
 _PARAM_LENGTH = 500
+
+# An evaluation that does not end is a failure, behind the training too; a run that only evaluates is finished.
+_BEGINS = {Event.FIT_START: 'fit', Event.EVAL_BEFORE_ALL: 'eval'}
+_ENDS = {
+    Event.FIT_END: 'fit',
+    Event.EVAL_AFTER_ALL: 'eval',
+    Event.EVAL_STANDALONE_END: 'eval',
+    Event.PREDICT_END: 'predict',
+}
 
 # Composer's logger lets each of these override what the YAML says; the first one even needs the Databricks SDK.
 _REDIRECTIONS = ('DATABRICKS_TOKEN', 'MLFLOW_EXPERIMENT_ID', 'MLFLOW_RUN_ID', 'RUN_NAME')
@@ -281,39 +290,20 @@ class MLflowRun(MLFlowLogger):
         self.flush()
         return {}
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Training has begun and not ended."""
-        self._begun.add('fit')
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Training came to its end."""
-        self._ended('fit')
-
-    def eval_before_all(self, state: State, logger: Logger) -> None:
-        """An evaluation that does not come to its end is a failure, behind the training too."""
-        self._begun.add('eval')
-
-    def eval_after_all(self, state: State, logger: Logger) -> None:
-        """The evaluation came to its end."""
-        self._ended('eval')
-
-    def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """A run that only evaluates is finished; one whose training failed before is not."""
-        self._ended('eval')
-
-    def predict_end(self, state: State, logger: Logger) -> None:
-        """As for an evaluation."""
-        self._ended('predict')
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Keep account of what has begun and what came to its end."""
+        super().run_event(event, state, logger)
+        if event in _BEGINS:
+            self._begun.add(_BEGINS[event])
+        if event in _ENDS:
+            self._begun.discard(_ENDS[event])
+            self._done = True
+            self.flush()
 
     def finished(self) -> None:
         """Training did all that it should: the run will be FINISHED when the Trainer closes."""
         self._begun.clear()
         self._done = True
-
-    def _ended(self, what: str) -> None:
-        self._begun.discard(what)
-        self._done = True
-        self.flush()
 
     def post_close(self) -> None:
         """Write what is left and set the status. Replaces the base class's, which sets FINISHED after a crash too."""

@@ -13,11 +13,14 @@ from tread_composer.autoencoders.pixels import to_tiles
 from tread_composer.callbacks.sampling import SamplingCallback, Weights, bare_model, log_file
 from tread_composer.core.bounds import NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import check_bounds
 from tread_composer.io.files import write_atomically
 from tread_composer.io.picture_grid import class_grid, png_bytes, shown_classes
 from tread_composer.metrics.drawing import Draws
 
 __all__ = ['SampleGrid']
+
+Columns = Annotated[int, Ge(1), Le(1000)]
 
 _BATCH = 256  # images drawn together
 
@@ -46,15 +49,14 @@ class SampleGrid(SamplingCallback):
         *,
         folder: str = 'runs/{run_name}/samples',
         classes: Sequence[int] | None = None,
-        samples_per_class: Annotated[int, Ge(1), Le(1000)] = 10,
+        samples_per_class: Columns = 10,
         sampler: str = 'heun',
         num_steps: Steps = 25,
         guidance_scale: NonNegative = 1.0,
         weights: Weights = 'ema',
         seed: Seed = 0,
     ) -> None:
-        if samples_per_class < 1:
-            raise UserError(f'samples_per_class: {samples_per_class} must be at least 1')
+        check_bounds('samples_per_class', Columns, samples_per_class)
         super().__init__(interval, folder, sampler, num_steps, guidance_scale, weights)
         self.classes, self.samples_per_class, self.seed = classes, samples_per_class, seed
 

@@ -5,7 +5,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tread_composer.core.bounds import Steps
 from tread_composer.core.errors import UserError
 from tread_composer.core.evaluating import evaluating
+from tread_composer.core.options import check_bounds
 from tread_composer.core.precision import plain_float32
-from tread_composer.io.progress import Progress
+from tread_composer.io.progress import Progress, silent, to_stderr
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import SamplingSettings, check_sampler, default_guidance
 
@@ -58,10 +60,8 @@ class SamplingCallback(Callback):
     def __init__(
         self, interval: str | None, folder: str, sampler: str, num_steps: int, guidance_scale: float, weights: Weights
     ) -> None:
-        if weights not in get_args(Weights):
-            raise UserError(f"weights: {weights!r} is neither 'ema' nor 'raw'")
-        if num_steps < 1:
-            raise UserError(f'num_steps: {num_steps} must be at least 1')
+        check_bounds('weights', Weights, weights)
+        check_bounds('num_steps', Steps, num_steps)
         self.folder, self.weights = folder, weights
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)  # 0ba is never due
@@ -133,7 +133,8 @@ class SamplingCallback(Callback):
         all of them. The first one prints rate and remaining time.
         """
         label = f'{self.owner} at batch {int(state.timestamp.batch)}'
-        progress = Progress(label, sum(map(len, batches)), 'images', show=dist.get_global_rank() == 0)
+        log = to_stderr if dist.get_global_rank() == 0 else silent
+        progress = Progress(label, sum(map(len, batches)), 'images', log=log)
         draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
         for indices, labels, images_BCHW in draws.images(draw, batches):
             yield indices, labels, images_BCHW

@@ -13,8 +13,8 @@ from typing import Any
 from tread_composer.compare.curves import AXES, Axis, Curve, Point, SpeedUp, Value, common_speed_up, speed_up, value_at
 from tread_composer.compare.runs import Run
 from tread_composer.core.errors import UserError
+from tread_composer.metrics.metric import Better
 from tread_composer.metrics.protocol import differences
-from tread_composer.metrics.quantity import Better
 
 __all__ = ['Comparison', 'MetricTable', 'compare']
 

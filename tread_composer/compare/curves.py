@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tread_composer.metrics.quantity import Better
+from tread_composer.metrics.metric import Better
 
 __all__ = [
     'AXES',

@@ -11,7 +11,7 @@ from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import Chart, Curve, charts_png, short
 from tread_composer.io.files import write_atomically
-from tread_composer.io.page import Report, flat
+from tread_composer.io.page import Report, in_words
 from tread_composer.io.table import text_table
 from tread_composer.metrics.protocol import by_protocol
 
@@ -44,8 +44,7 @@ def format_comparison(comparison: Comparison) -> str:
             lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
         lines += ['', text_table(_SPEED_UP_HEAD, _speed_up_rows(comparison, table))]
     for protocol, metrics in by_protocol((table.metric, table.protocol) for table in comparison.tables):
-        facts = ', '.join(f'{name} {value}' for name, value in flat(protocol).items())
-        lines += ['', f'protocol of {", ".join(metrics)}: {facts}']
+        lines += ['', f'protocol of {", ".join(metrics)}: {in_words(protocol)}']
     return '\n'.join([*lines, '', *(f'- {note}' for note in (*_notes(comparison), *_RULES))])
 
 

@@ -12,6 +12,7 @@ __all__ = [
     'AtLeast2',
     'Depth',
     'ImageCount',
+    'MeasuredCount',
     'NonNegative',
     'Positive',
     'Seed',
@@ -37,3 +38,5 @@ Steps = Annotated[int, Ge(1), Le(10_000)]
 """Of a sampler."""
 ImageCount = Annotated[int, Ge(1), Le(10_000_000)]
 """To draw or to measure; 200 times what published numbers are of."""
+MeasuredCount = Annotated[int, Ge(2), Le(10_000_000)]
+"""Images of which a number is made: one alone has no covariance."""

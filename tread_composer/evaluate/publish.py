@@ -26,14 +26,13 @@ def publish(entries: Entries, path: str, *, out: str | None = None, log: Log = p
         UserError: The file is there and holds something else.
     """
     folder = folder_of(path)
-    run = run_name(str(folder)) if (folder / 'config.yaml').is_file() else None
-    # An exported file lies in the folder of any run, or in none.
-    foreign = run is not None and Path(path).suffix == '.safetensors' and run_name(path) != run
+    run, measured = run_name(str(folder)), run_name(path)
+    foreign = run not in (None, measured)  # an exported file lies in the folder of any run, or in none
     target = Path(out) if out else folder / ('results.json' if not foreign else f'{Path(path).stem}.results.json')
     append_results(target, entries)
     log(f'numbers  {target}')
     if foreign:
-        log(f'MLflow   not logged: {path} is of run {run_name(path)!r}, and lies in the folder of run {run!r}')
+        log(f'MLflow   not logged: {path} is of run {measured!r}, and lies in the folder of run {run!r}')
     elif run is not None:
         log(f'MLflow   {_log_to_mlflow(folder, entries, target)}')
 

@@ -1,7 +1,6 @@
 """Line charts, drawn once by matplotlib: PNG for a file, SVG for a page, where the colours follow light and dark."""
 
 import io
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -32,20 +31,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis; ``ValueError`` if there is no point, or one is not finite."""
+    """Curves over a common axis, with one point at least; all are finite."""
 
     x_label: str  # name and unit
     y_label: str  # name and direction, for example 'FID (lower is better)'
     curves: Sequence[Curve]
     level: float | None = None  # a y value to draw a dashed line at
     level_label: str = ''
-
-    def __post_init__(self) -> None:
-        points = [point for curve in self.curves for point in curve.points]
-        if not points:
-            raise ValueError(f'a chart of {self.y_label!r} over {self.x_label!r} needs at least one point')
-        if not all(math.isfinite(number) for point in points for number in point):
-            raise ValueError(f'a chart of {self.y_label!r} over {self.x_label!r} has points that are not finite')
 
     def logarithmic(self) -> bool:
         """Whether the y axis is logarithmic: positive values that differ by more than a factor of 20."""

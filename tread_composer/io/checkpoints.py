@@ -8,7 +8,6 @@ unless the disk itself has changed it. Checksums show that: a file carries those
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -25,7 +24,7 @@ import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import read_checkpoint
-from tread_composer.io.files import UNFINISHED, to_disk
+from tread_composer.io.files import UNFINISHED, file_hash, to_disk
 
 __all__ = [
     'DIGESTS',
@@ -223,11 +222,7 @@ def file_digests(folder: Path, names: Collection[str]) -> dict[str, str]:
     """``'<bytes>:sha256:...'`` of files in a folder; four at once, as hashing leaves the interpreter free."""
 
     def digest_of(name: str) -> str:
-        digest = hashlib.sha256()
-        with open(folder / name, 'rb') as file:
-            for piece in iter(lambda: file.read(_CHUNK), b''):
-                digest.update(piece)
-            return f'{file.tell()}:sha256:{digest.hexdigest()}'
+        return f'{(folder / name).stat().st_size}:{file_hash(folder / name)}'
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(digest_of, names), strict=True))

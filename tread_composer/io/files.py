@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -14,6 +15,7 @@ from tread_composer.core.errors import UserError
 __all__ = [
     'UNFINISHED',
     'check_writable',
+    'file_hash',
     'full_disk_in_words',
     'read_json',
     'replace',
@@ -72,6 +74,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: cannot be read as JSON: {error}. Was it written by this program?') from error
+
+
+def file_hash(path: Path) -> str:
+    """``'sha256:...'`` of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return f'sha256:{digest.hexdigest()}'
 
 
 def replace(temporary: Path, path: Path) -> None:

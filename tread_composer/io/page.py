@@ -13,12 +13,10 @@ from tread_composer.core.flatten import flatten
 from tread_composer.io.chart import Chart
 from tread_composer.io.files import write_atomically
 
-__all__ = ['Report', 'flat']
+__all__ = ['Report', 'flat', 'in_words']
 
 Cells = Sequence[tuple[int, int]]
 TitledTable = tuple[str, Sequence[str], Sequence[Sequence[str]], Cells]
-
-_PNG = b'\x89PNG\r\n\x1a\n'
 
 
 class Report:
@@ -56,15 +54,7 @@ class Report:
         return self.tables([('', head, rows, best)])
 
     def tables(self, tables: Sequence[TitledTable]) -> 'Report':
-        """Tables side by side where there is room: the heading of each, and what ``table`` takes.
-
-        Raises:
-            ValueError: A row has not one cell for each column.
-        """
-        for _, head, rows, _ in tables:
-            if any(len(row) != len(head) for row in rows):
-                sizes = sorted({len(row) for row in rows})
-                raise ValueError(f'a table of {len(head)} columns has rows of {sizes} cells')
+        """Tables side by side where there is room: the heading of each, and what ``table`` takes."""
         names = 'title', 'head', 'rows', 'best'  # as the template calls them
         return self._add('tables', tables=[dict(zip(names, table, strict=True)) for table in tables])
 
@@ -78,14 +68,7 @@ class Report:
         return self._add('images', style='charts', images=images)
 
     def pictures(self, pictures: Sequence[tuple[str, bytes]]) -> 'Report':
-        """Pictures side by side: caption and PNG of each.
-
-        Raises:
-            ValueError: The content is no PNG.
-        """
-        for caption, content in pictures:
-            if not content.startswith(_PNG):
-                raise ValueError(f'the picture {caption!r} is no PNG')
+        """Pictures side by side: caption and PNG of each."""
         images = [{'data': _data('png', png), 'alt': caption, 'caption': caption} for caption, png in pictures]
         return self._add('images', style='pictures', images=images)
 
@@ -117,6 +100,11 @@ class Report:
 def flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """A tree of settings as dotted names and texts."""
     return {name: 'none' if value in (None, {}) else str(value) for name, value in flatten(tree).items()}
+
+
+def in_words(tree: Mapping[str, Any]) -> str:
+    """The same in one line."""
+    return ', '.join(f'{name} {value}' for name, value in flat(tree).items())
 
 
 def _data(kind: str, content: bytes) -> str:

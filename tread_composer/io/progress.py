@@ -48,7 +48,6 @@ class Progress:
         done_before: Units that earlier runs have finished: they count in the share, not in the rate.
         log: Prints a line.
         interval: Seconds between two lines.
-        show: False for silence.
     """
 
     def __init__(
@@ -60,10 +59,9 @@ class Progress:
         done_before: int = 0,
         log: Callable[[str], None] = to_stderr,
         interval: float = 10.0,
-        show: bool = True,
     ) -> None:
         self._label, self._total, self._unit, self._before = label, total, unit, done_before
-        self._log, self._interval, self._show = log, interval, show
+        self._log, self._interval = log, interval
         self._count = 0
         self._start = time.monotonic()
         self._next = self._start + interval
@@ -73,7 +71,7 @@ class Progress:
         """Count, and print if it is time."""
         self._count += units
         now = time.monotonic()
-        if self._show and now >= self._next:
+        if now >= self._next:
             self._next = now + self._interval
             self._log(self._line(now))
 

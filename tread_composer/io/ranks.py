@@ -96,20 +96,17 @@ def nodes_without(folder: Path) -> set[int]:
     # A new name each time: a network file system remembers for a while that an earlier one was absent.
     token = Path(folder, gathered(f'.shared-{uuid.uuid4().hex}')[0])
     is_first = dist.get_rank() == 0
-    problem = None
-    try:
-        if is_first:
+
+    def touched() -> None:
+        try:
             token.touch()
-    except OSError as error:
-        problem = f'{folder}: no file can be made: {error.strerror}'
-    problems = gathered(problem)
-    try:
-        if problems[0] is not None:
-            raise UserError(problems[0])
-        seen = gathered((node, token.exists()))
-    finally:
-        if is_first:
-            token.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f'{folder}: no file can be made: {error.strerror}') from None
+
+    agreed(lambda: touched() if is_first else None)
+    seen = gathered((node, token.exists()))
+    if is_first:
+        token.unlink(missing_ok=True)
     return {number for number, is_there in seen if not is_there}
 
 

@@ -14,7 +14,7 @@ METRICS: Mapping[str, str] = {
     'kid': 'tread_composer.metrics.kid:KID',
     'is': 'tread_composer.metrics.inception_score:InceptionScore',
     'prc': 'tread_composer.metrics.precision_recall:PrecisionRecall',
-    'recognised': 'tread_composer.metrics.recognised:Recognised',
+    'recognised': 'tread_composer.metrics.digits:Recognised',
 }
 """By the name that configurations and commands use, which take ``package.module:Class`` of another package too.
 

@@ -18,9 +18,13 @@ from torch import Tensor
 
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
+from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.images import ImageSet
+from tread_composer.metrics.metric import Comparison, Figure, Quantity
 
-__all__ = ['DigitsFeatures', 'DigitsImages', 'DigitsJudge', 'digits_judge', 'real_digits']
+__all__ = ['DigitsFeatures', 'DigitsImages', 'DigitsJudge', 'Recognised', 'digits_judge', 'real_digits']
+
+_RECOGNISED = Quantity('recognised', 'higher', 'share of the samples')
 
 
 def real_digits() -> dict[str, tuple[Tensor, Tensor]]:
@@ -80,6 +84,27 @@ class DigitsFeatures:
             raise UserError("features 'digits' are of grey images, and these are in colour")
         # Bytes back to [-1, 1], as the judge was trained
         return torch.from_numpy(digits_judge().features(images_B3RR[:, :1].cpu().float() / 127.5 - 1)), None
+
+
+class Recognised:
+    """Share of the images that the classifier behind the features ``digits`` assigns to their own label."""
+
+    name = 'recognised'
+    quantities = (_RECOGNISED,)
+    needs_logits = False
+    needs_labels = True
+    reads_features = 'digits'
+    compares_with = 'nothing'
+
+    def check(self, num_samples: int, num_reference: int) -> None:
+        """See ``Metric``; any number of images will do."""
+
+    def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
+        """See ``Metric``; a ``UserError`` where nobody knows which digits the images are to be."""
+        if samples.labels_N is None:
+            raise UserError('metrics: recognised needs the label of each image, and not all of them have one')
+        # Features are the layer before the classes
+        return [Figure(_RECOGNISED, digits_judge().recognised(samples.features_ND, samples.labels_N))]
 
 
 class DigitsImages(ImageSet):

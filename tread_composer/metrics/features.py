@@ -148,26 +148,24 @@ def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
     return FeatureSet(features_ND, logits_NK, [digests[i] for i in order], labels_N, spatial_NS)
 
 
-def save_features(path: Path, features: FeatureSet, contract: str) -> None:
-    """Write features to an npz, whole or not at all; `load_features` refuses a file with another contract."""
+def save_features(path: Path, features: FeatureSet) -> None:
+    """Write features to an npz, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digests = np.frombuffer(b''.join(features.digests), np.uint8).reshape(len(features), -1)
     with whole_file(path) as unfinished, unfinished.open('wb') as file:
-        arrays: dict[str, Any] = {'features': features.features_ND.numpy(), 'digests': digests, 'label': contract}
+        arrays: dict[str, Any] = {'features': features.features_ND.numpy(), 'digests': digests}
         arrays |= {} if features.spatial_NS is None else {'spatial': features.spatial_NS.numpy()}
         np.savez(file, **arrays)
 
 
-def load_features(path: Path, contract: str) -> FeatureSet:
-    """What ``save_features`` wrote; a ``UserError`` where the file is damaged, or is of another contract."""
+def load_features(path: Path) -> FeatureSet:
+    """What ``save_features`` wrote; a ``UserError`` where the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            features, digests, saved = (arrays[name] for name in ('features', 'digests', 'label'))
+            features, digests = arrays['features'], arrays['digests']
             spatial = torch.from_numpy(arrays['spatial']) if 'spatial' in arrays.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{path}: this file of the cache is damaged ({error}); delete it') from error
-    if str(saved) != contract:
-        raise UserError(f'{path}: this file of the cache is of another reference; delete it')
     return FeatureSet(torch.from_numpy(features), None, [row.tobytes() for row in digests], None, spatial)
 
 

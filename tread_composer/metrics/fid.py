@@ -4,8 +4,7 @@ import torch
 
 from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.frechet import frechet_distance, statistics
-from tread_composer.metrics.metric import Comparison, Figure
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Quantity
 
 __all__ = ['FID', 'SFID']
 

@@ -4,13 +4,15 @@ Nothing is resized or cropped: that would move every metric, and belongs to whoe
 Legend: N images of a set, B images of a batch, R side of an image in pixels.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.io.files import file_hash
 
-__all__ = ['FolderImages', 'ImageSet', 'MDSImages', 'NpyImages', 'NpzImages', 'file_hash', 'open_images']
+__all__ = ['ArrayImages', 'FolderImages', 'ImageSet', 'MDSImages', 'open_images']
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 _MDS_IMAGES = ('png', 'jpeg', 'pil', 'jpeg_array')
@@ -38,6 +41,9 @@ class ImageSet:
     is_lossy = False
     """Whether there are JPEGs among them: what those have lost moves a distance of features."""
 
+    files: Sequence[str] = ()
+    """What holds the images, below ``path``, where that is a folder."""
+
     def __init__(self, path: Path, kind: str, count: int, resolution: int) -> None:
         self.path, self.kind, self.count, self.resolution = path, kind, count, resolution
         if count < 1:
@@ -46,7 +52,7 @@ class ImageSet:
     @functools.cached_property
     def hash(self) -> str:
         """``'sha256:...'`` over the content of the files (and their names, where there are several)."""
-        raise NotImplementedError
+        return _tree_hash(self.path, self.files) if self.files else file_hash(self.path)
 
     def labels(self) -> list[int] | None:
         """What each image was to show, if the set says it."""
@@ -88,11 +94,6 @@ class FolderImages(ImageSet):
         self.is_lossy = any(name.lower().endswith(('.jpg', '.jpeg')) for name in self.files)
         super().__init__(path, 'folder', len(self.files), _square(pixels_RR3.shape[:2], path / self.files[0]))
 
-    @functools.cached_property
-    def hash(self) -> str:
-        """Over the names and the content of the images."""
-        return _tree_hash(self.path, self.files)
-
     def labels(self) -> list[int] | None:
         """From the names that ``sample`` gives to its files."""
         matches = [re.search(r'_label(\d+)\.png$', name) for name in self.files]
@@ -112,74 +113,36 @@ class FolderImages(ImageSet):
         return pixels
 
 
-class NpyImages(ImageSet):
-    """One array in a ``.npy``, uint8 ``[N, R, R, 3]`` (or 1 for grey); mapped into memory, not read.
+class ArrayImages(ImageSet):
+    """One array, uint8 ``[N, R, R, 3]`` (or 1 for grey): a ``.npy``, or ``arr_0`` of an npz as ADM's suite has it.
+
+    Read piece by piece: it may be larger than the memory.
 
     Raises:
         UserError: It is damaged, or another array.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._images_NRRC = np.load(path, mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f'{path}: is no npy that can be read: {error}') from error
-        shape = self._images_NRRC.shape
-        _check_array(path, 'the array', shape, self._images_NRRC.dtype)
-        super().__init__(path, 'npy', shape[0], _square(shape[1:3], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the file."""
-        return file_hash(self.path)
-
-    def _load(self, indices: range) -> np.ndarray:
-        images_BRRC = self._images_NRRC[indices.start : indices.stop]
-        return images_BRRC.repeat(3 // images_BRRC.shape[3], axis=3)
-
-
-class NpzImages(ImageSet):
-    """The array ``arr_0`` of an npz, uint8 ``[N, R, R, 3]``, as ADM's suite has it; read piece by piece.
-
-    Raises:
-        UserError: There is no such array.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with _npz(path) as archive:
-            self._names = archive.namelist()
-            if f'{_NPZ_ARRAY}.npy' not in self._names:
-                raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {self._names}')
-            with archive.open(f'{_NPZ_ARRAY}.npy') as stream:
-                shape, dtype = _array_header(stream, path)
-        _check_array(path, _NPZ_ARRAY, shape, dtype)
-        self._channels = shape[3]  # 1 for grey
-        super().__init__(path, 'npz', shape[0], _square(shape[1:3], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the file."""
-        return file_hash(self.path)
+        with _array(path) as (_, shape):
+            super().__init__(path, path.suffix.removeprefix('.'), shape[0], _square(shape[1:3], path))
 
     def labels(self) -> list[int] | None:
         """The array ``arr_1``, where ADM's suite has labels."""
-        if 'arr_1.npy' not in self._names:
+        if self.kind == 'npy':
             return None
         with np.load(self.path, allow_pickle=False) as arrays:
-            return arrays['arr_1'].astype(int).tolist()
+            return arrays['arr_1'].astype(int).tolist() if 'arr_1' in arrays.files else None
 
     def _arrays(self, begin: int, end: int, batch_size: int) -> Iterator[np.ndarray]:
-        shape = (self.resolution, self.resolution, self._channels)
-        size = int(np.prod(shape))
-        with _npz(self.path) as archive, archive.open(f'{_NPZ_ARRAY}.npy') as stream:
-            _array_header(stream, self.path)
+        with _array(self.path) as (stream, shape):
+            size, channels = math.prod(shape[1:]), shape[3]  # 1 for grey
             stream.seek(begin * size, io.SEEK_CUR)  # behind the header
             for start in range(begin, end, batch_size):
                 count = min(batch_size, end - start)
                 content = stream.read(count * size)
                 if len(content) != count * size:
                     raise UserError(f'{self.path}: ends within image {start + len(content) // size}; copy it again')
-                yield np.frombuffer(content, np.uint8).reshape(count, *shape).repeat(3 // self._channels, axis=3)
+                yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:]).repeat(3 // channels, axis=3)
 
 
 class MDSImages(ImageSet):
@@ -196,7 +159,8 @@ class MDSImages(ImageSet):
 
         shards, self._is_pixels = read_index(path), (path / MANIFEST_NAME).exists()
         self._columns = shards[0].encodings if shards else {}
-        self._files = [shard.reader.raw_data.basename for shard in shards]
+        described = [name for name in ('index.json', MANIFEST_NAME) if (path / name).exists()]
+        self.files = [*described, *(shard.reader.raw_data.basename for shard in shards)]
         images = [name for name, encoding in self._columns.items() if encoding.split(':')[0] in _MDS_IMAGES]
         if any(shard.reader.compression for shard in shards):
             raise UserError(f'{path}: its shards are compressed; write them without compression')
@@ -211,12 +175,6 @@ class MDSImages(ImageSet):
         self._rows: Any = LocalDataset(str(path))
         self.is_lossy = self._columns[self._column].startswith('jpeg')
         super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Over the index and the shards."""
-        described = [name for name in ('index.json', MANIFEST_NAME) if (self.path / name).exists()]
-        return _tree_hash(self.path, [*described, *self._files])
 
     def labels(self) -> list[int] | None:
         """The column ``label``, if there is one."""
@@ -247,7 +205,7 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if path.is_file() and path.suffix in ('.npy', '.npz'):
-        return NpzImages(path) if path.suffix == '.npz' else NpyImages(path)
+        return ArrayImages(path)
     if path.is_dir():
         return MDSImages(path) if (path / 'index.json').exists() else FolderImages(path)
     problem = 'no such file or folder' if not path.exists() else 'neither an .npz, an .npy nor a folder'
@@ -256,21 +214,7 @@ def open_images(path: str | Path) -> ImageSet:
     )
 
 
-def _check_array(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
-        raise UserError(f'{path}: {name} is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
-
-
-def file_hash(path: Path) -> str:
-    """``'sha256:...'`` of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return f'sha256:{digest.hexdigest()}'
-
-
-def _tree_hash(folder: Path, files: list[str]) -> str:
+def _tree_hash(folder: Path, files: Sequence[str]) -> str:
     """SHA-256 over the names and the content of files, whatever their order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(lambda name: file_hash(folder / name).removeprefix('sha256:'), files)
@@ -295,20 +239,25 @@ def _square(size: tuple[int, ...], path: Path) -> int:
     return int(size[0])
 
 
-def _npz(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f'{path}: is no npz that can be read: {error}') from error
-
-
-def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise UserError(f'{path}: {_NPZ_ARRAY} has a damaged header: {error}') from error
-    if fortran:
-        raise UserError(f'{path}: {_NPZ_ARRAY} is stored column by column; save it in C order')
-    return shape, dtype
+@contextlib.contextmanager
+def _array(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The bytes of an array of images, from behind its header on, and its shape."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.suffix == '.npz':
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                stream = stack.enter_context(archive.open(f'{_NPZ_ARRAY}.npy'))
+            else:
+                stream = stack.enter_context(path.open('rb'))
+            major, _ = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except KeyError:
+            raise UserError(f'{path}: has no array {_NPZ_ARRAY!r} of images; it holds {archive.namelist()}') from None
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(f'{path}: is no {path.suffix[1:]} that can be read: {error}') from error
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+            raise UserError(f'{path}: its array is {dtype} {shape}; images are uint8 [N, R, R, 3] (or 1 for grey)')
+        if fortran:
+            raise UserError(f'{path}: is stored column by column; save it in C order')
+        yield stream, shape

@@ -4,8 +4,7 @@ import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import HASH_ORDER, FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Quantity
 
 __all__ = ['InceptionScore']
 

@@ -68,13 +68,7 @@ class Measurement:
         from tread_composer.metrics.features import extractor_class
         from tread_composer.metrics.metric import check_metrics
 
-        check_metrics(
-            self.build(),
-            features=self.features,
-            num_logits=extractor_class(self.features).num_logits,
-            num_samples=num_samples,
-            num_reference=num_samples,
-        )
+        check_metrics(self.build(), extractor_class(self.features), num_samples, num_samples)
 
     def contract(self) -> dict[str, Any]:
         """What numbers depend on that are to stand in one table, besides the reference and the features."""

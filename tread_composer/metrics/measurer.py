@@ -82,14 +82,7 @@ class Measurer:
         Raises:
             UserError: They do not go with the metrics, the features or the reference.
         """
-        check_metrics(
-            self.metrics,
-            features=self.extractor.name,
-            num_logits=self.extractor.num_logits,
-            num_samples=num_samples,
-            num_reference=self.reference.count,
-            has_labels=has_labels,
-        )
+        check_metrics(self.metrics, self.extractor, num_samples, self.reference.count, has_labels)
         self.reference.check(self.extractor, resolution, spatial=self._needs_spatial)
 
     def prepare(self) -> None:

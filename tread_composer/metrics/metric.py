@@ -10,14 +10,15 @@ import torch
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
-from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.features import Extractor, FeatureSet
 from tread_composer.metrics.frechet import Statistics
-from tread_composer.metrics.quantity import Better, Quantity
 
 __all__ = [
+    'Better',
     'Comparison',
     'Figure',
     'Metric',
+    'Quantity',
     'build_metrics',
     'check_metrics',
     'direction',
@@ -25,6 +26,37 @@ __all__ = [
     'refuse_few',
     'used_settings',
 ]
+
+Better = Literal['lower', 'higher']
+
+_FULL_COUNT = 50_000  # samples of a published FID; below, the metric's name says how many there were
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number is a number of.
+
+    Args:
+        name: As it is published, with Inception's features.
+        better: Which values are better.
+        unit: What one of it is.
+        other: Its name with other features, whose own name follows: only Inception's make an FID, a KID or an
+            Inception Score. (Default: the same name.)
+    """
+
+    name: str
+    better: Better
+    unit: str
+    other: str = ''
+
+    def reported(self, features: str, num_samples: int) -> str:
+        """The name of a number: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``."""
+        name = self.name if features == 'inception' else f'{self.other or self.name}_{features}'
+        return name if num_samples >= _FULL_COUNT else f'{name}_{num_samples}'
+
+    def reports(self, reported: str) -> bool:
+        """Whether a reported name is one of this quantity."""
+        return any(reported == name or reported.startswith(f'{name}_') for name in (self.name, self.other or self.name))
 
 
 @dataclass(frozen=True)
@@ -119,26 +151,24 @@ def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str
 
 def check_metrics(
     metrics: Sequence[Metric],
-    *,
-    features: str,
-    num_logits: int,
+    extractor: Extractor | type[Extractor],
     num_samples: int,
     num_reference: int,
     has_labels: bool = True,
 ) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
-    ``features`` is the name of the feature network, which tells ``num_logits`` classes; ``num_reference`` is 0 where
-    the reference holds statistics alone; ``has_labels`` says whether it is known what each image was to show.
+    Of the feature network its class is enough; ``num_reference`` is 0 where the reference holds statistics alone;
+    ``has_labels`` says whether it is known what each image was to show.
 
     Raises:
         UserError: The network, the counts or the reference do not allow it.
     """
     for metric in metrics:
-        network = getattr(metric, 'reads_features', features)
+        network, features = getattr(metric, 'reads_features', extractor.name), extractor.name
         if network != features:
             raise UserError(f'metrics: {metric.name} is of the features {network!r}, not {features!r}; leave it out')
-        if metric.needs_logits and not num_logits:
+        if metric.needs_logits and not extractor.num_logits:
             raise UserError(
                 f'metrics: {metric.name} needs the classes of Inception, and these features have none; leave it out'
             )

@@ -3,8 +3,7 @@
 import torch
 
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure, refuse_few
-from tread_composer.metrics.quantity import Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Quantity, refuse_few
 
 __all__ = ['PrecisionRecall']
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import part_named
+from tread_composer.io.files import file_hash
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
 from tread_composer.metrics.frechet import Statistics
-from tread_composer.metrics.images import ImageSet, NpzImages, file_hash, open_images
+from tread_composer.metrics.images import ImageSet, open_images
 
 __all__ = ['Reference', 'open_reference', 'reference_of']
 
@@ -101,7 +102,7 @@ class Reference:
         path = None if cache is None else cache / name
         # The first rank decides for all: the others may see another cache.
         if ranks.from_first(path is not None and path.exists()):
-            return ranks.agreed(lambda: load_features(path, contract) if path and ranks.is_first else None)
+            return ranks.agreed(lambda: load_features(path) if path and ranks.is_first else None)
         if self.images is None:
             raise UserError(f'{self.path}: holds statistics alone, and no images')
         if path is not None:
@@ -114,7 +115,7 @@ class Reference:
             return None
         features = joined([part for share in shares for part in share])
         if path is not None:
-            save_features(path, features, contract)
+            save_features(path, features)
         return features
 
 
@@ -127,7 +128,7 @@ def open_reference(path: str | Path) -> Reference:
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         published, spatial, has_images = _adm(path)
-        images = NpzImages(path) if has_images or published is None else None
+        images = open_images(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
         return Reference(path, 'npz' if published is None else 'adm', images, published, digest, spatial)
     if str(path) in REFERENCES and not path.exists():

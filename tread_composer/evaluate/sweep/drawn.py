@@ -3,22 +3,26 @@
 On any number of ranks; an interrupted row goes on, since its images stay on the disk until it is in the table.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.evaluate.measuring import measure_samples
 from tread_composer.evaluate.sweep.request import SweepRequest
-from tread_composer.evaluate.sweep.rows import combinations, run_sweep
 from tread_composer.io.device import choose_device
-from tread_composer.io.files import read_json
-from tread_composer.io.progress import silent
+from tread_composer.io.files import read_json, write_json
+from tread_composer.io.locks import locked
+from tread_composer.io.page import in_words
+from tread_composer.io.progress import duration, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.metrics.measurer import Measurer
@@ -34,8 +38,9 @@ __all__ = ['rows_of', 'sampling_of', 'sweep']
 
 Log = Callable[[str], None]
 
+_STATE = 'sweep.json'
+_FORMAT = 1
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
-_COLUMNS = ('weights', 'guidance', 'guidance_scale', 'guidance_interval')
 _UNGUIDED = {'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
 
 
@@ -47,23 +52,21 @@ def rows_of(request: SweepRequest, log: Log = silent) -> list[dict[str, Any]]:
     Raises:
         UserError: A combination is impossible.
     """
-    rows, settings_of = [], _guidance_settings(request)
-    choices = combinations(
-        weights=[weights_name(word) for word in request.weights],
-        guidance=request.guidances,
-        guidance_interval=[interval and list(interval) for interval in request.intervals],
-        guidance_scale=request.guidance_scales,
-    )
-    for choice in choices:
-        row = {**{name: choice[name] for name in _COLUMNS}, **settings_of[choice['guidance']]}
-        rows.append(row if sampling_of(row, request).guides else {'weights': choice['weights'], **_UNGUIDED})
-    different = [entry['row'] for entry in combinations(row=rows)]
+    settings_of, rows = _guidance_settings(request), []
+    choices = (map(weights_name, request.weights), request.guidances, request.intervals, request.guidance_scales)
+    # Each value once, however it is spelled; the scale varies fastest
+    for weights, kind, interval, scale in itertools.product(*map(dict.fromkeys, choices)):
+        guidance = {'guidance': kind, 'guidance_scale': scale, 'guidance_interval': interval, **settings_of[kind]}
+        rows.append({'weights': weights, **(guidance if sampling_of(guidance, request).guides else _UNGUIDED)})
+    if not rows:
+        raise UserError('sweep: a setting has no value, so there are no rows')
+    different = [row for number, row in enumerate(rows) if row not in rows[:number]]
     if len(different) < len(rows):
         log(
             f'{len(rows)} combinations come to {len(different)} rows: without guidance (scale 1) the images are '
             'the same whatever its settings and the interval'
         )
-    return different
+    return json.loads(json.dumps(different))  # as rows come back from the file
 
 
 def _guidance_settings(request: SweepRequest) -> dict[str, dict[str, Any]]:
@@ -92,22 +95,41 @@ def sampling_of(row: Mapping[str, Any], request: SweepRequest) -> SamplingSettin
 def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure all rows that are not finished. Under the ``composer`` launcher all ranks call this.
 
-    Each number goes with its protocol into ``results.json`` too.
+    Every finished row is on the disk at once, in ``sweep.json``, so an interrupted sweep goes on; rows are independent,
+    so a later sweep of the same kind may add some. Each number goes with its protocol into ``results.json`` too.
 
     Returns:
-        All rows of the folder, and what they have in common.
+        All rows of the folder, those of earlier sweeps first, each with its ``settings``, ``values`` and ``seconds``;
+        and what they have in common.
 
     Raises:
-        UserError: The input is at fault. What is finished stays.
+        ResumeError: The folder holds rows of another model, reference or sampler; lists the differences.
+        UserError: The input is at fault, or another process is sweeping in the folder. What is finished stays.
     """
     if not ranks.is_first:
         log = silent
-    rows = rows_of(request, log)
+    requested = rows_of(request, log)
     device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
     # Those of the first rank count for all: a run that still trains must not give each of them other weights.
     digests = ranks.from_first(ranks.agreed(lambda: _digests(request) if ranks.is_first else {}))
     bench = ranks.agreed(lambda: _Bench(request, device, ranks, digests, log))
-    return run_sweep(rows, bench.measure, request.out, bench.contract, log, ranks), bench.contract
+    with contextlib.ExitStack() as stack:
+        rows = ranks.from_first(ranks.agreed(lambda: bench.begin(stack) if ranks.is_first else []))
+        # An earlier sweep of this folder has the others
+        pending = [row for row in requested if all(row != finished['settings'] for finished in rows)]
+        if len(pending) < len(requested):
+            log(f'{len(requested) - len(pending)} of {len(requested)} rows are finished, and kept')
+        began = time.monotonic()
+        for number, row in enumerate(pending, 1):
+            start = time.monotonic()
+            values = ranks.from_first(bench.measure(row))
+            rows.append({'settings': row, 'values': values, 'seconds': time.monotonic() - start})
+            if ranks.is_first:
+                write_json(Path(request.out) / _STATE, {'format': _FORMAT, 'contract': bench.contract, 'rows': rows})
+            remaining = (time.monotonic() - began) / number * (len(pending) - number)
+            figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
+            log(f'{number} of {len(pending)}: {in_words(row)}: {figures} (about {duration(remaining)} left)')
+    return rows, bench.contract
 
 
 class _Bench:
@@ -130,7 +152,7 @@ class _Bench:
             )
         self.measurer.check(count, image_size(trained.model), has_labels=classes > 0)
         facts = drawing_facts(trained.model, SamplingSettings(request.sampler), draws, weights='')
-        self.contract: dict[str, Any] = {
+        contract = {
             # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
             'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
             'sampler': request.sampler,
@@ -140,6 +162,28 @@ class _Bench:
             **request.measurement.contract(),
             **self.measurer.facts(),
         }
+        self.contract: dict[str, Any] = json.loads(json.dumps(contract))  # as it comes back from the file
+
+    def begin(self, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
+        """Take the folder; the rows that it holds."""
+        folder = Path(self.request.out)
+        # Each process writes all rows that it knows of
+        busy = f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another'
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / '.lock', busy))
+        except OSError as error:
+            raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
+        path = folder / _STATE
+        if not path.exists():
+            return []
+        state = read_json(path)
+        if not isinstance(state, dict) or state.get('format') != _FORMAT:
+            raise UserError(f'{path}: not written by this version of sweep; choose another --out')
+        if state['contract'] != self.contract:
+            remedy = 'Rows of different settings do not compare: choose another --out.'
+            raise ResumeError.from_differences(str(path), state['contract'], self.contract, remedy)
+        return state['rows']
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The numbers of a row, on the first rank; none on the others."""

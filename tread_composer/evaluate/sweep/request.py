@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from annotated_types import Ge
-
-from tread_composer.core.bounds import ImageCount, Seed, Steps
+from tread_composer.core.bounds import MeasuredCount, Seed, Steps
 from tread_composer.core.options import Device, Flag, Weights, check_request
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.sample.request import Overrides, check_overrides
@@ -52,7 +50,7 @@ class SweepRequest:
     weights: tuple[Weights, ...] = ('ema',)
     sampler: str = 'heun'
     num_steps: Annotated[Steps, Flag('--steps')] = 50
-    num_samples: Annotated[ImageCount, Ge(2), Flag('--count', '--samples')] = 10_000
+    num_samples: Annotated[MeasuredCount, Flag('--count', '--samples')] = 10_000
     seed: Seed = 0
     device: Device | None = None
     overrides: Overrides = field(default_factory=dict)

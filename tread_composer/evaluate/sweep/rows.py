@@ -1,115 +1,22 @@
-"""One measurement for each combination of settings, whatever measures: finished rows are kept, the best are marked.
+"""The rows of a sweep as a table, a picture and a page, in which the best of each metric is marked."""
 
-Every finished row is on the disk at once, so an interrupted sweep goes on; rows are independent, so a later sweep of
-the same kind may add combinations.
-"""
-
-import contextlib
 import csv
 import io
-import itertools
-import json
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.chart import Chart, Curve, charts_png
-from tread_composer.io.files import read_json, write_atomically
-from tread_composer.io.locks import locked
-from tread_composer.io.page import Report, flat
-from tread_composer.io.progress import duration
-from tread_composer.io.ranks import Ranks
+from tread_composer.io.files import write_atomically
+from tread_composer.io.page import Report, flat, in_words
 from tread_composer.io.table import text_table
 from tread_composer.metrics.metric import direction
 
-__all__ = ['best_rows', 'combinations', 'format_sweep', 'run_sweep', 'write_sweep']
+__all__ = ['best_rows', 'format_sweep', 'write_sweep']
 
-Measure = Callable[[Mapping[str, Any]], Mapping[str, float]]  # from the settings of a row to its numbers, by name
 Rows = Sequence[Mapping[str, Any]]
 
-_STATE = 'sweep.json'
-_FORMAT = 1
 _SCALE = 'guidance_scale'
-
-
-def combinations(**choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of the values of each setting, the last name varying fastest; doubles are left out.
-
-    Raises:
-        UserError: A setting has no value.
-    """
-    empty = [name for name, values in choices.items() if not values]
-    if empty:
-        raise UserError(f'sweep: no values for {", ".join(empty)}')
-    rows = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    return list({_key(row): row for row in rows}.values())
-
-
-def run_sweep(
-    settings: Rows,
-    measure: Measure,
-    folder: str | Path,
-    contract: Mapping[str, Any],
-    log: Callable[[str], None] = print,
-    ranks: Ranks = Ranks(),
-) -> list[dict[str, Any]]:
-    """Measure what has not been measured yet; all ranks call this, the first one's numbers count, and it writes.
-
-    Args:
-        settings: Plain JSON values for each row.
-        measure: Gives a row's numbers.
-        folder: Where ``sweep.json`` lies or will lie.
-        contract: What all rows have in common: the model, the reference, the samples. Rows of another contract are not
-            mixed with these.
-        log: Prints a line.
-        ranks: This process and its like.
-
-    Returns:
-        All rows of the folder, those of earlier sweeps first: ``settings``, ``values``, ``seconds``.
-
-    Raises:
-        ResumeError: The folder holds a sweep with another contract; lists the differences.
-        UserError: The folder cannot be used, or another process is sweeping in it.
-    """
-    folder = Path(folder)
-    contract = json.loads(json.dumps(contract))  # tuples as lists, as they come back from the file
-    with contextlib.ExitStack() as stack:
-
-        def begin() -> list[dict[str, Any]]:
-            if not ranks.is_first:
-                return []
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                # Each process writes all rows that it knows of
-                busy = f'--out: another process is sweeping in {str(folder)!r}; wait, or choose another'
-                stack.enter_context(locked(folder / '.lock', busy))
-            except OSError as error:
-                raise UserError(f'--out: {str(folder)!r} cannot be written: {error}') from None
-            return _stored_rows(folder / _STATE, contract)
-
-        rows = ranks.from_first(ranks.agreed(begin))
-        done = {_key(row['settings']) for row in rows}
-        # An earlier sweep of this folder has the others
-        pending = [dict(setting) for setting in settings if _key(setting) not in done]
-        if len(pending) < len(settings):
-            log(f'{len(settings) - len(pending)} of {len(settings)} rows are finished, and kept')
-        began = time.monotonic()
-        for number, setting in enumerate(pending, 1):
-            start = time.monotonic()
-            values = {
-                name: _checked(name, value, setting) for name, value in ranks.from_first(measure(setting)).items()
-            }
-            rows.append({'settings': setting, 'values': values, 'seconds': time.monotonic() - start})
-            state = {'format': _FORMAT, 'contract': contract, 'rows': rows}
-            if ranks.is_first:
-                write_atomically(folder / _STATE, json.dumps(state, indent=1).encode())
-            remaining = (time.monotonic() - began) / number * (len(pending) - number)
-            figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
-            log(f'{number} of {len(pending)}: {_in_words(setting)}: {figures} (about {duration(remaining)} left)')
-    return rows
 
 
 def best_rows(rows: Rows) -> dict[str, int]:
@@ -150,33 +57,6 @@ def write_sweep(rows: Rows, folder: str | Path, contract: Mapping[str, Any], com
     write_atomically(paths[1], charts_png([charts[start : start + 3] for start in range(0, len(charts), 3)]))
     _page(rows, charts, contract, command).write(paths[2])
     return paths
-
-
-def _key(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
-
-
-def _stored_rows(path: Path, contract: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    state = read_json(path)
-    if not isinstance(state, dict) or state.get('format') != _FORMAT:
-        raise UserError(f'{path}: not written by this version of sweep; choose another --out')
-    if state['contract'] != contract:
-        raise ResumeError.from_differences(
-            str(path), state['contract'], contract, 'Rows of different settings do not compare: choose another --out.'
-        )
-    return state['rows']
-
-
-def _checked(name: str, value: float, settings: Mapping[str, Any]) -> float:
-    if not math.isfinite(value):
-        raise UserError(f'{_in_words(settings)}: {name} came out as {value}; leave these settings out of the sweep')
-    return float(value)
-
-
-def _in_words(settings: Mapping[str, Any]) -> str:
-    return ', '.join(f'{name} {value}' for name, value in flat(settings).items())
 
 
 def _names(rows: Rows) -> list[str]:
@@ -240,7 +120,7 @@ def _page(rows: Rows, charts: Sequence[Chart], contract: Mapping[str, Any], comm
     head, cells, best = _table(rows)
     page = Report('Sweep of sampling settings', f'{len(rows)} rows; the best of each metric is marked.')
     winners = [(metric, rows[i]) for metric, i in best_rows(rows).items()]
-    page.tiles([(f'{row["values"][m]:.4g}', f'best {m}: {_in_words(row["settings"])}') for m, row in winners])
+    page.tiles([(f'{row["values"][m]:.4g}', f'best {m}: {in_words(row["settings"])}') for m, row in winners])
     page.charts(charts).heading('All rows').table(head, cells, best)
     page.text(
         'The best of many rows is better than it would be on new samples: each row has an error of its own, and the '
