@@ -224,7 +224,7 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         ('maskdit-lmdb', ['--channels', '4'], '384 bytes are no square of 8 channels'),
         ('maskdit-lmdb', ['--channels', '0'], '--channels: 0 must be at least 1'),
         ('maskdit-webdataset', ['--mirrors', 'second-half'], 'the labels are not the same. Say --mirrors none'),
-        ('tread-webdataset', ['--class-names', 'nowhere'], 'class names nowhere: cannot be read'),
+        ('tread-webdataset', ['--class-names', 'nowhere'], '--class-names nowhere: cannot be read'),
     ],
 )
 def test_what_contradicts_the_files_is_refused_and_leaves_no_trace(layout, options, message, tmp_path, capsys):

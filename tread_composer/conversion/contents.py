@@ -44,11 +44,7 @@ def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
 
 
 class Content:
-    """The samples in the bytes of a shard, which are uncompressed and perhaps damaged.
-
-    Raises:
-        ValueError: The header is cut off or counts other samples than the index.
-    """
+    """The samples in the bytes of a shard, uncompressed and perhaps damaged; ``ValueError`` if the header is wrong."""
 
     def __init__(self, shard: Shard, data: bytes) -> None:
         self._reader, self._data = shard.reader, data
@@ -62,11 +58,7 @@ class Content:
         self._bounds = numbers[1:].astype(np.int64)
 
     def row(self, number: int) -> dict[str, Any]:
-        """The sample at a position of the shard, column -> value.
-
-        Raises:
-            ValueError: It lies outside of the bytes or cannot be decoded.
-        """
+        """Column -> value of the sample at a position of the shard; ``ValueError`` if it cannot be decoded."""
         begin, end = self._bounds[number], self._bounds[number + 1]
         if not 0 <= begin < end <= len(self._data):
             raise ValueError('cut off or misplaced')

@@ -70,9 +70,7 @@ def prepared_batches(
     """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
 
     The encoder says how a sample is prepared, and for which device. ``workers`` are processes; 0 reads in this one.
-
-    Raises:
-        UserError: The shared memory cannot hold what the workers prepare.
+    Refused if the shared memory cannot hold what they prepare.
     """
     workers = min(workers, len(batches))
     if workers:

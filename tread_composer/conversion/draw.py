@@ -55,11 +55,6 @@ def draw(
         autoencoder: That of the data; None for pixels.
         count: How many samples, at least 1; all if the split has fewer.
         mirrored: Draw the mirrored image's latents at the right of each.
-        seed: Decides about the choice.
-        device: Where to decode.
-
-    Returns:
-        What is drawn, row by row.
 
     Raises:
         UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.

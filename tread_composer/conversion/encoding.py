@@ -68,10 +68,8 @@ class ImageEncoder(Encoder):
     """Encodes images and their mirror images: ``encode(flip(x))``, which is not ``flip(encode(x))``.
 
     Which network that is, a subclass knows: it says ``kind``, ``title`` and the autoencoder before it calls this with
-    the latent's channels and the pixels per latent pixel along a side, and what is stored of pixels in ``stored``.
-
-    Raises:
-        UserError: The resolution is no multiple of ``downsampling``.
+    the latent's channels and the pixels per latent pixel along a side, of which the resolution must be a multiple, and
+    what is stored of pixels in ``stored``.
     """
 
     title: str
@@ -156,11 +154,7 @@ class PixelEncoder(ImageEncoder):
 
 
 class KLEncoder(ImageEncoder):
-    """Moments of a variational autoencoder, or the mean or one draw of each.
-
-    Raises:
-        UserError: No autoencoder there, or one that cannot divide the resolution.
-    """
+    """Moments of a variational autoencoder, or the mean or one draw of each."""
 
     _DTYPES: ClassVar = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 

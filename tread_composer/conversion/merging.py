@@ -27,11 +27,7 @@ _REPORT = 'unreadable.json'
 
 
 def finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
-    """Make a data set out of the parts of a split, which are all finished.
-
-    Raises:
-        UserError: Too many images were unreadable, or a finished part has been damaged since.
-    """
+    """Make a data set out of the finished parts of a split; refused if one has been damaged since."""
     assert not plan.undone
     folder = settings.state / plan.name
     refuse_too_many(plan, plan.unreadable, settings)
@@ -64,11 +60,7 @@ def finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manif
 
 
 def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
-    """Compare the unreadable images of a split so far with what is allowed.
-
-    Raises:
-        UserError: There are more; a list of them is left in the folder.
-    """
+    """Refuse more unreadable images of a split than are allowed, and leave a list of them in its folder."""
     allowed = int(settings.max_unreadable * len(plan.order))
     if len(unreadable) > allowed:
         report = _report(plan, unreadable, settings)

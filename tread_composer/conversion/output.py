@@ -31,11 +31,7 @@ class Output:
         self.scratch, self._record_path = self.folder / _SCRATCH, self.folder / _RECORD
 
     def check(self) -> None:
-        """Whether this can be used at all; writes nothing.
-
-        Raises:
-            UserError: A file is in the way, or the folder holds something else.
-        """
+        """Refuse a file in its place, or a folder that holds something else; writes nothing."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f'{self.folder} is a file; --out and --work are folders')
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
@@ -50,10 +46,9 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, with its scratch; what is refused before ``record`` leaves it as it was.
+        """Hold the folder, with its scratch; refused as by ``check``, or while another conversion is at work.
 
-        Raises:
-            UserError: As ``check``, or another conversion is at work.
+        What is refused before ``record`` leaves the folder as it was.
         """
         self.check()
         made = [path for path in (*reversed(self.folder.parents), self.folder) if not path.exists()]
@@ -75,13 +70,9 @@ class Output:
                             path.rmdir()
 
     def settle(self, content: dict[str, Any], splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Compare what the data are made with, in all splits and in each, with what is recorded.
+        """What is to be recorded: what all splits and each of them are made with, and splits that were recorded before.
 
-        Returns:
-            What is to be recorded; splits that were recorded before stay in it.
-
-        Raises:
-            ResumeError: The record says something else; lists the differences.
+        ``ResumeError`` lists in what the record differs.
         """
         saved = read_json(self._record_path) if self._record_path.exists() else {'content': content, 'splits': {}}
         common = {name: split for name, split in splits.items() if name in saved['splits']}
@@ -100,11 +91,7 @@ class Output:
 
 
 def upload(path: Path, target: str, *, keep: bool) -> None:
-    """Bring a file into a folder elsewhere by streaming's uploaders; here it stays only if ``keep``.
-
-    Raises:
-        UserError: It could not be uploaded.
-    """
+    """Bring a file into a folder elsewhere by streaming's uploaders, or refuse; here it stays only if ``keep``."""
     from streaming.base.storage.upload import CloudUploader
 
     try:
@@ -117,11 +104,7 @@ def upload(path: Path, target: str, *, keep: bool) -> None:
 
 
 def refuse_foreign(remote: str) -> None:
-    """Do not write over a finished split that somebody else made.
-
-    Raises:
-        UserError: There is a manifest already.
-    """
+    """Refuse to write over a finished split, one with a manifest, that somebody else made."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(UserError):  # it is not there; should the place be out of reach, uploading will tell
             fetch_descriptions(remote, folder)
@@ -133,11 +116,7 @@ def refuse_foreign(remote: str) -> None:
 def refuse_if_too_large(
     folder: Path, needed: float, content: str, remedy: str = 'make room, or choose another place'
 ) -> int:
-    """Free bytes where ``folder`` is or will be.
-
-    Raises:
-        UserError: Fewer than ``needed``.
-    """
+    """Free bytes where ``folder`` is or will be; fewer than ``needed`` are refused."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -38,8 +38,7 @@ def part_name(part: int) -> str:
 def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The finished parts of a split, which need not exist: number -> what ``part.json`` says.
 
-    Raises:
-        UserError: A part was made with something else than ``content``, or is not one of ours.
+    Refused are parts that were made with something else than ``content``, or are none of ours.
     """
     done = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -89,8 +88,7 @@ class PartWriter:
     def write(self, views_BSHW: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str]) -> None:
         """Append rows: float16 latents of the images, then of their mirror images if there are any; labels and names.
 
-        Raises:
-            UserError: A value is not finite; names the sample.
+        A value that is not finite is refused.
         """
         for view in views_BSHW:
             finite = np.isfinite(view).all(axis=(2, 3))

@@ -90,11 +90,7 @@ def permutation(count: int, seed: int, split: str) -> np.ndarray:
 
 
 def make_plans(sources: Mapping[str, Source], settings: Settings) -> list[SplitPlan]:
-    """A plan for each split that is asked for.
-
-    Raises:
-        UserError: A split that does not exist, or images to hold out where that cannot be done.
-    """
+    """A plan for each split that is asked for; refused if there is none, or none to hold images out of."""
     plans = {
         name: SplitPlan(name, source, permutation(len(source), settings.seed, name), settings.part_size)
         for name, source in sources.items()

@@ -67,11 +67,9 @@ class Settings:
         return Path(self.work if self.is_remote and self.work else self.out).expanduser().absolute()
 
     def workers_of_rank(self, on_gpu: bool, ranks_here: int) -> int:
-        """Decoding processes: as given, or this rank's share of the cores but one; on CPU the encoder needs most.
+        """Decoding processes: as given, or the share of one of ``ranks_here`` of the cores but one.
 
-        Args:
-            on_gpu: Whether the encoder runs on a GPU.
-            ranks_here: Ranks that share this machine.
+        Where the encoder runs on the CPU, it needs most of them.
         """
         if self.workers is not None:
             return self.workers

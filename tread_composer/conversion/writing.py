@@ -49,9 +49,7 @@ class BackgroundWriter:
         """Hand over a batch and its readable samples, if there are any.
 
         While the writer is a whole part behind, which the disk or an upload may cost, it waits and calls ``meanwhile``.
-
-        Raises:
-            UserError: What stopped the writer, e.g. a full disk or too many unreadable images.
+        What stopped the writer, e.g. a full disk or too many unreadable images, is raised here.
         """
         most = max(4, self._settings.part_size // self._settings.batch_size)
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= most):

@@ -5,7 +5,9 @@ them wrong costs image quality without an error. So a data set without a manifes
 than this file knows, is refused.
 """
 
+import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +17,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind, stored_shape
 from tread_composer.io.files import whole_file
 
-__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest']
+__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'read_class_names']
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'manifest.json'
@@ -130,6 +132,24 @@ class Manifest(_Latents):
         """Write ``folder/manifest.json`` atomically: after a crash the old file or the new one is there, never half."""
         with whole_file(Path(folder) / MANIFEST_NAME) as unfinished:
             unfinished.write_text(self.model_dump_json(indent=2) + '\n', encoding='utf-8')
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names in label order, from a text with one a line or a ``.json`` list of texts.
+
+    Raises:
+        UserError: It cannot be read, or has no name, an empty one, one that is no text or one that occurs twice.
+    """
+    try:
+        text = path.read_text(encoding='utf-8')
+        names = json.loads(text) if path.suffix == '.json' else [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f'--class-names {path}: cannot be read: {error}') from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f'--class-names {path}: no list of texts; give one name a class, in the order of labels')
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f'--class-names {path}: {", ".join(repeated[:5])}: more than once; give each class its own name')
+    return tuple(names)
 
 
 def _in_words(error: ValidationError) -> str:

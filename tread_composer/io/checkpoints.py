@@ -27,20 +27,9 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.files import UNFINISHED, file_hash, to_disk
 
 __all__ = [
-    'DIGESTS',
-    'check_whole',
-    'checkpoints_in',
-    'damage',
-    'file_digests',
-    'find_checkpoint',
-    'newest_whole',
-    'point_to',
-    'publish',
-    'remove',
-    'remove_unfinished',
-    'set_aside',
-    'write_digests',
-]
+    'DIGESTS', 'check_whole', 'checkpoints_in', 'damage', 'file_digests', 'find_checkpoint', 'newest_whole', 'point_to',
+    'publish', 'remove', 'remove_unfinished', 'set_aside', 'write_digests',
+]  # fmt: skip
 
 DIGESTS = 'digests.json'
 """In the folder of a sharded checkpoint: size and sha256 of each of its files."""

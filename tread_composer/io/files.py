@@ -13,18 +13,9 @@ from typing import Any
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'UNFINISHED',
-    'check_writable',
-    'file_hash',
-    'full_disk_in_words',
-    'read_json',
-    'replace',
-    'to_disk',
-    'whole_file',
-    'write_atomically',
-    'write_json',
-]
-
+    'UNFINISHED', 'check_writable', 'file_hash', 'full_disk_in_words', 'read_json', 'replace', 'to_disk', 'whole_file',
+    'write_atomically', 'write_json',
+]  # fmt: skip
 
 UNFINISHED = '.unfinished-'
 """How the name of a file begins while it is being written. What a killed run left under such a name of its

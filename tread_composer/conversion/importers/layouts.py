@@ -38,12 +38,8 @@ __all__ = ['open_layout']
 def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
     """Look through a folder of latents; ``stored_channels`` is K, for LMDB, whose values are bytes without a shape.
 
-    Returns:
-        A source whose ``read`` gives arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if
-        there is one.
-
-    Raises:
-        UserError: The source is not of that layout; names the file or the sample.
+    The source's ``read`` gives arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if there
+    is one. What is not of that layout is refused with the file or the sample.
     """
     root = Path(settings.source)
     if not root.is_dir():

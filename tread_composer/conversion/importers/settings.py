@@ -9,10 +9,10 @@ import numpy as np
 from annotated_types import Ge
 
 from tread_composer.conversion.settings import Settings
-from tread_composer.conversion.sources.base import read_class_names
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Flag, argument_docs
 from tread_composer.data.columns import Kind
+from tread_composer.data.manifest import read_class_names
 
 __all__ = ['ImportSettings']
 
@@ -105,11 +105,7 @@ class ImportSettings(Settings):
         return names
 
     def scale_and_shift(self, channels: int) -> tuple[Any, Any]:
-        """What undoes ``stored = (raw - shift) * scale``, float32 ``[C or 1, 1, 1]`` each.
-
-        Raises:
-            UserError: Not one number or one for each channel, or a scale of zero.
-        """
+        """What undoes ``stored = (raw - shift) * scale``, float32 ``[C or 1, 1, 1]`` each; no scale may be zero."""
         # MaskDiT and LightningDiT store what the encoder gives; both scale when they read.
         scale, shift = self.stored_scale or (1.0,), self.stored_shift or (0.0,)
         for name, values in (('--stored-scale', scale), ('--stored-shift', shift)):

@@ -23,11 +23,7 @@ __all__ = ['StoredLatents']
 
 
 class StoredLatents(Encoder):
-    """Latents that are only put into our form: ``raw = stored / scale + shift``.
-
-    Raises:
-        UserError: What is said about the samples contradicts them.
-    """
+    """Latents that are only put into our form: ``raw = stored / scale + shift``; they must be as the settings say."""
 
     def __init__(self, settings: ImportSettings, device: torch.device) -> None:
         assert settings.resolution is not None  # the settings have asked for it

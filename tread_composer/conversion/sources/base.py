@@ -17,7 +17,7 @@ from tread_composer.core.errors import UserError
 
 __all__ = [
     'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'RangeSource', 'Request', 'Source', 'check_names',
-    'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'read_class_names',
+    'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts',
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
@@ -107,10 +107,7 @@ class Source:
         """The images in the order of every layout, by (label, name).
 
         They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where on this machine that
-        is. ``facts`` are further attributes.
-
-        Raises:
-            UserError: Two have one name, or a name is not UTF-8; names the place.
+        is. ``facts`` are further attributes. Names are refused as by ``check_names``.
         """
         names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
         check_names(root / inside, names)
@@ -135,11 +132,7 @@ class IndexedFiles:
         self._stamps = [_stamp(os.stat(path)) for path in self.paths]
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """``size`` bytes of file ``number`` from ``offset``.
-
-        Raises:
-            UserError: The file cannot be read, or is not the one that was indexed.
-        """
+        """``size`` bytes of file ``number`` from ``offset``; refused if it is not the one that was indexed."""
         path = self.paths[number]
         try:
             # Opened each time, as a file of a folder is: no process inherits the position of another.
@@ -171,11 +164,7 @@ class RangeSource(Source):
 
 
 def check_names(location: Path | str, names: Sequence[str]) -> None:
-    """Each sample needs a name of its own that a shard can hold.
-
-    Raises:
-        UserError: Two have one name, or a name is not UTF-8.
-    """
+    """Refuse two samples of one name, and a name that is not UTF-8, which no shard can hold."""
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise UserError(
@@ -214,11 +203,7 @@ def few(names: Collection[str], shown: int = 5) -> str:
 
 
 def member_parts(archive: Path, name: str) -> tuple[str, ...]:
-    """The parts of an archive member's name, which is never used to extract it.
-
-    Raises:
-        UserError: No plain relative path: the archive is not what it seems to be, or its folders cannot be told.
-    """
+    """The parts of an archive member's name, which is never used to extract it; refused if it leads elsewhere."""
     path = PurePosixPath(name)
     if path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name:
         raise UserError(
@@ -233,20 +218,3 @@ def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     classes = sorted(set(names))
     numbers = [str(number) for number in range(len(classes))]
     return tuple(numbers if sorted(numbers) == classes else classes)
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """A text file with one class name a line, in label order.
-
-    Raises:
-        UserError: No such file, not a text, an empty line, or a name that occurs twice.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'class names {path}: cannot be read as a text: {error}') from error
-    if not lines or '' in lines or len(set(lines)) != len(lines):
-        raise UserError(
-            f'class names {path}: {len(lines)} lines; each needs a name, and each name once, in label order'
-        )
-    return tuple(lines)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Request, Source, few, read_class_names
+from tread_composer.conversion.sources.base import Request, Source, few
 from tread_composer.conversion.sources.ilsvrc import open_ilsvrc
 from tread_composer.conversion.sources.numbered import PLACES, split_files
 from tread_composer.conversion.sources.tars import holds_tars
@@ -13,6 +13,7 @@ from tread_composer.conversion.sources.tree import holds_images, open_folders
 from tread_composer.conversion.sources.webdataset import open_webdataset
 from tread_composer.conversion.sources.zips import open_zip
 from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import read_class_names
 
 __all__ = ['open_sources']
 

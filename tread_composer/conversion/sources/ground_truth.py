@@ -32,8 +32,7 @@ def assign_classes(
 ) -> tuple[tuple[str, ...], list[int]]:
     """Class names, and the label of each file, given the classes of the training images if there are any.
 
-    Raises:
-        UserError: No ground truth; it and the images are not the same; or its numbers are not those of the classes.
+    Ground truth must exist, for just these images, and its numbers must be those of the classes.
     """
     if ground_truth is None:
         raise missing_truth(location)

@@ -19,9 +19,7 @@ def split_files(root: Path, files: Sequence[Path]) -> tuple[dict[str, list[Path]
 
     They lie in one of ``PLACES`` or in folders named after splits. In one folder the split is a word of the
     name: ``train-00000-of-00294.parquet``, ``imagenet1k-validation-0003.tar``; without any such word all are ``train``.
-
-    Raises:
-        UserError: Files in several of these places, names that do not say their split, or a number missing.
+    Refused are files in several of these places, names that do not say their split, and missing numbers.
     """
     by_place: dict[str, list[Path]] = defaultdict(list)
     for file in files:
@@ -48,13 +46,8 @@ def split_files(root: Path, files: Sequence[Path]) -> tuple[dict[str, list[Path]
 def name_by_number(location: Path | str, splits: Mapping[str, Images], names: tuple[str, ...]) -> None:
     """Give images whose labels are numbers their class names, and note in which splits a class has no image.
 
-    Args:
-        location: The data set, for messages.
-        splits: Images of each split, named by their files.
-        names: Class names in label order; empty: the numbers are the names.
-
-    Raises:
-        UserError: A negative number or one without a name, or a class without a training image.
+    ``names`` are in label order; if empty, the numbers are the names. Refused are a negative number, one without a
+    name, and a class without a training image.
     """
     present = {split: set(images.labels) for split, images in splits.items()}
     reference = present.get('train', next(iter(present.values())))

@@ -22,11 +22,7 @@ class Member(NamedTuple):
 
 
 class Archive:
-    """A tar on disk, opened for reading; a context manager.
-
-    Raises:
-        UserError: Cannot be opened.
-    """
+    """A tar on disk, opened for reading; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,9 +44,8 @@ class Archive:
     def members(self, outer: Member | None = None) -> Iterator[Member]:
         """The regular files in the archive, or in the archive that is its member ``outer``; folders are left out.
 
-        Raises:
-            UserError: Not a tar; compressed; cut off; followed by other data; or it holds a link, a device, a sparse
-                file or a name that leads out of it.
+        Refused is what is no tar, compressed, cut off or followed by other data, and a link, a device, a sparse file or
+        a name that leads out of it.
         """
         place, start, end = self.path, 0, os.fstat(self._file.fileno()).st_size
         if outer is not None:

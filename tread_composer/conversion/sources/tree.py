@@ -4,7 +4,9 @@ A zip and the official tars are looked at as the folders that they would unpack 
 """
 
 import itertools
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,6 @@ from tread_composer.conversion.sources.base import (
     is_image,
     is_litter,
 )
-from tread_composer.conversion.sources.edm import edm_labels
 from tread_composer.conversion.sources.ground_truth import assign_classes
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
@@ -29,10 +30,8 @@ from tread_composer.io.progress import Progress
 
 __all__ = ['Branch', 'FolderSource', 'Listing', 'holds_images', 'open_folders']
 
-_READERS: dict[str, Callable[[str, Sequence[str], bytes], list[int] | None]] = {'dataset.json': edm_labels}
-"""Files beside the images that label them, and what reads the labels (None: there are none)."""
-
-_LABEL_FILES = (*_READERS, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
+_EDM = 'dataset.json'  # labels the images beside it, whose numbered folders are no classes
+_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
 """Files with these names hold labels; beside those that nobody reads, folders say nothing certain."""
 
 _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
@@ -56,11 +55,7 @@ class Listing:
     ignored: Ignored = field(default_factory=Ignored)
 
     def add(self, parts: Sequence[str], read: Callable[[], bytes], place: tuple[int, ...] = ()) -> None:
-        """Put a file where it belongs: the parts of its path, its content, and the place that an image's source needs.
-
-        Raises:
-            UserError: A label file cannot be read, or there is an image of this path already.
-        """
+        """Put a file where it belongs: the parts of its path, its content, and the place that an image's source needs."""
         path = '/'.join(parts)
         if is_litter(parts) or not (parts[-1] in _LABEL_FILES or is_image(parts[-1])):
             self.ignored.add(parts)
@@ -78,10 +73,7 @@ class Listing:
         """The splits of the tree.
 
         Ground truth is needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
-        alone (as Kaggle's ImageNet has it).
-
-        Raises:
-            UserError: Not one of the layouts; says what there is and what to do.
+        alone (as Kaggle's ImageNet has it). What is not one of the layouts is refused with what there is.
         """
         root, paths = request.root, list(self.images)
         if not paths:
@@ -105,7 +97,7 @@ class Listing:
         if unread:
             raise UserError(
                 f'{root}: {few(unread)} hold labels that this layout does not read, so those of the folders may be '
-                f'wrong. Move them away if the folders are the classes; read is {", ".join(_READERS)} beside the images'
+                f'wrong. Move them away if the folders are the classes; read is {_EDM} beside the images'
             )
         _label_val(root, branches, request.ground_truth)
         return branches
@@ -128,13 +120,12 @@ class Listing:
     def _branch(self, root: Path, prefix: str, paths: list[str]) -> Branch:
         names = [path[len(prefix) :] for path in paths]
         branch = Branch(names, [0] * len(names), (), self.ignored, [self.images[path] for path in paths], prefix)
-        for file, reader in _READERS.items():
-            if (content := self.label_files.pop(prefix + file, None)) is not None:
-                place = f'{root}/{prefix}{file}'
-                if (labels := reader(place, names, content)) is not None:
-                    branch.labels, branch.bare = labels, True
-                    name_by_number(place, {'train': branch}, ())
-                return branch
+        if (content := self.label_files.pop(prefix + _EDM, None)) is not None:
+            place = f'{root}/{prefix}{_EDM}'
+            if (labels := _edm_labels(place, names, content)) is not None:
+                branch.labels, branch.bare = labels, True
+                name_by_number(place, {'train': branch}, ())
+            return branch
         depths = {name.count('/'): name for name in names}  # an example of each
         if depths.keys() == {0}:
             return branch
@@ -154,6 +145,26 @@ class Listing:
         label_of = {name: label for label, name in enumerate(branch.class_names)}
         branch.labels = [label_of[name] for name in class_of]
         return branch
+
+
+def _edm_labels(file: str, names: Sequence[str], content: bytes) -> list[int] | None:
+    """The label of each image: the file is ``{"labels": [["00000/img00000000.png", 6], ...]}``, or has null for none."""
+    try:
+        rows = json.loads(content)['labels']
+        labels = {} if rows is None else dict(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{file}: not the labels of an EDM data set ({error!r}). Move it away, or repair it') from error
+    if rows is None:
+        return None
+    for fault, wrong in (
+        ('has no label for', set(names) - set(labels)),
+        ('labels images that are missing', set(labels) - set(names)),
+        ('the label is no whole number of', [name for name, label in labels.items() if type(label) is not int]),
+        ('lists more than once', [name for name, count in Counter(name for name, _ in rows).items() if count > 1]),
+    ):
+        if wrong:
+            raise UserError(f'{file}: {fault}: {few(wrong)} ({len(wrong):,} in all). Repair it, or get the data anew')
+    return [labels[name] for name in names]
 
 
 def _wrapper(paths: list[str]) -> str:

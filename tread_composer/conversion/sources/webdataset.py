@@ -64,14 +64,8 @@ def scan_tars(
 ) -> Images:
     """The samples in tars, in their order, named by their path in a tar; all labels are numbers, or all are None.
 
-    Args:
-        root: Their folder, for messages.
-        tars: The files.
-        is_sample: Whether a member with this extension (all behind the first dot of its name) is one.
-        ignored: Counts other members; None: they are refused.
-
-    Raises:
-        UserError: No sample, a key that occurs twice, labels without samples, or samples of which some have labels.
+    ``is_sample`` says whether a member with this extension (all behind the first dot of its name) is one; ``ignored``
+    counts other members, which are refused without it, as are keys that occur twice and labels without samples.
     """
     samples, progress = Images(ignored=ignored or Ignored()), Progress(f'scanning {root}')
     for number, path in enumerate(tars):

@@ -3,21 +3,20 @@
 A file of weights says little of itself; what it cannot say is asked of the user, by name and with the reason.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.manifest import LatentFacts
+from tread_composer.data.manifest import LatentFacts, read_class_names
 from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
 from tread_composer.weights.foreign.files import LAYOUTS, check_trained_as, layout_of, read_weights
 from tread_composer.weights.foreign.hints import Hints
 
-__all__ = ['import_weights', 'read_class_names']
+__all__ = ['import_weights']
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     # As the projects' own training code has them.
@@ -65,7 +64,7 @@ def import_weights(
         latent_height=sizes.latent_size,
         latent_width=sizes.latent_size,
         num_classes=sizes.num_classes,
-        class_names=read_class_names(str(hints.class_names), sizes.num_classes),
+        class_names=_class_names(str(hints.class_names), sizes.num_classes),
         autoencoder=None if hints.autoencoder == 'pixels' else hints.autoencoder,
         autoencoder_hash=hints.autoencoder_hash,
     )
@@ -99,23 +98,16 @@ def _ask_for_missing(hints: Hints, layout: str) -> None:
         raise UserError('--route: MaskDiT masks tokens and routes none; leave it away')
 
 
-def read_class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Names from a file with one a line or a JSON list, or the numbers of the classes for ``'numbers'``."""
+def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     if source == 'numbers':
         return tuple(str(number) for number in range(num_classes))
-    try:
-        text = Path(source).read_text(encoding='utf-8')
-        names = json.loads(text) if source.endswith('.json') else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f'--class-names {source}: cannot be read: {error}') from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'--class-names {source}: no list of texts; give one name a class, in the order of labels')
+    names = read_class_names(Path(source))
     if len(names) != num_classes:
         raise UserError(
             f'--class-names {source}: {len(names)} names for the {num_classes} classes that the label table shows (its '
             f'last row is the null label)'
         )
-    return tuple(names)
+    return names
 
 
 def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
