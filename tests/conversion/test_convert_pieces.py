@@ -16,7 +16,7 @@ from tread_composer.conversion.encoding import ImageEncoder, image_encoder
 from tread_composer.conversion.parts import PartWriter
 from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
-from tread_composer.conversion.sources import open_sources
+from tread_composer.conversion.sources.detect import open_sources
 from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
 from tread_composer.data import Manifest

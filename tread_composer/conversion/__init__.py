@@ -4,6 +4,7 @@
 """
 
 from tread_composer.conversion.images import UnreadableImage, decode_image
-from tread_composer.conversion.sources import Source, open_sources
+from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.detect import open_sources
 
 __all__ = ['Source', 'UnreadableImage', 'decode_image', 'open_sources']

@@ -20,10 +20,9 @@ from tread_composer.conversion.decoding import Batch, Prepared, prepared_batches
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.merging import finish_split
 from tread_composer.conversion.output import Output, refuse_foreign, refuse_if_too_large, size_in_words
-from tread_composer.conversion.parts import done_parts, remove_unfinished
+from tread_composer.conversion.parts import BackgroundWriter, done_parts, remove_unfinished
 from tread_composer.conversion.plan import SplitPlan, make_plans
 from tread_composer.conversion.settings import Settings
-from tread_composer.conversion.writing import BackgroundWriter
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.sources import Source
+from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 from tread_composer.io.shared_memory import check_shared_memory
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tread_composer.autoencoders import open_autoencoder, sample_moments
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
-from tread_composer.conversion.sources import Source, open_sources
+from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.detect import open_sources
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import Kind, columns, stored_shape
@@ -44,6 +45,12 @@ class Encoder:
     crop: Any = 'center'
     autoencoder: str | None = None
     autoencoder_hash: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What of the manifest decides about the stored bytes, for ``content``."""
+        names = ('resolution', 'crop', 'mirrored', 'autoencoder', 'autoencoder_hash')
+        return {**{name: getattr(self, name) for name in names}, 'latent_shape': list(self.latent_shape)}
 
     @property
     def columns(self) -> dict[str, str]:
@@ -84,14 +91,7 @@ class ImageEncoder(Encoder):
             )
         self.prepare = functools.partial(decode_image, resolution=settings.resolution)
         self.latent_shape = (channels, side, side)
-        self.content = {
-            'resolution': settings.resolution,
-            'crop': self.crop,
-            'mirrored': settings.mirror,
-            'autoencoder': self.autoencoder,
-            'autoencoder_hash': self.autoencoder_hash,
-            'latent_shape': list(self.latent_shape),
-        }
+        self.content = self.facts
         mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
         self.description = (
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '

@@ -13,8 +13,7 @@ import numpy as np
 import tread_composer
 from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.output import upload
-from tread_composer.conversion.parts import part_name
-from tread_composer.conversion.plan import SplitPlan
+from tread_composer.conversion.plan import SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from tread_composer.conversion.settings import Settings
-from tread_composer.conversion.sources import Source
+from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
-__all__ = ['SplitPlan', 'make_plans', 'permutation']
+__all__ = ['SplitPlan', 'make_plans', 'part_name', 'permutation']
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class SplitPlan:
             'names_labels_and_order': f'sha256:{digest.hexdigest()}',
             'class_names': f'sha256:{classes.hexdigest()}',
         }
+
+
+def part_name(part: int) -> str:
+    """Name of a finished part's folder, which sorts like the number."""
+    return f'{part:05d}'
 
 
 def permutation(count: int, seed: int, split: str) -> np.ndarray:

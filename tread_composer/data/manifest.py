@@ -148,7 +148,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f'--class-names {path}: no list of texts; give one name a class, in the order of labels')
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f'--class-names {path}: {", ".join(repeated[:5])}: more than once; give each class its own name')
+        raise UserError(f'--class-names {path}: {", ".join(repeated[:5])}: more than once; give each name once')
     return tuple(names)
 
 

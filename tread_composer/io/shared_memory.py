@@ -12,17 +12,9 @@ _MIB = 2**20
 
 
 def check_shared_memory(needed: int, remedy: str) -> str:
-    """Refuse to begin where it is too small: the kernel would end the process with a bare bus error.
+    """A line that says what is there; refuses less than ``needed`` bytes, with a ``remedy`` such as fewer workers.
 
-    Args:
-        needed: Bytes.
-        remedy: What takes less, such as fewer workers.
-
-    Returns:
-        A line that says what is there.
-
-    Raises:
-        UserError: It cannot be written to, or too little is free. In a container it has 64 MiB unless asked for more.
+    The kernel would end the process with a bare bus error. A container has 64 MiB unless asked for more.
     """
     if not _FOLDER.is_dir():
         return 'no /dev/shm on this system'

@@ -17,22 +17,30 @@ Legend: K stored channels, H x W latent pixels.
 import contextlib
 import io
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tread_composer.conversion.importers.pickled import array_from_pickle
 from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Source, check_names
 from tread_composer.conversion.sources.webdataset import scan_tars
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
-__all__ = ['open_layout']
+__all__ = ['array_from_pickle', 'open_layout']
+
+# What numpy itself writes for an array. A pickle is a program, and may name nothing else here.
+_NAMES_IN_PICKLES = {
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('numpy._core.multiarray', '_reconstruct'),  # pickle protocols 2 to 4
+    ('numpy._core.numeric', '_frombuffer'),  # protocol 5
+}
 
 
 def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
@@ -146,6 +154,25 @@ class _Arrays(RangeSource):
     def array(data: bytes) -> np.ndarray:
         """The array that a member holds."""
         return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace('numpy.core.', 'numpy._core.')  # as it was called before numpy 2
+        if (module, name) not in _NAMES_IN_PICKLES:
+            raise ValueError(f'it names {module}.{name}, which an array has no need of')
+        return super().find_class(module, name)
+
+
+def array_from_pickle(data: bytes) -> np.ndarray:
+    """The floating-point array that was pickled; ``ValueError`` if anything else is in there, which has not run."""
+    try:
+        array = _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(f'not a pickled array of floats: {error}') from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != 'f':
+        raise ValueError(f'not a pickled array of floats: {type(array).__name__}')
+    return array
 
 
 class _Pickled(_Arrays):

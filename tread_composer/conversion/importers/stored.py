@@ -16,7 +16,7 @@ from tread_composer.conversion.contents import LOGVAR_RANGE
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.importers.settings import ImportSettings
-from tread_composer.conversion.sources import Source
+from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
 __all__ = ['StoredLatents']
@@ -52,12 +52,7 @@ class StoredLatents(Encoder):
         self.content = {
             'layout': settings.layout,
             'kind': self.kind,
-            'resolution': self.resolution,
-            'crop': self.crop,
-            'mirrored': self.mirrored,
-            'autoencoder': self.autoencoder,
-            'autoencoder_hash': self.autoencoder_hash,
-            'latent_shape': list(self.latent_shape),
+            **self.facts,
             'stored_scale': self._scale_C11.flatten().tolist(),
             'stored_shift': self._shift_C11.flatten().tolist(),
         }

@@ -33,21 +33,16 @@ def open_sources(
     ground_truth: Path | None = None,
     class_names: Path | None = None,
 ) -> dict[str, Source]:
-    """Find out what lies at ``path`` and list its images.
+    """Find out what lies at ``path`` and list its images, by split; what is unclear is refused with what to do.
+
+    The splits are ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. A
+    test split is left out, and the description says so.
 
     Args:
         path: A folder or file.
-        scratch: Folder for a copy of the images of parquet files, which cannot be read at random; others need none.
-        ground_truth: Classes of ImageNet's validation images where they lie in no class folders: the devkit (tar.gz or
-            folder), Kaggle's ``LOC_val_solution.csv`` or a text of two columns.
-        class_names: A text with one name a line, for webdataset tars and parquet files, whose labels are numbers.
-
-    Returns:
-        ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. A test split is
-        left out, and the description says so.
-
-    Raises:
-        UserError: Nothing known lies there, or it is incomplete, mixed, damaged or unsafe; says what to do.
+        scratch: Folder for a copy of the images of parquet files, which cannot be read at random.
+        ground_truth: Classes of ImageNet's validation images where they lie in no class folders.
+        class_names: Names of classes, for webdataset tars and parquet files, whose labels are numbers.
     """
     root = Path(path).absolute()  # sources are read in other processes, whose current folder may differ
     if not root.exists():

@@ -20,7 +20,7 @@ def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Sou
     if len(tars) < len(split_of):
         names = few([tar.name for tar in split_of])
         raise UserError(f'{request.root}: {names}: one tar of each split is expected. Give the tar itself')
-    listing = Listing()
+    listing = Listing(Progress(f'scanning {request.root}'))
     if test := tars.pop('test', None):
         listing.ignored.notes.append(f'{test.name} is not converted')
     if not tars:
@@ -29,18 +29,17 @@ def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Sou
         raise missing_truth(tars['val'])
     for split, path in tars.items():
         with Archive(path) as archive:
-            progress = Progress(f'scanning {path}')
             if split == 'train':
-                _list_train(archive, listing, progress)
+                _list_train(archive, listing)
             else:
-                _list(archive, (split,), listing, progress)
+                _list(archive, (split,), listing)
     return {
         split: RangeSource.arranged('ILSVRC tars', tars[split], branch, files=IndexedFiles([tars[split]]))
         for split, branch in listing.branches(request).items()
     }
 
 
-def _list_train(archive: Archive, listing: Listing, progress: Progress) -> None:
+def _list_train(archive: Archive, listing: Listing) -> None:
     for outer in archive.members():
         name = outer.parts[-1]
         if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
@@ -50,13 +49,10 @@ def _list_train(archive: Archive, listing: Listing, progress: Progress) -> None:
         if is_image(name) or '/'.join(folder) in listing.folders:
             raise UserError(f'{archive.path}: holds {name}, where each member should be the one tar of a class')
         listing.folders.add('/'.join(folder))
-        _list(archive, folder, listing, progress, outer)
+        _list(archive, folder, listing, outer)
 
 
-def _list(
-    archive: Archive, folder: tuple[str, ...], listing: Listing, progress: Progress, outer: Member | None = None
-) -> None:
+def _list(archive: Archive, folder: tuple[str, ...], listing: Listing, outer: Member | None = None) -> None:
     for member in archive.members(outer):
-        progress.add()
         read = functools.partial(archive.read, member.offset, member.size)
         listing.add((*folder, *member.parts), read, (0, member.offset, member.size))

@@ -49,13 +49,15 @@ class Branch(Images):
 class Listing:
     """What a tree holds, by path: images with their places, folders, files with labels, and what else there is."""
 
+    progress: Progress
     images: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     label_files: dict[str, bytes] = field(default_factory=dict)
     ignored: Ignored = field(default_factory=Ignored)
 
     def add(self, parts: Sequence[str], read: Callable[[], bytes], place: tuple[int, ...] = ()) -> None:
-        """Put a file where it belongs: the parts of its path, its content, and the place that an image's source needs."""
+        """Put a file where it belongs: its path's parts, its content, and the place that an image's source needs."""
+        self.progress.add()
         path = '/'.join(parts)
         if is_litter(parts) or not (parts[-1] in _LABEL_FILES or is_image(parts[-1])):
             self.ignored.add(parts)
@@ -148,7 +150,7 @@ class Listing:
 
 
 def _edm_labels(file: str, names: Sequence[str], content: bytes) -> list[int] | None:
-    """The label of each image: the file is ``{"labels": [["00000/img00000000.png", 6], ...]}``, or has null for none."""
+    """The label of each image, of ``{"labels": [["00000/img00000000.png", 6], ...]}``; None if the file has null."""
     try:
         rows = json.loads(content)['labels']
         labels = {} if rows is None else dict(rows)
@@ -210,10 +212,9 @@ class FolderSource(Source):
 
 def open_folders(request: Request) -> dict[str, Source]:
     """The splits of a folder."""
-    root, listing = request.root, Listing()
-    progress = Progress(f'scanning {root}')
+    root = request.root
+    listing = Listing(Progress(f'scanning {root}'))
     for parts, is_folder in _walk(root):
-        progress.add()
         if is_folder:
             listing.folders.add('/'.join(parts))
         else:

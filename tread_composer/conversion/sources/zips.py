@@ -43,12 +43,11 @@ class ZipSource(RangeSource):
 
 def open_zip(request: Request) -> dict[str, Source]:
     """The splits of a zip."""
-    path, listing = request.root, Listing()
-    progress = Progress(f'scanning {path}')
+    path = request.root
+    listing = Listing(Progress(f'scanning {path}'))
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                progress.add()
                 parts = member_parts(path, info.orig_filename)
                 if info.is_dir() or not parts:
                     listing.folders.add('/'.join(parts))
