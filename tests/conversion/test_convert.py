@@ -13,7 +13,7 @@ import torch
 from tests.conversion.worlds import CLASSES, digests, make_images, make_vae, manifest, read, words
 from tread_composer.autoencoders import KL
 from tread_composer.cli.convert import convert_main as main
-from tread_composer.conversion import decode_image
+from tread_composer.conversion.images import decode_image
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
-from tread_composer.conversion import Source
+from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
 

@@ -48,9 +48,9 @@ class Encoder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What of the manifest decides about the stored bytes, for ``content``."""
+        """What the manifest says and ``content`` compares."""
         names = ('resolution', 'crop', 'mirrored', 'autoencoder', 'autoencoder_hash')
-        return {**{name: getattr(self, name) for name in names}, 'latent_shape': list(self.latent_shape)}
+        return {name: getattr(self, name) for name in names}
 
     @property
     def columns(self) -> dict[str, str]:
@@ -91,7 +91,7 @@ class ImageEncoder(Encoder):
             )
         self.prepare = functools.partial(decode_image, resolution=settings.resolution)
         self.latent_shape = (channels, side, side)
-        self.content = self.facts
+        self.content = {**self.facts, 'latent_shape': list(self.latent_shape)}
         mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
         self.description = (
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '

@@ -35,10 +35,7 @@ def load_digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
     """One split in memory: images float32 ``[N, 1, 8, 8]`` in [-1, 1] and labels int64 ``[N]``.
 
     1,500 images to train on and 297 to evaluate with, classes in equal shares, permuted with a fixed seed: row ``i``
-    is sample ``i`` of what ``prepare_digits`` writes.
-
-    Raises:
-        ValueError: ``split`` is neither ``'train'`` nor ``'eval'``.
+    is sample ``i`` of what ``prepare_digits`` writes. ``ValueError`` if there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose 'train' or 'eval'")
@@ -122,11 +119,10 @@ def _write_and_rename(target: Path) -> None:
     """Called by the holder of the lock: an unfinished folder is of a process that was killed."""
     partial = target.with_name(f'.{target.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    settings = {'columns': columns('pixels', _SHAPE), 'compression': None, 'hashes': ['xxh64']}
     try:
         for split in SPLITS:
             images, labels = load_digits_arrays(split)
-            with MDSWriter(out=str(partial / split), **settings) as writer:
+            with MDSWriter(out=str(partial / split), columns=columns('pixels', _SHAPE), hashes=['xxh64']) as writer:
                 for image, label in zip(images.astype(np.float16), labels, strict=True):
                     writer.write({LATENTS: image, LABEL: int(label), NAME: 'digits'})
             digits_manifest(split).save(partial / split)

@@ -155,7 +155,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 def _in_words(error: ValidationError) -> str:
     """The first three complaints of pydantic, each as key, value and rule."""
     words = []
-    for item in error.errors()[:3]:
+    # The version first: of a manifest of another one nothing else is certain.
+    for item in sorted(error.errors(), key=lambda item: item['loc'] != ('format_version',))[:3]:
         key = '.'.join(str(part) for part in item['loc'])
         message = item['msg'].removeprefix('Value error, ')
         if item['type'] == 'missing':

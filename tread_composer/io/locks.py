@@ -23,11 +23,8 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock at ``path`` inside of the block.
 
     It is the kernel's (flock), so a holder that is killed lets go of it, and the file may lie around for ever. Forked
-    workers, which may outlive their parent, do not inherit it.
-
-    Args:
-        path: The lock file, in a folder that exists; says who holds it. The holder may remove it.
-        busy: What to refuse with while another process holds it; ``{holder}`` is replaced by which. None: wait.
+    workers, which may outlive their parent, do not inherit it. The file lies in a folder that exists and says who holds
+    it; the holder may remove it. ``busy`` is what to refuse with meanwhile, ``{holder}`` in it replaced by which; None: wait.
 
     Raises:
         UserError: Another process holds it, or this file system has no locks.

@@ -26,13 +26,10 @@ def shown_classes(classes: Sequence[int]) -> Sequence[int]:
 
 
 def shown_in_grid(labels: Sequence[int]) -> tuple[list[int], list[int | None]]:
-    """Which of many images a grid shows: a row for each of the ``shown_classes``, at most 10 images in it.
+    """Which of many images, of these classes, a grid shows: a row for each of the ``shown_classes``, at most 10 in it.
 
-    Args:
-        labels: Class of each image. One class alone fills several rows.
-
-    Returns:
-        Positions of the images, row after row; and the label of each row, None where the row above has the same.
+    Positions of the images, row after row; and the label of each row, None where the row above has the same: one class
+    alone fills several rows.
     """
     of_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -53,11 +50,8 @@ def class_grid(
 ) -> Image.Image:
     """A ``picture_grid`` with the name of a class at each row.
 
-    Args:
-        tiles_NHWC: uint8, row after row; C is 1 for grey or 3.
-        row_labels: Class of each row; None repeats the one above.
-        class_names: Names of all classes, in order; their numbers if empty. The label behind the last is no class.
-        title: Stands above.
+    Tiles are uint8, row after row; C is 1 for grey or 3. A row label of None repeats the class above. ``class_names``
+    are those of all classes, in order; their numbers if empty. The label behind the last is no class.
     """
     words = dict(enumerate([*class_names, 'no class'])) if class_names else {}
     names = ['' if label is None else str(words.get(label, label)) for label in row_labels]

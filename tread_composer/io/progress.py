@@ -44,9 +44,7 @@ class Progress:
     Args:
         label: Begins each line, e.g. ``'scanning /data'``; may be empty.
         total: Units in all; None if nobody knows yet.
-        unit: Plural noun, e.g. ``'samples'``.
         done_before: Units that earlier runs have finished: they count in the share, not in the rate.
-        log: Prints a line.
         interval: Seconds between two lines.
     """
 

@@ -53,6 +53,7 @@ class StoredLatents(Encoder):
             'layout': settings.layout,
             'kind': self.kind,
             **self.facts,
+            'latent_shape': list(self.latent_shape),
             'stored_scale': self._scale_C11.flatten().tolist(),
             'stored_shift': self._shift_C11.flatten().tolist(),
         }
