@@ -18,8 +18,8 @@ from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.manifest import Manifest
 from tread_composer.data.shards import read_index
-from tread_composer.io.files import whole_file
-from tread_composer.io.picture_grid import picture_grid
+from tread_composer.io.files import write_atomically
+from tread_composer.io.picture_grid import picture_grid, png_bytes
 
 __all__ = ['Drawn', 'draw']
 
@@ -59,7 +59,7 @@ def draw(
     Raises:
         UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
     manifest = Manifest.load(folder)
@@ -99,9 +99,7 @@ def draw(
         views=views,
         smallest=_TILE,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as unfinished:
-        picture.save(unfinished, format='PNG')
+    write_atomically(out, png_bytes(picture))
     return drawn
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind, stored_shape
-from tread_composer.io.files import whole_file
+from tread_composer.io.files import write_atomically
 
 __all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'read_class_names']
 
@@ -130,8 +130,7 @@ class Manifest(_Latents):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` atomically: after a crash the old file or the new one is there, never half."""
-        with whole_file(Path(folder) / MANIFEST_NAME) as unfinished:
-            unfinished.write_text(self.model_dump_json(indent=2) + '\n', encoding='utf-8')
+        write_atomically(Path(folder) / MANIFEST_NAME, f'{self.model_dump_json(indent=2)}\n'.encode())
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'UNFINISHED', 'check_writable', 'file_hash', 'full_disk_in_words', 'read_json', 'replace', 'to_disk', 'whole_file',
+    'UNFINISHED', 'check_writable', 'file_hash', 'full_disk_in_words', 'read_json', 'to_disk', 'whole_file',
     'write_atomically', 'write_json',
 ]  # fmt: skip
 
@@ -36,7 +36,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield unfinished
         os.chmod(unfinished, 0o644)  # mkstemp hides it from the other users of a shared folder
-        replace(unfinished, path)
+        to_disk(unfinished)  # not only in the page cache
+        os.replace(unfinished, path)
+        to_disk(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
@@ -74,13 +76,6 @@ def file_hash(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return f'sha256:{digest.hexdigest()}'
-
-
-def replace(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place, on the disk and not only in the page cache."""
-    to_disk(temporary)
-    os.replace(temporary, path)
-    to_disk(path.parent)
 
 
 def to_disk(path: Path) -> None:

@@ -24,7 +24,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
     It is the kernel's (flock), so a holder that is killed lets go of it, and the file may lie around for ever. Forked
     workers, which may outlive their parent, do not inherit it. The file lies in a folder that exists and says who holds
-    it; the holder may remove it. ``busy`` is what to refuse with meanwhile, ``{holder}`` in it replaced by which; None: wait.
+    it; the holder may remove it. ``busy`` is what to refuse with meanwhile, its ``{holder}`` replaced; None: wait.
 
     Raises:
         UserError: Another process holds it, or this file system has no locks.
