@@ -304,6 +304,17 @@ def test_class_names_must_be_as_many_as_the_table_has(tmp_path):
         import_weights(path, tmp_path / 'a.safetensors', said, layout='dit')
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'), [('["a", ""]', 'no list of texts'), ('["a", "b", "a"]', 'a: more than once')]
+)
+def test_each_class_has_a_name_of_its_own(tmp_path, text, message):
+    path = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
+    (tmp_path / 'names.json').write_text(text)
+    said = dataclasses.replace(SAID, class_names=str(tmp_path / 'names.json'))
+    with pytest.raises(UserError, match=message):
+        import_weights(path, tmp_path / 'a.safetensors', said, layout='dit')
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     weights = make_weights(HEADS['sit'])
