@@ -305,9 +305,11 @@ def test_class_names_must_be_as_many_as_the_table_has(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('text', 'message'), [('["a", ""]', 'no list of texts'), ('["a", "b", "a"]', 'a: more than once')]
+    # Two of one name are none of its business: ImageNet has two cranes.
+    ('text', 'message'),
+    [('["a", ""]', 'no list of texts'), ('["a", "b", "a"]', '3 names for the 5 classes')],
 )
-def test_each_class_has_a_name_of_its_own(tmp_path, text, message):
+def test_each_class_has_a_name(tmp_path, text, message):
     path = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
     (tmp_path / 'names.json').write_text(text)
     said = dataclasses.replace(SAID, class_names=str(tmp_path / 'names.json'))

@@ -38,7 +38,12 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_what_it_should(whole):
     folder = whole[1] / 'runs'
-    assert {path.name for path in folder.iterdir()} == {'digits_tread', 'mlflow.db', 'mlflow_artifacts'}
+    assert {path.name for path in folder.iterdir()} == {
+        'digits_tread',
+        'mlflow.db',
+        '.mlflow.db.lock',
+        'mlflow_artifacts',
+    }
     assert {path.name for path in whole[1].iterdir()} == {'data', 'runs'}
     saved = yaml.safe_load((folder / 'digits_tread' / 'config.yaml').read_text())
     assert saved['algorithms']['tread']['end'] == -2 and saved['model']['hidden_size'] == 16

@@ -1,6 +1,5 @@
 """Our ``EMA`` through a real ``Trainer``, against an average kept by hand."""
 
-import io
 import itertools
 
 import pytest
@@ -108,17 +107,16 @@ def test_the_share_of_the_first_weights_is_what_the_average_has_of_them(warmup, 
 def test_an_average_that_is_mostly_of_the_beginning_says_so(tmp_path, capsys):
     """In training, beside the loss that it has; in `plan`; and a run that goes on with it counts from there."""
     evaluated = {'eval_dataloader': Evaluator(label='eval', dataloader=loader(shuffle=False)), 'eval_interval': '6ba'}
-    lines = io.StringIO()
     ema = EMA(0.9999)
-    fit([ema], max_duration='6ba', loggers=[ProgressLines(stream=lines)], **evaluated)
-    assert 'of the averaged weights (100% of the average is still the weights that it began with;' in lines.getvalue()
+    fit([ema], max_duration='6ba', loggers=[ProgressLines()], **evaluated)
+    text = capsys.readouterr().err
+    assert 'of the averaged weights (100% of the average is still the weights that it began with;' in text
     assert ema.plan_rows({'batches': 10_000})['average'].startswith('at the end 37% of the average is still')
     assert ema.plan_rows({'batches': 50_000}) == {} == ema.plan_rows({'batches': None})
     assert EMA(0.9999, warmup=True).plan_rows({'batches': 150}) == {}
     for algorithms, words in (([], 'of the raw weights'), ([EMA(0.2)], 'of the averaged weights\n')):
-        lines = io.StringIO()
-        fit(algorithms, max_duration='6ba', loggers=[ProgressLines(stream=lines)], **evaluated)
-        assert words in lines.getvalue()
+        fit(algorithms, max_duration='6ba', loggers=[ProgressLines()], **evaluated)
+        assert words in capsys.readouterr().err
     fit([], save_folder=str(tmp_path), save_interval='6ba', max_duration='6ba')
     later = EMA(0.5)
     trainer, _ = fit([later], load_path=str(tmp_path / 'latest-rank0.pt'), max_duration='8ba')

@@ -133,8 +133,10 @@ class Manifest(_Latents):
         write_atomically(Path(folder) / MANIFEST_NAME, f'{self.model_dump_json(indent=2)}\n'.encode())
 
 
-def read_class_names(path: Path) -> tuple[str, ...]:
+def read_class_names(path: Path, unique: bool = True) -> tuple[str, ...]:
     """Class names in label order, from a text with one a line or a ``.json`` list of texts.
+
+    Not ``unique``: names for people, of which ImageNet has two cranes.
 
     Raises:
         UserError: It cannot be read, or has no name, an empty one, one that is no text or one that occurs twice.
@@ -146,7 +148,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         raise UserError(f'--class-names {path}: cannot be read: {error}') from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f'--class-names {path}: no list of texts; give one name a class, in the order of labels')
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if unique and repeated:
         raise UserError(f'--class-names {path}: {", ".join(repeated[:5])}: more than once; give each name once')
     return tuple(names)
 

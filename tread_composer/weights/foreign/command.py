@@ -101,7 +101,7 @@ def _ask_for_missing(hints: Hints, layout: str) -> None:
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     if source == 'numbers':
         return tuple(str(number) for number in range(num_classes))
-    names = read_class_names(Path(source))
+    names = read_class_names(Path(source), unique=False)
     if len(names) != num_classes:
         raise UserError(
             f'--class-names {source}: {len(names)} names for the {num_classes} classes that the label table shows (its '
