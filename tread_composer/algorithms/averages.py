@@ -194,5 +194,5 @@ def _fsdp1_pieces(model: nn.Module) -> dict[int, _Piece]:
         # Only FSDP's own book-keeping knows the whole's shape.
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             start = info.intra_param_start_idx or 0  # None where this rank holds nothing of it
-            pieces[id(parameter)] = _Piece(shape, start, group)
+            pieces[id(parameter)] = _Piece(shape, start, group)  # type: ignore[arg-type]
     return pieces

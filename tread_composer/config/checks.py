@@ -153,7 +153,7 @@ def _rest(config: Config) -> Iterator[Problem]:
         text = 'compiles the whole model while compile: true compiles its blocks; keep one of the two'
         yield Problem(('compile_config',), text)
     limit = getattr(config.data, 'cache_limit', None)
-    if limit is not None and config.data.remote is None:
+    if limit is not None and getattr(config.data, 'remote', None) is None:
         text = 'needs data.remote: without one, nothing can be fetched again'
         yield Problem(('data', 'cache_limit'), text)
     if isinstance(limit, str) and not _BYTES.fullmatch(limit.lower()):

@@ -249,9 +249,9 @@ def with_values(tree: Any, values: Mapping[Path, str]) -> Any:
     for path, text in values.items():
         node = tree
         for key in path[:-1]:
-            node = node[key] if key in node or isinstance(node, list) else {}
+            node = node[key] if key in node or isinstance(node, list) else {}  # type: ignore[index]
         if isinstance(node, list) or path[-1] in node:
-            node[path[-1]] = text
+            node[path[-1]] = text  # type: ignore[index]
     return tree
 
 

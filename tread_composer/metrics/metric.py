@@ -10,7 +10,7 @@ import torch
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
-from tread_composer.metrics.features import Extractor, FeatureSet
+from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.frechet import Statistics
 
 __all__ = [
@@ -151,14 +151,14 @@ def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str
 
 def check_metrics(
     metrics: Sequence[Metric],
-    extractor: Extractor | type[Extractor],
+    extractor: Any,
     num_samples: int,
     num_reference: int,
     has_labels: bool = True,
 ) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
-    Of the feature network its class is enough; ``num_reference`` is 0 where the reference holds statistics alone;
+    Of the feature network (``Extractor``) its class is enough; ``num_reference`` is 0 where the reference holds statistics alone;
     ``has_labels`` says whether it is known what each image was to show.
 
     Raises:

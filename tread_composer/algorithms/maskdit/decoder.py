@@ -52,7 +52,7 @@ class _TakeKept:
 def _conditioned(part: DiTBlock | FinalLayer, condition_size: int) -> nn.Module:
     """A block or head of width E whose shifts, scales and gates come from a condition of width D."""
     outputs = part.adaLN_modulation[1].out_features
-    part.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, int(outputs)))
+    part.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size, outputs))  # type: ignore[arg-type]
     return part
 
 

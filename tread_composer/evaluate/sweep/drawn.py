@@ -56,7 +56,8 @@ def rows_of(request: SweepRequest, log: Log = silent) -> list[dict[str, Any]]:
     choices = (map(weights_name, request.weights), request.guidances, request.intervals, request.guidance_scales)
     # Each value once, however it is spelled; the scale varies fastest
     for weights, kind, interval, scale in itertools.product(*map(dict.fromkeys, choices)):
-        guidance = {'guidance': kind, 'guidance_scale': scale, 'guidance_interval': interval, **settings_of[kind]}
+        settings = settings_of[kind]  # type: ignore[index]
+        guidance = {'guidance': kind, 'guidance_scale': scale, 'guidance_interval': interval, **settings}
         rows.append({'weights': weights, **(guidance if sampling_of(guidance, request).guides else _UNGUIDED)})
     if not rows:
         raise UserError('sweep: a setting has no value, so there are no rows')
