@@ -158,8 +158,8 @@ def check_metrics(
 ) -> None:
     """Refuse what cannot be measured, before any image is looked at.
 
-    Of the feature network (``Extractor``) its class is enough; ``num_reference`` is 0 where the reference holds statistics alone;
-    ``has_labels`` says whether it is known what each image was to show.
+    Of the feature network (``Extractor``) its class is enough; ``num_reference`` is 0 where the reference holds
+    statistics alone; ``has_labels`` says whether it is known what each image was to show.
 
     Raises:
         UserError: The network, the counts or the reference do not allow it.
