@@ -5,6 +5,7 @@ Legend: B samples, C channels of the latent (S stored channels: 2C for moments),
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ Encoded = Callable[[], list[np.ndarray]]
 if they are wanted."""
 
 
-class Encoder:
+class Encoder(ABC):
     """What stands between a source and shards, and what the manifest says about it."""
 
     device: torch.device
@@ -62,13 +63,13 @@ class Encoder:
         """Of one prepared sample, at the most: here its latents and those of its mirror image, float16."""
         return 2 * 2 * math.prod(stored_shape(self.kind, self.latent_shape))
 
+    @abstractmethod
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """What is encoded: the source of each split; ``scratch`` is for copies that are removed at the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, samples: Tensor, split: str, positions: Sequence[int]) -> Encoded:
         """Encode what was prepared, ``[B, ...]``, of these positions in the split's source."""
-        raise NotImplementedError
 
 
 class ImageEncoder(Encoder):
@@ -112,9 +113,9 @@ class ImageEncoder(Encoder):
         source = Path(self.settings.source).expanduser()
         return open_sources(source, scratch=scratch, ground_truth=truth, class_names=names)
 
+    @abstractmethod
     def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
         """What is stored of pixels in [-1, 1]: ``[B, S, h, w]``; purpose and positions are the keys of random draws."""
-        raise NotImplementedError
 
     def __call__(self, images_B3RR: Tensor, split: str, positions: Sequence[int]) -> Encoded:
         """Encode uint8 images."""

@@ -75,7 +75,7 @@ class ImageSet:
 
     def _load(self, indices: range) -> np.ndarray:
         """Images ``[B, R, R, 3]``."""
-        raise NotImplementedError
+        raise NotImplementedError  # by a set that has `_arrays` of its own
 
 
 class FolderImages(ImageSet):

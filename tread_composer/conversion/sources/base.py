@@ -6,6 +6,7 @@ samples are called, how they are labelled and where their bytes are, and hands t
 
 import collections
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -72,7 +73,7 @@ class Images:
 
 
 @dataclass(eq=False)
-class Source:
+class Source(ABC):
     """The samples of one split, read at random, with their labels. Can be pickled; read in any process.
 
     Attributes:
@@ -93,6 +94,7 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def read(self, position: int) -> Any:
         """The sample at ``names[position]`` as it is stored: an image file's bytes.
 
@@ -100,7 +102,6 @@ class Source:
             UserError: The file is gone, or has changed since the source was opened.
             UnreadableImage: This one is damaged within its archive.
         """
-        raise NotImplementedError
 
     @classmethod
     def arranged(cls, layout: str, root: Path, images: Images, *, inside: Path | str = '', **facts: Any) -> 'Source':
