@@ -196,21 +196,23 @@ def test_a_shard_missing_in_the_remote_is_an_error(split: Path, tmp_path: Path):
 
 
 class BothFail(LatentDataset):
-    """Neither of the reading threads goes on from a failure before the other one has failed, too."""
+    """Both reading threads see that the first shard is absent, try to fetch it in turn, and fail together."""
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        self.both.wait(timeout=60)  # a thread that came later would see it under way and skip it
         try:
-            super().prepare_shard(shard_id, blocking)
+            with self.turn:
+                super().prepare_shard(shard_id, blocking)
         except Exception:
-            self.failures.wait(timeout=60)
+            self.both.wait(timeout=60)
             raise
 
 
 def test_both_reading_threads_may_fail_at_one_shard(split: Path, tmp_path: Path):
-    """Which of them meets it is chance; where both had, the reader waited for ever."""
+    """The reader waited for ever then."""
     (split / 'shard.00000.mds').unlink()
     dataset = BothFail(tmp_path / 'cache', remote=str(split), batch_size=8, download_retry=1)
-    dataset.failures = threading.Barrier(2)
+    dataset.both, dataset.turn = threading.Barrier(2), threading.Lock()
     with pytest.raises(RuntimeError, match=r'shard.00000.mds'):
         list(dataset)
 
