@@ -1,5 +1,8 @@
 """Flags are read off functions and requests: names, types, bounds, help, and what is refused."""
 
+import contextlib
+import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -110,3 +113,21 @@ def test_every_option_of_every_command_is_explained(function):
     parser = Parser()
     add_flags(parser, function)
     assert not [action.dest for action in parser._actions if not action.help]
+
+
+def open_files() -> None:
+    """Open more files than a process may."""
+    with contextlib.ExitStack() as files:
+        while True:
+            files.enter_context(open(os.devnull))
+
+
+def test_the_limit_of_open_files_is_for_the_user_to_raise(capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        assert run_program(open_files, 'it', []) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    printed = capsys.readouterr().err
+    assert 'ulimit -n 65536, then run the same command again' in printed and 'Traceback' not in printed

@@ -22,6 +22,12 @@ __all__ = ['run_program']
 
 Command = Callable[..., int | None]
 
+_ROOM = 'The disk is full. What is finished is kept: make room, then run the same command again'
+_FILES = (
+    'This process may open no more files. What is finished is kept: ulimit -n 65536, then run the same command again'
+)
+_REMEDIES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EMFILE: _FILES, errno.ENFILE: _FILES}
+
 
 def run_program(
     command: Command | Mapping[str, Command], program: str, words: Sequence[str] | None, description: str = ''
@@ -39,9 +45,8 @@ def run_program(
     except UserError as error:
         return refused(error)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f'the disk is full ({error}). What is finished is kept: make room, then run the same command again'
-            return refused(UserError(text))
+        if error.errno in _REMEDIES:
+            return refused(UserError(f'{error}. {_REMEDIES[error.errno]}'))
         if not isinstance(error, BrokenPipeError):
             raise
         if words is not None or not _is_unread(sys.stdout.fileno()):
