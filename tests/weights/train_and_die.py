@@ -1,14 +1,18 @@
 """``train.py x.yaml ...`` in a process that kills itself while it saves a checkpoint: DIE_AT=<place>:<batch>.
 
 The places: ``half`` of the bytes written; ``written``, but not renamed; ``renamed``, but latest names the one before.
+``late`` does not kill: it writes the checkpoint only when the run is two batches further, and fails if it never is.
 """
 
 import io
 import os
 import signal
 import sys
+import threading
 
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 
 place, batch = os.environ['DIE_AT'].split(':')
 _save, _replace = torch.save, os.replace
@@ -18,9 +22,22 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Further(Callback):
+    """Tells the writer how far training is."""
+
+    reached = threading.Event()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == int(batch) + 2:
+            self.reached.set()
+
+
 def save(content, file, *arguments, **keywords):
     """Half of a checkpoint, and no more."""
-    if place != 'half' or f'-ba{batch}-' not in str(getattr(file, 'name', '')):
+    is_meant = f'-ba{batch}-' in str(getattr(file, 'name', ''))
+    if place == 'late' and is_meant and not Further.reached.wait(timeout=60):
+        raise AssertionError('training waited for the writer')
+    if place != 'half' or not is_meant:
         return _save(content, file, *arguments, **keywords)
     buffer = io.BytesIO()
     _save(content, buffer)
@@ -44,4 +61,5 @@ torch.save, os.replace = save, replace
 if __name__ == '__main__':
     from tread_composer.cli import main
 
+    sys.modules['tests.weights.train_and_die'] = sys.modules['__main__']
     sys.exit(main(['train', *sys.argv[1:]]))

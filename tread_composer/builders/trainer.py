@@ -109,6 +109,7 @@ def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collec
     # What the Trainer would make of `save_*` itself, but of our class, which it then takes for autoresume too.
     latest = config.save_latest_filename
     saver = WholeCheckpointSaver(
+        in_background=config.save_in_background,
         folder=folder,
         filename=config.save_filename,
         remote_file_name=f'{folder}/{config.save_filename}',

@@ -1,10 +1,12 @@
 """Saves checkpoints so that a kill or a full disk at any moment leaves the last whole one to go on from."""
 
 import contextlib
+import copy
 import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +32,13 @@ from tread_composer.io.checkpoints import (
 from tread_composer.io.files import UNFINISHED, to_disk
 from tread_composer.io.progress import to_stderr
 from tread_composer.io.ranks import agreed, gathered, nodes_without, send_file
+from tread_composer.io.tensors import host_copy
 
 __all__ = ['WholeCheckpointSaver']
 
 Result = TypeVar('Result')
+
+_LONG_SECONDS, _LONG_SHARE = 1.0, 0.01  # of the time since the save before
 
 
 class WholeCheckpointSaver(CheckpointSaver):
@@ -43,7 +48,22 @@ class WholeCheckpointSaver(CheckpointSaver):
     step; the number to keep counts what is in the folder, not what this process has saved; a disk that is full is
     said in words. When training starts, what a killed write left is removed, damaged checkpoints are set aside, and
     ``latest``, from which ``autoresume`` goes on, is made to name the newest whole one.
+
+    Args:
+        in_background: Training waits only for a copy in the memory of the host, which a thread then writes; the next
+            save waits for it, so at most one is under way. Sharded checkpoints are written at once in any case: each
+            rank has a share only.
+        **settings: those of Composer's ``CheckpointSaver``.
     """
+
+    def __init__(self, *, in_background: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.in_background = in_background
+        self._writer = ThreadPoolExecutor(1, 'checkpoint')
+        self._future: Future[None] | None = None  # of the rank that writes
+        self._under_way: tuple[State, Logger, Path] | None = None
+        self._saved_at: float | None = None
+        self._advised = in_background
 
     def init(self, state: State, logger: Logger) -> None:
         """Make the folder."""
@@ -134,23 +154,98 @@ class WholeCheckpointSaver(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         """What every way to save comes through, ``Trainer.save_checkpoint_to_save_folder`` too; on all ranks."""
         began = time.monotonic()
+        self.wait()
         self.last_checkpoint_batch = state.timestamp.batch
         requested = self.filename.format(state, keep_placeholders=True)
         file = Path(checkpoint.get_save_filename(state, requested))
         # Before it is saved: each checkpoint lists those before it and itself.
         self.all_saved_checkpoints_to_timestamp[str(file)] = state.timestamp
+        if self.in_background and not state.fsdp_sharded_state_dict_enabled:
+            content = self._together(lambda: self._copy(state, file))
+            # Names are made of the timestamp, and that of the state moves on while the thread writes.
+            moment = copy.copy(state)
+            if content is not None:
+                self._future = self._writer.submit(self._write_copy, content, moment, file)
+            self._under_way = moment, logger, file
+        else:
+            self._finish(self._save(state, file), state, logger, file)
+        self._log_duration(logger, began)
+
+    def _save(self, state: State, file: Path) -> bool:
+        """Write a checkpoint and publish it; whether this rank has written anything."""
         sharded = state.fsdp_sharded_state_dict_enabled
         path = file.parent if sharded else file
         # Sharded, Composer makes a folder of its own within the folder of the name that is asked for.
-        unfinished = path.with_name(f'{UNFINISHED}{path.name}')
+        unfinished = _unfinished(path)
         saved = self._together(lambda: self._write(state, unfinished / file.name if sharded else unfinished))
         if sharded:
             self._add_digests(unfinished / path.name)
         self._on_first_rank(lambda: self._publish(state, unfinished, path))
-        if saved is not None:  # this rank has written something
-            self._upload_saved(state, logger, file)
-            self.saved_checkpoints.append(str(file))
-        logger.log_metrics({'time/checkpoint': time.monotonic() - began})
+        return saved is not None
+
+    def _log_duration(self, logger: Logger, began: float) -> None:
+        """How long training waited; one line where that is much and could be less."""
+        now = time.monotonic()
+        held, saved_at, self._saved_at = now - began, self._saved_at, now
+        logger.log_metrics({'time/checkpoint': held})
+        if saved_at is None or self._advised or held < max(_LONG_SECONDS, _LONG_SHARE * (now - saved_at)):
+            return
+        self._advised = True
+        if dist.get_global_rank() == 0:
+            to_stderr(
+                f'A checkpoint held the training up for {held:.1f} s, {held / (now - saved_at):.1%} of the time: raise '
+                f'save_interval, or set save_in_background=true, which takes as much memory of the host as the file has'
+            )
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that a thread is writing is whole; to be called on all ranks.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        under_way, self._under_way = self._under_way, None
+        future, self._future = self._future, None
+        if under_way is not None:
+            self._together(lambda: None if future is None else future.result())
+            self._finish(future is not None, *under_way)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """The last checkpoint is whole before the run calls itself finished."""
+        self.wait()
+        super().fit_end(state, logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """A run that ends early keeps what was being written. The ranks may not meet here: some may have failed."""
+        error = None if self._future is None else self._future.exception()
+        if error is not None:
+            to_stderr(f'save_folder: the last checkpoint could not be written to {self._root}: {error}')
+
+    def _copy(self, state: State, file: Path) -> Any:
+        """What Composer would write, in the memory of the host; None on a rank that writes nothing."""
+        contents: list[Any] = []
+
+        def keep(content: Any, filename: str) -> None:
+            contents.append(host_copy(content))
+            Path(filename).touch()  # Composer looks for it
+
+        original = checkpoint._write_checkpoint_file
+        checkpoint._write_checkpoint_file = keep
+        try:
+            self._write(state, _unfinished(file))
+        finally:
+            checkpoint._write_checkpoint_file = original
+        return contents[0] if contents else None
+
+    def _write_copy(self, content: Any, state: State, file: Path) -> None:
+        """In the thread: as when it is saved at once, from the copy."""
+        try:
+            checkpoint._write_checkpoint_file(content, str(_unfinished(file)))
+        except (OSError, RuntimeError) as error:
+            fault = _disk_fault(error)
+            if fault is None:
+                raise
+            raise OSError(fault) from error
+        self._publish(state, _unfinished(file), file)
 
     def _write(self, state: State, unfinished: Path) -> Any:
         """Composer's own writing, to another place."""
@@ -185,6 +280,12 @@ class WholeCheckpointSaver(CheckpointSaver):
         if self.num_checkpoints_to_keep > 0:
             for old in checkpoints_in(self._root, self._names(state))[self.num_checkpoints_to_keep :]:
                 remove(old)
+
+    def _finish(self, saved: bool, state: State, logger: Logger, file: Path) -> None:
+        """What is left to do with a checkpoint that is whole, on a rank that has saved some of it."""
+        if saved:
+            self._upload_saved(state, logger, file)
+            self.saved_checkpoints.append(str(file))
 
     def _upload_saved(self, state: State, logger: Logger, file: Path) -> None:
         """Hand what this rank has written to the loggers that store files, under Composer's names."""
@@ -232,6 +333,11 @@ class WholeCheckpointSaver(CheckpointSaver):
 
 # The key of its state within a checkpoint: those saved before, by Composer's own, have it too.
 WholeCheckpointSaver.__qualname__ = CheckpointSaver.__qualname__
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return path.with_name(f'{UNFINISHED}{path.name}')
 
 
 def _disk_fault(error: Any) -> str | None:

@@ -121,6 +121,13 @@ def _saving(config: Config) -> Iterator[Problem]:
     if config.on_nonfinite == 'rewind' and not config.autoresume:
         text = "'rewind' goes back to the run's own last checkpoint, which needs save_folder and autoresume=true"
         yield Problem(('on_nonfinite',), text)
+    if config.save_in_background and getattr(config.fsdp, 'state_dict_type', 'full') == 'sharded':
+        text = (
+            'true is for full checkpoints, which one rank writes; of a sharded one each rank writes its share at once'
+        )
+        yield Problem(('save_in_background',), f'{text}; set it to false')
+    if config.save_in_background and '://' in (config.save_folder or ''):
+        yield Problem(('save_in_background',), 'true needs a local save_folder; set it to false')
     if config.save_folder is not None and config.autoresume and config.save_weights_only:
         text = (
             'true saves no optimizer, average or position in the data, so autoresume would begin anew with trained '

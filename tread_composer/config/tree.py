@@ -63,6 +63,8 @@ class Config(TrainerSettings):
     """What to do with a batch whose gradient is not finite; see ``callbacks.update_guard``."""
     spike_factor: Annotated[float, Gt(1)] | None = None
     """A gradient norm above this multiple of the running median counts as not finite; null accepts any."""
+    save_in_background: bool = False
+    """Training waits only until a checkpoint is copied to the memory of the host; a thread writes it."""
     optimizer: ComponentField
     """By name, with the constructor's own arguments."""
     scheduler: ComponentField = Component('scheduler', 'constant')

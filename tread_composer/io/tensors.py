@@ -1,16 +1,19 @@
 """Safetensors files written in one step, and the digest by which weights are known again."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tread_composer.io.files import whole_file
 
-__all__ = ['TensorDigest', 'digest_of', 'write_tensors']
+__all__ = ['TensorDigest', 'digest_of', 'host_copy', 'write_tensors']
 
 
 class TensorDigest:
@@ -36,6 +39,15 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.add(name, tensor)
     return digest.value
+
+
+def host_copy(content: Any) -> Any:
+    """Nested dicts, lists and tuples, with every tensor copied to the memory of the host and the rest copied deeply."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().to('cpu', copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+    return tree_map(copied, content)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -46,6 +46,8 @@ def rewind(config: Config, trainer: Trainer, request: RewindError, began_at: int
     """
     savers = [callback for callback in trainer.state.callbacks if isinstance(callback, WholeCheckpointSaver)]
     checkpoint = next((int(saver.last_checkpoint_batch) for saver in savers if saver.last_checkpoint_batch), began_at)
+    for saver in savers:
+        saver.wait()
     rewinds = _read(config)
     if not checkpoint:
         raise UserError(f'{request.reason}\non_nonfinite: rewind has no checkpoint to go back to yet')
