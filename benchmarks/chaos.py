@@ -7,7 +7,7 @@ checkpoints, on one and on two ranks. A first run counts its file operations in 
 (opening to write, renaming, linking, removing: Python reports each to an audit hook). A kill is SIGKILL before the n-th
 of them, or after a random time; of all ranks at once, of one rank alone, or of the launcher. Then the same command runs
 to the end. Equal to the bit must be: losses, samples and kept tokens of every batch, weights, optimizer, average. Each
-kill is a line of the file; what is in it already is not done again.
+kill is a line of the file; what is in it already is not done again. Settings may follow: save_in_background=true.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from tread_composer.io.table import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 12
-WORDS = (
+WORDS = [  # and those of the command line
     'train',
     str(ROOT / 'yamls' / 'digits_tread.yaml'),
     'model={name: dit, patch_size: 2, hidden_size: 16, depth: 6, num_heads: 2}',
@@ -55,7 +55,7 @@ WORDS = (
     'eval_interval=4ba',
     'save_interval=3ba',
     f'max_duration={BATCHES}ba',
-)
+]
 _LONGEST = 300.0  # seconds of one process
 _OPERATIONS = ('open', 'os.rename', 'os.symlink', 'os.link', 'os.remove', 'os.rmdir', 'os.mkdir')
 
@@ -279,7 +279,9 @@ if __name__ == '__main__':
     parser.add_argument('--kills', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path('chaos.jsonl'), help='one line a kill (default: chaos.jsonl)')
+    parser.add_argument('settings', nargs='*', metavar='key=value', help='of the run')
     options = parser.parse_args()
+    WORDS.extend(options.settings)
     results = measure(options.out.resolve(), options.kills, options.seed)
     print_table(results)
     sys.exit(any(row['result'] != 'equal' for row in results))
