@@ -174,27 +174,33 @@ class MDSImages(ImageSet):
         self._column = LATENTS if self._is_pixels else images[0]
         self._rows: Any = LocalDataset(str(path))
         self.is_lossy = self._columns[self._column].startswith('jpeg')
-        super().__init__(path, 'mds', len(self._rows), _square(self._row(0).shape[:2], path))
+        value = self._rows[0][self._column]
+        sides = value.shape[1:] if self._is_pixels else _decoded(value).shape[:2]
+        super().__init__(path, 'mds', len(self._rows), _square(sides, path))
 
     def labels(self) -> list[int] | None:
         """The column ``label``, if there is one."""
         return [int(row[LABEL]) for row in self._rows] if LABEL in self._columns else None
 
-    def _row(self, index: int) -> np.ndarray:
-        value = self._rows[index][self._column]
-        if isinstance(value, Image.Image):
-            return np.asarray(value.convert('RGB'))
-        if self._is_pixels:
-            value = to_uint8(torch.from_numpy(np.asarray(value, np.float32))).permute(1, 2, 0).numpy()
-        pixels = np.atleast_3d(value)
-        return pixels.repeat(3 // pixels.shape[2], axis=2)
-
     def _load(self, indices: range) -> np.ndarray:
-        rows, side = [self._row(index) for index in indices], self.resolution
-        for row in rows:
-            if row.shape[:2] != (side, side):
-                raise UserError(f'{self.path}: an image of {row.shape[1]} x {row.shape[0]} pixels among {side}')
-        return np.stack(rows)
+        values, side = [self._rows[index][self._column] for index in indices], self.resolution
+        if self._is_pixels:  # of one size, as the index says; together, because torch takes its time for each call
+            pixels_BCRR = to_uint8(torch.from_numpy(np.stack(values).astype(np.float32)))
+            return _in_colour(pixels_BCRR.permute(0, 2, 3, 1).numpy())
+        images = [_decoded(value) for value in values]
+        for image in images:
+            if image.shape[:2] != (side, side):
+                raise UserError(f'{self.path}: an image of {image.shape[1]} x {image.shape[0]} pixels among {side}')
+        return np.stack(images)
+
+
+def _decoded(value: Any) -> np.ndarray:
+    return _in_colour(np.atleast_3d(np.asarray(value.convert('RGB') if isinstance(value, Image.Image) else value)))
+
+
+def _in_colour(pixels: np.ndarray) -> np.ndarray:
+    """Grey as three equal channels, which come last."""
+    return pixels.repeat(3 // pixels.shape[-1], axis=-1)
 
 
 def open_images(path: str | Path) -> ImageSet:
