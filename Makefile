@@ -2,6 +2,7 @@
 # may be run again, and survive an interrupted first run.
 #   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
 #   make fuzz            the loaders against 20,000 arbitrary files each, a quarter of an hour
+#   make check-curve     does the quickstart's run begin as ours did? RUN=runs/digits_tread
 #   make lint            ruff and pyright
 #   make matrix          the tests on every stack, each in a .venv of its own (6 to 7 GB each)
 #   make lock            resolve every package of every stack anew into constraints/
@@ -30,7 +31,7 @@ ifeq ($(filter $(TORCH),$(TORCHES)),)
 $(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Installing beside your torch" in README.md)
 endif
 
-.PHONY: quickstart test fuzz lint matrix lock install $(TORCHES:%=lock-%)
+.PHONY: quickstart test fuzz check-curve lint matrix lock install $(TORCHES:%=lock-%)
 .DEFAULT_GOAL := quickstart
 
 quickstart: install
@@ -43,6 +44,9 @@ test: install
 
 fuzz: install
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=long --timeout=3600
+
+check-curve: install
+	$(BIN)/python benchmarks/check_curve.py $(or $(RUN),runs/digits_tread)
 
 lint: install
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ class ClassifierFeatures:
 
     name = 'image_classifier'
     resolution = None
+    num_logits = 10  # that it has some is asked before it is opened; the file says how many
 
     def __init__(self, device: str | torch.device = 'cpu') -> None:
         path = Path(os.environ.get('IMAGE_CLASSIFIER', ''))

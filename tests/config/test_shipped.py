@@ -43,6 +43,8 @@ TWINS = [
     ('digits_mamba2', 'digits_mamba2_tread'),
     ('mamba2_dit_b', 'mamba2_dit_b_tread'),
     ('dit_xl_fasterdit', 'dit_xl_tread_fasterdit'),
+    *((name, f'{name}_tread') for images in ('cifar10', 'tiny_imagenet') for name in (images, f'{images}_edm')),
+    *((f'{images}_fasterdit', f'{images}_tread_fasterdit') for images in ('cifar10', 'tiny_imagenet')),
 ]
 
 
