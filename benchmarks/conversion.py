@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.encoding import Encoder, image_encoder
+from tread_composer.conversion.encoders import image_encoder
+from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.io.device import available_cores, choose_device, machine_for

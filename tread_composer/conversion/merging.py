@@ -17,7 +17,7 @@ from tread_composer.conversion.plan import SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
-from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Scaling
 from tread_composer.io.files import read_json, write_json
 
 __all__ = ['finish_split', 'refuse_too_many']
@@ -88,6 +88,11 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
             f'{plan.name}: channel {int(std.argmin())} is the same in all samples; this is no data to train on'
         )
     channels, height, width = encoder.latent_shape
+    facts = {'mean': tuple(mean.tolist()), 'std': tuple(std.tolist())}
+    published = encoder.published
+    scaling = Scaling.measured(**facts)
+    if published is not None:
+        scaling = Scaling(source=f'published for {published.name}', scale=(published.scale,), shift=(published.shift,))
     return Manifest(
         format_version=FORMAT_VERSION,
         kind=encoder.kind,
@@ -98,8 +103,9 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
         num_samples=sum(part['samples'] for part in parts),
         num_classes=len(plan.source.class_names),
         class_names=plan.source.class_names,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        **facts,
+        scaling=scaling,
+        background=encoder.background,
         permutation_seed=settings.seed,
         tool_version=tread_composer.__version__,
         source=f'{plan.source.description}{plan.note}{encoder.note}',
