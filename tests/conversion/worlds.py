@@ -41,11 +41,11 @@ def make_vae(folder: Path, *, levels: int = 2, channels: int = 3, seed: int = 0,
     return str(folder)
 
 
-def make_tiny(folder: Path) -> str:
+def make_tiny(folder: Path, seed: int = 0) -> str:
     """A random ``AutoencoderTiny`` with 5 channels and downsampling 4."""
     from diffusers import AutoencoderTiny
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     widths = {f'{part}_block_out_channels': (8, 8, 8) for part in ('encoder', 'decoder')}
     blocks = {f'num_{part}_blocks': (1, 1, 1) for part in ('encoder', 'decoder')}
     AutoencoderTiny(latent_channels=5, **widths, **blocks).save_pretrained(folder)

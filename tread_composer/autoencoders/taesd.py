@@ -135,4 +135,5 @@ def taesd_network(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], 
             f'read (taesd, taesdxl, taesd3, taef1, taef2), and this is none\n' + '\n'.join(wrong[:10])
         )
     network.load_state_dict({name: value.float() for name, value in held.items()}, strict=True, assign=True)
-    return network
+    # Nothing but convolutions: on a CPU 1.3 times as fast in this order, in bfloat16 2.9 times (docs/lab_notes.md).
+    return network.to(memory_format=torch.channels_last)

@@ -50,8 +50,7 @@ class Config(TrainerSettings):
     objective: ComponentField
     """What the network learns."""
     latent_scale: Positive | Annotated[list[Positive], MinLen(1)] | Literal['auto'] = 1.0
-    """``latents = (raw - shift) * scale``; one number or one per channel. ``auto`` takes scale and shift from the
-    manifest of the training data: published for their autoencoder, or measured in each channel."""
+    """``latents = (raw - shift) * scale``; one number or one per channel; ``auto``: both from the data's manifest."""
     latent_shift: _Shift | Annotated[list[_Shift], MinLen(1)] = 0.0
     """As ``latent_scale``."""
     latent_normalization: Annotated[PerChannelNormalization | None, SkipValidation, _SECTION] = None

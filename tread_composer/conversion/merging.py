@@ -7,6 +7,7 @@ merged again by the next run, however this one ended.
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,9 +89,9 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
             f'{plan.name}: channel {int(std.argmin())} is the same in all samples; this is no data to train on'
         )
     channels, height, width = encoder.latent_shape
-    facts = {'mean': tuple(mean.tolist()), 'std': tuple(std.tolist())}
+    statistics: dict[str, Any] = {'mean': tuple(mean.tolist()), 'std': tuple(std.tolist())}
     published = encoder.published
-    scaling = Scaling.measured(**facts)
+    scaling = Scaling.measured(**statistics)
     if published is not None:
         scaling = Scaling(source=f'published for {published.name}', scale=(published.scale,), shift=(published.shift,))
     return Manifest(
@@ -103,7 +104,7 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
         num_samples=sum(part['samples'] for part in parts),
         num_classes=len(plan.source.class_names),
         class_names=plan.source.class_names,
-        **facts,
+        **statistics,
         scaling=scaling,
         background=encoder.background,
         permutation_seed=settings.seed,

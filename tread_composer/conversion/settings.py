@@ -161,9 +161,11 @@ class ImageSettings(Settings):
         if self.background == 'stored':
             return None
         try:
-            red, green, blue = ImageColor.getrgb(self.background)
+            colour = ImageColor.getrgb(self.background)
         except ValueError:
+            colour = ()
+        if len(colour) != 3:  # with an alpha of its own, or none
             raise UserError(
                 f"--background {self.background}: no colour; give a name such as white, '#rrggbb', or stored"
-            ) from None
-        return red, green, blue
+            )
+        return colour
