@@ -76,7 +76,7 @@ def test_an_autoencoder_without_variance_trains_draws_and_decodes(folder, capsys
     assert 'auto' not in re.findall(r'latent_scale:\s*(\S+)', saved)[0]  # the numbers
     assert (folder / 'runs' / 'tiny' / 'samples' / 'ba000002.png').stat().st_size > 1000
     capsys.readouterr()
-    words = ['sample', 'runs/tiny', '--out', 'drawn', '--count', '3', '--num-steps', '2', '--format', 'png']
+    words = ['sample', 'runs/tiny', '--out', 'drawn', '--count', '3', '--steps', '2', '--format', 'png']
     assert main(words) == 0, capsys.readouterr().err
     images = [Image.open(path) for path in sorted((folder / 'drawn').rglob('*.png')) if path.parent.name != 'drawn']
     assert [image.size for image in images] == [(16, 16)] * 3
