@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.encoding import Encoder, image_encoder
+from tread_composer.conversion.encoders import image_encoder
+from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.io.device import available_cores, choose_device, machine_for
@@ -76,36 +77,41 @@ def main() -> None:
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--widths', type=int, nargs='+', default=[8, 16, 16], help='channels of the autoencoder')
     parser.add_argument('--vae', help='a real autoencoder instead')
+    parser.add_argument('--source', help='a folder of class folders with JPEGs instead of images made here')
+    parser.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
     parser.add_argument('--repeats', type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_images(folder / 'in', options.images)
+        source = Path(options.source or folder / 'in')
+        if options.source is None:
+            make_images(source, options.images)
+        files = sorted(source.glob('*/*'))
         if options.vae is None:
             make_vae(folder / 'vae', options.widths)
         vae = options.vae or str(folder / 'vae')
-        size = {'resolution': options.resolution, 'batch_size': options.batch_size, 'workers': options.workers}
+        size = {name: getattr(options, name) for name in ('resolution', 'batch_size', 'workers', 'precision')}
         device = choose_device(None, 0)
-        paths = sorted((folder / 'in').glob('*/*'))[: 2 * options.batch_size]
+        paths = files[: 2 * options.batch_size]
         began = time.perf_counter()
         decoded = np.stack([decode_image(path.read_bytes(), options.resolution) for path in paths])
         decoding = len(paths) / (time.perf_counter() - began)
         batches = list(torch.from_numpy(decoded).split(options.batch_size))
         rows = []
         for repeat in range(options.repeats):
-            settings = ImageSettings(source=str(folder / 'in'), out=str(folder / f'out{repeat}'), vae=vae, **size)
+            settings = ImageSettings(source=str(source), out=str(folder / f'out{repeat}'), vae=vae, **size)
             with machine_for(device, options.workers, 1):
                 threads, encoder = torch.get_num_threads(), image_encoder(settings, device)
                 encoder_alone(encoder, batches, 1)  # warm
-                alone = encoder_alone(encoder, batches, max(1, options.images // len(paths)))
+                alone = encoder_alone(encoder, batches, max(1, len(files) // len(paths)))
             began = time.perf_counter()
             Conversion(settings, functools.partial(image_encoder, settings), lambda line: None).run()
-            rows.append((alone, options.images / (time.perf_counter() - began)))
+            rows.append((alone, len(files) / (time.perf_counter() - began)))
     print(
         f'{platform.processor() or platform.machine()}, {available_cores()} cores, torch {torch.__version__}, {device}'
     )
-    print(f'{options.images} JPEGs of 500 x 375 to {options.resolution} x {options.resolution}, both views, batches of '
-          f'{options.batch_size}; {threads} encoder threads, {options.workers} workers; '
+    print(f'{len(files)} images of {source.name} to {options.resolution} x {options.resolution}, both views, batches '
+          f'of {options.batch_size}, {options.precision}; {threads} encoder threads, {options.workers} workers; '
           f'decoding alone {decoding:.0f} images/s per core')  # fmt: skip
     print('repeat | encoder alone | whole conversion | ratio')
     for repeat, (alone, whole) in enumerate(rows):

@@ -54,7 +54,12 @@ def test_the_plan_shows_the_numbers(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(['plan', str(YAMLS / 'digits_fasterdit.yaml')]) == 0
     text = capsys.readouterr().out
-    assert 'latent_normalization' not in text and '1.0895' in text and '-0.389027' in text
+    assert (
+        'latent_normalization:' not in text
+        and 'std 0.820 for the network' in text
+        and '1.0895' in text
+        and '-0.389027' in text
+    )
     words = ['algorithms.direction_schedule={start_time: 0.1dur, end_time: 0.5dur}']
     assert main(['plan', str(YAMLS / 'digits_fasterdit.yaml'), *words]) == 0
     assert 'end_time: 0.5dur' in capsys.readouterr().out

@@ -1,12 +1,16 @@
 """The second door as a user walks through it: JPEGs, conversion, verification, routed training, decoded samples."""
 
+import re
 import sys
 
 import pytest
+from PIL import Image
 
 from tests.conversion.layouts import pictures, write_folders
-from tests.conversion.worlds import make_vae, manifest
+from tests.conversion.worlds import make_tiny, make_vae, manifest
 from tests.runs import ROOT, SMALL, checkpoint, launch, launch_here
+from tread_composer.cli import main
+from tread_composer.cli.convert import convert_main as convert
 from tread_composer.cli.convert import inspect_main as inspect
 from tread_composer.cli.convert import verify_main as verify
 
@@ -54,3 +58,29 @@ def test_they_train_with_a_route(folder):
     assert done.returncode == 0, done.stdout + done.stderr
     plain = checkpoint(folder, 'plain')['model']
     assert not all(bool((plain[name] == weights[name]).all()) for name in plain)
+
+
+def test_an_autoencoder_without_variance_trains_draws_and_decodes(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    make_tiny(folder / 'tiny')
+    words = ['--source', 'images', '--out', 'tiny_latents', '--autoencoder', 'tiny', '--resolution', '16']
+    assert convert([*words, '--workers', '0']) == 0
+    own = (
+        'run_name=tiny', 'save_folder=runs/tiny', 'autoencoder={name: pretrained, path: tiny}', 'latent_scale=auto',
+        'data={name: latents, local: tiny_latents, num_workers: 0, kind: samples}', 'max_duration=2ba',
+    )  # fmt: skip
+    done = launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'std 1.000 for the network' in done.stdout + done.stderr
+    saved = (folder / 'runs' / 'tiny' / 'config.yaml').read_text()
+    assert 'auto' not in re.findall(r'latent_scale:\s*(\S+)', saved)[0]  # the numbers
+    assert (folder / 'runs' / 'tiny' / 'samples' / 'ba000002.png').stat().st_size > 1000
+    capsys.readouterr()
+    words = ['sample', 'runs/tiny', '--out', 'drawn', '--count', '3', '--steps', '2', '--format', 'png']
+    assert main(words) == 0, capsys.readouterr().err
+    images = [Image.open(path) for path in sorted((folder / 'drawn').rglob('*.png')) if path.parent.name != 'drawn']
+    assert [image.size for image in images] == [(16, 16)] * 3
+    # Another autoencoder of the same shapes does not decode what this one has made.
+    make_tiny(folder / 'tiny', seed=1)
+    assert main([*words, '--out', 'again']) == 2
+    assert 'not those that made the latents' in capsys.readouterr().err

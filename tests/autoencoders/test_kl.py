@@ -86,13 +86,6 @@ def test_a_mistyped_folder_is_refused_without_asking_the_network(path: str):
         KL(path).network  # noqa: B018
 
 
-def test_folders_without_weights_and_pickled_weights_are_refused(tmp_path: Path):
-    pickled = make_vae(tmp_path / 'pickled', safe_serialization=False)
-    for path in (str(tmp_path), pickled):
-        with pytest.raises(ValueError, match='no AutoencoderKL with safetensors weights'):
-            KL(path).network  # noqa: B018
-
-
 def test_wrong_sizes_are_refused(folder: str):
     with pytest.raises(ValueError, match='8 x 9 pixels: both sides must be multiples of 2'):
         KL(folder).encode(torch.zeros(1, 3, 8, 9))

@@ -1,4 +1,4 @@
-"""LDM against an implementation that reads the file's names directly and uses nothing but torch's functions."""
+"""File against an implementation that reads the file's names directly and uses nothing but torch's functions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tread_composer.autoencoders import KL, LDM, open_autoencoder
+from tread_composer.autoencoders import KL, File, Folder, open_autoencoder
 
 pytest.importorskip('diffusers')
 save_file = pytest.importorskip('safetensors.torch').save_file
@@ -173,7 +173,7 @@ ARCHITECTURES = {
 def test_encodes_and_decodes_as_the_layout_says(architecture: dict, suffix: str, tmp_path: Path):
     weights, levels = weights_of(**architecture), len(architecture['widths'])
     blocks, channels = architecture.get('blocks', 1), architecture['channels']
-    ldm, reference = LDM(write(tmp_path / f'vae{suffix}', weights)), Reference(weights)
+    ldm, reference = File(write(tmp_path / f'vae{suffix}', weights)), Reference(weights)
     step = 2 ** (levels - 1)
     assert (ldm.channels, ldm.downsampling) == (channels, step)
     pixels = torch.rand(2, 3, 8 * step, 4 * step) * 2 - 1
@@ -203,24 +203,24 @@ def test_encodes_and_decodes_as_the_layout_says(architecture: dict, suffix: str,
     ids=['state_dict', 'model', 'training parts', 'part of a larger model'],
 )
 def test_the_autoencoder_is_found_in_its_wrapping(wrap, small: Weights, tmp_path: Path):
-    ldm = LDM(write(tmp_path / 'vae.ckpt', wrap(small)))
-    assert ldm.weight_hash() == LDM(write(tmp_path / 'vae.safetensors', small)).weight_hash()
+    ldm = File(write(tmp_path / 'vae.ckpt', wrap(small)))
+    assert ldm.weight_hash() == File(write(tmp_path / 'vae.safetensors', small)).weight_hash()
 
 
 def test_hash_and_results_are_those_of_the_folder_that_diffusers_writes(small: Weights, tmp_path: Path):
-    ldm = LDM(write(tmp_path / 'vae.pt', {name: value.half() for name, value in small.items()}))
+    ldm = File(write(tmp_path / 'vae.pt', {name: value.half() for name, value in small.items()}))
     ldm.network.save_pretrained(tmp_path / 'folder')
     kl = KL(str(tmp_path / 'folder'))
     assert ldm.weight_hash() == kl.weight_hash()
     pixels = torch.rand(1, 3, 8, 8)
     assert torch.equal(ldm.encode(pixels), kl.encode(pixels)) and ldm.encode(pixels).dtype == torch.float32
-    other = LDM(write(tmp_path / 'other.pt', weights_of((32, 64), channels=3, seed=1)))
+    other = File(write(tmp_path / 'other.pt', weights_of((32, 64), channels=3, seed=1)))
     assert other.weight_hash() != ldm.weight_hash()
 
 
 def test_linear_attention_weights_are_the_same_as_convolutions_of_size_one(small: Weights, tmp_path: Path):
     flat = {name: value[..., 0, 0] if 'attn_1' in name and value.ndim == 4 else value for name, value in small.items()}
-    hashes = {LDM(write(tmp_path / f'{len(w["encoder.mid.attn_1.q.weight"].shape)}.pt', w)).weight_hash()
+    hashes = {File(write(tmp_path / f'{len(w["encoder.mid.attn_1.q.weight"].shape)}.pt', w)).weight_hash()
               for w in (small, flat)}  # fmt: skip
     assert len(hashes) == 1
 
@@ -260,7 +260,7 @@ def test_a_file_that_is_not_quite_such_an_autoencoder_is_refused(change, message
     weights = dict(small)
     change(weights)
     with pytest.raises(ValueError, match=message):
-        LDM(write(tmp_path / 'vae.pt', weights)).network  # noqa: B018
+        File(write(tmp_path / 'vae.pt', weights)).network  # noqa: B018
 
 
 class Anything:
@@ -280,12 +280,12 @@ def test_files_that_are_no_tensors_are_refused(tmp_path: Path, small: Weights):
         'vae.onnx': 'files end with one of',
     }.items():
         with pytest.raises(ValueError, match=message):
-            LDM(str(tmp_path / name)).network  # noqa: B018
+            File(str(tmp_path / name)).network  # noqa: B018
 
 
 def test_open_autoencoder_tells_files_from_folders(small: Weights, tmp_path: Path):
     path = write(tmp_path / 'vae.pt', small)
-    assert type(open_autoencoder(path)) is LDM and type(open_autoencoder('owner/name.of.it')) is KL
-    assert type(open_autoencoder(str(tmp_path / 'none.ckpt'))) is LDM  # and not asked of the hub
+    assert type(open_autoencoder(path)) is File and type(open_autoencoder('owner/name.of.it')) is Folder
+    assert type(open_autoencoder(str(tmp_path / 'none.ckpt'))) is File  # and not asked of the hub
     with pytest.raises(ValueError, match='no subfolder and no revision'):
         open_autoencoder(path, revision='main')

@@ -12,6 +12,7 @@ from tests.runs import YAMLS
 from tread_composer.config import ConfigError, check_files, check_machine, json_schema, load_config, part_names
 from tread_composer.config.trainer_settings import BUILT_BY_US, TrainerSettings, fsdp_section
 from tread_composer.config.tree import backbone_arguments
+from tread_composer.data.manifest import LatentFacts
 from tread_composer.objectives import CosMap, FlowMatching, LogitNormal, MinSNR, Mode, Uniform
 from tread_composer.routing import Route
 
@@ -40,16 +41,26 @@ def test_a_setting_builds_its_class_and_survives_the_resolved_file(base, write, 
     assert load_config(write('again.yaml', config.to_yaml())) == config
 
 
-def test_normalization_becomes_numbers(base, write):
-    config = load_config(base, ['latent_normalization={std: 0.7}', 'latent_scale=1.0', 'latent_shift=0.0'])
-    assert load_config(write('again.yaml', config.to_yaml())) == config and config.latent_normalization.std == 0.7
-    resolved = config.normalized(mean=[-1.25, 4.0], std=[3.0, 0.5])
-    assert resolved.latent_scale == [pytest.approx(0.7 / 3, rel=1e-5), 1.4] and resolved.latent_shift == [-1.25, 4.0]
+def facts(mean: tuple[float, ...], std: tuple[float, ...]) -> LatentFacts:
+    shape = {'channels': len(mean), 'latent_height': 4, 'latent_width': 4, 'num_classes': 0, 'class_names': ()}
+    return LatentFacts(mean=mean, std=std, autoencoder=None, **shape)
+
+
+@pytest.mark.parametrize(
+    ('words', 'strength'),
+    [(['latent_normalization={std: 0.7}', 'latent_scale=1.0', 'latent_shift=0.0'], 0.7), (['latent_scale=auto'], 1.0)],
+)
+def test_normalization_becomes_numbers(base, write, words, strength):
+    config = load_config(base, words)
+    assert load_config(write('again.yaml', config.to_yaml())) == config and config.scaled_by_data
+    resolved = config.normalized(facts((-1.25, 4.0), (3.0, 0.5)))
+    assert resolved.latent_scale == pytest.approx([strength / 3, strength / 0.5], rel=1e-5)
+    assert resolved.latent_shift == [-1.25, 4.0]
     assert 'latent_normalization' not in resolved.to_dict()
     assert load_config(write('resolved.yaml', resolved.to_yaml())).to_dict() == resolved.to_dict()
-    assert resolved.normalized(mean=[9.0, 9.0], std=[9.0, 9.0]) is resolved
+    assert resolved.normalized(facts((9.0, 9.0), (9.0, 9.0))) is resolved
     # The last bits of statistics differ between machines; the runs must not.
-    assert config.normalized(mean=[-1.25 * (1 + 1e-12), 4.0], std=[3.0 * (1 + 1e-12), 0.5]) == resolved
+    assert config.normalized(facts((-1.25 * (1 + 1e-12), 4.0), (3.0 * (1 + 1e-12), 0.5))) == resolved
 
 
 def test_several_routes(base):

@@ -12,7 +12,8 @@ import torch
 from tests.conversion.worlds import make_images, read
 from tread_composer.conversion.convert import Conversion
 from tread_composer.conversion.decoding import Batch, prepared_batches
-from tread_composer.conversion.encoding import ImageEncoder, image_encoder
+from tread_composer.conversion.encoders import image_encoder
+from tread_composer.conversion.encoding import ImageEncoder
 from tread_composer.conversion.parts import PartWriter
 from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
@@ -64,7 +65,7 @@ def test_another_encoder_is_one_small_class(tmp_path):
     Conversion(settings, functools.partial(Pooled, settings)).run()
     assert Manifest.load(out / 'train').latent_shape == (3, 4, 4) and verify(out) == []
     rows, data = read(out / 'train'), pixels(tmp_path, 16)
-    image = torch.from_numpy(data.prepare((tmp_path / 'in' / rows['name'][0]).read_bytes()))[None]
+    image = torch.from_numpy(data.prepare((tmp_path / 'in' / rows['name'][0]).read_bytes()).values)[None]
     expected = torch.nn.functional.avg_pool2d(image.float() / 127.5 - 1, 4)[0].half()
     np.testing.assert_array_equal(rows['latents'][0], expected.numpy())
 

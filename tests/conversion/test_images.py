@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tread_composer.conversion.images import UnreadableImage, decode_image
+from tread_composer.conversion.images import UnreadableImage, decode_image, read_image
 
 CHINA, FLOWER = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
 
@@ -128,16 +128,46 @@ def test_modes_become_rgb():
     assert np.abs(cmyk.astype(int) - pixels(SQUARE)).mean() < 8
 
 
-def test_transparency_is_dropped_not_blended():
-    see_through = SQUARE.convert('RGBA')
-    see_through.putalpha(0)
-    assert np.array_equal(decode_image(encoded(see_through), 64), pixels(SQUARE))
-    grey = SQUARE.convert('LA')
-    grey.putalpha(0)
-    assert np.array_equal(decode_image(encoded(grey), 64), GREY)
-    palette = SQUARE.convert('P', palette=Image.Palette.ADAPTIVE)
-    wanted = pixels(palette.convert('RGB'))
-    assert np.array_equal(decode_image(encoded(palette, transparency=0), 64), wanted)
+ALPHA = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))  # from left to right, 0 to 252
+
+
+def with_alpha(mode: str) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """A file with transparent parts; the colours that are stored, and how opaque each pixel is (0 to 1)."""
+    if mode in ('RGBA', 'LA'):
+        image = SQUARE.convert(mode)
+        image.putalpha(Image.fromarray(ALPHA))
+        return encoded(image), pixels(image.convert('RGB')), ALPHA / 255
+    if mode == 'P':
+        image = SQUARE.convert('P', palette=Image.Palette.ADAPTIVE)
+        return encoded(image, transparency=7), pixels(image.convert('RGB')), np.asarray(image) != 7
+    if mode == 'I;16':
+        values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+        grey = np.broadcast_to(np.round(values / 65535 * 255), (3, 64, 64))
+        return encoded(Image.fromarray(values), transparency=160), grey, values != 160
+    image = SQUARE.convert(mode)
+    colour = image.getpixel((3, 3))
+    data = np.asarray(image)
+    opaque = (data != colour).any(axis=-1) if mode == 'RGB' else data != colour
+    return encoded(image, transparency=colour), pixels(image.convert('RGB')), opaque
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'RGB', 'L', 'I;16'])
+def test_what_is_transparent_shows_the_background(mode):
+    data, colours, opacity = with_alpha(mode)
+    for background in ((255, 255, 255), (0, 128, 64)):
+        below = np.array(background).reshape(3, 1, 1)
+        found, is_transparent = read_image(data, 64, background)
+        assert is_transparent and np.abs(found - (colours * opacity + below * (1 - opacity))).max() <= 1
+    assert np.array_equal(decode_image(data, 64), read_image(data, 64, (255, 255, 255))[0])
+    stored, is_transparent = read_image(data, 64, None)
+    assert is_transparent and np.array_equal(stored, colours)
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA'])
+def test_an_opaque_alpha_channel_changes_nothing(mode):
+    data = encoded(SQUARE.convert(mode))
+    found, is_transparent = read_image(data, 64, (0, 128, 64))
+    assert not is_transparent and np.array_equal(found, pixels(SQUARE.convert(mode).convert('RGB')))
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'PPM'])

@@ -41,6 +41,30 @@ def make_vae(folder: Path, *, levels: int = 2, channels: int = 3, seed: int = 0,
     return str(folder)
 
 
+def make_tiny(folder: Path, seed: int = 0) -> str:
+    """A random ``AutoencoderTiny`` with 5 channels and downsampling 4."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    widths = {f'{part}_block_out_channels': (8, 8, 8) for part in ('encoder', 'decoder')}
+    blocks = {f'num_{part}_blocks': (1, 1, 1) for part in ('encoder', 'decoder')}
+    AutoencoderTiny(latent_channels=5, **widths, **blocks).save_pretrained(folder)
+    return str(folder)
+
+
+def make_dc(folder: Path) -> str:
+    """A random ``AutoencoderDC`` with 8 channels and downsampling 4."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {}
+    for part in ('encoder', 'decoder'):
+        parts |= {f'{part}_block_out_channels': (8, 8, 16), f'{part}_layers_per_block': (1, 1, 1)}
+        parts[f'{part}_block_types'] = 'ResBlock'
+    AutoencoderDC(latent_channels=8, **parts).save_pretrained(folder)
+    return str(folder)
+
+
 def read(folder: Path) -> dict[str, Any]:
     """All samples of a split in their order: column -> array (names: list)."""
     if list(folder.rglob('*.zstd')):

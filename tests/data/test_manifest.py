@@ -33,7 +33,18 @@ def test_moments_store_twice_the_channels(manifest: Manifest):
     assert (moments.latent_shape, moments.stored_shape) == ((1, 4, 6), (2, 4, 6))
 
 
-@pytest.mark.parametrize('key', sorted(Manifest.model_fields))
+def test_older_data_say_nothing_of_scaling_and_background(manifest: Manifest, tmp_path: Path):
+    content = json.loads(manifest.model_dump_json())
+    (tmp_path / 'manifest.json').write_text(
+        json.dumps({key: value for key, value in content.items() if key not in ('scaling', 'background')})
+    )
+    older = Manifest.load(tmp_path)
+    assert older == manifest and older.auto_scaling.source == 'measured'
+    assert older.auto_scaling.scale == pytest.approx([1 / std for std in manifest.std], rel=1e-5)
+    assert older.auto_scaling.shift == pytest.approx(manifest.mean, rel=1e-5)
+
+
+@pytest.mark.parametrize('key', sorted(Manifest.model_fields.keys() - {'scaling', 'background'}))
 def test_every_key_is_required_by_name(manifest: Manifest, tmp_path: Path, key: str):
     content = json.loads(manifest.model_dump_json())
     del content[key]
@@ -58,6 +69,8 @@ def test_every_key_is_required_by_name(manifest: Manifest, tmp_path: Path, key: 
         ({'mean': [float('nan')]}, 'mean.0: nan is not allowed'),
         ({'mean': [0.0, 0.0]}, 'mean has 2 entries for 1 channels'),
         ({'std': []}, 'std has 0 entries'),
+        ({'scaling': {'source': 'x', 'scale': [1.0, 2.0], 'shift': [0.0]}}, 'scaling.scale: one number, or one for'),
+        ({'scaling': {'source': 'x', 'scale': [-1.0], 'shift': [0.0]}}, 'scaling.scale.0: -1.0 is not allowed'),
         ({'class_names': ['a']}, 'class_names has 1 entries for num_classes=3'),
         ({'autoencoder': 'a/b'}, "autoencoder='a/b' with kind='pixels'"),
         ({'kind': 'moments'}, "autoencoder=None with kind='moments'"),

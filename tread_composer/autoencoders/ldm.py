@@ -8,115 +8,62 @@ The weights then live in diffusers' ``AutoencoderKL``, so ``weight_hash`` is the
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tread_composer.autoencoders.kl import KL, network_class
+from tread_composer.autoencoders.folder import network_class
 from tread_composer.core.errors import UserError
-from tread_composer.io.checkpoint_reader import read_pickled
 
-__all__ = ['LDM', 'open_autoencoder']
+__all__ = ['ldm_network']
 
 _GROUPS = 32  # of every group norm: the one number that no tensor shows, and a constant in that code
-_SUFFIXES = ('.safetensors', '.pt', '.pth', '.ckpt', '.bin')
 _ANCHOR = 'encoder.conv_in.weight'  # what stands before it is the prefix of the whole autoencoder
 # Losses, and the feature network with its projection that VA-VAE is aligned with: used in its training only.
 _TRAINING_ONLY = ('loss.', 'discriminator.', 'foundation_model.', 'linear_proj.')
 
 
-class LDM(KL):
-    """A frozen autoencoder from one file of the latent-diffusion layout; used like ``KL``.
-
-    The file is ``.safetensors``, or of ``torch.save`` (read without running code that it may name). The
-    tensors may stand under ``state_dict`` or ``model``, and behind a prefix such as ``first_stage_model.``.
+def ldm_network(tensors: Mapping[str, Tensor], path: str) -> Any:
+    """The ``AutoencoderKL`` of the tensors of a file, which may stand behind a prefix such as ``first_stage_model.``.
 
     Raises:
-        UserError: On first use: no such file, other contents, or a tensor that is missing, left over or of another
-            shape than the rest asks for; names it.
+        UserError: Other contents, or a tensor that is missing, left over or of another shape than the rest asks for;
+            names it.
     """
-
-    def _load(self) -> Any:
-        tensors = _own_tensors(_read(self.path), self.path)
-        with torch.device('meta'):  # the weights are in memory already
-            network = network_class(self.path)(**_architecture(tensors, self.path))
-        levels = len(network.config.block_out_channels)
-        empty = network.state_dict()
-        names = {name: _original_name(name, levels) for name in empty}
-        shapes = {names[name]: list(value.shape) for name, value in empty.items()}
-        # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
-        as_linear = {name: [*shape, 1, 1] for name, shape in shapes.items()}
-        held = {name: list(value.shape) for name, value in tensors.items()}
-        wrong = [
-            f'  {name}: {held.get(name, "missing")}, the rest asks for {shapes.get(name, "no such tensor")}'
-            for name in dict.fromkeys([*shapes, *held])
-            if held.get(name) not in (shapes.get(name), as_linear.get(name))
-        ]
-        if wrong:
-            raise UserError(
-                f'autoencoder {self.path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents\n'
-                + '\n'.join(wrong[:10])
-            )
-        weights = {name: tensors[names[name]].float().reshape(value.shape) for name, value in empty.items()}
-        network.load_state_dict(weights, assign=True)
-        return network
+    tensors = _own_tensors(tensors, path)
+    with torch.device('meta'):  # the weights are in memory already
+        network = network_class('AutoencoderKL', path)(**_architecture(tensors, path))
+    levels = len(network.config.block_out_channels)
+    empty = network.state_dict()
+    names = {name: _original_name(name, levels) for name in empty}
+    shapes = {names[name]: list(value.shape) for name, value in empty.items()}
+    # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
+    as_linear = {name: [*shape, 1, 1] for name, shape in shapes.items()}
+    held = {name: list(value.shape) for name, value in tensors.items()}
+    wrong = [
+        f'  {name}: {held.get(name, "missing")}, the rest asks for {shapes.get(name, "no such tensor")}'
+        for name in dict.fromkeys([*shapes, *held])
+        if held.get(name) not in (shapes.get(name), as_linear.get(name))
+    ]
+    if wrong:
+        raise UserError(
+            f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents\n'
+            + '\n'.join(wrong[:10])
+        )
+    weights = {name: tensors[names[name]].float().reshape(value.shape) for name, value in empty.items()}
+    network.load_state_dict(weights, assign=True)
+    return network
 
 
-def open_autoencoder(
-    path: str,
-    *,
-    id: str | None = None,  # noqa: A002 - as configurations have always written it
-    subfolder: str | None = None,
-    revision: str | None = None,
-    other_weights: bool = False,
-) -> KL:
-    """The autoencoder at ``path``: a file is an ``LDM``, a folder or a hub id a ``KL``. Loads nothing yet.
-
-    Args:
-        path: A file of the latent-diffusion layout, a folder of diffusers, or a hub id such as
-            ``stabilityai/sd-vae-ft-ema``.
-        id: What the manifest of the data calls it. (Default: ``path``.)
-        subfolder: Where in a folder or hub id it lies.
-        revision: Commit of a hub id.
-        other_weights: Decode with weights that are not those of the data, such as a fine-tuned decoder.
-
-    Raises:
-        UserError: ``subfolder`` or ``revision`` with a file.
-    """
-    if not Path(path).is_file() and Path(path).suffix not in _SUFFIXES:
-        autoencoder = KL(path, subfolder=subfolder, revision=revision)
-    elif subfolder is not None or revision is not None:
-        raise UserError(f'autoencoder {path!r} is one file, which has no subfolder and no revision; leave them out')
-    else:
-        autoencoder = LDM(path)
-    autoencoder.id, autoencoder.other_weights = id or autoencoder.path, other_weights
-    return autoencoder
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    suffix = Path(path).suffix
-    if suffix not in _SUFFIXES:
-        raise UserError(f'autoencoder {path!r}: files end with one of {", ".join(_SUFFIXES)}')
-    if not Path(path).is_file():
-        raise UserError(f'autoencoder {path!r}: no such file')
-    try:
-        content = load_file(path) if suffix == '.safetensors' else read_pickled(path)
-    except SafetensorError as error:
-        raise UserError(f'autoencoder {path!r}: no safetensors file, or a damaged one: {error}') from None
-    while isinstance(content, dict) and (nested := content.get('state_dict', content.get('model'))) is not None:
-        content = nested
-    if not isinstance(content, dict):
-        raise UserError(f'autoencoder {path!r}: holds a {type(content).__name__}, not names and tensors')
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _own_tensors(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+def _own_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """The autoencoder's tensors without their prefix, and without the parts that only its training needs."""
     prefixes = [name.removesuffix(_ANCHOR) for name in tensors if name == _ANCHOR or name.endswith(f'.{_ANCHOR}')]
+    if any('encoder.down_blocks.' in name for name in tensors):
+        raise UserError(
+            f'autoencoder {path!r}: a file of diffusers, whose architecture its config.json says; give the folder that '
+            f'holds both (the weights under the name diffusion_pytorch_model.safetensors)'
+        )
     if len(prefixes) != 1:
         raise UserError(
             f'autoencoder {path!r}: {len(prefixes)} tensors are named {_ANCHOR} (behind any prefix); a file of the '

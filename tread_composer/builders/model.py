@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tread_composer.autoencoders import KL
+from tread_composer.autoencoders import Pretrained
 from tread_composer.builders.run_data import check_expectations, planned_manifest
 from tread_composer.config import Config
 from tread_composer.config.registry import resolve
@@ -53,7 +53,7 @@ def build_model(
     Raises:
         UserError: The parts do not fit each other or the data.
     """
-    config = config.normalized(manifest.mean, manifest.std)
+    config = config.normalized(manifest)
     with torch.device('meta') if unfilled else contextlib.nullcontext():
         denoiser = build_denoiser(
             config,
@@ -67,7 +67,7 @@ def build_model(
         # device, for a constructor may compute.
         with torch.device('cpu'):
             autoencoder = config.autoencoder.build()
-        if isinstance(autoencoder, KL) and not autoencoder.other_weights:
+        if isinstance(autoencoder, Pretrained) and not autoencoder.other_weights:
             autoencoder.expected_hash = manifest.autoencoder_hash  # its weights are loaded when first used
         model = LatentDiffusion(
             denoiser,

@@ -49,9 +49,9 @@ def planned_manifest(config: Config) -> Manifest | None:
 
 
 def with_planned_numbers(config: Config) -> Config:
-    """The configuration with ``latent_normalization`` as numbers, if the data can be known yet; else as it is."""
-    manifest = None if config.latent_normalization is None else planned_manifest(config)
-    return config if manifest is None else config.normalized(manifest.mean, manifest.std)
+    """The configuration with scale and shift of the latents as numbers, if the data can be known yet; else as it is."""
+    manifest = planned_manifest(config) if config.scaled_by_data else None
+    return config if manifest is None else config.normalized(manifest)
 
 
 def prepare_data(config: Config) -> dict[str, Manifest]:

@@ -81,7 +81,7 @@ def check_run_folder(config: Config) -> None:
     if not path.exists() or not checkpoints_in(path.parent):
         return
     config = with_planned_numbers(config)
-    if config.latent_normalization is not None:
+    if config.scaled_by_data:
         return  # the data are not described here yet; compared once they are
     try:
         saved = _decisive_part(yaml.safe_load(path.read_text()))

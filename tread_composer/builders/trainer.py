@@ -11,7 +11,7 @@ from composer import Callback, Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from tread_composer.algorithms.rules import limits
-from tread_composer.autoencoders import KL
+from tread_composer.autoencoders import Pretrained
 from tread_composer.builders.model import build_model
 from tread_composer.builders.run_data import build_loaders, identity, prepare_data
 from tread_composer.builders.run_folder import (
@@ -52,7 +52,7 @@ def build_trainer(
         UserError: Data, checkpoint or run folder contradict the configuration.
     """
     splits = prepare_data(config) if splits is None else splits
-    config = config.normalized(splits['train'].mean, splits['train'].std)
+    config = config.normalized(splits['train'])
     check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
@@ -64,7 +64,9 @@ def build_trainer(
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
     callbacks = _callbacks(config, contract, skipped_batches)
-    if isinstance(model.autoencoder, KL) and any(isinstance(callback, SamplingCallback) for callback in callbacks):
+    if isinstance(model.autoencoder, Pretrained) and any(
+        isinstance(callback, SamplingCallback) for callback in callbacks
+    ):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
     loggers = [component.take() for component in config.loggers.values()]
     arguments = config.trainer_arguments()

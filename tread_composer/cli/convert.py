@@ -44,7 +44,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
     from tread_composer.conversion.convert import Conversion
-    from tread_composer.conversion.encoding import image_encoder
+    from tread_composer.conversion.encoders import image_encoder
 
     Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
 

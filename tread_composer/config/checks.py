@@ -154,6 +154,8 @@ def _rest(config: Config) -> Iterator[Problem]:
         value = getattr(config, name)
         if config.latent_normalization is not None and value != neutral:
             yield Problem((name,), f'{value}: latent_normalization decides that; remove one of the two')
+    if config.latent_scale == 'auto' and config.latent_shift != 0:
+        yield Problem(('latent_shift',), f'{config.latent_shift}: latent_scale: auto decides that; remove it')
     if config.precision_config is not None and config.precision_name != 'amp_fp8':
         yield Problem(('precision_config',), 'is for precision amp_fp8 only; take it out')
     if config.compile and config.compile_config is not None:

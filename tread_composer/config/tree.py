@@ -4,8 +4,7 @@ Sections that choose between kinds have a ``name``; the arguments of another kin
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
@@ -20,6 +19,7 @@ from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNo
 from tread_composer.config.trainer_settings import TrainerSettings
 from tread_composer.core.bounds import AtLeast1, Positive, Seed
 from tread_composer.core.masking import MASK, without_password
+from tread_composer.data.manifest import LatentFacts, Manifest, Scaling
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 
@@ -49,8 +49,8 @@ class Config(TrainerSettings):
     """The network; ``dit`` without a name."""
     objective: ComponentField
     """What the network learns."""
-    latent_scale: Positive | Annotated[list[Positive], MinLen(1)] = 1.0
-    """``latents = (raw - shift) * scale``; one number or one per channel."""
+    latent_scale: Positive | Annotated[list[Positive], MinLen(1)] | Literal['auto'] = 1.0
+    """``latents = (raw - shift) * scale``; one number or one per channel; ``auto``: both from the data's manifest."""
     latent_shift: _Shift | Annotated[list[_Shift], MinLen(1)] = 0.0
     """As ``latent_scale``."""
     latent_normalization: Annotated[PerChannelNormalization | None, SkipValidation, _SECTION] = None
@@ -106,19 +106,26 @@ class Config(TrainerSettings):
         """Arguments of the network's blocks that have one row for each token."""
         return tuple(getattr(resolve('backbone', self.model.name), 'token_arguments', ()))
 
-    def normalized(self, mean: Sequence[float], std: Sequence[float]) -> 'Config':
-        """The configuration with ``latent_normalization`` turned into numbers; itself if there is none.
+    @property
+    def scaled_by_data(self) -> bool:
+        """Whether scale and shift of the latents are yet to be taken from the training data."""
+        return self.latent_normalization is not None or self.latent_scale == 'auto'
 
-        A run keeps the numbers (``config.yaml``), so that resuming and evaluating do not depend on the manifest, whose
-        ``mean`` and ``std`` of each channel of the raw latents these are.
+    def normalized(self, data: Manifest | LatentFacts) -> 'Config':
+        """The configuration with ``auto`` and ``latent_normalization`` turned into numbers; itself if there is neither.
+
+        A run keeps the numbers (``config.yaml``), so that resuming and evaluating do not depend on the training data,
+        whose description this takes.
         """
-        if self.latent_normalization is None:
+        if not self.scaled_by_data:
             return self
-        # Statistics may differ in the last bits between machines; those must not tell two runs apart.
-        numbers = {
-            'latent_scale': [float(f'{self.latent_normalization.std / value:.6g}') for value in std],
-            'latent_shift': [float(f'{value:.6g}') for value in mean],
-        }
+        if self.latent_normalization is not None:
+            scaling = Scaling.measured(data.mean, data.std, self.latent_normalization.std)
+        else:
+            scaling = data.auto_scaling
+        numbers = {'latent_scale': list(scaling.scale), 'latent_shift': list(scaling.shift)}
+        if scaling.source != 'measured':  # one number for all channels
+            numbers = {name: values[0] if len(values) == 1 else values for name, values in numbers.items()}
         return self.model_copy(update={**numbers, 'latent_normalization': None})
 
     def trainer_arguments(self) -> dict[str, Any]:

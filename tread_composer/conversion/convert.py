@@ -214,4 +214,9 @@ class Conversion:
             unreadable = f', {lost:,} images were unreadable' if lost else ''
             place = os.path.join(self.settings.out, name)
             self.log(f'{name}: {manifest.num_samples:,} samples in {place}{unreadable}')
+            if finished.transparent:
+                place = f'on {manifest.background}'
+                if manifest.background == 'stored':
+                    place = 'with the colours that are stored there'
+                self.log(f'{name}: {finished.transparent:,} images are transparent in places: {place} (--background)')
         shutil.rmtree(self.output.scratch, ignore_errors=True)

@@ -37,6 +37,7 @@ class Prepared(NamedTuple):
     positions: list[int]  # those of the samples in the source
     unreadable: list[tuple[int, str]]  # positions of the others, and reasons
     problem: str | None  # why reading has to stop; not raised, for a worker's exception would carry its traceback
+    transparent: int = 0  # how many of the samples are images with transparent parts
 
 
 class _Batches(Dataset):
@@ -51,17 +52,20 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> Prepared:
         batch = self._batches[index]
         source = self._sources[batch.split]
-        samples, positions, unreadable, problem = [], [], [], None
+        samples, positions, unreadable, problem, transparent = [], [], [], None, 0
         for position in batch.positions:
             try:
-                samples.append(torch.from_numpy(self._prepare(source.read(position))))
+                sample = self._prepare(source.read(position))
+                samples.append(torch.from_numpy(sample.values))
                 positions.append(position)
+                transparent += sample.is_transparent
             except UnreadableImage as error:
                 unreadable.append((position, str(error)))
             except (UserError, OSError) as error:
                 problem = f'{batch.split}: {source.names[position]}: cannot be read: {error}'
                 break
-        return Prepared(batch, torch.stack(samples) if samples else None, positions, unreadable, problem)
+        stacked = torch.stack(samples) if samples else None
+        return Prepared(batch, stacked, positions, unreadable, problem, transparent)
 
 
 def prepared_batches(

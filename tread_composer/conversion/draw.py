@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tread_composer.autoencoders import KL, Pixels, to_tiles
+from tread_composer.autoencoders import Pixels, Pretrained, to_tiles
 from tread_composer.conversion.contents import Content, read_shard
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards
@@ -39,7 +39,7 @@ def draw(
     folder: str | Path,
     out: str | Path,
     *,
-    autoencoder: KL | None = None,
+    autoencoder: Pretrained | None = None,
     count: int = 64,
     mirrored: bool = False,
     seed: int = 0,

@@ -1,5 +1,6 @@
-"""Samples of a source to the numbers that are stored: for images the autoencoder, both views, half precision.
+"""Samples of a source to the numbers that are stored: for images both views, in half precision.
 
+Which network encodes them, a class in ``encoders/`` knows.
 Legend: B samples, C channels of the latent (S stored channels: 2C for moments), R resolution, h x w latent pixels.
 """
 
@@ -8,33 +9,39 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tread_composer.autoencoders import open_autoencoder, sample_moments
-from tread_composer.conversion.images import decode_image
+from tread_composer.autoencoders import Published
+from tread_composer.conversion.images import Colour, read_image
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.base import Source
 from tread_composer.conversion.sources.detect import open_sources
 from tread_composer.core.errors import UserError
-from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import Kind, columns, stored_shape
 
-__all__ = ['Encoded', 'Encoder', 'ImageEncoder', 'KLEncoder', 'PixelEncoder', 'image_encoder']
+__all__ = ['Encoded', 'Encoder', 'ImageEncoder', 'Sample']
 
 Encoded = Callable[[], list[np.ndarray]]
 """Waits for results on their way from the device: float16 ``[B, S, h, w]`` of the images, then of their mirror images
 if they are wanted."""
 
 
+class Sample(NamedTuple):
+    """What a worker prepares of a sample for the encoder."""
+
+    values: np.ndarray
+    is_transparent: bool = False
+
+
 class Encoder(ABC):
     """What stands between a source and shards, and what the manifest says about it."""
 
     device: torch.device
-    prepare: Callable[[Any], np.ndarray]  # of a sample as the source reads it; runs in worker processes
+    prepare: Callable[[Any], Sample]  # of a sample as the source reads it; runs in worker processes
     latent_shape: tuple[int, int, int]  # (C, h, w)
     content: dict[str, Any]  # what decides about the stored bytes: compared when a conversion is continued
     description: str  # one line for the log
@@ -46,6 +53,8 @@ class Encoder(ABC):
     crop: Any = 'center'
     autoencoder: str | None = None
     autoencoder_hash: str | None = None
+    background: str | None = None  # what transparent images stand on
+    published: Published | None = None  # scale and shift, if some are
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,6 +81,10 @@ class Encoder(ABC):
         """Encode what was prepared, ``[B, ...]``, of these positions in the split's source."""
 
 
+def _square(data: bytes, resolution: int, background: Colour | None) -> Sample:
+    return Sample(*read_image(data, resolution, background))
+
+
 class ImageEncoder(Encoder):
     """Encodes images and their mirror images: ``encode(flip(x))``, which is not ``flip(encode(x))``.
 
@@ -90,9 +103,13 @@ class ImageEncoder(Encoder):
                 f'--resolution {settings.resolution} is no multiple of {downsampling}, the downsampling of '
                 f'{settings.vae}'
             )
-        self.prepare = functools.partial(decode_image, resolution=settings.resolution)
+        self.background = settings.background
+        # No method: a worker gets what it needs, and not the network.
+        self.prepare = functools.partial(_square, resolution=self.resolution, background=settings.background_colour)
         self.latent_shape = (channels, side, side)
         self.content = {**self.facts, 'latent_shape': list(self.latent_shape)}
+        # Left out at what conversions did that were begun before there was a choice: they can still be continued.
+        self.content |= {} if settings.background_colour is None else {'background': settings.background}
         mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
         self.description = (
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '
@@ -137,55 +154,3 @@ class ImageEncoder(Encoder):
             return [view.numpy() for view in stored]
 
         return arrays
-
-
-class PixelEncoder(ImageEncoder):
-    """Pixels as they are."""
-
-    kind, title = 'pixels', 'pixels'
-
-    def __init__(self, settings: ImageSettings, device: torch.device) -> None:
-        super().__init__(settings, device, channels=3)
-        self.content |= {'store': 'pixels', 'precision': None}
-
-    def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
-        """The pixels."""
-        del purpose, positions
-        return pixels_B3RR
-
-
-class KLEncoder(ImageEncoder):
-    """Moments of a variational autoencoder, or the mean or one draw of each."""
-
-    _DTYPES: ClassVar = {'fp32': torch.float32, 'bf16': torch.bfloat16}
-
-    def __init__(self, settings: ImageSettings, device: torch.device) -> None:
-        assert settings.vae is not None  # else pixels are stored
-        network = open_autoencoder(settings.vae, subfolder=settings.vae_subfolder, revision=settings.vae_revision)
-        path, name = Path(settings.vae).resolve(), settings.vae
-        if path.exists():
-            name = path.stem if path.is_file() else path.name
-        self.network, self.autoencoder, self.autoencoder_hash = network, settings.vae_id or name, network.weight_hash()
-        self.kind = 'moments' if settings.store == 'moments' else 'samples'
-        self.title = f'{self.autoencoder} ({settings.store}, {settings.precision})'
-        notes = {'mean': '; posterior means', 'sample': f'; one draw of the posterior each, seed {settings.seed}'}
-        self.note = notes.get(settings.store, '')
-        super().__init__(settings, device, network.channels, network.downsampling)
-        self.content |= {'store': settings.store, 'precision': settings.precision}
-
-    def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
-        """Float32 ``[B, 2C, h, w]`` for moments, else ``[B, C, h, w]``."""
-        moments = self.network.encode(pixels_B3RR, dtype=self._DTYPES[self.settings.precision])
-        if self.settings.store == 'moments':
-            return moments
-        if self.settings.store == 'mean':
-            return moments.chunk(2, dim=1)[0]
-        # Keyed by the image, so that the draw depends on neither ranks nor batches.
-        random = KeyedRandom(self.settings.seed, 0, positions)
-        noise = random.normal(f'conversion/{purpose}', *self.latent_shape)
-        return sample_moments(moments, noise.to(moments.device))
-
-
-def image_encoder(settings: ImageSettings, device: torch.device) -> ImageEncoder:
-    """The encoder that the settings ask for. A new autoencoder is a class here."""
-    return (PixelEncoder if settings.vae is None else KLEncoder)(settings, device)

@@ -9,7 +9,10 @@ import warnings
 import numpy as np
 from PIL import Image
 
-__all__ = ['UnreadableImage', 'centre_crop', 'decode_image']
+__all__ = ['WHITE', 'Colour', 'UnreadableImage', 'centre_crop', 'decode_image', 'read_image']
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
 
 # Nothing else is tried: PIL would hand some formats to other programs (EPS to Ghostscript).
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
@@ -19,15 +22,20 @@ class UnreadableImage(ValueError):  # noqa: N818  (the name is the contract with
     """The file is not an image, or is damaged; the text says why."""
 
 
-def decode_image(data: bytes, resolution: int) -> np.ndarray:
-    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``.
+def decode_image(data: bytes, resolution: int, background: Colour | None = WHITE) -> np.ndarray:
+    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``. See ``read_image``."""
+    return read_image(data, resolution, background)[0]
+
+
+def read_image(data: bytes, resolution: int, background: Colour | None = WHITE) -> tuple[np.ndarray, bool]:
+    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``, and whether anything of the image is transparent.
 
     The content decides about the format, not the file's extension (ImageNet's ``n02105855_2933.JPEG`` is a PNG). Any
     mode becomes RGB by PIL's ``convert('RGB')``, as in ADM: grey is repeated, CMYK converted without a colour
-    profile, a palette looked up, transparency dropped (what the file stores below it shows). Grey of 16 bits is
-    scaled to 8, where PIL would clip it to white. An EXIF rotation is NOT applied, as in ADM: statistics and
-    reference batches of the published models come from images taken as they are stored. Of several frames the first
-    is used.
+    profile, a palette looked up. What is transparent shows ``background``; without one the colours that are stored
+    below it, as in ADM, which nobody was meant to see. Grey of 16 bits is scaled to 8, where PIL would clip it to
+    white. An EXIF rotation is NOT applied, as in ADM: statistics and reference batches of the published models come
+    from images taken as they are stored. Of several frames the first is used.
 
     Raises:
         UnreadableImage: PIL cannot decode all of it, or it has more pixels than any photograph. Damage in the middle of
@@ -38,7 +46,8 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray:
             warnings.simplefilter('ignore')  # about odd metadata; what matters is raised
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 image.load()
-                square = centre_crop(_to_rgb(image), resolution)
+                opaque, is_transparent = _to_rgb(image, background)
+                square = centre_crop(opaque, resolution)
     except UnreadableImage:
         raise
     except Exception as error:  # of damaged files the decoders raise anything: OSError, SyntaxError, MemoryError, ...
@@ -46,7 +55,7 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray:
         if isinstance(error, Image.UnidentifiedImageError):  # its own text is the address of a buffer
             reason = f'{len(data):,} bytes that are not an image of a known format'
         raise UnreadableImage(reason) from error
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), is_transparent
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -69,12 +78,29 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: Colour | None) -> tuple[Image.Image, bool]:
+    """RGB, and whether any pixel is transparent."""
     if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):
         raise UnreadableImage(f'mode {image.mode!r} of PIL has no known range of values')
     if image.mode.startswith('I'):  # I;16 and its byte orders; I is what PIL makes of a PPM with 16 bits
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImage(f'grey values from {values.min()} to {values.max()}, not within 16 bits')
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
-    return image.convert('RGB')
+        image = _to_8_bits(image)
+    if image.mode not in ('LA', 'La', 'PA', 'RGBA', 'RGBa') and 'transparency' not in image.info:
+        return image.convert('RGB'), False
+    coloured = (image.convert('LA') if image.mode == 'La' else image).convert('RGBA')
+    if coloured.getchannel('A').getextrema()[0] == 255:
+        return image.convert('RGB'), False
+    if background is None:
+        return coloured.convert('RGB'), True
+    canvas = Image.new('RGBA', image.size, (*background, 255))
+    canvas.alpha_composite(coloured)
+    return canvas.convert('RGB'), True
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UnreadableImage(f'grey values from {values.min()} to {values.max()}, not within 16 bits')
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
+    if 'transparency' in image.info:  # one value of the 16 bits
+        grey.putalpha(Image.fromarray((values != image.info['transparency']).astype(np.uint8) * 255))
+    return grey

@@ -7,6 +7,7 @@ merged again by the next run, however this one ended.
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from tread_composer.conversion.plan import SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
-from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Scaling
 from tread_composer.io.files import read_json, write_json
 
 __all__ = ['finish_split', 'refuse_too_many']
@@ -88,6 +89,11 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
             f'{plan.name}: channel {int(std.argmin())} is the same in all samples; this is no data to train on'
         )
     channels, height, width = encoder.latent_shape
+    statistics: dict[str, Any] = {'mean': tuple(mean.tolist()), 'std': tuple(std.tolist())}
+    published = encoder.published
+    scaling = Scaling.measured(**statistics)
+    if published is not None:
+        scaling = Scaling(source=f'published for {published.name}', scale=(published.scale,), shift=(published.shift,))
     return Manifest(
         format_version=FORMAT_VERSION,
         kind=encoder.kind,
@@ -98,8 +104,9 @@ def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest
         num_samples=sum(part['samples'] for part in parts),
         num_classes=len(plan.source.class_names),
         class_names=plan.source.class_names,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        **statistics,
+        scaling=scaling,
+        background=encoder.background,
         permutation_seed=settings.seed,
         tool_version=tread_composer.__version__,
         source=f'{plan.source.description}{plan.note}{encoder.note}',

@@ -86,6 +86,7 @@ class PartWriter:
         self._sums: list[np.ndarray] = []
         self._values_per_channel = 0
         self.unreadable: list[dict[str, str]] = []
+        self.transparent = 0  # images with transparent parts
 
     def write(self, views_BSHW: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str]) -> None:
         """Append rows: float16 latents of the images, then of their mirror images if there are any; labels and names.
@@ -119,6 +120,7 @@ class PartWriter:
             'sum': sum_of_values,
             'sum_of_squares': sum_of_squares,
             'unreadable': self.unreadable,
+            'transparent': self.transparent,
         }
         final = self._folder / part_name(self.part)
         try:
@@ -215,6 +217,7 @@ class BackgroundWriter:
             writer.unreadable.append({'name': source.names[position], 'reason': reason})
             unreadable.append(writer.unreadable[-1])
             refuse_too_many(plan, unreadable, self._settings)
+        writer.transparent += item.transparent
         if encoded is not None:
             labels = [int(source.labels[position]) for position in item.positions]
             writer.write(encoded(), labels, [source.names[position] for position in item.positions])

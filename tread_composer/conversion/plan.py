@@ -51,6 +51,11 @@ class SplitPlan:
         """Name and reason of each sample of the finished parts that could not be read."""
         return [entry for part in self.parts.values() for entry in part['unreadable']]
 
+    @property
+    def transparent(self) -> int:
+        """Images of the finished parts that have transparent pixels; of old parts none was counted."""
+        return sum(part.get('transparent', 0) for part in self.parts.values())
+
     def positions(self, part: int) -> np.ndarray:
         """Positions in the source of the samples of a part, in writing order."""
         return self.order[part * self.part_size : (part + 1) * self.part_size]

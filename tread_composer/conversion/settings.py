@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
+from PIL import ImageColor
 
+from tread_composer.conversion.images import Colour
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, check_request
 from tread_composer.io.device import available_cores
@@ -105,14 +107,17 @@ class ImageSettings(Settings):
     """A conversion of images. Without ``vae`` the pixels are kept; the command line says ``--pixels``.
 
     Args:
-        vae: Autoencoder: folder or hub id of diffusers, or a latent-diffusion checkpoint file.
+        vae: Autoencoder: folder or hub id of diffusers, a latent-diffusion checkpoint file, or the encoder of the taesd
+            repository.
         resolution: Side of the square images.
         vae_subfolder: Where in it the autoencoder lies, e.g. vae.
         vae_revision: Commit of a hub id; name one for results that can be repeated.
         vae_id: What the manifest calls it (the hub id, or the name of the folder or file).
-        store: moments are mean and log-variance, sampled whenever they are read; sample is one draw.
+        store: moments are mean and log-variance, sampled whenever they are read; sample is one draw (moments, where the
+            autoencoder has a variance).
         mirror: Do not store the mirrored images.
         precision: What the encoder computes in: fp32 without TF32, or autocast to bf16.
+        background: Colour that transparent images stand on; stored keeps what lies below the transparency.
         batch_size: Images per encoder call.
         workers: Decoding processes per rank; 0 decodes in the main process (its cores but one; without a GPU an
             eighth of them).
@@ -129,9 +134,10 @@ class ImageSettings(Settings):
     vae_subfolder: str | None = None
     vae_revision: str | None = None
     vae_id: str | None = None
-    store: Literal['moments', 'mean', 'sample'] = 'moments'
+    store: Literal['moments', 'mean', 'sample'] | None = None
     mirror: Annotated[bool, Flag('--no-mirror')] = True
     precision: Literal['fp32', 'bf16'] = 'fp32'
+    background: Annotated[str, Flag(metavar='COLOUR')] = 'white'
     batch_size: Annotated[int, Ge(1)] = 32
     workers: Annotated[int | None, Ge(0)] = None
     device: Device | None = None
@@ -147,3 +153,19 @@ class ImageSettings(Settings):
             if getattr(self, name) != getattr(ImageSettings, name):  # a dataclass keeps defaults as class attributes
                 flag = f'--{name.replace("_", "-")}'
                 raise UserError(f'{flag} says nothing without an autoencoder: give --autoencoder, or leave it')
+        _ = self.background_colour
+
+    @property
+    def background_colour(self) -> Colour | None:
+        """Red, green, blue; None for the colours that are stored below the transparency."""
+        if self.background == 'stored':
+            return None
+        try:
+            colour = ImageColor.getrgb(self.background)
+        except ValueError:
+            colour = ()
+        if len(colour) != 3:  # with an alpha of its own, or none
+            raise UserError(
+                f"--background {self.background}: no colour; give a name such as white, '#rrggbb', or stored"
+            )
+        return colour

@@ -8,6 +8,7 @@ than this file knows, is refused.
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind, stored_shape
 from tread_composer.io.files import write_atomically
 
-__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'read_class_names']
+__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'Scaling', 'read_class_names']
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'manifest.json'
@@ -60,16 +61,40 @@ class LatentFacts(_Latents):
     num_samples: _Count | None = None
     source: str | None = None
 
+    @property
+    def auto_scaling(self) -> 'Scaling':
+        """What ``latent_scale: auto`` means; ``UserError`` where the statistics of the data are not known."""
+        if not self.mean:
+            raise UserError('latent_scale: auto: nothing is known of the training data; give a number')
+        return Scaling.measured(self.mean, self.std)
+
     @classmethod
     def of(cls, manifest: 'Manifest') -> 'LatentFacts':
         """What a manifest says of these."""
         return cls(**{name: getattr(manifest, name) for name in cls.model_fields})
 
 
-class Manifest(_Latents):
-    """The manifest of one split. Frozen; every field is required, none may be added."""
+class Scaling(BaseModel):
+    """What ``latent_scale: auto`` means: ``latents = (raw - shift) * scale``, one number or one for each channel."""
 
-    autoencoder_hash: str | None  # of its weights, as `KL.weight_hash()` gives it; None for pixels
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, allow_inf_nan=False)
+
+    source: str  # `measured`, or for which autoencoder it is published
+    scale: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    shift: Annotated[tuple[float, ...], Field(min_length=1)]
+
+    @classmethod
+    def measured(cls, mean: Sequence[float], std: Sequence[float], strength: float = 1.0) -> 'Scaling':
+        """Each channel to mean 0 and the standard deviation ``strength``."""
+        # Statistics may differ in the last bits between machines; those must not tell two runs apart.
+        scale = tuple(float(f'{strength / value:.6g}') for value in std)
+        return cls(source='measured', scale=scale, shift=tuple(float(f'{value:.6g}') for value in mean))
+
+
+class Manifest(_Latents):
+    """The manifest of one split. Frozen; no field may be added, and only those are optional that older data lack."""
+
+    autoencoder_hash: str | None  # of its weights, as `weight_hash()` gives it; None for pixels
     resolution: _Count  # side of the image in pixels
     mean: tuple[float, ...]  # of each channel of the raw latents (for moments: of draws from the posterior)
     std: tuple[Annotated[float, Field(gt=0)], ...]  # standard deviation, likewise
@@ -81,18 +106,28 @@ class Manifest(_Latents):
     mirrored: bool  # whether the latents of the mirrored images are stored too
     permutation_seed: Annotated[int, Field(ge=0)] | None  # of the one permutation before writing; None for none
     tool_version: str  # of the tool that wrote the data
+    scaling: Scaling | None = None  # what training takes for `latent_scale: auto`; without it, what was measured
+    background: str | None = None  # the colour below transparent images; `stored`: their own, as in data without this
 
     @model_validator(mode='after')
     def _fields_agree(self) -> 'Manifest':
         for name in ('mean', 'std'):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f'{name} has {len(getattr(self, name))} entries for {self.channels} channels')
+        for name in ('scale', 'shift') if self.scaling is not None else ():
+            if len(getattr(self.scaling, name)) not in (1, self.channels):
+                raise ValueError(f'scaling.{name}: one number, or one for each of {self.channels} channels')
         for name in ('autoencoder', 'autoencoder_hash'):
             if (getattr(self, name) is None) != (self.kind == 'pixels'):
                 raise ValueError(
                     f'{name}={getattr(self, name)!r} with kind={self.kind!r}: null for pixels, else a text'
                 )
         return self
+
+    @property
+    def auto_scaling(self) -> Scaling:
+        """What training takes for ``latent_scale: auto``."""
+        return self.scaling or Scaling.measured(self.mean, self.std)
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ The network is built and run on torch's meta device: shapes only, no memory, no 
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.masking import printable
 from tread_composer.data.checks import check_shards
 from tread_composer.routing import Route
+from tread_composer.run.snr import latent_std
 
 __all__ = ['data_state', 'format_plan', 'make_plan']
 
 _GIB = 2**30
+_STRENGTHS = 0.5, 2.0  # of latents; noise schedules and losses are made for about 1
 
 
 def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]:
@@ -71,7 +74,25 @@ def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]
         'microbatch': micro,
         **_length(config, facts['num_samples']),
         'memory_gib': _memory(config, denoiser, facts, savers, micro),
+        'latent_strength': _latent_strength(config),
         **facts,
+    }
+
+
+def _latent_strength(config: Config) -> dict[str, Any] | None:
+    """How strong the latents are for the network, and where scale and shift come from; None without data."""
+    manifest = planned_manifest(config)
+    if manifest is None:
+        return None
+    source = 'latent_normalization'
+    if config.latent_normalization is None:
+        source = manifest.auto_scaling.source if config.latent_scale == 'auto' else 'configuration'
+    numbers = config.normalized(manifest)
+    return {
+        'std': latent_std(config, manifest),
+        'latent_scale': numbers.latent_scale,
+        'latent_shift': numbers.latent_shift,
+        'source': source,
     }
 
 
@@ -193,6 +214,7 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         'run': f'{config.run_name} in {config.save_folder or "no folder: nothing is saved"}',
         'data': state,
         'latents': f'{plan["channels"]} x {size} x {size}, {plan["num_classes"] or "no"} classes',
+        **_strength_rows(plan['latent_strength']),
         'model': f'{config.model.name}, {plan["depth"]} blocks, {plan["parameters"]:,} trainable parameters',
         'route': 'none: dense',
         **from_algorithms,
@@ -213,6 +235,24 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
     width = max(map(len, rows))
     table = printable('\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items()))
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
+
+
+def _strength_rows(strength: dict[str, Any] | None) -> dict[str, str]:
+    if strength is None:
+        return {}
+    std, (low, high) = strength['std'], _STRENGTHS
+    numbers = ', '.join(f'{name} {_in_brief(strength[name])}' for name in ('latent_scale', 'latent_shift'))
+    text = f'std {std:.3f} for the network: {numbers} ({strength["source"]})'
+    if not low <= std <= high:
+        text += f'. WARNING: outside of {low:g} to {high:g}, for which objectives and times are made'
+        text += '' if strength['source'] != 'configuration' else '; latent_scale: auto takes what fits these latents'
+    return {'latent strength': text}
+
+
+def _in_brief(value: float | Sequence[float]) -> str:
+    if not isinstance(value, Sequence):
+        return f'{value:g}'
+    return f'{value[0]:g}' if len(value) == 1 else f'{min(value):g} to {max(value):g} by channel'
 
 
 def _figure(gmacs: float) -> str:

@@ -78,7 +78,7 @@ def latent_std(config: Config, manifest: Manifest) -> float:
 
     That is of one distribution over all channels: channels whose means differ add to it.
     """
-    config = config.normalized(manifest.mean, manifest.std)
+    config = config.normalized(manifest)
     for name, value in (('latent_scale', config.latent_scale), ('latent_shift', config.latent_shift)):
         if isinstance(value, list) and len(value) != manifest.channels:
             raise UserError(

@@ -35,7 +35,7 @@ from tread_composer.run.rewind import rewind, skipped_batches
 
 __all__ = ['report', 'train']
 
-_PLAN_LINES = 10
+_PLAN_LINES = 11
 _DIST_TIMEOUT = 300.0  # seconds, Composer's default
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tread_composer import __version__
-from tread_composer.autoencoders import KL
+from tread_composer.autoencoders import Pretrained
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.core.precision import plain_float32
@@ -84,7 +84,7 @@ class _Job:
             self.cost = guidance_cost(model.denoiser, model.objective, request.sampling, **facts)
         except ValueError as error:
             raise UserError(str(error)) from None
-        if isinstance(model.autoencoder, KL):
+        if isinstance(model.autoencoder, Pretrained):
             _ = model.autoencoder.network  # loaded now, so that one that is missing or another one is refused at once
         elif request.decode_dtype != 'float32':
             raise UserError(f'--decode-dtype {request.decode_dtype}: this model has pixels, there is nothing to decode')

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tread_composer.autoencoders import open_autoencoder
+from tread_composer.autoencoders import open_autoencoder, published_scaling
 from tread_composer.conversion.contents import LOGVAR_RANGE
-from tread_composer.conversion.encoding import Encoded, Encoder
+from tread_composer.conversion.encoding import Encoded, Encoder, Sample
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.importers.settings import ImportSettings
 from tread_composer.conversion.sources.base import Source
@@ -35,6 +35,9 @@ class StoredLatents(Encoder):
             network = open_autoencoder(settings.autoencoder)
             channels, downsampling = network.channels, network.downsampling
             self.autoencoder_hash = network.weight_hash()
+            self.published = published_scaling(network.weight_file())
+            if self.kind == 'moments' and not network.is_variational:
+                raise UserError(f'--autoencoder {settings.autoencoder}: its latents have no variance, so no moments')
             if settings.channels not in (None, channels):
                 raise UserError(f'--channels {settings.channels}: the autoencoder has {channels}')
         factor = 2 if self.kind == 'moments' else 1
@@ -95,7 +98,7 @@ class StoredLatents(Encoder):
             )
         return shape
 
-    def _raw_views(self, views: list[np.ndarray]) -> np.ndarray:
+    def _raw_views(self, views: list[np.ndarray]) -> Sample:
         """Raw latents, float16 ``[V, K, H, W]``."""
         for array in views:
             if array.shape != self._stored or array.dtype.kind != 'f':
@@ -110,7 +113,7 @@ class StoredLatents(Encoder):
             logvar = stored_VKHW[:, channels:] - 2 * np.log(np.abs(self._scale_C11))
             raw_VKHW = np.concatenate([raw_VKHW, logvar.clip(*LOGVAR_RANGE)], axis=1)
         with np.errstate(over='ignore'):  # whoever writes them refuses what is not finite
-            return raw_VKHW.astype(np.float16)
+            return Sample(raw_VKHW.astype(np.float16))
 
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """The one split."""
