@@ -34,7 +34,7 @@ def windows(folder: Path) -> dict[int, float]:
         client, run = store_of(config, folder)
     except UserError as error:
         sys.exit(f'{folder}: {error}')
-    losses = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, LOSS)}
+    losses = {entry.step + 1: entry.value for entry in client.get_metric_history(run.info.run_id, LOSS)}
     means = {}
     for end in range(WINDOW, UNTIL + 1, WINDOW):
         values = [losses[batch] for batch in range(end - WINDOW + 1, end + 1) if batch in losses]

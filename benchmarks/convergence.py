@@ -204,7 +204,8 @@ def measurements(benchmark: Benchmark, folder: Path, teraflops: float) -> Points
         return {entry.step: entry.value for entry in client.get_metric_history(latest.info.run_id, key)}
 
     with open(folder / 'loss.csv', 'w', newline='') as file:
-        csv.writer(file).writerows([('batch', 'loss'), *sorted(history(LOSS).items())])
+        losses = sorted((step + 1, loss) for step, loss in history(LOSS).items())  # logged before the batch counts
+        csv.writer(file).writerows([('batch', 'loss'), *losses])
     # Composer's clock of training time counts what callbacks do, so the rate of undisturbed windows is taken.
     rate = statistics.median(history('throughput/batches_per_sec').values())
     quality: dict[int, dict[str, float]] = {}
