@@ -1,5 +1,6 @@
 """What a conversion is asked to do, checked once. Each field is a flag of the command line."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,6 +67,11 @@ class Settings:
         """The local folder with everything but uploaded shards: ``out``, or ``work`` for a URL."""
         return Path(self.work if self.is_remote and self.work else self.out).expanduser().absolute()
 
+    @property
+    def places_read(self) -> tuple[str, ...]:
+        """Files and folders that are only ever read."""
+        return (self.source,)
+
     def workers_of_rank(self, on_gpu: bool, ranks_here: int) -> int:
         """Decoding processes: as given, or the share of one of ``ranks_here`` of the cores but one.
 
@@ -91,12 +97,12 @@ class Settings:
             scheme = self.out.split(':')[0]
             if scheme not in schemes:
                 raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {sorted(schemes)}')
-        source = Path(self.source).expanduser().resolve()
         places = [self.state, *([Path(self.remote)] if self.remote and '://' not in self.remote else [])]
-        for place in places:
+        for place, name in itertools.product(places, self.places_read):
+            source = Path(name).expanduser().resolve()
             if source.is_dir() and place.resolve().is_relative_to(source):
                 raise UserError(
-                    f'{place} lies inside the source {self.source}, which is only ever read; choose a folder elsewhere'
+                    f'{place} lies inside the source {name}, which is only ever read; choose a folder elsewhere'
                 )
 
 
