@@ -24,6 +24,8 @@ class Settings:
         seed: Seed of the one permutation before writing.
         part_size: Samples that are finished, or after an interruption made anew, together.
         work: With a URL as --out: local folder that remembers what is done.
+        engine: Who makes the parts: the ranks that a launcher has started, or workers of Ray.
+        ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
 
     Raises:
         UserError: A value is not allowed, or two contradict each other.
@@ -34,6 +36,8 @@ class Settings:
     seed: Annotated[int, Ge(0)] = 0
     part_size: Annotated[int, Ge(1)] = 8192
     work: str | None = None
+    engine: Literal['ranks', 'ray'] = 'ranks'
+    ray_workers: Annotated[int | None, Ge(1)] = None
     # What else a conversion of images can be told; of stored latents it is always the same.
     splits: tuple[str, ...] | None = field(default=None, init=False)
     held_out: int = field(default=0, init=False)
@@ -45,6 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_request(self)
         self._check_places()
+        if self.ray_workers and self.engine != 'ray':
+            raise UserError('--ray-workers: only with --engine ray')
 
     @property
     def content(self) -> dict[str, Any]:
