@@ -1,6 +1,7 @@
 """Ranks of several nodes: they meet or say why not, find out that they differ, and end with their launcher."""
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -197,6 +198,26 @@ def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     assert f'another process trains this run now (host {os.uname().nodename}, process {first.pid})' in second.stderr
     done = launch(tmp_path, [*words[:-1], 'max_duration=2ba'])
     assert done.returncode == 0, done.stderr
+
+
+def numbers(file: Path) -> list[tuple[str, float]]:
+    return [(entry['metric'], entry['value']) for entry in json.loads(file.read_text())]
+
+
+def test_evaluate_and_sweep_give_on_two_nodes_the_numbers_of_one(routed, tmp_path):
+    shared = ['--reference', 'digits', '--features', 'digits', '--count', '100', '--device', 'cpu', '--steps', '2']
+    program = [sys.executable, '-m', 'tread_composer']
+    for name, words in {
+        'evaluate': ['--samples-folder', '{}-drawn', '--out', '{}/results.json'],
+        'sweep': ['--guidance-scale', '1', '1.5', '--out', '{}'],
+    }.items():
+        for start in ('one', 'two'):
+            (tmp_path / f'{name}-{start}').mkdir()
+            whole = [*program, name, str(routed.folder), *shared, *(word.format(f'{name}-{start}') for word in words)]
+            results = [launch(tmp_path, whole)] if start == 'one' else as_nodes(whole, tmp_path, [0, 1])
+            assert [done.returncode for done in results] == [0] * len(results), results
+        one, two = (numbers(tmp_path / f'{name}-{start}' / 'results.json') for start in ('one', 'two'))
+        assert one and one == two, name
 
 
 @needs_mounts

@@ -64,7 +64,7 @@ def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | No
         if request.engine == 'ray':
             job.draw_on_ray(undone)
         else:
-            ranks.check_shared(request.out, '--out')
+            ranks.check_shared(request.out, 'folder of the images')
             job.draw(undone, ranks)
         if ranks.is_first:
             with full_disk_in_words(request.out):
