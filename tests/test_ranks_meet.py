@@ -163,6 +163,17 @@ def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk
     assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
+@needs_mounts
+def test_sharded_checkpoints_on_disks_that_nodes_do_not_share_are_refused_before_training(tmp_path, monkeypatch):
+    """Each node would keep its own half, and no start could read both."""
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    sharded = 'parallelism_config={fsdp: {state_dict_type: sharded}}'
+    words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, *SHORT, sharded)
+    for done in as_nodes(words, tmp_path, [0, 1], 'runs'):
+        assert done.returncode == 2 and 'sharded' in done.stderr and 'Traceback' not in done.stderr, done
+    assert not list(tmp_path.rglob('*.distcp'))
+
+
 def test_nodes_with_other_settings_do_not_train(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'seed=${oc.decode:${oc.env:NODE}}')
     for done in as_nodes(words, tmp_path, [0, 1]):

@@ -98,7 +98,7 @@ class Conversion:
 
     def _make_parts_on_ray(self, plans: Plans) -> str:
         settings = self.settings
-        progress = Progress('', **_counts(plans), unit='images', log=self.log)
+        progress = Progress('', unit='images', **_counts(plans), log=self.log)
         unreadable = {name: plan.unreadable for name, plan in plans.items()}
 
         def done(unit: tuple[str, int], lost: list[dict[str, str]]) -> None:
@@ -222,7 +222,7 @@ def _undone(plans: Plans) -> list[tuple[str, int]]:
     return [part for plan in plans.values() for part in plan.undone]
 
 
-def _counts(plans: Plans) -> dict[str, int]:
+def _counts(plans: Plans) -> dict[str, Any]:
     """What progress begins with."""
     total, done = sum(len(plan.order) for plan in plans.values()), sum(plan.samples_done for plan in plans.values())
     return {'total': total, 'done_before': done}

@@ -243,7 +243,7 @@ def _connected() -> Iterator[Any]:
         yield ray
         return
     address = os.environ.get('RAY_ADDRESS', 'local')
-    alone = {'include_dashboard': False} if address == 'local' else {}
+    alone: dict[str, Any] = {'include_dashboard': False} if address == 'local' else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (OSError, RuntimeError, ValueError) as error:
