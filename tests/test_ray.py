@@ -47,11 +47,14 @@ def test_a_killed_worker_costs_its_part_and_the_bytes_are_those_of_ranks(tmp_pat
     log = [tmp_path / 'out', tmp_path / 'err']
     process = start_program([SCRIPT, *arguments], tmp_path, ray_variables, log)
 
-    def writing() -> list[Path]:
-        return list((tmp_path / 'ray' / 'train').glob('.writing-*'))
+    writers: list[int] = []
 
-    assert wait_until(writing, process), log[1].read_text()
-    os.kill(int(writing()[0].name.split('-')[2]), signal.SIGKILL)
+    def is_writing() -> bool:
+        writers.extend(int(path.name.split('-')[2]) for path in (tmp_path / 'ray' / 'train').glob('.writing-*'))
+        return bool(writers)
+
+    assert wait_until(is_writing, process), log[1].read_text()
+    os.kill(writers[0], signal.SIGKILL)
     process.join()
     printed = log[0].read_text()
     assert process.exitcode == 0, printed + log[1].read_text()
@@ -74,11 +77,8 @@ def test_a_cluster_that_runs_already_draws_the_images_of_ranks(routed, tmp_path,
         done = launch(tmp_path, [sys.executable, *sample, *engine], RAY_ADDRESS='auto', **variables)
         assert done.returncode == 0, done.stderr
         assert digests(tmp_path / 'ray') == digests(tmp_path / 'ranks')
-        # What a worker refuses ends the job in its words.
-        wrong = launch(
-            tmp_path, [sys.executable, *sample, 'x', '--engine', 'ray', '--ray-workers', '3'], RAY_ADDRESS='auto',
-            **variables,
-        )  # fmt: skip
+        many = [sys.executable, *sample, 'x', '--engine', 'ray', '--ray-workers', '3']
+        wrong = launch(tmp_path, many, RAY_ADDRESS='auto', **variables)
         assert wrong.returncode == 2 and '--ray-workers 3: more than the cores' in wrong.stderr
     finally:
         cluster.terminate()
