@@ -1,6 +1,7 @@
 """Ranks of several nodes: they meet or say why not, find out that they differ, and end with their launcher."""
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -162,6 +163,17 @@ def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk
     assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
+@needs_mounts
+def test_sharded_checkpoints_on_disks_that_nodes_do_not_share_are_refused_before_training(tmp_path, monkeypatch):
+    """Each node would keep its own half, and no start could read both."""
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    sharded = 'parallelism_config={fsdp: {state_dict_type: sharded}}'
+    words = command(ROOT / 'yamls' / 'digits_tread.yaml', *SMALL, *SHORT, sharded)
+    for done in as_nodes(words, tmp_path, [0, 1], 'runs'):
+        assert done.returncode == 2 and 'sharded' in done.stderr and 'Traceback' not in done.stderr, done
+    assert not list(tmp_path.rglob('*.distcp'))
+
+
 def test_nodes_with_other_settings_do_not_train(tmp_path):
     words = command(ROOT / 'yamls' / 'digits.yaml', *SMALL, 'seed=${oc.decode:${oc.env:NODE}}')
     for done in as_nodes(words, tmp_path, [0, 1]):
@@ -197,6 +209,26 @@ def test_a_second_process_is_refused_while_a_run_is_trained(tmp_path):
     assert f'another process trains this run now (host {os.uname().nodename}, process {first.pid})' in second.stderr
     done = launch(tmp_path, [*words[:-1], 'max_duration=2ba'])
     assert done.returncode == 0, done.stderr
+
+
+def numbers(file: Path) -> list[tuple[str, float]]:
+    return [(entry['metric'], entry['value']) for entry in json.loads(file.read_text())]
+
+
+def test_evaluate_and_sweep_give_on_two_nodes_the_numbers_of_one(routed, tmp_path):
+    shared = ['--reference', 'digits', '--features', 'digits', '--count', '100', '--device', 'cpu', '--steps', '2']
+    program = [sys.executable, '-m', 'tread_composer']
+    for name, words in {
+        'evaluate': ['--samples-folder', '{}-drawn', '--out', '{}/results.json'],
+        'sweep': ['--guidance-scale', '1', '1.5', '--out', '{}'],
+    }.items():
+        for start in ('one', 'two'):
+            (tmp_path / f'{name}-{start}').mkdir()
+            whole = [*program, name, str(routed.folder), *shared, *(word.format(f'{name}-{start}') for word in words)]
+            results = [launch(tmp_path, whole)] if start == 'one' else as_nodes(whole, tmp_path, [0, 1])
+            assert [done.returncode for done in results] == [0] * len(results), results
+        one, two = (numbers(tmp_path / f'{name}-{start}' / 'results.json') for start in ('one', 'two'))
+        assert one and one == two, name
 
 
 @needs_mounts

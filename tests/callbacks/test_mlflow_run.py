@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import time
 
+import psutil
 import pytest
 from composer.core import Callback
 from mlflow import MlflowClient
@@ -170,6 +171,10 @@ class End(Callback):
     def batch_end(self, state, logger):
         if int(state.timestamp.batch) == 3 and self.way in ('exception', 'swallowed'):
             raise RuntimeError('as asked for')
+        if int(state.timestamp.batch) == 3 and self.way == 'everything':
+            for child in psutil.Process().children(recursive=True):  # the watcher too, as a batch system does
+                child.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
         if int(state.timestamp.batch) == 3 and self.way.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.way))
 
@@ -178,9 +183,9 @@ class End(Callback):
             raise RuntimeError('as asked for')
 
 
-def train_and_end(folder, way):
+def train_and_end(folder, way, **settings):
     """In a process of its own. Nothing is closed, but where an exception is swallowed: the process's end has to do."""
-    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], run_name=way)
+    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], run_name=way, **settings)
     if way != 'swallowed':
         run.fit()
         return
@@ -201,6 +206,25 @@ def test_only_a_run_that_reached_its_end_is_finished(folder):
 
     wait_until(lambda: 'RUNNING' not in ends().values())  # until the watcher has imported MLflow
     assert ends() == {way: 'FINISHED' if way == 'nothing' else 'FAILED' for way in codes}
+
+
+def killed_with_its_watcher(folder, save_folder):
+    train_and_end(folder, 'everything', save_folder=save_folder, save_interval='2ba')
+
+
+@pytest.mark.parametrize('goes_on', [False, True])
+def test_the_next_start_says_that_a_run_died_together_with_its_watcher(tmp_path, capsys, goes_on):
+    process = start(killed_with_its_watcher, tmp_path, str(tmp_path / 'saved'))
+    process.join()
+    assert process.exitcode == -9
+    (dead,) = runs_of(tmp_path, 'deaths')[1]
+    assert dead.info.status == 'RUNNING'
+    latest = str(tmp_path / 'saved' / 'latest-rank0.pt') if goes_on else None
+    train(tmp_path, 'deaths', run_name='everything', load_path=latest)
+    assert f'run everything ({dead.info.run_id}) still counts as RUNNING' in capsys.readouterr().err
+    runs = runs_of(tmp_path, 'deaths')[1]
+    assert [run.info.status for run in runs] == (['FINISHED'] if goes_on else ['FAILED', 'FINISHED'])
+    assert 'and its watcher with it' in runs[0].data.tags['tread_composer.end']
 
 
 def test_a_plain_folder_as_tracking_uri_is_refused_with_the_remedy(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conversion.worlds import make_images, read
+from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.convert import Conversion
 from tread_composer.conversion.decoding import Batch, prepared_batches
 from tread_composer.conversion.encoders import image_encoder
@@ -109,3 +110,9 @@ def test_progress_adds_up_the_ranks(tmp_path):
         RankProgress(tmp_path, 0, total=1, done_before=0, log=lines.append).tick()
     RankProgress.clear(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_statistics_do_not_depend_on_the_order_in_memory():
+    rows = np.random.default_rng(0).normal(size=(3, 4, 16, 16)).astype(np.float16)
+    channels_last = np.ascontiguousarray(rows.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert channel_sums(rows, 'moments').tolist() == channel_sums(channels_last, 'moments').tolist()

@@ -10,7 +10,8 @@ job that died before its first checkpoint can be started again by the same comma
 
 **How the status comes about.** RUNNING from the start on. FINISHED when training reached ``Event.FIT_END`` (and the
 evaluation behind it ended), or an evaluation or prediction without training ended, or `MLflowRun.finished` was called.
-FAILED otherwise, whatever the reason: exception, SIGTERM, Ctrl-C. For ``kill -9`` see `run_watch`.
+FAILED otherwise, whatever the reason: exception, SIGTERM, Ctrl-C. For ``kill -9`` see `run_watch`; where its watcher
+was killed too, the next start of the run says so, and marks it with a tag.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from composer.core import Event, State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
-from tread_composer.callbacks.run_watch import OWNER_TAG, RunWatch
+from tread_composer.callbacks.run_watch import DEATH, END_TAG, OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
@@ -181,6 +182,12 @@ class MLflowRun(MLFlowLogger):
             assert experiment is not None  # made by the constructor
             runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{state.run_name}"')
             self._earlier = runs[0].info if runs else None
+            if self._earlier is not None and self._earlier.status == 'RUNNING':
+                client.set_tag(self._earlier.run_id, END_TAG, f'{DEATH}, and its watcher with it')
+                to_stderr(
+                    f'MLflow: run {state.run_name} ({self._earlier.run_id}) still counts as RUNNING: its process and '
+                    f'the watcher beside it died without a word (a job or a node that was killed?)'
+                )
         self._begin(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:

@@ -5,7 +5,7 @@ ever. The watcher waits on a pipe from the training process. The word ``finished
 status itself; a pipe that closes without it, or a parent that is gone, means that it could not.
 
 The file is started as a script and imports the standard library alone until it has something to report (10 MB). Where
-everything dies (a container, a batch system's whole job) the run stays RUNNING until it is resumed.
+everything dies (a container, a batch system's whole job) the run stays RUNNING until the next start says it.
 """
 
 import json
@@ -15,10 +15,14 @@ import subprocess
 import sys
 import time
 
-__all__ = ['OWNER_TAG', 'RunWatch']
+__all__ = ['DEATH', 'END_TAG', 'OWNER_TAG', 'RunWatch']
 
 OWNER_TAG = 'tread_composer.process'
 """The run's tag that names the process which writes to it: a watcher leaves a run alone that another has resumed."""
+
+END_TAG = 'tread_composer.end'
+"""The run's tag that says how it ended where it could not say so itself."""
+DEATH = 'the process died without a word (kill -9, out of memory?)'
 
 _WORD = b'finished\n'
 _POLL_SECONDS = 1.0
@@ -79,7 +83,7 @@ def _mark_failed(tracking_uri: str, run_id: str, owner: str) -> None:
     client = MlflowClient(tracking_uri)
     run = client.get_run(run_id)
     if run.info.status == 'RUNNING' and run.data.tags.get(OWNER_TAG) == owner:
-        client.set_tag(run_id, 'tread_composer.end', 'the process died without a word (kill -9, out of memory?)')
+        client.set_tag(run_id, END_TAG, DEATH)
         client.set_terminated(run_id, status='FAILED')
 
 

@@ -1,4 +1,4 @@
-"""The command lines of ``streaming_data/``: convert images, import latents, verify a data set, draw its samples.
+"""The command lines of ``streaming_data/``: convert images, import latents, merge data sets, verify, draw samples.
 
 Exit codes as in ``cli.program``; besides, 1 of verify for faults, and 130 for Ctrl-C. Slow libraries are imported once
 the words are right.
@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from tread_composer.cli.program import run_program
-from tread_composer.conversion.importers.settings import ImportSettings
+from tread_composer.conversion.importers.settings import ImportSettings, MergeSettings
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank
 from tread_composer.core.masking import printable
 from tread_composer.core.options import Device, Flag
 
-__all__ = ['convert_main', 'import_main', 'inspect_main', 'verify_main']
+__all__ = ['convert_main', 'import_main', 'inspect_main', 'merge_main', 'verify_main']
 
 _say = functools.partial(print, flush=True)
 
@@ -63,6 +63,22 @@ def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
     from tread_composer.conversion.importers.stored import StoredLatents
 
     Conversion(settings, functools.partial(StoredLatents, settings), _say).run(dry_run)
+
+
+def merge_data_sets(settings: MergeSettings, dry_run: bool = False) -> None:
+    """Join data sets that independent machines converted to one.
+
+    Classes are joined by name and all samples are permuted anew; the result is the one of a conversion of everything.
+
+    Args:
+        dry_run: Print the data sets, classes, expected size and whether it fits, and write nothing.
+
+    Example: data/first data/second --out data/all
+    """
+    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.importers.data_sets import DataSets
+
+    Conversion(settings, functools.partial(DataSets, settings), _say).run(dry_run)
 
 
 def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
@@ -134,5 +150,6 @@ def _program(command: Callable[..., Any], name: str, words: Sequence[str] | None
 # Each takes the words behind the program's name (those of this process by default) and returns the exit code.
 convert_main = functools.partial(_program, convert_images, 'convert_imagenet.py')
 import_main = functools.partial(_program, import_stored, 'import_latents.py')
+merge_main = functools.partial(_program, merge_data_sets, 'merge.py')
 verify_main = functools.partial(_program, verify_folder, 'verify.py')
 inspect_main = functools.partial(_program, draw_samples, 'inspect_latents.py')

@@ -57,13 +57,18 @@ class Content:
             raise ValueError(f'holds {numbers[0]} samples by its header, {shard.samples} by the index')
         self._bounds = numbers[1:].astype(np.int64)
 
-    def row(self, number: int) -> dict[str, Any]:
-        """Column -> value of the sample at a position of the shard; ``ValueError`` if it cannot be decoded."""
-        begin, end = self._bounds[number], self._bounds[number + 1]
+    def place(self, number: int) -> tuple[int, int]:
+        """Offset and size of the sample at a position of the shard; ``ValueError`` if it cannot lie there."""
+        begin, end = int(self._bounds[number]), int(self._bounds[number + 1])
         if not 0 <= begin < end <= len(self._data):
             raise ValueError('cut off or misplaced')
+        return begin, end - begin
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Column -> value of the sample at a position of the shard; ``ValueError`` if it cannot be decoded."""
+        begin, size = self.place(number)
         try:
-            return self._reader.decode_sample(self._data[begin:end])
+            return self._reader.decode_sample(self._data[begin : begin + size])
         except Exception as error:  # numpy, struct and unicode errors, by what was damaged
             raise ValueError('cannot be decoded') from error
 
@@ -74,7 +79,8 @@ def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:
     For moments x is a draw from the posterior, and the sums are its expectations: mean, and mean squared + variance.
     One row's sums do not depend on the other rows, so statistics do not depend on how rows came in batches.
     """
-    values = rows_BSHW.astype(np.float64)
+    # In one memory order: numpy adds up along memory, and encoders may give channels last.
+    values = rows_BSHW.astype(np.float64, order='C')
     if kind == 'moments':
         mean, logvar = np.split(values, 2, axis=1)
         mean_of_values, second = mean, mean**2 + np.exp(logvar)

@@ -1,7 +1,8 @@
 """The whole conversion: samples in, a latents data set out, on any number of ranks, interrupted at any moment.
 
-The first rank plans under a lock; rank r then makes every world_size-th missing part; the first rank merges. Nothing
-but the names of finished parts is remembered in between, so a killed conversion goes on where they end.
+The first rank plans under a lock; rank r then makes every world_size-th missing part, or workers of Ray make them all;
+the first rank merges. Nothing but the names of finished parts is remembered in between, so a killed conversion goes on
+where they end.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
-from tread_composer.conversion.decoding import Batch, Prepared, prepared_batches
-from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.merging import finish_split
+from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.making import Plans, RayPartMaker, make_parts
+from tread_composer.conversion.merging import finish_split, refuse_too_many
 from tread_composer.conversion.output import Output, refuse_foreign, refuse_if_too_large, size_in_words
-from tread_composer.conversion.parts import BackgroundWriter, done_parts, remove_unfinished
+from tread_composer.conversion.parts import done_parts, remove_unfinished
 from tread_composer.conversion.plan import SplitPlan, make_plans
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
@@ -28,13 +29,13 @@ from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
-from tread_composer.io.progress import RankProgress
+from tread_composer.io.progress import Progress, RankProgress
 from tread_composer.io.ranks import Ranks, check_equal
+from tread_composer.io.ray_pool import check_ray, on_ray
 
 __all__ = ['Conversion']
 
 Log = Callable[[str], None]
-Plans = dict[str, SplitPlan]
 
 
 class Conversion:
@@ -59,9 +60,12 @@ class Conversion:
         """
         settings, ranks = self.settings, self.ranks
         with contextlib.ExitStack() as stack:
-            device = ranks.agreed(lambda: choose_device(settings.device, ranks.local_rank))
-            self.workers = settings.workers_of_rank(device.type == 'cuda', ranks.local_world)
-            stack.enter_context(machine_for(device, self.workers, ranks.local_world))
+            if settings.engine == 'ray':
+                check_ray()
+            name = 'cpu' if settings.engine == 'ray' else settings.device  # this process then only plans
+            device = ranks.agreed(lambda: choose_device(name, ranks.local_rank))
+            workers = settings.workers_of_rank(device.type == 'cuda', ranks.local_world)
+            stack.enter_context(machine_for(device, workers, ranks.local_world))
             # The first rank has loaded (perhaps fetched) the weights before the others look for them.
             encoder_of_first = ranks.agreed(lambda: self._make_encoder(device) if ranks.is_first else None)
             self.encoder = ranks.agreed(lambda: encoder_of_first or self._make_encoder(device))
@@ -69,25 +73,52 @@ class Conversion:
             plans = ranks.from_first(ranks.agreed(lambda: self._plan(stack, dry_run) if ranks.is_first else None))
             if plans is None:
                 return
-            ranks.check_shared(self.folder, '--out')
-            progress = RankProgress(
-                self.output.scratch,
-                ranks.rank,
-                total=sum(len(plan.order) for plan in plans.values()),
-                done_before=sum(plan.samples_done for plan in plans.values()),
-                log=self.log,
-            )
-            try:
-                self._make_parts(plans, progress)
-            except UserError as error:
-                progress.tell_failure(str(error))
-                raise
-            ranks.wait_for_all(progress.tick)
+            if settings.engine == 'ray':
+                summary = self._make_parts_on_ray(plans)
+            else:
+                summary = self._make_parts_on_ranks(plans, workers)
             if ranks.is_first:
-                made = f'{"rank 0 made " if ranks.world > 1 else ""}{progress.summary()}'
-                self.log(made if any(plan.undone for plan in plans.values()) else 'all parts are there')
+                self.log(summary if any(plan.undone for plan in plans.values()) else 'all parts are there')
                 with full_disk_in_words(self.folder):
                     self._merge(plans)
+
+    def _make_parts_on_ranks(self, plans: Plans, workers: int) -> str:
+        """Every rank its share; returns what is to be said of it."""
+        ranks = self.ranks
+        ranks.check_shared(self.folder, '--out')
+        progress = RankProgress(self.output.scratch, ranks.rank, **_counts(plans), log=self.log)
+        try:
+            share = _undone(plans)[ranks.rank :: ranks.world]
+            make_parts(share, plans, self.encoder, self.settings, progress, workers=workers)
+        except UserError as error:
+            progress.tell_failure(str(error))
+            raise
+        ranks.wait_for_all(progress.tick)
+        return f'{"rank 0 made " if ranks.world > 1 else ""}{progress.summary()}'
+
+    def _make_parts_on_ray(self, plans: Plans) -> str:
+        settings = self.settings
+        progress = Progress('', unit='images', **_counts(plans), log=self.log)
+        unreadable = {name: plan.unreadable for name, plan in plans.items()}
+
+        def done(unit: tuple[str, int], lost: list[dict[str, str]]) -> None:
+            name, part = unit
+            unreadable[name] += lost
+            refuse_too_many(plans[name], unreadable[name], settings)
+            progress.add(len(plans[name].positions(part)))
+
+        on_ray(
+            _undone(plans),
+            RayPartMaker(settings, self._make_encoder, self.encoder.content, plans),
+            done,
+            scratch=self.output.scratch,
+            workers=settings.ray_workers,
+            device=settings.device,
+            log=self.log,
+        )
+        for name in plans:  # of workers that were lost
+            remove_unfinished(self.folder / name)
+        return progress.summary()
 
     def _plan(self, stack: contextlib.ExitStack, dry_run: bool) -> Plans | None:
         """Everything before the first sample is encoded; the lock is held until ``stack`` ends."""
@@ -174,36 +205,6 @@ class Conversion:
             undone = sum(len(plan.undone) for plan in plans)
             self.log(f'going on: {done:,} samples are done, {undone:,} parts are left')
 
-    def _make_parts(self, plans: Plans, progress: RankProgress) -> None:
-        """This rank's share: prepare in worker processes, encode here, write in the background."""
-        undone = [part for plan in plans.values() for part in plan.undone]
-        batches = [
-            Batch(name, part, positions)
-            for name, part in undone[self.ranks.rank :: self.ranks.world]
-            for positions in plans[name].batches(part, self.settings.batch_size)
-        ]
-        sources = {name: plan.source for name, plan in plans.items()}
-        # Before the thread below exists: forking a process that has threads can copy a lock that nobody will open.
-        items = iter(prepared_batches(sources, batches, self.encoder, workers=self.workers) if batches else ())
-        with BackgroundWriter(plans, self.encoder, self.settings) as writer:
-            for item in items:
-                writer.put(item, self._encoded(item), progress.tick)
-                progress.add(len(item.batch.positions))
-                progress.tick()
-
-    def _encoded(self, item: Prepared) -> Encoded | None:
-        if item.problem:
-            raise UserError(item.problem)
-        if item.samples is None:
-            return None
-        try:
-            return self.encoder(item.samples, item.batch.split, item.positions)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f'the GPU has too little memory for --batch-size {self.settings.batch_size}; lower it and run the same '
-                f'command again (finished parts stay)'
-            ) from error
-
     def _merge(self, plans: Plans) -> None:
         for name, plan in plans.items():
             if plan.is_finished:
@@ -220,3 +221,13 @@ class Conversion:
                     place = 'with the colours that are stored there'
                 self.log(f'{name}: {finished.transparent:,} images are transparent in places: {place} (--background)')
         shutil.rmtree(self.output.scratch, ignore_errors=True)
+
+
+def _undone(plans: Plans) -> list[tuple[str, int]]:
+    return [part for plan in plans.values() for part in plan.undone]
+
+
+def _counts(plans: Plans) -> dict[str, Any]:
+    """What progress begins with."""
+    total, done = sum(len(plan.order) for plan in plans.values()), sum(plan.samples_done for plan in plans.values())
+    return {'total': total, 'done_before': done}

@@ -18,9 +18,9 @@ from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['Output', 'refuse_foreign', 'refuse_if_too_large', 'size_in_words', 'upload']
+__all__ = ['RECORD', 'Output', 'refuse_foreign', 'refuse_if_too_large', 'size_in_words', 'upload']
 
-_RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
+RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
 
 class Output:
@@ -28,7 +28,7 @@ class Output:
 
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.state
-        self.scratch, self._record_path = self.folder / _SCRATCH, self.folder / _RECORD
+        self.scratch, self._record_path = self.folder / _SCRATCH, self.folder / RECORD
 
     def check(self) -> None:
         """Refuse a file in its place, or a folder that holds something else; writes nothing."""
@@ -36,9 +36,9 @@ class Output:
             raise UserError(f'{self.folder} is a file; --out and --work are folders')
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         # A kill between writing and renaming the record leaves it under the writer's name.
-        unfinished = f'{UNFINISHED}{_RECORD}'
+        unfinished = f'{UNFINISHED}{RECORD}'
         foreign = sorted(name for name in names if name not in (_LOCK, _SCRATCH) and not name.startswith(unfinished))
-        if foreign and _RECORD not in names:
+        if foreign and RECORD not in names:
             raise UserError(
                 f'{self.folder} holds {", ".join(foreign[:5])}, which no conversion of this tool wrote; choose a '
                 f'folder that is empty or does not exist yet'

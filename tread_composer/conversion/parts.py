@@ -30,7 +30,7 @@ from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json
 
-__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_unfinished']
+__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_unfinished', 'unreadable_in']
 
 _PART_FILE = 'part.json'
 _SHARD_BYTES = 1 << 26
@@ -55,6 +55,11 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
             )
         done[int(path.name)] = part
     return done
+
+
+def unreadable_in(folder: Path, part: int) -> list[dict[str, str]]:
+    """Name and reason of each sample that a finished part of a split lacks."""
+    return read_json(folder / part_name(part) / _PART_FILE)['unreadable']
 
 
 def remove_unfinished(folder: Path) -> None:

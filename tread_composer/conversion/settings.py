@@ -1,5 +1,6 @@
 """What a conversion is asked to do, checked once. Each field is a flag of the command line."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,8 @@ class Settings:
         seed: Seed of the one permutation before writing.
         part_size: Samples that are finished, or after an interruption made anew, together.
         work: With a URL as --out: local folder that remembers what is done.
+        engine: Who makes the parts: the ranks that a launcher has started, or workers of Ray.
+        ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
 
     Raises:
         UserError: A value is not allowed, or two contradict each other.
@@ -35,6 +38,8 @@ class Settings:
     seed: Annotated[int, Ge(0)] = 0
     part_size: Annotated[int, Ge(1)] = 8192
     work: str | None = None
+    engine: Literal['ranks', 'ray'] = 'ranks'
+    ray_workers: Annotated[int | None, Ge(1)] = None
     # What else a conversion of images can be told; of stored latents it is always the same.
     splits: tuple[str, ...] | None = field(default=None, init=False)
     held_out: int = field(default=0, init=False)
@@ -46,6 +51,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_request(self)
         self._check_places()
+        if self.ray_workers and self.engine != 'ray':
+            raise UserError('--ray-workers: only with --engine ray')
 
     @property
     def content(self) -> dict[str, Any]:
@@ -67,6 +74,11 @@ class Settings:
     def state(self) -> Path:
         """The local folder with everything but uploaded shards: ``out``, or ``work`` for a URL."""
         return Path(self.work if self.is_remote and self.work else self.out).expanduser().absolute()
+
+    @property
+    def places_read(self) -> tuple[str, ...]:
+        """Files and folders that are only ever read."""
+        return (self.source,)
 
     def workers_of_rank(self, on_gpu: bool, ranks_here: int) -> int:
         """Decoding processes: as given, or the share of one of ``ranks_here`` of the cores but one.
@@ -93,12 +105,12 @@ class Settings:
             scheme = self.out.split(':')[0]
             if scheme not in schemes:
                 raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {sorted(schemes)}')
-        source = Path(self.source).expanduser().resolve()
         places = [self.state, *([Path(self.remote)] if self.remote and '://' not in self.remote else [])]
-        for place in places:
+        for place, name in itertools.product(places, self.places_read):
+            source = Path(name).expanduser().resolve()
             if source.is_dir() and place.resolve().is_relative_to(source):
                 raise UserError(
-                    f'{place} lies inside the source {self.source}, which is only ever read; choose a folder elsewhere'
+                    f'{place} lies inside the source {name}, which is only ever read; choose a folder elsewhere'
                 )
 
 

@@ -31,7 +31,7 @@ __all__ = ['Log', 'evaluate_model', 'folder_of', 'is_model', 'measure_samples', 
 
 Log = Callable[[str], None]
 
-_NO_MATTER = ('out', 'batch_size', 'device', 'formats')  # to what the images are
+_NO_MATTER = ('out', 'batch_size', 'device', 'formats', 'engine', 'ray_workers')  # to what the images are
 # The part of a protocol that says how images came about.
 _DRAWN = (
     'weights', 'labels', 'seed', 'sampling', 'time_grid', 'weak', 'autoencoder', 'autoencoder_hash', 'decode_dtype',

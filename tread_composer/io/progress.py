@@ -73,6 +73,9 @@ class Progress:
             self._next = now + self._interval
             self._log(self._line(now))
 
+    def tick(self) -> None:
+        """Called often, while waiting too; here nobody else is to be heard."""
+
     def summary(self) -> str:
         """What this process did, for the end."""
         seconds = time.monotonic() - self._start

@@ -155,8 +155,13 @@ class Ranks:
         """Whether this one plans, reports and merges."""
         return self.rank == 0
 
-    agreed = staticmethod(agreed)
-    gathered = staticmethod(gathered)
+    def agreed(self, step: Callable[[], Result]) -> Result:
+        """See ``agreed``. Alone it asks nobody, even where the process belongs to a group."""
+        return agreed(step) if self.world > 1 else step()
+
+    def gathered(self, value: Value) -> list[Value]:
+        """See ``gathered``, and ``agreed`` here."""
+        return gathered(value) if self.world > 1 else [value]
 
     def from_first(self, value: Any) -> Any:
         """The value of rank 0, on all ranks."""

@@ -1,12 +1,14 @@
 """Drawing a set of images, on any number of ranks, interrupted at any moment.
 
-The first rank decides and holds the lock; rank r draws every world-th part that is not there yet; the first rank joins
-them. Nothing but finished parts is remembered in between.
+The first rank decides and holds the lock; rank r draws every world-th part that is not there yet, or workers of Ray
+draw them all; the first rank joins them. Nothing but finished parts is remembered in between.
 Shapes: B images drawn together, H x W pixels, C channels.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ import torch
 from tread_composer import __version__
 from tread_composer.autoencoders import Pretrained
 from tread_composer.autoencoders.pixels import to_uint8
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.core.precision import plain_float32
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
-from tread_composer.io.progress import RankProgress, silent
+from tread_composer.io.progress import Progress, RankProgress, silent
 from tread_composer.io.ranks import Ranks, check_equal
+from tread_composer.io.ray_pool import check_ray, on_ray
 from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, SamplesFolder
 from tread_composer.sample.outputs import WRITERS, write_grid, write_pngs
@@ -44,7 +47,10 @@ def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | No
     if not ranks.is_first:
         log = silent
     with contextlib.ExitStack() as stack:
-        device = ranks.agreed(lambda: choose_device(request.device, ranks.local_rank))
+        if request.engine == 'ray':
+            check_ray()
+        name = 'cpu' if request.engine == 'ray' else request.device  # this process then only plans
+        device = ranks.agreed(lambda: choose_device(name, ranks.local_rank))
         stack.enter_context(machine_for(device, 0, ranks.local_world))
         stack.enter_context(plain_float32(device))
         # The first rank has fetched what a hub id names before the others look for it.
@@ -55,11 +61,35 @@ def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | No
         if undone is None:
             log(f'{request.out}: finished already, nothing to do')
             return
-        ranks.check_shared(request.out, '--out')
-        job.draw(undone, ranks)
+        if request.engine == 'ray':
+            job.draw_on_ray(undone)
+        else:
+            ranks.check_shared(request.out, 'folder of the images')
+            job.draw(undone, ranks)
         if ranks.is_first:
             with full_disk_in_words(request.out):
                 job.finish()
+
+
+@dataclass(frozen=True)
+class RayDrawer:
+    """Travels to a worker of Ray and becomes what draws parts there."""
+
+    request: SamplesRequest
+    made_with: dict[str, Any]  # where the work was planned
+
+    def __call__(self, workers_here: int) -> Callable[[Sequence[int]], None]:
+        """Set up the machine and load the networks."""
+        device = choose_device(self.request.device, 0)
+        machine = contextlib.ExitStack()  # as long as the process lives
+        machine.enter_context(machine_for(device, 0, workers_here))
+        machine.enter_context(plain_float32(device))
+        job = _Job(self.request, device, silent, None)
+        if job.made_with != self.made_with:
+            raise ResumeError.from_differences(
+                'a worker of Ray', self.made_with, job.made_with, 'Give all machines the same files.'
+            )
+        return job.draw_parts
 
 
 class _Job:
@@ -147,30 +177,52 @@ class _Job:
 
     def draw(self, undone: Sequence[int], ranks: Ranks) -> None:
         """Draw and keep these parts; every rank takes its share, and waits for the others."""
-        folder, request, num_undone = self.folder, self.request, len(self.folder.indices(undone))
+        folder, num_undone = self.folder, len(self.folder.indices(undone))
         progress = RankProgress(
             folder.scratch, ranks.rank, total=folder.count, done_before=folder.count - num_undone, log=self.log
         )
-        # Interleaved: all ranks work on the beginning
-        own_parts, together = undone[ranks.rank :: ranks.world], max(1, request.batch_size // PART_SIZE)
-        chunks = [own_parts[start : start + together] for start in range(0, len(own_parts), together)]
         try:
-            batches = self.draws.images(self._images, map(folder.indices, chunks))
-            for chunk, (_, _, images_BHWC) in zip(chunks, batches, strict=True):
-                # The last part may be shorter
-                pieces = np.split(images_BHWC, range(PART_SIZE, len(images_BHWC), PART_SIZE))
-                for part, part_BHWC in zip(chunk, pieces, strict=True):
-                    with full_disk_in_words(request.out):
-                        if 'png' in request.formats:
-                            write_pngs(folder, part, part_BHWC, self.draws)
-                        folder.write_part(part, part_BHWC)
-                    progress.add(len(part_BHWC))
-                    progress.tick()  # prints, and learns whether another rank has failed
+            for chunk in self._chunks(undone[ranks.rank :: ranks.world]):  # interleaved: all work on the beginning
+                self.draw_parts(chunk)
+                progress.add(len(folder.indices(chunk)))
+                progress.tick()  # prints, and learns whether another rank has failed
         except UserError as error:
             progress.tell_failure(str(error))
             raise
         ranks.wait_for_all(progress.tick)
         self.about(f'{"rank 0 drew " if ranks.world > 1 else ""}{progress.summary()}')
+
+    def draw_on_ray(self, undone: Sequence[int]) -> None:
+        """Workers of Ray draw and keep these parts."""
+        folder, request, num_undone = self.folder, self.request, len(self.folder.indices(undone))
+        progress = Progress('', unit='images', total=folder.count, done_before=folder.count - num_undone, log=self.log)
+        on_ray(
+            self._chunks(undone),
+            RayDrawer(request, self.made_with),
+            lambda chunk, _: progress.add(len(folder.indices(chunk))),
+            scratch=folder.scratch,
+            workers=request.ray_workers,
+            device=request.device,
+            log=self.log,
+        )
+        self.about(progress.summary())
+
+    def draw_parts(self, chunk: Sequence[int]) -> None:
+        """Draw a few parts together, and keep each."""
+        folder, request = self.folder, self.request
+        ((_, _, images_BHWC),) = self.draws.images(self._images, [folder.indices(chunk)])
+        # The last part may be shorter
+        pieces = np.split(images_BHWC, range(PART_SIZE, len(images_BHWC), PART_SIZE))
+        with full_disk_in_words(request.out):
+            for part, part_BHWC in zip(chunk, pieces, strict=True):
+                if 'png' in request.formats:
+                    write_pngs(folder, part, part_BHWC, self.draws)
+                folder.write_part(part, part_BHWC)
+
+    def _chunks(self, parts: Sequence[int]) -> list[tuple[int, ...]]:
+        """Parts that fill a batch together."""
+        together = max(1, self.request.batch_size // PART_SIZE)
+        return [tuple(parts[start : start + together]) for start in range(0, len(parts), together)]
 
     def _images(self, labels: list[int], seeds: list[int]) -> np.ndarray:
         """One image for each label and seed, uint8 ``[B, H, W, C]``."""

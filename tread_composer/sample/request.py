@@ -39,6 +39,8 @@ class SamplesRequest:
         batch_size: Images in one call of a network; no image depends on it, up to rounding.
         device: Where to compute (a GPU if there is one).
         decode_dtype: What the autoencoder computes in.
+        engine: Who draws: the ranks that a launcher has started, or workers of Ray.
+        ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
         overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``; and
             ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
 
@@ -59,11 +61,15 @@ class SamplesRequest:
     batch_size: Annotated[int, Ge(1)] = 64
     device: Device | None = None
     decode_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    engine: Literal['ranks', 'ray'] = 'ranks'
+    ray_workers: Annotated[int | None, Ge(1)] = None
     overrides: Overrides = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_request(self)
         check_overrides(self.overrides)
+        if self.ray_workers and self.engine != 'ray':
+            raise UserError('--ray-workers: only with --engine ray')
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

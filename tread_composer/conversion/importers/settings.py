@@ -1,7 +1,7 @@
 """What an import is asked to do. Every fact that the files of a layout do not carry is asked for, with the reason."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from tread_composer.core.options import Flag, argument_docs
 from tread_composer.data.columns import Kind
 from tread_composer.data.manifest import read_class_names
 
-__all__ = ['ImportSettings']
+__all__ = ['ImportSettings', 'MergeSettings']
 
 Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit']
 
@@ -114,3 +114,36 @@ class ImportSettings(Settings):
         if 0 in scale:
             raise UserError(f'--stored-scale {scale}: no scale is zero')
         return tuple(np.array(values, np.float32).reshape(-1, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(Settings):
+    """Data sets that become one.
+
+    Args:
+        data_sets: Folders that conversions have finished.
+        class_names: File with the names of all classes in label order, one a line. Needed only where the data sets have
+            different classes in an order of their own.
+        workers: Reading processes per rank; 0 reads in the main process.
+    """
+
+    data_sets: Annotated[tuple[str, ...], Flag('DATA_SET')]
+    class_names: str | None = None
+    workers: Annotated[int | None, Ge(0)] = 0
+    source: str = field(default='', init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folders = [path.resolve() for path in self.folders]
+        if len(set(folders)) < max(len(folders), 2):
+            raise UserError(f'{", ".join(self.data_sets)}: give two data sets or more, each once')
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the data sets."""
+        return [Path(name).expanduser() for name in self.data_sets]
+
+    @property
+    def places_read(self) -> tuple[str, ...]:
+        """All data sets."""
+        return self.data_sets

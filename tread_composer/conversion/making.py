@@ -1,0 +1,89 @@
+"""Making parts: read and prepare in worker processes, encode here, write in the background."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tread_composer.conversion.decoding import Batch, Prepared, prepared_batches
+from tread_composer.conversion.encoding import Encoded, Encoder
+from tread_composer.conversion.parts import BackgroundWriter, unreadable_in
+from tread_composer.conversion.plan import SplitPlan
+from tread_composer.conversion.settings import Settings
+from tread_composer.core.errors import UserError
+from tread_composer.io.device import choose_device, machine_for
+from tread_composer.io.progress import Progress, silent
+
+__all__ = ['Plans', 'RayPartMaker', 'make_parts']
+
+Plans = dict[str, SplitPlan]
+Part = tuple[str, int]
+"""A split and a number."""
+
+
+def make_parts(
+    parts: Sequence[Part], plans: Plans, encoder: Encoder, settings: Settings, progress: Progress, *, workers: int
+) -> None:
+    """Make these parts, with so many processes that read.
+
+    Raises:
+        UserError: A sample, the disk or the GPU's memory is at fault; finished parts stay.
+    """
+    batches = [
+        Batch(name, part, positions)
+        for name, part in parts
+        for positions in plans[name].batches(part, settings.batch_size)
+    ]
+    sources = {name: plan.source for name, plan in plans.items()}
+    # Before the thread below exists: forking a process that has threads can copy a lock that nobody will open.
+    items = iter(prepared_batches(sources, batches, encoder, workers=workers) if batches else ())
+    with BackgroundWriter(plans, encoder, settings) as writer:
+        for item in items:
+            writer.put(item, _encoded(item, encoder, settings), progress.tick)
+            progress.add(len(item.batch.positions))
+            progress.tick()
+
+
+def _encoded(item: Prepared, encoder: Encoder, settings: Settings) -> Encoded | None:
+    if item.problem:
+        raise UserError(item.problem)
+    if item.samples is None:
+        return None
+    try:
+        return encoder(item.samples, item.batch.split, item.positions)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f'the GPU has too little memory for --batch-size {settings.batch_size}; lower it and run the same '
+            f'command again (finished parts stay)'
+        ) from error
+
+
+@dataclass(frozen=True)
+class RayPartMaker:
+    """Travels to a worker of Ray and becomes what makes a part there, and returns its unreadable samples."""
+
+    settings: Settings
+    make_encoder: Callable[[torch.device], Encoder]
+    content: dict[str, Any]  # of the encoder where the conversion was planned
+    plans: Plans
+
+    def __call__(self, workers_here: int) -> Callable[[Part], list[dict[str, str]]]:
+        """Set up the machine and load the encoder."""
+        settings, plans = self.settings, self.plans
+        device = choose_device(settings.device, 0)
+        workers = settings.workers_of_rank(device.type == 'cuda', workers_here)
+        contextlib.ExitStack().enter_context(machine_for(device, workers, workers_here))  # as long as the process lives
+        encoder = self.make_encoder(device)
+        for name, value in self.content.items():
+            if encoder.content[name] != value:
+                raise UserError(f'{name}: {encoder.content[name]!r} in a worker of Ray, planned was {value!r}')
+        progress = Progress('', unit='images', log=silent)
+
+        def make(part: Part) -> list[dict[str, str]]:
+            make_parts([part], plans, encoder, settings, progress, workers=workers)
+            name, number = part
+            return unreadable_in(settings.state / name, number)
+
+        return make
