@@ -6,6 +6,7 @@ Shapes: B images drawn together, H x W pixels, C channels.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, SamplesFolder
 from tread_composer.sample.outputs import WRITERS, write_grid, write_pngs
 from tread_composer.sample.request import SamplesRequest, draws_of
-from tread_composer.samplers import guidance_cost
+from tread_composer.samplers import Evaluations, guidance_cost
 from tread_composer.weights.trained import Trained, load_trained
 
 __all__ = ['generate']
@@ -67,6 +68,7 @@ class _Job:
 
     def __init__(self, request: SamplesRequest, device: torch.device, log: Log, trained: Trained | None) -> None:
         self.request, self.log, self.about = request, log, silent if trained else log
+        self.evaluations = Evaluations()  # of the images drawn last
         self.trained = trained or load_trained(
             request.path, weights=request.weights, device=device, overrides=request.overrides
         )
@@ -118,7 +120,7 @@ class _Job:
                 'run': trained.config.run_name,
                 'batch': trained.batch or None,
                 'class_names': list(trained.data.class_names),
-                'gmacs_per_image': cost.gmacs,
+                'gmacs_per_image': None if cost.evaluations is None else cost.gmacs,
                 'evaluations': cost.evaluations,
                 'guided_evaluations': cost.guided,
                 'tread_composer': __version__,
@@ -136,10 +138,10 @@ class _Job:
                 'have one more, and the protocol calls the labels "in turn", not "balanced"'
             )
         sampling, undone = self.request.sampling, self.folder.undone()
-        log(
-            f'{sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance}: '
-            f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
-        )
+        needs = f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
+        if cost.evaluations is None:
+            needs = f'as many evaluations of {cost.gmacs:.4g} GMACs as each image needs'
+        log(f'{sampling.in_words}, guidance {sampling.guidance}: {needs}')
         num_undone = len(self.folder.indices(undone))
         if num_undone < count:
             self.log(f'going on: {count - num_undone:,} of {count:,} images are there')
@@ -155,15 +157,17 @@ class _Job:
         own_parts, together = undone[ranks.rank :: ranks.world], max(1, request.batch_size // PART_SIZE)
         chunks = [own_parts[start : start + together] for start in range(0, len(own_parts), together)]
         try:
-            batches = self.draws.images(self._images, map(folder.indices, chunks))
+            within = lambda number: progress.within(number, 'evaluations')  # noqa: E731
+            batches = self.draws.images(functools.partial(self._images, within), map(folder.indices, chunks))
             for chunk, (_, _, images_BHWC) in zip(chunks, batches, strict=True):
                 # The last part may be shorter
                 pieces = np.split(images_BHWC, range(PART_SIZE, len(images_BHWC), PART_SIZE))
-                for part, part_BHWC in zip(chunk, pieces, strict=True):
+                taken = self.evaluations.taken if self.cost.evaluations is None else []
+                for place, (part, part_BHWC) in enumerate(zip(chunk, pieces, strict=True)):
                     with full_disk_in_words(request.out):
                         if 'png' in request.formats:
                             write_pngs(folder, part, part_BHWC, self.draws)
-                        folder.write_part(part, part_BHWC)
+                        folder.write_part(part, part_BHWC, taken[place * PART_SIZE : (place + 1) * PART_SIZE])
                     progress.add(len(part_BHWC))
                     progress.tick()  # prints, and learns whether another rank has failed
         except UserError as error:
@@ -172,11 +176,14 @@ class _Job:
         ranks.wait_for_all(progress.tick)
         self.about(f'{"rank 0 drew " if ranks.world > 1 else ""}{progress.summary()}')
 
-    def _images(self, labels: list[int], seeds: list[int]) -> np.ndarray:
+    def _images(self, within: Callable[[int], None], labels: list[int], seeds: list[int]) -> np.ndarray:
         """One image for each label and seed, uint8 ``[B, H, W, C]``."""
+        self.evaluations = Evaluations(within)
         request, batch_size = self.request, self.request.batch_size
         try:
-            latents = self.model.draw(labels, seeds, request.sampling, weak=self.weak, batch_size=batch_size)
+            latents = self.model.draw(
+                labels, seeds, request.sampling, weak=self.weak, batch_size=batch_size, evaluations=self.evaluations
+            )
             dtype = getattr(torch, request.decode_dtype)
             pixels = torch.cat([self.model.decode(chunk, dtype).cpu() for chunk in latents.split(batch_size)])
         except torch.OutOfMemoryError as error:
@@ -197,11 +204,15 @@ class _Job:
         trained, sampling, formats = self.trained, self.request.sampling, self.request.formats
         written = [WRITERS[name](self.folder, self.draws).name for name in formats if name in WRITERS]
         title = f'{trained.config.run_name}, batch {trained.batch or "unknown"}, {trained.weights} weights, '
-        title += f'{sampling.sampler} {sampling.num_steps} steps, guidance '
+        title += f'{sampling.in_words}, guidance '
         title += f'{sampling.guidance} {sampling.guidance_scale:g}'
         written += [write_grid(self.folder, self.draws, trained.data.class_names, title).name, RECORD]
         written += [f'{PLACES["png"]}/'] if 'png' in formats else []
-        self.folder.finish()
+        cost = self.cost
+        mean = self.folder.mean_taken() if cost.evaluations is None else None  # known before, of all others
+        self.folder.finish({} if mean is None else {'evaluations': mean, 'gmacs_per_image': mean * cost.gmacs})
+        if mean is not None:
+            self.about(f'{mean:.1f} evaluations and {mean * cost.gmacs:.4g} GMACs per image, on average')
         self.about(f'{self.folder.count:,} images in {self.folder.path}: {", ".join(written)}')
 
 
