@@ -67,8 +67,8 @@ def widened(weights):
     ('weights', 'changes', 'message'),
     [
         (without(lightning_weights(), 'feat_rope'), {}, 'has no feat_rope.freqs_cos, so it was trained with use_rope'),
-        (without(lightning_weights(), 'norm1', 'norm2', 'norm_final'), {}, 'has use_rmsnorm false'),
-        (widened(lightning_weights()), {}, 'has wo_shift true'),
+        (without(lightning_weights(), 'norm1', 'norm2', 'norm_final'), {}, 'trained with use_rmsnorm false'),
+        (widened(lightning_weights()), {}, 'trained with wo_shift true'),
         ({**lightning_weights(), 'feat_rope.freqs_sin': torch.zeros(16, 8)}, {}, r'freqs_sin \[16, 8\] is not the rot'),
         (lightning_weights(), {'path_type': 'GVP'}, 'trained with --path-type GVP; of LightningDiT, the path Linear'),
     ],

@@ -34,7 +34,7 @@ def lightning_facts(tensors: Mapping[str, Tensor], head_size: int, path: str) ->
             f'{path}: trained with use_rmsnorm false; of LightningDiT, networks with RMSNorm can be imported'
         )
     if _MODULATION in tensors and tensors[_MODULATION].shape[0] != 6 * tensors[_MODULATION].shape[1]:
-        raise UserError(f'{path}: has wo_shift true; of LightningDiT, networks with shifts can be imported')
+        raise UserError(f'{path}: trained with wo_shift true; of LightningDiT, networks with shifts can be imported')
     _check_table(tensors, head_size, path)
     if f'{_QUERY_NORM}.weight' not in tensors:
         return {'qk_norm': False}
