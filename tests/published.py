@@ -121,3 +121,63 @@ def edm_denoised(weights, x_CHW, sigma, label):
     total = sigma**2 + 0.5**2
     inner = network(weights, x_CHW.double() / math.sqrt(total), math.log(sigma) / 4, label)
     return 0.5**2 / total * x_CHW.double() + sigma * 0.5 / math.sqrt(total) * inner
+
+
+def lightning_weights(qk_norm=False, head_channels=4, seed=0):
+    """LightningDiT: RMSNorm, gated MLPs, and the rotary table as its file stores it, each angle twice."""
+    generator = torch.Generator().manual_seed(seed)
+    d, side, size = SIZES['width'], SIZES['side'] // SIZES['patch'], SIZES['width'] // SIZES['heads']
+    out, inner = make_weights(head_channels, seed=seed), int(2 / 3 * 4 * d)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    for i in range(SIZES['depth']):
+        block = f'blocks.{i}'
+        for name in ('fc1', 'fc2'):
+            del out[f'{block}.mlp.{name}.weight'], out[f'{block}.mlp.{name}.bias']
+        out[f'{block}.mlp.w12.weight'], out[f'{block}.mlp.w12.bias'] = random(2 * inner, d), random(2 * inner)
+        out[f'{block}.mlp.w3.weight'], out[f'{block}.mlp.w3.bias'] = random(d, inner), random(d)
+        out[f'{block}.norm1.weight'], out[f'{block}.norm2.weight'] = 1 + random(d), 1 + random(d)
+        if qk_norm:
+            out[f'{block}.attn.q_norm.weight'], out[f'{block}.attn.k_norm.weight'] = 1 + random(size), 1 + random(size)
+    out['final_layer.norm_final.weight'] = 1 + random(d)
+    frequencies = 1 / 10000 ** (torch.arange(0, size // 2, 2) / (size // 2))
+    line = torch.outer(torch.arange(side), frequencies).repeat_interleave(2, 1)
+    angles = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
+    out['feat_rope.freqs_cos'], out['feat_rope.freqs_sin'] = angles.cos(), angles.sin()
+    return out
+
+
+def lightning_velocity(weights, x_CHW, t, label):
+    """LightningDiT: data - noise at its own time, where t = 1 is data."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    p, side, heads = SIZES['patch'], SIZES['side'] // SIZES['patch'], SIZES['heads']
+
+    def normed(name, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f'{name}.weight']
+
+    def turned(x_HNF):  # (a, b) -> (a cos - b sin, b cos + a sin) for each pair
+        swapped = torch.stack([-x_HNF[..., 1::2], x_HNF[..., 0::2]], dim=-1).flatten(-2)
+        return x_HNF * w['feat_rope.freqs_cos'] + swapped * w['feat_rope.freqs_sin']
+
+    angles = float(t) * 10000 ** -(torch.arange(128, dtype=torch.float64) / 128)
+    hidden = apply_linear(w, 't_embedder.mlp.0', torch.cat([angles.cos(), angles.sin()]))
+    c_D = apply_linear(w, 't_embedder.mlp.2', functional.silu(hidden)) + w['y_embedder.embedding_table.weight'][label]
+    patches = functional.conv2d(x_CHW.double()[None], w['x_embedder.proj.weight'], w['x_embedder.proj.bias'], stride=p)
+    x_ND = patches[0].flatten(1).T + w['pos_embed'][0]
+    for i in range(SIZES['depth']):
+        name = f'blocks.{i}'
+        m = apply_linear(w, f'{name}.adaLN_modulation.1', functional.silu(c_D)).chunk(6)
+        qkv = apply_linear(w, f'{name}.attn.qkv', normed(f'{name}.norm1', x_ND) * (1 + m[1]) + m[0])
+        q, k, v = qkv.view(len(x_ND), 3, heads, -1).permute(1, 2, 0, 3)
+        if f'{name}.attn.q_norm.weight' in w:
+            q, k = normed(f'{name}.attn.q_norm', q), normed(f'{name}.attn.k_norm', k)
+        mixed = (turned(q) @ turned(k).mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        x_ND = x_ND + m[2] * apply_linear(w, f'{name}.attn.proj', mixed.transpose(0, 1).flatten(1))
+        a, b = apply_linear(w, f'{name}.mlp.w12', normed(f'{name}.norm2', x_ND) * (1 + m[4]) + m[3]).chunk(2, -1)
+        x_ND = x_ND + m[5] * apply_linear(w, f'{name}.mlp.w3', functional.silu(a) * b)
+    shift, scale = apply_linear(w, 'final_layer.adaLN_modulation.1', functional.silu(c_D)).chunk(2)
+    out = apply_linear(w, 'final_layer.linear', normed('final_layer.norm_final', x_ND) * (1 + scale) + shift)
+    squares = out.view(side, side, p, p, -1).permute(4, 0, 2, 1, 3)
+    return squares.reshape(-1, side * p, side * p)[: SIZES['channels']]

@@ -17,8 +17,9 @@ from tread_composer.config import restore_config
 from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.inception import INCEPTION_SHA256
 from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
+from tread_composer.samplers import Evaluations, SamplingSettings, guidance_cost
 from tread_composer.weights.exported import write_exported
-from tread_composer.weights.trained import read_trained
+from tread_composer.weights.trained import load_trained, read_trained
 
 SAMPLING = ['--steps', '2', '--batch-size', '16', '--device', 'cpu']
 
@@ -284,3 +285,30 @@ def test_prefetch(tmp_path, capsys):
     assert cli.main(['prefetch', '--check', str(tmp_path / 'other.npy')]) == 2
     assert f'expected {INCEPTION_SHA256}' in capsys.readouterr().err
     assert cli.main(['prefetch', '--check', str(tmp_path / 'nowhere')]) == 2
+
+
+def test_an_adaptive_sampler_is_recorded_by_its_tolerances_and_the_evaluations_that_it_took(trained, digits, tmp_path):
+    words = ['--count', '20', '--sampler', 'dopri5', '--sampler-settings', 'rtol=1e-2', '--device', 'cpu']
+    assert evaluate(trained, digits, *words, '--out', str(tmp_path / 'r.json'), '--samples', str(tmp_path / 'd')) == 0
+    (entry,) = load_results(tmp_path / 'r.json')
+    sampling = entry['protocol']['sampling']
+    assert sampling['sampler_settings'] == {'atol': 1e-6, 'rtol': 1e-2} and 'num_steps' not in sampling
+    model, taken = load_trained(trained).model, Evaluations()
+    settings = SamplingSettings('dopri5', sampler_settings={'rtol': 1e-2})
+    model.draw([index % 10 for index in range(20)], list(range(20)), settings, batch_size=7, evaluations=taken)
+    assert entry['evaluations'] == pytest.approx(sum(taken.taken) / 20) and min(taken.taken) >= 8
+    record = json.loads((tmp_path / 'd' / 'samples.json').read_text())
+    assert record['gmacs_per_image'] / record['evaluations'] == pytest.approx(
+        guidance_cost(
+            model.denoiser,
+            model.objective,
+            SamplingSettings('euler', num_steps=1),
+            latent_shape=(1, 8, 8),
+            null_label=10,
+        ).gmacs
+    )
+
+
+def test_steps_of_an_adaptive_sampler_are_refused(trained, digits, tmp_path, capsys):
+    message = refused(capsys, trained, digits, '--count', '20', '--sampler', 'dopri5', '--steps', '9')
+    assert '--steps: has no effect with --sampler dopri5' in message and 'atol, rtol by --sampler-settings' in message

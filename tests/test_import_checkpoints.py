@@ -7,7 +7,15 @@ import json
 import pytest
 import torch
 
-from tests.published import DECODER, SIZES, edm_denoised, make_weights, network, positions, sit_velocity
+from tests.published import (
+    DECODER,
+    SIZES,
+    edm_denoised,
+    make_weights,
+    network,
+    positions,
+    sit_velocity,
+)
 from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom

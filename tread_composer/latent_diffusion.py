@@ -28,6 +28,7 @@ from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (
     Clock,
     Equation,
+    Evaluations,
     SamplingSettings,
     check_guidance,
     check_sampler,
@@ -149,6 +150,7 @@ class LatentDiffusion(ComposerModel):
         guidance_scale: float = 1.0,
         batch_size: int = 256,
         sampler_settings: Mapping[str, Any] | None = None,
+        evaluations: Evaluations | None = None,
     ) -> Tensor:
         """``draw`` with the settings that are asked for most, which has the others, the promises and the refusals.
 
@@ -160,6 +162,7 @@ class LatentDiffusion(ComposerModel):
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
             batch_size: Samples in one network call.
             sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
+            evaluations: As for ``draw``.
         """
         if guidance_scale != 1 and not self.num_classes:
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
@@ -170,7 +173,7 @@ class LatentDiffusion(ComposerModel):
             guidance=default_guidance(guidance_scale),
             guidance_scale=guidance_scale,
         )
-        return self.draw(labels, seeds, settings, batch_size=batch_size)
+        return self.draw(labels, seeds, settings, batch_size=batch_size, evaluations=evaluations)
 
     @torch.no_grad()
     def draw(
@@ -181,6 +184,7 @@ class LatentDiffusion(ComposerModel):
         *,
         weak: nn.Module | None = None,
         batch_size: int = 256,
+        evaluations: Evaluations | None = None,
     ) -> Tensor:
         """Draw latents, in evaluation mode. Each depends on weights, settings, its own label and its own seed alone.
 
@@ -193,6 +197,7 @@ class LatentDiffusion(ComposerModel):
             settings: Sampler, steps and guidance.
             weak: The second network, for guidance that takes one: same objective, latents and device.
             batch_size: Samples in one network call (guidance may double them).
+            evaluations: Learns of each evaluation, and how many each sample took.
 
         Returns:
             Latents, float32 ``[len(labels), C, H, W]`` on the model's device.
@@ -211,12 +216,12 @@ class LatentDiffusion(ComposerModel):
         wrong = [label for label in labels if not 0 <= label <= self.null_label]
         if wrong:
             raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
-        device, results = self.latent_scale.device, []
+        device, results, evaluations = self.latent_scale.device, [], evaluations or Evaluations()
         with evaluating(self, *([] if weak is None else [weak])):
-            times = self.objective.sampling_times(settings.num_steps)  # on the CPU: the samplers look at their values
+            times = self.objective.sampling_times(settings.grid_steps)  # on the CPU: the samplers look at their values
             for offset in range(0, len(labels), batch_size):
                 chunk = slice(offset, offset + batch_size)
-                random, clock = KeyedRandom(0, 0, seeds[chunk]), Clock()
+                random, clock = KeyedRandom(0, 0, seeds[chunk]), Clock(evaluations.begun)
                 start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
                 labels_B = torch.tensor(labels[chunk], device=device)
                 denoiser = guided_denoiser(
@@ -230,6 +235,7 @@ class LatentDiffusion(ComposerModel):
 
                 x = integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
                 results.append(x.float())  # the equation is solved in float64
+                evaluations.taken += clock.taken(len(x))
         return torch.cat(results)
 
     @torch.no_grad()

@@ -215,6 +215,11 @@ def test_with_the_real_model_and_the_real_average_and_with_progress(tmp_path, mo
     printed = capsys.readouterr().err
     assert 'sample_grid at batch 3: 20 of 20 images (100.0%), ' in printed and ' left\n' in printed
     assert 'digits_quality at batch 6: 20 of 20 images (100.0%), ' in printed
+    # Within a batch, which on a CPU may take minutes.
+    assert (
+        'sample_grid at batch 6: 0 of 20 images (0.0%), 0.0 images/s, no estimate yet; in work: 3 evaluations, '
+        in printed
+    )
 
 
 def test_which_images_a_grid_shows():

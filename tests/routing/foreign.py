@@ -8,6 +8,7 @@ import timm.models.vision_transformer
 import torch
 import transformers
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -106,6 +107,14 @@ def flux2() -> nn.Module:
     return Flux2Transformer2DModel(
         patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+
+
+def chroma() -> nn.Module:
+    return ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=1,
     )  # fmt: skip
 
 
@@ -280,6 +289,17 @@ CASES = {
     'flux2': Case(
         flux2, lambda: sequence(4, img_ids=places(4), txt_ids=torch.arange(TEXT)[:, None] * torch.eye(4)[3]),
         (JOINT, SINGLE),
+        {
+            'shared': True,
+            'blocks': {
+                JOINT: {'tokens_out': 1, 'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}}},
+                SINGLE: {'always_keep': TEXT, 'token_arguments': {ROPE: 0}},
+            },
+        },
+        first_key=(TEXT, 0),
+    ),
+    'chroma': Case(
+        chroma, lambda: sequence(4, img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)), (JOINT, SINGLE),
         {
             'shared': True,
             'blocks': {

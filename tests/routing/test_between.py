@@ -112,6 +112,46 @@ def test_a_hook_on_the_route_is_told_how_many_tokens_it_sees():
         model(tokens())
 
 
+class Reading(Busy):
+    """As REPA's SiT: a projection of the tokens behind block ``at - 1``, for a loss on features."""
+
+    def __init__(self, at):
+        super().__init__(self.read, at)
+        self.projector = nn.Linear(8, 3)
+
+    @staticmethod
+    def read(model, x):
+        model.zs = model.projector(x)
+        return x
+
+
+@pytest.mark.parametrize(('at', 'named'), [(1, False), (3, True), (4, True), (5, False)])
+def test_a_model_that_reads_its_tokens_on_the_route_is_told_how_many_they_are(at, named):
+    model, plain = Reading(at).train(), Busy().train()
+    routing, kept = apply_tread(model, Route(1, 4, 0.5)), sample_kept(4, N, 0.5)
+    routing.arm([kept], num_tokens=N)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        (model(tokens()).square().sum() + model.zs.square().sum()).backward()
+    texts = [str(warning.message) for warning in caught if 'the model reads' in str(warning.message)]
+    expected = [f"block {at - 1} of 'blocks': the model reads what it returned"] if named else []
+    assert [text.partition(' (')[0] for text in texts] == expected
+    assert all('8 of 16 tokens. tap_blocks' in text for text in texts)
+    if at == 1:  # all tokens, before the route takes its own
+        return
+    # Looking changes no gradient but by the order of a sum: those of the loop written out, with the same reading.
+    read = []
+
+    def note(index, x):
+        read.extend([x] if index == at else [])
+        return x
+
+    out = explicit(list(plain.blocks), tokens(), [(1, 4)], [kept], between=note)
+    (out.square().sum() + model.projector(read[0]).square().sum()).backward()
+    for parameter, reference in zip(model.blocks.parameters(), plain.blocks.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-5, atol=1e-4)
+
+
 def test_a_route_that_skips_nothing_says_so():
     model = Busy().train()
     apply_tread(model, Route(1, 4, 0.5))
@@ -155,7 +195,11 @@ def test_long_skip_connections_within_a_route_are_sound_and_pass_the_check():
             skips.append(x)
         if index == 5:
             x = put_back(full, x, kept)
-    assert torch.equal(model(tokens()), x)
+    with warnings.catch_warnings():  # blocks of the route that read earlier ones are no strangers
+        warnings.simplefilter('error')
+        out = model(tokens())
+        out.sum().backward()
+    assert torch.equal(out, x)
     assert routing.checked is True
 
 

@@ -31,9 +31,12 @@ CHAIN = r"walks the discrete steps of the objective 'ddpm'.*take 'heun'"
         ('edm_heun', EDM(), {'S_churn': -1.0}, 'S_churn=-1.0'),
         ('edm_heun', EDM(), {'S_min': 2.0, 'S_max': 1.0}, 'S_min=2.0'),
         ('sde', EDM(), {}, "objective 'flow_matching', which EDM does not have"),
-        ('sde', FlowMatching(), {'eta': 1.0}, r"no settings \['eta'\]; it has \['last_step', 'diffusion'\]"),
+        ('sde', FlowMatching(), {'eta': 1.0}, r"no settings \['eta'\]; it has \['last_step', 'diffusion', 'last_"),
         ('sde', FlowMatching(), {'last_step': 1.0}, 'last_step=1.0 must be above 0'),
         ('sde', FlowMatching(), {'diffusion': -1.0}, 'diffusion=-1.0'),
+        ('sde', FlowMatching(), {'diffusion': 'much'}, "diffusion='much': must be a number, such as 1.0"),
+        ('sde', FlowMatching(), {'last_step_kind': 'mode'}, "last_step_kind='mode' is none of mean, tweedie, none"),
+        ('sde', FlowMatching(), {'last_step_kind': 'none', 'last_step': 0.1}, 'last_step=0.1: has no effect with'),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(

@@ -1,6 +1,7 @@
 """EDM's churn and flow matching's SDE, on Gaussian data whose exact answer is known."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
 from tread_composer.objectives import EDM, FlowMatching
-from tread_composer.samplers import Equation, edm_heun, heun, sde
+from tread_composer.samplers import Equation, edm_heun, heun, integrate, sde
 
 
 def fresh(step: int) -> Tensor:
@@ -84,6 +85,37 @@ def test_two_steps_of_the_sde_by_hand() -> None:
     times = FlowMatching().sampling_times(2)
     found = sde(Equation(FlowMatching(), network, LABELS), x, times, lambda step: torch.full_like(x, 0.25))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def sit(network, x: Tensor, num_steps: int, kind: str, size: float, w: float, fresh) -> Tensor:
+    """SiT's loop in its own time s = 1 - t, data = alpha(s): Euler-Maruyama up to 1 - size, then a last step."""
+    alpha, sigma = lambda s: s, lambda s: 1 - s
+
+    def at(s: float) -> tuple[Tensor, Tensor, Tensor]:
+        velocity = -network(x.float(), torch.full((3,), 1 - s, dtype=torch.float64).float(), LABELS).double()
+        score = (alpha(s) * velocity - x) / (sigma(s) * (alpha(s) + sigma(s)))
+        return velocity, score, velocity + w * sigma(s) * score
+
+    grid = torch.linspace(0, 1 if kind == 'none' else 1 - size, num_steps + (kind == 'none'), dtype=torch.float64)
+    for step, (s, following) in enumerate(pairwise(grid.tolist())):
+        x = x + (following - s) * at(s)[2] + math.sqrt(2 * w * sigma(s) * (following - s)) * fresh(step)
+    s = 1 - size
+    if kind == 'mean':
+        return x + size * at(s)[2]
+    return x if kind == 'none' else x / alpha(s) + sigma(s) ** 2 / alpha(s) * at(s)[1]
+
+
+@pytest.mark.parametrize(('kind', 'size'), [('mean', 0.04), ('mean', 0.2), ('tweedie', 0.1), ('none', 0.04)])
+@pytest.mark.parametrize('num_steps', [2, 9])
+def test_the_sde_ends_as_sit_s_does(kind: str, size: float, num_steps: int) -> None:
+    network, start = GaussianVelocity(), noise().double()
+    expected = sit(network, start, num_steps, kind, size, 0.7, lambda step: noise(50 + step).double())
+    network.calls = 0
+    equation, times = Equation(FlowMatching(), network, LABELS), FlowMatching().sampling_times(num_steps)
+    settings = {'last_step': size, 'last_step_kind': kind, 'diffusion': 0.7}
+    drawn = integrate('sde', equation, start, times, lambda step: noise(50 + step).double(), settings)
+    torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
+    assert network.calls == num_steps
 
 
 @pytest.mark.parametrize('num_steps', [1, 2, 7])

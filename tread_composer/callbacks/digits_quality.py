@@ -13,6 +13,7 @@ from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.digits import DigitsImages
 from tread_composer.metrics.measurer import Measurer
+from tread_composer.samplers import SamplingSettings
 
 __all__ = ['DigitsQuality']
 
@@ -86,7 +87,7 @@ class DigitsQuality(Evaluation):
         real = self._held_out()
         protocol, share = recognised['protocol'], recognised['value']
         count, sampling = protocol['num_samples'], protocol['sampling']
-        drawn = f'{protocol["weights"]} weights, {sampling["sampler"]} {sampling["num_steps"]} steps'
+        drawn = f'{protocol["weights"]} weights, {SamplingSettings.from_dict(sampling).in_words}'
         drawn += f', guidance {sampling["guidance_scale"]:g}, dense'
         return [
             (

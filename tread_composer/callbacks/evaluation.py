@@ -210,6 +210,7 @@ class Evaluation(SamplingCallback):
         draws = rule(self.num_samples, bare_model(state).num_classes, self.seed)
         batches, num_left = self._batches()
         broken, parts = 0, []
+        self.taken()
         # To the end whatever comes: a sharded model needs all ranks to draw.
         for indices, labels, images_BCRR in self.images(state, draws, batches):
             images_BCRR, num_left = images_BCRR[:num_left], max(0, num_left - len(indices))
@@ -222,13 +223,20 @@ class Evaluation(SamplingCallback):
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
             logger.log_metrics({'evaluation/images_not_finite': broken})
             return
+        taken = dist.all_gather_object(self.taken())
         # Refused on one rank, refused on all
         figures = agreed(lambda: measurer.figures(parts), f'callbacks.{self.owner}: ')
         if measurer.ranks.is_first:
-            self._report(state, logger, draws, measurer, figures)
+            self._report(state, logger, draws, measurer, figures, [count for share in taken for count in share])
 
     def _report(
-        self, state: State, logger: Logger, draws: Draws, measurer: Measurer, figures: Sequence[Figure]
+        self,
+        state: State,
+        logger: Logger,
+        draws: Draws,
+        measurer: Measurer,
+        figures: Sequence[Figure],
+        taken: Sequence[int],
     ) -> None:
         path = self._path(state)
         entries = measurer.entries(
@@ -240,6 +248,7 @@ class Evaluation(SamplingCallback):
             run=state.run_name,
             batch=self._batch,
             seconds=state.timestamp.total_wct.total_seconds() - self._seconds(),
+            **({'evaluations': sum(taken) / len(taken)} if taken else {}),
         )
         append_results(path, entries)
         logger.log_metrics({self.series(entry): entry['value'] for entry in entries})

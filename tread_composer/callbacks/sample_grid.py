@@ -86,7 +86,7 @@ class SampleGrid(SamplingCallback):
             return
         batch, names = int(state.timestamp.batch), getattr(bare_model(state), 'class_names', ())
         title = f'{state.run_name}, batch {batch}, {self.weights} weights, '
-        title += f'{self.sampler} {self.num_steps} steps, guidance {self.guidance_scale:g}'
+        title += f'{self.sampling.in_words}, guidance {self.guidance_scale:g}'
         broken = int((~images_NCHW.isfinite()).flatten(1).any(1).sum())
         if broken:  # a picture is no reason to end a run, but it must not look healthy either
             title = f'{broken} OF {len(images_NCHW)} IMAGES ARE NOT FINITE (shown grey): ' + title

@@ -1,6 +1,7 @@
 """Draws images from the model in training without leaving a trace in it: the base of callbacks that need samples."""
 
 import contextlib
+import inspect
 import random
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from tread_composer.core.options import check_bounds
 from tread_composer.core.precision import plain_float32
 from tread_composer.io.progress import Progress, silent, to_stderr
 from tread_composer.metrics.drawing import Draws, drawing_facts
-from tread_composer.samplers import SamplingSettings, check_sampler, default_guidance
+from tread_composer.samplers import Evaluations, SamplingSettings, check_sampler, default_guidance
 
 __all__ = ['SamplingCallback', 'Weights', 'bare_model', 'log_file']
 
@@ -66,6 +67,7 @@ class SamplingCallback(Callback):
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self._is_due = create_interval_scheduler(interval or '0ba', include_end_of_training=False)  # 0ba is never due
         self._last_batch = -1
+        self._evaluations = Evaluations()
 
     @abstractmethod
     def act(self, state: State, logger: Logger) -> None:
@@ -114,15 +116,24 @@ class SamplingCallback(Callback):
         except ValueError as error:
             raise UserError(f'callbacks.{self.owner}: {error}') from None
 
-    def facts(self, state: State, draws: Draws) -> dict[str, Any]:
-        """The part of a ``Protocol`` that says how the images came about."""
-        settings = SamplingSettings(
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How it draws."""
+        return SamplingSettings(
             sampler=self.sampler,
             num_steps=self.num_steps,
             guidance=default_guidance(self.guidance_scale),
             guidance_scale=self.guidance_scale,
         )
-        return drawing_facts(bare_model(state), settings, draws, weights=self.weights)
+
+    def taken(self) -> list[int]:
+        """Evaluations of each image drawn on this rank since this was last asked, where the sampler decides them."""
+        counts, self._evaluations.taken = self._evaluations.taken, []
+        return counts if self.sampling.is_adaptive else []
+
+    def facts(self, state: State, draws: Draws) -> dict[str, Any]:
+        """The part of a ``Protocol`` that says how the images came about."""
+        return drawing_facts(bare_model(state), self.sampling, draws, weights=self.weights)
 
     def images(
         self, state: State, draws: Draws, batches: Sequence[Sequence[int]]
@@ -135,6 +146,7 @@ class SamplingCallback(Callback):
         label = f'{self.owner} at batch {int(state.timestamp.batch)}'
         log = to_stderr if dist.get_global_rank() == 0 else silent
         progress = Progress(label, sum(map(len, batches)), 'images', log=log)
+        self._evaluations.begun = lambda number: progress.within(number, 'evaluations')
         draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
         for indices, labels, images_BCHW in draws.images(draw, batches):
             yield indices, labels, images_BCHW
@@ -149,7 +161,11 @@ class SamplingCallback(Callback):
             stack.enter_context(plain_float32('cuda' if state.device.name == 'gpu' else 'cpu'))
             stack.enter_context(average.averaged(state) if average is not None else contextlib.nullcontext())
             # What any model with a method `sample` takes
-            settings = {'sampler': self.sampler, 'num_steps': num_steps, 'guidance_scale': self.guidance_scale}
+            settings: dict[str, Any] = {
+                'sampler': self.sampler, 'num_steps': num_steps, 'guidance_scale': self.guidance_scale,
+            }  # fmt: skip
+            if 'evaluations' in inspect.signature(model.sample).parameters:  # a LatentDiffusion
+                settings['evaluations'] = self._evaluations
             return model.decode(model.sample(labels, seeds, **settings)).float().cpu()
 
 

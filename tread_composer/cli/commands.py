@@ -277,7 +277,7 @@ def import_(
     path: Annotated[str, Flag('FILE')],
     hints: Hints,
     out: str = 'model.safetensors',
-    layout: Literal['auto', 'dit', 'sit', 'tread', 'maskdit'] = 'auto',
+    layout: Literal['auto', 'dit', 'sit', 'tread', 'maskdit', 'lightningdit'] = 'auto',
     weights: Literal['ema', 'raw'] = 'ema',
     overwrite: bool = False,
 ) -> None:

@@ -6,6 +6,7 @@ function, so a default exists once.
 
 import argparse
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -185,7 +186,15 @@ def _pairs(words: Sequence[str], what: str) -> dict[str, Any]:
     wrong = [word for word in words if '=' not in word]
     if wrong:
         raise UserError(f'{what}: {wrong[0]!r} is not of the form key=value')
-    return {key: yaml.safe_load(value) for key, _, value in (word.partition('=') for word in words)}
+    return {key: _plain(value) for key, _, value in (word.partition('=') for word in words)}
+
+
+def _plain(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str) and any(character.isdigit() for character in value):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 1e-5, which has no point, for a text
+    return value
 
 
 def _arguments(target: Callable[..., Any]) -> Iterator[_Argument]:

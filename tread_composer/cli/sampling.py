@@ -46,6 +46,7 @@ def sweep(typed: Typed, request: SweepRequest) -> None:
         from tread_composer.evaluate.sweep.rows import format_sweep, write_sweep
         from tread_composer.io.ranks import Ranks
 
+    _check_steps(request.sampler, typed)
     ranks = Ranks.start()  # only once the words are right: it waits for the others
     rows, contract = measure_rows(request, ranks)
     if ranks.is_first:
@@ -101,3 +102,15 @@ def _check_sampling(sampling: SamplingSettings, typed: Typed) -> None:
         sampler_named(sampling.sampler)  # refused before anything is loaded
     except ValueError as error:
         raise UserError(f'--sampler: {error}') from None
+    _check_steps(sampling.sampler, typed)
+
+
+def _check_steps(sampler: str, typed: Typed) -> None:
+    from tread_composer.samplers import adaptive_settings
+
+    tolerances = adaptive_settings(sampler)
+    if tolerances is not None and 'steps' in typed.given:
+        raise UserError(
+            f'--steps: has no effect with --sampler {sampler}, which chooses its steps; leave it away, or set '
+            f'{", ".join(tolerances)} by --sampler-settings'
+        )

@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
-"""``drift(x_BCHW, time) -> dx/dtime``; ``time`` is a float64 scalar tensor, ``x`` float64, the result float64."""
+"""``drift(x_BCHW, time) -> dx/dtime``; ``time`` is a float64 scalar tensor, ``x`` float64, the result float64.
+
+Of an objective with ``continuous_times`` it may be one time for each sample, float64 ``[B]``."""
 
 Transition = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """``transition(x_BCHW, time, next_time) -> mean, std`` of the normal distribution of x at ``next_time``, float64."""
@@ -91,7 +93,8 @@ class Objective(Protocol):
 
     Everything that others want to know about an objective is asked of it: nobody else keeps a list of objectives.
     Asked of those that have it, and False of the others: ``drift_at_zero``, whether its drift exists at time 0, so that
-    a sampler of second order may correct its last step.
+    a sampler of second order may correct its last step; ``continuous_times``, whether its drift may be asked for at any
+    time, one for each sample, so that a sampler may choose its own steps.
     """
 
     name: str

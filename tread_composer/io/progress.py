@@ -64,14 +64,23 @@ class Progress:
         self._start = time.monotonic()
         self._next = self._start + interval
         self._history: deque[tuple[float, int]] = deque([(self._start, 0)])
+        self._last_add = self._start
 
     def add(self, units: int = 1) -> None:
         """Count, and print if it is time."""
         self._count += units
-        now = time.monotonic()
+        now = self._last_add = time.monotonic()
         if now >= self._next:
             self._next = now + self._interval
             self._log(self._line(now))
+
+    def within(self, count: int, parts: str) -> None:
+        """Print, if it is time, how many ``parts`` of the units in work are done: where a unit takes minutes."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self._interval
+            rate = count / max(now - self._last_add, 1e-9)
+            self._log(f'{self._line(now)}; in work: {count:,} {parts}, {rate:,.2g} {parts}/s')
 
     def tick(self) -> None:
         """Called often, while waiting too; here nobody else is to be heard."""
@@ -122,6 +131,12 @@ class RankProgress(Progress):
     def add(self, units: int = 1) -> None:
         """Count; ``tick`` prints."""
         self._count += units
+        self._last_add = time.monotonic()
+
+    def within(self, count: int, parts: str) -> None:
+        """As of ``Progress``, by rank 0; the others say nothing of their units in work."""
+        if self._rank == 0:
+            super().within(count, parts)
 
     def tick(self) -> None:
         """Print or publish if it is time. Call it often, while waiting too.

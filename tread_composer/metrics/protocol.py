@@ -150,7 +150,8 @@ def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
     plain = _plain(protocol)
     drawn, words = plain['sampling'], [plain['weights']]
     if isinstance(drawn, Mapping):
-        words += [drawn.get('sampler', UNKNOWN), drawn.get('num_steps', UNKNOWN)]
+        # An adaptive sampler has tolerances in the place of steps, and they are in the digest.
+        words += [drawn.get('sampler', UNKNOWN), *([drawn['num_steps']] if 'num_steps' in drawn else [])]
         words += [] if drawn.get('guidance', 'none') == 'none' else [drawn['guidance'], drawn.get('guidance_scale')]
     return f'evaluation/{metric}/{"-".join(map(str, words))}-{protocol_key(plain)[:8]}'
 

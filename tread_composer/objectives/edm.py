@@ -43,6 +43,7 @@ class EDM:
     time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told ln(sigma) / 4, sigma = 0 is data'
     learned_variance: ClassVar[bool] = False
     drift_at_zero: ClassVar[bool] = False  # (x - D(x; sigma)) / sigma
+    continuous_times: ClassVar[bool] = True
 
     P_mean: float = -1.2
     P_std: Positive = 1.2
@@ -122,8 +123,9 @@ class EDM:
         """``dx/dsigma = (x - D(x; sigma)) / sigma`` in float64 (eq. 3 with eq. 4)."""
 
         def slope(x_BCHW: Tensor, time: Tensor) -> Tensor:
-            sigma = time.to(x_BCHW.device)  # a scalar, never 0: the last interval ends there, no call does
-            return (x_BCHW - self.denoise(denoiser, x_BCHW, sigma.expand(x_BCHW.shape[0]), labels_B)) / sigma
+            # Of the batch or of each sample; never 0: the last interval ends there, no call does.
+            sigma_B = time.to(x_BCHW.device).expand(x_BCHW.shape[0])
+            return (x_BCHW - self.denoise(denoiser, x_BCHW, sigma_B, labels_B)) / sigma_B.view(-1, 1, 1, 1)
 
         return slope
 

@@ -50,6 +50,7 @@ class FlowMatching:
     time_convention: ClassVar[str] = 't=0 data, t=1 noise; the network is told t'
     learned_variance: ClassVar[bool] = False
     drift_at_zero: ClassVar[bool] = True  # a velocity, which no time divides
+    continuous_times: ClassVar[bool] = True
 
     time_distribution: TimeDistribution = field(default_factory=LogitNormal)
     time_shift: Positive = 1.0
@@ -156,7 +157,7 @@ class FlowMatching:
         """``dx/dt = velocity``: what the denoiser predicts, in float64."""
 
         def velocity(x_BCHW: Tensor, time: Tensor) -> Tensor:
-            t_B = time.to(x_BCHW.device).expand(x_BCHW.shape[0])  # one time for the whole batch
+            t_B = time.to(x_BCHW.device).expand(x_BCHW.shape[0])  # of the whole batch, or of each sample
             return predict(denoiser, x_BCHW, t_B, labels_B).double()
 
         return velocity

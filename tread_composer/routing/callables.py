@@ -109,6 +109,7 @@ class _StandIn:
                     route.probe.between(self.index, route.settings.tokens.value(*original))
                 arguments = functools.partial(route.reduced, *original, starts=starts)
                 route.probe.check(self.index, self.block, self.call, arguments)
+                reduced = route.probe.traced(reduced)
             out = self.call(*reduced[0], **reduced[1])
         except FAILURES as error:
             kept, total = route.counts
@@ -125,7 +126,8 @@ class _StandIn:
                 'the route'
             ) from error
         if route.probe is not None:
-            route.probe.note(output_tokens(out, route.settings.tokens_out))
+            tapped = bool(self.slots) or self.index == route.end
+            route.probe.note(output_tokens(out, route.settings.tokens_out), self.index, read=tapped)
         return out
 
     def _behind_routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

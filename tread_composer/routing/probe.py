@@ -39,6 +39,7 @@ class Probe:
         self.full = self._copy(full_BND)
         self.previous: Tensor | None = None  # a copy of what the block before returned
         self.outputs: list[Tensor] = []  # of the blocks so far, [B, K, D]
+        self.shares: list[list[Tensor]] = []  # for each output, the gradients that blocks have sent back to it
         self.hooks: collections.Counter[str] = collections.Counter()  # of users, by name: on how many blocks
 
     def check(self, index: int, block: nn.Module, call: Callable[..., Any], reduced: Callable[..., Call]) -> None:
@@ -69,10 +70,31 @@ class Probe:
         if fault:
             raise RoutingError(f'block {index} of {self.settings.path!r} cannot be routed: {fault}')
 
-    def note(self, x_BKD: Tensor) -> None:
-        """Keep what a block returned, for comparison with what the next one is given."""
+    def note(self, x_BKD: Tensor, index: int, *, read: bool) -> None:
+        """Keep what block ``index`` returned, for comparison with what the next one is given.
+
+        ``read``: something is known to read it besides the blocks, or it is the last one's; else such a reader is named
+        in the backward pass.
+        """
         self.previous = self._copy(x_BKD)
         self.outputs.append(x_BKD)
+        shares: list[Tensor] = []  # its gradient, as far as it comes from blocks
+        self.shares.append(shares)
+        if not read and x_BKD.requires_grad:
+            x_BKD.register_hook(_strangers(shares, f'block {index} of {self.settings.path!r}', self._present))
+
+    def traced(self, arguments: Call) -> Call:
+        """The arguments of a block, such that its share of the gradients of earlier blocks' outputs is known."""
+
+        def alias(x: Tensor) -> Tensor:
+            place = next((place for place, output in enumerate(self.outputs) if x is output), None)
+            if place is None or not x.requires_grad or not torch.is_grad_enabled():
+                return x
+            view = x.view_as(x)
+            view.register_hook(self.shares[place].append)
+            return view
+
+        return tree_map_only(Tensor, alias, arguments)
 
     def _in_order(self, arguments: Call, order: Tensor | None) -> Call:
         """Arguments in which what earlier blocks of this pass returned is in another order too.
@@ -88,12 +110,12 @@ class Probe:
     def between(self, index: int, x: Any) -> None:
         """Refuse a model that has itself worked on the tokens between the block before and block ``index``."""
         # A copy is compared, not the tensor itself, which may have been written to in place.
-        before, count = self.previous, self.kept_BK.shape[1]
+        before = self.previous
         if before is None or not isinstance(x, Tensor) or (x.shape == before.shape and _equal(x, before)):
             return
         place = f'between block {index - 1} and block {index} of {self.settings.path!r} the model itself'
         remedy = f'End the route at block {index - 1}, or begin it at block {index}'
-        present = f'On the route only {count} of {self.num_tokens} are present'
+        present = f'On the route only {self._present} are present'
         if x.shape != before.shape:
             raise RoutingError(
                 f'{place} makes {kind(x)} of the tokens, {kind(before)}: it folds, adds or drops them there. '
@@ -104,6 +126,10 @@ class Probe:
             f'list. {remedy}. If it treats each token alone (a norm, one vector for all tokens of a sample), say '
             'ordered=True, which leaves these checks away'
         )
+
+    @property
+    def _present(self) -> str:
+        return f'{self.kept_BK.shape[1]} of {self.num_tokens}'
 
     def end(self, restored_BND: Tensor) -> None:
         """Refuse a sequence behind the route that is not the full one with its kept places replaced."""
@@ -126,6 +152,24 @@ class Probe:
         except torch.OutOfMemoryError:
             self.conclusive = False
             return None
+
+
+def _strangers(shares: list[Tensor], block: str, present: str) -> Callable[[Tensor], None]:
+    """A hook on what a block returned: whether its gradient is more than the later blocks have sent back."""
+
+    def compare(gradient: Tensor) -> None:
+        if not shares:  # the model handed on a copy of the tokens
+            return
+        total, tolerance = sum(shares), 8 * torch.finfo(gradient.dtype).eps * gradient.abs().max()  # sums in any order
+        shares.clear()
+        if (gradient - total).abs().max() > tolerance:
+            warnings.warn(
+                f'{block}: the model reads what it returned (a loss on features, a projection), and on the route those '
+                f'are {present} tokens. tap_blocks hands them out together with the ids of the kept tokens',
+                stacklevel=2,
+            )
+
+    return compare
 
 
 def _compared(outcome: Callable[..., Tensor | None], x_BKD: Tensor, fixed: tuple[int, int]) -> tuple[str | None, bool]:

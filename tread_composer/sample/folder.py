@@ -93,10 +93,15 @@ class SamplesFolder:
             unfinished.unlink(missing_ok=True)
         return False
 
-    def finish(self) -> None:
-        """All is there: say so, and remove the parts."""
+    def mean_taken(self) -> float:
+        """The mean number of evaluations of an image."""
+        taken = [count for path in self.scratch.glob('part-*.json') for count in read_json(path)]
+        return sum(taken) / max(len(taken), 1)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """All is there: say so, with what is known ``about`` it now, and remove the parts."""
         path = self.path / RECORD
-        write_json(path, {**read_json(path), 'complete': True})
+        write_json(path, {**read_json(path), **about, 'complete': True})
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def undone(self) -> list[int]:
@@ -108,8 +113,10 @@ class SamplesFolder:
         starts = (part * PART_SIZE for part in parts)
         return [index for start in starts for index in range(start, min(start + PART_SIZE, self.count))]
 
-    def write_part(self, part: int, images_BHWC: np.ndarray) -> None:
-        """Keep a part's images."""
+    def write_part(self, part: int, images_BHWC: np.ndarray, taken: Sequence[int] = ()) -> None:
+        """Keep a part's images, and the evaluations that each of them took where they differ."""
+        if taken:  # before the images, which say that the part is there
+            write_json(self._part(part).with_suffix('.json'), list(taken))
         content = io.BytesIO()
         np.save(content, images_BHWC, allow_pickle=False)
         write_atomically(self._part(part), content.getvalue())

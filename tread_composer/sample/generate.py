@@ -6,6 +6,7 @@ Shapes: B images drawn together, H x W pixels, C channels.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from tread_composer.metrics.drawing import drawing_facts
 from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, SamplesFolder
 from tread_composer.sample.outputs import WRITERS, write_grid, write_pngs
 from tread_composer.sample.request import SamplesRequest, draws_of
-from tread_composer.samplers import guidance_cost
+from tread_composer.samplers import Evaluations, guidance_cost
 from tread_composer.weights.trained import Trained, load_trained
 
 __all__ = ['generate']
@@ -97,6 +98,7 @@ class _Job:
 
     def __init__(self, request: SamplesRequest, device: torch.device, log: Log, trained: Trained | None) -> None:
         self.request, self.log, self.about = request, log, silent if trained else log
+        self.evaluations = Evaluations()  # of the images drawn last
         self.trained = trained or load_trained(
             request.path, weights=request.weights, device=device, overrides=request.overrides
         )
@@ -148,7 +150,7 @@ class _Job:
                 'run': trained.config.run_name,
                 'batch': trained.batch or None,
                 'class_names': list(trained.data.class_names),
-                'gmacs_per_image': cost.gmacs,
+                'gmacs_per_image': None if cost.evaluations is None else cost.gmacs,
                 'evaluations': cost.evaluations,
                 'guided_evaluations': cost.guided,
                 'tread_composer': __version__,
@@ -166,10 +168,10 @@ class _Job:
                 'have one more, and the protocol calls the labels "in turn", not "balanced"'
             )
         sampling, undone = self.request.sampling, self.folder.undone()
-        log(
-            f'{sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance}: '
-            f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
-        )
+        needs = f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
+        if cost.evaluations is None:
+            needs = f'as many evaluations of {cost.gmacs:.4g} GMACs as each image needs'
+        log(f'{sampling.in_words}, guidance {sampling.guidance}: {needs}')
         num_undone = len(self.folder.indices(undone))
         if num_undone < count:
             self.log(f'going on: {count - num_undone:,} of {count:,} images are there')
@@ -183,7 +185,7 @@ class _Job:
         )
         try:
             for chunk in self._chunks(undone[ranks.rank :: ranks.world]):  # interleaved: all work on the beginning
-                self.draw_parts(chunk)
+                self.draw_parts(chunk, lambda number: progress.within(number, 'evaluations'))
                 progress.add(len(folder.indices(chunk)))
                 progress.tick()  # prints, and learns whether another rank has failed
         except UserError as error:
@@ -207,28 +209,33 @@ class _Job:
         )
         self.about(progress.summary())
 
-    def draw_parts(self, chunk: Sequence[int]) -> None:
-        """Draw a few parts together, and keep each."""
+    def draw_parts(self, chunk: Sequence[int], begun: Callable[[int], None] = lambda number: None) -> None:
+        """Draw a few parts together, and keep each. ``begun`` is called with the number of every evaluation."""
         folder, request = self.folder, self.request
-        ((_, _, images_BHWC),) = self.draws.images(self._images, [folder.indices(chunk)])
+        images = functools.partial(self._images, begun)
+        ((_, _, images_BHWC),) = self.draws.images(images, [folder.indices(chunk)])
         # The last part may be shorter
         pieces = np.split(images_BHWC, range(PART_SIZE, len(images_BHWC), PART_SIZE))
+        taken = self.evaluations.taken if self.cost.evaluations is None else []
         with full_disk_in_words(request.out):
-            for part, part_BHWC in zip(chunk, pieces, strict=True):
+            for place, (part, part_BHWC) in enumerate(zip(chunk, pieces, strict=True)):
                 if 'png' in request.formats:
                     write_pngs(folder, part, part_BHWC, self.draws)
-                folder.write_part(part, part_BHWC)
+                folder.write_part(part, part_BHWC, taken[place * PART_SIZE : (place + 1) * PART_SIZE])
 
     def _chunks(self, parts: Sequence[int]) -> list[tuple[int, ...]]:
         """Parts that fill a batch together."""
         together = max(1, self.request.batch_size // PART_SIZE)
         return [tuple(parts[start : start + together]) for start in range(0, len(parts), together)]
 
-    def _images(self, labels: list[int], seeds: list[int]) -> np.ndarray:
+    def _images(self, begun: Callable[[int], None], labels: list[int], seeds: list[int]) -> np.ndarray:
         """One image for each label and seed, uint8 ``[B, H, W, C]``."""
+        self.evaluations = Evaluations(begun)
         request, batch_size = self.request, self.request.batch_size
         try:
-            latents = self.model.draw(labels, seeds, request.sampling, weak=self.weak, batch_size=batch_size)
+            latents = self.model.draw(
+                labels, seeds, request.sampling, weak=self.weak, batch_size=batch_size, evaluations=self.evaluations
+            )
             dtype = getattr(torch, request.decode_dtype)
             pixels = torch.cat([self.model.decode(chunk, dtype).cpu() for chunk in latents.split(batch_size)])
         except torch.OutOfMemoryError as error:
@@ -249,11 +256,15 @@ class _Job:
         trained, sampling, formats = self.trained, self.request.sampling, self.request.formats
         written = [WRITERS[name](self.folder, self.draws).name for name in formats if name in WRITERS]
         title = f'{trained.config.run_name}, batch {trained.batch or "unknown"}, {trained.weights} weights, '
-        title += f'{sampling.sampler} {sampling.num_steps} steps, guidance '
+        title += f'{sampling.in_words}, guidance '
         title += f'{sampling.guidance} {sampling.guidance_scale:g}'
         written += [write_grid(self.folder, self.draws, trained.data.class_names, title).name, RECORD]
         written += [f'{PLACES["png"]}/'] if 'png' in formats else []
-        self.folder.finish()
+        cost = self.cost
+        mean = self.folder.mean_taken() if cost.evaluations is None else None  # known before, of all others
+        self.folder.finish({} if mean is None else {'evaluations': mean, 'gmacs_per_image': mean * cost.gmacs})
+        if mean is not None:
+            self.about(f'{mean:.1f} evaluations and {mean * cost.gmacs:.4g} GMACs per image, on average')
         self.about(f'{self.folder.count:,} images in {self.folder.path}: {", ".join(written)}')
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ['Overrides', 'SamplesRequest', 'check_overrides', 'draws_of']
 
 Overrides = Annotated[Mapping[str, Any], Flag('autoencoder.key=value')]
+_OF_SAMPLING = ('model.attention', 'objective.sampling_shift')  # no part of what the weights learnt
 _COUNT = 64  # images, if nobody says how many
 
 
@@ -42,7 +43,8 @@ class SamplesRequest:
         engine: Who draws: the ranks that a launcher has started, or workers of Ray.
         ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
         overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``; and
-            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with.
+            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with, and flow
+            matching's ``objective.sampling_shift``, the shift of the sampling times.
 
     Raises:
         UserError: Values that exclude each other or are out of range.
@@ -74,11 +76,12 @@ class SamplesRequest:
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
     """Refuse settings that would make a trained model another one with a ``UserError``."""
-    foreign = [name for name in overrides if not name.startswith('autoencoder') and name != 'model.attention']
+    foreign = [name for name in overrides if not name.startswith('autoencoder') and name not in _OF_SAMPLING]
     if foreign:
         raise UserError(
             f'{", ".join(foreign)}: a trained model is sampled as it was trained; only the autoencoder can be another '
-            'one, for example autoencoder.path=/data/vae, and model.attention computed otherwise'
+            'one, for example autoencoder.path=/data/vae, model.attention computed otherwise, and the sampling times '
+            'shifted by objective.sampling_shift=3.33'
         )
 
 

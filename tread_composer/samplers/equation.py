@@ -10,18 +10,43 @@ from torch import Tensor
 
 from tread_composer.core.protocols import Denoiser, StepNoise
 
-__all__ = ['Clock', 'Equation', 'Sampler', 'corrects', 'needs']
+__all__ = ['Clock', 'Equation', 'Evaluations', 'Sampler', 'adaptive', 'corrects', 'needs']
+
+
+class Evaluations:
+    """What a caller learns of the evaluations while images are drawn.
+
+    Args:
+        begun: Called as each evaluation begins, with its number in its batch, from 0.
+    """
+
+    def __init__(self, begun: Callable[[int], None] = lambda number: None) -> None:
+        self.begun = begun
+        self.taken: list[int] = []
+        """Evaluations of each image that is drawn, in order."""
 
 
 class Clock:
     """The times at which one run of a sampler has evaluated its denoiser so far, the present one last."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, begun: Callable[[int], None] = lambda number: None) -> None:
+        self.times: list[float | Tensor] = []
+        self._begun = begun
+        self.taken_B: Tensor | None = None
+        """Evaluations of each sample, where they take steps of their own; set at the end."""
+
+    def begin(self, time: Tensor) -> None:
+        """An evaluation at this time begins."""
+        self._begun(len(self.times))
+        self.times.append(time if time.dim() else float(time))
+
+    def taken(self, count: int) -> list[int]:
+        """Evaluations of each of ``count`` samples."""
+        return [len(self.times)] * count if self.taken_B is None else self.taken_B.tolist()
 
     @property
-    def time(self) -> float:
-        """The present evaluation's time, in the objective's sampling equation."""
+    def time(self) -> float | Tensor:
+        """The present evaluation's time, in the objective's sampling equation; ``[B]`` where samples differ."""
         if not self.times:
             raise RuntimeError('no evaluation recorded yet: give the denoiser the clock of its Equation')
         return self.times[-1]
@@ -52,13 +77,13 @@ class Equation:
         return getattr(self.objective, 'drift_at_zero', False)
 
     def drift(self, x_BCHW: Tensor, time: Tensor) -> Tensor:
-        """``dx/dtime`` at a time, a float64 scalar; float64."""
-        self.clock.times.append(float(time))  # before the network runs: its guidance may depend on the time
+        """``dx/dtime`` at a time, a float64 scalar, or ``[B]`` as ``protocols.Drift`` says; float64."""
+        self.clock.begin(time)  # before the network runs: its guidance may depend on the time
         return self.objective.drift(self._denoiser, self._labels_B)(x_BCHW, time)
 
     def transition(self, x_BCHW: Tensor, time: Tensor, next_time: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x at ``next_time``, float64, of a ``protocols.ReverseChain``."""
-        self.clock.times.append(float(time))  # one network call, as for a drift
+        self.clock.begin(time)  # one network call, as for a drift
         return self.objective.transition(self._denoiser, self._labels_B)(x_BCHW, time, next_time)
 
     def score(self, x_BCHW: Tensor, drift_BCHW: Tensor, time: Tensor) -> Tensor:
@@ -96,4 +121,10 @@ def needs(attribute: str, does: str, instead: str) -> Callable[[_Marked], _Marke
 def corrects(sampler: _Marked) -> _Marked:
     """Says of a sampler that it corrects the step to time 0 by the drift there, where the objective has one."""
     sampler.corrects = True  # type: ignore[attr-defined]
+    return sampler
+
+
+def adaptive(sampler: _Marked) -> _Marked:
+    """Says of a sampler that it chooses its steps by their errors: of ``times`` it takes the ends alone."""
+    sampler.adaptive = True  # type: ignore[attr-defined]
     return sampler

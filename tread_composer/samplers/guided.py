@@ -4,7 +4,7 @@ Shapes: B samples, C channels, H x W latent pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -30,11 +30,11 @@ _ROUNDING = 1e-9  # a step that is meant to lie on a bound of the interval (0.6 
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """What one image takes."""
+    """What one image takes; with an adaptive sampler, what one of its evaluations takes: their number shows later."""
 
     gmacs: float  # 10^9 multiply-adds of all network calls together (what the DiT paper calls Gflops)
-    evaluations: int  # how often the sampler asks for a prediction
-    guided: int  # how many of these are guided
+    evaluations: int | None  # how often the sampler asks for a prediction; None: as often as it needs
+    guided: int | None  # how many of these are guided
 
 
 def check_guidance(
@@ -50,6 +50,11 @@ def check_guidance(
     if weak is not None and not (provider and provider.second_network):
         takers = ' or '.join(repr(name) for name, taker in GUIDANCE.items() if taker.second_network)
         raise ValueError(f'guidance: {kind!r} has no use for a second network; take {takers}')
+    if provider is not None and settings.is_adaptive and getattr(provider, 'draws_anew', False):
+        raise ValueError(
+            f'guidance: {kind!r} draws other tokens in each evaluation, and {settings.sampler!r} finds its steps by '
+            "comparing evaluations; take the sampler 'heun', or another guidance"
+        )
     if provider is not None:
         provider.check(denoiser, num_classes=num_classes, weak=weak)
 
@@ -100,7 +105,10 @@ def guidance_cost(
     """
     check_sampler(settings.sampler, objective, settings.sampler_settings)
     check_guidance(settings, denoiser, channels=latent_shape[0], num_classes=null_label, weak=weak)
-    times, clock = objective.sampling_times(settings.num_steps), Clock()
+    adaptive = settings.is_adaptive
+    if adaptive:  # its one evaluation counts as guided, wherever the interval lies
+        settings = replace(settings, guidance_interval=None)
+    times, clock = objective.sampling_times(1 if adaptive else settings.num_steps), Clock()
     strong = _Counting(denoiser, latent_shape, objective.learned_variance)
     second = None if weak is None else _Counting(weak, latent_shape, objective.learned_variance)
     guided = guided_denoiser(
@@ -108,9 +116,14 @@ def guidance_cost(
     )
     small = torch.zeros(1, latent_shape[0], 1, 1, dtype=torch.float64)  # the equation works on each pixel alone
     equation = Equation(objective, guided, torch.zeros(1, dtype=torch.int64), clock)
-    integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
     # Drift and step noise are zeros of one pixel: only the calls count.
+    if adaptive:
+        equation.drift(small, times[0])
+    else:
+        integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
     macs = strong.macs + (second.macs if second else 0)
+    if adaptive:
+        return SamplingCost(macs / 1e9, None, None)
     return SamplingCost(macs / 1e9, len(clock.times), guided.num_guided if isinstance(guided, _Guided) else 0)
 
 
@@ -125,10 +138,18 @@ class _Guided:
         settings = self.settings
         if settings.guidance_interval is not None:
             low, high = (end * (1 + _ROUNDING) for end in settings.guidance_interval)
-            time = self.run.clock.time
+            time = torch.as_tensor(self.run.clock.time, dtype=torch.float64)  # of the batch, or [B]
             # (low, high], as in Kynkaanniemi et al., section 3; from 0 on it holds the end of a step to 0.
-            if time > high or (time <= low and low > 0):
+            inside = (time <= high) & ((time > low) | (low <= 0))
+            if not inside.any():
                 return self.run.denoiser(x_BCHW, t_B, labels_B)
+            if not inside.all():  # samples at times of their own
+                plain, guided = self.run.denoiser(x_BCHW, t_B, labels_B), self._guided(x_BCHW, t_B, labels_B)
+                return torch.where(inside.to(x_BCHW.device).view(-1, 1, 1, 1), guided, plain.float())
+        return self._guided(x_BCHW, t_B, labels_B)
+
+    def _guided(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
+        settings = self.settings
         strong, weak = self.branches(x_BCHW, t_B, labels_B)
         if weak is None:  # the provider found both branches alike
             return strong

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tread_composer.core.named import part_named
 from tread_composer.core.protocols import StepNoise
+from tread_composer.samplers.adaptive import dopri5
 from tread_composer.samplers.chain import ddim, ddpm
 from tread_composer.samplers.equation import Equation, Sampler
 from tread_composer.samplers.ode import euler, heun
 from tread_composer.samplers.stochastic import edm_heun, sde
 
-__all__ = ['SAMPLERS', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named']
+__all__ = ['SAMPLERS', 'adaptive_settings', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named']
 
 SAMPLERS: dict[str, Sampler] = {
-    'ddim': ddim, 'ddpm': ddpm, 'edm_heun': edm_heun, 'euler': euler, 'heun': heun, 'sde': sde,
+    'ddim': ddim, 'ddpm': ddpm, 'dopri5': dopri5, 'edm_heun': edm_heun, 'euler': euler, 'heun': heun, 'sde': sde,
 }  # fmt: skip
 
 
@@ -43,12 +44,31 @@ def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None 
     if attribute is not None and not hasattr(objective, attribute):
         kind = objective if isinstance(objective, type) else type(objective)
         raise ValueError(f'{name!r} {does}, which {kind.__name__} does not have; {instead}')
-    # A sampler's settings are its keyword-only arguments.
-    parameters = inspect.signature(sampler).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    foreign = sorted(set(settings or {}) - set(names))
+    defaults = _defaults(sampler)
+    foreign = sorted(set(settings or {}) - set(defaults))
     if foreign:
-        raise ValueError(f'{name!r} has no settings {foreign}; it has {names or "none"}')
+        raise ValueError(f'{name!r} has no settings {foreign}; it has {list(defaults) or "none"}')
+    for setting, value in (settings or {}).items():
+        if isinstance(value, str) and not isinstance(defaults[setting], str):
+            raise ValueError(f'{setting}={value!r}: must be a number, such as {defaults[setting]!r}')
+
+
+def _defaults(sampler: Sampler) -> dict[str, Any]:
+    """A sampler's settings, which are its keyword-only arguments, and their defaults."""
+    parameters = inspect.signature(sampler).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.kind is entry.KEYWORD_ONLY}
+
+
+def adaptive_settings(name: str) -> dict[str, Any] | None:
+    """The settings of a sampler that chooses its steps, and their defaults; None of one that walks a grid.
+
+    A name that is no sampler's is refused by ``check_sampler``, and walks a grid here.
+    """
+    try:
+        sampler = sampler_named(name)
+    except ValueError:
+        return None
+    return _defaults(sampler) if getattr(sampler, 'adaptive', False) else None
 
 
 def sampler_facts(name: str, objective: Any) -> dict[str, Any]:

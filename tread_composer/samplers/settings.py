@@ -26,8 +26,8 @@ class SamplingSettings:
 
     Args:
         sampler: Name of a sampler, e.g. ``euler``, ``ddim``, ``sde`` (``samplers.SAMPLERS``).
-        num_steps: Steps of the sampler.
-        sampler_settings: Its further settings, e.g. ``S_churn=40``, ``eta=1``, ``last_step=0.04``.
+        num_steps: Steps of the sampler; without effect on ``dopri5``, which chooses its own.
+        sampler_settings: Its further settings, e.g. ``S_churn=40``, ``eta=1``, ``rtol=1e-5``, ``last_step_kind=none``.
         guidance: Where the weak prediction comes from, e.g. ``sparse``, ``auto`` (``samplers.GUIDANCE``). By default
             ``none``, or ``classifier_free`` with a scale other than 1.
         guidance_scale: ``weak + guidance_scale * (strong - weak)``; 1 is no guidance.
@@ -44,7 +44,7 @@ class SamplingSettings:
 
     sampler: str = 'heun'
     num_steps: Annotated[Steps, Flag('--steps')] = 50
-    sampler_settings: Mapping[str, float] = field(default_factory=dict)
+    sampler_settings: Mapping[str, float | str] = field(default_factory=dict)
     guidance: str = ''
     guidance_scale: float = 1.0
     guidance_interval: Annotated[tuple[float, float] | None, Flag(metavar='LOW:HIGH')] = None
@@ -61,7 +61,8 @@ class SamplingSettings:
         self._check_numbers()
         if not self.guidance:
             object.__setattr__(self, 'guidance', samplers.default_guidance(self.guidance_scale))
-        object.__setattr__(self, 'sampler_settings', dict(self.sampler_settings))
+        # Tolerances decide an adaptive sampler's steps as the number does a grid's: a protocol always has them.
+        object.__setattr__(self, 'sampler_settings', {**(self._adaptive or {}), **self.sampler_settings})
         if self.guidance_interval is not None:
             object.__setattr__(self, 'guidance_interval', self._interval())
         if self.guidance == 'none':
@@ -78,6 +79,27 @@ class SamplingSettings:
         """What gives the weak prediction; None without guidance."""
         return None if self.guidance == 'none' else samplers.guidance_named(self.guidance)(**self.guidance_settings)
 
+    @cached_property
+    def _adaptive(self) -> dict[str, Any] | None:
+        return samplers.adaptive_settings(self.sampler)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the sampler chooses its steps, and ``num_steps`` has no effect."""
+        return self._adaptive is not None
+
+    @property
+    def grid_steps(self) -> int:
+        """Steps of the objective's grid: ``num_steps``, or the fewest that have all the ends of an adaptive sampler."""
+        return 2 if self.is_adaptive else self.num_steps
+
+    @property
+    def in_words(self) -> str:
+        """Sampler and steps, for people."""
+        if not self.is_adaptive:
+            return f'{self.sampler} {self.num_steps} steps'
+        return ' '.join([self.sampler, *(f'{name}={value}' for name, value in self.sampler_settings.items())])
+
     @property
     def guides(self) -> bool:
         """Whether any prediction can differ from the plain conditional one."""
@@ -88,6 +110,7 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, without nesting; what has no effect on this kind of guidance is left out."""
         skipped = ['guidance_settings', *(_GUIDED_ONLY if self.provider is None else ())]
+        skipped += ['num_steps'] if self.is_adaptive else []
         tree = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         if tree.get('guidance_interval') is not None:
             tree['guidance_interval'] = list(tree['guidance_interval'])  # JSON has no tuples
@@ -132,7 +155,8 @@ class SamplingSettings:
                 f'guidance_scale={self.guidance_scale}: must be 0 or more; 1 is no guidance, above 1 guides'
             )
         for name, value in self.sampler_settings.items():
-            if not _is_number(value):
+            # What each of them takes is the sampler's to say: `check_sampler`.
+            if not _is_number(value) and not isinstance(value, str):
                 raise ValueError(f'sampler_settings: {name}={value!r} must be a finite number; leave it out otherwise')
 
     def _interval(self) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from tread_composer.samplers.ode import heun_step
 
 __all__ = ['edm_heun', 'sde']
 
+_LAST_STEP, _LAST_STEPS = 0.04, ('mean', 'tweedie', 'none')  # SiT's size, and its kinds
 _MOST_CHURN = math.sqrt(2) - 1  # fresh noise of at most the variance that x holds: (1 + gamma)^2 = 2
 
 
@@ -65,15 +66,20 @@ def sde(
     noise: StepNoise,
     /,
     *,
-    last_step: float = 0.04,  # in t
+    last_step: float = _LAST_STEP,  # in t
     diffusion: float = 1.0,  # w / t
+    last_step_kind: str = 'mean',
 ) -> Tensor:
     """Euler-Maruyama on the reverse SDE of flow matching, as SiT samples (arXiv 2401.08740; its form ``sigma``).
 
     With t = 0 for data, a step of size s is ``x + s (w score - velocity) + sqrt(2 w s) noise``, with ``w = diffusion
     t`` (SiT's code calls w the diffusion; the paper's w is twice that): so much noise is added on the way and taken out
-    again, and 0 is Euler's method. The last step, from ``t = last_step`` to 0, adds no noise (SiT: "Mean"). The other
-    steps have the spacing of ``times``, squeezed between the start and ``last_step``. Each step is one network call.
+    again, and 0 is Euler's method. Each step is one network call.
+
+    The last step, from ``t = last_step`` to 0, adds no noise. Of SiT's kinds, ``mean`` is the step above without its
+    noise, and ``tweedie`` the expected data ``(x + t^2 score) / (1 - t)``, on this path the same as a step of Euler's
+    method. The other steps have the spacing of ``times``, squeezed between the start and ``last_step``. With ``none``
+    there is no such step: all have their noise and the spacing of ``times``.
 
     Raises:
         ValueError: A setting is out of range.
@@ -82,13 +88,20 @@ def sde(
         raise ValueError(f'last_step={last_step} must be above 0 and below the first time, {float(times[0]):g}')
     if diffusion < 0:
         raise ValueError(f'diffusion={diffusion} must be 0 or more')
-    x = x_BCHW.double()
-    for step, (time, next_time) in enumerate(pairwise(_squeezed(times.double(), last_step))):
+    if last_step_kind not in _LAST_STEPS:
+        raise ValueError(f'last_step_kind={last_step_kind!r} is none of {", ".join(_LAST_STEPS)}')
+    if last_step_kind == 'none' and last_step != _LAST_STEP:
+        raise ValueError(f"last_step={last_step}: has no effect with last_step_kind 'none'; leave it away")
+    x, times = x_BCHW.double(), times.double()
+    times = times if last_step_kind == 'none' else _squeezed(times, last_step)
+    for step, (time, next_time) in enumerate(pairwise(times)):
+        if next_time == 0 and last_step_kind == 'tweedie':
+            return x - time * equation.drift(x, time)  # the data: x = (1 - t) data + t noise, v = noise - data
         size, w = float(time - next_time), diffusion * float(time)  # w ends at 0 with the data, as the noise does
         velocity = equation.drift(x, time)
         # Time runs down, so the velocity is subtracted; the score takes out what the fresh noise below adds.
         x = x + size * (w * equation.score(x, velocity, time) - velocity)
-        if next_time > 0 and w:
+        if w and (next_time > 0 or last_step_kind == 'none'):
             x = x + math.sqrt(2 * w * size) * noise(step).double()  # variance 2 w per unit of time
     return x
 

@@ -57,6 +57,9 @@ class GuidanceProvider(Protocol):
     second_network: ClassVar[bool] = False
     """Whether a second network may be given."""
 
+    draws_anew: ClassVar[bool] = False
+    """Whether it draws random numbers in each evaluation, so that two at the same place differ."""
+
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """Refuse, with a ``ValueError`` in words, a model that cannot be guided like this."""
 

@@ -49,6 +49,7 @@ class SparseGuidance(GuidanceProvider):
     """
 
     second_network: ClassVar[bool] = True
+    draws_anew: ClassVar[bool] = True  # its tokens
 
     strong_rate: float = 0.5
     weak_rate: float = 0.9
@@ -108,11 +109,12 @@ class SparseGuidance(GuidanceProvider):
         second = network if run.weak is None else run.weak
         branch = Unlabelled(second, run.null_label) if self.weak_label == 'null' else second
         routing = _routing(network)
-        strong = _Routed(network, routing, lambda: rates(run.clock.time)[0], 'strong', run)
-        weak = _Routed(branch, _routing(second), lambda: rates(run.clock.time)[1], 'weak', run)
+        present = lambda: rates(float(run.clock.time))  # noqa: E731
+        strong = _Routed(network, routing, lambda: present()[0], 'strong', run)
+        weak = _Routed(branch, _routing(second), lambda: present()[1], 'weak', run)
 
         def branches_at(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
-            counts = [_kept_counts(routing, rate, num_tokens) for rate in rates(run.clock.time)]
+            counts = [_kept_counts(routing, rate, num_tokens) for rate in present()]
             # The same network with as many tokens: two draws of one distribution, whose difference guides nowhere.
             if branch is network and counts[0] == counts[1]:
                 return network(x_BCHW, t_B, labels_B), None

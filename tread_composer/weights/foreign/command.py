@@ -4,12 +4,16 @@ A file of weights says little of itself; what it cannot say is asked of the user
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import LatentFacts, read_class_names
+from tread_composer.io.checkpoint_reader import read_pickled
 from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
@@ -22,6 +26,13 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     # As the projects' own training code has them.
     'sit': {'name': 'flow_matching', 'time_distribution': {'name': 'uniform'}},
     'maskdit': {'name': 'edm'},
+    # The direction loss and the times of training, and the shift of those of sampling: all their configurations.
+    'lightningdit': {
+        'name': 'flow_matching',
+        'time_distribution': {'name': 'logit_normal'},
+        'direction_weight': 1.0,
+        'sampling_shift': 1 / 0.3,  # 0.3 where t = 1 is the data
+    },
 }
 
 
@@ -34,11 +45,11 @@ def import_weights(
     weights: str = 'ema',
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Convert a file of DiT, SiT, CompVis/tread or MaskDiT to one that ``load_trained`` reads.
+    """Convert a file of DiT, SiT, CompVis/tread, MaskDiT or LightningDiT to one that ``load_trained`` reads.
 
     Names, the label table, the sign and the direction of time are converted, so that the network predicts what
-    this project's objectives expect. SiT's files are taken for the linear path and velocity, as published; those
-    that say otherwise are refused.
+    this project's objectives expect. Files of SiT and LightningDiT are taken for the linear path and velocity, as
+    published; those that say otherwise are refused.
 
     Args:
         path: ``.pt`` or ``.safetensors``.
@@ -70,7 +81,7 @@ def import_weights(
     )
     exported = Exported(
         tensors=converted(tensors, layout, sizes),
-        config=_config(Path(path).stem, layout, sizes, hints),
+        config=_config(Path(path).stem, layout, sizes, hints, settings),
         data=facts,
         weights=weights,
         batch=hints.batch,
@@ -81,9 +92,14 @@ def import_weights(
 
 
 def _ask_for_missing(hints: Hints, layout: str) -> None:
+    if hints.latent_stats is not None and (hints.latent_scale is not None or hints.latent_shift):
+        raise UserError('--latent-stats: stands in place of --latent-scale and --latent-shift; leave one side away')
+    scale, scale_text = hints.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'
+    if layout == 'lightningdit':
+        scale_text = 'the factor on raw latents in training; or --latent-stats latents_stats.pt, as for its VA-VAE'
     required = {
         '--autoencoder': (hints.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
-        '--latent-scale': (hints.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'),
+        '--latent-scale': (hints.latent_stats if scale is None else scale, scale_text),
         '--class-names': (hints.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
     }
     if layout == 'tread':
@@ -110,15 +126,45 @@ def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     return names
 
 
-def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
+def _latents(hints: Hints, channels: int) -> dict[str, Any]:
+    """Scale and shift on raw latents: one number each, or one for each channel."""
+    if hints.latent_stats is None:
+        return {'latent_scale': hints.latent_scale, 'latent_shift': hints.latent_shift}
+    stats = read_pickled(Path(hints.latent_stats))
+    values = [stats.get(name) if isinstance(stats, Mapping) else None for name in ('mean', 'std')]
+    if not all(isinstance(value, Tensor) and value.numel() == channels for value in values):
+        raise UserError(
+            f"--latent-stats {hints.latent_stats}: does not hold 'mean' and 'std' of {channels} channels; it is the "
+            'latents_stats.pt of the latents on which the network was trained'
+        )
+    mean, std = (value.double().flatten() for value in values)
+    if not (std > 0).all():
+        raise UserError(f'--latent-stats {hints.latent_stats}: a standard deviation is not above 0')
+    return {'latent_scale': std.reciprocal().tolist(), 'latent_shift': mean.tolist()}
+
+
+def _objective(layout: str, sizes: Sizes, hints: Hints, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if layout == 'tread':
+        return {'name': hints.objective}
+    if layout == 'dit':
+        return {'name': 'ddpm', 'learned_variance': sizes.learn_sigma}
+    objective = dict(_OBJECTIVES[layout])
+    if layout == 'lightningdit':  # what its training wrote beside the weights
+        objective |= {} if settings.get('use_lognorm', True) else {'time_distribution': {'name': 'uniform'}}
+        objective['direction_weight'] = float(bool(settings.get('use_cosine_loss', True)))
+        shift = settings.get('timestep_shift')
+        objective |= {} if shift is None else {'sampling_shift': 1 / shift if shift > 0 else 1.0}
+    return objective
+
+
+def _config(name: str, layout: str, sizes: Sizes, hints: Hints, settings: Mapping[str, Any]) -> Config:
     """A configuration of the network and its conventions. What training would need and nobody has said is nominal."""
     model = {
         key: getattr(sizes, key)
         for key in ('patch_size', 'hidden_size', 'depth', 'num_heads', 'mlp_ratio', 'learn_sigma')
     }  # fmt: skip
-    if layout == 'sit':
+    if layout in ('sit', 'lightningdit'):
         model['learn_sigma'] = False  # its forward gives the first half of the channels alone
-    objective = {'name': hints.objective} if layout == 'tread' else _OBJECTIVES.get(layout)
     algorithms: dict[str, Any] = {}
     if sizes.decoder is not None:
         algorithms['maskdit'] = {f'decoder_{key}': value for key, value in sizes.decoder.items()}
@@ -134,10 +180,9 @@ def _config(name: str, layout: str, sizes: Sizes, hints: Hints) -> Config:
         'global_eval_batch_size': 1,
         'data': {'name': 'latents', 'local': 'unknown', **shape},
         'autoencoder': autoencoder,
-        'model': {'name': 'dit', **model},
-        'objective': objective or {'name': 'ddpm', 'learned_variance': sizes.learn_sigma},
-        'latent_scale': hints.latent_scale,
-        'latent_shift': hints.latent_shift,
+        'model': {'name': 'lightning_dit' if layout == 'lightningdit' else 'dit', **model, **sizes.more},
+        'objective': _objective(layout, sizes, hints, settings),
+        **_latents(hints, sizes.in_channels),
         'optimizer': {'name': 'adamw', 'lr': 0.0},
         'algorithms': algorithms,
     }

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.errors import UserError
-from tread_composer.models import DiT, without_sigma
+from tread_composer.models import DiT, LightningDiT, without_sigma
+from tread_composer.models.base import LatentTransformer
 from tread_composer.models.layers import sincos_positions
+from tread_composer.weights.foreign.lightning import ROTARY_TABLE, lightning_facts
+from tread_composer.weights.foreign.positions import position_tolerance
 
 __all__ = ['Sizes', 'converted', 'sizes_of']
 
-_POSITION_TOLERANCE = 1e-4  # of sines and cosines: other ways to compute them differ by 1e-6, another table by 1
 _MAX_PERIOD = 10000.0
 _TIME_WEIGHT = 't_embedder.mlp.0.weight'
 
@@ -38,6 +40,7 @@ class Sizes:
     mlp_ratio: float
     learn_sigma: bool
     decoder: Mapping[str, int] | None = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the backbone
 
 
 def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, path: str) -> Sizes:
@@ -59,7 +62,8 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
         raise UserError(f'{path}: the patch embedding {list(patch_weight)} or the label table {list(table)} is flat')
     hidden_size, in_channels, patch_size, _ = patch_weight
     depth = 1 + max((int(match[1]) for name in tensors if (match := re.match(r'blocks\.(\d+)\.', name))), default=-1)
-    mlp_ratio = shape('blocks.0.mlp.fc1.weight')[0] / hidden_size
+    is_lightning = layout == 'lightningdit'
+    inner_size = shape('blocks.0.mlp.w12.weight')[0] * 3 / 4 if is_lightning else shape('blocks.0.mlp.fc1.weight')[0]
     if table[0 if layout == 'maskdit' else 1] != hidden_size:
         raise UserError(
             f'{path}: the label table is {list(table)} for a width of {hidden_size}; {layout} has '
@@ -75,14 +79,16 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
     sizes = Sizes(
         hidden_size=hidden_size,
         depth=depth,
-        num_heads=_heads(hidden_size, depth, num_heads, path),
+        num_heads=_heads(LightningDiT if is_lightning else DiT, hidden_size, depth, num_heads, path),
         patch_size=patch_size,
         in_channels=in_channels,
         latent_size=patch_size * _grid(tensors, shape('pos_embed'), 'pos_embed', path),
         num_classes=table[1] if layout == 'maskdit' else table[0] - 1,
-        mlp_ratio=mlp_ratio,
+        mlp_ratio=math.ceil(inner_size) / hidden_size,  # a gated MLP has two thirds of it, rounded down
         learn_sigma=rows != patch_numel,
     )
+    if is_lightning:
+        return dataclasses.replace(sizes, more=lightning_facts(tensors, sizes.hidden_size // sizes.num_heads, path))
     if layout != 'maskdit':
         return sizes
     _grid(tensors, shape('decoder_pos_embed'), 'decoder_pos_embed', path)
@@ -91,13 +97,13 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
     return dataclasses.replace(sizes, decoder=decoder)
 
 
-def _heads(hidden_size: int, depth: int, num_heads: int | None, path: str) -> int:
+def _heads(backbone: type[LatentTransformer], hidden_size: int, depth: int, num_heads: int | None, path: str) -> int:
     """The number of heads is in no tensor; published sizes have published numbers."""
     if num_heads is not None:
         if hidden_size % num_heads:
             raise UserError(f'--num-heads {num_heads}: does not divide the width {hidden_size} of {path}')
         return num_heads
-    for size in DiT.presets.values():
+    for size in backbone.presets.values():
         if (size['hidden_size'], size['depth']) == (hidden_size, depth):
             return size['num_heads']
     raise UserError(
@@ -116,8 +122,7 @@ def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path
     side = math.isqrt(shape[1])
     positions_ND = tensors[name][0]
     apart = float((positions_ND - sincos_positions(shape[2], side)).abs().max())
-    # Half the distance of two numbers at 1: what values up to 1 lose in the type in which they were stored.
-    if not apart <= _POSITION_TOLERANCE + torch.finfo(_stored_type(positions_ND)).eps / 2:
+    if not apart <= position_tolerance(positions_ND):
         raise UserError(
             f'{path}: {name} differs by {apart:.2g} from the fixed sines and cosines of a {side} x {side} grid: these '
             f'positions are learned, or stretched from another grid, and sampling would be of another network'
@@ -125,24 +130,20 @@ def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path
     return side
 
 
-def _stored_type(values: Tensor) -> torch.dtype:
-    """The narrowest type that holds these float32 values as they are, whatever a file of them says."""
-    narrow = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).float(), values))
-    return next(narrow, torch.float32)
-
-
 def converted(tensors: Mapping[str, Tensor], layout: str, sizes: Sizes) -> dict[str, Tensor]:
     """Our network's weights, which predict in our conventions what the file's predict in theirs."""
     if layout == 'maskdit':
         return _maskdit(tensors, sizes)
-    if layout != 'sit':
+    if layout == 'lightningdit':
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(ROTARY_TABLE)}  # made anew
+    elif layout != 'sit':
         return dict(tensors)
     plain = without_sigma(tensors, sizes.in_channels, sizes.patch_size) if sizes.learn_sigma else tensors
     return _with_time_reversed(plain)
 
 
 def _with_time_reversed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SiT's velocity, data - noise with data at t = 1, as ours: ``v(x, t) = -v_SiT(x, 1 - t)``.
+    """SiT's and LightningDiT's velocity, data - noise with data at t = 1, as ours: ``v(x, t) = -v_SiT(x, 1 - t)``.
 
     The sign goes into the head. ``1 - t`` goes into the first layer of the timestep embedding: its inputs are
     ``cos(w t)`` and ``sin(w t)``, and by the addition theorems ``cos(w (1 - t)) = cos w cos wt + sin w sin wt`` and

@@ -1,7 +1,8 @@
 """Files of other projects: found in them are the weights asked for, under bare names, and whose layout it is.
 
 Layouts: facebookresearch/DiT and willisma/SiT (a flat state dict, or ``model`` and ``ema``), CompVis/tread
-(``model_state_dict`` and ``ema_state_dict``), Anima-Lab/MaskDiT (``model`` and ``ema``, with a decoder).
+(``model_state_dict`` and ``ema_state_dict``), Anima-Lab/MaskDiT (``model`` and ``ema``, with a decoder),
+hustvl/LightningDiT (``model``, ``ema`` and ``config``, with gated MLPs).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tread_composer.io.checkpoint_reader import read_pickled
 
 __all__ = ['LAYOUTS', 'check_trained_as', 'layout_of', 'read_weights']
 
-LAYOUTS = ('dit', 'sit', 'tread', 'maskdit')
+LAYOUTS = ('dit', 'sit', 'tread', 'maskdit', 'lightningdit')
 _CONTAINERS = {'ema': ('ema', 'ema_state_dict'), 'raw': ('model', 'model_state_dict')}
 _SIT = {'path_type': 'Linear', 'prediction': 'velocity'}  # of the choices that SiT trains, those that are flow matching
 _ANCHOR = 'x_embedder.proj.weight'  # what stands before it is the prefix that wrappers have given to all names
@@ -59,9 +60,18 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     foreign = [name for name, value in network.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
     if foreign:
         raise UserError(f'{path}: {foreign[0]!r} stands beside the network {prefix!r} and is not a tensor of it')
-    arguments = content.get('args')
-    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    return {name.removeprefix(prefix): value.float() for name, value in network.items()}, container, settings
+    tensors = {name.removeprefix(prefix): value.float() for name, value in network.items()}
+    return tensors, container, _settings(content)
+
+
+def _settings(content: Mapping[Any, Any]) -> Mapping[str, Any]:
+    arguments, tree = content.get('args'), content.get('config')
+    if isinstance(arguments, argparse.Namespace):
+        return vars(arguments)
+    if not isinstance(tree, Mapping):
+        return {}
+    parts = [tree.get(section) for section in ('transport', 'sample')]  # what LightningDiT's file says of the objective
+    return {name: value for part in parts if isinstance(part, Mapping) for name, value in part.items()}
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
@@ -86,8 +96,7 @@ def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | No
     Raises:
         UserError: The file does not show it, or is of another layout.
     """
-    has_decoder = any(name.startswith('decoder_layer.') for name in tensors)
-    detected = 'maskdit' if has_decoder else 'tread' if (container or '').endswith('_state_dict') else None
+    detected, why = _detected(tensors, container)
     if requested == 'auto':
         if detected is None:
             raise UserError(
@@ -95,12 +104,30 @@ def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | No
                 f'is: --layout dit, or --layout sit'
             )
         return detected
-    if requested == 'maskdit' and detected != 'maskdit':
-        raise UserError(f'{path}: --layout maskdit, but it has no decoder (decoder_layer.linear.weight is missing)')
+    missing = _MISSING.get(requested)
+    if missing is not None and detected != requested:
+        raise UserError(f'{path}: --layout {requested}, but it has no {missing} is missing)')
     if detected is not None and detected != requested:
-        why = 'it has a decoder (decoder_layer)' if has_decoder else f'its weights lie under {container!r}'
         raise UserError(f'{path}: --layout {requested}, but {why}, as in files of {detected}; take --layout {detected}')
     return requested
+
+
+# What files of a layout always have, and the others never.
+_MISSING = {
+    'maskdit': 'decoder (decoder_layer.linear.weight',
+    'lightningdit': 'gated MLP (blocks.0.mlp.w12.weight',
+}
+
+
+def _detected(tensors: Mapping[str, Tensor], container: str | None) -> tuple[str | None, str]:
+    """The layout that a file shows, and by what."""
+    if any(name.startswith('decoder_layer.') for name in tensors):
+        return 'maskdit', 'it has a decoder (decoder_layer)'
+    if 'blocks.0.mlp.w12.weight' in tensors:
+        return 'lightningdit', 'it has gated MLPs (mlp.w12)'
+    if (container or '').endswith('_state_dict'):
+        return 'tread', f'its weights lie under {container!r}'
+    return None, ''
 
 
 def check_trained_as(layout: str, settings: Mapping[str, Any], path: str) -> None:
@@ -109,10 +136,12 @@ def check_trained_as(layout: str, settings: Mapping[str, Any], path: str) -> Non
     Raises:
         UserError: The arguments of its training say so.
     """
-    for name, needed in _SIT.items() if layout == 'sit' else ():
+    project = {'sit': 'SiT', 'lightningdit': 'LightningDiT'}.get(layout)
+    for name, needed in _SIT.items() if project else ():
         value = settings.get(name, needed)
         if value != needed:
             raise UserError(
-                f'{path}: was trained with --{name.replace("_", "-")} {value}; of SiT, the path Linear and the '
-                'prediction velocity can be imported, whose equation is sampled here. Sample it with the code of SiT'
+                f'{path}: was trained with --{name.replace("_", "-")} {value}; of {project}, the path Linear and the '
+                'prediction velocity can be imported, whose equation is sampled here. Sample it with the code of '
+                f'{project}'
             )

@@ -16,9 +16,11 @@ class Hints:
 
     Args:
         autoencoder: What made the latents: a hub id, a folder, a file, or ``pixels``.
-        latent_scale: Factor on raw latents in training; 0.18215 in all four projects.
+        latent_scale: Factor on raw latents in training; 0.18215 in DiT, SiT, CompVis/tread and MaskDiT.
         class_names: A file with one name a line or a JSON list, or ``numbers``.
         latent_shift: Subtracted from the raw latents before.
+        latent_stats: LightningDiT's latents_stats.pt, mean and standard deviation of each channel, in place of scale
+            and shift.
         autoencoder_hash: ``sha256:...`` of the autoencoder, if decoding with another is to be refused.
         objective: What a file of CompVis/tread predicts, which trains both.
         num_heads: Attention heads, for other than published sizes.
@@ -33,6 +35,7 @@ class Hints:
     latent_scale: float | None = None
     class_names: str | None = None
     latent_shift: float = 0.0
+    latent_stats: str | None = None
     autoencoder_hash: str | None = None
     objective: Literal['edm', 'flow_matching'] | None = None
     num_heads: Annotated[int | None, Ge(1)] = None

@@ -1,0 +1,60 @@
+"""What the tensors of LightningDiT (hustvl/LightningDiT) say of its switches, of which ours has the published choice.
+
+Shapes: N tokens, E half the width of a head.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tread_composer.core.errors import UserError
+from tread_composer.models.lightning_dit import rotary_table
+from tread_composer.weights.foreign.positions import position_tolerance
+
+__all__ = ['ROTARY_TABLE', 'lightning_facts']
+
+ROTARY_TABLE = 'feat_rope.'
+"""What the names of its stored rotary table begin with."""
+
+_MODULATION = 'blocks.0.adaLN_modulation.1.weight'
+_QUERY_NORM = 'blocks.0.attn.q_norm'
+
+
+def lightning_facts(tensors: Mapping[str, Tensor], head_size: int, path: str) -> dict[str, Any]:
+    """The arguments of our ``LightningDiT`` besides its sizes.
+
+    Raises:
+        UserError: The network was trained with switches that ours does not have, or with another rotary table.
+    """
+    if 'blocks.0.norm1.weight' not in tensors:
+        raise UserError(
+            f'{path}: trained with use_rmsnorm false; of LightningDiT, networks with RMSNorm can be imported'
+        )
+    if _MODULATION in tensors and tensors[_MODULATION].shape[0] != 6 * tensors[_MODULATION].shape[1]:
+        raise UserError(f'{path}: trained with wo_shift true; of LightningDiT, networks with shifts can be imported')
+    _check_table(tensors, head_size, path)
+    if f'{_QUERY_NORM}.weight' not in tensors:
+        return {'qk_norm': False}
+    return {'qk_norm': 'layer' if f'{_QUERY_NORM}.bias' in tensors else 'rms'}
+
+
+def _check_table(tensors: Mapping[str, Tensor], head_size: int, path: str) -> None:
+    names = [f'{ROTARY_TABLE}{name}' for name in ('freqs_cos', 'freqs_sin')]
+    if any(name not in tensors for name in names):
+        raise UserError(
+            f'{path}: has no {names[0]}, so it was trained with use_rope false; of LightningDiT, networks with rotary '
+            'positions can be imported'
+        )
+    side = math.isqrt(tensors[names[0]].shape[0])
+    table = rotary_table((side, side), head_size, device=torch.device('cpu'), dtype=torch.float64)  # [N, 2, E]
+    for name, expected in zip(names, table.unbind(dim=1), strict=True):
+        stored = tensors[name]  # each angle twice, once for each number of its pair
+        expected = expected.repeat_interleave(2, dim=1)
+        if stored.shape != expected.shape or float((stored - expected).abs().max()) > position_tolerance(stored):
+            raise UserError(
+                f'{path}: {name} {list(stored.shape)} is not the rotary table of a grid for heads of width {head_size} '
+                '(--num-heads decides that); sampling would be of another network'
+            )
