@@ -145,7 +145,11 @@ def test_a_part_that_was_damaged_later_is_named(source, vae, undisturbed, tmp_pa
     os.truncate(shard, 100)
     assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 2
     error = capsys.readouterr().err
-    assert str(shard) in error and 'Remove its folder' in error and not (out / 'train' / 'manifest.json').exists()
+    assert (
+        str(shard) in error
+        and 'Remove the folder of the part' in error
+        and not (out / 'train' / 'manifest.json').exists()
+    )
     shutil.rmtree(shard.parent)
     assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed)

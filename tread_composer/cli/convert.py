@@ -69,7 +69,7 @@ def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
     """Check a data set of latents: every file, every sample.
 
     Args:
-        folder: Folder of the data set, or of one split.
+        folder: Folder or URL of the data set, or of one split.
 
     Example: data/imagenet256
     """
