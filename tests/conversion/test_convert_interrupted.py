@@ -308,11 +308,12 @@ def test_an_upload_that_is_killed_goes_on(source, vae, undisturbed, tmp_path):
 
 def test_an_upload_that_fails_is_named_and_goes_on_later(source, vae, tmp_path, capsys):
     remote, work = tmp_path / 'remote', tmp_path / 'work'
-    remote.write_text('a file where a folder should be')
+    remote.mkdir()
+    (remote / 'train').write_text('a file where a folder should be')
     arguments = words(source, f'file://{remote}', vae, **SMALL_PARTS, work=work)
     assert convert_main(arguments) == 2
     error = capsys.readouterr().err
     assert f'{remote}/train/00000' in error and 'upload failed' in error and 'Traceback' not in error
     assert not list((work / 'train').iterdir())
-    remote.unlink()
+    (remote / 'train').unlink()
     assert convert_main(arguments) == 0 and (remote / 'train' / 'manifest.json').exists()

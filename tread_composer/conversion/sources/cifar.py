@@ -51,7 +51,7 @@ def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     paths = {'train': files['train'], **({'val': files['test']} if request.use_test else {})}
     splits = {split: _images([folder / name for name in names], label) for split, names in paths.items()}
     names_key = f'{label.removesuffix("s")}_names'
-    class_names = tuple(text.decode() for text in _entry(folder / meta, names_key))
+    class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))
     name_by_number(folder, splits, class_names)
     splits['train'].ignored.notes.append(f'classes: {names_key}')
     return {
@@ -60,8 +60,7 @@ def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     }
 
 
-def _entry(path: Path, key: str) -> list:
-    content = _content(path)
+def _entry(path: Path, content: dict, key: str) -> list:
     if not isinstance(content.get(key.encode()), list):
         raise UserError(f'{path}: has no {key!r}, only {sorted(map(str, content))}. Choose another --label-column')
     return content[key.encode()]
@@ -80,7 +79,8 @@ def _content(path: Path) -> dict:
 def _images(paths: list[Path], label: str) -> Images:
     images = Images()
     for number, path in enumerate(paths):
-        data, labels = _content(path).get(b'data'), _entry(path, label)
+        content = _content(path)
+        data, labels = content.get(b'data'), _entry(path, content, label)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), _BYTES):
             raise UserError(f'{path}: not the pixels of {len(labels):,} images of CIFAR. Get it anew')
         start = path.read_bytes().find(data.tobytes())
