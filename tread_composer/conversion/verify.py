@@ -253,7 +253,7 @@ class _SplitCheck:
             flipped_B = (latents[LATENTS][..., ::-1] == mirrored).all(axis=(1, 2, 3))
             equal_B = (latents[LATENTS] == mirrored).all(axis=(1, 2, 3))
             # Of symmetric images all of these are right, so they are left out.
-            means_BCHW = np.where(finite_B[:, None, None, None], latents[LATENTS], 0)[:, : manifest.channels]
+            means_BCHW = np.nan_to_num(latents[LATENTS][:, : manifest.channels], posinf=0, neginf=0)
             difference_BCHW = (means_BCHW - means_BCHW[..., ::-1]) / np.reshape(manifest.std, (-1, 1, 1))
             lopsided_B = np.sqrt((difference_BCHW**2).mean(axis=(1, 2, 3))) > _ASYMMETRY
             self.pairs.update(
