@@ -111,6 +111,70 @@ def write_zip(path: Path, files: Mapping[str, bytes], compression: int = zipfile
     return path
 
 
+def tiny_imagenet(splits: dict[str, Pictures]) -> dict[str, bytes]:
+    """As Tiny-ImageNet lies in its zip: images inside of classes, a table for val, a test split without labels."""
+    files = {'words.txt': b'', 'test/images/test_0.JPEG': b''}
+    for name, content in splits['train'].items():
+        folder, file = name.split('/')
+        files |= {f'train/{folder}/images/{file}': content, f'train/{folder}/{folder}_boxes.txt': b''}
+    rows = [name.split('/') for name in splits['val']]
+    files |= {f'val/images/{file}': splits['val'][f'{folder}/{file}'] for folder, file in rows}
+    files['val/val_annotations.txt'] = ''.join(f'{file}\t{folder}\t0\t0\t9\t9\n' for folder, file in rows).encode()
+    return {f'tiny-imagenet-200/{name}': content for name, content in files.items()}
+
+
+def write_img2dataset(root: Path, images: Pictures, labels: bool = False) -> Path:
+    """Folders of images with captions; a table of all addresses, one of which failed, and what came of them."""
+    for bucket, folder in enumerate(('00000', '00001')):
+        rows = list(images.items())[bucket::2]
+        keys = [f'{folder}{row:04d}' for row in range(len(rows))]
+        for key, (_, content) in zip(keys, rows, strict=True):
+            write_tree(root / folder, {f'{key}.jpg': content, f'{key}.txt': b'a cat', f'{key}.json': b'{}'})
+        columns: dict[str, list] = {'key': [*keys, f'{folder}9999'], 'url': ['x'] * (len(keys) + 1)}
+        if labels:
+            columns['label'] = [*(CLASSES.index(name.partition('/')[0]) for name, _ in rows), None]
+        pyarrow.parquet.write_table(pyarrow.table(columns), root / f'{folder}.parquet')
+        (root / f'{folder}_stats.json').write_text('{}')
+    return root
+
+
+def python_2_pickle(value: Any) -> bytes:
+    """As Python 2 wrote texts, lists, dicts and arrays of bytes: protocol 2, its texts being bytes today."""
+
+    def opcodes(value: Any) -> bytes:
+        if isinstance(value, dict):
+            return b'}(' + b''.join(opcodes(item) for pair in value.items() for item in pair) + b'u'
+        if isinstance(value, list):
+            return b'](' + b''.join(map(opcodes, value)) + b'e'
+        if isinstance(value, int):
+            return b'J' + value.to_bytes(4, 'little', signed=True)
+        if isinstance(value, bytes):
+            return b'T' + len(value).to_bytes(4, 'little') + value
+        rows, columns = (opcodes(size) for size in value.shape)
+        kind = b'cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+        array = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR'
+        return array + b'(K\x01' + rows + columns + b'\x86' + kind + b'\x89' + opcodes(value.tobytes()) + b'tb'
+
+    return b'\x80\x02' + opcodes(value) + b'.'
+
+
+def write_cifar(root: Path, pixels: np.ndarray, fine: bool = False) -> Path:
+    """The Python files of CIFAR-10, or of CIFAR-100; ``pixels`` are uint8 ``[N, 3, 32, 32]``, a tenth for testing."""
+    rows = pixels.reshape(len(pixels), -1)
+    names = ['train'] * 1 if fine else [f'data_batch_{number}' for number in range(1, 6)]
+    parts = zip([*names, 'test' if fine else 'test_batch'], [*np.split(rows[:-6], len(names)), rows[-6:]], strict=True)
+    contents = {}
+    for name, data in parts:
+        labels = [row % 3 for row in range(len(data))]
+        kinds: dict[bytes, Any] = {b'fine_labels': labels, b'coarse_labels': [label // 2 for label in labels]}
+        contents[name] = python_2_pickle({b'data': data, **(kinds if fine else {b'labels': labels})})
+    classes: dict[bytes, Any] = {b'label_names': [b'cat', b'dog', b'frog']}
+    if fine:
+        classes = {b'fine_label_names': [b'cat', b'dog', b'frog'], b'coarse_label_names': [b'pet', b'wild']}
+    contents['meta' if fine else 'batches.meta'] = python_2_pickle(classes)
+    return write_tree(root / ('cifar-100-python' if fine else 'cifar-10-batches-py'), contents).parent
+
+
 def zip_of_splits(path: Path, splits: dict[str, Pictures], prefix: str = '', **options: int) -> Path:
     """``<prefix>train/n01440764/*.JPEG`` and so on in one zip."""
     return write_zip(
@@ -218,8 +282,12 @@ def write_parquet(
     names: bool = True,
     paths: bool = True,
     files: int = 2,
+    arrow: bool = False,
 ) -> Path:
-    """As Hugging Face's library writes them: a struct of bytes and path, and class names in the schema's metadata."""
+    """As Hugging Face's library writes them: a struct of bytes and path, and class names in the schema's metadata.
+
+    ``arrow``: as its ``save_to_disk`` does, with what ``map`` leaves beside.
+    """
     root.mkdir(parents=True, exist_ok=True)
     image = pyarrow.struct([('bytes', pyarrow.binary()), ('path', pyarrow.string())])
     schema = pyarrow.schema([('image', image), *([('label', pyarrow.int64())] if labels else [])])
@@ -241,5 +309,15 @@ def write_parquet(
         for number in range(files):
             table = pyarrow.Table.from_pylist(rows[number::files], schema=schema)
             path = root / f'{stem}-{number:05d}-of-{files:05d}.parquet'
-            pyarrow.parquet.write_table(table, path, row_group_size=3)
+            if not arrow:
+                pyarrow.parquet.write_table(table, path, row_group_size=3)
+                continue
+            (root / stem).mkdir(exist_ok=True)
+            for name in (f'data-{number:05d}-of-{files:05d}', f'cache-{number}'):
+                with pyarrow.ipc.new_stream(root / stem / f'{name}.arrow', schema) as stream:
+                    stream.write_table(table, max_chunksize=3)
+        if arrow:
+            listed = [{'filename': f'data-{number:05d}-of-{files:05d}.arrow'} for number in range(files)]
+            (root / stem / 'state.json').write_text(json.dumps({'_data_files': listed}))
+            (root / 'dataset_dict.json').write_text(json.dumps({'splits': ['train', 'validation', 'extra']}))
     return root

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.conversion.worlds import CLASSES, digests, make_images, make_vae, man
 from tread_composer.autoencoders import KL
 from tread_composer.cli.convert import convert_main as main
 from tread_composer.conversion.images import decode_image
+from tread_composer.conversion.verify import verify
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
 
@@ -248,6 +250,44 @@ def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_pat
     assert manifest(path.parent)['num_samples'] == 16 and kept < 5
 
 
+def test_repaired_images_come_into_finished_parts(source, tmp_path, capsys):
+    whole, broken = tmp_path / 'whole', tmp_path / 'in'
+    assert main(words(source, whole, None, part_size=4)) == 0
+    shutil.copytree(source, broken)
+    lost = spoil(broken, 2)
+    arguments = words(broken, tmp_path / 'out', None, part_size=4, max_unreadable=0.1)
+    assert main(arguments) == 0
+    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()  # as if it had been interrupted before
+    shutil.copy(source / lost[0], broken / lost[0])
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert '1 images that were unreadable can be read now; their parts are made anew' in capsys.readouterr().out
+    assert manifest(tmp_path / 'out' / 'train')['num_samples'] == IMAGES - 1
+    shutil.copy(source / lost[1], broken / lost[1])
+    remedy = f'to take them in, remove {tmp_path / "out" / "train" / "manifest.json"} and run the same command again'
+    assert main(arguments) == 0 and remedy in capsys.readouterr().out
+    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()
+    assert main([*arguments, '--dry-run']) == 0 and main(arguments) == 0
+    here, there = (read(folder / 'train') for folder in (tmp_path / 'out', whole))
+    assert here['name'] == there['name']
+    np.testing.assert_array_equal(here['latents'], there['latents'])
+
+
+def test_a_damaged_part_of_finished_data_is_asked_for_alone(source, out, vae, tmp_path, refused):
+    copy = tmp_path / 'out'
+    shutil.copytree(out, copy)
+    shard = copy / 'train' / '00002' / 'shard.00000.mds'
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(words(source, copy, vae), str(shard), 'Remove the folder of the part', 'only that part is made anew')
+    note = f'note: 1 parts are damaged: {shard.parent}. Remove these folders and run the conversion again'
+    lines = []
+    assert verify(copy, say=lines.append) and any(note in line for line in lines)
+    times = {path: path.stat().st_mtime_ns for path in (copy / 'train').glob('0000[013]/*')}
+    shutil.rmtree(shard.parent)
+    assert main(words(source, copy, vae)) == 0 and digests(copy) == digests(out)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_latents_beyond_half_precision_name_the_image(source, tmp_path, refused):
     from diffusers import AutoencoderKL
 
@@ -331,6 +371,7 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     assert sorted(path.name for path in (remote / 'train').iterdir()) == [
         *(f'0000{part}' for part in range(4)), 'index.json', 'manifest.json', 'unreadable.json'
     ]  # fmt: skip
+    assert verify(f'file://{remote}') == []
     there, here = read(remote / 'train'), read(out / 'train')
     assert there['name'] == here['name']
     np.testing.assert_array_equal(there['latents'], here['latents'])
@@ -339,3 +380,8 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     before = digests(remote)
     refused(words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')
     assert digests(remote) == before and not (tmp_path / 'other').exists()
+    (tmp_path / 'file').touch()
+    refused(
+        words(source, f'file://{tmp_path}/file/x', vae, work=tmp_path / 'bad'), 'file/x/conversion.json: upload failed'
+    )
+    assert not (tmp_path / 'bad').exists()

@@ -145,7 +145,11 @@ def test_a_part_that_was_damaged_later_is_named(source, vae, undisturbed, tmp_pa
     os.truncate(shard, 100)
     assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 2
     error = capsys.readouterr().err
-    assert str(shard) in error and 'Remove its folder' in error and not (out / 'train' / 'manifest.json').exists()
+    assert (
+        str(shard) in error
+        and 'Remove the folder of the part' in error
+        and not (out / 'train' / 'manifest.json').exists()
+    )
     shutil.rmtree(shard.parent)
     assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed)
@@ -304,11 +308,12 @@ def test_an_upload_that_is_killed_goes_on(source, vae, undisturbed, tmp_path):
 
 def test_an_upload_that_fails_is_named_and_goes_on_later(source, vae, tmp_path, capsys):
     remote, work = tmp_path / 'remote', tmp_path / 'work'
-    remote.write_text('a file where a folder should be')
+    remote.mkdir()
+    (remote / 'train').write_text('a file where a folder should be')
     arguments = words(source, f'file://{remote}', vae, **SMALL_PARTS, work=work)
     assert convert_main(arguments) == 2
     error = capsys.readouterr().err
     assert f'{remote}/train/00000' in error and 'upload failed' in error and 'Traceback' not in error
     assert not list((work / 'train').iterdir())
-    remote.unlink()
+    (remote / 'train').unlink()
     assert convert_main(arguments) == 0 and (remote / 'train' / 'manifest.json').exists()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
 from tread_composer.conversion.images import UnreadableImage, decode_image, read_image
@@ -112,6 +112,13 @@ def test_lossless_formats_give_the_pixels_that_were_stored():
     for kind in ('PNG', 'BMP', 'TIFF', 'PPM'):
         assert np.array_equal(decode_image(encoded(SQUARE, kind), 64), pixels(SQUARE)), kind
     assert np.array_equal(decode_image(encoded(SQUARE, 'WEBP', lossless=True), 64), pixels(SQUARE))
+
+
+@pytest.mark.skipif(not features.check('avif'), reason='this Pillow has no AVIF')
+def test_avif_is_read():
+    found = decode_image(encoded(SQUARE, 'AVIF', quality=95), 64)
+    exact = decode_image(encoded(SQUARE), 64)
+    assert np.abs(found.astype(int) - exact).mean() < 3
 
 
 def test_modes_become_rgb():

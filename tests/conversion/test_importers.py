@@ -1,6 +1,7 @@
 """Each layout as its own code writes it, and what becomes of it, by the function of the command line."""
 
 import io
+import json
 import os
 import pickle
 import re
@@ -82,13 +83,35 @@ def lightningdit(folder: Path, views: int, means: np.ndarray = MEANS) -> None:
         save_file(tensors, folder / f'latents_rank{rank:02d}_shard000.safetensors')
 
 
-WRITERS = {'maskdit-lmdb': maskdit_lmdb, 'maskdit-webdataset': maskdit_webdataset,
+def repa(folder: Path, views: int) -> None:
+    del views
+    labels = []
+    for row in range(SAMPLES):
+        name = f'{row // 25:05d}/img-mean-std-{row:08d}.npy'
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, np.concatenate([MEANS[0, row], np.exp(LOGVARS[0, row] / 2)]))
+        labels.append([name, int(LABELS[row])])
+    (folder / 'dataset.json').write_text(json.dumps({'labels': labels}))
+
+
+def fast_dit(folder: Path, views: int) -> None:
+    del views
+    for kind, arrays in (('features', MEANS[0] * np.float32(0.18215)), ('labels', LABELS)):
+        (folder / f'imagenet256_{kind}').mkdir(parents=True)
+        for row in range(SAMPLES):
+            np.save(folder / f'imagenet256_{kind}' / f'{row}.npy', arrays[row : row + 1])
+
+
+WRITERS = {'repa': repa, 'fast-dit': fast_dit, 'maskdit-lmdb': maskdit_lmdb, 'maskdit-webdataset': maskdit_webdataset,
            'tread-webdataset': tread_webdataset, 'lightningdit': lightningdit}  # fmt: skip
+HAVE_MIRRORS = ('maskdit-lmdb', 'maskdit-webdataset', 'lightningdit')
 OPTIONS = {
     'maskdit-lmdb': ['--channels', '3'],
     'maskdit-webdataset': [],
     'tread-webdataset': ['--kind', 'samples', '--stored-scale', '0.18215', '--stored-shift', '0'],
-    'lightningdit': [],
+    'lightningdit': ['--num-images', str(SAMPLES)],
+    'repa': [],
+    'fast-dit': ['--stored-scale', '0.18215', '--stored-shift', '0', '--num-images', str(SAMPLES)],
 }
 
 
@@ -105,13 +128,13 @@ def run(words: list[str], out: Path, *options: str) -> int:
 
 @pytest.mark.parametrize(
     ('layout', 'views'),
-    [(layout, views) for layout in WRITERS for views in (1, 2) if (layout, views) != ('tread-webdataset', 2)],
+    [(layout, views) for layout in WRITERS for views in (1, 2) if views < 2 or layout in HAVE_MIRRORS],
 )
 def test_every_sample_arrives_raw_with_its_label_and_mirror(layout: str, views: int, tmp_path: Path):
     assert run(source(tmp_path, layout, views), tmp_path / 'set', '--part-size', '25') == 0
     split = tmp_path / 'set' / 'train'
     manifest, rows = Manifest.load(split), read(split)
-    moments = layout.startswith('maskdit')
+    moments = layout.startswith(('maskdit', 'repa'))
     assert manifest.kind == ('moments' if moments else 'samples') and manifest.mirrored == (views == 2)
     assert manifest.latent_shape == (CHANNELS, SIDE, SIDE) and manifest.class_names == ('0', '1', '2', '3', '4')
     assert (manifest.autoencoder, manifest.autoencoder_hash) == ('a/b', HASH)
@@ -191,7 +214,9 @@ def test_facts_that_no_file_carries_are_asked_for(tmp_path: Path, capsys: pytest
         'maskdit-lmdb': ['--channels or', '--mirrors'],
         'maskdit-webdataset': ['--mirrors'],
         'tread-webdataset': ['--kind', '--stored-scale', '--stored-shift'],
-        'lightningdit': [],
+        'lightningdit': ['--num-images'],
+        'repa': [],
+        'fast-dit': ['--stored-scale', '--stored-shift', '--num-images'],
     }
     for layout, particular in expected.items():
         assert main([str(tmp_path), '--layout', layout, '--out', str(tmp_path.parent / 'x'), '--split', 'train']) == 2
@@ -300,8 +325,30 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, capsys: 
     assert 'a.tar: not a tar' in refusal(words, tmp_path, capsys)
     (tmp_path / 'tensors').mkdir()
     (tmp_path / 'tensors' / 'a.safetensors').write_text('x')
-    words = [str(tmp_path / 'tensors'), '--layout', 'lightningdit']
+    words = [str(tmp_path / 'tensors'), '--layout', 'lightningdit', '--num-images', '1']
     assert 'a.safetensors: cannot be read as safetensors' in refusal(words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize('layout', ['lightningdit', 'repa', 'fast-dit', 'tread-webdataset'])
+def test_a_missing_file_is_an_error(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = source(tmp_path, layout)
+    last = max(path for path in (tmp_path / 'source').rglob('*') if path.suffix in ('.safetensors', '.npy', '.tar'))
+    messages = {
+        'lightningdit': '--num-images 60: ',  # the last of its files: no number is missing
+        'repa': r'labels images that are missing: 00002/img-mean-std-00000059\.npy',
+        'fast-dit': r'features without labels, or the reverse: 9\. ',
+        'tread-webdataset': '--num-images 60: .*holds 40 samples',
+    }
+    last.unlink()
+    message = refusal([*words, *(['--num-images', '60'] if layout == 'tread-webdataset' else [])], tmp_path, capsys)
+    assert re.search(messages[layout], message), message
+    if layout == 'fast-dit':  # as several GPUs leave them: each wrote over the other's
+        (tmp_path / 'source' / 'imagenet256_features' / '9.npy').unlink()
+        assert 'the numbers of its files have gaps, such as 9' in refusal(words, tmp_path, capsys)
+
+
+def test_repeated_images_of_lightningdit_are_no_error(tmp_path: Path):
+    assert run([*source(tmp_path, 'lightningdit'), '--num-images', str(SAMPLES - 1)], tmp_path / 'set') == 0
 
 
 def test_folders_without_an_lmdb_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -118,6 +118,42 @@ def test_unclear_parquet_files_are_refused(columns, metadata, message, tmp_path,
     assert not list((tmp_path / 'scratch').glob('parquet/.unfinished*'))
 
 
+def test_columns_of_a_table_with_several_are_chosen(tmp_path, opened):
+    raw = pyarrow.array([b'y'], pyarrow.binary())
+    kinds = _features(fine=_CLASS, coarse={'_type': 'ClassLabel', 'names': ['b']})
+    path = _parquet(tmp_path / 'x.parquet', {'a': _IMAGE, 'b': raw, 'fine': [0], 'coarse': [0], 'id': [0]}, kinds)
+    for image, label, content, names in (
+        ('a', 'fine', b'x', ('a',)),
+        ('b', 'coarse', b'y', ('b',)),
+        (None, 'id', b'x', ('0',)),
+    ):
+        source = opened(path, image_column=image, label_column=label)['train']
+        assert (source.read(0), source.class_names) == (content, names)
+    opened.refuses('2 columns of labels: fine, coarse. Say which with --label-column', path)
+    opened.refuses('--label-column grain: no such column. Columns: a: struct', path, label_column='grain')
+    opened.refuses('--image-column id: no column of images', path, image_column='id', label_column='fine')
+    opened.refuses('image_column=a, .*only tables', write_tar(tmp_path / 'x.tar', {'a.jpg': b'x'}), image_column='a')
+
+
+def test_tables_of_several_configurations_are_refused(tmp_path, splits, opened):
+    for name in ('small', 'large'):
+        layouts.write_parquet(tmp_path / 'in' / name, splits)
+    opened.refuses('parquet files of 2 configurations: large, small. Give the folder of one', tmp_path / 'in')
+
+
+def test_arrow_files_are_those_that_were_saved(tmp_path, splits, opened):
+    root = layouts.write_parquet(tmp_path / 'in', splits, arrow=True)
+    description = opened(root)['train'].description
+    assert '4 arrow files that state.json does not list are left out' in description
+    assert 'the split extra is not converted' in description
+    (root / 'train/data-00001-of-00002.arrow').rename(root / 'train/cache-9.arrow')
+    opened.refuses(r'data-00001-of-00002\.arrow listed in state\.json but not there', root)
+    (root / 'train/cache-9.arrow').rename(root / 'train/data-00001-of-00002.arrow')
+    state = root / 'train' / 'state.json'
+    state.write_text(json.dumps({**json.loads(state.read_text()), '_indices_data_files': [{'filename': 'x'}]}))
+    opened.refuses('rows chosen by a file of indices', root)
+
+
 def test_parquet_files_of_different_data_sets_or_cut_off_are_refused(tmp_path, splits, opened):
     root = layouts.write_parquet(tmp_path / 'in', splits)
     file = root / 'train-00001-of-00002.parquet'

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
+from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
@@ -44,9 +46,19 @@ def _zip(root: Path, splits: dict[str, Pictures], **options: Any) -> dict[str, A
     return {'path': layouts.zip_of_splits(root / 'in.zip', splits, **options)}
 
 
-def _parquet(root: Path, splits: dict[str, Pictures], place: str = '') -> dict[str, Any]:
-    layouts.write_parquet(root / 'in' / place, splits)
+def _parquet(root: Path, splits: dict[str, Pictures], place: str = '', **options: Any) -> dict[str, Any]:
+    layouts.write_parquet(root / 'in' / place, splits, **options)
     return {'path': root / 'in'}
+
+
+def _tiny(root: Path, splits: dict[str, Pictures], zipped: bool = False) -> dict[str, Any]:
+    files = layouts.tiny_imagenet(splits)
+    return {'path': write_zip(root / 'in.zip', files) if zipped else write_tree(root / 'in', files)}
+
+
+def _with_test(root: Path, splits: dict[str, Pictures], write: Callable[[Path, Any], Path]) -> dict[str, Any]:
+    name = 'in.zip' if write is layouts.zip_of_splits else 'in'
+    return {'path': write(root / name, {'train': splits['train'], 'test': splits['val']})}
 
 
 Build = Callable[..., dict[str, Any]]
@@ -61,6 +73,13 @@ LAYOUTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     'webdataset folders': ('webdataset tars', _webdataset, {'name': '{split}/{number:06d}.tar'}),
     'parquet': ('parquet files', _parquet, {}),
     'parquet in data': ('parquet files', _parquet, {'place': 'data'}),
+    'parquet of a configuration': ('parquet files', _parquet, {'place': 'plain_text'}),
+    'arrow': ('arrow files', _parquet, {'arrow': True}),
+    'Tiny-ImageNet': ('class folders', _tiny, {}),
+    'Tiny-ImageNet zip': ('zip', _tiny, {'zipped': True}),
+    'folders with test for val': ('class folders', _with_test, {'write': layouts.write_folders}),
+    'zip with test for val': ('zip', _with_test, {'write': layouts.zip_of_splits}),
+    'parquet with test for val': ('parquet files', _with_test, {'write': layouts.write_parquet}),
 } | {
     f'ILSVRC {truth}': ('ILSVRC tars', _ilsvrc, {'truth': truth})
     for truth in ('devkit', 'devkit folder', 'kaggle', 'synsets', 'numbers')
@@ -277,6 +296,80 @@ def test_a_test_split_is_left_out_and_named(tmp_path, splits, opened):
         sources = opened(path, class_names=names)
         assert sources.keys() == {'train', 'val'}
         assert 'not converted' in sources['train'].description
+
+
+def test_a_test_split_is_left_out_on_request_and_without_labels(tmp_path, splits, opened):
+    both = {'train': splits['train'], 'test': splits['val']}
+    flat = {name.rpartition('/')[2]: content for name, content in splits['val'].items()}
+    unlabelled = layouts.write_folders(tmp_path / 'flat', {'train': splits['train'], 'test': flat})
+    for sources in (
+        opened(layouts.write_folders(tmp_path / 'in', both), use_test=False),
+        opened(layouts.write_parquet(tmp_path / 'parquet', both), use_test=False),
+        opened(unlabelled),
+    ):
+        assert sources.keys() == {'train'} and 'not converted' in sources['train'].description
+
+
+def test_tables_of_tiny_imagenet_that_do_not_fit_are_refused(tmp_path, splits, opened):
+    place = 'tiny-imagenet-200/val/val_annotations.txt'
+    files = layouts.tiny_imagenet(splits)
+    rows = files[place].splitlines(keepends=True)
+    for number, (table, message) in enumerate(
+        [
+            (b''.join(rows[1:]), r'has no class for: ILSVRC2012_val_\d+\.JPEG\. Complete'),
+            (b''.join([*rows, b'val_9.JPEG\tn01440764\n']), r'images that are missing: val_9\.JPEG'),
+            (b''.join([*rows, rows[0]]), 'lists more than once'),
+            (b'val_0.JPEG n01440764', 'not the table of Tiny-ImageNet'),
+        ]
+    ):
+        opened.refuses(message, write_tree(tmp_path / str(number), {**files, place: table}))
+
+
+def test_numbered_folders_of_img2dataset_are_no_classes(tmp_path, splits, opened):
+    images = splits['train']
+    source = opened(layouts.write_img2dataset(tmp_path / 'plain', images))['train']
+    assert source.class_names == () and source.description.startswith('img2dataset folders at ')
+    assert sorted(source.read(position) for position in range(len(source))) == sorted(images.values())
+    assert source.names[0] == '00000/000000000.jpg'
+    root = layouts.write_img2dataset(tmp_path / 'labelled', images, labels=True)
+    source = opened(root, class_names=layouts.write_class_names(tmp_path / 'names.txt'))['train']
+    read = [(source.class_names[source.labels[row]], source.read(row)) for row in range(len(source))]
+    assert sorted(read) == sorted((name.partition('/')[0], content) for name, content in images.items())
+    (root / '00001' / '000019998.jpg').write_bytes(b'x')
+    opened.refuses('1 images have no label in the tables', root)
+    tars = layouts.write_webdataset(tmp_path / 'tars', {'train': images}, labels=None, name='{number:05d}.tar')
+    for file in (tmp_path / 'plain').iterdir():  # the tables of the tars, which look alike
+        if file.is_file():
+            file.rename(tars / file.name)
+    assert opened(tars)['train'].description.startswith('webdataset tars at ')
+
+
+@pytest.mark.parametrize('fine', [False, True])
+def test_the_python_files_of_cifar_are_read_in_place(fine, tmp_path, opened):
+    pixels = np.random.default_rng(0).integers(0, 256, (46, 3, 32, 32), np.uint8)
+    root = layouts.write_cifar(tmp_path, pixels, fine)
+    (root / 'cifar-10-python.tar.gz').write_bytes(b'as torchvision leaves it')
+    sources = opened(root)
+    assert {split: len(source) for split, source in sources.items()} == {'train': 40, 'val': 6}
+    wanted = {'train': list(pixels[:40]), 'val': list(pixels[40:])}
+    for split, source in sources.items():
+        assert source.class_names == ('cat', 'dog', 'frog')
+        for position, name in enumerate(source.names):
+            batch, row = re.fullmatch(r'\w+/(?:data_batch_(\d)|train|test|test_batch)-(\d+)', name).groups()
+            pixels_of = wanted[split][8 * (int(batch or 1) - 1) + int(row)]
+            np.testing.assert_array_equal(decode_image(source.read(position), 32), pixels_of)
+            assert source.labels[position] == int(row) % 3
+    if fine:
+        assert opened(root, label_column='coarse_labels')['train'].class_names == ('pet', 'wild')
+        opened.refuses("has no 'labels'.*Choose another --label-column", root, label_column='labels')
+
+
+def test_a_pickle_of_cifar_that_would_run_something_is_refused(tmp_path, opened):
+    root = layouts.write_cifar(tmp_path, np.zeros((46, 3, 32, 32), np.uint8))
+    (root / 'cifar-10-batches-py' / 'data_batch_3').write_bytes(b'cposix\nsystem\n(U\x04exittR.')
+    opened.refuses(r'data_batch_3: cannot be read: it names posix\.system', root)
+    (root / 'cifar-10-batches-py' / 'data_batch_3').unlink()
+    opened.refuses(r'data_batch_3: cannot be read: .*No such file', root)
 
 
 def test_links_in_folders_are_followed(tmp_path, splits, opened):

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from streaming.base.storage.download import CloudDownloader, LocalDownloader
 
 from tests.conversion.small_sets import SAMPLES, make_rows, write_split
 from tread_composer.cli.convert import verify_main as main
 from tread_composer.conversion.verify import verify
+from tread_composer.core.errors import UserError
 from tread_composer.data import Manifest
 from tread_composer.data.digits import prepare_digits
 
@@ -166,6 +168,44 @@ def test_few_samples_of_many_classes_are_noted_and_no_fault(tmp_path: Path):
     write_split(tmp_path / 'val', num_classes=50, class_names=names)
     assert verify(tmp_path, say=lines.append) == []
     assert any('no sample of class 4 (class4), 5 (class5)' in line and 'and 41 more' in line for line in lines)
+
+
+def test_held_out_images_may_miss_a_rare_class(tmp_path: Path):
+    lines = []
+    for split in ('train', 'val'):
+        rows = [row for row in make_rows() if split == 'train' or row['label'] != 2]
+        write_split(tmp_path / split, rows)
+    assert verify(tmp_path, say=lines.append) == []
+    assert any('note: no sample of class 2 (class2)' in line for line in lines)
+
+
+def test_plain_and_symmetric_images_are_no_fault(tmp_path: Path):
+    rows = make_rows()
+    for row in rows[:150]:  # their mirror images are the same
+        row['latents'] = (row['latents'] + row['latents'][..., ::-1]) / np.float16(2)
+        row['latents'] += np.float16(0.01) * row['latents_mirrored']  # as far as an encoder is symmetric
+        row['latents_mirrored'] = row['latents']
+    assert verify(write_split(tmp_path / 'train', rows)) == []
+
+
+def test_uploaded_data_are_fetched_shard_by_shard(split: Path, monkeypatch: pytest.MonkeyPatch):
+    kept: list[int] = []
+
+    class Cloud(LocalDownloader):
+        def download(self, remote: str, local: str, timeout: float) -> None:
+            kept.append(len(list(Path(local).parents[1].rglob('*.mds'))))
+            super().download(remote.removeprefix('s3:/'), local, timeout)
+
+    monkeypatch.setattr(CloudDownloader, 'get', lambda remote: Cloud())
+    url, lines = f's3:/{split.parent}', []
+    assert verify(url, say=lines.append) == [] == verify(f'{url}/train', say=lines.append)
+    assert max(kept) == 0 and len(kept) > 8, 'a shard at a time'
+    assert any(line.startswith(f'{url}/train: 200 samples by the index') for line in lines)
+    (split / SHARD).unlink()
+    assert [fault.partition(': ')[0] for fault in verify(url)] == [f'{url}/train/{SHARD}']
+    with pytest.raises(UserError, match='no data set: neither in train/ or val/ nor here'):
+        verify(f'{url}/elsewhere')
+    assert verify(f'file://{split.parent}')[0].startswith(f'{split}/{SHARD}: this shard is missing')
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from tests.data.worlds import (
 )
 from tests.warm import exit_codes, on_ranks, start, wait_until
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
+from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
@@ -226,6 +227,21 @@ def test_a_hash_that_differs_or_is_absent_is_an_error(split: Path, tmp_path: Pat
     loader = train_loader(tmp_path / 'cache', batch_size=8, remote=str(split), validate_hash=algorithm)
     with pytest.raises(RuntimeError, match='stopped in mid-epoch'):
         list(loader)
+    dataset = LatentDataset(tmp_path / 'other', batch_size=8, remote=str(split), validate_hash=algorithm)
+    for _ in range(2):  # the second time too: the bad copy is not kept
+        with pytest.raises(ValueError, match=r'Checksum failure|Hash algorithm `sha1`'):
+            dataset.prepare_shard(4)
+        assert not (tmp_path / 'other' / shard.name).exists()
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    if algorithm == 'xxh64':
+        dataset.prepare_shard(4)
+        assert (tmp_path / 'other' / shard.name).read_bytes() == content
+
+
+def test_a_cache_without_room_for_the_shards_is_refused(split: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r'data\.cache_limit: 5kb: .*cache'):
+        train_loader(tmp_path / 'cache', batch_size=8, remote=str(split), cache_limit='5kb')
 
 
 def test_fetched_data_are_read_in_the_order_of_local_data(split: Path, tmp_path: Path):

@@ -28,9 +28,10 @@ _say = functools.partial(print, flush=True)
 def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool = False) -> None:
     """Convert images to a latents data set that training streams.
 
-    The source may be class folders, a flat folder, the official ILSVRC tars, a zip, webdataset tars or Hugging Face
-    parquet files; which one it is is found out and printed. Interrupt it whenever you like and run the same command
-    again. Several GPUs: composer -n 8 streaming_data/convert_imagenet.py ...
+    The source may be class folders, a flat folder, the official ILSVRC tars, a zip, webdataset tars, Hugging Face
+    parquet or arrow files, what img2dataset writes or the Python files of CIFAR; which one it is is found out and
+    printed. Interrupt it whenever you like and run the same command again. Several GPUs: composer -n 8
+    streaming_data/convert_imagenet.py ...
 
     Args:
         pixels: No autoencoder: keep the pixels.
@@ -85,7 +86,7 @@ def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
     """Check a data set of latents: every file, every sample.
 
     Args:
-        folder: Folder of the data set, or of one split.
+        folder: Folder or URL of the data set, or of one split.
 
     Example: data/imagenet256
     """

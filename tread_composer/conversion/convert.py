@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
 from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.making import Plans, RayPartMaker, make_parts
-from tread_composer.conversion.merging import finish_split, refuse_too_many
-from tread_composer.conversion.output import Output, refuse_foreign, refuse_if_too_large, size_in_words
-from tread_composer.conversion.parts import done_parts, remove_unfinished
+from tread_composer.conversion.merging import check_parts, finish_split, refuse_too_many
+from tread_composer.conversion.output import Output, check_remote, refuse_if_too_large, size_in_words
+from tread_composer.conversion.parts import done_parts, remove_parts, remove_unfinished
 from tread_composer.conversion.plan import SplitPlan, make_plans
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import UserError
-from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
@@ -146,18 +147,18 @@ class Conversion:
                     shutil.rmtree(scratch)
                 self.log(f'{settings.out}: finished already, nothing to do')
                 return None
-            if settings.remote is not None:
-                for name in plans:
-                    if not (folder / name).is_dir():  # else this work folder has begun to upload it
-                        refuse_foreign(f'{settings.remote}/{name}')
             self._check_room([plan for plan in plans.values() if not plan.is_finished])
+            if settings.remote is not None:
+                new = [name for name in plans if not (folder / name).is_dir()]  # of the others some is uploaded already
+                check_remote(settings.remote, new, record, is_written=not dry_run)
             if dry_run:
                 self.log('dry run: nothing is written')
                 return None
             output.record(record)
-            for name in plans:
+            for name, plan in plans.items():
                 (folder / name).mkdir(exist_ok=True)
                 remove_unfinished(folder / name)
+                remove_parts(folder / name, keep=plan.parts)
             return plans
 
     def _describe(self, plans: list[SplitPlan]) -> None:
@@ -181,9 +182,28 @@ class Conversion:
             raise UserError(f'{folder}: unexpected part {number}; move it away')
         is_finished = len(parts) == plan.num_parts and (folder / MANIFEST_NAME).exists()
         if is_finished:
-            check_shards(folder, Manifest.load(folder), remote=self.settings.is_remote)
+            check_parts(folder, Manifest.load(folder), self.settings)
             self.log(f'{plan.name}: finished before, {plan.num_parts:,} parts')
+        if repaired := self._repaired(plan, parts):
+            remedy = 'their parts are made anew'
+            if is_finished:
+                remedy = f'to take them in, remove {folder / MANIFEST_NAME} and run the same command again'
+            else:
+                parts = {number: part for number, part in parts.items() if number not in repaired}
+            self.log(f'{plan.name}: {sum(repaired.values()):,} images that were unreadable can be read now; {remedy}')
         return replace(plan, content=content, parts=parts, is_finished=is_finished)
+
+    def _repaired(self, plan: SplitPlan, parts: dict[int, dict[str, Any]]) -> Counter[int]:
+        """How many images of each finished part could not be read then, and can be now."""
+        repaired: Counter[int] = Counter()
+        for number, part in parts.items():
+            names = {entry['name'] for entry in part['unreadable']}
+            for position in plan.positions(number) if names else ():
+                if plan.source.names[position] in names:
+                    with contextlib.suppress(UnreadableImage):
+                        self.encoder.prepare(plan.source.read(position))
+                        repaired[number] += 1
+        return repaired
 
     def _check_room(self, plans: list[SplitPlan]) -> None:
         row = sum(get_mds_encoded_size(encoding) or 0 for encoding in self.encoder.columns.values())

@@ -127,8 +127,16 @@ class ImageEncoder(Encoder):
             None if path is None else Path(path).expanduser()
             for path in (self.settings.ground_truth, self.settings.class_names)
         )
-        source = Path(self.settings.source).expanduser()
-        return open_sources(source, scratch=scratch, ground_truth=truth, class_names=names)
+        settings = self.settings
+        return open_sources(
+            Path(settings.source).expanduser(),
+            scratch=scratch,
+            ground_truth=truth,
+            class_names=names,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            use_test=not settings.held_out and 'val' in (settings.splits or ('val',)),
+        )
 
     @abstractmethod
     def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 __all__ = ['WHITE', 'Colour', 'UnreadableImage', 'centre_crop', 'decode_image', 'read_image']
 
@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 
 # Nothing else is tried: PIL would hand some formats to other programs (EPS to Ghostscript).
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', *(['AVIF'] if features.check('avif') else []))
 
 
 class UnreadableImage(ValueError):  # noqa: N818  (the name is the contract with the pipeline, which counts these)

@@ -21,7 +21,7 @@ from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Scaling
 from tread_composer.io.files import read_json, write_json
 
-__all__ = ['finish_split', 'refuse_too_many']
+__all__ = ['check_parts', 'finish_split', 'refuse_too_many']
 
 _REPORT = 'unreadable.json'
 
@@ -40,13 +40,7 @@ def finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manif
             shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
             shards.append(shard)
     write_json(folder / 'index.json', {'version': 2, 'shards': shards})
-    try:
-        check_shards(folder, manifest, remote=settings.is_remote)
-    except UserError as error:
-        raise UserError(
-            f'{error}\nA part was whole when it was finished and is not any more. Remove its folder (the number in the '
-            f"shard's path) and run the same command again: only that part is made anew"
-        ) from error
+    check_parts(folder, manifest, settings)
     if settings.remote is not None:
         remote = f'{settings.remote}/{plan.name}'
         for name in (_REPORT, 'index.json'):
@@ -59,6 +53,18 @@ def finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manif
     return manifest
 
 
+def check_parts(folder: Path, manifest: Manifest, settings: Settings) -> None:
+    """Refuse a split of which something was damaged since it was finished; says what to remove."""
+    try:
+        check_shards(folder, manifest, remote=settings.is_remote)
+    except UserError as error:
+        raise UserError(
+            f'{error}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
+            f"number in the shard's path; where no shard is named, {folder / MANIFEST_NAME}) and run the same command "
+            f'again: only that part is made anew'
+        ) from error
+
+
 def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
     """Refuse more unreadable images of a split than are allowed, and leave a list of them in its folder."""
     allowed = int(settings.max_unreadable * len(plan.order))
@@ -66,8 +72,9 @@ def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], set
         report = _report(plan, unreadable, settings)
         raise UserError(
             f'{plan.name}: {len(unreadable):,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
-            f'{settings.max_unreadable:g} allows {allowed:,}. {report} lists them with reasons. Repair the source and '
-            f'start anew, or run the same command with a larger share to go on without them'
+            f'{settings.max_unreadable:g} allows {allowed:,}. {report} lists them with reasons. Repair them and run '
+            f'the same command again (finished parts that lack them are made anew), or give it a larger share to go on '
+            f'without them'
         )
 
 

@@ -7,7 +7,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['RECORD', 'Output', 'refuse_foreign', 'refuse_if_too_large', 'size_in_words', 'upload']
+__all__ = ['RECORD', 'Output', 'check_remote', 'refuse_if_too_large', 'size_in_words', 'upload']
 
 RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
@@ -103,14 +103,22 @@ def upload(path: Path, target: str, *, keep: bool) -> None:
         ) from error
 
 
-def refuse_foreign(remote: str) -> None:
-    """Refuse to write over a finished split, one with a manifest, that somebody else made."""
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(UserError):  # it is not there; should the place be out of reach, uploading will tell
-            fetch_descriptions(remote, folder)
-        if (Path(folder) / MANIFEST_NAME).exists():
-            url = f'{remote}/{MANIFEST_NAME}'
-            raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
+def check_remote(remote: str, splits: Iterable[str], record: dict[str, Any], is_written: bool) -> None:
+    """Refuse to write over finished splits, those with a manifest, of somebody else; find out if one may write at all.
+
+    Else a wrong address would show after the first part. What is written, the record, is of use there.
+    """
+    for split in splits:
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(UserError):  # it is not there, or nothing can be reached, which shows below
+                fetch_descriptions(f'{remote}/{split}', folder)
+            if (Path(folder) / MANIFEST_NAME).exists():
+                url = f'{remote}/{split}/{MANIFEST_NAME}'
+                raise UserError(f'{url} is there already, and --work does not know of it; choose another --out')
+    if is_written:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder) / RECORD, record)
+            upload(Path(folder) / RECORD, remote, keep=True)
 
 
 def refuse_if_too_large(

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,14 @@ from tread_composer.conversion.decoding import Prepared
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.merging import refuse_too_many
 from tread_composer.conversion.output import upload
-from tread_composer.conversion.plan import SplitPlan, part_name
+from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json
 
-__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_unfinished', 'unreadable_in']
+__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_parts', 'remove_unfinished', 'unreadable_in']
 
-_PART_FILE = 'part.json'
 _SHARD_BYTES = 1 << 26
 _WRITING = '.writing-'
 
@@ -46,9 +45,9 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not re.fullmatch(r'\d{5,}', path.name):
             continue
-        if not (path / _PART_FILE).is_file():
-            raise UserError(f'{path}: has no {_PART_FILE}, so the conversion did not write it; move it away')
-        part = read_json(path / _PART_FILE)
+        if not (path / PART_FILE).is_file():
+            raise UserError(f'{path}: has no {PART_FILE}, so the conversion did not write it; move it away')
+        part = read_json(path / PART_FILE)
         if part['content'] != content:
             raise ResumeError.from_differences(
                 str(path), part['content'], content, 'Use the same settings, or choose another --out.'
@@ -59,7 +58,7 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
 
 def unreadable_in(folder: Path, part: int) -> list[dict[str, str]]:
     """Name and reason of each sample that a finished part of a split lacks."""
-    return read_json(folder / part_name(part) / _PART_FILE)['unreadable']
+    return read_json(folder / part_name(part) / PART_FILE)['unreadable']
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -68,6 +67,13 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
     for path in folder.glob('.*.json.*'):
         path.unlink()
+
+
+def remove_parts(folder: Path, keep: Collection[int]) -> None:
+    """Remove finished parts but those of these numbers, to be made anew. Only for the holder of the lock."""
+    for path in folder.iterdir():
+        if re.fullmatch(r'\d{5,}', path.name) and int(path.name) not in keep:
+            shutil.rmtree(path)
 
 
 class PartWriter:
@@ -130,7 +136,7 @@ class PartWriter:
         final = self._folder / part_name(self.part)
         try:
             self._writer.finish()
-            write_json(self._place / _PART_FILE, summary)
+            write_json(self._place / PART_FILE, summary)
             if remote is not None:
                 for path in sorted(self._place.glob('shard.*')):
                     upload(path, f'{remote}/{part_name(self.part)}', keep=False)
@@ -143,7 +149,7 @@ class PartWriter:
             except OSError:
                 # A rank of a killed run may live on for some seconds and finish a part. It was made with the same
                 # settings, so its rows are as good as ours.
-                if not (final / _PART_FILE).is_file():
+                if not (final / PART_FILE).is_file():
                     raise
                 shutil.rmtree(self._place)
             to_disk(self._folder)

@@ -15,7 +15,10 @@ from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
-__all__ = ['SplitPlan', 'make_plans', 'part_name', 'permutation']
+__all__ = ['PART_FILE', 'SplitPlan', 'make_plans', 'part_name', 'permutation']
+
+PART_FILE = 'part.json'
+"""In the folder of each finished part: what it was made with, and what could not be read."""
 
 
 @dataclass(frozen=True)

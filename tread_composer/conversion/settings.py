@@ -13,7 +13,12 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, check_request
 from tread_composer.io.device import available_cores
 
-__all__ = ['ImageSettings', 'Settings']
+__all__ = ['ImageSettings', 'Settings', 'is_remote']
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is none of the file system, but one that streaming brings files to or fetches them from."""
+    return '://' in place or place.startswith('dbfs:')
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Settings:
     @property
     def is_remote(self) -> bool:
         """Whether finished parts are uploaded."""
-        return '://' in self.out or self.out.startswith('dbfs:')
+        return is_remote(self.out)
 
     @property
     def remote(self) -> str | None:
@@ -139,6 +144,8 @@ class ImageSettings(Settings):
         max_unreadable: Stop if more images of a split than this share are unreadable.
         ground_truth: File with the labels of validation images that lie in no class folders.
         class_names: File with class names in label order, one a line, where the source has none.
+        image_column: Which column of parquet or arrow files holds the images, where several do.
+        label_column: Which of their columns holds the labels, e.g. fine_label of CIFAR-100.
     """
 
     vae: Annotated[str | None, Flag('--autoencoder', '--vae')] = None
@@ -158,6 +165,8 @@ class ImageSettings(Settings):
     max_unreadable: Annotated[float, Ge(0), Lt(1)] = 0.001
     ground_truth: str | None = None
     class_names: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

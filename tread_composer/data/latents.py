@@ -5,9 +5,11 @@ group of its own, and Composer's start would then hang.
 Legend: C channels, H x W latent pixels.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,16 @@ class ReadingError(UserError, RuntimeError):
     """Data cannot be read, or are not what they say, in the middle of an epoch."""
 
 
+@contextlib.contextmanager
+def _small_cache_in_words(local: str | os.PathLike[str], cache_limit: int | str | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError) or cache_limit is None or 'cache' not in str(error).lower():
+            raise
+        raise UserError(f'{os.fspath(local)}: data.cache_limit: {cache_limit}: {error}') from error
+
+
 class LatentDataset(StreamingDataset):
     """The samples of one split, in an order that does not depend on the number of ranks or workers.
 
@@ -66,6 +78,7 @@ class LatentDataset(StreamingDataset):
 
     Raises:
         ValueError: ``mirror_seed`` is given and the data hold no mirrored latents.
+        UserError: ``cache_limit`` has no room for the shards that are in use together.
     """
 
     def __init__(
@@ -86,7 +99,7 @@ class LatentDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._delivered = 0  # of this epoch, by this process
         self._prepared: set[int] = set()  # shards that are readable and stay so
-        with numbered_in_turn():
+        with numbered_in_turn(), _small_cache_in_words(local, settings.get('cache_limit')):
             super().__init__(
                 local=os.fspath(local),
                 remote=remote,
@@ -169,7 +182,11 @@ class LatentDataset(StreamingDataset):
             raise FileNotFoundError(f'{self._files(shard_id)[0]}: this shard is missing')
         try:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ValueError) and self.streams[0].validate_hash:
+                # Fetched and not right: the next run would take what lies there without a check.
+                for path in self._files(shard_id):
+                    Path(path).unlink(missing_ok=True)
             # The parent leaves it marked as under way, and other workers would wait for it without end.
             if self._shard_states[shard_id] == _ShardState.PREPARING:
                 self._shard_states[shard_id] = _ShardState.REMOTE

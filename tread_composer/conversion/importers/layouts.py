@@ -10,6 +10,7 @@ Layouts, as the code that writes or reads them has it:
 - ``lightningdit`` (hustvl/LightningDiT): safetensors files with ``latents`` and ``latents_flip`` (one draw each of the
   posterior, not normalised) and ``labels``. ``latents_stats.pt`` beside them is not needed: statistics are computed.
   Extracted on several GPUs, a few of the first images may be in there twice (the ranks' shares were made equal).
+- ``repa``, ``fast-dit``: see ``npy``.
 
 Legend: K stored channels, H x W latent pixels.
 """
@@ -17,30 +18,24 @@ Legend: K stored channels, H x W latent pixels.
 import contextlib
 import io
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tread_composer.conversion.importers.npy import open_fast_dit, open_repa
 from tread_composer.conversion.importers.settings import ImportSettings
+from tread_composer.conversion.pickles import load_plain
 from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Source, check_names
+from tread_composer.conversion.sources.numbered import check_numbers
 from tread_composer.conversion.sources.webdataset import scan_tars
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
 __all__ = ['array_from_pickle', 'open_layout']
-
-# What numpy itself writes for an array. A pickle is a program, and may name nothing else here.
-_NAMES_IN_PICKLES = {
-    ('numpy', 'ndarray'),
-    ('numpy', 'dtype'),
-    ('numpy._core.multiarray', '_reconstruct'),  # pickle protocols 2 to 4
-    ('numpy._core.numeric', '_frombuffer'),  # protocol 5
-}
 
 
 def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
@@ -55,6 +50,10 @@ def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source
     if settings.layout == 'maskdit-lmdb':
         assert stored_channels is not None  # the settings have asked for it
         source = _open_lmdb(root, stored_channels)
+    elif settings.layout == 'repa':
+        source = open_repa(root)
+    elif settings.layout == 'fast-dit':
+        source = open_fast_dit(root)
     elif settings.layout == 'lightningdit':
         source = _open_safetensors(root, _matching(root, settings.files or '*.safetensors'))
     else:
@@ -63,13 +62,29 @@ def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source
     if not len(source):
         raise UserError(f'{root}: holds no samples')
     check_names(root, source.names)
-    return _halves(source) if settings.mirrors == 'second-half' else source
+    source = _halves(source) if settings.mirrors == 'second-half' else source
+    _check_count(source, settings)
+    return source
+
+
+def _check_count(source: Source, settings: ImportSettings) -> None:
+    """A file that is missing shows in nothing else."""
+    if settings.num_images is None:
+        return
+    # LightningDiT's ranks were given equal shares: at most one more on each.
+    excess = len(source.paths) if isinstance(source, _SafeTensors) else 0
+    if not settings.num_images <= len(source) <= settings.num_images + excess:
+        raise UserError(
+            f'--num-images {settings.num_images}: {settings.source} holds {len(source):,} samples. Files are missing '
+            f'or too many, or the number is that of another split'
+        )
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
     files = sorted(path for path in root.glob(pattern) if path.is_file())
     if not files:
         raise UserError(f'{root}: no file there matches {pattern}; give the folder of one split, or --files PATTERN')
+    check_numbers(root, files)
     return files
 
 
@@ -156,19 +171,11 @@ class _Arrays(RangeSource):
         return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace('numpy.core.', 'numpy._core.')  # as it was called before numpy 2
-        if (module, name) not in _NAMES_IN_PICKLES:
-            raise ValueError(f'it names {module}.{name}, which an array has no need of')
-        return super().find_class(module, name)
-
-
 def array_from_pickle(data: bytes) -> np.ndarray:
     """The floating-point array that was pickled; ``ValueError`` if anything else is in there, which has not run."""
     try:
-        array = _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle can fail in any way
+        array = load_plain(data)
+    except ValueError as error:
         raise ValueError(f'not a pickled array of floats: {error}') from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != 'f':
         raise ValueError(f'not a pickled array of floats: {type(array).__name__}')

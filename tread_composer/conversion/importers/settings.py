@@ -16,7 +16,7 @@ from tread_composer.data.manifest import read_class_names
 
 __all__ = ['ImportSettings', 'MergeSettings']
 
-Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit']
+Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit', 'repa', 'fast-dit']
 
 # The fields of which one must be given, for each fact that is asked for.
 _ALWAYS = (('autoencoder_id',), ('autoencoder', 'autoencoder_hash'), ('resolution',), ('crop',),
@@ -25,7 +25,9 @@ _OF_LAYOUT: dict[Layout, tuple[tuple[str, ...], ...]] = {
     'maskdit-lmdb': (('channels', 'autoencoder'), ('mirrors',)),
     'maskdit-webdataset': (('mirrors',),),
     'tread-webdataset': (('kind',), ('stored_scale',), ('stored_shift',)),
-    'lightningdit': (),
+    'lightningdit': (('num_images',),),
+    'repa': (),
+    'fast-dit': (('stored_scale',), ('stored_shift',), ('num_images',)),
 }
 
 
@@ -45,11 +47,13 @@ class ImportSettings(Settings):
         crop: How they were cropped; 'center' is ADM's, which all these projects use.
         num_classes: How many classes there are, for one may have no sample here; 0 for no labels.
         class_names: File with one name a line, in label order (default: the numbers).
+        num_images: How many images were encoded (ImageNet: 1281167), so that a missing file is noticed.
         channels: Channels of a latent (4 for SD-VAE); an LMDB holds bytes without a shape.
         mirrors: 'second-half' if it was extracted with --xflip, 'none' if not (MaskDiT layouts only, whose files look
             alike).
         kind: 'samples' if the values were drawn from the posterior (as CompVis/tread reads them), else 'moments'.
-        stored_scale: What raw latents were multiplied by, one number or one for each channel (CompVis/tread: 0.18215).
+        stored_scale: What raw latents were multiplied by, one number or one for each channel (CompVis/tread and
+            fast-DiT: 0.18215).
         stored_shift: What was subtracted before that, one number or one for each channel (SD-VAE: 0).
     """
 
@@ -64,6 +68,7 @@ class ImportSettings(Settings):
     crop: Literal['none', 'center'] | None = None
     num_classes: Annotated[int | None, Ge(0)] = None
     class_names: str | None = None
+    num_images: Annotated[int | None, Ge(1)] = None
     channels: Annotated[int | None, Ge(1)] = None
     mirrors: Literal['none', 'second-half'] | None = None
     kind: Literal['moments', 'samples'] | None = None
@@ -91,8 +96,8 @@ class ImportSettings(Settings):
 
     @property
     def stored_kind(self) -> Kind:
-        """What is stored: MaskDiT keeps what the encoder gives, the others draws from it."""
-        return self.kind or ('moments' if self.layout.startswith('maskdit') else 'samples')
+        """What is stored: MaskDiT and REPA keep what the encoder gives, the others draws from it."""
+        return self.kind or ('moments' if self.layout.startswith(('maskdit', 'repa')) else 'samples')
 
     @property
     def names_of_classes(self) -> tuple[str, ...]:

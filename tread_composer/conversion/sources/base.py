@@ -21,7 +21,7 @@ __all__ = [
     'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts',
 ]  # fmt: skip
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.avif')
 """What makes a file an image, in small or capital letters. What is inside is found out by decoding it."""
 
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
@@ -36,6 +36,9 @@ class Request:
     scratch: Path  # for a copy of images that cannot be read at random
     ground_truth: Path | None = None  # labels of validation images that lie in no class folders
     class_names: tuple[str, ...] = ()  # of labels that are numbers, in their order; empty: the numbers are the names
+    image_column: str | None = None  # of a table with several
+    label_column: str | None = None
+    use_test: bool = True  # as the evaluation split, where there is no other
 
 
 @dataclass
@@ -184,7 +187,7 @@ def check_splits(location: Path, names: Collection[str]) -> None:
     if len(splits) < len(names):
         raise UserError(f'{location}: {few(names)}: two folders for one split. Rename or move one of them')
     if splits == {'test'}:
-        raise UserError(f'{location}: only a test split, which is never converted; train or val are missing')
+        raise UserError(f'{location}: only a test split, which is no training data; train or val are missing')
 
 
 def is_image(name: str) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tread_composer.conversion.sources.base import Request, Source, few
+from tread_composer.conversion.sources.cifar import cifar_folder, open_cifar
 from tread_composer.conversion.sources.ilsvrc import open_ilsvrc
+from tread_composer.conversion.sources.img2dataset import is_table, numbered_folders, open_img2dataset
 from tread_composer.conversion.sources.numbered import PLACES, split_files
 from tread_composer.conversion.sources.tars import holds_tars
 from tread_composer.conversion.sources.tree import holds_images, open_folders
@@ -19,10 +21,11 @@ __all__ = ['open_sources']
 
 _LAYOUTS = (
     'a folder of images, of class folders, or of train/ and val/ with class folders; a .zip of these; '
-    'the official ILSVRC tars; webdataset .tar files; Hugging Face .parquet files'
+    'the official ILSVRC tars; webdataset .tar files; Hugging Face .parquet files, or .arrow files as save_to_disk '
+    'writes them; what img2dataset writes; the Python files of CIFAR'
 )
 # A compressed tar is refused when it is opened.
-_SUFFIX = re.compile(r'\.(?:(zip|parquet|tar)|tgz|tar\.(?:gz|bz2|xz|zst))$', re.IGNORECASE)
+_SUFFIX = re.compile(r'\.(?:(zip|parquet|arrow|tar)|tgz|tar\.(?:gz|bz2|xz|zst))$', re.IGNORECASE)
 _OFFICIAL = re.compile(r'ILSVRC\d+_img_(val|test)\b.*\.tar')
 
 
@@ -32,42 +35,63 @@ def open_sources(
     scratch: Path,
     ground_truth: Path | None = None,
     class_names: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    use_test: bool = True,
 ) -> dict[str, Source]:
     """Find out what lies at ``path`` and list its images, by split; what is unclear is refused with what to do.
 
-    The splits are ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. A
-    test split is left out, and the description says so.
+    The splits are ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. What
+    becomes of a test split, the description says.
 
     Args:
         path: A folder or file.
         scratch: Folder for a copy of the images of parquet files, which cannot be read at random.
         ground_truth: Classes of ImageNet's validation images where they lie in no class folders.
         class_names: Names of classes, for webdataset tars and parquet files, whose labels are numbers.
+        image_column: Which column of parquet or arrow files holds the images, where there are several.
+        label_column: Which column of these, or which list of CIFAR-100, holds the labels.
+        use_test: Take a test split for ``'val'`` where there is no other; else it is left out.
     """
     root = Path(path).absolute()  # sources are read in other processes, whose current folder may differ
     if not root.exists():
         raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     archives = _archives(root)
+    if not archives and (inner := _configuration(root)) is not None:
+        root, archives = inner, _archives(inner)
     kind = _kind(root, archives)
     official = _official(archives, with_truth=ground_truth is not None) if kind == '.tar' else {}
-    has_numbers = kind == '.parquet' or (kind == '.tar' and not official)
+    is_table = kind in ('.parquet', '.arrow')
+    has_numbers = is_table or kind == 'img2dataset' or (kind == '.tar' and not official)
     if class_names is not None and not has_numbers:
         raise UserError(f'class_names={class_names}: the classes of {root} are named by its folders. Leave it out')
     if ground_truth is not None and has_numbers:
         raise UserError(f'ground_truth={ground_truth}: {root} brings its own labels. Leave it out')
-    request = Request(root, scratch, ground_truth, () if class_names is None else read_class_names(class_names))
+    if (image_column is not None and not is_table) or (label_column is not None and not is_table and kind != 'cifar'):
+        raise UserError(
+            f'image_column={image_column}, label_column={label_column}: only tables (.parquet, .arrow) and CIFAR-100 '
+            f'have such, and {root} is none. Leave them out'
+        )
+    names = () if class_names is None else read_class_names(class_names)
+    request = Request(root, scratch, ground_truth, names, image_column, label_column, use_test)
     if kind == 'folders':
         sources = open_folders(request)
+    elif kind == 'cifar':
+        sources = open_cifar(request, cifar_folder(root) or root)
+    elif kind == 'img2dataset':
+        sources = open_img2dataset(request)
     elif kind == '.zip':
         sources = open_zip(request)
     elif official:
         sources = open_ilsvrc(request, official)
     elif kind == '.tar':
-        sources = open_webdataset(request, *split_files(root, archives))
+        sources = open_webdataset(request, *split_files(root, archives, use_test))
     else:
-        from tread_composer.conversion.sources.parquet import open_parquet  # here: slow to import
+        from tread_composer.conversion.sources.parquet import open_tables, saved_files  # here: slow to import
 
-        sources = open_parquet(request, *split_files(root, archives))
+        archives, notes = saved_files(root, archives)
+        splits, others = split_files(root, archives, use_test)
+        sources = open_tables(request, splits, [*notes, *others])
     _check_same_classes(root, sources)
     return sources
 
@@ -82,12 +106,14 @@ def _archives(root: Path) -> list[Path]:
         for file in files
         if _SUFFIX.search(file.name)
         and file.is_file()
-        and (file == root or not (file.name.startswith('.') or re.search('devkit|bbox', file.name)))
+        and (file == root or not (file.name.startswith('.') or re.search('devkit|bbox', file.name) or is_table(file)))
     ]
 
 
 def _kind(root: Path, archives: list[Path]) -> str:
-    """``'folders'``, ``'.zip'``, ``'.parquet'`` or ``'.tar'``."""
+    """``'folders'``, ``'cifar'``, ``'img2dataset'``, ``'.zip'``, ``'.parquet'``, ``'.arrow'`` or ``'.tar'``."""
+    if cifar_folder(root) is not None:
+        return 'cifar'  # torchvision leaves the archive beside the folder
     names = few([file.name for file in archives])
     kinds = {f'.{(_SUFFIX.findall(file.name)[0] or "tar").lower()}' for file in archives}
     if root.is_file() and not kinds:
@@ -97,7 +123,23 @@ def _kind(root: Path, archives: list[Path]) -> str:
             f'{root}: holds {names}: several kinds, a zip, or archives beside images. Give the file itself, or a '
             f'folder with one kind'
         )
-    return kinds.pop() if kinds else 'folders'
+    if kinds:
+        return kinds.pop()
+    return 'img2dataset' if numbered_folders(root) else 'folders'
+
+
+def _configuration(root: Path) -> Path | None:
+    """The one folder of ``root`` with parquet files, as data sets on the hub have one for each configuration."""
+    if not root.is_dir() or cifar_folder(root) is not None or holds_images(root):
+        return None
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith('.')]
+    tables = [folder for folder in folders if any(file.suffix == '.parquet' for file in _archives(folder))]
+    if len(tables) > 1:
+        raise UserError(
+            f'{root}: parquet files of {len(tables)} configurations: {few([folder.name for folder in tables])}. Give '
+            f'the folder of one'
+        )
+    return tables[0] if tables else None
 
 
 def _official(tars: list[Path], with_truth: bool) -> dict[Path, str]:

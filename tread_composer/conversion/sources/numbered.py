@@ -8,17 +8,18 @@ from pathlib import Path
 from tread_composer.conversion.sources.base import SPLITS, Images, check_splits, few
 from tread_composer.core.errors import UserError
 
-__all__ = ['PLACES', 'name_by_number', 'split_files']
+__all__ = ['PLACES', 'check_numbers', 'name_by_number', 'split_files']
 
 PLACES = ('', 'data', *SPLITS)
 """Folders below the given one in which such files are looked for."""
 
 
-def split_files(root: Path, files: Sequence[Path]) -> tuple[dict[str, list[Path]], list[str]]:
+def split_files(root: Path, files: Sequence[Path], use_test: bool) -> tuple[dict[str, list[Path]], list[str]]:
     """Files by split, and what to report about those left out.
 
     They lie in one of ``PLACES`` or in folders named after splits. In one folder the split is a word of the
     name: ``train-00000-of-00294.parquet``, ``imagenet1k-validation-0003.tar``; without any such word all are ``train``.
+    Where there is no val, test is it, if ``use_test``.
     Refused are files in several of these places, names that do not say their split, and missing numbers.
     """
     by_place: dict[str, list[Path]] = defaultdict(list)
@@ -39,7 +40,10 @@ def split_files(root: Path, files: Sequence[Path]) -> tuple[dict[str, list[Path]
     check_splits(root, by_split)
     test = by_split.pop('test', [])
     for members in by_split.values() if root.is_dir() else ():
-        _check_numbers(root, members)
+        check_numbers(root, members)
+    if test and use_test and 'val' not in by_split:
+        by_split['val'] = test
+        return by_split, ['the test split is the evaluation split, for lack of another']
     return by_split, [f'{len(test)} files of the test split are not converted'] if test else []
 
 
@@ -79,8 +83,8 @@ def _split_of(file: Path) -> str | None:
     return words.pop() if words else None
 
 
-def _check_numbers(root: Path, files: list[Path]) -> None:
-    """A gap in the numbers of the files is a file that was not copied."""
+def check_numbers(root: Path, files: Sequence[Path]) -> None:
+    """Refuse a gap in the numbers of the files: one was not copied."""
     series: dict[tuple[str, int], list[int]] = defaultdict(list)
     for file in files:
         if of := re.search(r'(\d+)-of-(\d+)', file.stem):

@@ -1,7 +1,7 @@
-"""Hugging Face's parquet files: a struct column of encoded images, and a column of labels.
+"""Hugging Face's parquet files, and the Arrow files that ``datasets`` keeps: a column of images, a column of labels.
 
-Parquet cannot be read at random: one image costs the decoding of a row group of hundreds. So each file is copied once
-into an uncompressed Arrow file, of which small batches are mapped into memory.
+Parquet cannot be read at random: one image costs the decoding of a row group of hundreds; Arrow streams have no table
+of contents. So each file is copied once into an uncompressed Arrow file, of which small batches are mapped into memory.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from tread_composer.conversion.output import refuse_if_too_large, size_in_words
-from tread_composer.conversion.sources.base import Ignored, Images, Request, Source
+from tread_composer.conversion.sources.base import SPLITS, Ignored, Images, Request, Source, few
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
-from tread_composer.io.files import UNFINISHED, whole_file
+from tread_composer.io.files import UNFINISHED, read_json, whole_file
 from tread_composer.io.progress import Progress, to_stderr
 
-__all__ = ['ParquetSource', 'open_parquet']
+__all__ = ['TableSource', 'open_tables', 'saved_files']
 
 _BATCH = 64  # rows that are in memory at once
 _COPY = pyarrow.schema({'bytes': pyarrow.binary(), 'path': pyarrow.string(), 'label': pyarrow.int64()})
@@ -40,7 +40,7 @@ class _Columns(NamedTuple):
 
 
 @dataclass(eq=False)
-class ParquetSource(Source):
+class TableSource(Source):
     """A place is the number of a copy, a batch of it, and a row of that."""
 
     copies: list[str]
@@ -52,10 +52,32 @@ class ParquetSource(Source):
             return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
 
 
-def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
-    """The splits of parquet files; what an earlier, interrupted call left in the scratch folder is used again."""
+def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Of Arrow files those that ``save_to_disk`` has written, where it has; and what to report about other things.
+
+    ``map`` leaves files of its own beside them, which may hold anything.
+    """
+    kept, notes = list(files), []
+    for folder in {file.parent for file in files if (file.parent / 'state.json').is_file()}:
+        state = read_json(folder / 'state.json')
+        listed = {folder / entry['filename'] for entry in state.get('_data_files') or []}
+        if missing := [file.name for file in listed if file not in files]:
+            raise UserError(f'{folder}: {few(missing)} listed in state.json but not there. Copy the data completely')
+        if state.get('_indices_data_files'):
+            raise UserError(f'{folder}: rows chosen by a file of indices; save it anew with newer datasets')
+        kept = [file for file in kept if file.parent != folder or file in listed]
+    if others := len(files) - len(kept):
+        notes.append(f'{others} arrow files that state.json does not list are left out')
+    if (root / 'dataset_dict.json').is_file():
+        unread = [name for name in read_json(root / 'dataset_dict.json')['splits'] if name not in SPLITS]
+        notes += [f'the split {name} is not converted' for name in unread]
+    return kept, notes
+
+
+def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+    """The splits of such files; what an earlier, interrupted call left in the scratch folder is used again."""
     root = request.root
-    columns = {file: _columns_of(file) for split in files.values() for file in split}
+    columns = {file: _columns_of(file, request) for split in files.values() for file in split}
     reference, *others = columns
     for file in others:
         if columns[file] != columns[reference]:
@@ -66,6 +88,7 @@ def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence
     if request.class_names and label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')
     copies = _copy_all(columns, request.scratch / 'parquet')
+    kind = f'{reference.suffix[1:].lower()} files'
     splits = {}
     for split, members in files.items():
         splits[split] = images = Images(ignored=Ignored(notes=list(notes)))
@@ -80,22 +103,25 @@ def open_parquet(request: Request, files: dict[str, list[Path]], notes: Sequence
         name_by_number(root, splits, request.class_names or class_names)
     copies_of = {split: [str(copies[file]) for file in members] for split, members in files.items()}
     return {
-        split: ParquetSource.arranged('parquet files', root, images, copies=copies_of[split])
-        for split, images in splits.items()
+        split: TableSource.arranged(kind, root, images, copies=copies_of[split]) for split, images in splits.items()
     }
 
 
-def _columns_of(file: Path) -> _Columns:
+def _columns_of(file: Path, request: Request) -> _Columns:
     try:
-        schema = pyarrow.parquet.read_schema(file)
+        schema = _schema(file)
         shown = ', '.join(f'{column.name}: {column.type}' for column in schema)
     except _DAMAGE as error:
-        raise UserError(f'{file}: not a parquet file, or damaged: {error}. Get it anew') from error
+        raise UserError(f'{file}: not a {file.suffix[1:]} file, or damaged: {error}. Get it anew') from error
     images = [column.name for column in schema if _is_image(column.type)]
+    if request.image_column is not None:
+        images = [name for name in schema.names if name == request.image_column]
+        if not images or not (_is_image(schema.field(images[0]).type) or _is_binary(schema.field(images[0]).type)):
+            raise UserError(f'{file}: --image-column {request.image_column}: no column of images. Columns: {shown}')
     if len(images) != 1:
         raise UserError(
             f'{file}: {len(images)} columns hold images (a struct with "bytes" and "path", as Hugging Face writes '
-            f'them), 1 is expected. Columns: {shown}'
+            f'them), 1 is expected; --image-column says which. Columns: {shown}'
         )
     named: dict[str, tuple[str, ...]] = {}
     if text := (schema.metadata or {}).get(b'huggingface'):
@@ -105,12 +131,29 @@ def _columns_of(file: Path) -> _Columns:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: the metadata 'huggingface' of its schema is damaged: {error!r}") from error
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
+    if request.label_column is not None:
+        candidates = [request.label_column]
+        if request.label_column not in schema.names:
+            raise UserError(f'{file}: --label-column {request.label_column}: no such column. Columns: {shown}')
     if len(candidates) > 1:
-        raise UserError(f'{file}: {len(candidates)} columns of labels: {", ".join(candidates)}. Write files with one')
+        raise UserError(
+            f'{file}: {len(candidates)} columns of labels: {", ".join(candidates)}. Say which with --label-column'
+        )
     label = candidates[0] if candidates else None
     if label is not None and (label not in schema.names or not pyarrow.types.is_integer(schema.field(label).type)):
         raise UserError(f'{file}: the column of labels, {label!r}, holds no whole numbers. Columns: {shown}')
     return _Columns(images[0], label, named.get(label, ()) if label else ())
+
+
+def _schema(file: Path) -> pyarrow.Schema:
+    if file.suffix.lower() == '.parquet':
+        return pyarrow.parquet.read_schema(file)
+    with pyarrow.memory_map(str(file)) as content, pyarrow.ipc.open_stream(content) as stream:
+        return stream.schema
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 def _is_image(kind: pyarrow.DataType) -> bool:
@@ -123,16 +166,16 @@ def _copy_all(columns: dict[Path, _Columns], folder: Path) -> dict[Path, Path]:
     for abandoned in folder.glob(f'{UNFINISHED}*'):  # by a copy that was killed
         abandoned.unlink()
     targets = {}
-    for file, kinds in columns.items():  # a changed parquet file, or another choice of columns, is another copy
+    for file, kinds in columns.items():  # a changed file, or another choice of columns, is another copy
         facts = repr((str(file), file.stat().st_size, file.stat().st_mtime_ns, kinds.image, kinds.label))
         targets[file] = folder / f'{file.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow'
     todo = [file for file, target in targets.items() if not target.exists()]
     if todo:
         # What is not image in such a file is less than what compression leaves of JPEGs.
         size = sum(file.stat().st_size for file in todo)
-        free = refuse_if_too_large(folder, size, f'the images of {len(todo)} parquet files')
+        free = refuse_if_too_large(folder, size, f'the images of {len(todo)} files')
         to_stderr(
-            f'{folder}: {len(todo)} parquet files are copied here, about {size_in_words(size)} of images; '
+            f'{folder}: {len(todo)} {todo[0].suffix[1:].lower()} files are copied here, about {size_in_words(size)}; '
             f'{size_in_words(free)} are free'
         )
         progress = Progress(f'copying to {folder}', len(todo), 'files')
@@ -149,12 +192,24 @@ def _copy_all(columns: dict[Path, _Columns], folder: Path) -> dict[Path, Path]:
     return targets
 
 
+def _batches(file: Path, columns: _Columns) -> Iterator[pyarrow.RecordBatch]:
+    if file.suffix.lower() == '.parquet':
+        source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        names = [columns.image] + ([columns.label] if columns.label else [])
+        yield from source.iter_batches(_BATCH, columns=names, use_threads=False)
+        return
+    with pyarrow.memory_map(str(file)) as content, pyarrow.ipc.open_stream(content) as stream:
+        for batch in stream:
+            yield from (batch.slice(start, _BATCH) for start in range(0, len(batch), _BATCH))
+
+
 def _rows(file: Path, columns: _Columns) -> Iterator[pyarrow.RecordBatch]:
-    source = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-    names = [columns.image] + ([columns.label] if columns.label else [])
-    for number, batch in enumerate(source.iter_batches(_BATCH, columns=names, use_threads=False)):
+    for number, batch in enumerate(_batches(file, columns)):
         image = batch.column(columns.image)
-        content, paths = (image.flatten()[image.type.get_field_index(name)] for name in ('bytes', 'path'))
+        if _is_binary(image.type):
+            content, paths = image, pyarrow.nulls(len(image), pyarrow.string())
+        else:
+            content, paths = (image.flatten()[image.type.get_field_index(name)] for name in ('bytes', 'path'))
         paths = pyarrow.compute.fill_null(paths.cast(pyarrow.string()), '')
         labels = batch.column(columns.label) if columns.label else pyarrow.array(np.zeros(len(batch), np.int64))
         for column, fault in ((content, 'holds no bytes'), (labels, 'has no label')):

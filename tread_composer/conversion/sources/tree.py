@@ -25,13 +25,14 @@ from tread_composer.conversion.sources.base import (
 )
 from tread_composer.conversion.sources.ground_truth import assign_classes
 from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.tiny_imagenet import ANNOTATIONS, annotated_classes, without_images_folder
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
-__all__ = ['Branch', 'FolderSource', 'Listing', 'holds_images', 'open_folders']
+__all__ = ['Branch', 'FolderSource', 'Listing', 'edm_labels', 'holds_images', 'open_folders']
 
 _EDM = 'dataset.json'  # labels the images beside it, whose numbered folders are no classes
-_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', 'val_annotations.txt')
+_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', ANNOTATIONS)
 """Files with these names hold labels; beside those that nobody reads, folders say nothing certain."""
 
 _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
@@ -42,7 +43,13 @@ class Branch(Images):
     """One split of a tree, whose paths there begin with ``prefix`` (empty, or with ``/`` at its end)."""
 
     prefix: str = ''
-    bare: bool = False  # the class in a name is no folder of the tree: labels come from elsewhere
+    form: str = '{name}'  # path below the prefix; of the name also {label} and {file}, around its first slash
+
+    def label(self, classes: Sequence[str]) -> None:
+        """Take the classes in label order, and each image's label, of the names of their classes."""
+        self.class_names = in_label_order(classes)
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        self.labels = [label_of[name] for name in classes]
 
 
 @dataclass
@@ -90,16 +97,16 @@ class Listing:
         named = sorted(set(tops) & set(SPLITS))
         if named:
             self._check_tops(root, prefix, tops, named)
-            branches = {
-                SPLITS[top]: self._branch(root, f'{prefix}{top}/', tops[top]) for top in named if SPLITS[top] != 'test'
-            }
+            split_of = self._splits(tops, named, request.use_test)
+            branches = {split: self._branch(root, f'{prefix}{top}/', tops[top]) for top, split in split_of.items()}
         else:
             branches = {'train': self._branch(root, prefix, paths)}
         unread = [path for path in self.label_files if not path.startswith(f'{prefix}test/')]
         if unread:
             raise UserError(
                 f'{root}: {few(unread)} hold labels that this layout does not read, so those of the folders may be '
-                f'wrong. Move them away if the folders are the classes; read is {_EDM} beside the images'
+                f'wrong. Move them away if the folders are the classes; read are {_EDM} beside the images and '
+                f'{ANNOTATIONS} beside images in no class folders'
             )
         _label_val(root, branches, request.ground_truth)
         return branches
@@ -116,18 +123,26 @@ class Listing:
         empty = [top for top in SPLITS if top != 'test' and f'{prefix}{top}' in self.folders and top not in tops]
         if empty:
             raise UserError(f'{root}: {few(empty)} holds no image. Complete the data, or remove the folder')
-        if 'test' in named:
+
+    def _splits(self, tops: dict[str, list[str]], named: list[str], use_test: bool) -> dict[str, str]:
+        """The split of each folder; where there is no val, a test folder with classes as train has them is it."""
+        splits = {top: SPLITS[top] for top in named}
+        if splits.pop('test', None):
+            depths = {top: {path.count('/') for path in tops[top]} for top in named}
+            if use_test and 'val' not in splits.values() and depths['test'] == depths['train']:
+                self.ignored.notes.append('test/ is the evaluation split, for lack of another')
+                return {**splits, 'test': 'val'}
             self.ignored.notes.append(f'test/ ({len(tops["test"]):,} images) is not converted')
+        return splits
 
     def _branch(self, root: Path, prefix: str, paths: list[str]) -> Branch:
         names = [path[len(prefix) :] for path in paths]
         branch = Branch(names, [0] * len(names), (), self.ignored, [self.images[path] for path in paths], prefix)
-        if (content := self.label_files.pop(prefix + _EDM, None)) is not None:
-            place = f'{root}/{prefix}{_EDM}'
-            if (labels := _edm_labels(place, names, content)) is not None:
-                branch.labels, branch.bare = labels, True
-                name_by_number(place, {'train': branch}, ())
+        if self._labelled_by_file(root, branch):
             return branch
+        if (shorter := without_images_folder(names)) is not None:
+            branch.names, branch.form = shorter, '{label}/images/{file}'
+            names = shorter
         depths = {name.count('/'): name for name in names}  # an example of each
         if depths.keys() == {0}:
             return branch
@@ -136,20 +151,35 @@ class Listing:
             raise UserError(
                 f'{root}: images lie at different or unknown depths, such as {examples}. Expected {_LAYOUTS}'
             )
-        class_of = [name.partition('/')[0] for name in names]
-        branch.class_names = in_label_order(class_of)
+        branch.label([name.partition('/')[0] for name in names])
         inner = {path[len(prefix) :].partition('/')[0] for path in self.folders if path.startswith(prefix)}
         if empty := inner - {*branch.class_names, ''}:
             raise UserError(
                 f'{root}: {len(empty):,} class folders hold no image: {few([prefix + name for name in empty])}. '
                 f'Complete the data; a folder that is no class must be moved away'
             )
-        label_of = {name: label for label, name in enumerate(branch.class_names)}
-        branch.labels = [label_of[name] for name in class_of]
         return branch
 
+    def _labelled_by_file(self, root: Path, branch: Branch) -> bool:
+        """Whether a file beside the images says their labels, which the branch has then."""
+        names, prefix = branch.names, branch.prefix
+        if (content := self.label_files.pop(prefix + _EDM, None)) is not None:
+            place = f'{root}/{prefix}{_EDM}'
+            if (labels := edm_labels(place, names, content)) is not None:
+                branch.labels, branch.form = labels, '{file}'
+                name_by_number(place, {'train': branch}, ())
+            return True
+        files = [name.removeprefix('images/') for name in names]
+        if prefix + ANNOTATIONS not in self.label_files or any('/' in file for file in files):
+            return False
+        content = self.label_files.pop(prefix + ANNOTATIONS)
+        branch.label(annotated_classes(f'{root}/{prefix}{ANNOTATIONS}', files, content))
+        branch.names, branch.form = files, '{file}' if files == names else 'images/{file}'
+        branch.in_classes(branch.class_names)
+        return True
 
-def _edm_labels(file: str, names: Sequence[str], content: bytes) -> list[int] | None:
+
+def edm_labels(file: str, names: Sequence[str], content: bytes) -> list[int] | None:
     """The label of each image, of ``{"labels": [["00000/img00000000.png", 6], ...]}``; None if the file has null."""
     try:
         rows = json.loads(content)['labels']
@@ -185,7 +215,7 @@ def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | Non
             raise UserError(f'{root}: ground_truth={ground_truth} is given, but train has no class folders')
         class_names, val.labels = assign_classes(ground_truth, val.names, train and train.class_names, root)
         val.in_classes(class_names)
-        val.bare = True
+        val.form = '{file}'
     elif ground_truth:
         raise UserError(
             f'ground_truth={ground_truth}: {root} has no use for it: it labels validation images that lie loose in '
@@ -195,15 +225,16 @@ def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | Non
 
 @dataclass(eq=False)
 class FolderSource(Source):
-    """Image ``i`` is a file below ``folder``; ``bare``: the class in its name is no folder."""
+    """Image ``i`` is a file below ``folder``, where ``form`` says (see ``Branch``)."""
 
     folder: str
-    bare: bool
+    form: str
 
     def read(self, position: int) -> bytes:
         """The image file at that position; see ``Source.read``."""
         name = self.names[position]
-        path = Path(self.folder, name.partition('/')[2] if self.bare else name)
+        label, _, file = name.partition('/')
+        path = Path(self.folder, self.form.format(name=name, label=label, file=file))
         try:
             return path.read_bytes()
         except OSError as error:
@@ -226,7 +257,7 @@ def open_folders(request: Request) -> dict[str, Source]:
             branch,
             inside=branch.prefix,
             folder=str(root / branch.prefix),
-            bare=branch.bare,
+            form=branch.form,
         )
         for split, branch in listing.branches(request).items()
     }

@@ -1,0 +1,92 @@
+"""The Python files of CIFAR-10 and CIFAR-100 as their authors publish them and torchvision fetches them.
+
+A file is a pickle of ``data`` (uint8, a row of 3 x 32 x 32 for each image) and lists of labels. The bytes of ``data``
+lie in it as they are, so images are read from there at random.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tread_composer.conversion.pickles import load_plain
+from tread_composer.conversion.sources.base import Images, IndexedFiles, RangeSource, Request, Source
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.core.errors import UserError
+
+__all__ = ['cifar_folder', 'open_cifar']
+
+_SIDE = 32
+_BYTES = 3 * _SIDE * _SIDE
+_FORMS = {  # by the folder's name: names of classes, files of the splits, which labels
+    'cifar-10-batches-py': (
+        'batches.meta',
+        {'train': [f'data_batch_{number}' for number in range(1, 6)], 'test': ['test_batch']},
+        'labels',
+    ),
+    'cifar-100-python': ('meta', {'train': ['train'], 'test': ['test']}, 'fine_labels'),
+}
+
+
+def cifar_folder(root: Path) -> Path | None:
+    """Where such files lie: ``root``, or the one folder of their name in it, as torchvision leaves it."""
+    places = [root / name for name, (meta, files, _) in _FORMS.items() if (root / name / meta).is_file()]
+    is_here = any((root / meta).is_file() and (root / files['test'][0]).is_file() for meta, files, _ in _FORMS.values())
+    return root if is_here else places[0] if len(places) == 1 else None
+
+
+class CifarSource(RangeSource):
+    """A place is the number of a file, the offset of a row of pixels and its length."""
+
+    def read(self, position: int) -> bytes:
+        """The image at that position as a PPM file; see ``Source.read``."""
+        planes = np.frombuffer(super().read(position), np.uint8).reshape(3, _SIDE, _SIDE)
+        return f'P6 {_SIDE} {_SIDE} 255\n'.encode() + planes.transpose(1, 2, 0).tobytes()
+
+
+def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
+    """Both splits: the test images, all labelled, are the evaluation split."""
+    form = 'cifar-10-batches-py' if (folder / 'batches.meta').is_file() else 'cifar-100-python'
+    meta, files, label = _FORMS[form]
+    label = request.label_column or label
+    paths = {'train': files['train'], **({'val': files['test']} if request.use_test else {})}
+    splits = {split: _images([folder / name for name in names], label) for split, names in paths.items()}
+    names_key = f'{label.removesuffix("s")}_names'
+    class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))
+    name_by_number(folder, splits, class_names)
+    splits['train'].ignored.notes.append(f'classes: {names_key}')
+    return {
+        split: CifarSource.arranged(form, folder, images, files=IndexedFiles(folder / name for name in paths[split]))
+        for split, images in splits.items()
+    }
+
+
+def _entry(path: Path, content: dict, key: str) -> list:
+    if not isinstance(content.get(key.encode()), list):
+        raise UserError(f'{path}: has no {key!r}, only {sorted(map(str, content))}. Choose another --label-column')
+    return content[key.encode()]
+
+
+def _content(path: Path) -> dict:
+    try:
+        content = load_plain(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read: {error}. Get it anew') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: not a file of CIFAR. Get it anew')
+    return content
+
+
+def _images(paths: list[Path], label: str) -> Images:
+    images = Images()
+    for number, path in enumerate(paths):
+        content = _content(path)
+        data, labels = content.get(b'data'), _entry(path, content, label)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), _BYTES):
+            raise UserError(f'{path}: not the pixels of {len(labels):,} images of CIFAR. Get it anew')
+        start = path.read_bytes().find(data.tobytes())
+        if start < 0 or any(type(value) is not int for value in labels):
+            raise UserError(f'{path}: not written as the published files are. Get it anew')
+        images.names += [f'{path.name}-{row:05d}' for row in range(len(labels))]
+        images.labels += labels
+        images.places += [(number, start + row * _BYTES, _BYTES) for row in range(len(labels))]
+    return images

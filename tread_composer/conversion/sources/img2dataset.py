@@ -1,0 +1,71 @@
+"""What img2dataset writes: numbered folders of images, which are no classes, or numbered tars; a table beside each.
+
+The table, ``00000.parquet``, has a row for each address that was tried, also of those that failed; with images inside
+(its ``--output_format parquet``) it is read as any parquet file.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tread_composer.conversion.sources.base import Images, Request, Source, is_image
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.tree import FolderSource
+from tread_composer.core.errors import UserError
+
+__all__ = ['is_table', 'numbered_folders', 'open_img2dataset']
+
+
+def _shards(root: Path) -> Iterator[Path]:
+    """``root/00000`` and so on, whether they are folders or names of tars: those with ``00000_stats.json``."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    return (root / match[1] for name in names if (match := re.fullmatch(r'(\d+)_stats\.json', name)))
+
+
+def is_table(file: Path) -> bool:
+    """Whether a parquet file only describes the images in the folder or the tar of its name."""
+    shard = file.with_suffix('')
+    is_described = Path(f'{shard}_stats.json').is_file()
+    return file.suffix == '.parquet' and is_described and (shard.is_dir() or Path(f'{shard}.tar').is_file())
+
+
+def numbered_folders(root: Path) -> list[Path]:
+    """The folders with its images; empty where something else wrote ``root``."""
+    return [shard for shard in _shards(root) if shard.is_dir()]
+
+
+def open_img2dataset(request: Request) -> dict[str, Source]:
+    """The images of all folders, with their labels where the tables have a column ``label``."""
+    root, images, labels = request.root, Images(), {}
+    for folder in numbered_folders(root):
+        labels |= _labels(folder.with_suffix('.parquet'))
+        for file in sorted(os.listdir(folder)):
+            if is_image(file):
+                images.names.append(f'{folder.name}/{file}')
+            else:
+                images.ignored.add((folder.name, file))
+    keys = [name.rpartition('/')[2].partition('.')[0] for name in images.names]
+    if missing := sum(key not in labels for key in keys) if labels else 0:
+        raise UserError(f'{root}: {missing:,} images have no label in the tables (NNNNN.parquet). Complete the data')
+    form = '{name}'
+    images.labels, images.places = [labels.get(key, 0) for key in keys], [()] * len(keys)
+    if labels:
+        name_by_number(root, {'train': images}, request.class_names)
+        form = '{file}'
+    source = FolderSource.arranged('img2dataset folders', root, images, folder=str(root), form=form)
+    return {'train': source}
+
+
+def _labels(table: Path) -> dict[str, int]:
+    import pyarrow  # here: slow to import
+    import pyarrow.parquet
+
+    try:
+        if 'label' not in pyarrow.parquet.read_schema(table).names:
+            return {}
+        rows = pyarrow.parquet.read_table(table, columns=['key', 'label'])
+        keys, labels = rows.column('key').to_pylist(), rows.column('label').cast(pyarrow.int64()).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f'{table}: not a table of img2dataset with whole numbers as labels: {error}') from error
+    return {key: label for key, label in zip(keys, labels, strict=True) if label is not None}
