@@ -7,7 +7,7 @@ batch.)
 Shapes: B samples, C channels, H x W latent pixels, S stages of a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _size(values: Tensor, magnitude: Tensor, tolerances: tuple[float, float]) ->
     return (values / (atol + rtol * magnitude)).flatten(1).square().mean(dim=1).sqrt().cpu()
 
 
-def _sum(weights: Sequence[float], slopes: list[Tensor]) -> Tensor:
+def _sum(weights: Iterable[float], slopes: list[Tensor]) -> Tensor:
     terms = [float(weight) * slope for weight, slope in zip(weights, slopes, strict=False) if weight]  # rows end in 0
     return torch.stack(terms).sum(dim=0)
 

@@ -131,13 +131,14 @@ def _latents(hints: Hints, channels: int) -> dict[str, Any]:
     if hints.latent_stats is None:
         return {'latent_scale': hints.latent_scale, 'latent_shift': hints.latent_shift}
     stats = read_pickled(Path(hints.latent_stats))
-    values = [stats.get(name) if isinstance(stats, Mapping) else None for name in ('mean', 'std')]
-    if not all(isinstance(value, Tensor) and value.numel() == channels for value in values):
+    values = [stats.get(name) for name in ('mean', 'std')] if isinstance(stats, Mapping) else []
+    tensors = [value for value in values if isinstance(value, Tensor) and value.numel() == channels]
+    if len(tensors) < 2:
         raise UserError(
             f"--latent-stats {hints.latent_stats}: does not hold 'mean' and 'std' of {channels} channels; it is the "
             'latents_stats.pt of the latents on which the network was trained'
         )
-    mean, std = (value.double().flatten() for value in values)
+    mean, std = (value.double().flatten() for value in tensors)
     if not (std > 0).all():
         raise UserError(f'--latent-stats {hints.latent_stats}: a standard deviation is not above 0')
     return {'latent_scale': std.reciprocal().tolist(), 'latent_shift': mean.tolist()}
