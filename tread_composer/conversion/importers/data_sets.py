@@ -64,7 +64,7 @@ class DataSets(Encoder):
             'kind': self.kind,
             **self.facts,
             'latent_shape': list(self.latent_shape),
-            **{name: value for name, value in common.items() if name in _RECORDED},
+            **{name: common[name] for name in _RECORDED if name in common},
             'indexes': sorted(file_hash(folder / 'index.json') for folder, _ in self._all()),
         }
         counts = ', '.join(f'{len(names):,} in {folder}' for folder, names in lists.items())
