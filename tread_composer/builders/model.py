@@ -76,7 +76,7 @@ def build_model(
             num_classes=manifest.num_classes,
             class_names=manifest.class_names,
             label_dropout=config.label_dropout,
-            latent_scale=config.latent_scale,
+            latent_scale=config.latent_scale,  # type: ignore[arg-type] - numbers by now
             latent_shift=config.latent_shift,
             autoencoder=autoencoder,
         )

@@ -15,8 +15,9 @@ import torch
 from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 
+from tread_composer.autoencoders.published import Published
 from tread_composer.conversion.contents import Content, read_shard
-from tread_composer.conversion.encoding import Encoded, Encoder
+from tread_composer.conversion.encoding import Encoded, Encoder, Sample
 from tread_composer.conversion.importers.settings import MergeSettings
 from tread_composer.conversion.output import RECORD
 from tread_composer.conversion.sources.base import Images, IndexedFiles, RangeSource, Source, few, in_label_order
@@ -33,7 +34,7 @@ __all__ = ['DataSets']
 # What latents must have in common to be read by one run, as the manifest calls it.
 _FACTS = (
     'kind', 'autoencoder', 'autoencoder_hash', 'resolution', 'crop', 'mirrored', 'channels', 'latent_height',
-    'latent_width',
+    'latent_width', 'background',
 )  # fmt: skip
 # What a conversion besides records of its encoder; latents of other tools have no such record.
 _RECORDED = ('store', 'precision')
@@ -55,6 +56,7 @@ class DataSets(Encoder):
         first = self._first = next(manifest for _, manifest in self._all())
         self.kind, self.mirrored, self.resolution, self.crop = first.kind, first.mirrored, first.resolution, first.crop
         self.autoencoder, self.autoencoder_hash = first.autoencoder, first.autoencoder_hash
+        self.background, self.published = first.background, _published(first)
         self.latent_shape = first.latent_shape
         lists = {folder: next(iter(splits.values())).class_names for folder, splits in self._manifests.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
@@ -142,8 +144,17 @@ def _manifests(root: Path) -> dict[str, Manifest]:
     return splits
 
 
+def _published(manifest: Manifest) -> Published | None:
+    """The scale and shift that the manifest has not measured."""
+    scaling = manifest.scaling
+    if scaling is None or scaling.source == 'measured':
+        return None
+    return Published(scaling.source.removeprefix('published for '), scaling.scale[0], scaling.shift[0])
+
+
 def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
     facts = {name: getattr(manifest, name) for name in _FACTS}
+    facts['published'] = _published(manifest)
     record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
     return facts | {name: record[name] for name in _RECORDED if name in record}
 
@@ -212,7 +223,7 @@ def _rows(shard: Shard) -> Iterator[tuple[tuple[int, int], int, str]]:
         raise UserError(f'{shard.path}: {error}; copy or convert it again (verify.py lists every fault)') from None
 
 
-def _views(reader: MDSReader, mirrored: bool, row: bytes) -> np.ndarray:
+def _views(reader: MDSReader, mirrored: bool, row: bytes) -> Sample:
     """The arrays of a row as they are stored, float16 ``[V, K, H, W]``."""
     values = reader.decode_sample(row)
-    return np.stack([values[column] for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]])
+    return Sample(np.stack([values[column] for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]]))
