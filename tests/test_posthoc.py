@@ -107,7 +107,7 @@ def test_inner_products_are_the_integrals():
 def test_another_width_is_the_average_that_would_have_been_kept(stored, width, batch):
     weights = walk()
     wanted = average(weights, width, batch)
-    found = reconstruct(stored, width, last=read_header(snapshot_path(stored, batch)).digest)
+    found = reconstruct(stored, width, newest=read_header(snapshot_path(stored, batch)).digest)
     error = (found.tensors['w'].double() - wanted).norm()
     assert error < 1e-3 * wanted.norm()
     # far closer than the nearest one that was stored, and as close as it says of itself
@@ -123,7 +123,7 @@ def test_another_width_is_the_average_that_would_have_been_kept(stored, width, b
 
 @pytest.mark.parametrize(('width', 'batch'), [(0.05, 400), (0.1, 400), (0.1, 50), (0.05, 150)])
 def test_a_stored_average_comes_back_to_the_bit(stored, width, batch):
-    found = reconstruct(stored, width, last=read_header(snapshot_path(stored, batch)).digest)
+    found = reconstruct(stored, width, newest=read_header(snapshot_path(stored, batch)).digest)
     assert torch.equal(found.tensors['w'], load_file(snapshot_path(stored, batch))[f'{width}/w'])
     assert found.facts['residual'] == 0
 
@@ -166,7 +166,7 @@ def test_a_missing_snapshot_is_noticed(copy):
     found = reconstruct(copy, 0.07, allow_inexact=True)
     assert (found.facts['first'], found.facts['snapshots'], found.facts['unused']) == (250, 4, 3)
     with pytest.raises(UserError, match='that the checkpoint names as its last is missing'):
-        reconstruct(copy, 0.07, last='sha256:0')
+        reconstruct(copy, 0.07, newest='sha256:0')
     with pytest.raises(UserError, match=r'holds no snapshots; train with algorithms\.power_ema'):
         reconstruct(copy / 'nowhere', 0.07)
 

@@ -117,17 +117,21 @@ def taesd_network(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], 
     """
     held = {f'encoder.{name}': value for name, value in encoder.items()}
     held |= {f'decoder.{name}': value for name, value in decoder.items()}
-    last, first = held.get('encoder.14.weight'), held.get('decoder.1.weight')
-    channels = [value.shape[axis] for value, axis in ((last, 0), (first, 1)) if value is not None and value.ndim == 4]
+    encoder_head, decoder_stem = held.get('encoder.14.weight'), held.get('decoder.1.weight')
+    channels = [
+        value.shape[axis]
+        for value, axis in ((encoder_head, 0), (decoder_stem, 1))
+        if value is not None and value.ndim == 4
+    ]
     branches = tuple(any(name.startswith(part) and '.pool.' in name for name in held) for part in ('enc', 'dec'))
     with torch.device('meta'):  # the weights are in memory already
         network = TAESD(channels[0] if channels else 4, branches)  # type: ignore[arg-type]
-    wanted = {name: list(value.shape) for name, value in network.state_dict().items()}
+    expected = {name: list(value.shape) for name, value in network.state_dict().items()}
     wrong = [
         f'  {name}: {list(held[name].shape) if name in held else "missing"}, the rest asks for '
-        f'{wanted.get(name, "no such tensor")}'
-        for name in dict.fromkeys([*wanted, *held])
-        if name not in held or list(held[name].shape) != wanted.get(name)
+        f'{expected.get(name, "no such tensor")}'
+        for name in dict.fromkeys([*expected, *held])
+        if name not in held or list(held[name].shape) != expected.get(name)
     ]
     if wrong:
         raise UserError(

@@ -185,16 +185,17 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _log_duration(self, logger: Logger, began: float) -> None:
         """How long training waited; one line where that is much and could be less."""
-        now = time.monotonic()
-        held, saved_at, self._saved_at = now - began, self._saved_at, now
+        clock = time.monotonic()
+        held, saved_at, self._saved_at = clock - began, self._saved_at, clock
         logger.log_metrics({'time/checkpoint': held})
-        if saved_at is None or self._advised or held < max(_LONG_SECONDS, _LONG_SHARE * (now - saved_at)):
+        if saved_at is None or self._advised or held < max(_LONG_SECONDS, _LONG_SHARE * (clock - saved_at)):
             return
         self._advised = True
         if dist.get_global_rank() == 0:
+            share = f'{held:.1f} s, {held / (clock - saved_at):.1%} of the time'
             to_stderr(
-                f'A checkpoint held the training up for {held:.1f} s, {held / (now - saved_at):.1%} of the time: raise '
-                f'save_interval, or set save_in_background=true, which takes as much memory of the host as the file has'
+                f'A checkpoint held the training up for {share}: raise save_interval, or set save_in_background=true, '
+                f'which takes as much memory of the host as the file has'
             )
 
     def wait(self) -> None:

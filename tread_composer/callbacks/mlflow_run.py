@@ -232,8 +232,8 @@ class MLflowRun(MLFlowLogger):
         """Collect ``metrics``; every value is kept, equal successive ones too."""
         if dist.get_global_rank() != 0:
             return
-        now = int(time.time() * 1000)
-        self._pending += [(name, float(value), now, step or 0) for name, value in metrics.items()]
+        milliseconds = int(time.time() * 1000)
+        self._pending += [(name, float(value), milliseconds, step or 0) for name, value in metrics.items()]
         if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()
 

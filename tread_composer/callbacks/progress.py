@@ -52,15 +52,15 @@ class ProgressLines(LoggerDestination):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Print a line if it is time for one."""
-        now = time.monotonic()
+        clock = time.monotonic()
         is_first = self._in_batches == 0.0
-        self._in_batches += now - self._batch_start
+        self._in_batches += clock - self._batch_start
         loss = (state.total_loss_dict or {}).get('loss/train/total')
         if loss is not None:
             self._losses.append(loss)  # read when a line is printed: reading waits for the GPU
-        if is_first or now - self._last_line >= self.seconds or _share_done(state) >= 1.0:
-            self._last_line = now
-            self._print(self._line(state, now))
+        if is_first or clock - self._last_line >= self.seconds or _share_done(state) >= 1.0:
+            self._last_line = clock
+            self._print(self._line(state, clock))
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Ask which weights are evaluated."""
@@ -79,11 +79,11 @@ class ProgressLines(LoggerDestination):
         """Say that it is done."""
         self._print(f'{state.run_name}: done in {duration(time.monotonic() - self._start)}')
 
-    def _line(self, state: State, now: float) -> str:
+    def _line(self, state: State, clock: float) -> str:
         share, batch, total = _share_done(state), int(state.timestamp.batch), _total_batches(state)
         rate = (self._samples + int(state.timestamp.sample)) / max(self._in_batches, 1e-9)
         progressed = share - self._share_at_start
-        remaining = (now - self._start) / progressed * (1.0 - share) if progressed > 0 else 0.0
+        remaining = (clock - self._start) / progressed * (1.0 - share) if progressed > 0 else 0.0
         losses = [float(loss) for loss in self._losses]
         parts = [
             f'batch {batch}{f"/{total}" if total else ""} ({share:.0%})',

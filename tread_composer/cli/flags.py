@@ -182,10 +182,10 @@ def _value(argument: _Argument, words: Mapping[str, Any]) -> Any:
     return tuple(value) if isinstance(value, list) else value  # requests are frozen
 
 
-def _pairs(words: Sequence[str], what: str) -> dict[str, Any]:
+def _pairs(words: Sequence[str], flag: str) -> dict[str, Any]:
     wrong = [word for word in words if '=' not in word]
     if wrong:
-        raise UserError(f'{what}: {wrong[0]!r} is not of the form key=value')
+        raise UserError(f'{flag}: {wrong[0]!r} is not of the form key=value')
     return {key: _plain(value) for key, _, value in (word.partition('=') for word in words)}
 
 

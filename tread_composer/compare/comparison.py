@@ -95,9 +95,11 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
     if absent:
         raise UserError(f'--metrics: no run has {", ".join(absent)}; there are {", ".join(measured) or "none"}')
     asked = [metric for metric in measured if not metrics or any(_is(metric, name) for name in metrics)]
-    shared = [metric for metric in asked if all(metric in own for own in metrics_of.values())]
+    shared = [metric for metric in asked if all(metric in owned_metrics for owned_metrics in metrics_of.values())]
     if not shared:
-        owned = '\n'.join(f'  {name}: {", ".join(sorted(own)) or "no metric"}' for name, own in metrics_of.items())
+        owned = '\n'.join(
+            f'  {name}: {", ".join(sorted(owned_metrics)) or "no metric"}' for name, owned_metrics in metrics_of.items()
+        )
         raise UserError(f'compare: the runs have no metric in common.\n{owned}')
     tables = [table for metric in shared for table in _tables(metric, runs, names)]
     left_out = [f'{metric}: not in every run' for metric in asked if metric not in shared]

@@ -125,10 +125,10 @@ def _as_json(comparison: Comparison, command: str) -> dict[str, Any]:
         for name, run in zip(names, comparison.runs, strict=True)
     ]
     for table in comparison.tables:
-        content, others = asdict(table), list(enumerate(names[1:], 1))
+        content, compared = asdict(table), list(enumerate(names[1:], 1))
         content['points'] = dict(zip(names, content['points'], strict=True))
-        content['speed_ups'] = {name: _ratios(table.speed_ups(run)) for run, name in others}
-        content['at_the_best_of_the_other'] = {name: _ratios(table.common(run)) for run, name in others}
+        content['speed_ups'] = {name: _ratios(table.speed_ups(run)) for run, name in compared}
+        content['at_the_best_of_the_other'] = {name: _ratios(table.common(run)) for run, name in compared}
         metrics.append(content)
     return {'command': command, 'runs': runs, 'metrics': metrics}
 

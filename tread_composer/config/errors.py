@@ -20,13 +20,13 @@ class Problem:
     Args:
         path: Where in the tree; empty for the file as a whole.
         text: Value, rule and remedy.
-        known: The names that would have been right there.
+        choices: The names that would have been right there.
         source: File or ``command line`` that the value comes from; looked up from the path if empty.
     """
 
     path: Path
     text: str
-    known: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     source: str = ''
 
 
@@ -44,9 +44,11 @@ class ConfigError(UserError):
             source = problem.source or source_of(problem.path)
             lines.append(': '.join(part for part in (source, dotted(problem.path), problem.text) if part))
             # Once for all problems in a row that have the same names.
-            if problem.known and problem.known not in [following.known for following in ordered[index + 1 : index + 2]]:
-                many = len(problem.known) > _MANY and 'Did you mean' in problem.text
-                lines.append(f'Known here: {"python -m tread_composer schema" if many else ", ".join(problem.known)}')
+            if problem.choices and problem.choices not in [
+                following.choices for following in ordered[index + 1 : index + 2]
+            ]:
+                many = len(problem.choices) > _MANY and 'Did you mean' in problem.text
+                lines.append(f'Known here: {"python -m tread_composer schema" if many else ", ".join(problem.choices)}')
         return cls('\n'.join(lines))
 
 

@@ -26,10 +26,10 @@ _PLACEHOLDERS = {
 
 def place_problems(config: Config) -> Iterator[Problem]:
     """What is wrong with where checkpoints go and come from, as far as the words tell."""
-    for name, known in _PLACEHOLDERS.items():
+    for name, placeholders in _PLACEHOLDERS.items():
         text = getattr(config, name)
         if text is not None:
-            fault = _placeholder_fault(text, known) or (_address_fault(text) if 'filename' not in name else None)
+            fault = _placeholder_fault(text, placeholders) or (_address_fault(text) if 'filename' not in name else None)
             if fault is not None:
                 yield Problem((name,), f'{text!r} {fault}')
     if config.save_folder is None:
@@ -46,14 +46,14 @@ def place_problems(config: Config) -> Iterator[Problem]:
         yield Problem(('parallelism_config', 'fsdp', 'sharded_ckpt_prefix_dir'), f'{prefix!r} {text}')
 
 
-def _placeholder_fault(text: str, known: tuple[str, ...]) -> str | None:
-    shown = ', '.join(f'{{{name}}}' for name in known)
+def _placeholder_fault(text: str, placeholders: tuple[str, ...]) -> str | None:
+    shown = ', '.join(f'{{{name}}}' for name in placeholders)
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         return f'has a brace that is no placeholder ({error}); known are {shown}'
-    unknown = [f'{{{name}}}' for name in names if name not in known]
-    return f'has {", ".join(unknown)}, which nobody fills in; known are {shown}' if unknown else None
+    unfilled = [f'{{{name}}}' for name in names if name not in placeholders]
+    return f'has {", ".join(unfilled)}, which nobody fills in; known are {shown}' if unfilled else None
 
 
 def _address_fault(text: str) -> str | None:

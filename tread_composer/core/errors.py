@@ -51,10 +51,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def did_you_mean(name: object, known: Sequence[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest of the known names, or nothing where none is near."""
+def did_you_mean(name: object, names: Sequence[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest of the names, or nothing where none is near."""
     text = str(name).lower()
-    by_lower = {candidate.lower(): candidate for candidate in known}
+    by_lower = {candidate.lower(): candidate for candidate in names}
     # A part of a name, whole: 'rate' for 'selection_rate'.
     holding = [candidate for candidate in by_lower if text in candidate.split('_')]
     if len(holding) == 1:

@@ -69,18 +69,18 @@ class Progress:
     def add(self, units: int = 1) -> None:
         """Count, and print if it is time."""
         self._count += units
-        now = self._last_add = time.monotonic()
-        if now >= self._next:
-            self._next = now + self._interval
-            self._log(self._line(now))
+        clock = self._last_add = time.monotonic()
+        if clock >= self._next:
+            self._next = clock + self._interval
+            self._log(self._line(clock))
 
     def within(self, count: int, parts: str) -> None:
         """Print, if it is time, how many ``parts`` of the units in work are done: where a unit takes minutes."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + self._interval
-            rate = count / max(now - self._last_add, 1e-9)
-            self._log(f'{self._line(now)}; in work: {count:,} {parts}, {rate:,.2g} {parts}/s')
+        clock = time.monotonic()
+        if clock >= self._next:
+            self._next = clock + self._interval
+            rate = count / max(clock - self._last_add, 1e-9)
+            self._log(f'{self._line(clock)}; in work: {count:,} {parts}, {rate:,.2g} {parts}/s')
 
     def tick(self) -> None:
         """Called often, while waiting too; here nobody else is to be heard."""
@@ -91,13 +91,13 @@ class Progress:
         rate = self._count / max(seconds, 1e-9)
         return f'{self._count:,} {self._unit} in {duration(seconds)}, {rate:,.1f} {self._unit}/s'
 
-    def _line(self, now: float) -> str:
+    def _line(self, clock: float) -> str:
         count = self._all()
-        self._history.append((now, count))
-        while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
+        self._history.append((clock, count))
+        while len(self._history) > 2 and clock - self._history[1][0] > _WINDOW:
             self._history.popleft()
         start, before = self._history[0]
-        rate = (count - before) / max(now - start, 1e-9)
+        rate = (count - before) / max(clock - start, 1e-9)
         speed = f'{rate:,.1f} {self._unit}/s' if rate < 100 else f'{rate:,.0f} {self._unit}/s'
         label, done = f'{self._label}: ' if self._label else '', self._before + count
         if self._total is None:
@@ -144,18 +144,18 @@ class RankProgress(Progress):
         Raises:
             UserError: Another rank has failed; raised on rank 0, with the message of the other.
         """
-        now = time.monotonic()
+        clock = time.monotonic()
         failure = self._scratch / 'failure.json'
-        if self._rank == 0 and now - self._last_look > 1:
-            self._last_look = now
+        if self._rank == 0 and clock - self._last_look > 1:
+            self._last_look = clock
             if failure.exists():
                 content = read_json(failure)
                 raise UserError(f'on rank {content["rank"]}: {content["text"]}')
-        if now < self._next:
+        if clock < self._next:
             return
-        self._next = now + self._interval
+        self._next = clock + self._interval
         if self._rank == 0:
-            self._log(self._line(now))
+            self._log(self._line(clock))
         else:
             with contextlib.suppress(OSError):  # progress reporting must not fail the run
                 write_json(self._scratch / f'rank-{self._rank}.json', self._count)

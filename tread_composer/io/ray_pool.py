@@ -80,7 +80,7 @@ def on_ray(
         stack.callback(token.unlink, missing_ok=True)
         share = _share([node['Resources'] for node in ray.nodes() if node['Alive']], workers, device)
         share.describe(log)
-        origin = _Origin(os.getcwd(), token, _versions(), share.here)
+        origin = _Origin(os.getcwd(), token, _versions(), share.per_machine)
         pool = _Pool(ray, share, ray.put(make_worker), origin, log)
         pool.run(units, done)
 
@@ -123,13 +123,13 @@ class _Share:
     """What each worker gets of the cluster."""
 
     workers: int
-    here: int  # workers of one machine, at the most
+    per_machine: int  # workers of one machine, at the most
     cpus: float
     gpus: int
 
     def describe(self, log: Log) -> None:
-        what = 'a GPU and ' if self.gpus else ''
-        log(f'Ray: {self.workers} workers with {what}{self.cpus:g} cores each')
+        gpus_text = 'a GPU and ' if self.gpus else ''
+        log(f'Ray: {self.workers} workers with {gpus_text}{self.cpus:g} cores each')
 
 
 def _share(machines: Sequence[Mapping[str, float]], workers: int | None, device: str | None) -> _Share:
@@ -141,16 +141,16 @@ def _share(machines: Sequence[Mapping[str, float]], workers: int | None, device:
         machines = [resources for resources in machines if resources.get('GPU', 0) >= 1]
         if (workers or 0) > gpus:
             raise UserError(f'--ray-workers {workers}: the Ray cluster has {gpus} GPUs; each worker takes one')
-        here = int(max(resources['GPU'] for resources in machines))
+        per_machine = int(max(resources['GPU'] for resources in machines))
         cores = min(resources.get('CPU', 0) / resources['GPU'] for resources in machines)
-        return _Share(workers or gpus, here, math.floor(cores) if cores >= 1 else 0, 1)
+        return _Share(workers or gpus, per_machine, math.floor(cores) if cores >= 1 else 0, 1)
     machines = [resources for resources in machines if resources.get('CPU', 0) >= 1]
     workers = workers or len(machines)
-    here = math.ceil(workers / max(len(machines), 1))
-    cores = math.floor(min((resources['CPU'] for resources in machines), default=0) / max(here, 1))
+    per_machine = math.ceil(workers / max(len(machines), 1))
+    cores = math.floor(min((resources['CPU'] for resources in machines), default=0) / max(per_machine, 1))
     if not cores:
         raise UserError(f'--ray-workers {workers}: more than the cores of the Ray cluster')
-    return _Share(workers, here, cores, 0)
+    return _Share(workers, per_machine, cores, 0)
 
 
 class _Pool:
@@ -221,13 +221,13 @@ class _Pool:
 
     def _watch(self) -> None:
         """Say that nobody works, and end it after a while."""
-        now = time.monotonic()
+        clock = time.monotonic()
         if self._has_work() or not self._queue:
-            self._last_work = self._last_report = now
-        elif now - self._last_work > _START_SECONDS:
+            self._last_work = self._last_report = clock
+        elif clock - self._last_work > _START_SECONDS:
             raise UserError(f'Ray has started no worker within {_START_SECONDS / 60:.0f} minutes; look at `ray status`')
-        elif now - self._last_report > _REPORT_SECONDS:
-            self._last_report = now
+        elif clock - self._last_report > _REPORT_SECONDS:
+            self._last_report = clock
             free = self._ray.available_resources()
             self._log(f'waiting for Ray to start a worker: free are {free.get("CPU", 0):g} cores, '
                       f'{free.get("GPU", 0):g} GPUs')  # fmt: skip

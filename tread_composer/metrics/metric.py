@@ -129,9 +129,9 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
     Raises:
         UserError: A name is neither in ``METRICS`` nor ``package.module:Class``, or there is no name.
     """
-    unknown = [name for name in names if name not in METRICS and not is_reference(name)]
-    if unknown or not names:
-        raise UserError(f'metrics: {unknown or "none"} given; choose of {", ".join(METRICS)}')
+    misnamed = [name for name in names if name not in METRICS and not is_reference(name)]
+    if misnamed or not names:
+        raise UserError(f'metrics: {misnamed or "none"} given; choose of {", ".join(METRICS)}')
     metrics = []
     for name in dict.fromkeys(names):
         try:

@@ -165,10 +165,10 @@ def by_protocol(measured: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple
     for name, protocol in measured:
         # How the images were drawn is the same for all metrics of them
         shared = {key: value for key, value in protocol.items() if key != 'settings'}
-        same = [group for group in groups if {**group[0], **shared} == group[0]]
-        if not same:
+        matching = [group for group in groups if {**group[0], **shared} == group[0]]
+        if not matching:
             groups.append((shared, []))
-        group, names = same[0] if same else groups[-1]
+        group, names = matching[0] if matching else groups[-1]
         if protocol.get('settings'):
             group.setdefault('settings', {})[name] = protocol['settings']
         names += [] if name in names else [name]

@@ -187,8 +187,8 @@ class SamplingSettings:
 
 
 def _either(names: Sequence[str]) -> str:
-    *others, last = (repr(name) for name in names)
-    return f'{", ".join(others)} or {last}' if others else last
+    *names_before, final = (repr(name) for name in names)
+    return f'{", ".join(names_before)} or {final}' if names_before else final
 
 
 def _is_number(value: object) -> bool:

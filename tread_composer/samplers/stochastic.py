@@ -106,10 +106,10 @@ def sde(
     return x
 
 
-def _squeezed(times: Tensor, last: float) -> Tensor:
+def _squeezed(times: Tensor, final_time: float) -> Tensor:
     """The times, moved so that the last one before 0 is ``last``."""
     if len(times) == 2:  # a single step goes all the way
         return times
     # Affine map of [times[-2], times[0]] onto [last, times[0]]: the spacing keeps its proportions.
     start, end = times[0], times[-2]
-    return torch.cat([last + (times[:-1] - end) * (start - last) / (start - end), times.new_zeros(1)])
+    return torch.cat([final_time + (times[:-1] - end) * (start - final_time) / (start - end), times.new_zeros(1)])

@@ -95,14 +95,14 @@ def fit_profile(exponents: Sequence[float], batches: Sequence[int], exponent: fl
 
 
 def reconstruct(
-    folder: str | os.PathLike[str], width: float, *, last: str | None = None, allow_inexact: bool = False
+    folder: str | os.PathLike[str], width: float, *, newest: str | None = None, allow_inexact: bool = False
 ) -> Average:
     """The average of this width (``sigma_rel``), from the snapshots in a run's folder.
 
     Args:
         folder: Where the snapshots are.
         width: Relative standard deviation over the run so far.
-        last: Digest of the snapshot that the average ends with, as the checkpoint of a run knows it; by default the
+        newest: Digest of the snapshot that the average ends with, as the checkpoint of a run knows it; by default the
             newest. Later ones, and those of continuations that were given up, are not used.
         allow_inexact: Take what comes closest even if it is not close, or if snapshots are missing.
 
@@ -110,7 +110,7 @@ def reconstruct(
         UserError: The snapshots are of several runs, missing or damaged, or cannot be put together to what is wanted.
     """
     exponent, snapshots = power_exponent(width), list_snapshots(folder)
-    chain = _chain(snapshots, last, str(folder), allow_inexact)
+    chain = _chain(snapshots, newest, str(folder), allow_inexact)
     begin, end = chain[0][1], chain[-1][1]
     gammas = [gamma for _, snapshot in chain for gamma in snapshot.gammas]
     ends = [snapshot.batch for _, snapshot in chain for _ in snapshot.gammas]
@@ -131,7 +131,7 @@ def reconstruct(
 
 
 def _chain(
-    snapshots: list[tuple[Path, Snapshot]], last: str | None, folder: str, allow_gap: bool
+    snapshots: list[tuple[Path, Snapshot]], newest: str | None, folder: str, allow_gap: bool
 ) -> list[tuple[Path, Snapshot]]:
     """The snapshots of one continuation by ascending batch, each of which names the one before it."""
     if not snapshots:
@@ -140,7 +140,7 @@ def _chain(
     if len(runs) > 1:
         raise UserError(f'{folder}: holds snapshots of several runs ({"; ".join(runs)}); leave those of one')
     by_digest = {snapshot.digest: (path, snapshot) for path, snapshot in snapshots}
-    digest, chain = snapshots[-1][1].digest if last is None else last, []
+    digest, chain = snapshots[-1][1].digest if newest is None else newest, []
     while digest is not None:
         if digest not in by_digest:
             if chain and allow_gap:
@@ -158,9 +158,9 @@ def _chain(
 def _summed(chain: list[tuple[Path, Snapshot]], coefficients_S: np.ndarray) -> dict[str, Tensor]:
     """The weighted sum in float64, one file after the other; what counts nothing is not read."""
     total: dict[str, Tensor] = {}
-    rest = iter(coefficients_S.tolist())
+    coefficients = iter(coefficients_S.tolist())
     for path, snapshot in chain:
-        shares = {width: next(rest) for width in snapshot.widths}
+        shares = {width: next(coefficients) for width in snapshot.widths}
         for width, name, tensor in read_snapshot(path) if any(shares.values()) else ():
             if shares[width] and name not in total:
                 total[name] = torch.zeros(tensor.shape, dtype=torch.float64)

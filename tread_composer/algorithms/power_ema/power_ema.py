@@ -102,7 +102,7 @@ class PowerEMA(AveragingAlgorithm):
         """
         if saved['previous'] is None:
             raise UserError(f'{folder}: the run had written no snapshot yet; take a later checkpoint')
-        return reconstruct(folder, width, last=saved['previous'], allow_inexact=allow_inexact)
+        return reconstruct(folder, width, newest=saved['previous'], allow_inexact=allow_inexact)
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint is bound to: the widths. Interval and folder decide only what is written down."""

@@ -53,11 +53,16 @@ class DataSets(Encoder):
         facts = {folder: _facts(folder, next(iter(splits.values()))) for folder, splits in self._manifests.items()}
         _check_equal(facts)
         common = dict(set.intersection(*(set(values.items()) for values in facts.values())))
-        first = self._first = next(manifest for _, manifest in self._all())
-        self.kind, self.mirrored, self.resolution, self.crop = first.kind, first.mirrored, first.resolution, first.crop
-        self.autoencoder, self.autoencoder_hash = first.autoencoder, first.autoencoder_hash
-        self.background, self.published = first.background, _published(first)
-        self.latent_shape = first.latent_shape
+        manifest = next(manifest for _, manifest in self._all())
+        self.kind, self.mirrored, self.resolution, self.crop = (
+            manifest.kind,
+            manifest.mirrored,
+            manifest.resolution,
+            manifest.crop,
+        )
+        self.autoencoder, self.autoencoder_hash = manifest.autoencoder, manifest.autoencoder_hash
+        self.background, self.published = manifest.background, _published(manifest)
+        self.latent_shape = manifest.latent_shape
         lists = {folder: next(iter(splits.values())).class_names for folder, splits in self._manifests.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
         self.prepare = functools.partial(_views, self._reader, self.mirrored)
@@ -133,8 +138,8 @@ def _manifests(root: Path) -> dict[str, Manifest]:
     record = read_json(root / RECORD)['splits'] if (root / RECORD).is_file() else splits
     undone = [name for name in record if name not in splits]
     if undone or not splits:
-        what = f'{", ".join(undone)} not finished' if undone else f'no split with a {MANIFEST_NAME}'
-        raise UserError(f'{root}: {what}; run its conversion to the end first')
+        state = f'{", ".join(undone)} not finished' if undone else f'no split with a {MANIFEST_NAME}'
+        raise UserError(f'{root}: {state}; run its conversion to the end first')
     _check_equal(
         {
             root / name: {**_facts(root, manifest), 'class_names': manifest.class_names}

@@ -90,8 +90,8 @@ def open_sources(
         from tread_composer.conversion.sources.parquet import open_tables, saved_files  # here: slow to import
 
         archives, notes = saved_files(root, archives)
-        splits, others = split_files(root, archives, use_test)
-        sources = open_tables(request, splits, [*notes, *others])
+        splits, unread = split_files(root, archives, use_test)
+        sources = open_tables(request, splits, [*notes, *unread])
     _check_same_classes(root, sources)
     return sources
 

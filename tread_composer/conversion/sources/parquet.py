@@ -66,8 +66,8 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
         if state.get('_indices_data_files'):
             raise UserError(f'{folder}: rows chosen by a file of indices; save it anew with newer datasets')
         kept = [file for file in kept if file.parent != folder or file in listed]
-    if others := len(files) - len(kept):
-        notes.append(f'{others} arrow files that state.json does not list are left out')
+    if unlisted := len(files) - len(kept):
+        notes.append(f'{unlisted} arrow files that state.json does not list are left out')
     if (root / 'dataset_dict.json').is_file():
         unread = [name for name in read_json(root / 'dataset_dict.json')['splits'] if name not in SPLITS]
         notes += [f'the split {name} is not converted' for name in unread]
@@ -78,8 +78,8 @@ def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[
     """The splits of such files; what an earlier, interrupted call left in the scratch folder is used again."""
     root = request.root
     columns = {file: _columns_of(file, request) for split in files.values() for file in split}
-    reference, *others = columns
-    for file in others:
+    reference, *remaining = columns
+    for file in remaining:
         if columns[file] != columns[reference]:
             raise UserError(
                 f'{file}: columns or class names differ from those of {reference}. Give one data set at a time'
