@@ -1,5 +1,6 @@
 """What a model does between the blocks of a route, or hands past them, is seen: nothing there may count positions."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,7 +9,15 @@ from torch import nn
 
 from tests.algorithms.test_tread import Foreign, foreign
 from tests.routing.small import Block, Busy, N, explicit, tokens
-from tread_composer.routing import Route, RoutingError, apply_tread, put_back, sample_kept, take_kept
+from tread_composer.routing import (
+    Route,
+    RoutingError,
+    apply_tread,
+    put_back,
+    remove_tread,
+    sample_kept,
+    take_kept,
+)
 
 
 def pose(model, x):
@@ -51,6 +60,19 @@ def test_work_between_two_blocks_of_a_route_is_refused_by_name(work, message):
     apply_tread(model, Route(1, 4, 0.5))
     with pytest.raises(RoutingError, match=message):
         model(tokens())
+
+
+@pytest.mark.parametrize('ordered', [False, True])
+def test_what_fails_in_the_models_own_code_on_a_route_is_explained(ordered):
+    """As the residuals of a ControlNet, N entries, added to K tokens between two blocks."""
+    model = Busy(lambda model, x: x + torch.ones(1, N, 1)).train()
+    apply_tread(model, Route(1, 4, 0.5), ordered=ordered)
+    message = r"must match the size.*\n'blocks' was on its route, blocks 1 to 4, where 8 of 16 tokens .*ControlNet"
+    for copied in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=message):
+            copied(tokens())
+    remove_tread(model)
+    assert model(tokens()).shape[1] == N
 
 
 @pytest.mark.parametrize('at', [0, 1, 5])

@@ -27,6 +27,7 @@ class Stretch:
     end: int  # last block, inclusive
     used: bool = False  # by any pass. Written only: a counter would recompile the graph each time
     forwards: int = 0  # training forwards that were not compiled
+    present: tuple[int, int] | None = None  # K and N while such a forward is between the first and the last block
     conclusive: bool | None = None  # whether a probe could tell that all blocks are sound; None before there was one
 
 
@@ -80,6 +81,7 @@ class Pass:
             self.kept = self.ids_of(x)
             if self.watched:
                 self.stretch.forwards += 1
+                self.stretch.present = self.counts if self.counts[0] < self.counts[1] else None
                 # A tensor subclass or a meta tensor has no values to compare.
                 comparable = type(x) is Tensor and x.device.type != 'meta'
                 if self.probed and comparable and self.stretch.forwards in PROBED_FORWARDS:
@@ -114,6 +116,8 @@ class Pass:
                 'route before that block'
             )
         restored = put_back(self.full, x, kept)  # [B, K, D] -> [B, N, D]
+        if self.watched:
+            self.stretch.present = None
         if self.probe is not None:
             self._end_probe(self.probe, restored)
         if isinstance(out, Tensor):

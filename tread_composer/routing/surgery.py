@@ -16,6 +16,7 @@ from tread_composer.routing.arguments import (
     find_argument,
     parse_token_arguments,
 )
+from tread_composer.routing.failures import explain_failures, stop_explaining
 from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
 from tread_composer.routing.route import Route, check_routes, parts_within
 from tread_composer.routing.routing import Routing, RoutingSettings
@@ -161,6 +162,7 @@ def apply_tread(
         # A tapped list has its class already.
         container.__class__ = ROUTED.get(type(container), type(container))
         container.routing, container.list_number = routing, number  # type: ignore[assignment]
+    explain_failures(model)
     return routing
 
 
@@ -171,6 +173,7 @@ def remove_tread(model: nn.Module) -> None:
     """
     for container in _routed(model).values():
         container.release(route=True)
+    stop_explaining(model)
 
 
 def tap_blocks(

@@ -1,0 +1,51 @@
+"""A word on routing in errors that torch raises in the model's own code, between two blocks of a route.
+
+Such code (residuals of a ControlNet, hints) expects all tokens and meets the kept ones. It runs outside of every call
+that routing knows, so a hook on the model looks at the error that ends its forward pass.
+"""
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from tread_composer.routing.arguments import RoutingError
+from tread_composer.routing.lists import RoutedList
+
+__all__ = ['explain_failures', 'stop_explaining']
+
+
+def explain_failures(model: nn.Module) -> None:
+    """Add to errors of sizes what routing has to do with them, in forward passes of ``model`` that are not compiled."""
+    model.register_forward_hook(_explain, always_call=True)
+
+
+def stop_explaining(model: nn.Module) -> None:
+    """Take the hook back, wherever in ``model`` it is: also in a copy of the model that had it."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _explain]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _explain(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    error = sys.exc_info()[1]
+    if not isinstance(error, RuntimeError) or isinstance(error, RoutingError):
+        return
+    numbers = {int(number) for number in re.findall(r'\d+', str(error))}
+    for part in module.modules():
+        routing = part.routing if isinstance(part, RoutedList) else None
+        for stretch in () if routing is None else routing.stretches[part.list_number]:  # type: ignore[index]
+            if stretch.present is not None and numbers.issuperset(stretch.present):
+                kept, total = stretch.present
+                error.args = (
+                    f'{error}\n'
+                    f'{routing.paths[part.list_number]!r} was on its route, blocks {stretch.start} to {stretch.end}, '
+                    f'where {kept} of {total} tokens are present. Between these blocks the model itself works on all '
+                    f'{total} (residuals of a ControlNet, hints): let the route end before that, or begin behind it',
+                )
+                return
