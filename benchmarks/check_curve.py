@@ -14,6 +14,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import yaml
 
 from tread_composer.compare.store import store_of

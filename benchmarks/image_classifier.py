@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tread_composer.core.process import prepare_process
+
+prepare_process()  # before torch is loaded, and MLflow
+
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn

@@ -206,7 +206,7 @@ def test_a_continuation_that_was_given_up_is_not_used(copy):
     wanted = average(other, 0.12, 400)
     assert (found.tensors['w'].double() - wanted).norm() < 2e-3 * wanted.norm()
     earlier = next(one for _, one in list_snapshots(copy) if one.batch == 250).digest
-    assert reconstruct(copy, 0.07, last=earlier).facts['batch'] == 250
+    assert reconstruct(copy, 0.07, newest=earlier).facts['batch'] == 250
 
 
 def test_weights_that_do_not_move_come_out_as_they_are(tmp_path):

@@ -53,11 +53,11 @@ class WholeCheckpointSaver(CheckpointSaver):
         in_background: Training waits only for a copy in the memory of the host, which a thread then writes; the next
             save waits for it, so at most one is under way. Sharded checkpoints are written at once in any case: each
             rank has a share only.
-        **settings: those of Composer's ``CheckpointSaver``.
+        *arguments, **settings: those of Composer's ``CheckpointSaver``.
     """
 
-    def __init__(self, *, in_background: bool = False, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *arguments: Any, in_background: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self.in_background = in_background
         self._writer = ThreadPoolExecutor(1, 'checkpoint')
         self._future: Future[None] | None = None  # of the rank that writes

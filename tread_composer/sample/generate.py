@@ -171,7 +171,7 @@ class _Job:
         needs = f'{cost.evaluations} evaluations, {cost.guided} of them guided, {cost.gmacs:.4g} GMACs per image'
         if cost.evaluations is None:
             needs = f'as many evaluations of {cost.gmacs:.4g} GMACs as each image needs'
-        log(f'{sampling.in_words}, guidance {sampling.guidance}: {needs}')
+        log(f'{sampling.in_words.replace(" ", ", ", 1)}, guidance {sampling.guidance}: {needs}')
         num_undone = len(self.folder.indices(undone))
         if num_undone < count:
             self.log(f'going on: {count - num_undone:,} of {count:,} images are there')
