@@ -10,7 +10,7 @@ __all__ = ['FID', 'SFID']
 
 _FID = Quantity('fid', 'lower', 'squared distance of features', other='fd')
 _SFID = Quantity('sfid', 'lower', 'squared distance of spatial features', other='sfd')
-# Until somebody with the weights and ADM's file has run `evaluate --check-reference`.
+# Until somebody has the weights and held ADM's file against itself: `evaluate FILE --reference FILE --metrics sfid`.
 _PORT = {'port': "not yet held against ADM's numbers"}
 
 
