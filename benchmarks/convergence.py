@@ -180,6 +180,8 @@ def run(benchmark: Benchmark, method: str, seed: int, options: argparse.Namespac
     if code:
         sys.exit(f'{" ".join(command)}\nfailed: see {folder / "log.txt"}')
     points = measurements(benchmark, folder, flops_per_step(yaml, words))
+    if [point['step'] for point in points] != list(range(every, options.steps + 1, every)):
+        sys.exit(f'{folder}: not all of {options.points} measurements are there; {folder / "log.txt"} says why')
     write_json(result, {'settings': settings, 'points': points})
     return points
 

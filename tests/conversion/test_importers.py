@@ -126,6 +126,12 @@ def run(words: list[str], out: Path, *options: str) -> int:
     return main([*words, *COMMON, '--out', str(out), '--split', 'train', *options])
 
 
+def test_labels_that_repa_does_not_have_are_no_zeros(tmp_path: Path, capsys):
+    words = source(tmp_path, 'repa')
+    (tmp_path / 'source' / 'dataset.json').write_text('{"labels": null}')
+    assert run(words, tmp_path / 'set') == 2 and 'label -1 with 5 classes' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('layout', 'views'),
     [(layout, views) for layout in WRITERS for views in (1, 2) if views < 2 or layout in HAVE_MIRRORS],

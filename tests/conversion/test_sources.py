@@ -337,6 +337,10 @@ def test_numbered_folders_of_img2dataset_are_no_classes(tmp_path, splits, opened
     assert sorted(read) == sorted((name.partition('/')[0], content) for name, content in images.items())
     (root / '00001' / '000019998.jpg').write_bytes(b'x')
     opened.refuses('1 images have no label in the tables', root)
+    half = layouts.write_img2dataset(tmp_path / 'half', images)
+    (half / '00001.parquet').unlink()
+    (half / '00001_stats.json').rename(half / '00002_stats.json')
+    opened.refuses('00001, 00002 without its folder, or without the NNNNN_stats.json', half)
     tars = layouts.write_webdataset(tmp_path / 'tars', {'train': images}, labels=None, name='{number:05d}.tar')
     for file in (tmp_path / 'plain').iterdir():  # the tables of the tars, which look alike
         if file.is_file():

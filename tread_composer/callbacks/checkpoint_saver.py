@@ -38,6 +38,7 @@ __all__ = ['WholeCheckpointSaver']
 
 Result = TypeVar('Result')
 
+_write_file = checkpoint._write_checkpoint_file  # bound here: `_copy` replaces it for a moment
 _LONG_SECONDS, _LONG_SHARE = 1.0, 0.01  # of the time since the save before
 
 
@@ -169,7 +170,7 @@ class WholeCheckpointSaver(CheckpointSaver):
             self._under_way = moment, logger, file
         else:
             self._finish(self._save(state, file), state, logger, file)
-        self._log_duration(logger, began)
+        self._log_duration(state, logger, began)
 
     def _save(self, state: State, file: Path) -> bool:
         """Write a checkpoint and publish it; whether this rank has written anything."""
@@ -183,7 +184,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         self._on_first_rank(lambda: self._publish(state, unfinished, path))
         return saved is not None
 
-    def _log_duration(self, logger: Logger, began: float) -> None:
+    def _log_duration(self, state: State, logger: Logger, began: float) -> None:
         """How long training waited; one line where that is much and could be less."""
         clock = time.monotonic()
         held, saved_at, self._saved_at = clock - began, self._saved_at, clock
@@ -192,10 +193,10 @@ class WholeCheckpointSaver(CheckpointSaver):
             return
         self._advised = True
         if dist.get_global_rank() == 0:
-            share = f'{held:.1f} s, {held / (clock - saved_at):.1%} of the time'
+            remedy = ', or set save_in_background=true, which takes as much memory of the host as the file has'
             to_stderr(
-                f'A checkpoint held the training up for {share}: raise save_interval, or set save_in_background=true, '
-                f'which takes as much memory of the host as the file has'
+                f'A checkpoint held the training up for {held:.1f} s, {held / (clock - saved_at):.1%} of the time: '
+                f'raise save_interval{"" if state.fsdp_sharded_state_dict_enabled else remedy}'
             )
 
     def wait(self) -> None:
@@ -217,9 +218,14 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def close(self, state: State, logger: Logger) -> None:
         """A run that ends early keeps what was being written. The ranks may not meet here: some may have failed."""
-        error = None if self._future is None else self._future.exception()
-        if error is not None:
+        if self._future is None or self._under_way is None:
+            return
+        error = self._future.exception()
+        if error is None:
+            self._finish(True, *self._under_way)
+        else:
             to_stderr(f'save_folder: the last checkpoint could not be written to {self._root}: {error}')
+        self._future = self._under_way = None
 
     def _copy(self, state: State, file: Path) -> Any:
         """What Composer would write, in the memory of the host; None on a rank that writes nothing."""
@@ -229,18 +235,17 @@ class WholeCheckpointSaver(CheckpointSaver):
             contents.append(host_copy(content))
             Path(filename).touch()  # Composer looks for it
 
-        original = checkpoint._write_checkpoint_file
         checkpoint._write_checkpoint_file = keep
         try:
             self._write(state, _unfinished(file))
         finally:
-            checkpoint._write_checkpoint_file = original
+            checkpoint._write_checkpoint_file = _write_file
         return contents[0] if contents else None
 
     def _write_copy(self, content: Any, state: State, file: Path) -> None:
         """In the thread: as when it is saved at once, from the copy."""
         try:
-            checkpoint._write_checkpoint_file(content, str(_unfinished(file)))
+            _write_file(content, str(_unfinished(file)))
         except (OSError, RuntimeError) as error:
             fault = _disk_fault(error)
             if fault is None:

@@ -208,9 +208,8 @@ class Evaluation(SamplingCallback):
         measurer, rule = self._measurer, Draws.in_turn if self.labels == 'balanced' else Draws.at_random
         assert measurer is not None
         draws = rule(self.num_samples, bare_model(state).num_classes, self.seed)
-        batches, num_left = self._batches()
-        broken, parts = 0, []
-        self.taken()
+        batches, share = self._batches()
+        broken, parts, num_left = 0, [], share
         # To the end whatever comes: a sharded model needs all ranks to draw.
         for indices, labels, images_BCRR in self.images(state, draws, batches):
             images_BCRR, num_left = images_BCRR[:num_left], max(0, num_left - len(indices))
@@ -223,7 +222,7 @@ class Evaluation(SamplingCallback):
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)
             logger.log_metrics({'evaluation/images_not_finite': broken})
             return
-        taken = dist.all_gather_object(self.taken())
+        taken = dist.all_gather_object(self.taken()[:share])  # the last batch may be filled up
         # Refused on one rank, refused on all
         figures = agreed(lambda: measurer.figures(parts), f'callbacks.{self.owner}: ')
         if measurer.ranks.is_first:

@@ -127,9 +127,8 @@ class SamplingCallback(Callback):
         )
 
     def taken(self) -> list[int]:
-        """Evaluations of each image drawn on this rank since this was last asked, where the sampler decides them."""
-        counts, self._evaluations.taken = self._evaluations.taken, []
-        return counts if self.sampling.is_adaptive else []
+        """Evaluations of each image of the last call of `images` on this rank, where the sampler decides them."""
+        return self._evaluations.taken if self.sampling.is_adaptive else []
 
     def facts(self, state: State, draws: Draws) -> dict[str, Any]:
         """The part of a ``Protocol`` that says how the images came about."""
@@ -146,6 +145,7 @@ class SamplingCallback(Callback):
         label = f'{self.owner} at batch {int(state.timestamp.batch)}'
         log = to_stderr if dist.get_global_rank() == 0 else silent
         progress = Progress(label, sum(map(len, batches)), 'images', log=log)
+        self._evaluations.taken = []
         self._evaluations.begun = lambda number: progress.within(number, 'evaluations')
         draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
         for indices, labels, images_BCHW in draws.images(draw, batches):

@@ -18,6 +18,8 @@ from tread_composer.io.progress import Progress, silent
 
 __all__ = ['Plans', 'RayPartMaker', 'make_parts']
 
+_MACHINE = contextlib.ExitStack()  # of a worker of Ray; held here, as long as the process lives
+
 Plans = dict[str, SplitPlan]
 Part = tuple[str, int]
 """A split and a number."""
@@ -74,7 +76,7 @@ class RayPartMaker:
         settings, plans = self.settings, self.plans
         device = choose_device(settings.device, 0)
         workers = settings.workers_of_rank(device.type == 'cuda', workers_here)
-        contextlib.ExitStack().enter_context(machine_for(device, workers, workers_here))  # as long as the process lives
+        _MACHINE.enter_context(machine_for(device, workers, workers_here))
         encoder = self.make_encoder(device)
         for name, value in self.content.items():
             if encoder.content[name] != value:

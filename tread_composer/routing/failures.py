@@ -13,8 +13,11 @@ from torch import nn
 
 from tread_composer.routing.arguments import RoutingError
 from tread_composer.routing.lists import RoutedList
+from tread_composer.routing.passes import Stretch
 
 __all__ = ['explain_failures', 'stop_explaining']
+
+_WORDS = 'was on its route'
 
 
 def explain_failures(model: nn.Module) -> None:
@@ -34,18 +37,24 @@ def _explain(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     error = sys.exc_info()[1]
-    if not isinstance(error, RuntimeError) or isinstance(error, RoutingError):
+    if error is None:
         return
-    numbers = {int(number) for number in re.findall(r'\d+', str(error))}
+    explained = isinstance(error, RoutingError) or not isinstance(error, RuntimeError)
+    numbers = set() if explained else {int(number) for number in re.findall(r'\d+', str(error))}
     for part in module.modules():
-        routing = part.routing if isinstance(part, RoutedList) else None
-        for stretch in () if routing is None else routing.stretches[part.list_number]:  # type: ignore[index]
-            if stretch.present is not None and numbers.issuperset(stretch.present):
-                kept, total = stretch.present
-                error.args = (
-                    f'{error}\n'
-                    f'{routing.paths[part.list_number]!r} was on its route, blocks {stretch.start} to {stretch.end}, '
-                    f'where {kept} of {total} tokens are present. Between these blocks the model itself works on all '
-                    f'{total} (residuals of a ControlNet, hints): let the route end before that, or begin behind it',
-                )
-                return
+        if isinstance(part, RoutedList) and part.routing is not None:
+            path, stretches = part.routing.paths[part.list_number], part.routing.stretches[part.list_number]
+            for stretch in stretches:
+                if stretch.present is not None and numbers.issuperset(stretch.present) and _WORDS not in str(error):
+                    error.args = (f'{error}\n{_explanation(path, stretch)}',)
+                stretch.present = None  # the pass is over
+
+
+def _explanation(path: str, stretch: Stretch) -> str:
+    assert stretch.present is not None
+    kept, total = stretch.present
+    return (
+        f'{path!r} {_WORDS}, blocks {stretch.start} to {stretch.end}, where {kept} of {total} tokens are present. '
+        f'Between these blocks the model itself works on all {total} (residuals of a ControlNet, hints): let the route '
+        f'end before that, or begin behind it'
+    )

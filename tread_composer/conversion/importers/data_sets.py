@@ -61,7 +61,10 @@ class DataSets(Encoder):
             manifest.crop,
         )
         self.autoencoder, self.autoencoder_hash = manifest.autoencoder, manifest.autoencoder_hash
-        self.background, self.published = manifest.background, _published(manifest)
+        self.background, self.published = (
+            next((values[name] for values in facts.values() if values[name] is not None), None)
+            for name in ('background', 'published')
+        )
         self.latent_shape = manifest.latent_shape
         lists = {folder: next(iter(splits.values())).class_names for folder, splits in self._manifests.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
@@ -161,18 +164,19 @@ def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
     facts = {name: getattr(manifest, name) for name in _FACTS}
     facts['published'] = _published(manifest)
     record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
+    if 'store' in record:  # conversions before 0.2.0 kept the colours and did not say so
+        facts['background'] = manifest.background or 'stored'
     return facts | {name: record[name] for name in _RECORDED if name in record}
 
 
 def _check_equal(facts: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Refuse what differs from the first; where one does not say a thing, nothing is compared."""
-    (first, expected), *remaining = facts.items()
-    lines = [
-        f'  {key}: {expected[key]!r} in {first}, {value!r} in {folder}'
-        for folder, values in remaining
-        for key, value in values.items()
-        if key in expected and expected[key] != value
-    ]
+    """Refuse what differs between any two; where one does not say a thing, nothing is compared."""
+    lines: list[str] = []
+    for key in dict.fromkeys(key for values in facts.values() for key in values):
+        answers = [(folder, values[key]) for folder, values in facts.items() if values.get(key) is not None]
+        for folder, value in answers[1:]:
+            if value != answers[0][1]:
+                lines.append(f'  {key}: {answers[0][1]!r} in {answers[0][0]}, {value!r} in {folder}')
     if lines:
         raise UserError('\n'.join(['these data contradict each other, so no run could read them together:', *lines]))
 

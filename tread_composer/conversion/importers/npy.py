@@ -63,7 +63,7 @@ def open_repa(root: Path) -> Source:
         raise UserError(f'{root}: no dataset.json, or no .npy files in folders beside it; give the folder vae-sd')
     labels = edm_labels(str(table), names, table.read_bytes())
     description = f'npy files {root.name} of REPA'
-    return _Deviations(description, (), names, *_columns(labels or [0] * len(names)), folder=root)
+    return _Deviations(description, (), names, *_columns([-1] * len(names) if labels is None else labels), folder=root)
 
 
 def open_fast_dit(root: Path) -> Source:

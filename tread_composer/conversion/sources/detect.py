@@ -157,5 +157,5 @@ def _check_same_classes(root: Path, sources: Mapping[str, Source]) -> None:
             if missing := set(source.class_names) - set(reference.class_names):
                 raise UserError(
                     f'{root}: {split} has {len(missing):,} classes that {counterpart} lacks: {few(missing)}. Complete '
-                    f'the data, or give the folder of one split alone'
+                    f'the data, or give the folder of one split alone (--splits train leaves a test split out)'
                 )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Images, Request, Source, is_image
+from tread_composer.conversion.sources.base import Images, Request, Source, few, is_image
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.conversion.sources.tree import FolderSource
 from tread_composer.core.errors import UserError
@@ -38,6 +38,7 @@ def numbered_folders(root: Path) -> list[Path]:
 def open_img2dataset(request: Request) -> dict[str, Source]:
     """The images of all folders, with their labels where the tables have a column ``label``."""
     root, images, labels = request.root, Images(), {}
+    _check_complete(root)
     for folder in numbered_folders(root):
         labels |= _labels(folder.with_suffix('.parquet'))
         for file in sorted(os.listdir(folder)):
@@ -45,6 +46,8 @@ def open_img2dataset(request: Request) -> dict[str, Source]:
                 images.names.append(f'{folder.name}/{file}')
             else:
                 images.ignored.add((folder.name, file))
+    if not images.names:
+        raise UserError(f'{root}: no image is in its folders; img2dataset has loaded none')
     keys = [name.rpartition('/')[2].partition('.')[0] for name in images.names]
     if missing := sum(key not in labels for key in keys) if labels else 0:
         raise UserError(f'{root}: {missing:,} images have no label in the tables (NNNNN.parquet). Complete the data')
@@ -55,6 +58,17 @@ def open_img2dataset(request: Request) -> dict[str, Source]:
         form = '{file}'
     source = FolderSource.arranged('img2dataset folders', root, images, folder=str(root), form=form)
     return {'train': source}
+
+
+def _check_complete(root: Path) -> None:
+    """Refuse a folder without its ``NNNNN_stats.json``, which comes last, and the reverse: half of a copy."""
+    shards = set(_shards(root))
+    folders = {path for path in root.iterdir() if path.is_dir() and re.fullmatch(r'\d+', path.name)}
+    if incomplete := sorted(path.name for path in shards ^ folders):
+        raise UserError(
+            f'{root}: {few(incomplete)} without its folder, or without the NNNNN_stats.json that img2dataset writes '
+            f'when it is done. Complete the data'
+        )
 
 
 def _labels(table: Path) -> dict[str, int]:

@@ -60,7 +60,8 @@ def name_by_number(location: Path | str, splits: Mapping[str, Images], names: tu
     if min(labels) < 0 or max(labels) >= total:
         origin = 'there are names for' if names else 'train has'
         raise UserError(
-            f'{location}: labels from {min(labels)} to {max(labels)}, but {origin} {total} classes (0 to {total - 1})'
+            f'{location}: labels from {min(labels)} to {max(labels)}, but {origin} {total} classes (0 to {total - 1}). '
+            f'If these are of a test split without labels, --splits train leaves it out'
         )
     if len(reference) < total:
         # A wrong label can be any number: no table of that length.
