@@ -86,6 +86,7 @@ def test_words_become_the_request_and_only_what_is_typed_is_given():
         (['x', '--shares', '0.5', '1'], '--shares: 1.0 must be at least 0 and below 1'),
         (['x', '--span', '1'], "argument --span: '1' is not LOW:HIGH, or none"),
         (['x', '--settings', 'y'], "--settings: 'y' is not of the form key=value"),
+        (['x', '--settings', 'rate=[1'], '--settings: rate=[1: while parsing'),
         (['x', '--kind', 'two', '--no-mirror'], 'two need a mirror'),
     ],
 )

@@ -80,6 +80,14 @@ def test_lightningdit_of_other_switches_is_refused(tmp_path, weights, changes, m
     assert not (tmp_path / 'a.safetensors').exists()
 
 
+def test_a_number_of_heads_without_rotary_positions_is_refused(tmp_path):
+    weights = lightning_weights()
+    width = weights['x_embedder.proj.weight'].shape[0]
+    path, said = lightning_file(tmp_path / 'theirs.pt', weights), dataclasses.replace(SAID, num_heads=width // 2)
+    with pytest.raises(UserError, match='heads of width 2 have no rotary positions; is --num-heads right'):
+        import_weights(path, tmp_path / 'a.safetensors', said)
+
+
 def test_lightningdit_is_no_other_layout_and_its_statistics_must_fit(tmp_path):
     path = lightning_file(tmp_path / 'theirs.pt', lightning_weights())
     with pytest.raises(UserError, match=r'--layout sit, but it has gated MLPs \(mlp.w12\).*take --layout lightningdit'):

@@ -1,7 +1,8 @@
 """``train.py x.yaml ...`` in a process that kills itself while it saves a checkpoint: DIE_AT=<place>:<batch>.
 
 The places: ``half`` of the bytes written; ``written``, but not renamed; ``renamed``, but latest names the one before.
-``late`` does not kill: it writes the checkpoint only when the run is two batches further, and fails if it never is.
+Two do not kill: ``late`` writes the checkpoint only when the run is two batches further, and fails if it never is;
+``slow`` takes a second and a half for it.
 """
 
 import io
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import torch
 from composer.core import Callback, State
@@ -37,6 +39,8 @@ def save(content, file, *arguments, **keywords):
     is_meant = f'-ba{batch}-' in str(getattr(file, 'name', ''))
     if place == 'late' and is_meant and not Further.reached.wait(timeout=60):
         raise AssertionError('training waited for the writer')
+    if place == 'slow' and is_meant:
+        time.sleep(1.5)
     if place != 'half' or not is_meant:
         return _save(content, file, *arguments, **keywords)
     buffer = io.BytesIO()

@@ -5,7 +5,7 @@ import copy
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,26 +244,19 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _write_copy(self, content: Any, state: State, file: Path) -> None:
         """In the thread: as when it is saved at once, from the copy."""
-        try:
+        with _disk_faults():
             _write_file(content, str(_unfinished(file)))
-        except (OSError, RuntimeError) as error:
-            fault = _disk_fault(error)
-            if fault is None:
-                raise
-            raise OSError(fault) from error
         self._publish(state, _unfinished(file), file)
 
     def _write(self, state: State, unfinished: Path) -> Any:
         """Composer's own writing, to another place."""
         settings: dict[str, Any] = {'weights_only': self.weights_only, 'ignore_keys': self.ignore_keys}
         try:
-            return checkpoint.save_checkpoint(state, str(unfinished), **settings)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            fault = _disk_fault(error)
-            if fault is None:
-                raise
+            with _disk_faults():
+                return checkpoint.save_checkpoint(state, str(unfinished), **settings)
+        except OSError:
             dist.barrier()  # the one behind the writing, where ranks that had nothing to write wait
-            raise OSError(fault) from error
+            raise
 
     def _add_digests(self, folder: Path) -> None:
         """Each rank reads its share of the files, whoever has written them."""
@@ -344,6 +337,18 @@ WholeCheckpointSaver.__qualname__ = CheckpointSaver.__qualname__
 def _unfinished(path: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return path.with_name(f'{UNFINISHED}{path.name}')
+
+
+@contextlib.contextmanager
+def _disk_faults() -> Iterator[None]:
+    """What torch's writers say of the disk, as the OSError that it was."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        fault = _disk_fault(error)
+        if fault is None:
+            raise
+        raise OSError(fault) from error
 
 
 def _disk_fault(error: Any) -> str | None:

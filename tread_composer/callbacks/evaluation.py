@@ -1,5 +1,6 @@
 """FID and its relatives while a run trains, on averaged weights and on all ranks, without a trace in the training."""
 
+import itertools
 import logging
 import os
 import time
@@ -226,7 +227,7 @@ class Evaluation(SamplingCallback):
         # Refused on one rank, refused on all
         figures = agreed(lambda: measurer.figures(parts), f'callbacks.{self.owner}: ')
         if measurer.ranks.is_first:
-            self._report(state, logger, draws, measurer, figures, [count for share in taken for count in share])
+            self._report(state, logger, draws, measurer, figures, list(itertools.chain(*taken)))
 
     def _report(
         self,

@@ -6,7 +6,6 @@ function, so a default exists once.
 
 import argparse
 import collections.abc
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -186,15 +185,12 @@ def _pairs(words: Sequence[str], flag: str) -> dict[str, Any]:
     wrong = [word for word in words if '=' not in word]
     if wrong:
         raise UserError(f'{flag}: {wrong[0]!r} is not of the form key=value')
-    return {key: _plain(value) for key, _, value in (word.partition('=') for word in words)}
+    from tread_composer.config.document import parse_yaml  # here: slow to import
 
-
-def _plain(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str) and any(character.isdigit() for character in value):
-        with contextlib.suppress(ValueError):
-            return float(value)  # YAML 1.1 takes 1e-5, which has no point, for a text
-    return value
+    try:
+        return {key: parse_yaml(value) for key, _, value in (word.partition('=') for word in words)}
+    except yaml.YAMLError as error:
+        raise UserError(f'{flag}: {" ".join(words)}: {" ".join(str(error).split())}') from None
 
 
 def _arguments(target: Callable[..., Any]) -> Iterator[_Argument]:

@@ -20,7 +20,7 @@ from tread_composer.config.errors import ConfigError, Path, Problem, dotted
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'map_texts', 'read_document', 'with_values']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'map_texts', 'parse_yaml', 'read_document', 'with_values']
 
 _COMMAND_LINE = 'command line'
 _FROM_ENVIRONMENT = '${oc.env:'
@@ -143,7 +143,7 @@ class Document:
         if key.split('.')[0] == 'extends':
             return 'extends can only be written in a file'
         try:
-            value = _parsed(text)
+            value = parse_yaml(text)
         except yaml.YAMLError as error:
             return f'the value is not YAML: {_yaml_text(error, text)}'
         node: Any = self.data
@@ -301,7 +301,7 @@ def _read_file(name: str, child: str) -> dict[str, Any]:
             raise OSError(f'not a regular file of at most {_MAX_BYTES:,} bytes')
         with open(name, encoding='utf-8') as file:
             text = file.read()
-        tree = _parsed(text)
+        tree = parse_yaml(text)
     except yaml.YAMLError as error:
         raise _failure(name, _yaml_text(error, text)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -315,7 +315,7 @@ def _read_file(name: str, child: str) -> dict[str, Any]:
     return tree or {}
 
 
-def _parsed(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The one value in a YAML text; ``yaml.YAMLError`` also for one that no file of a run's size holds."""
     loader = _Loader(text)
     try:

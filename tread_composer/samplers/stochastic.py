@@ -107,9 +107,9 @@ def sde(
 
 
 def _squeezed(times: Tensor, final_time: float) -> Tensor:
-    """The times, moved so that the last one before 0 is ``last``."""
+    """The times, moved so that the last one before 0 is ``final_time``."""
     if len(times) == 2:  # a single step goes all the way
         return times
-    # Affine map of [times[-2], times[0]] onto [last, times[0]]: the spacing keeps its proportions.
+    # Affine map of [times[-2], times[0]] onto [final_time, times[0]]: the spacing keeps its proportions.
     start, end = times[0], times[-2]
     return torch.cat([final_time + (times[:-1] - end) * (start - final_time) / (start - end), times.new_zeros(1)])

@@ -31,7 +31,9 @@ def cifar_folder(root: Path) -> Path | None:
     """Where such files lie: ``root``, or the one folder of their name in it, as torchvision leaves it."""
     places = [root / name for name, (meta, files, _) in _FORMS.items() if (root / name / meta).is_file()]
     is_here = any((root / meta).is_file() and (root / files['test'][0]).is_file() for meta, files, _ in _FORMS.values())
-    return root if is_here else places[0] if len(places) == 1 else None
+    if is_here:
+        return root
+    return places[0] if len(places) == 1 else None
 
 
 class CifarSource(RangeSource):

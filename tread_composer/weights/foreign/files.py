@@ -104,18 +104,18 @@ def layout_of(requested: str, tensors: Mapping[str, Tensor], container: str | No
                 f'is: --layout dit, or --layout sit'
             )
         return detected
-    missing = _MISSING.get(requested)
-    if missing is not None and detected != requested:
-        raise UserError(f'{path}: --layout {requested}, but it has no {missing} is missing)')
+    if requested in _PARTS and detected != requested:
+        part, tensor = _PARTS[requested]
+        raise UserError(f'{path}: --layout {requested}, but it has no {part} ({tensor} is missing)')
     if detected is not None and detected != requested:
         raise UserError(f'{path}: --layout {requested}, but {why}, as in files of {detected}; take --layout {detected}')
     return requested
 
 
 # What files of a layout always have, and the others never.
-_MISSING = {
-    'maskdit': 'decoder (decoder_layer.linear.weight',
-    'lightningdit': 'gated MLP (blocks.0.mlp.w12.weight',
+_PARTS = {
+    'maskdit': ('decoder', 'decoder_layer.linear.weight'),
+    'lightningdit': ('gated MLP', 'blocks.0.mlp.w12.weight'),
 }
 
 

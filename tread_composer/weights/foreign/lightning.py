@@ -48,6 +48,8 @@ def _check_table(tensors: Mapping[str, Tensor], head_size: int, path: str) -> No
             f'{path}: has no {names[0]}, so it was trained with use_rope false; of LightningDiT, networks with rotary '
             'positions can be imported'
         )
+    if head_size % 4:  # two axes, and pairs of numbers
+        raise UserError(f'{path}: heads of width {head_size} have no rotary positions; is --num-heads right?')
     side = math.isqrt(tensors[names[0]].shape[0])
     table = rotary_table((side, side), head_size, device=torch.device('cpu'), dtype=torch.float64)  # [N, 2, E]
     for name, expected in zip(names, table.unbind(dim=1), strict=True):
