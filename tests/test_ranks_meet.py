@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, command, environment, launch, train
 from tests.warm import may_have_namespaces, own_namespaces, rank_variables, start_program, wait_until
@@ -43,7 +44,9 @@ needs_mounts = pytest.mark.skipif(
 )
 
 
-def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk: str | None = None) -> list[Any]:
+def as_nodes(
+    words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk: str | None = None, **extra: str
+) -> list[Any]:
     """A command on nodes of one rank each; their results in the order of ``nodes``.
 
     Args:
@@ -51,6 +54,7 @@ def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk:
         folder: Where all run.
         nodes: Their numbers, of the two that each of them expects.
         own_disk: A folder within ``folder`` that is another, empty one on node 1.
+        extra: Variables of the environment.
     """
     variables, processes, results = rank_variables(2, nodes=2), [], []
     for node in nodes:
@@ -58,7 +62,7 @@ def as_nodes(words: Sequence[str], folder: Path, nodes: Sequence[int], own_disk:
         if own_disk and node == 1:
             disk = folder / own_disk
             before = functools.partial(own_namespaces, f'mkdir -p {disk}; mount -t tmpfs tmpfs {disk}')
-        env = environment(**variables[node], NODE=str(node))
+        env = environment(**variables[node], **extra, NODE=str(node))
         processes.append((start_program(words[1:], folder, env, outputs, before), outputs))
     for process, (out, err) in processes:
         process.join()
@@ -163,6 +167,24 @@ def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk
     assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
+@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_mounts)])
+def test_a_run_that_lost_a_node_goes_on_with_two_nodes_and_with_one(one_node, tmp_path, own_disk):
+    """Node 1 dies after batch 5 and takes its disk along; to batch 9 on two nodes, to batch 14 on one of two ranks."""
+    yaml, often = ROOT / 'yamls' / 'digits_tread.yaml', (*SHORT[:1], *SHORT[2:], 'save_interval=2ba')
+    words = command(yaml, *SMALL, *often, 'callbacks.lost_node={name: "tests.lost_node:LostNode"}')
+    first, second = as_nodes(words, tmp_path, [0, 1], own_disk, LOST_AT='5')
+    assert (first.returncode, second.returncode) == (2, -9), first
+    assert 'rank 0 of 2 (host ' in first.stderr and 'lost the connection to another rank' in first.stderr
+    assert 'Traceback' not in first.stderr
+    assert checkpoint(tmp_path, 'a')['timestamp']['Timestamp']['batch'] == 4
+    results = as_nodes([*words, 'max_duration=9ba'], tmp_path, [0, 1], own_disk)
+    assert [done.returncode for done in results] == [0, 0], results
+    assert 'batches 4 to 9' in results[0].stdout
+    done = launch(tmp_path, [*words, 'max_duration=14ba'], ranks=2, NODE='0')
+    assert done.returncode == 0 and 'batches 9 to 14' in done.stdout, done.stdout + done.stderr
+    assert_same_training(one_node, checkpoint(tmp_path, 'a'))
+
+
 @needs_mounts
 def test_sharded_checkpoints_on_disks_that_nodes_do_not_share_are_refused_before_training(tmp_path, monkeypatch):
     """Each node would keep its own half, and no start could read both."""
@@ -232,10 +254,17 @@ def test_evaluate_and_sweep_give_on_two_nodes_the_numbers_of_one(routed, tmp_pat
 
 
 @needs_mounts
-def test_sampling_into_a_folder_that_nodes_do_not_share_is_refused_before_the_work(tmp_path):
-    train(tmp_path, 'digits.yaml', 'loggers.mlflow=null', 'max_duration=1ba')
+@pytest.mark.parametrize('verb', ['sample', 'convert'])
+def test_filling_a_folder_that_nodes_do_not_share_is_refused_before_the_work(tmp_path, verb):
+    if verb == 'sample':
+        train(tmp_path, 'digits.yaml', 'loggers.mlflow=null', 'max_duration=1ba')
+        words = ['-m', 'tread_composer', 'sample', 'runs/digits', '--count', '4', '--out', 'drawn']
+    else:
+        (tmp_path / 'images').mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path / 'images' / 'a.png')
+        script = str(ROOT / 'streaming_data' / 'convert_imagenet.py')
+        words = [script, '--source', 'images', '--out', 'drawn', '--pixels', '--resolution', '8']
     (tmp_path / 'drawn').mkdir()
-    words = [sys.executable, '-m', 'tread_composer', 'sample', 'runs/digits', '--count', '4', '--out', 'drawn']
-    for done in as_nodes(words, tmp_path, [0, 1], 'drawn'):
+    for done in as_nodes([sys.executable, *words], tmp_path, [0, 1], 'drawn'):
         assert done.returncode == 2 and 'does not see. All nodes work in one folder' in done.stderr, done
         assert 'Traceback' not in done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 from tread_composer import __version__
 from tread_composer.cli.flags import Parser, Typed, add_flags, call
 from tread_composer.core.errors import UserError
-from tread_composer.core.launch import prepare_rank, refused
+from tread_composer.core.launch import lost_connection, prepare_rank, refused
 
 __all__ = ['run_program']
 
@@ -44,6 +44,11 @@ def run_program(
         return code or 0
     except UserError as error:
         return refused(error)
+    except RuntimeError as error:
+        lost = lost_connection(error)
+        if lost is None:
+            raise
+        return refused(lost)
     except OSError as error:
         if error.errno in _REMEDIES:
             return refused(UserError(f'{error}. {_REMEDIES[error.errno]}'))

@@ -5,19 +5,21 @@ asks before it imports torch.
 """
 
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import UserError, first_line
 
-__all__ = ['global_rank', 'prepare_rank', 'refused', 'world_size']
+__all__ = ['global_rank', 'lost_connection', 'prepare_rank', 'refused', 'world_size']
 
 _PATIENCE = 20.0  # seconds
 _SECONDS_TO_CLOSE = 30.0  # as long as Composer's launcher itself gives its ranks
 _START = "start the ranks by composer -n RANKS ..., by torchrun, or by srun with each task's variables exported"
+_LOST = re.compile('(gloo|NCCL|ProcessGroup)(.|\n)*(by peer|Broken pipe|remote process exited|[Tt]imed out|[Tt]imeout)')
 # The launcher's variables that are numbers, with the least that each may be.
 _LEAST = {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0, 'MASTER_PORT': 0}
 
@@ -61,6 +63,20 @@ def refused(error: UserError) -> int:
         time.sleep(_PATIENCE)
     print(f'rank {rank} on host {socket.gethostname()}: {error}', file=sys.stderr, flush=True)
     return 2
+
+
+def lost_connection(error: RuntimeError) -> UserError | None:
+    """What torch's error of a collective means where another rank is gone or silent; None for any other error.
+
+    gloo raises a bare ``RuntimeError``, NCCL ``torch.distributed.DistBackendError``: their texts tell them apart.
+    """
+    if world_size() == 1 or not _LOST.search(str(error)):
+        return None
+    place = f'rank {global_rank()} of {world_size()} (host {socket.gethostname()})'
+    return UserError(
+        f'{place}: lost the connection to another rank, which died or hangs: what that rank or its node printed says '
+        f'why ({first_line(error)}). What is finished is kept: run the same command again on all nodes'
+    )
 
 
 def _number(name: str) -> int | None:
