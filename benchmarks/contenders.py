@@ -110,7 +110,7 @@ def read_problem(
         raise UserError(
             f'{yaml}: algorithms.maskdit: only dense and routed steps are timed; add algorithms.maskdit=null'
         )
-    plan = make_plan(config, 1)
+    plan = make_plan(config, 1, memory=False)
     channels, size, classes = plan['channels'], plan['latent_size'], plan['num_classes']
     # Statistics of the data matter to nobody here: the latents are noise of mean 0 and deviation 1.
     facts = LatentFacts(

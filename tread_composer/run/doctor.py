@@ -14,6 +14,7 @@ from importlib import metadata
 import torch
 from packaging.requirements import Requirement
 
+from tread_composer.builders.memory import kept_copies
 from tread_composer.builders.run_data import planned_manifest
 from tread_composer.builders.run_folder import check_load_path, check_run_folder, run_folder
 from tread_composer.config import Config, check_files, check_machine
@@ -195,11 +196,10 @@ def _run_folder(config: Config) -> str:
 
 def _free_disk(config: Config) -> str:
     """Room for two checkpoints: weights, moments and averages in float32, without what the gradients take."""
-    folder, needed = run_folder(config), 0.0
+    folder, needed = run_folder(config), 0
     try:
-        memory = make_plan(config, 1)['memory_gib']
-        gib = memory['weights_and_gradients'] / 2 + memory['optimizer'] + memory['average']
-        needed = _CHECKPOINTS_AT_ONCE * gib * 2**30
+        weights = 4 * make_plan(config, 1, memory=False)['parameters']
+        needed = _CHECKPOINTS_AT_ONCE * weights * (1 + sum(kept_copies(config)))
     except UserError:  # the data are not here yet, and their shape is not said
         pass
     place = next(place for place in (folder, *folder.parents) if place.exists())

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from composer.core import Time, TimeUnit
-from torch import Tensor
 
-from tread_composer.algorithms.rules import limits, num_averages
-from tread_composer.builders.cost import Savers, count_macs, depth_of, run_with_shapes, sampling_cost, tokens_per_block
+from tread_composer.algorithms.rules import limits
+from tread_composer.builders.cost import Savers, count_macs, depth_of, sampling_cost, tokens_per_block
+from tread_composer.builders.memory import step_memory
 from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import check_expectations, planned_manifest, split_folders
 from tread_composer.config import Config, check_files
@@ -25,12 +25,11 @@ from tread_composer.run.snr import latent_std
 
 __all__ = ['data_state', 'format_plan', 'make_plan']
 
-_GIB = 2**30
 _STRENGTHS = 0.5, 2.0  # of latents; noise schedules and losses are made for about 1
 
 
-def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]:
-    """The figures of a run on so many ranks, on so many machines.
+def make_plan(config: Config, world_size: int, nodes: int = 1, memory: bool = True) -> dict[str, Any]:
+    """The figures of a run on so many ranks, on so many machines; of their ``memory`` too, which takes some seconds.
 
     Returns:
         ``parameters``, ``tokens_per_block``, ``gmacs_dense`` (the network without token-saving methods) and
@@ -73,9 +72,9 @@ def make_plan(config: Config, world_size: int, nodes: int = 1) -> dict[str, Any]
         'samples_per_rank': per_rank,
         'microbatch': micro,
         **_length(config, facts['num_samples']),
-        'memory_gib': _memory(config, denoiser, facts, savers, micro),
         'latent_strength': _latent_strength(config),
         **facts,
+        **(_memory(config, denoiser, facts, savers, world_size, micro) if memory else {}),
     }
 
 
@@ -123,26 +122,9 @@ def _trainable(denoiser: Any) -> int:
     return sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
 
 
-def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, micro: int) -> dict[str, float]:
-    """GiB on one device, as far as shapes tell: no allocator slack, no communication buffers, no temporary."""
-    moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
-    averages = sum(num_averages(part.instance) for part in config.algorithms.values())
-    copy = _trainable(denoiser) * 4 / _GIB  # of the trainable weights, float32
-    network = denoiser.to(torch.bfloat16) if (config.precision_name or '').startswith('amp') else denoiser
-    saved: dict[int, Tensor] = {}  # by storage, which views share
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = run_with_shapes(network, facts, savers)  # alive, and with it what autograd holds
-    for parameter in network.parameters():
-        saved.pop(parameter.untyped_storage()._cdata, None)
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) * micro / _GIB
-    del prediction
-    parts = {'weights_and_gradients': 2 * copy, 'optimizer': copy * moments, 'average': copy * averages}
-    return {**parts, 'activations': activations, 'total': copy * (2 + moments + averages) + activations}
+def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, ranks: int, micro: int) -> Any:
+    parts, fits = step_memory(config, denoiser, facts, savers, ranks, micro)
+    return {'memory_gib': parts, 'largest_microbatch': fits}
 
 
 def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
@@ -196,7 +178,7 @@ def data_state(config: Config) -> tuple[str, UserError | None]:
 
 def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
     """The plan as text for a terminal: figures first, the resolved configuration below."""
-    memory, tokens, size = plan['memory_gib'], plan['tokens_per_block'], plan['latent_size']
+    tokens, size = plan['tokens_per_block'], plan['latent_size']
     sampling = plan['sampling']
     length = 'unknown' if plan['batches'] is None else f'{plan["batches"]:,} batches'
     if plan['epochs'] is not None:
@@ -228,13 +210,21 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         **of_nodes,
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
-        'memory per device': f'about {memory["total"]:.2f} GiB unsharded: weights and gradients '
-        f'{memory["weights_and_gradients"]:.2f}, optimizer {memory["optimizer"]:.2f}, average {memory["average"]:.2f}, '
-        f'activations {memory["activations"]:.2f} (from shapes alone)',
+        **(_memory_rows(plan) if 'memory_gib' in plan else {}),
     }
     width = max(map(len, rows))
     table = printable('\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items()))
     return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
+
+
+def _memory_rows(plan: dict[str, Any]) -> dict[str, str]:
+    parts, fits = plan['memory_gib'], plan['largest_microbatch']
+    shown = ', '.join(f'{name} {size:.2f}' for name, size in parts.items() if name != 'total' and size)
+    cards = ', '.join(f'{card} GB: {size or "none"}' for card, size in fits.items())
+    return {
+        'memory per rank': f'{parts["total"]:.2f} GiB at most, estimated from shapes, without compilation: {shown}',
+        'largest microbatch': f'of a card with {cards}, with 8% of it left over',
+    }
 
 
 def _strength_rows(strength: dict[str, Any] | None) -> dict[str, str]:

@@ -127,7 +127,7 @@ def _facts_of_data(config: Config, splits: Mapping[str, Manifest]) -> dict[str, 
 def _head_of_plan(config: Config) -> str:
     """The first lines of what ``plan`` prints: data, model, route and cost, before the first batch."""
     try:
-        lines = format_plan(config, make_plan(config, world_size()), data_state(config)[0]).splitlines()
+        lines = format_plan(config, make_plan(config, world_size(), memory=False), data_state(config)[0]).splitlines()
     except UserError as error:  # what cannot be counted beforehand can be trained all the same
         return f'plan: {error}'
     return '\n'.join(lines[:_PLAN_LINES])

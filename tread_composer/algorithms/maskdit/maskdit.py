@@ -145,11 +145,12 @@ class MaskDiT(AlgorithmBase):
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Add the decoder to a network on the meta device, which keeps it, and mask its training forwards."""
+        """Add the decoder to a network without values, which keeps it, and mask its training forwards."""
         masking = self._attach(denoiser)
         kept = num_kept(denoiser.num_tokens, self.mask_ratio)
         if kept < denoiser.num_tokens:
-            masking.kept = torch.empty(batch_size, kept, dtype=torch.int64, device='meta')  # shapes are all that counts
+            device = next(denoiser.parameters()).device
+            masking.kept = torch.zeros(batch_size, kept, dtype=torch.int64, device=device)  # shapes are all that counts
         try:
             yield
         finally:

@@ -189,7 +189,7 @@ class Tread(AlgorithmBase):
 
     @contextlib.contextmanager
     def rehearse(self, denoiser: Any, batch_size: int) -> Iterator[None]:
-        """Route a network's training forwards on the meta device; ``UserError`` if it has no blocks of that name."""
+        """Route a network's training forwards, of shapes alone; ``UserError`` if it has no blocks of that name."""
         model = nn.Module()  # blocks are named as in the model around the network
         model.denoiser = denoiser
         for path in [self.blocks] if isinstance(self.blocks, str) else self.blocks or []:
@@ -199,7 +199,8 @@ class Tread(AlgorithmBase):
                 raise UserError(f"algorithms.tread.{error}. Here the block list is 'denoiser.blocks'") from None
         routing = apply_tread(denoiser, self.routes, always_keep=self.always_keep)
         counts = [route.num_kept(denoiser.num_tokens, self.always_keep) for route in self.routes]
-        kept = [torch.empty(batch_size, count, dtype=torch.int64, device='meta') for count in counts]
+        device = next(denoiser.parameters()).device
+        kept = [torch.zeros(batch_size, count, dtype=torch.int64, device=device) for count in counts]
         routing.arm(kept, num_tokens=denoiser.num_tokens)
         try:
             yield
