@@ -3,6 +3,7 @@
 #   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
 #   make fuzz            the loaders against 20,000 arbitrary files each, a quarter of an hour
 #   make check-curve     does the quickstart's run begin as ours did? RUN=runs/digits_tread
+#   make bench           a short version of each benchmark, under 10 minutes
 #   make lint            ruff and pyright
 #   make matrix          the tests on every stack, each in a .venv of its own (6 to 7 GB each)
 #   make lock            resolve every package of every stack anew into constraints/
@@ -31,7 +32,7 @@ ifeq ($(filter $(TORCH),$(TORCHES)),)
 $(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Installing beside your torch" in README.md)
 endif
 
-.PHONY: quickstart test fuzz check-curve lint matrix lock install $(TORCHES:%=lock-%)
+.PHONY: quickstart test fuzz check-curve bench lint matrix lock install $(TORCHES:%=lock-%)
 .DEFAULT_GOAL := quickstart
 
 quickstart: install
@@ -47,6 +48,16 @@ fuzz: install
 
 check-curve: install
 	$(BIN)/python benchmarks/check_curve.py $(or $(RUN),runs/digits_tread)
+
+# One thread: figures of several threads on a shared machine say little.
+bench: export OMP_NUM_THREADS = 1
+bench: install
+	$(BIN)/python benchmarks/step_time.py yamls/dit_s_tread.yaml --device cpu --batch-size 2 --pairs 3
+	$(BIN)/python benchmarks/scaling.py --short
+	$(BIN)/python benchmarks/trainer_step.py yamls/digits_tread.yaml --device cpu --batches 10
+	$(BIN)/python benchmarks/loader.py --samples 2000 --rounds 1
+	$(BIN)/python benchmarks/conversion.py --repeats 1
+	$(BIN)/python benchmarks/convergence.py digits --steps 60 --points 1 --seeds 17 --methods dense TREAD --out runs/bench_digits
 
 lint: install
 	$(BIN)/ruff check .

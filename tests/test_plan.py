@@ -80,7 +80,7 @@ def test_length_batches_and_memory(capsys):
     assert memory['optimizer'] * 2**30 == 8 * found['parameters']
     assert memory['average'] * 2**30 == 4 * found['parameters']
     smaller = figures(capsys, 'digits_tread.yaml', '--ranks', '2', 'device_train_microbatch_size=8')['memory_gib']
-    assert smaller['activations'] == pytest.approx(memory['activations'] / 2)
+    assert smaller['activations'] == pytest.approx(memory['activations'] / 2, rel=0.05)  # some serve all samples
     assert figures(capsys, 'digits_tread.yaml', 'max_duration=3ep')['batches'] == 33
 
 

@@ -32,6 +32,8 @@ _FOR_STEPS = 0.92  # of a card: CUDA's context, the libraries' workspaces and th
 def kept_copies(config: Config) -> tuple[int, int]:
     """Copies of the trainable weights in float32 that a run keeps beside them: the optimizer's, and averages."""
     moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
+    if 'sgd' in config.optimizer.name and not config.optimizer.kwargs.get('momentum'):
+        moments = 0
     return moments, sum(num_averages(part.instance) for part in config.algorithms.values())
 
 
@@ -68,7 +70,7 @@ def step_memory(
     of_blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     gathered = weights - sum(of_blocks) + 4 * max(of_blocks, default=0)  # two blocks, their weights and gradients
     sizes = microbatch, 2 * microbatch
-    activations, of_twice = _activations(config, denoiser, facts, savers, sizes, of_gpu)
+    (with_gradients, activations), (_, of_twice) = _activations(config, denoiser, facts, savers, sizes, of_gpu, shards)
     moments, averages = kept_copies(config)
     # torch's default on a GPU is to treat all tensors at once, with a temporary as large as the weights.
     at_once = of_gpu and not (config.optimizer.kwargs.get('fused') or config.optimizer.kwargs.get('foreach') is False)
@@ -77,7 +79,7 @@ def step_memory(
     gradients = trained / shards
     accumulates = microbatch * ranks < config.global_train_batch_size
     full = held + gradients + communication  # with the gradients of earlier microbatches
-    in_network = activations + gradients * accumulates + communication
+    in_network = communication + (activations + gradients if accumulates else with_gradients)
     in_optimizer = gradients * (1 + at_once) + communication * (shards == 1)
     parts = {
         'weights': weights / shards,
@@ -95,12 +97,21 @@ def step_memory(
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators have made and that are still alive, and the most at one time."""
+    """Bytes of the storages that operators have made and that are still alive, and the most at one time.
 
-    def __init__(self) -> None:
+    Args:
+        weights: They were there before and do not count. Of what they get as gradients ``peak`` counts the share that
+            one of so many ``shards`` keeps, ``peak_beside_gradients`` nothing.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], shards: int) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()
+        self._shards = shards
+        self.bytes = self.gradients = self.peak = self.peak_beside_gradients = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in weights}
+        for tensor in weights:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(self._note_gradient)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,17 +122,18 @@ class _LiveBytes(TorchDispatchMode):
                 self._note(tensor.untyped_storage())
         return results
 
-    def keep(self, tensors: Any) -> None:
-        """Storages that were there before do not count."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._known:  # a view, or written in place
             return
         self._known.add(storage._cdata)
         weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
         self.bytes += storage.nbytes()
-        self.peak = max(self.peak, self.bytes)
+        beside = self.bytes - self.gradients
+        self.peak = max(self.peak, beside + self.gradients // self._shards)
+        self.peak_beside_gradients = max(self.peak_beside_gradients, beside)
+
+    def _note_gradient(self, weight: Tensor) -> None:
+        self.gradients += weight.nbytes
 
     def _end(self, known: int, size: int) -> None:
         self._known.discard(known)
@@ -152,16 +164,16 @@ def _activations(
     savers: Savers,
     microbatches: Sequence[int],
     of_gpu: bool,
-) -> list[int]:
-    """Bytes that forward and backward need at once beside the weights, and beside gradients of earlier microbatches."""
+    shards: int,
+) -> list[tuple[int, int]]:
+    """Bytes that forward and backward need at once beside the weights: with their gradients, and without."""
     peaks = []
     with FakeTensorMode(allow_non_fake_inputs=True):  # the meta weights are no fakes
         network: Any = denoiser.to_empty(device='cpu')
         if getattr(config.fsdp, 'activation_checkpointing', False):
             apply_activation_checkpointing(network, check_fn=network.activation_checkpointing_fn)
         for size in microbatches:
-            live = _LiveBytes()
-            live.keep([*network.parameters(), *network.buffers()])
+            live = _LiveBytes([*network.parameters(), *network.buffers()], shards)
             with _NormsOfGpu() if of_gpu else contextlib.nullcontext(), live:
                 with torch.autocast('cpu', torch.bfloat16, enabled=of_gpu):
                     prediction = run_with_shapes(network, facts, savers, size)
@@ -169,5 +181,5 @@ def _activations(
                 loss.backward()
                 network.zero_grad()
                 del prediction, loss
-            peaks.append(live.peak)
+            peaks.append((live.peak, live.peak_beside_gradients))
     return peaks

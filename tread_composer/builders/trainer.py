@@ -3,16 +3,20 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, Evaluator, Trainer
+from composer.core import DataSpec
+from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 from composer.utils import dist, get_device, reproducibility
 
 from tread_composer.algorithms.rules import limits
 from tread_composer.autoencoders import Pretrained
-from tread_composer.builders.model import build_model
+from tread_composer.builders.cost import count_macs
+from tread_composer.builders.model import build_denoiser, build_model
 from tread_composer.builders.run_data import build_loaders, identity, prepare_data
 from tread_composer.builders.run_folder import (
     check_run_folder,
@@ -22,6 +26,7 @@ from tread_composer.builders.run_folder import (
     write_run_files,
 )
 from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
+from tread_composer.callbacks.data_wait import DataWait
 from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.keyed_draws import KeyedDraws
 from tread_composer.callbacks.progress import ProgressLines
@@ -31,6 +36,7 @@ from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
 from tread_composer.config.components import Component
 from tread_composer.config.machine import attention_dtypes
+from tread_composer.core.batch import SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
@@ -63,6 +69,10 @@ def build_trainer(
     model = build_model(config, splits['train'], algorithms=algorithms)
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
+    tokens = getattr(model.denoiser, 'num_tokens', 0)
+    train = DataSpec(train, get_num_tokens_in_batch=lambda batch: tokens * len(batch[SAMPLE_IDS]))
+    if 'speed_monitor' in config.callbacks:
+        model.flops_per_batch = _batch_flops(config, splits['train'], algorithms)
     callbacks = _callbacks(config, contract, skipped_batches)
     if isinstance(model.autoencoder, Pretrained) and any(
         isinstance(callback, SamplingCallback) for callback in callbacks
@@ -73,6 +83,8 @@ def build_trainer(
     # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
     if arguments.pop('progress_bar'):
         loggers.append(ProgressLines())
+    if arguments['profiler'] is not None:
+        arguments['profiler'] = _profiler(arguments['profiler'], config)
     if config.compile and dist.get_world_size() == 1:
         arguments['compile_config'] = {}
     elif config.compile:
@@ -103,7 +115,7 @@ def build_trainer(
 def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collection[int]) -> list[Callback]:
     """Those of every run, those of the configuration, and the saver of a local folder."""
     guard = UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches)
-    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), ResumeContract(contract), guard]
+    callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), DataWait(), ResumeContract(contract), guard]
     callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
     folder = config.save_folder
     if folder is None or '://' in folder:
@@ -124,6 +136,46 @@ def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collec
         ignore_keys=config.save_ignore_keys,
     )
     return [*callbacks, saver]
+
+
+def _batch_flops(
+    config: Config, manifest: Manifest, algorithms: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], float]:
+    """Composer's ``speed_monitor`` asks for the FLOPs of a batch: those really done, fewer while a route is on.
+
+    6 for each multiply-add of a forward pass: 2 there, twice as many backward.
+    """
+    facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
+    savers = {name: algorithm for name, algorithm in algorithms.items() if hasattr(algorithm, 'rehearse')}
+    with torch.device('meta'):
+        denoiser = build_denoiser(config, **facts)
+    dense = count_macs(denoiser, facts)
+    saving = count_macs(denoiser, facts, savers) if savers else dense
+
+    def flops(batch: Mapping[str, Any]) -> float:
+        saves = any(getattr(saver, 'active', True) for saver in savers.values())
+        return 6.0 * (saving if saves else dense) * len(batch[SAMPLE_IDS])
+
+    return flops
+
+
+def _profiler(settings: Mapping[str, Any], config: Config) -> Profiler:
+    """Composer's profiler; the run's folder gets ``torch_traces`` and ``composer_traces``."""
+    folder = Path(config.run_name) if config.save_folder is None else run_folder(config)
+    others = {
+        'torch_prof_folder': str(folder / 'torch_traces'),
+        'torch_prof_remote_file_name': None,  # Composer would upload
+        'torch_prof_memory_remote_file_name': None,
+        **{name: value for name, value in settings.items() if name != 'schedule'},
+    }
+    here = JSONTraceHandler(
+        folder=str(folder / 'composer_traces'), remote_file_name=None, merged_trace_remote_file_name=None
+    )
+    return Profiler(
+        schedule=cyclic_schedule(**settings['schedule']),
+        trace_handlers=[here],
+        **others,
+    )
 
 
 def _choose_attention(config: Config, denoiser: Any) -> None:

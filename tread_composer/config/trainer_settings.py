@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from composer import Trainer
 from composer.core import Time, TimeUnit
+from composer.profiler import Profiler, cyclic_schedule
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
@@ -29,7 +30,6 @@ BUILT_BY_US = {
     'schedulers': "is made from 'scheduler'",
     'algorithm_passes': 'takes functions, which YAML cannot write; use the Trainer in Python',
     'load_object_store': 'takes an object; write a URI (s3://bucket/...) in load_path',
-    'profiler': 'takes an object; use the Trainer in Python',
     'accumulate_train_batch_on_tokens': 'is for text: our batches have no token counts',
 }
 """Keywords of the Trainer that are no plain YAML settings, and what is to be done instead."""
@@ -87,6 +87,17 @@ def _compile_section() -> type[Strict]:
     return strict_model('CompileSettings', fields | names, refused)
 
 
+def _profiler_section() -> type[Strict]:
+    """``profiler``: Composer's arguments, with its cyclic ``schedule`` as a section; traces go into the run's folder."""
+    fields, refused = signature_fields(Profiler, skip=('schedule', 'trace_handlers'))
+    schedule = strict_model('ScheduleSettings', *signature_fields(cyclic_schedule))
+    # Composer's default would be a folder where the run was started, and uploads.
+    own = dict.fromkeys(('torch_prof_folder', 'torch_prof_remote_file_name', 'torch_prof_memory_remote_file_name'))
+    fields |= dict.fromkeys(own, (str | None, None))
+    refused['trace_handlers'] = 'is made by us: JSON traces beside those of torch'
+    return strict_model('ProfilerSettings', {'schedule': (schedule, schedule()), **fields}, refused)
+
+
 def _training_length(text: str) -> str:
     if Time.from_timestring(text).unit == TimeUnit.DURATION:
         raise PydanticCustomError(
@@ -105,6 +116,7 @@ _TIGHTER: dict[str, Any] = {
     'device': (Literal['cpu', 'gpu', 'mps'] | None, None),
     'python_log_level': (Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] | None, None),
     'compile_config': (_compile_section() | None, None),
+    'profiler': (_profiler_section() | None, None),
     # A number with a point would be a share of tokens: for text only.
     'device_train_microbatch_size': (int | Literal['auto'] | None, None),
     'parallelism_config': (ParallelismSettings | None, None),

@@ -177,7 +177,7 @@ class AlgorithmFacts(Protocol):
     The configuration asks for ``problems``, of callbacks too; ``plan`` and ``compare`` for the others. Besides these:
     ``incompatible_with``, a class attribute (see ``algorithms.rules``); ``num_averages``, the copies of the trainable
     weights that it keeps in float32; ``default_folder`` and ``folder``, where it writes within the run's folder;
-    ``settings_digest``, None until the run fills it in.
+    ``settings_digest``, None until the run fills it in; ``active``, whether it saves work of the batch in hand.
     """
 
     def problems(self, config: Any) -> Iterable[tuple[str, str]]:

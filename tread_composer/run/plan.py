@@ -123,7 +123,10 @@ def _trainable(denoiser: Any) -> int:
 
 
 def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, ranks: int, micro: int) -> Any:
-    parts, fits = step_memory(config, denoiser, facts, savers, ranks, micro)
+    try:
+        parts, fits = step_memory(config, denoiser, facts, savers, ranks, micro)
+    except UserError as error:  # a kernel that runs on a GPU alone
+        return {'memory_unknown': str(error)}
     return {'memory_gib': parts, 'largest_microbatch': fits}
 
 
@@ -210,7 +213,7 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         **of_nodes,
         'length': length,
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
-        **(_memory_rows(plan) if 'memory_gib' in plan else {}),
+        **_memory_rows(plan),
     }
     width = max(map(len, rows))
     table = printable('\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items()))
@@ -218,6 +221,8 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
 
 
 def _memory_rows(plan: dict[str, Any]) -> dict[str, str]:
+    if 'memory_gib' not in plan:
+        return {'memory per rank': f'not known: {plan["memory_unknown"]}'} if 'memory_unknown' in plan else {}
     parts, fits = plan['memory_gib'], plan['largest_microbatch']
     shown = ', '.join(f'{name} {size:.2f}' for name, size in parts.items() if name != 'total' and size)
     cards = ', '.join(f'{card} GB: {size or "none"}' for card, size in fits.items())

@@ -134,6 +134,11 @@ class MaskDiT(AlgorithmBase):
         """How many tokens each block of the encoder sees before any is unmasked."""
         return [num_kept(num_tokens, self.mask_ratio)] * depth
 
+    @property
+    def active(self) -> bool:
+        """Whether tokens of the batch in hand are masked."""
+        return self._masking.kept is not None
+
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends."""
         kept, num_tokens = plan['tokens_per_block'][0], plan['num_tokens']

@@ -181,6 +181,11 @@ class Tread(AlgorithmBase):
             counts[start : end + 1] = [route.num_kept(num_tokens, self.always_keep)] * (end - start + 1)
         return counts
 
+    @property
+    def active(self) -> bool:
+        """Whether the batch in hand is routed."""
+        return self._active
+
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """What ``plan`` prints of the route."""
         window = {'start_time': self.start_time, 'end_time': self.end_time}

@@ -1,0 +1,77 @@
+"""What a run logs of its speed: waiting for data, tokens, FLOPs really done, and the traces of a profiler."""
+
+import json
+import time
+
+import pytest
+from composer.loggers import InMemoryLogger
+
+from torch.utils.data import DataLoader
+
+from tests.helpers import Images, make_trainer
+from tests.runs import SMALL_HERE, YAMLS, launch_here
+from tread_composer.builders.trainer import build_trainer
+from tread_composer.callbacks.data_wait import DataWait
+from tread_composer.cli import main
+from tread_composer.config import load_config
+
+WORDS = [word for word in SMALL_HERE if not word.startswith(('callbacks.speed_monitor', 'max_duration', 'loggers'))]
+
+
+def values(memory, key):
+    return [value for _, value in memory.data[key]]
+
+
+class SlowImages(Images):
+    """Takes long for each batch of 8: a tenth of a second, which no step here does."""
+
+    def __getitem__(self, index):
+        time.sleep(0.1 / 8)
+        return super().__getitem__(index)
+
+
+def test_waiting_for_data_is_a_share_of_the_time():
+    shares = []
+    for images in (Images(), SlowImages()):
+        memory, data = InMemoryLogger(), DataLoader(images, batch_size=8)
+        make_trainer(callbacks=[DataWait()], data=lambda data=data: data, loggers=[memory], max_duration='3ba').fit()
+        shares.append(values(memory, 'time/data_wait')[-1])
+    assert 0 < shares[0] < shares[1] < 1
+    assert shares[1] > 0.3
+
+
+def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, 'loggers=null', 'callbacks.speed_monitor={window_size: 1}', 'max_duration=6ba', 'algorithms.tread.end_time=3ba']
+    trainer = build_trainer(load_config(YAMLS / 'digits_tread.yaml', words))
+    memory = InMemoryLogger()
+    memory.init(trainer.state, trainer.logger)
+    trainer.logger.destinations = (*trainer.logger.destinations, memory)
+    trainer.fit()
+    trainer.close()
+    assert main(['plan', str(YAMLS / 'digits_tread.yaml'), *words, '--json']) == 0
+    plan = json.loads(capsys.readouterr().out)
+    per_batch = [
+        flops / rate
+        for flops, rate in zip(
+            values(memory, 'throughput/flops_per_sec'), values(memory, 'throughput/batches_per_sec'), strict=True
+        )
+    ]
+    # A window of one batch: the rate of the second batch is logged first.
+    routed, dense = (6e9 * plan[name] * 16 for name in ('gmacs_routed', 'gmacs_dense'))
+    assert per_batch == pytest.approx([routed] * 2 + [dense] * 3)
+    tokens = values(memory, 'throughput/tokens_per_sec')
+    assert tokens == pytest.approx([16 * rate for rate in values(memory, 'throughput/samples_per_sec')])
+
+
+def test_a_profiler_in_the_file_writes_traces_into_the_folder_of_the_run(tmp_path):
+    section = 'profiler={schedule: {warmup: 1, active: 2}, torch_prof_profile_memory: false}'
+    done = launch_here(tmp_path, YAMLS / 'digits_tread.yaml', *WORDS, 'max_duration=5ba', 'callbacks.speed_monitor=null', section)
+    assert done.returncode == 0, done.stderr
+    (trace,) = (tmp_path / 'runs' / 'digits_tread' / 'torch_traces').glob('*.json')
+    names = {event.get('name') for event in json.loads(trace.read_text())['traceEvents']}
+    assert 'aten::scaled_dot_product_attention' in names
+    assert list((tmp_path / 'runs' / 'digits_tread' / 'composer_traces').glob('*.json'))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'runs']
+    done = launch_here(tmp_path, YAMLS / 'digits_tread.yaml', *WORDS, 'profiler={schedule: {warm_up: 1}}')
+    assert done.returncode == 2 and 'profiler.schedule.warm_up' in done.stderr and 'warmup' in done.stderr
