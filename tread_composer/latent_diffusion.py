@@ -22,7 +22,7 @@ from tread_composer.core.batch import (
     RAW_LATENTS,
     TIME_QUANTILES,
 )
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core.inference import evaluating
 from tread_composer.core.protocols import Autoencoder, Objective
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.samplers import (

@@ -6,7 +6,7 @@ The command ``python -m tread_composer inspect`` does both for a trained run (``
 
 from typing import TYPE_CHECKING
 
-from tread_composer.core.lazy import lazy_names
+from tread_composer.core.named import lazy_names
 
 if TYPE_CHECKING:
     from tread_composer.advisor.placement import format_advice, propose_route

@@ -28,7 +28,7 @@ from tread_composer.builders.cost import count_macs
 from tread_composer.builders.model import build_denoiser
 from tread_composer.core.batch import POSTERIOR_NOISE, RAW_LATENTS
 from tread_composer.core.errors import UserError
-from tread_composer.core.precision import plain_float32
+from tread_composer.core.inference import plain_float32
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.latent_diffusion import LatentDiffusion

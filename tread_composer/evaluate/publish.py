@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tread_composer.compare.store import store_of
+from tread_composer.compare.runs import store_of
 from tread_composer.core.errors import UserError
 from tread_composer.evaluate.measuring import Log, folder_of, run_name
 from tread_composer.metrics.protocol import append_results, series_name

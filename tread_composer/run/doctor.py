@@ -19,8 +19,8 @@ from tread_composer.builders.run_folder import check_load_path, check_run_folder
 from tread_composer.config import Config, check_files, check_machine
 from tread_composer.config.registry import resolve
 from tread_composer.core.errors import UserError
+from tread_composer.io.device import check_shared_memory
 from tread_composer.io.files import check_writable
-from tread_composer.io.shared_memory import check_shared_memory
 from tread_composer.metrics.inception import check_weights, find_weights
 from tread_composer.run.plan import data_state, make_plan
 

@@ -18,7 +18,7 @@ from tread_composer import __version__
 from tread_composer.autoencoders import Pretrained
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.core.precision import plain_float32
+from tread_composer.core.inference import plain_float32
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.progress import Progress, RankProgress, silent

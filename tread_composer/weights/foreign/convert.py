@@ -17,8 +17,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, LightningDiT, without_sigma
 from tread_composer.models.base import LatentTransformer
 from tread_composer.models.layers import sincos_positions
-from tread_composer.weights.foreign.lightning import ROTARY_TABLE, lightning_facts
-from tread_composer.weights.foreign.positions import position_tolerance
+from tread_composer.weights.foreign.lightning import ROTARY_TABLE, lightning_facts, position_tolerance
 
 __all__ = ['Sizes', 'converted', 'sizes_of']
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 from tread_composer.models.lightning_dit import rotary_table
-from tread_composer.weights.foreign.positions import position_tolerance
 
-__all__ = ['ROTARY_TABLE', 'lightning_facts']
+__all__ = ['ROTARY_TABLE', 'lightning_facts', 'position_tolerance']
 
 ROTARY_TABLE = 'feat_rope.'
 """What the names of its stored rotary table begin with."""
 
 _MODULATION = 'blocks.0.adaLN_modulation.1.weight'
 _QUERY_NORM = 'blocks.0.attn.q_norm'
+_TOLERANCE = 1e-4  # of stored sines and cosines: other ways to compute them differ by 1e-6, another table by 1
 
 
 def lightning_facts(tensors: Mapping[str, Tensor], head_size: int, path: str) -> dict[str, Any]:
@@ -60,3 +60,10 @@ def _check_table(tensors: Mapping[str, Tensor], head_size: int, path: str) -> No
                 f'{path}: {name} {list(stored.shape)} is not the rotary table of a grid for heads of width {head_size} '
                 '(--num-heads decides that); sampling would be of another network'
             )
+
+
+def position_tolerance(values: Tensor) -> float:
+    """How far float32 sines and cosines may be from those computed here, whatever they were rounded to before."""
+    narrow = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).float(), values))
+    # Half the distance of two numbers at 1: what values up to 1 lose in the type in which they were stored.
+    return _TOLERANCE + torch.finfo(next(narrow, torch.float32)).eps / 2
