@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from tread_composer.advisor.request import InspectRequest
-from tread_composer.cli.flags import Typed
-from tread_composer.cli.program import run_program
+from tread_composer.cli.flags import Typed, run_program
 from tread_composer.cli.sampling import evaluate, sample, sweep
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import world_size

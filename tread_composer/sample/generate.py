@@ -25,8 +25,7 @@ from tread_composer.io.progress import Progress, RankProgress, silent
 from tread_composer.io.ranks import Ranks, check_equal
 from tread_composer.io.ray_pool import check_ray, on_ray
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, SamplesFolder
-from tread_composer.sample.outputs import WRITERS, write_grid, write_pngs
+from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, WRITERS, SamplesFolder, write_grid, write_pngs
 from tread_composer.sample.request import SamplesRequest, draws_of
 from tread_composer.samplers import Evaluations, guidance_cost
 from tread_composer.weights.trained import Trained, load_trained
