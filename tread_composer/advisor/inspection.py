@@ -166,11 +166,8 @@ def network_call(
 
 def _fresh(trained: Trained) -> Any:
     """The run's backbone as it is before any algorithm, on the meta device."""
-    facts = trained.data
     with torch.device('meta'):
-        return build_denoiser(
-            trained.config, channels=facts.channels, latent_size=facts.latent_height, num_classes=facts.num_classes
-        )
+        return build_denoiser(trained.config, **trained.data.sizes)
 
 
 def _suggestions(
@@ -179,9 +176,9 @@ def _suggestions(
     """The best candidates and, if they are candidates, these routes; each with its rank and what it would save."""
     ranked = {(candidate.start, candidate.end): candidate for candidate in rank_routes(mean)}
     spans = list(ranked)
-    facts = {'channels': trained.data.channels, 'latent_size': trained.data.latent_height}
     rate = next(iter(trained.config.routes()), Route()).selection_rate
-    dense = count_macs(_fresh(trained), facts)
+    sizes = trained.data.sizes
+    dense = count_macs(_fresh(trained), sizes)
     suggestions = []
     for start, end in dict.fromkeys([*spans[:_SHOWN], *(span for span in routes if span in ranked)]):
         alike = [float(similarity.mean[start, end + 1]) for similarity in maps.values()]
@@ -192,7 +189,7 @@ def _suggestions(
                 'lowest_over_times': min(alike),
                 'highest_over_times': max(alike),
                 # Multiply-adds of a dense training step over those of a routed one.
-                'ideal_step_ratio': dense / count_macs(_fresh(trained), facts, {'tread': Tread(start, end, rate)}),
+                'ideal_step_ratio': dense / count_macs(_fresh(trained), sizes, {'tread': Tread(start, end, rate)}),
             }
         )
     return suggestions

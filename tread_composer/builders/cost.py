@@ -61,18 +61,18 @@ def count_macs(denoiser: nn.Module, facts: dict[str, Any], savers: Savers = Mapp
     return counter.get_total_flops() // 2
 
 
-def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers, batch_size: int = 1) -> Tensor:
+def run_with_shapes(denoiser: Any, facts: dict[str, Any], savers: Savers) -> Tensor:
     """The prediction, without arithmetic: its shape, and what autograd would save; ``UserError`` if one cannot fit."""
     dtype = next(denoiser.parameters()).dtype
     size = facts['latent_size']
-    # [B, C, H, W] noisy latents, and [B] times and labels.
-    x = torch.empty(batch_size, facts['channels'], size, size, device='meta', dtype=dtype)
-    t, labels = x[:, 0, 0, 0], torch.zeros(batch_size, dtype=torch.int64, device='meta')
+    # [1, C, H, W] noisy latents, and [1] times and labels.
+    x = torch.empty(1, facts['channels'], size, size, device='meta', dtype=dtype)
+    t, labels = x[:, 0, 0, 0], torch.zeros(1, dtype=torch.int64, device='meta')
     denoiser.train(bool(savers))  # routes and masks are off in evaluation mode
     with contextlib.ExitStack() as stack:
         for name, algorithm in savers.items():
             try:
-                stack.enter_context(algorithm.rehearse(denoiser, batch_size))
+                stack.enter_context(algorithm.rehearse(denoiser, 1))
             except ValueError as error:
                 raise UserError(f'algorithms.{name}: {error}') from None
         return denoiser(x, t, labels)

@@ -29,23 +29,14 @@ _EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
 
 @dataclass(frozen=True)
 class Run:
-    """A run with what it measured.
-
-    Args:
-        name: Name of the run.
-        source: Where this was read.
-        curves: One for each metric and protocol.
-        notes: How costs were found, what was left out.
-        machine: CPU, GPUs and number of ranks, if recorded.
-        grid: The latest sample grid, a PNG.
-    """
+    """A run with what it measured."""
 
     name: str
-    source: str
-    curves: tuple[Curve, ...]
-    notes: tuple[str, ...] = ()
-    machine: str | None = None
-    grid: bytes | None = field(default=None, repr=False)
+    source: str  # where this was read
+    curves: tuple[Curve, ...]  # one for each metric and protocol
+    notes: tuple[str, ...] = ()  # how costs were found, what was left out
+    machine: str | None = None  # CPU, GPUs and number of ranks, if recorded
+    grid: bytes | None = field(default=None, repr=False)  # the latest sample grid, a PNG
 
 
 def open_run(word: str) -> Run:

@@ -44,17 +44,11 @@ _PURE = ('algorithm', 'autoencoder', 'objective', 'optimizer', 'scheduler', 'tim
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the run by name, with arguments that its constructor's signature accepts.
+    """A part of the run by name, with arguments that its constructor's signature accepts."""
 
-    Args:
-        kind: One of ``registry.KINDS``.
-        name: As YAML has it, or ``package.module:Class``.
-        kwargs: Validated arguments as plain YAML values.
-    """
-
-    kind: str
-    name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kind: str  # one of `registry.KINDS`
+    name: str  # as YAML has it, or `package.module:Class`
+    kwargs: dict[str, Any] = field(default_factory=dict)  # validated, as plain YAML values
 
     @functools.cached_property
     def settings(self) -> Strict:

@@ -5,7 +5,6 @@ group of its own, and Composer's start would then hang.
 Legend: C channels, H x W latent pixels.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -42,16 +41,6 @@ def mirror_choices(seed: int, epoch: int, num_samples: int) -> NDArray[np.bool_]
 
 class ReadingError(UserError, RuntimeError):
     """Data cannot be read, or are not what they say, in the middle of an epoch."""
-
-
-@contextlib.contextmanager
-def _small_cache_in_words(local: str | os.PathLike[str], cache_limit: int | str | None) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, UserError) or cache_limit is None or 'cache' not in str(error).lower():
-            raise
-        raise UserError(f'{os.fspath(local)}: data.cache_limit: {cache_limit}: {error}') from error
 
 
 class LatentDataset(StreamingDataset):
@@ -100,15 +89,15 @@ class LatentDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._delivered = 0  # of this epoch, by this process
         self._prepared: set[int] = set()  # shards that are readable and stay so
-        with numbered_in_turn(), _small_cache_in_words(local, settings.get('cache_limit')):
-            super().__init__(
-                local=os.fspath(local),
-                remote=remote,
-                batch_size=batch_size,
-                num_canonical_nodes=num_canonical_nodes,
-                validate_hash=validate_hash if remote else None,
-                **settings,
-            )
+        local, cache_limit = os.fspath(local), settings.get('cache_limit')
+        settings |= {'validate_hash': validate_hash if remote else None, 'num_canonical_nodes': num_canonical_nodes}
+        try:
+            with numbered_in_turn():
+                super().__init__(local=local, remote=remote, batch_size=batch_size, **settings)
+        except ValueError as error:
+            if isinstance(error, UserError) or cache_limit is None or 'cache' not in str(error).lower():
+                raise
+            raise UserError(f'{local}: data.cache_limit: {cache_limit}: {error}') from error
         names = [name for name in (LABEL, LATENTS, LATENTS_MIRRORED) if name in self.shards[0].column_names]
         # A mapped file keeps its space on the disk after it is deleted: with a limit, shards come and go.
         self._may_map = not self.cache_limit and all(MappedShard.can_map(shard, names) for shard in self.shards)

@@ -179,14 +179,9 @@ def _origin(record: dict[str, Any] | None) -> dict[str, Any]:
         'run': record.get('run') or run_name(record['source']),
         'batch': record['batch'] or None,  # 0: imported, and nobody has said it
         'weights_digest': record['made_with']['weights_digest'],
-        **_evaluations(record),
+        # The mean of those that an image took, where its sampler decided that and not the protocol.
+        **({} if 'num_steps' in record['made_with']['sampling'] else {'evaluations': record['evaluations']}),
     }
-
-
-def _evaluations(record: dict[str, Any]) -> dict[str, float]:
-    """The mean of the evaluations that an image took, where its sampler decided that and not the protocol."""
-    sampling = record['made_with']['sampling']
-    return {} if 'num_steps' in sampling else {'evaluations': record['evaluations']}
 
 
 def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log) -> tuple[Measurer, str]:

@@ -49,8 +49,7 @@ def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str]
     # A fresh one: what was filled has weights, and shapes are enough.
     with torch.device('meta'):
         denoiser = build_model(exported.config, exported.data).denoiser
-    shape = {'channels': exported.data.channels, 'latent_size': exported.data.latent_height}
-    cost = sampling_cost(denoiser, shape)
+    cost = sampling_cost(denoiser, exported.data.sizes)
     texts = {'parameters': str(cost['parameters']), 'gmacs': f'{cost["gmacs"]:.6g}'}
     digest = write_exported(out, exported, texts, overwrite)
     facts = {'weights': exported.weights, 'batch': exported.batch, 'average': exported.average}
