@@ -1,7 +1,7 @@
 """Where to place a route: guidelines, and how alike a model's tokens are from block to block.
 
 In plain torch, for any model: ``propose_route`` looks at its list of blocks, ``token_similarity`` at its activations.
-The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``).
+The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``findings``).
 """
 
 from typing import TYPE_CHECKING

@@ -26,15 +26,9 @@ from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
 
 __all__ = [
-    'DATA_NAME',
-    'check_load_path',
-    'check_run_folder',
-    'decisive_settings',
-    'locked_run',
-    'part_folder',
-    'run_folder',
+    'DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'locked_run', 'part_folder', 'run_folder',
     'write_run_files',
-]
+]  # fmt: skip
 
 _PACKAGES = (
     'torchvision', 'composer', 'streaming', 'mlflow', 'numpy', 'diffusers', 'torch_fidelity', 'tread_composer',

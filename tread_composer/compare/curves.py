@@ -18,17 +18,8 @@ from typing import Any, Literal
 from tread_composer.metrics.metric import Better
 
 __all__ = [
-    'AXES',
-    'Axis',
-    'Curve',
-    'Point',
-    'SpeedUp',
-    'Value',
-    'best_point',
-    'common_speed_up',
-    'speed_up',
-    'value_at',
-]
+    'AXES', 'Axis', 'Curve', 'Point', 'SpeedUp', 'Value', 'best_point', 'common_speed_up', 'speed_up', 'value_at',
+]  # fmt: skip
 
 Axis = Literal['step', 'teraflops', 'seconds']
 AXES: dict[Axis, str] = {

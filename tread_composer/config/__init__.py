@@ -9,14 +9,6 @@ from tread_composer.config.registry import list_parts, part_names
 from tread_composer.config.tree import Config, json_schema
 
 __all__ = [
-    'Component',
-    'Config',
-    'ConfigError',
-    'check_files',
-    'check_machine',
-    'json_schema',
-    'list_parts',
-    'load_config',
-    'part_names',
-    'restore_config',
-]
+    'Component', 'Config', 'ConfigError', 'check_files', 'check_machine', 'json_schema', 'list_parts', 'load_config',
+    'part_names', 'restore_config',
+]  # fmt: skip

@@ -85,19 +85,15 @@ def component_schema(kind: str, name: str) -> type[Strict]:
     target = resolve(kind, name)
     fields, refused = signature_fields(target, _GIVEN.get(kind, ()))
     fields |= _NARROWER.get(name, {})
-    if kind == 'backbone':
-        fields = _with_presets(target, fields)
-    return strict_model(target.__name__, fields, refused)
-
-
-def _with_presets(target: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """A network's sizes one by one, or a published size by ``preset``, which decides them; and its attention."""
-    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {})
+    # A network's sizes one by one, or a published size by `preset`, which decides them; and its attention.
+    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {}) if kind == 'backbone' else {}
     if presets:
         optional = {name: (Union[fields[name][0], None], None) for name in next(iter(presets.values()))}  # noqa: UP007
         fields = {'preset': (Literal[tuple(presets)] | None, None), **fields, **optional}  # type: ignore[operator]
-    attentions: tuple[str, ...] = getattr(target, 'attentions', ())
-    return {**fields, 'attention': (Literal[attentions], 'sdpa')} if attentions else fields
+    attentions: tuple[str, ...] = getattr(target, 'attentions', ()) if kind == 'backbone' else ()
+    if attentions:
+        fields['attention'] = (Literal[attentions], 'sdpa')
+    return strict_model(target.__name__, fields, refused)
 
 
 def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[Problem]]:

@@ -30,18 +30,9 @@ from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
-    'FROM_DATA',
-    'KINDS',
-    'PARTS',
-    'SECTIONS',
-    'TABLES',
-    'is_ours',
-    'lacks',
-    'list_parts',
-    'part_names',
-    'resolve',
+    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'is_ours', 'lacks', 'list_parts', 'part_names', 'resolve',
     'unkept',
-]
+]  # fmt: skip
 
 TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 """Sections of a run that hold parts by name, with the kind of those."""

@@ -25,16 +25,9 @@ from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.core.protocols import TimeDistribution, Weighting
 
 __all__ = [
-    'Length',
-    'Strict',
-    'native',
-    'part_kind',
-    'plain',
-    'signature_fields',
-    'signature_model',
-    'strict_model',
+    'Length', 'Strict', 'native', 'part_kind', 'plain', 'signature_fields', 'signature_model', 'strict_model',
     'yaml_type',
-]
+]  # fmt: skip
 
 
 def _some_or_all(value: int) -> int:

@@ -19,16 +19,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'Device',
-    'Flag',
-    'GuidedChannels',
-    'Weights',
-    'argument_docs',
-    'check_bounds',
-    'check_choice',
-    'check_request',
+    'Device', 'Flag', 'GuidedChannels', 'Weights', 'argument_docs', 'check_bounds', 'check_choice', 'check_request',
     'unwrapped',
-]
+]  # fmt: skip
 
 _BOUNDS: Mapping[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     Ge: ('ge', 'at least', operator.ge),

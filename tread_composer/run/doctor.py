@@ -53,10 +53,11 @@ def check_run_machine(config: Config, world_size: int) -> None:
     Raises:
         UserError: The first fault, with its cure.
     """
-    names = ('shared memory', 'open files', 'data folder', 'run folder', 'free disk')
-    for name, check in _checks(config, world_size).items():
-        if name in names or name.startswith('loggers.'):
-            check()
+    checks = _checks(config, world_size)
+    stores = (name for name in checks if name.startswith('loggers.'))
+    for name in ('run folder', 'checkpoint', 'shared memory', 'open files', 'data folder', 'free disk', *stores):
+        if name in checks:
+            checks[name]()
 
 
 def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], str]]:
@@ -78,6 +79,8 @@ def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], st
     if config.save_folder is not None and '://' not in config.save_folder:
         checks['run folder'] = lambda: _run_folder(config)
         checks['free disk'] = lambda: _free_disk(config)
+    elif config.load_path is not None:
+        checks['checkpoint'] = lambda: check_load_path(config) or f'{config.load_path}: can be loaded'
     for name, logger in config.loggers.items():
         check_store = getattr(resolve('logger', logger.name), 'check_store', None)
         if check_store is not None:

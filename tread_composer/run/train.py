@@ -25,7 +25,7 @@ from composer.utils import dist, get_device
 from tread_composer.algorithms.rules import evaluated_weights
 from tread_composer.builders.model import check_fit
 from tread_composer.builders.run_data import prepare_data, split_folders
-from tread_composer.builders.run_folder import check_load_path, check_run_folder, environment, locked_run, run_folder
+from tread_composer.builders.run_folder import environment, locked_run, run_folder
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 from tread_composer.callbacks.update_guard import RewindError
@@ -163,8 +163,6 @@ def _checked_config(path: str, overrides: Sequence[str]) -> Config:
     check_files(config, path)
     check_fit(config)
     if dist.get_global_rank() == 0:
-        check_run_folder(config)
-        check_load_path(config)
         check_run_machine(config, world_size())
     return config
 
