@@ -74,11 +74,7 @@ class RealLatents:
 
 
 def inspect_run(request: InspectRequest) -> Inspection:
-    """Look at a trained network.
-
-    Raises:
-        UserError: The request does not fit the run or its data.
-    """
+    """Look at a trained network; ``UserError`` if the request does not fit the run or its data."""
     device = choose_device(request.device, 0)
     with machine_for(device, 0, 1), plain_float32(device):
         trained = load_trained(request.path, weights=request.weights, device=device)

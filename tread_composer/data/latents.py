@@ -109,11 +109,7 @@ class LatentDataset(StreamingDataset):
             )
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """The sample at a position of the data set; fetches its shard if need be.
-
-        Raises:
-            UserError: Its label is no class.
-        """
+        """The sample at a position; fetches its shard if need be. ``UserError`` if its label is no class."""
         latents, label = self._chosen(sample_id, retry)
         return {
             # The array is a view of bytes that must not be written to; torch wants one that may.
@@ -158,11 +154,7 @@ class LatentDataset(StreamingDataset):
         return shard.array(number, name), int(shard.array(number, LABEL))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Make a shard readable.
-
-        Raises:
-            FileNotFoundError: There is no ``remote`` and the shard is not in ``local``.
-        """
+        """Make a shard readable; ``FileNotFoundError`` if there is no ``remote`` and it is not in ``local``."""
         # It is asked for every sample, and the parent takes a lock between all workers each time.
         if shard_id in self._prepared:
             return

@@ -158,11 +158,7 @@ class Manifest(_Latents):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str, remedy: str) -> 'Manifest':
-        """Read a manifest's JSON text that lies elsewhere; a refusal names ``source``, key, rule and ``remedy``.
-
-        Raises:
-            UserError: Not exactly what this class describes.
-        """
+        """Read a manifest's JSON text from elsewhere; a ``UserError`` names ``source``, key, rule and ``remedy``."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -133,11 +133,7 @@ def run_name(source: str) -> str | None:
 
 
 def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
-    """The images at a path, and what ``sample`` wrote about them.
-
-    Raises:
-        UserError: There are none, or they are not those that ``samples.json`` speaks of.
-    """
+    """The images at a path, and what ``sample`` wrote of them; ``UserError`` if there are none, or other ones."""
     inside = path.name in PLACES.values() and not (path / RECORD).is_file()
     folder = path.parent if inside else path
     if not (folder / RECORD).is_file():

@@ -48,11 +48,7 @@ def examine(config: Config | None, world_size: int = 1) -> Iterator[tuple[str, s
 
 
 def check_run_machine(config: Config, world_size: int) -> None:
-    """What ``train`` asks of the machine before it writes anything.
-
-    Raises:
-        UserError: The first fault, with its cure.
-    """
+    """What ``train`` asks of the machine before it writes anything; ``UserError``, with its cure, for the first."""
     checks = _checks(config, world_size)
     stores = (name for name in checks if name.startswith('loggers.'))
     for name in ('run folder', 'checkpoint', 'shared memory', 'open files', 'data folder', 'free disk', *stores):

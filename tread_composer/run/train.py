@@ -188,11 +188,7 @@ def report(trainer: Trainer, config: Config, status: str) -> str:
 
 
 def _skipped_batches(config: Config) -> frozenset[int]:
-    """Batches, counted from 0, that earlier rewinds of this run leave out.
-
-    Raises:
-        UserError: ``rewinds.json`` in the run's folder is damaged.
-    """
+    """Batches, counted from 0, that earlier rewinds leave out; ``UserError`` if ``rewinds.json`` is damaged."""
     return frozenset(batch for entry in _rewinds(config) for batch in range(entry['checkpoint'], entry['batch'] + 1))
 
 

@@ -198,11 +198,7 @@ def _maskdit(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 
 
 def lightning_facts(tensors: Mapping[str, Tensor], head_size: int, path: str) -> dict[str, Any]:
-    """The arguments of our ``LightningDiT`` besides its sizes.
-
-    Raises:
-        UserError: The network was trained with switches that ours does not have, or with another rotary table.
-    """
+    """Arguments of our ``LightningDiT`` besides its sizes; ``UserError`` where it cannot have the file's switches."""
     if 'blocks.0.norm1.weight' not in tensors:
         raise UserError(
             f'{path}: trained with use_rmsnorm false; of LightningDiT, networks with RMSNorm can be imported'
