@@ -65,11 +65,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
-    """Hold runs, two or more, against the first one.
-
-    Args:
-        runs: As ``open_run`` reads them.
-        metrics: The metrics to compare; ``fid`` stands for ``fid_10000`` too. All that the runs share if empty.
+    """Hold runs, two or more, against the first one, in all ``metrics`` that they share if none are given.
 
     Raises:
         UserError: A metric is in no common protocol (lists the differences), or there is none in common.

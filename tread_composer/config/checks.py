@@ -281,9 +281,7 @@ def _address_fault(text: str) -> str | None:
 def check_files(config: Config, source: str = '') -> None:
     """Refuse a run whose data or checkpoint are not there. Loading does not do this, so that a plan needs no data.
 
-    Args:
-        config: A loaded configuration.
-        source: What to call it in the message, for example the YAML file's name.
+    ``source`` is what to call the configuration in the message.
 
     Raises:
         ConfigError: The folder of latents is missing or holds no index, or another file is missing.

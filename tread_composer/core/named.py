@@ -62,13 +62,8 @@ def part_named(name: str, table: Mapping[str, Any]) -> Any:
 def lazy_names(package: str, homes: Mapping[str, str], submodules: Collection[str] = ()) -> Callable[[str], Any]:
     """A package's ``__getattr__`` (PEP 562), so that its import stays as cheap as the names that are used.
 
-    Args:
-        package: ``__name__`` of the package.
-        homes: The module of each name.
-        submodules: Names of the package's modules that are attributes of it too, whoever has imported them.
-
-    Returns:
-        The function; it raises ``AttributeError`` for any further name.
+    ``homes`` has the module of each name; ``submodules`` are attributes of the package too, whoever has imported them.
+    The function raises ``AttributeError`` for any further name.
     """
 
     def load(name: str) -> Any:

@@ -51,10 +51,8 @@ def evaluate_model(
 
     Args:
         request: The model and how to sample it; its ``out`` and ``formats`` are decided here.
-        measurement: What to measure.
         samples: Folder of the samples; the same call goes on with what is in it. (Default: within the run's folder,
             named by the checkpoint and the settings.)
-        log: Gets the lines for people, on the first rank.
 
     Returns:
         Entries for a ``results.json``, none on other ranks than the first.

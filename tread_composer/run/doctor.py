@@ -36,9 +36,7 @@ _CHECKPOINTS_AT_ONCE = 2  # the new one is whole before the old one goes
 def examine(config: Config | None, world_size: int = 1) -> Iterator[tuple[str, str, bool]]:
     """Every check in turn: its name, what is there or the cure, and whether a run would get past it.
 
-    Args:
-        config: What is to be trained; without one, the machine alone is examined.
-        world_size: Number of ranks on this machine.
+    Without a ``config`` the machine alone is examined; ``world_size`` is the number of ranks on it.
     """
     for name, check in _checks(config, world_size).items():
         try:

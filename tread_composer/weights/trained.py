@@ -69,7 +69,6 @@ def load_trained(
         path: A run's folder (its latest checkpoint is taken), a checkpoint in one, or an exported ``.safetensors``.
         weights: ``'ema'``, ``'raw'``, or of a run with ``algorithms.power_ema`` ``'posthoc:0.13'``, its average of
             this width up to its last snapshot. Of an exported file that holds a post-hoc average, ``'ema'`` is that.
-        device: Where the model goes.
         overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
             such as ``{'autoencoder.path': '/other/place'}``. ``model.attention`` is ``sdpa`` unless it stands here.
 
@@ -229,9 +228,7 @@ def export(
     The tensors have the names of the network: for a dense or routed DiT those of the published DiT files.
 
     Args:
-        path: A run's folder, or a checkpoint in one.
         out: The file, ``.safetensors``; one that is there is replaced with ``overwrite``.
-        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``, as ``load_trained``.
         allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
 
     Returns:
