@@ -137,14 +137,9 @@ class LatentDiffusion(ComposerModel):
         """``draw`` with the settings that are asked for most, which has the others, the promises and the refusals.
 
         Args:
-            labels: One class each.
-            seeds: One each.
             sampler: Name of a sampler that fits the objective (``tread_composer.samplers.check_sampler``).
-            num_steps: Its steps.
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
-            batch_size: Samples in one network call.
             sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
-            evaluations: As for ``draw``.
         """
         if guidance_scale != 1 and not self.num_classes:
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')

@@ -69,7 +69,6 @@ def on_ray(
         scratch: A folder of the output, which every machine must see.
         workers: How many; by default one for each GPU, or for each machine where there is none (or ``'cpu'``).
         device: ``'cuda'``, ``'cpu'`` or None for GPUs if there are any.
-        log: Gets the lines for people.
 
     Raises:
         UserError: The cluster cannot do it, a unit refuses its input, or one was lost with three workers.

@@ -52,7 +52,6 @@ def import_weights(
     published; those that say otherwise are refused.
 
     Args:
-        path: ``.pt`` or ``.safetensors``.
         layout: One of ``LAYOUTS``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
 
