@@ -22,11 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Axis = Literal['step', 'teraflops', 'seconds']
-AXES: dict[Axis, str] = {
-    'step': 'training steps',
-    'teraflops': 'training TFLOPs',
-    'seconds': 'seconds of training',
-}
+AXES: dict[Axis, str] = {'step': 'training steps', 'teraflops': 'training TFLOPs', 'seconds': 'seconds of training'}
 
 
 @dataclass(frozen=True)

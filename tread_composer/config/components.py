@@ -20,16 +20,12 @@ from tread_composer.core.named import is_reference
 __all__ = ['Component', 'check_component', 'check_section', 'component_schema']
 
 # Arguments that are not for YAML: the data or the run decide them, and the builders give them.
-_GIVEN = {
-    'algorithm': ('settings_digest',),
-    'backbone': FROM_DATA,
-    'optimizer': ('params',),
-}
+_GIVEN = {'algorithm': ('settings_digest',), 'backbone': FROM_DATA, 'optimizer': ('params',)}
 # What a section without a name is.
 _UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_channel'}}
 # Where Composer looks at a value only in the middle of training.
 _NARROWER: dict[str, dict[str, Any]] = {
-    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
+    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)}
 }
 # Composer says so when it makes them, behind the data and the model.
 _PACKAGES = {
