@@ -195,7 +195,7 @@ def inspect_model(function: Annotated[str, Flag('package.module:function')], blo
     Example: my_package.models:small_model
     """
     with importing():
-        from tread_composer.run.inspect_model import inspect_model
+        from tread_composer.advisor.placement import inspect_model
 
     print(inspect_model(function, blocks))
 
