@@ -20,7 +20,7 @@ prepare_process()  # before torch is loaded, and MLflow
 
 import yaml
 
-from tread_composer.compare.store import store_of
+from tread_composer.compare.runs import store_of
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import whole_file
 from tread_composer.io.table import text_table

@@ -13,9 +13,8 @@ from tread_composer.config import ConfigError, json_schema, load_config, restore
 from tread_composer.models import BACKBONES, LightningDiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import apply_tread
-from tread_composer.weights.export import export
 from tread_composer.weights.exported import read_exported
-from tread_composer.weights.trained import load_trained
+from tread_composer.weights.trained import export, load_trained
 
 SIZES = 'patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2'
 LIGHTNING = f'model={{name: lightning_dit, {SIZES}}}'

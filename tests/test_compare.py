@@ -17,7 +17,7 @@ from tread_composer.cli import main
 from tread_composer.compare.comparison import compare
 from tread_composer.compare.cost import recorded_seconds, training_teraflops
 from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
-from tread_composer.compare.output import format_comparison, write_comparison
+from tread_composer.compare.presentation import format_comparison, write_comparison
 from tread_composer.compare.runs import Run, open_run
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.metric import direction

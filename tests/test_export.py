@@ -14,8 +14,7 @@ from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT
 from tread_composer.run.plan import make_plan
-from tread_composer.weights.export import export
-from tread_composer.weights.trained import load_trained
+from tread_composer.weights.trained import export, load_trained
 
 
 @pytest.fixture(scope='module')

@@ -12,8 +12,7 @@ from annotated_types import Ge, Lt
 
 from tread_composer.cli.commands import COMMANDS, main
 from tread_composer.cli.convert import convert_images, import_stored
-from tread_composer.cli.flags import Parser, Typed, add_flags
-from tread_composer.cli.program import run_program
+from tread_composer.cli.flags import Parser, Typed, add_flags, run_program
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Flag, check_request
 

@@ -14,7 +14,7 @@ from tests.warm import ROOT, on_ranks
 from tread_composer.algorithms.power_ema.snapshots import snapshot_path
 from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.objectives.ddpm import evenly_spaced
-from tread_composer.weights.checkpoint import checkpoint_weights
+from tread_composer.weights.trained import checkpoint_weights
 
 ROUNDING = 2e-6  # of sums in another order, after four steps that move the weights by 0.2
 TWO, THREE = ([(ranks, name) for name in recipes(ROOT, ranks)] for ranks in (2, 3))

@@ -6,7 +6,7 @@ so: ``Tread`` brings Composer with it. The import of the package itself loads no
 
 from typing import TYPE_CHECKING
 
-from tread_composer.core.lazy import lazy_names
+from tread_composer.core.named import lazy_names
 
 if TYPE_CHECKING:
     from tread_composer.algorithms.ema import EMA

@@ -12,30 +12,12 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from tread_composer import samplers
 from tread_composer.autoencoders import sample_moments
-from tread_composer.core.batch import (
-    DIRECTION_SWITCH,
-    LABEL_DROPPED,
-    LABELS,
-    NOISE,
-    POSTERIOR_NOISE,
-    RAW_LATENTS,
-    TIME_QUANTILES,
-)
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core import batch as keys
+from tread_composer.core.inference import evaluating
 from tread_composer.core.protocols import Autoencoder, Objective
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.samplers import (
-    Clock,
-    Equation,
-    Evaluations,
-    SamplingSettings,
-    check_guidance,
-    check_sampler,
-    default_guidance,
-    guided_denoiser,
-    integrate,
-)
 
 __all__ = ['LatentDiffusion']
 
@@ -107,14 +89,14 @@ class LatentDiffusion(ComposerModel):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Losses ``[B]`` under ``'loss'``, and the objective's further terms; ``ValueError`` without draws."""
-        missing = [key for key in (NOISE, TIME_QUANTILES, LABEL_DROPPED) if key not in batch]
+        missing = [key for key in (keys.NOISE, keys.TIME_QUANTILES, keys.LABEL_DROPPED) if key not in batch]
         if missing:
             raise ValueError(f'the batch has no {missing}: add KeyedDraws() to the callbacks of the Trainer')
-        labels_B = torch.where(batch[LABEL_DROPPED], self.null_label, batch[LABELS])
+        labels_B = torch.where(batch[keys.LABEL_DROPPED], self.null_label, batch[keys.LABELS])
         latents_BCHW = self.latents(batch)
         # Only FasterDiT's schedule puts a switch into the batch; other objectives do not know the argument.
-        switch = {'direction_switch_B': batch[DIRECTION_SWITCH]} if DIRECTION_SWITCH in batch else {}
-        draws = batch[NOISE], batch[TIME_QUANTILES]
+        switch = {'direction_switch_B': batch[keys.DIRECTION_SWITCH]} if keys.DIRECTION_SWITCH in batch else {}
+        draws = batch[keys.NOISE], batch[keys.TIME_QUANTILES]
         return self.objective(self.denoiser, latents_BCHW, labels_B, *draws, **switch)  # type: ignore[arg-type]
 
     def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -131,13 +113,13 @@ class LatentDiffusion(ComposerModel):
         """Add one batch."""
         # Where weights and further terms make up the loss, runs with and without them compare by the plain error,
         # which the objective then names 'mse'.
-        metric.update(outputs.get('mse', outputs['loss']), batch[TIME_QUANTILES])
+        metric.update(outputs.get('mse', outputs['loss']), batch[keys.TIME_QUANTILES])
 
     def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Latents as the denoiser sees them, float32 ``[B, C, H, W]``; samples the posterior of stored moments."""
-        raw = batch[RAW_LATENTS].float()
-        if POSTERIOR_NOISE in batch:
-            raw = sample_moments(raw, batch[POSTERIOR_NOISE])  # [B, 2C, H, W] -> [B, C, H, W]
+        raw = batch[keys.RAW_LATENTS].float()
+        if keys.POSTERIOR_NOISE in batch:
+            raw = sample_moments(raw, batch[keys.POSTERIOR_NOISE])  # [B, 2C, H, W] -> [B, C, H, W]
         return (raw - self.latent_shift) * self.latent_scale  # a number, or [C, 1, 1]
 
     def sample(
@@ -150,27 +132,22 @@ class LatentDiffusion(ComposerModel):
         guidance_scale: float = 1.0,
         batch_size: int = 256,
         sampler_settings: Mapping[str, Any] | None = None,
-        evaluations: Evaluations | None = None,
+        evaluations: samplers.Evaluations | None = None,
     ) -> Tensor:
         """``draw`` with the settings that are asked for most, which has the others, the promises and the refusals.
 
         Args:
-            labels: One class each.
-            seeds: One each.
             sampler: Name of a sampler that fits the objective (``tread_composer.samplers.check_sampler``).
-            num_steps: Its steps.
             guidance_scale: Classifier-free guidance on all channels; 1 is none.
-            batch_size: Samples in one network call.
             sampler_settings: Keyword arguments of the sampler, such as ``{'eta': 0.5}`` for ``'ddim'``.
-            evaluations: As for ``draw``.
         """
         if guidance_scale != 1 and not self.num_classes:
             raise ValueError(f'guidance_scale: {guidance_scale} needs classes, and this model has none; use 1')
-        settings = SamplingSettings(
+        settings = samplers.SamplingSettings(
             sampler=sampler,
             num_steps=num_steps,
             sampler_settings=sampler_settings or {},
-            guidance=default_guidance(guidance_scale),
+            guidance=samplers.default_guidance(guidance_scale),
             guidance_scale=guidance_scale,
         )
         return self.draw(labels, seeds, settings, batch_size=batch_size, evaluations=evaluations)
@@ -180,11 +157,11 @@ class LatentDiffusion(ComposerModel):
         self,
         labels: Sequence[int],
         seeds: Sequence[int],
-        settings: SamplingSettings,
+        settings: samplers.SamplingSettings,
         *,
         weak: nn.Module | None = None,
         batch_size: int = 256,
-        evaluations: Evaluations | None = None,
+        evaluations: samplers.Evaluations | None = None,
     ) -> Tensor:
         """Draw latents, in evaluation mode. Each depends on weights, settings, its own label and its own seed alone.
 
@@ -206,34 +183,34 @@ class LatentDiffusion(ComposerModel):
             ValueError: The settings do not fit the model, a label is out of range, or lengths differ.
         """
         try:
-            check_sampler(settings.sampler, self.objective, settings.sampler_settings)
+            samplers.check_sampler(settings.sampler, self.objective, settings.sampler_settings)
         except ValueError as error:
             raise ValueError(f'sampler: {error}') from None
         channels = self.latent_shape[0]
-        check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
+        samplers.check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
         if len(labels) != len(seeds):
             raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
         wrong = [label for label in labels if not 0 <= label <= self.null_label]
         if wrong:
             raise ValueError(f'labels {wrong[:5]} are not between 0 and {self.null_label} (the null label)')
-        device, results, evaluations = self.latent_scale.device, [], evaluations or Evaluations()
+        device, results, evaluations = self.latent_scale.device, [], evaluations or samplers.Evaluations()
         with evaluating(self, *([] if weak is None else [weak])):
             times = self.objective.sampling_times(settings.grid_steps)  # on the CPU: the samplers look at their values
             for offset in range(0, len(labels), batch_size):
                 chunk = slice(offset, offset + batch_size)
-                random, clock = KeyedRandom(0, 0, seeds[chunk]), Clock(evaluations.begun)
+                random, clock = KeyedRandom(0, 0, seeds[chunk]), samplers.Clock(evaluations.begun)
                 start = self.objective.prior(random.normal('sampling', *self.latent_shape).to(device))
                 labels_B = torch.tensor(labels[chunk], device=device)
-                denoiser = guided_denoiser(
+                denoiser = samplers.guided_denoiser(
                     self.denoiser, settings, null_label=self.null_label, random=random, clock=clock, times=times,
                     weak=weak,
                 )  # fmt: skip
-                equation = Equation(self.objective, denoiser, labels_B, clock)
+                equation = samplers.Equation(self.objective, denoiser, labels_B, clock)
 
                 def noise(step: int, random: KeyedRandom = random) -> Tensor:
                     return random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
 
-                x = integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
+                x = samplers.integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
                 results.append(x.float())  # the equation is solved in float64
                 evaluations.taken += clock.taken(len(x))
         return torch.cat(results)

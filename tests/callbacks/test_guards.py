@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.callbacks.small import trainer
-from tread_composer.builders.environment import environment
+from tread_composer.builders.run_folder import environment
 from tread_composer.callbacks.epoch_is_whole import EpochIsWhole
 from tread_composer.callbacks.progress import ProgressLines
 from tread_composer.callbacks.update_guard import UpdateGuard

@@ -1,12 +1,12 @@
 """Where to place a route: guidelines, and how alike a model's tokens are from block to block.
 
 In plain torch, for any model: ``propose_route`` looks at its list of blocks, ``token_similarity`` at its activations.
-The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``output``).
+The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``findings``).
 """
 
 from typing import TYPE_CHECKING
 
-from tread_composer.core.lazy import lazy_names
+from tread_composer.core.named import lazy_names
 
 if TYPE_CHECKING:
     from tread_composer.advisor.placement import format_advice, propose_route

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core.inference import evaluating
 from tread_composer.routing import find_blocks
 from tread_composer.routing.arguments import find_argument
 

@@ -55,12 +55,7 @@ def build_model(
     """
     config = config.normalized(manifest)
     with torch.device('meta') if unfilled else contextlib.nullcontext():
-        denoiser = build_denoiser(
-            config,
-            channels=manifest.channels,
-            latent_size=manifest.latent_height,
-            num_classes=manifest.num_classes,
-        )
+        denoiser = build_denoiser(config, **manifest.sizes)
     place = ''  # of the fault, if there is one
     try:
         # Of its own for each model: one that is shared has been held against the data of another. And never on the meta

@@ -17,14 +17,9 @@ from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
 __all__ = [
-    'build_loaders',
-    'check_expectations',
-    'identity',
-    'planned_manifest',
-    'prepare_data',
-    'split_folders',
+    'build_loaders', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'split_folders',
     'with_planned_numbers',
-]
+]  # fmt: skip
 
 _READER_SETTINGS = (
     'cache_limit', 'predownload', 'validate_hash', 'download_retry', 'download_timeout', 'num_canonical_nodes',

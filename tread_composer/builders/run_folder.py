@@ -3,17 +3,22 @@
 import contextlib
 import json
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from composer.utils import dist, is_compressed_pt, is_tar, maybe_create_object_store_from_uri, parse_uri
 
-from tread_composer.builders.environment import environment
 from tread_composer.builders.run_data import with_planned_numbers
 from tread_composer.config import Component, Config
 from tread_composer.core.errors import ResumeError, UserError
+from tread_composer.core.masking import without_secrets
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.checkpoint_reader import check_harmless
 from tread_composer.io.checkpoints import check_whole, checkpoints_in, newest_whole
@@ -21,15 +26,16 @@ from tread_composer.io.files import write_atomically
 from tread_composer.io.locks import locked
 
 __all__ = [
-    'DATA_NAME',
-    'check_load_path',
-    'check_run_folder',
-    'decisive_settings',
-    'locked_run',
-    'part_folder',
-    'run_folder',
+    'DATA_NAME', 'check_load_path', 'check_run_folder', 'decisive_settings', 'locked_run', 'part_folder', 'run_folder',
     'write_run_files',
-]
+]  # fmt: skip
+
+_PACKAGES = (
+    'torchvision', 'composer', 'streaming', 'mlflow', 'numpy', 'diffusers', 'torch_fidelity', 'tread_composer',
+)  # fmt: skip
+_DISTRIBUTIONS = {'composer': 'mosaicml', 'streaming': 'mosaicml-streaming'}  # where the names differ
+# In a word of the command line, whose value is then left out.
+_SECRET_WORDS = ('token', 'password', 'secret', 'key=')
 
 DATA_NAME = 'data.json'
 """The manifest of the training data, in the run's folder: what samples a checkpoint needs no data."""
@@ -188,3 +194,63 @@ def write_run_files(config: Config, manifest: Manifest) -> None:
     write_atomically(folder / 'config.yaml', config.to_yaml().encode())
     write_atomically(folder / DATA_NAME, f'{manifest.model_dump_json(indent=2)}\n'.encode())
     write_atomically(folder / 'environment.json', json.dumps(environment(), indent=2).encode())
+
+
+def environment() -> dict[str, Any]:
+    """The software and the machine, ready for JSON. A package that is not installed has the version None.
+
+    Environment variables are left out, and so are the values of command-line arguments that look like credentials.
+    """
+    return {
+        'python': platform.python_version(),
+        'platform': platform.platform(),
+        'packages': {'torch': torch.__version__, **{name: _version(name) for name in _PACKAGES}},
+        'code': _code(Path(__file__).resolve().parent),
+        'command': [without_secrets(_without_secret(word)) for word in sys.argv],
+        'cpu': _cpu(),
+        'cpu_count': os.cpu_count(),
+        'torch_threads': torch.get_num_threads(),
+        'gpus': [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        'cuda': torch.version.cuda,  # type: ignore[attr-defined]
+        'world_size': dist.get_world_size(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(_DISTRIBUTIONS.get(package, package))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """Commit and whether the files differ from it; None where the package does not lie in its own repository."""
+    # An installed package may lie in a virtual environment inside of someone else's repository: ask for tracked files.
+    if not _git(folder, 'ls-files', '--', '.'):
+        return {'commit': None, 'dirty': None}
+    status = _git(folder, 'status', '--porcelain')
+    return {'commit': _git(folder, 'rev-parse', 'HEAD'), 'dirty': None if status is None else bool(status)}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    # ARM's has no such line.
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.machine()
+
+
+def _without_secret(word: str) -> str:
+    if not any(secret in word.lower() for secret in _SECRET_WORDS):
+        return word
+    return word.partition('=')[0] + '=***' if '=' in word else '***'

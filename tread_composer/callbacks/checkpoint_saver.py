@@ -17,18 +17,7 @@ from composer.utils import checkpoint, create_symlink_file, dist, format_name_wi
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.checkpoints import (
-    DIGESTS,
-    checkpoints_in,
-    file_digests,
-    newest_whole,
-    point_to,
-    publish,
-    remove,
-    remove_unfinished,
-    set_aside,
-    write_digests,
-)
+from tread_composer.io import checkpoints as disk
 from tread_composer.io.files import UNFINISHED, to_disk
 from tread_composer.io.progress import to_stderr
 from tread_composer.io.ranks import agreed, gathered, nodes_without, send_file
@@ -106,7 +95,7 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _make_way(self, state: State) -> None:
         batch, latest = int(state.timestamp.batch), self._latest(state)
-        for path in checkpoints_in(self._root, self._names(state), after=batch):
+        for path in disk.checkpoints_in(self._root, self._names(state), after=batch):
             # A sharded copy does not say its batch. This run has begun at it, or `point_to` will rename it.
             if batch > 0 and path == latest and path.is_dir():
                 continue
@@ -115,16 +104,16 @@ class WholeCheckpointSaver(CheckpointSaver):
                     f'save_folder: {path} is of a later batch than {batch}, where this run begins. Go on from it '
                     f'(autoresume=true), take another run_name, or let it be replaced (save_overwrite=true)'
                 )
-            to_stderr(f'{path}: now {set_aside(path, ".replaced").name}, as this run begins at batch {batch}')
+            to_stderr(f'{path}: now {disk.set_aside(path, ".replaced").name}, as this run begins at batch {batch}')
 
     def _latest(self, state: State) -> Path | None:
         return None if self.latest_filename is None else Path(self.latest_filename.format(state))
 
     def _put_right(self, state: State) -> None:
-        latest, leftovers = self._latest(state), remove_unfinished(self._root)
-        newest, damaged = newest_whole(self._root, self._names(state))
+        latest, leftovers = self._latest(state), disk.remove_unfinished(self._root)
+        newest, damaged = disk.newest_whole(self._root, self._names(state))
         for path, reason in damaged.items():
-            to_stderr(f'{path}: damaged, now {set_aside(path).name}: {reason}')
+            to_stderr(f'{path}: damaged, now {disk.set_aside(path).name}: {reason}')
         if newest is None:
             if latest is not None and latest.is_symlink():
                 latest.unlink()
@@ -138,7 +127,7 @@ class WholeCheckpointSaver(CheckpointSaver):
                 f'with parallelism_config.fsdp.state_dict_type={kind}, or take another run_name'
             )
         if latest is not None and newest != latest:
-            point_to(latest, newest)
+            disk.point_to(latest, newest)
 
     def _names(self, state: State) -> list[re.Pattern[str]]:
         """What the names of its checkpoints match, without ``.pt``.
@@ -262,23 +251,23 @@ class WholeCheckpointSaver(CheckpointSaver):
         """Each rank reads its share of the files, whoever has written them."""
         names = dist.all_gather_object(sorted(os.listdir(folder)))[0]
         share = names[dist.get_global_rank() :: dist.get_world_size()]
-        digests = gathered(self._together(lambda: file_digests(folder, share)))
+        digests = gathered(self._together(lambda: disk.file_digests(folder, share)))
         merged = {name: digest for of_rank in digests for name, digest in of_rank.items()}
-        self._on_first_rank(lambda: write_digests(folder, merged))
+        self._on_first_rank(lambda: disk.write_digests(folder, merged))
 
     def _publish(self, state: State, unfinished: Path, path: Path) -> None:
         if state.fsdp_sharded_state_dict_enabled:
-            publish(unfinished / path.name, path)  # its files have been synced by torch's writer
+            disk.publish(unfinished / path.name, path)  # its files have been synced by torch's writer
             unfinished.rmdir()
         else:
             to_disk(unfinished)
-            publish(unfinished, path)
+            disk.publish(unfinished, path)
         latest = self._latest(state)
         if latest is not None:
-            point_to(latest, path)
+            disk.point_to(latest, path)
         if self.num_checkpoints_to_keep > 0:
-            for old in checkpoints_in(self._root, self._names(state))[self.num_checkpoints_to_keep :]:
-                remove(old)
+            for old in disk.checkpoints_in(self._root, self._names(state))[self.num_checkpoints_to_keep :]:
+                disk.remove(old)
 
     def _finish(self, saved: bool, state: State, logger: Logger, file: Path) -> None:
         """What is left to do with a checkpoint that is whole, on a rank that has saved some of it."""
@@ -294,7 +283,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         pairs = [(file, remote)]
         if state.fsdp_sharded_state_dict_enabled:
             remote = os.path.join(os.path.dirname(remote), file.parent.name)
-            names = [file.name, *(['.metadata', DIGESTS] if dist.get_global_rank() == 0 else [])]
+            names = [file.name, *(['.metadata', disk.DIGESTS] if dist.get_global_rank() == 0 else [])]
             pairs = [(file.with_name(name), f'{remote}/{name}') for name in names]
         for local, name in pairs:
             self._upload_checkpoint(name, str(local), [], logger)
@@ -326,7 +315,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         except UserError:
             if dist.get_global_rank() == 0:
                 with contextlib.suppress(OSError):
-                    remove_unfinished(self._root)
+                    disk.remove_unfinished(self._root)
             raise
 
 

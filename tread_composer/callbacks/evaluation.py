@@ -26,7 +26,6 @@ from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.inception import find_weights
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
-from tread_composer.metrics.metric import Figure
 from tread_composer.metrics.protocol import append_results, load_results, series_name
 
 __all__ = ['Evaluation']
@@ -226,19 +225,9 @@ class Evaluation(SamplingCallback):
         taken = dist.all_gather_object(self.taken()[:share])  # the last batch may be filled up
         # Refused on one rank, refused on all
         figures = agreed(lambda: measurer.figures(parts), f'callbacks.{self.owner}: ')
-        if measurer.ranks.is_first:
-            self._report(state, logger, draws, measurer, figures, list(itertools.chain(*taken)))
-
-    def _report(
-        self,
-        state: State,
-        logger: Logger,
-        draws: Draws,
-        measurer: Measurer,
-        figures: Sequence[Figure],
-        taken: Sequence[int],
-    ) -> None:
-        path = self._path(state)
+        if not measurer.ranks.is_first:
+            return
+        path, taken = self._path(state), list(itertools.chain(*taken))
         entries = measurer.entries(
             figures,
             self.facts(state, draws),

@@ -341,19 +341,15 @@ def _store(folder: str | None, tracking_uri: str | None) -> tuple[Path, str]:
     return place, uri
 
 
-@contextlib.contextmanager
-def _in_turn(uri: str) -> Iterator[None]:
+def _in_turn(uri: str) -> contextlib.AbstractContextManager[None]:
     """One process at a time makes or migrates a database, which takes MLflow seconds; the others wait for it."""
     if not uri.startswith('sqlite:///'):
-        yield
-        return
+        return contextlib.nullcontext()
     database = Path(uri.removeprefix('sqlite:///'))
     database.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(database.parent, os.W_OK):  # then nobody makes or migrates it, and MLflow says what it lacks
-        yield
-        return
-    with locked(database.with_name(f'.{database.name}.lock')):
-        yield
+        return contextlib.nullcontext()
+    return locked(database.with_name(f'.{database.name}.lock'))
 
 
 def _ask(uri: str) -> None:

@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tread_composer.core.bounds import Steps
 from tread_composer.core.errors import UserError
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core.inference import evaluating, plain_float32
 from tread_composer.core.options import check_bounds
-from tread_composer.core.precision import plain_float32
 from tread_composer.io.progress import Progress, silent, to_stderr
 from tread_composer.metrics.drawing import Draws, drawing_facts
 from tread_composer.samplers import Evaluations, SamplingSettings, check_sampler, default_guidance

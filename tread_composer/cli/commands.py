@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from tread_composer.advisor.request import InspectRequest
-from tread_composer.cli.flags import Typed
-from tread_composer.cli.program import run_program
+from tread_composer.cli.flags import Typed, run_program
 from tread_composer.cli.sampling import evaluate, sample, sweep
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import world_size
@@ -158,7 +157,7 @@ def compare(
         raise UserError(f'compare: only {", ".join(runs)!r} is given; give two or more runs, the reference first')
     with importing():
         from tread_composer.compare import comparison as room
-        from tread_composer.compare.output import format_comparison, write_comparison
+        from tread_composer.compare.presentation import format_comparison, write_comparison
         from tread_composer.compare.runs import open_run
 
     comparison = room.compare([open_run(run) for run in runs], metrics)
@@ -176,8 +175,8 @@ def inspect(typed: Typed, request: InspectRequest, out: str = 'inspection') -> N
     Example: runs/digits_tread --times 0.2 0.5 0.8 --count 64
     """
     with importing():
+        from tread_composer.advisor.findings import format_inspection, write_inspection
         from tread_composer.advisor.inspection import inspect_run
-        from tread_composer.advisor.output import format_inspection, write_inspection
 
     inspection = inspect_run(request)
     files = write_inspection(inspection, out, str(typed))
@@ -196,7 +195,7 @@ def inspect_model(function: Annotated[str, Flag('package.module:function')], blo
     Example: my_package.models:small_model
     """
     with importing():
-        from tread_composer.run.inspect_model import inspect_model
+        from tread_composer.advisor.placement import inspect_model
 
     print(inspect_model(function, blocks))
 
@@ -267,7 +266,7 @@ def export(
     if allow_inexact and weights in ('ema', 'raw'):
         raise UserError(f'--allow-inexact is about post-hoc averages, and --weights is {weights}; leave it out')
     with importing():
-        from tread_composer.weights import export as room
+        from tread_composer.weights import trained as room
 
     result = room.export(path, out, weights=weights, overwrite=overwrite, allow_inexact=allow_inexact)
     print(room.export_in_words(result))
@@ -293,8 +292,8 @@ def import_(
     Example: DiT-XL-2-256x256.pt --layout dit --out model.safetensors
     """
     with importing():
-        from tread_composer.weights.export import export_in_words
         from tread_composer.weights.foreign.command import import_weights
+        from tread_composer.weights.trained import export_in_words
 
     result = import_weights(path, out, hints, layout=layout, weights=weights, overwrite=overwrite)
     print(f'{export_in_words(result)}\nlayout    {result["layout"]}')

@@ -1,6 +1,6 @@
 """The command lines of ``streaming_data/``: convert images, import latents, merge data sets, verify, draw samples.
 
-Exit codes as in ``cli.program``; besides, 1 of verify for faults, and 130 for Ctrl-C. Slow libraries are imported once
+Exit codes as in ``cli.flags``; besides, 1 of verify for faults, and 130 for Ctrl-C. Slow libraries are imported once
 the words are right.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from tread_composer.cli.program import run_program
+from tread_composer.cli.flags import run_program
 from tread_composer.conversion.importers.settings import ImportSettings, MergeSettings
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.core.errors import UserError

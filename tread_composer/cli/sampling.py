@@ -74,23 +74,24 @@ def evaluate(
     """
     _check_sampling(model.sampling, typed)
     with importing():
-        from tread_composer.evaluate.measuring import evaluate_model, is_model, measure_samples, open_samples
-        from tread_composer.evaluate.publish import format_entries, publish
+        from tread_composer.evaluate import measuring
         from tread_composer.io.device import choose_device
         from tread_composer.metrics.measurer import Measurer
 
-    if is_model(model.path):
-        entries = evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
+    if measuring.is_model(model.path):
+        entries = measuring.evaluate_model(model, measurement, samples=samples_folder, log=_print_now)
     else:
         foreign = [f'--{key.replace("_", "-")}' for key in sorted(typed.given - _OF_IMAGES)]
         foreign += [f'{key}={value}' for key, value in model.overrides.items()]
         if foreign:
             raise UserError(f'{", ".join(foreign)}: of a model that is sampled first, and {model.path} holds images')
-        open_samples(Path(model.path))  # refused before the network is loaded
-        entries = measure_samples(model.path, Measurer(measurement, choose_device(model.device, 0), log=_print_now))
+        measuring.open_samples(Path(model.path))  # refused before the network is loaded
+        entries = measuring.measure_samples(
+            model.path, Measurer(measurement, choose_device(model.device, 0), log=_print_now)
+        )
     if entries:
-        print(format_entries(entries))
-        publish(entries, model.path, out=out, log=_print_now)
+        print(measuring.format_entries(entries))
+        measuring.publish(entries, model.path, out=out, log=_print_now)
 
 
 def _check_sampling(sampling: SamplingSettings, typed: Typed) -> None:

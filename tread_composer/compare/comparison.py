@@ -21,19 +21,12 @@ __all__ = ['Comparison', 'MetricTable', 'compare']
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric, under one protocol that all runs share.
-
-    Args:
-        metric: Its name.
-        better: Which values are better.
-        protocol: How it was measured; of runs with different objectives, ``time_grid`` has the grid of each by name.
-        points: Each run's measurements, the reference first.
-    """
+    """One metric, under one protocol that all runs share."""
 
     metric: str
     better: Better
-    protocol: Mapping[str, Any]
-    points: tuple[tuple[Point, ...], ...]
+    protocol: Mapping[str, Any]  # of runs with different objectives, `time_grid` has the grid of each by name
+    points: tuple[tuple[Point, ...], ...]  # each run's measurements, the reference first
 
     def speed_ups(self, run: int) -> dict[Axis, SpeedUp]:
         """Of a run against the reference, at the reference's best value."""
@@ -63,27 +56,16 @@ class MetricTable:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs held against the first of them.
-
-    Args:
-        runs: As they were read.
-        names: What to call them: their own names, told apart where two are equal.
-        tables: One for each metric that all runs have under the same protocol.
-        left_out: Metrics that not all runs have, in words.
-    """
+    """Runs held against the first of them."""
 
     runs: tuple[Run, ...]
-    names: tuple[str, ...]
-    tables: tuple[MetricTable, ...]
-    left_out: tuple[str, ...]
+    names: tuple[str, ...]  # their own, told apart where two are equal
+    tables: tuple[MetricTable, ...]  # one for each metric that all runs have under the same protocol
+    left_out: tuple[str, ...]  # metrics that not all runs have, in words
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
-    """Hold runs, two or more, against the first one.
-
-    Args:
-        runs: As ``open_run`` reads them.
-        metrics: The metrics to compare; ``fid`` stands for ``fid_10000`` too. All that the runs share if empty.
+    """Hold runs, two or more, against the first one, in all ``metrics`` that they share if none are given.
 
     Raises:
         UserError: A metric is in no common protocol (lists the differences), or there is none in common.

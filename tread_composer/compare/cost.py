@@ -57,8 +57,7 @@ def training_teraflops(folder: Path) -> tuple[Cost, str]:
 
 def _data_overrides(path: Path) -> list[str]:
     manifest = Manifest.parse(path.read_text(), str(path), 'it belongs to the run: write it anew by resuming the run')
-    facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
-    return [f'data.{name}={value}' for name, value in facts.items()]
+    return [f'data.{name}={value}' for name, value in manifest.sizes.items()]
 
 
 def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:

@@ -18,24 +18,11 @@ from typing import Any, Literal
 from tread_composer.metrics.metric import Better
 
 __all__ = [
-    'AXES',
-    'Axis',
-    'Curve',
-    'Point',
-    'SpeedUp',
-    'Value',
-    'best_point',
-    'common_speed_up',
-    'speed_up',
-    'value_at',
-]
+    'AXES', 'Axis', 'Curve', 'Point', 'SpeedUp', 'Value', 'best_point', 'common_speed_up', 'speed_up', 'value_at',
+]  # fmt: skip
 
 Axis = Literal['step', 'teraflops', 'seconds']
-AXES: dict[Axis, str] = {
-    'step': 'training steps',
-    'teraflops': 'training TFLOPs',
-    'seconds': 'seconds of training',
-}
+AXES: dict[Axis, str] = {'step': 'training steps', 'teraflops': 'training TFLOPs', 'seconds': 'seconds of training'}
 
 
 @dataclass(frozen=True)
@@ -72,23 +59,14 @@ class Value:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How much less one run needs for the best value of another; each number None if it is not known.
+    """How much less one run needs for the best value of another; each number None if it is not known."""
 
-    Args:
-        quality: The reference's best value.
-        reference: Where the reference measured it.
-        reached: Where the other run's curve reaches it first (between two points: on the straight line).
-        measured: Where the other run first measured a value as good: reached there at the latest.
-        at_least: The other run was as good at its very first point, so that the ratio is only a lower bound.
-        reason: Why there is no ratio, in words; empty if there is one.
-    """
-
-    quality: float
-    reference: float | None = None
-    reached: float | None = None
-    measured: float | None = None
-    at_least: bool = False
-    reason: str = ''
+    quality: float  # the reference's best value
+    reference: float | None = None  # where the reference measured it
+    reached: float | None = None  # where the other's curve reaches it first (between two points: on the straight line)
+    measured: float | None = None  # where the other first measured a value as good: reached there at the latest
+    at_least: bool = False  # the other was as good at its very first point: the ratio is only a lower bound
+    reason: str = ''  # why there is no ratio, in words; empty if there is one
 
     @property
     def ratio(self) -> float | None:

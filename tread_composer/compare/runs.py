@@ -13,13 +13,13 @@ import yaml
 
 from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
 from tread_composer.compare.curves import Curve, Point
-from tread_composer.compare.store import speeds, store_of
 from tread_composer.core.errors import UserError
+from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.io.files import read_json
 from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import load_results, protocol_key
 
-__all__ = ['Run', 'open_run']
+__all__ = ['Run', 'open_run', 'store_of']
 
 _RESULTS = ('results.json', 'digits_quality.json')
 _FORMS = "a run's folder, or a results.json (FILE#RUN where it holds several)"
@@ -29,23 +29,14 @@ _EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
 
 @dataclass(frozen=True)
 class Run:
-    """A run with what it measured.
-
-    Args:
-        name: Name of the run.
-        source: Where this was read.
-        curves: One for each metric and protocol.
-        notes: How costs were found, what was left out.
-        machine: CPU, GPUs and number of ranks, if recorded.
-        grid: The latest sample grid, a PNG.
-    """
+    """A run with what it measured."""
 
     name: str
-    source: str
-    curves: tuple[Curve, ...]
-    notes: tuple[str, ...] = ()
-    machine: str | None = None
-    grid: bytes | None = field(default=None, repr=False)
+    source: str  # where this was read
+    curves: tuple[Curve, ...]  # one for each metric and protocol
+    notes: tuple[str, ...] = ()  # how costs were found, what was left out
+    machine: str | None = None  # CPU, GPUs and number of ranks, if recorded
+    grid: bytes | None = field(default=None, repr=False)  # the latest sample grid, a PNG
 
 
 def open_run(word: str) -> Run:
@@ -90,7 +81,7 @@ def _from_folder(folder: Path) -> Run:
     config, logged, notes = yaml.safe_load((folder / 'config.yaml').read_text()), {}, []
     try:
         client, record = store_of(config, folder)
-        logged, changed = speeds(client, record), record.data.tags.get('tread_composer.changed_settings')
+        logged, changed = _speeds(client, record), record.data.tags.get('tread_composer.changed_settings')
         notes += [f'resumed with changed settings: {changed}'] if changed else []
     except UserError as error:
         notes.append(f'no MLflow record found ({error}), so only what is in the folder is known')
@@ -178,3 +169,42 @@ def _unusable(entry: Mapping[str, Any]) -> str | None:
     if step is None:
         return f'{metric} of {entry.get("source")}: training step unknown'
     return None if math.isfinite(entry['value']) else f'{metric} at step {step} is {entry["value"]}'
+
+
+def store_of(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
+    """MLflow's client and the run that belong to a run's folder: the newest of this name, should there be several.
+
+    Raises:
+        UserError: The run has no MLflow logger, or there is no record of it; says where it was looked for.
+    """
+    settings = (config.get('loggers') or {}).get('mlflow')
+    if settings is None:
+        raise UserError('the run has no mlflow logger')
+    disable_mlflow_telemetry()
+    from mlflow import MlflowClient
+
+    if settings.get('tracking_uri'):
+        uris = [settings['tracking_uri']]
+    else:  # beside the folder first: stores and folders are moved and copied together
+        places = dict.fromkeys([folder.resolve().parent, Path(settings.get('folder') or 'runs').resolve()])
+        uris = [f'sqlite:///{place}/mlflow.db' for place in places]
+    reasons = []
+    for uri in uris:
+        if uri.startswith('sqlite:///') and not Path(uri.removeprefix('sqlite:///')).is_file():
+            reasons.append(f'there is no store {uri}')  # MLflow would make one
+            continue
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(settings['experiment_name'])
+        query = f'tags.run_name = "{config["run_name"]}"'
+        runs = client.search_runs([experiment.experiment_id], query) if experiment is not None else []
+        if runs:
+            return client, runs[0]
+        reasons.append(f'no run of this name in {uri}')
+    raise UserError('; '.join(reasons))
+
+
+def _speeds(client: Any, run: Any) -> dict[int, float]:
+    """Batches in a second, by step, as ``speed_monitor`` logged them."""
+    logged = client.get_metric_history(run.info.run_id, 'throughput/batches_per_sec')
+    # By when they were logged: of a step repeated after a resume the last counts
+    return {point.step: point.value for point in sorted(logged, key=lambda point: point.timestamp)}

@@ -3,28 +3,41 @@
 import itertools
 import os
 import re
+import string
 from collections.abc import Iterator
 
 import torch
+from composer.utils import parse_uri
+from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
 from tread_composer.algorithms.rules import conflict, limits
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.places import place_problems
 from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
-from tread_composer.config.sharding import sharding_problems
 from tread_composer.config.tree import Config
 from tread_composer.latent_diffusion import LatentDiffusion
 
-__all__ = ['check_files', 'joint_problems']
+__all__ = ['check_files', 'joint_problems', 'sharding_needs_gpu']
 
 _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
+_FSDP = ('parallelism_config', 'fsdp')
+_STORES = (*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs')
+_OF_RANKS = ('rank', 'local_rank', 'world_size', 'local_world_size', 'node_rank')
+_OF_TIME = ('epoch', 'batch', 'batch_in_epoch', 'sample', 'sample_in_epoch', 'token', 'token_in_epoch', 'total_wct',
+            'epoch_wct', 'batch_wct')  # fmt: skip
+# A folder is one for the whole run: what is resumed, compared and sampled lies in it.
+_PLACEHOLDERS = {
+    'save_folder': ('run_name',),
+    'save_filename': ('run_name', *_OF_RANKS, *_OF_TIME),
+    'save_latest_filename': ('run_name', *_OF_RANKS),
+    'load_path': ('run_name', *_OF_RANKS),
+}
 
 
 def joint_problems(config: Config, world_size: int) -> list[Problem]:
     """What is wrong between settings that are each right; ``world_size`` is the number of ranks."""
-    problems = [*_batches(config, world_size), *sharding_problems(config, world_size), *_answers(config, 'problems')]
-    for rule in (_preset, _combinations, _composers, _saving, _learned_variance, _rest, place_problems):
+    problems = [*_batches(config, world_size), *_sharding(config, world_size), *_answers(config, 'problems')]
+    for rule in (_preset, _combinations, _composers, _saving, _learned_variance, _rest, _places):
         problems += rule(config)
     return problems
 
@@ -169,12 +182,106 @@ def _rest(config: Config) -> Iterator[Problem]:
         yield Problem(('data', 'cache_limit'), f"{limit!r} is not a number of bytes; write for example '200gb'")
 
 
+def _sharding(config: Config, world_size: int) -> Iterator[Problem]:
+    """What is wrong between the settings of FSDP, the number of ranks and the rest of the run."""
+    fsdp, searches = config.fsdp, config.device_train_microbatch_size == 'auto'
+    if fsdp is None:
+        return
+    if _is_second():
+        if searches:
+            text = "'auto' works with DDP and FSDP1 alone in Composer; give a number, or set FSDP_VERSION=1"
+            yield Problem(('device_train_microbatch_size',), text)
+        return
+    if searches and torch.__version__ >= '2.7.1':  # ordered as a version
+        # What the search puts in place of FSDP1's unshard is defined below that version only; above it is a NameError.
+        text = (
+            f"'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
+            f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
+        )
+        yield Problem(('device_train_microbatch_size',), text)
+    if fsdp.cpu_offload:
+        text = (
+            'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
+            'ranks, or move what activations need: activation_checkpointing or activation_cpu_offload: true'
+        )
+        yield Problem((*_FSDP, 'cpu_offload'), text)
+    # HSDP: replicas, each sharded over some of the ranks.
+    replicas, shards = fsdp.data_parallel_replicate_degree or 1, fsdp.data_parallel_shard_degree
+    if replicas > 1 and shards == 1:
+        # torch takes a shard group of one rank for no sharding at all and then forgets the replicas.
+        text = (
+            f'1 with data_parallel_replicate_degree {replicas}: nothing would be sharded, and torch would not average '
+            f'the gradients of the replicas either. Take parallelism_config out (that is DDP), or 2 and more shards'
+        )
+        yield Problem((*_FSDP, 'data_parallel_shard_degree'), text)
+        return
+    product = replicas * (shards if shards != -1 else max(1, world_size // replicas))
+    if product != world_size:
+        text = (
+            f'{replicas} replicas of {shards if shards != -1 else "some"} shards do not make up {world_size} ranks; '
+            f'the two degrees must multiply to the number of ranks, and one shard degree of -1 fills up'
+        )
+        yield Problem((*_FSDP, 'data_parallel_replicate_degree'), text)
+
+
+def sharding_needs_gpu(config: Config) -> Iterator[Problem]:
+    """For a run on the CPU: Composer gives FSDP1 the CUDA device without asking whether there is one."""
+    if config.fsdp is not None and not _is_second():
+        text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
+        yield Problem(_FSDP, text)
+
+
+def _is_second() -> bool:
+    return os.environ.get('FSDP_VERSION', '1') == '2'  # where Composer reads it
+
+
+def _places(config: Config) -> Iterator[Problem]:
+    """What is wrong with where checkpoints go and come from, as far as the words tell."""
+    for name, placeholders in _PLACEHOLDERS.items():
+        text = getattr(config, name)
+        if text is not None:
+            fault = _placeholder_fault(text, placeholders) or (_address_fault(text) if 'filename' not in name else None)
+            if fault is not None:
+                yield Problem((name,), f'{text!r} {fault}')
+    if config.save_folder is None:
+        return
+    latest = config.save_latest_filename
+    if latest is not None and '/' in latest:
+        yield Problem(('save_latest_filename',), f'{latest!r} must be a name within save_folder, without folders')
+    text = 'is no name to find the newest whole checkpoint by; it must hold ba{batch}, without folders'
+    name = config.save_filename
+    if 'ba{batch}' not in name or '/' in name or not name.endswith('.pt'):
+        yield Problem(('save_filename',), f'{name!r} {text} and end in .pt, uncompressed')
+    prefix = getattr(config.fsdp, 'sharded_ckpt_prefix_dir', None)  # FSDP1's
+    if prefix is not None and ('ba{batch}' not in prefix or '/' in prefix):
+        yield Problem(('parallelism_config', 'fsdp', 'sharded_ckpt_prefix_dir'), f'{prefix!r} {text}')
+
+
+def _placeholder_fault(text: str, placeholders: tuple[str, ...]) -> str | None:
+    shown = ', '.join(f'{{{name}}}' for name in placeholders)
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        return f'has a brace that is no placeholder ({error}); known are {shown}'
+    unfilled = [f'{{{name}}}' for name in names if name not in placeholders]
+    return f'has {", ".join(unfilled)}, which nobody fills in; known are {shown}' if unfilled else None
+
+
+def _address_fault(text: str) -> str | None:
+    if not text.strip():
+        return 'is empty; write null for none'
+    if '://' not in text:
+        return None
+    store, bucket, _ = parse_uri(text)
+    if store not in _STORES:
+        return f'is at no store that Composer knows: {", ".join(f"{name}://" for name in _STORES)}, or a path'
+    return None if bucket else f'names no bucket; write {store}://bucket/folder'
+
+
 def check_files(config: Config, source: str = '') -> None:
     """Refuse a run whose data or checkpoint are not there. Loading does not do this, so that a plan needs no data.
 
-    Args:
-        config: A loaded configuration.
-        source: What to call it in the message, for example the YAML file's name.
+    ``source`` is what to call the configuration in the message.
 
     Raises:
         ConfigError: The folder of latents is missing or holds no index, or another file is missing.

@@ -20,16 +20,12 @@ from tread_composer.core.named import is_reference
 __all__ = ['Component', 'check_component', 'check_section', 'component_schema']
 
 # Arguments that are not for YAML: the data or the run decide them, and the builders give them.
-_GIVEN = {
-    'algorithm': ('settings_digest',),
-    'backbone': FROM_DATA,
-    'optimizer': ('params',),
-}
+_GIVEN = {'algorithm': ('settings_digest',), 'backbone': FROM_DATA, 'optimizer': ('params',)}
 # What a section without a name is.
 _UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_channel'}}
 # Where Composer looks at a value only in the middle of training.
 _NARROWER: dict[str, dict[str, Any]] = {
-    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
+    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)}
 }
 # Composer says so when it makes them, behind the data and the model.
 _PACKAGES = {
@@ -44,17 +40,11 @@ _PURE = ('algorithm', 'autoencoder', 'objective', 'optimizer', 'scheduler', 'tim
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the run by name, with arguments that its constructor's signature accepts.
+    """A part of the run by name, with arguments that its constructor's signature accepts."""
 
-    Args:
-        kind: One of ``registry.KINDS``.
-        name: As YAML has it, or ``package.module:Class``.
-        kwargs: Validated arguments as plain YAML values.
-    """
-
-    kind: str
-    name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kind: str  # one of `registry.KINDS`
+    name: str  # as YAML has it, or `package.module:Class`
+    kwargs: dict[str, Any] = field(default_factory=dict)  # validated, as plain YAML values
 
     @functools.cached_property
     def settings(self) -> Strict:
@@ -91,19 +81,15 @@ def component_schema(kind: str, name: str) -> type[Strict]:
     target = resolve(kind, name)
     fields, refused = signature_fields(target, _GIVEN.get(kind, ()))
     fields |= _NARROWER.get(name, {})
-    if kind == 'backbone':
-        fields = _with_presets(target, fields)
-    return strict_model(target.__name__, fields, refused)
-
-
-def _with_presets(target: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """A network's sizes one by one, or a published size by ``preset``, which decides them; and its attention."""
-    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {})
+    # A network's sizes one by one, or a published size by `preset`, which decides them; and its attention.
+    presets: Mapping[str, Mapping[str, int]] = getattr(target, 'presets', {}) if kind == 'backbone' else {}
     if presets:
         optional = {name: (Union[fields[name][0], None], None) for name in next(iter(presets.values()))}  # noqa: UP007
         fields = {'preset': (Literal[tuple(presets)] | None, None), **fields, **optional}  # type: ignore[operator]
-    attentions: tuple[str, ...] = getattr(target, 'attentions', ())
-    return {**fields, 'attention': (Literal[attentions], 'sdpa')} if attentions else fields
+    attentions: tuple[str, ...] = getattr(target, 'attentions', ()) if kind == 'backbone' else ()
+    if attentions:
+        fields['attention'] = (Literal[attentions], 'sdpa')
+    return strict_model(target.__name__, fields, refused)
 
 
 def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[Problem]]:

@@ -15,19 +15,12 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Args:
-        path: Where in the tree; empty for the file as a whole.
-        text: Value, rule and remedy.
-        choices: The names that would have been right there.
-        source: File or ``command line`` that the value comes from; looked up from the path if empty.
-    """
-
-    path: Path
-    text: str
-    choices: tuple[str, ...] = ()
-    source: str = ''
+    path: Path  # where in the tree; empty for the file as a whole
+    text: str  # value, rule and remedy
+    choices: tuple[str, ...] = ()  # the names that would have been right there
+    source: str = ''  # file or `command line` that the value comes from; looked up from the path if empty
 
 
 class ConfigError(UserError):

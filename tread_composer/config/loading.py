@@ -31,7 +31,6 @@ def load_config(
     """Read a run's YAML, refuse all that is wrong in it at once, and write nothing.
 
     Args:
-        path: The YAML file.
         overrides: ``dotted.key=value`` each, the value in YAML; ``algorithms.tread=null`` removes an entry.
         world_size: Number of ranks that batches must divide among; environment variable ``WORLD_SIZE``, or 1, if None.
 
@@ -59,7 +58,6 @@ def restore_config(
 
     Args:
         saved: The run's ``config.yaml``, or the tree that it holds.
-        overrides: As for ``load_config``.
         source: What to call the tree in messages.
 
     Raises:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from tread_composer.config.checks import sharding_needs_gpu
 from tread_composer.config.errors import ConfigError, Problem
-from tread_composer.config.sharding import sharding_needs_gpu
 from tread_composer.config.tree import Config, backbone_arguments
 from tread_composer.core.errors import UserError
 from tread_composer.models.attention import choose_attention

@@ -30,18 +30,9 @@ from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
-    'FROM_DATA',
-    'KINDS',
-    'PARTS',
-    'SECTIONS',
-    'TABLES',
-    'is_ours',
-    'lacks',
-    'list_parts',
-    'part_names',
-    'resolve',
+    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'is_ours', 'lacks', 'list_parts', 'part_names', 'resolve',
     'unkept',
-]
+]  # fmt: skip
 
 TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 """Sections of a run that hold parts by name, with the kind of those."""
@@ -145,11 +136,7 @@ def list_parts() -> list[tuple[str, str, str, str]]:
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
-    """The class (or function that makes an object) behind a name.
-
-    Raises:
-        ImportError: A package that it needs is not installed, or ``package.module:Class`` names nothing.
-    """
+    """The class, or function that makes an object, behind a name; ``ImportError`` if it or a package is not there."""
     target = name if is_reference(name) else _table(kind)[name]
     return import_named(target) if isinstance(target, str) else target
 

@@ -16,24 +16,61 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
+from annotated_types import Ge, Gt, Le
 from composer.core import Time, TimeUnit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.bounds import OF_OTHERS, is_length
+from tread_composer.core.bounds import AtLeast1, Positive
 from tread_composer.core.protocols import TimeDistribution, Weighting
 
 __all__ = [
-    'Length',
-    'Strict',
-    'native',
-    'part_kind',
-    'plain',
-    'signature_fields',
-    'signature_model',
-    'strict_model',
+    'Length', 'Strict', 'native', 'part_kind', 'plain', 'signature_fields', 'signature_model', 'strict_model',
     'yaml_type',
-]
+]  # fmt: skip
+
+
+def _some_or_all(value: int) -> int:
+    if value == -1 or value >= 1:
+        return value
+    raise PydanticCustomError('rule', '{value} must be at least 1, or -1 for all', {'value': value})
+
+
+# A number of batches or files, as Composer writes it.
+_SomeOrAll = Annotated[int, AfterValidator(_some_or_all)]
+
+_COUNTS = (
+    'batch_log_interval', 'batch_size', 'buffer_size', 'dist_aggregate_batch_interval', 'flush_interval',
+    'ghost_batch_size', 'interrupt', 'log_duplicated_metric_every_n_steps', 'max_entries', 'max_logs_per_message',
+    'num_attempts', 'num_concurrent_uploads', 'num_images', 'upload_timeout_in_seconds',
+)  # fmt: skip
+_ABOVE_0 = ('clipping_threshold', 'gamma', 'power', 'rho', 't_mult')
+_NOT_BELOW_0 = ('alpha', 'alpha_f', 'alpha_i', 'min_delta', 'momentum', 'weight_decay')
+_SHARES = ('drop_rate', 'freeze_level', 'freeze_start', 'keep', 'train_sequence_length_scaling')
+
+# Bounds of arguments that constructors of Composer and torch take unseen: theirs fail, or train on, in mid-run.
+_OF_OTHERS: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS, AtLeast1),
+    **dict.fromkeys(_ABOVE_0, Positive),
+    **{name: Annotated[float, Ge(0)] for name in _NOT_BELOW_0},
+    **{name: Annotated[float, Ge(0), Le(1)] for name in _SHARES},
+    # It keeps that many time stamps.
+    'window_size': Annotated[int, Ge(1), Le(1_000_000)],
+    'num_checkpoints_to_keep': _SomeOrAll,
+    'train_subset_num_batches': _SomeOrAll,
+    'eval_subset_num_batches': _SomeOrAll,
+    'save_num_checkpoints_to_keep': _SomeOrAll,
+    'scale_schedule_ratio': Annotated[float, Gt(0), Le(1000)],
+    'dist_timeout': Annotated[float, Gt(0), Le(10**9)],
+}
+
+_LENGTHS = ('decay_period', 'half_life', 'patience', 'step_size', 't_0', 't_max')
+
+
+def _is_length(name: str) -> bool:
+    """Whether a time argument says how long something lasts, which is never 0; others say when something happens."""
+    return name.endswith('interval') or name in _LENGTHS
+
 
 # Arguments annotated as mere text that are times all the same, as are all whose name ends in "interval".
 _TIME_NAMES = {'half_life', 'start_time', 'end_time'}
@@ -107,7 +144,7 @@ Length = Annotated[str, BeforeValidator(functools.partial(_check_time, is_length
 
 
 def _time_type(name: str) -> Any:
-    return Length if is_length(name) else TimeString
+    return Length if _is_length(name) else TimeString
 
 
 def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
@@ -126,7 +163,7 @@ def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
     if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
         return yaml_type(type(default), name, default) if type(default) in (bool, int, float, str) else Any
     if annotation is str:
-        is_time = name in _TIME_NAMES or is_length(name) or _is_time(default)
+        is_time = name in _TIME_NAMES or _is_length(name) or _is_time(default)
         return _time_type(name) if is_time else str
     if annotation in (int, float, bool, type(None), None) or origin is Literal:
         return annotation
@@ -203,7 +240,7 @@ def signature_fields(target: Callable[..., Any], skip: Collection[str] = ()) -> 
             default = factory()
         # torch marks a required argument behind an optional one with an object of its own
         required = default is parameter.empty or repr(default) == '<required parameter>'
-        bounds = OF_OTHERS if target.__module__.startswith(('composer.', 'torch.')) else {}
+        bounds = _OF_OTHERS if target.__module__.startswith(('composer.', 'torch.')) else {}
         kind = bounds.get(name) or yaml_type(annotation, name, None if required else default)
         if kind is None:
             refused[name] = f'takes {inspect.formatannotation(annotation)}, which YAML cannot write; set it in Python'

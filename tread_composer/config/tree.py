@@ -10,11 +10,11 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
 
 from tread_composer.callbacks.update_guard import OnNonfinite
-from tread_composer.config.components import Component
+from tread_composer.config.components import Component, component_schema
 from tread_composer.config.document import dump_yaml, map_texts, with_values
 from tread_composer.config.errors import Path
-from tread_composer.config.registry import resolve
-from tread_composer.config.schema import plain
+from tread_composer.config.registry import PARTS, TABLES, part_names, resolve
+from tread_composer.config.schema import part_kind, plain
 from tread_composer.config.sections import DigitsData, LatentsData, PerChannelNormalization, RunName
 from tread_composer.config.trainer_settings import TrainerSettings
 from tread_composer.core.bounds import AtLeast1, Positive, Seed
@@ -23,11 +23,13 @@ from tread_composer.data.manifest import LatentFacts, Manifest, Scaling
 from tread_composer.routing import Route
 from tread_composer.routing.tokens import AlwaysKeep
 
-__all__ = ['Config', 'backbone_arguments']
+__all__ = ['Config', 'backbone_arguments', 'json_schema']
 
 _SECTION = WithJsonSchema({'type': 'object'})
 _Shift = Annotated[float, Ge(-1e6), Le(1e6)]
 ComponentField = Annotated[InstanceOf[Component], _SECTION]
+# A part of another package; what arguments it takes is not looked up for an editor.
+_REFERENCE = {'type': 'object', 'properties': {'name': {'type': 'string', 'pattern': ':'}}, 'required': ['name']}
 
 
 class Config(TrainerSettings):
@@ -169,3 +171,47 @@ def _tree_of(value: Any) -> Any:
         kept = {name: item for name, (item, default) in items.items() if item is not None or default is not None}
         return {'name': value.name, **kept}  # type: ignore[attr-defined]
     return plain(value)
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema. It is a help, not the rule: ``load_config`` checks more, and interpolations (text) are not in it."""
+    schema = Config.model_json_schema()
+    schema['title'] = 'tread_composer run'
+    properties = schema['properties']
+    # A file that extends another one may leave anything away.
+    schema.pop('required', None)
+    properties['extends'] = {'type': 'string', 'description': 'Base file, relative to this one'}
+    shared = schema['$defs']
+    for table, kind in TABLES.items():
+        entries = {name: {'anyOf': [_arguments(kind, name, shared), {'type': 'null'}]} for name in part_names(kind)}
+        properties[table] = {'type': 'object', 'properties': entries, 'additionalProperties': _REFERENCE}
+    for section, kind in PARTS.items():
+        properties[section] = {'oneOf': _options(kind, shared)}
+    return schema
+
+
+def _options(kind: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """A section of this kind for each name, and the part of another package."""
+    options = []
+    for name in part_names(kind):
+        schema = _arguments(kind, name, shared)
+        schema['properties'] = {'name': {'const': name}, **schema.get('properties', {})}
+        options.append({**schema, 'required': ['name', *schema.get('required', [])]})
+    return [*options, _REFERENCE]
+
+
+def _arguments(kind: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    try:
+        fields = component_schema(kind, name)
+    except ImportError:  # a package that this one component needs
+        return {'type': 'object'}
+    schema = fields.model_json_schema()
+    for key, entry in fields.model_fields.items():  # an objective's times and weighting are parts themselves
+        part = part_kind(entry.annotation, entry.metadata)
+        if part is not None:
+            absent = [{'type': 'null'}] if entry.default is None else []
+            schema['properties'][key] = {'oneOf': [*_options(part, shared), *absent]}
+    # References count from the root of the whole schema.
+    shared.update(schema.pop('$defs', {}))
+    schema.pop('description', None)
+    return schema

@@ -14,7 +14,7 @@ from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
-from tread_composer.io.shared_memory import check_shared_memory
+from tread_composer.io.device import check_shared_memory
 
 __all__ = ['Batch', 'Prepared', 'prepared_batches']
 

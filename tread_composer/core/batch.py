@@ -6,17 +6,9 @@ whole device batch at once, so that a result depends neither on the microbatch s
 """
 
 __all__ = [
-    'DIRECTION_SWITCH',
-    'KEPT_TOKENS',
-    'LABELS',
-    'LABEL_DROPPED',
-    'NOISE',
-    'POSTERIOR_NOISE',
-    'RAW_LATENTS',
-    'SAMPLE_IDS',
-    'TIME_QUANTILES',
-    'UNMASKED_TOKENS',
-]
+    'DIRECTION_SWITCH', 'KEPT_TOKENS', 'LABELS', 'LABEL_DROPPED', 'NOISE', 'POSTERIOR_NOISE', 'RAW_LATENTS',
+    'SAMPLE_IDS', 'TIME_QUANTILES', 'UNMASKED_TOKENS',
+]  # fmt: skip
 
 RAW_LATENTS = 'raw_latents'  # [B, C, H, W] as stored (kind `moments`: [B, 2C, H, W], mean then log-variance)
 LABELS = 'labels'  # [B] int64, 0 .. num_classes - 1

@@ -8,18 +8,9 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le, Lt
 
 __all__ = [
-    'AtLeast1',
-    'AtLeast2',
-    'Depth',
-    'ImageCount',
-    'MeasuredCount',
-    'NonNegative',
-    'Positive',
-    'Seed',
-    'Steps',
-    'Width',
+    'AtLeast1', 'AtLeast2', 'Depth', 'ImageCount', 'MeasuredCount', 'NonNegative', 'Positive', 'Seed', 'Steps', 'Width',
     'Workers',
-]
+]  # fmt: skip
 
 # The upper bounds are far above what any run has, and far below what overflows or fills a machine.
 Positive = Annotated[float, Gt(0), Le(1e6)]

@@ -1,13 +1,13 @@
-"""Objects that a user names by ``package.module:Class``."""
+"""Objects imported by name: what a user writes as ``package.module:Class``, and a package's own on first use."""
 
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ['import_named', 'is_reference', 'part_named']
+__all__ = ['import_named', 'is_reference', 'lazy_names', 'part_named']
 
 
 def is_reference(name: object) -> bool:
@@ -57,6 +57,25 @@ def part_named(name: str, table: Mapping[str, Any]) -> Any:
         return import_named(part)
     except ImportError as error:
         raise ValueError(f'{name!r} cannot be imported: {error}') from error
+
+
+def lazy_names(package: str, homes: Mapping[str, str], submodules: Collection[str] = ()) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` (PEP 562), so that its import stays as cheap as the names that are used.
+
+    ``homes`` has the module of each name; ``submodules`` are attributes of the package too, whoever has imported them.
+    The function raises ``AttributeError`` for any further name.
+    """
+
+    def load(name: str) -> Any:
+        if name in submodules:
+            return importlib.import_module(f'{package}.{name}')  # which sets the attribute
+        if name not in homes:
+            raise AttributeError(f'module {package!r} has no attribute {name!r}')
+        value = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)  # asked once
+        return value
+
+    return load
 
 
 def _described(error: BaseException) -> str:

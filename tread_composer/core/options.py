@@ -19,16 +19,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'Device',
-    'Flag',
-    'GuidedChannels',
-    'Weights',
-    'argument_docs',
-    'check_bounds',
-    'check_choice',
-    'check_request',
+    'Device', 'Flag', 'GuidedChannels', 'Weights', 'argument_docs', 'check_bounds', 'check_choice', 'check_request',
     'unwrapped',
-]
+]  # fmt: skip
 
 _BOUNDS: Mapping[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     Ge: ('ge', 'at least', operator.ge),
@@ -102,21 +95,13 @@ def argument_docs(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of the choices of a ``Literal``.
-
-    Raises:
-        ValueError: Names the choices.
-    """
+    """Refuse a value that is none of the choices of a ``Literal``; the ``ValueError`` names them."""
     if value not in typing.get_args(choices):
         raise ValueError(f'{name}: {value!r} is none of {", ".join(typing.get_args(choices))}')
 
 
 def check_request(request: object) -> None:
-    """Refuse a dataclass with a number that lies outside of the bounds of its field's type.
-
-    Raises:
-        UserError: Names the flag, the number and the bounds.
-    """
+    """Refuse a dataclass with a number out of its field's bounds; ``UserError`` names flag, number and bounds."""
     for name, hint in typing.get_type_hints(type(request), include_extras=True).items():
         spellings = [mark.names[0] for mark in unwrapped(hint)[1] if isinstance(mark, Flag) and mark.names]
         check_bounds(spellings[0] if spellings else f'--{name.replace("_", "-")}', hint, getattr(request, name))

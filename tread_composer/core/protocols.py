@@ -11,18 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 __all__ = [
-    'AlgorithmFacts',
-    'Autoencoder',
-    'Backbone',
-    'Denoiser',
-    'Drift',
-    'Objective',
-    'ReverseChain',
-    'StepNoise',
-    'TimeDistribution',
-    'Transition',
-    'Weighting',
-]
+    'AlgorithmFacts', 'Autoencoder', 'Backbone', 'Denoiser', 'Drift', 'Objective', 'ReverseChain', 'StepNoise',
+    'TimeDistribution', 'Transition', 'Weighting',
+]  # fmt: skip
 
 Drift = Callable[[Tensor, Tensor], Tensor]
 """``drift(x_BCHW, time) -> dx/dtime``; ``time`` is a float64 scalar tensor, ``x`` float64, the result float64.

@@ -5,7 +5,6 @@ group of its own, and Composer's start would then hang.
 Legend: C channels, H x W latent pixels.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
+from streaming.base.format.mds.encodings import get_mds_encoded_size
+from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -24,7 +25,6 @@ from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.manifest import MANIFEST_NAME
-from tread_composer.data.mapped import MappedShard
 from tread_composer.data.registration import numbered_in_turn
 
 __all__ = ['LatentDataset', 'ReadingError', 'mirror_choices']
@@ -41,16 +41,6 @@ def mirror_choices(seed: int, epoch: int, num_samples: int) -> NDArray[np.bool_]
 
 class ReadingError(UserError, RuntimeError):
     """Data cannot be read, or are not what they say, in the middle of an epoch."""
-
-
-@contextlib.contextmanager
-def _small_cache_in_words(local: str | os.PathLike[str], cache_limit: int | str | None) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, UserError) or cache_limit is None or 'cache' not in str(error).lower():
-            raise
-        raise UserError(f'{os.fspath(local)}: data.cache_limit: {cache_limit}: {error}') from error
 
 
 class LatentDataset(StreamingDataset):
@@ -99,15 +89,15 @@ class LatentDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._delivered = 0  # of this epoch, by this process
         self._prepared: set[int] = set()  # shards that are readable and stay so
-        with numbered_in_turn(), _small_cache_in_words(local, settings.get('cache_limit')):
-            super().__init__(
-                local=os.fspath(local),
-                remote=remote,
-                batch_size=batch_size,
-                num_canonical_nodes=num_canonical_nodes,
-                validate_hash=validate_hash if remote else None,
-                **settings,
-            )
+        local, cache_limit = os.fspath(local), settings.get('cache_limit')
+        settings |= {'validate_hash': validate_hash if remote else None, 'num_canonical_nodes': num_canonical_nodes}
+        try:
+            with numbered_in_turn():
+                super().__init__(local=local, remote=remote, batch_size=batch_size, **settings)
+        except ValueError as error:
+            if isinstance(error, UserError) or cache_limit is None or 'cache' not in str(error).lower():
+                raise
+            raise UserError(f'{local}: data.cache_limit: {cache_limit}: {error}') from error
         names = [name for name in (LABEL, LATENTS, LATENTS_MIRRORED) if name in self.shards[0].column_names]
         # A mapped file keeps its space on the disk after it is deleted: with a limit, shards come and go.
         self._may_map = not self.cache_limit and all(MappedShard.can_map(shard, names) for shard in self.shards)
@@ -119,11 +109,7 @@ class LatentDataset(StreamingDataset):
             )
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """The sample at a position of the data set; fetches its shard if need be.
-
-        Raises:
-            UserError: Its label is no class.
-        """
+        """The sample at a position; fetches its shard if need be. ``UserError`` if its label is no class."""
         latents, label = self._chosen(sample_id, retry)
         return {
             # The array is a view of bytes that must not be written to; torch wants one that may.
@@ -168,11 +154,7 @@ class LatentDataset(StreamingDataset):
         return shard.array(number, name), int(shard.array(number, LABEL))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Make a shard readable.
-
-        Raises:
-            FileNotFoundError: There is no ``remote`` and the shard is not in ``local``.
-        """
+        """Make a shard readable; ``FileNotFoundError`` if there is no ``remote`` and it is not in ``local``."""
         # It is asked for every sample, and the parent takes a lock between all workers each time.
         if shard_id in self._prepared:
             return
@@ -274,3 +256,51 @@ class LatentDataset(StreamingDataset):
         stream, shard = self.streams[0], self.shards[shard_id]
         names = [info.basename for pair in shard.file_pairs for info in pair if info is not None]
         return [os.path.join(stream.local, stream.split or '', name) for name in names]
+
+
+class MappedShard:
+    """One uncompressed shard, mapped into memory.
+
+    An MDS shard is: the number of samples, then for each sample and the end its position in the file (uint32), then a
+    description, then the samples. A sample is the sizes of its columns of variable size (uint32), then the columns in
+    order of their names.
+
+    Raises:
+        FileNotFoundError: The file is not there (any more).
+        ValueError: The file has not the size that the index says.
+    """
+
+    def __init__(self, shard: MDSReader) -> None:
+        path = os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
+        size = os.path.getsize(path)
+        if size != shard.raw_data.bytes:
+            raise ValueError(f'{path}: {size} bytes, the index says {shard.raw_data.bytes}')
+        # Not numpy's or Python's mapping: those keep a file descriptor for each shard, of which ImageNet has hundreds
+        # and a process often may have 1,024. Private: what is written there by mistake never reaches the file.
+        self._bytes = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+        self._bytes.flags.writeable = False
+        self._begins = self._bytes[4 : 4 + 4 * shard.samples].view(np.uint32)
+        self._columns: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
+        sizes = [get_mds_encoded_size(encoding) for encoding in shard.column_encodings]
+        at = 4 * sizes.count(None)
+        for name, encoding, size in zip(shard.column_names, shard.column_encodings, sizes, strict=True):
+            if size is None:
+                break  # what comes after it has no fixed place
+            # 'ndarray:float16:4,32,32', or the name of a numpy type for a single number.
+            dtype, _, shape = encoding.removeprefix('ndarray:').partition(':')
+            numbers = tuple(int(number) for number in shape.split(',')) if shape else ()
+            self._columns[name] = at, at + size, np.dtype(dtype), numbers
+            at += size
+
+    @staticmethod
+    def can_map(shard: MDSReader, names: list[str]) -> bool:
+        """Whether these columns have a fixed place in each row."""
+        sizes = dict(zip(shard.column_names, map(get_mds_encoded_size, shard.column_encodings), strict=True))
+        before = shard.column_names[: max(shard.column_names.index(name) for name in names) + 1]
+        return all(sizes[name] is not None for name in before)
+
+    def array(self, row: int, name: str) -> NDArray:
+        """The array of a column (of a single number one without dimensions), a view that must not be written to."""
+        begin = int(self._begins[row])
+        start, end, dtype, shape = self._columns[name]
+        return self._bytes[begin + start : begin + end].view(dtype).reshape(shape)

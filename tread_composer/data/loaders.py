@@ -44,9 +44,7 @@ def train_loader(
     batch longer.
 
     Args:
-        local: Folder of the split.
         batch_size: Samples per rank and batch; a last batch with fewer is dropped.
-        num_workers: Reading processes per rank.
         shuffle: Whether each epoch has an order of its own.
         worker_timeout: Seconds to wait for a worker's batch: should a worker die or a disk hang, the run ends.
         **dataset_arguments: Further arguments of ``LatentDataset``.

@@ -47,6 +47,11 @@ class _Latents(BaseModel):
         """``(channels, height, width)`` of the latent that the model sees."""
         return (self.channels, self.latent_height, self.latent_width)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a backbone is built for."""
+        return {'channels': self.channels, 'latent_size': self.latent_height, 'num_classes': self.num_classes}
+
 
 class LatentFacts(_Latents):
     """What a trained model has to know of its data: some of a manifest, and for imported weights all that is known.
@@ -153,11 +158,7 @@ class Manifest(_Latents):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str, remedy: str) -> 'Manifest':
-        """Read a manifest's JSON text that lies elsewhere; a refusal names ``source``, key, rule and ``remedy``.
-
-        Raises:
-            UserError: Not exactly what this class describes.
-        """
+        """Read a manifest's JSON text from elsewhere; a ``UserError`` names ``source``, key, rule and ``remedy``."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

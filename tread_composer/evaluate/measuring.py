@@ -7,10 +7,13 @@ themselves how they were made (``samples.json``); numbers of others compare with
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tread_composer.compare.runs import store_of
 from tread_composer.config import restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.io.device import choose_device
@@ -20,7 +23,7 @@ from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.measurer import Measurement, Measurer
-from tread_composer.metrics.protocol import UNKNOWN
+from tread_composer.metrics.protocol import UNKNOWN, append_results, series_name
 from tread_composer.sample.folder import PLACES, RECORD
 from tread_composer.sample.generate import generate
 from tread_composer.sample.request import SamplesRequest, draws_of
@@ -28,6 +31,8 @@ from tread_composer.weights.exported import digest_of, exported_run
 from tread_composer.weights.trained import image_size, model_of, read_trained
 
 __all__ = ['Log', 'evaluate_model', 'folder_of', 'is_model', 'measure_samples', 'open_samples', 'run_name']
+
+Entries = Sequence[Mapping[str, Any]]
 
 Log = Callable[[str], None]
 
@@ -46,10 +51,8 @@ def evaluate_model(
 
     Args:
         request: The model and how to sample it; its ``out`` and ``formats`` are decided here.
-        measurement: What to measure.
         samples: Folder of the samples; the same call goes on with what is in it. (Default: within the run's folder,
             named by the checkpoint and the settings.)
-        log: Gets the lines for people, on the first rank.
 
     Returns:
         Entries for a ``results.json``, none on other ranks than the first.
@@ -128,11 +131,7 @@ def run_name(source: str) -> str | None:
 
 
 def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
-    """The images at a path, and what ``sample`` wrote about them.
-
-    Raises:
-        UserError: There are none, or they are not those that ``samples.json`` speaks of.
-    """
+    """The images at a path, and what ``sample`` wrote of them; ``UserError`` if there are none, or other ones."""
     inside = path.name in PLACES.values() and not (path / RECORD).is_file()
     folder = path.parent if inside else path
     if not (folder / RECORD).is_file():
@@ -174,14 +173,9 @@ def _origin(record: dict[str, Any] | None) -> dict[str, Any]:
         'run': record.get('run') or run_name(record['source']),
         'batch': record['batch'] or None,  # 0: imported, and nobody has said it
         'weights_digest': record['made_with']['weights_digest'],
-        **_evaluations(record),
+        # The mean of those that an image took, where its sampler decided that and not the protocol.
+        **({} if 'num_steps' in record['made_with']['sampling'] else {'evaluations': record['evaluations']}),
     }
-
-
-def _evaluations(record: dict[str, Any]) -> dict[str, float]:
-    """The mean of the evaluations that an image took, where its sampler decided that and not the protocol."""
-    sampling = record['made_with']['sampling']
-    return {} if 'num_steps' in sampling else {'evaluations': record['evaluations']}
 
 
 def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log) -> tuple[Measurer, str]:
@@ -202,3 +196,47 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log
     key = hashlib.sha256(json.dumps(drawn, default=str, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{model.weights.replace(":", "-")}-ba{model.batch}-{key}'
     return measurer, str(folder_of(request.path) / 'evaluation_samples' / name)
+
+
+def publish(entries: Entries, path: str, *, out: str | None = None, log: Log = print) -> None:
+    """Write the numbers of a path to ``results.json``, and to MLflow where the run has it.
+
+    Those of an exported file are credited to the run that it says it is of, not to that of the folder it lies in. By
+    default the file of numbers, ``out``, is ``results.json`` in the folder of the run or of the samples.
+
+    Raises:
+        UserError: The file is there and holds something else.
+    """
+    folder = folder_of(path)
+    run, measured = run_name(str(folder)), run_name(path)
+    foreign = run not in (None, measured)  # an exported file lies in the folder of any run, or in none
+    target = Path(out) if out else folder / ('results.json' if not foreign else f'{Path(path).stem}.results.json')
+    append_results(target, entries)
+    log(f'numbers  {target}')
+    if foreign:
+        log(f'MLflow   not logged: {path} is of run {measured!r}, and lies in the folder of run {run!r}')
+    elif run is not None:
+        log(f'MLflow   {_log_to_mlflow(folder, entries, target)}')
+
+
+def format_entries(entries: Entries) -> str:
+    """The numbers, one a line."""
+    width = max(len(entry['metric']) for entry in entries)
+    spreads = ['' if entry['spread'] is None else f' ± {entry["spread"]:.4g} over its parts' for entry in entries]
+    pairs = zip(entries, spreads, strict=True)
+    return '\n'.join(f'{entry["metric"]:<{width}}  {entry["value"]:.6g}{spread}' for entry, spread in pairs)
+
+
+def _log_to_mlflow(folder: Path, entries: Entries, results: Path) -> str:
+    """Add the numbers to the MLflow run of a run's folder, at the measured batch; says in words what it did."""
+    try:
+        client, run = store_of(yaml.safe_load((folder / 'config.yaml').read_text()), folder)
+    except UserError as error:
+        return f'not logged: {error}'
+    dated = [entry for entry in entries if entry['batch'] is not None]  # a curve needs a step
+    for entry in dated:  # in the series of the protocol, as the callback does
+        name = series_name(entry['metric'], entry['protocol'])
+        client.log_metric(run.info.run_id, name, entry['value'], step=entry['batch'])
+    client.log_artifact(run.info.run_id, str(results))
+    without = '' if len(dated) == len(entries) else ', without the curves: nobody has said after how many batches it is'
+    return f'run {run.data.tags.get("run_name")} in {client.tracking_uri}{without}'

@@ -84,11 +84,7 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """``state`` of a checkpoint of Composer.
-
-    Raises:
-        UserError: As ``read_pickled``, or the file is of something else.
-    """
+    """``state`` of a checkpoint of Composer; ``UserError`` as ``read_pickled``, or if the file is of something else."""
     content = read_pickled(path)
     state = content.get('state') if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(state.get('model'), Mapping):

@@ -1,14 +1,18 @@
-"""The device of a rank, and torch set up for it."""
+"""What a rank has of its machine: device, cores, shared memory; and torch set up for it."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['available_cores', 'choose_device', 'machine_for']
+__all__ = ['available_cores', 'check_shared_memory', 'choose_device', 'machine_for']
+
+_SHARED = Path('/dev/shm')  # through it worker processes hand over batches
+_MIB = 2**20
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
@@ -52,3 +56,22 @@ def machine_for(device: torch.device, workers: int, ranks_here: int) -> Iterator
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def check_shared_memory(needed: int, remedy: str) -> str:
+    """A line that says what is there; refuses less than ``needed`` bytes, with a ``remedy`` such as fewer workers.
+
+    The kernel would end the process with a bare bus error. A container has 64 MiB unless asked for more.
+    """
+    if not _SHARED.is_dir():
+        return 'no /dev/shm on this system'
+    if not os.access(_SHARED, os.W_OK):
+        raise UserError('/dev/shm cannot be written to, and the reader keeps its state there; mount it writable')
+    state = os.statvfs(_SHARED)
+    free = state.f_bavail * state.f_frsize
+    if free < needed:
+        raise UserError(
+            f'/dev/shm has {free / _MIB:,.1f} MiB free, and about {needed / _MIB:,.1f} MiB are needed: start the '
+            f'container with --shm-size={max(1, round(2 * needed / 2**30))}g, remount it larger, or {remedy}'
+        )
+    return f'/dev/shm has {free / _MIB:,.0f} MiB free, about {needed / _MIB:,.0f} MiB are needed'

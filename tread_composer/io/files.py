@@ -58,11 +58,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: It cannot be read, or is not JSON, so something else wrote it.
-    """
+    """The content of a JSON file; ``UserError`` if it cannot be read, or is not JSON, so something else wrote it."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -89,11 +85,7 @@ def to_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_in_words(place: Path) -> Iterator[None]:
-    """A full or read-only disk is for the user to put right, not a fault of the program.
-
-    Raises:
-        UserError: In place of such an OSError.
-    """
+    """A full or read-only disk is for the user to put right: a ``UserError`` in place of such an ``OSError``."""
     try:
         yield
     except OSError as error:
@@ -106,11 +98,7 @@ def full_disk_in_words(place: Path) -> Iterator[None]:
 
 
 def check_writable(folder: str | Path) -> str:
-    """Whether files can be made in a folder, or the folder itself; tried with a file that is removed again.
-
-    Raises:
-        UserError: They cannot.
-    """
+    """A line if files can be made in a folder, or the folder itself, tried with one; ``UserError`` if they cannot."""
     place = Path(folder)
     while not place.exists():
         place = place.parent

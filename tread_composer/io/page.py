@@ -82,11 +82,7 @@ class Report:
         return environment.get_template('page.html').render(title=self._title, lead=self._lead, parts=self._parts)
 
     def write(self, path: str | Path) -> None:
-        """Write the page, whole or not at all.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
+        """Write the page, whole or not at all; ``UserError`` if it cannot be written."""
         try:
             write_atomically(path, self.html().encode())
         except OSError as error:

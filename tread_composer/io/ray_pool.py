@@ -69,7 +69,6 @@ def on_ray(
         scratch: A folder of the output, which every machine must see.
         workers: How many; by default one for each GPU, or for each machine where there is none (or ``'cpu'``).
         device: ``'cuda'``, ``'cpu'`` or None for GPUs if there are any.
-        log: Gets the lines for people.
 
     Raises:
         UserError: The cluster cannot do it, a unit refuses its input, or one was lost with three workers.
@@ -79,10 +78,9 @@ def on_ray(
         token.touch()
         stack.callback(token.unlink, missing_ok=True)
         share = _share([node['Resources'] for node in ray.nodes() if node['Alive']], workers, device)
-        share.describe(log)
+        log(f'Ray: {share.workers} workers with {"a GPU and " if share.gpus else ""}{share.cpus:g} cores each')
         origin = _Origin(os.getcwd(), token, _versions(), share.per_machine)
-        pool = _Pool(ray, share, ray.put(make_worker), origin, log)
-        pool.run(units, done)
+        _Pool(ray, share, ray.put(make_worker), origin, log).run(units, done)
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,6 @@ class _Share:
     per_machine: int  # workers of one machine, at the most
     cpus: float
     gpus: int
-
-    def describe(self, log: Log) -> None:
-        gpus_text = 'a GPU and ' if self.gpus else ''
-        log(f'Ray: {self.workers} workers with {gpus_text}{self.cpus:g} cores each')
 
 
 def _share(machines: Sequence[Mapping[str, float]], workers: int | None, device: str | None) -> _Share:

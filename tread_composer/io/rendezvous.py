@@ -52,10 +52,7 @@ class Rendezvous:
             self._reach()
         try:
             store = TCPStore(
-                *self._address,
-                is_master=hosts,
-                wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=limit),
+                *self._address, is_master=hosts, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit)
             )
         except (RuntimeError, OSError) as error:
             raise UserError(f'{self._place}: {first_line(error)}; {_REMEDY}') from None

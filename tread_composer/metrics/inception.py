@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tread_composer.core.errors import UserError
-from tread_composer.core.precision import plain_float32
+from tread_composer.core.inference import plain_float32
 
 __all__ = [
     'INCEPTION_FILE',

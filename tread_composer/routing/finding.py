@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core.inference import evaluating
 from tread_composer.routing.arguments import FAILURES, RoutingError, bare, tensors_in
 from tread_composer.routing.route import Route
 from tread_composer.routing.surgery import apply_tread, find_blocks, remove_tread

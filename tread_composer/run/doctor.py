@@ -20,8 +20,8 @@ from tread_composer.builders.run_folder import check_load_path, check_run_folder
 from tread_composer.config import Config, check_files, check_machine
 from tread_composer.config.registry import resolve
 from tread_composer.core.errors import UserError
+from tread_composer.io.device import check_shared_memory
 from tread_composer.io.files import check_writable
-from tread_composer.io.shared_memory import check_shared_memory
 from tread_composer.metrics.inception import check_weights, find_weights
 from tread_composer.run.plan import data_state, make_plan
 
@@ -37,9 +37,7 @@ _CHECKPOINTS_AT_ONCE = 2  # the new one is whole before the old one goes
 def examine(config: Config | None, world_size: int = 1) -> Iterator[tuple[str, str, bool]]:
     """Every check in turn: its name, what is there or the cure, and whether a run would get past it.
 
-    Args:
-        config: What is to be trained; without one, the machine alone is examined.
-        world_size: Number of ranks on this machine.
+    Without a ``config`` the machine alone is examined; ``world_size`` is the number of ranks on it.
     """
     for name, check in _checks(config, world_size).items():
         try:
@@ -49,15 +47,12 @@ def examine(config: Config | None, world_size: int = 1) -> Iterator[tuple[str, s
 
 
 def check_run_machine(config: Config, world_size: int) -> None:
-    """What ``train`` asks of the machine before it writes anything.
-
-    Raises:
-        UserError: The first fault, with its cure.
-    """
-    names = ('shared memory', 'open files', 'data folder', 'run folder', 'free disk')
-    for name, check in _checks(config, world_size).items():
-        if name in names or name.startswith('loggers.'):
-            check()
+    """What ``train`` asks of the machine before it writes anything; ``UserError``, with its cure, for the first."""
+    checks = _checks(config, world_size)
+    stores = (name for name in checks if name.startswith('loggers.'))
+    for name in ('run folder', 'checkpoint', 'shared memory', 'open files', 'data folder', 'free disk', *stores):
+        if name in checks:
+            checks[name]()
 
 
 def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], str]]:
@@ -79,6 +74,8 @@ def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], st
     if config.save_folder is not None and '://' not in config.save_folder:
         checks['run folder'] = lambda: _run_folder(config)
         checks['free disk'] = lambda: _free_disk(config)
+    elif config.load_path is not None:
+        checks['checkpoint'] = lambda: check_load_path(config) or f'{config.load_path}: can be loaded'
     for name, logger in config.loggers.items():
         check_store = getattr(resolve('logger', logger.name), 'check_store', None)
         if check_store is not None:

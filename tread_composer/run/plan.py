@@ -145,8 +145,7 @@ def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
 def _data_facts(config: Config) -> dict[str, Any]:
     data, manifest = config.data, planned_manifest(config)
     if manifest is not None:
-        facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height}
-        return {**facts, 'num_classes': manifest.num_classes, 'num_samples': manifest.num_samples}
+        return {**manifest.sizes, 'num_samples': manifest.num_samples}
     assert isinstance(data, LatentsData)  # the digits always have a manifest
     expected = {'channels': data.channels, 'latent_size': data.latent_size, 'num_classes': data.num_classes}
     unsaid = [f'data.{name}' for name, value in expected.items() if value is None]

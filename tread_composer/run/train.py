@@ -1,24 +1,33 @@
-"""A training run from start to end: what ``composer train.py`` does."""
+"""A training run from start to end: what ``composer train.py`` does.
 
+``on_nonfinite: rewind`` goes back to the last checkpoint, without the batches that have followed it: the run starts
+anew in the same process (``exec``), so that every object is made afresh and resumes as it would after a kill. The
+batches between the checkpoint and the fault are read again and leave the weights alone; which they are stands in
+``rewinds.json`` beside the checkpoints, so a later resume leaves the same ones out.
+"""
+
+import atexit
 import contextlib
 import hashlib
+import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed as torch_dist
 from composer import Trainer
 from composer.utils import dist, get_device
 
 from tread_composer.algorithms.rules import evaluated_weights
-from tread_composer.builders.environment import environment
 from tread_composer.builders.model import check_fit
 from tread_composer.builders.run_data import prepare_data, split_folders
-from tread_composer.builders.run_folder import check_load_path, check_run_folder, locked_run
+from tread_composer.builders.run_folder import environment, locked_run, run_folder
 from tread_composer.builders.trainer import build_trainer
+from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 from tread_composer.callbacks.update_guard import RewindError
 from tread_composer.config import Config, check_files, check_machine, load_config
 from tread_composer.core.errors import UserError
@@ -26,17 +35,19 @@ from tread_composer.core.flatten import flatten
 from tread_composer.core.launch import world_size
 from tread_composer.core.masking import printable
 from tread_composer.data.manifest import Manifest
+from tread_composer.io.files import read_json, write_json
 from tread_composer.io.ranks import agreed, check_equal
 from tread_composer.io.rendezvous import Rendezvous
 from tread_composer.routing import RoutingError
 from tread_composer.run.doctor import check_run_machine
 from tread_composer.run.plan import data_state, format_plan, make_plan
-from tread_composer.run.rewind import rewind, skipped_batches
 
 __all__ = ['report', 'train']
 
 _PLAN_LINES = 11
 _DIST_TIMEOUT = 300.0  # seconds, Composer's default
+_REWINDS = 'rewinds.json'
+_MAX_REWINDS = 3  # to one checkpoint
 
 
 def train(path: str, overrides: Sequence[str] = ()) -> None:
@@ -56,7 +67,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         if dist.get_global_rank() == 0:
             print(_head_of_plan(config), file=sys.stderr, flush=True)
-        trainer = build_trainer(config, splits, skipped_batches=skipped_batches(config))
+        trainer = build_trainer(config, splits, skipped_batches=_skipped_batches(config))
         status = _fit(trainer, config)
         trainer.close()
         text = report(trainer, config, status)  # on all ranks: a metric may have to be gathered
@@ -99,7 +110,7 @@ def _fit(trainer: Trainer, config: Config) -> str:
     except RoutingError as error:
         raise UserError(f'algorithms.tread: {error}') from error
     except RewindError as request:
-        rewind(config, trainer, request, began_at=begin)
+        _rewind(config, trainer, request, began_at=begin)
     end, seconds = int(trainer.state.timestamp.batch), time.monotonic() - began
     return f'batches {begin} to {end} in {seconds:.0f} s, evaluation and samples included'
 
@@ -152,8 +163,6 @@ def _checked_config(path: str, overrides: Sequence[str]) -> Config:
     check_files(config, path)
     check_fit(config)
     if dist.get_global_rank() == 0:
-        check_run_folder(config)
-        check_load_path(config)
         check_run_machine(config, world_size())
     return config
 
@@ -176,3 +185,52 @@ def report(trainer: Trainer, config: Config, status: str) -> str:
     width = max(len(name) for name, _ in rows)
     rule = '-' * 72
     return printable('\n'.join([rule, *(f'{name:<{width}}  {text}' for name, text in dict.fromkeys(rows)), rule]))
+
+
+def _skipped_batches(config: Config) -> frozenset[int]:
+    """Batches, counted from 0, that earlier rewinds leave out; ``UserError`` if ``rewinds.json`` is damaged."""
+    return frozenset(batch for entry in _rewinds(config) for batch in range(entry['checkpoint'], entry['batch'] + 1))
+
+
+def _rewind(config: Config, trainer: Trainer, request: RewindError, began_at: int) -> NoReturn:
+    """Note which batches to leave out, end this training and start it again. Called on all ranks.
+
+    ``began_at`` is the batch at which this process began to train: that of the checkpoint it resumed from, or 0.
+
+    Raises:
+        UserError: There is no checkpoint yet, or the run has gone back to this one three times already.
+    """
+    savers = [callback for callback in trainer.state.callbacks if isinstance(callback, WholeCheckpointSaver)]
+    checkpoint = next((int(saver.last_checkpoint_batch) for saver in savers if saver.last_checkpoint_batch), began_at)
+    for saver in savers:
+        saver.wait()
+    rewinds = _rewinds(config)
+    if not checkpoint:
+        raise UserError(f'{request.reason}\non_nonfinite: rewind has no checkpoint to go back to yet')
+    if sum(entry['checkpoint'] == checkpoint for entry in rewinds) >= _MAX_REWINDS:
+        raise UserError(
+            f'{request.reason}\nThe run has gone back to its checkpoint at batch {checkpoint} {_MAX_REWINDS} times. '
+            f'Lower the learning rate, or go on from an earlier checkpoint'
+        )
+    if dist.get_global_rank() == 0:
+        entry = {'checkpoint': checkpoint, 'batch': request.batch, 'reason': request.reason}
+        write_json(run_folder(config) / _REWINDS, [*rewinds, entry])
+        text = f'Back to the checkpoint at batch {checkpoint}; batches up to {request.batch} are left out'
+        print(f'{request.reason}\n{text}', file=sys.stderr, flush=True)
+    trainer.close()
+    dist.barrier()  # nobody may start anew while another still needs this process group
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    atexit._run_exitfuncs()  # exec ends the process without them: shared memory would stay behind
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _rewinds(config: Config) -> list[dict]:
+    path = None if config.save_folder is None else run_folder(config) / _REWINDS
+    if path is None or not path.exists():
+        return []
+    try:
+        return [{key: entry[key] for key in ('checkpoint', 'batch', 'reason')} for entry in read_json(path)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: damaged ({error}); it says which batches this run leaves out') from None

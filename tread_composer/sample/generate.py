@@ -8,7 +8,6 @@ Shapes: B images drawn together, H x W pixels, C channels.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,14 @@ from tread_composer import __version__
 from tread_composer.autoencoders import Pretrained
 from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import ResumeError, UserError
-from tread_composer.core.precision import plain_float32
+from tread_composer.core.inference import plain_float32
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import full_disk_in_words
 from tread_composer.io.progress import Progress, RankProgress, silent
 from tread_composer.io.ranks import Ranks, check_equal
 from tread_composer.io.ray_pool import check_ray, on_ray
 from tread_composer.metrics.drawing import drawing_facts
-from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, SamplesFolder
-from tread_composer.sample.outputs import WRITERS, write_grid, write_pngs
+from tread_composer.sample.folder import PART_SIZE, PLACES, RECORD, WRITERS, SamplesFolder, write_grid, write_pngs
 from tread_composer.sample.request import SamplesRequest, draws_of
 from tread_composer.samplers import Evaluations, guidance_cost
 from tread_composer.weights.trained import Trained, load_trained
@@ -34,6 +32,8 @@ from tread_composer.weights.trained import Trained, load_trained
 __all__ = ['generate']
 
 Log = Callable[[str], None]
+
+_MACHINE = contextlib.ExitStack()  # of a worker of Ray; held here, as long as the process lives
 
 
 def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | None = None) -> None:
@@ -72,25 +72,18 @@ def generate(request: SamplesRequest, *, log: Log = print, trained: Trained | No
                 job.finish()
 
 
-@dataclass(frozen=True)
-class RayDrawer:
-    """Travels to a worker of Ray and becomes what draws parts there."""
-
-    request: SamplesRequest
-    made_with: dict[str, Any]  # where the work was planned
-
-    def __call__(self, workers_here: int) -> Callable[[Sequence[int]], None]:
-        """Set up the machine and load the networks."""
-        device = choose_device(self.request.device, 0)
-        machine = contextlib.ExitStack()  # as long as the process lives
-        machine.enter_context(machine_for(device, 0, workers_here))
-        machine.enter_context(plain_float32(device))
-        job = _Job(self.request, device, silent, None)
-        if job.made_with != self.made_with:
-            raise ResumeError.from_differences(
-                'a worker of Ray', self.made_with, job.made_with, 'Give all machines the same files.'
-            )
-        return job.draw_parts
+def _ray_drawer(
+    request: SamplesRequest, made_with: dict[str, Any], workers_here: int
+) -> Callable[[Sequence[int]], None]:
+    """Set up a worker of Ray and load the networks; what draws parts there. The work was planned for ``made_with``."""
+    device = choose_device(request.device, 0)
+    _MACHINE.enter_context(machine_for(device, 0, workers_here))
+    _MACHINE.enter_context(plain_float32(device))
+    job = _Job(request, device, silent, None)
+    if job.made_with != made_with:
+        remedy = 'Give all machines the same files.'
+        raise ResumeError.from_differences('a worker of Ray', made_with, job.made_with, remedy)
+    return job.draw_parts
 
 
 class _Job:
@@ -200,7 +193,7 @@ class _Job:
         progress = Progress('', unit='images', total=folder.count, done_before=folder.count - num_undone, log=self.log)
         on_ray(
             self._chunks(undone),
-            RayDrawer(request, self.made_with),
+            functools.partial(_ray_drawer, request, self.made_with),
             lambda chunk, _: progress.add(len(folder.indices(chunk))),
             scratch=folder.scratch,
             workers=request.ray_workers,

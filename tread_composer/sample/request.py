@@ -86,11 +86,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 def draws_of(request: SamplesRequest, num_classes: int) -> 'Draws':
-    """The labels and seeds that are asked for, of a model with so many classes.
-
-    Raises:
-        UserError: A label is no class of the model.
-    """
+    """Labels and seeds asked of a model with so many classes; ``UserError`` if a label is none of them."""
     from tread_composer.metrics.drawing import Draws  # loads torch, which the command lines do not need
 
     count, classes = request.count or _COUNT, request.classes

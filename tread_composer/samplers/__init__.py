@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from tread_composer.core.lazy import lazy_names
+from tread_composer.core.named import lazy_names
 
 if TYPE_CHECKING:
     from tread_composer.samplers.adaptive import dopri5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tread_composer.core.evaluating import evaluating
+from tread_composer.core.inference import evaluating
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import routing_of

@@ -1,4 +1,4 @@
-"""``load_trained``: a trained model, ready to sample, from whatever a user may name.
+"""``load_trained``: a trained model, ready to sample, from whatever a user may name; ``export`` writes one to a file.
 
 The one door for the commands that use weights (sample, evaluate, export, ...).
 """
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
+from tread_composer.builders.cost import sampling_cost
 from tread_composer.builders.model import build_model
 from tread_composer.builders.run_data import identity, planned_manifest
 from tread_composer.builders.run_folder import DATA_NAME, part_folder
@@ -23,11 +25,14 @@ from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.io.checkpoints import check_whole, find_checkpoint
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.samplers import SamplingSettings
-from tread_composer.weights.checkpoint import averaged_weights, checkpoint_weights
-from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported
+from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported, write_exported
 
-__all__ = ['Trained', 'image_size', 'load_trained', 'model_of', 'read_trained', 'weights_name']
+__all__ = [
+    'checkpoint_weights', 'export', 'export_in_words', 'image_size', 'load_trained', 'model_of', 'read_trained',
+    'Trained', 'weights_name', 'write_with_cost',
+]  # fmt: skip
 
+_NETWORK = 'denoiser.'  # where a LatentDiffusion has it
 _MISFIT_CHARACTERS = 1500  # torch names each tensor of a network that is another one
 
 
@@ -64,7 +69,6 @@ def load_trained(
         path: A run's folder (its latest checkpoint is taken), a checkpoint in one, or an exported ``.safetensors``.
         weights: ``'ema'``, ``'raw'``, or of a run with ``algorithms.power_ema`` ``'posthoc:0.13'``, its average of
             this width up to its last snapshot. Of an exported file that holds a post-hoc average, ``'ema'`` is that.
-        device: Where the model goes.
         overrides: Dotted keys of the run's configuration and their values, for what is elsewhere or otherwise now,
             such as ``{'autoencoder.path': '/other/place'}``. ``model.attention`` is ``sdpa`` unless it stands here.
 
@@ -162,6 +166,113 @@ def model_of(exported: Exported, source: str) -> LatentDiffusion:
 def image_size(model: LatentDiffusion) -> int:
     """The side of its images in pixels, found by decoding one."""
     return model.decode(torch.zeros(1, *model.latent_shape, device=model.latent_scale.device)).shape[-1]
+
+
+def checkpoint_weights(state: Mapping[str, Any], weights: str, source: str) -> dict[str, Tensor]:
+    """Weights of the network (``'ema'`` or ``'raw'``), float32, under its own names.
+
+    ``state`` is what ``read_checkpoint`` gives of the file or folder ``source``.
+
+    Raises:
+        UserError: The checkpoint does not have these weights.
+    """
+    raw = _network_part(state['model'])
+    if not raw:
+        raise UserError(f'{source}: its model has no {_NETWORK[:-1]}, so it is not a LatentDiffusion of this project')
+    average = dict(state.get('algorithms', {})).get('EMA')
+    if average is not None and 'average' not in average:  # Composer's own: `ema_weights_active` says which is which
+        present = 'ema' if average.get('ema_weights_active') else 'raw'
+        if weights != present:
+            raise UserError(
+                f"{source}: Composer's EMA has put its {'averaged' if present == 'ema' else 'raw'} weights into this "
+                f'checkpoint in place of the others; take weights={present!r}, or train with algorithms.ema'
+            )
+        return raw
+    if weights == 'raw':
+        return raw
+    if average is None or average['average'] is None:
+        raise UserError(
+            f'{source}: holds no averaged weights (the run had no algorithms.ema); take the raw ones: weights=raw'
+        )
+    return averaged_weights(state, average['average'], source)
+
+
+def averaged_weights(state: Mapping[str, Any], average: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights of the network from an average under the model's names; what is not averaged from the checkpoint."""
+    raw, averaged = _network_part(state['model']), _network_part(average)
+    foreign = averaged.keys() - raw.keys()
+    if foreign:
+        raise UserError(f'{source}: averages parameters that the model has not, such as {sorted(foreign)[0]!r}')
+    return raw | averaged  # what is not trained (positions) is not averaged
+
+
+def _network_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        # A copy: the file may be overwritten by the run while the weights are in use.
+        name.removeprefix(_NETWORK): value.to(torch.float32, copy=True)
+        for name, value in state_dict.items()
+        if name.startswith(_NETWORK)
+    }
+
+
+def export(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = 'ema',
+    overwrite: bool = False,
+    allow_inexact: bool = False,
+) -> dict[str, Any]:
+    """Write the weights of a run to one file that ``load_trained`` reads back to the bit.
+
+    The tensors have the names of the network: for a dense or routed DiT those of the published DiT files.
+
+    Args:
+        out: The file, ``.safetensors``; one that is there is replaced with ``overwrite``.
+        allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
+
+    Returns:
+        ``out``, ``weights``, ``batch``, ``digest``, ``average`` (see ``WeightFacts``), and of one network call in
+        sampling ``parameters`` and ``gmacs``.
+
+    Raises:
+        UserError: As ``load_trained``, or the file is there already or cannot be written.
+    """
+    exported = read_trained(path, weights=weights, allow_inexact=allow_inexact)
+    return write_with_cost(exported, str(path), out, overwrite)
+
+
+def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
+    """Check that weights and facts make a model, count what sampling needs of it, write the file; see ``export``."""
+    model_of(exported, source)  # refused here: not when the file is used
+    # A fresh one: what was filled has weights, and shapes are enough.
+    with torch.device('meta'):
+        denoiser = build_model(exported.config, exported.data).denoiser
+    cost = sampling_cost(denoiser, exported.data.sizes)
+    texts = {'parameters': str(cost['parameters']), 'gmacs': f'{cost["gmacs"]:.6g}'}
+    digest = write_exported(out, exported, texts, overwrite)
+    facts = {'weights': exported.weights, 'batch': exported.batch, 'average': exported.average}
+    return {'out': str(out), **facts, 'digest': digest, **cost}
+
+
+def export_in_words(result: dict[str, Any]) -> str:
+    """What was written, for a terminal."""
+    batch = f'after {result["batch"]:,} batches' if result['batch'] else 'after an unknown number of batches'
+    size = Path(result['out']).stat().st_size / 1e6
+    average = result['average']
+    lines = [
+        f'written   {result["out"]} ({size:.1f} MB): the {result["weights"]} weights {batch}',
+        f'sampling  {result["parameters"]:,} parameters, {result["gmacs"]:.4g} GMACs per network call (one image, no '
+        'guidance)',
+        f'digest    {result["digest"]}',
+    ]
+    if average is not None:
+        lines.append(
+            f'average   width {average["sigma_rel"]:g} of the run (gamma {average["gamma"]:.2f}) from '
+            f'{average["snapshots"]} snapshots of batches {average["first"]:,} to {average["last"]:,}; its profile is '
+            f'within {average["residual"]:.1%} of the wanted one'
+        )
+    return '\n'.join(lines)
 
 
 def _average_afterwards(state: Mapping[str, Any], config: Config, file: Path, width: float, allow_inexact: bool) -> Any:

@@ -14,11 +14,11 @@ from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import LatentFacts, read_class_names
 from tread_composer.io.checkpoint_reader import read_pickled
-from tread_composer.weights.export import write_with_cost
 from tread_composer.weights.exported import Exported
-from tread_composer.weights.foreign.convert import Sizes, converted, sizes_of
 from tread_composer.weights.foreign.files import LAYOUTS, check_trained_as, layout_of, read_weights
 from tread_composer.weights.foreign.hints import Hints
+from tread_composer.weights.foreign.translation import Sizes, converted, sizes_of
+from tread_composer.weights.trained import write_with_cost
 
 __all__ = ['import_weights']
 
@@ -52,7 +52,6 @@ def import_weights(
     published; those that say otherwise are refused.
 
     Args:
-        path: ``.pt`` or ``.safetensors``.
         layout: One of ``LAYOUTS``, or ``'auto'`` where the file shows it.
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
 

@@ -1,11 +1,25 @@
-"""Full float32 for images and features that become numbers. Pure torch; used by whatever draws or measures."""
+"""A network for a while as samples and measurements need it: in evaluation mode, in full float32. Pure torch."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
-__all__ = ['plain_float32']
+__all__ = ['evaluating', 'plain_float32']
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module has its own mode again, as a part that its owner froze needs."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager
