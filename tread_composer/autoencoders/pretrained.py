@@ -17,7 +17,7 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import digest_of
 
-__all__ = ['NETWORKS', 'Pretrained']
+__all__ = ['NETWORKS', 'Pretrained', 'sample_moments']
 
 
 class _Use(NamedTuple):
@@ -30,6 +30,25 @@ class _Use(NamedTuple):
 
 def _moments(output: Any) -> Tensor:
     return torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
+
+
+def sample_moments(moments_B2Chw: Tensor, noise_BChw: Tensor) -> Tensor:
+    """Draws from a posterior (Kingma & Welling 2013, arXiv 1312.6114, section 2.4): float32 ``[B, C, h, w]``.
+
+    ``mean + exp(logvar / 2) * noise``. The moments are means, then log-variances, widened before the exponential; noise
+    is standard normal, and zeros give the means.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    batch, channels, *size = noise_BChw.shape
+    if moments_B2Chw.shape != (batch, 2 * channels, *size):
+        raise ValueError(
+            f'moments {tuple(moments_B2Chw.shape)} and noise {tuple(noise_BChw.shape)} do not belong together: '
+            f'moments hold means and log-variances, twice the channels of the noise and else its shape'
+        )
+    mean_BChw, logvar_BChw = moments_B2Chw.float().chunk(2, dim=1)
+    return mean_BChw + torch.exp(0.5 * logvar_BChw) * noise_BChw.float()
 
 
 NETWORKS = {

@@ -61,9 +61,7 @@ class _Block(nn.Module):
 class TAESD(nn.Module):
     """Encoder and decoder, called like the networks of diffusers: pixels in [-1, 1].
 
-    Args:
-        latent_channels: C.
-        has_branch: Whether the blocks at the lowest resolution have the normalising branch: of encoder and decoder.
+    ``has_branch``: the blocks at the lowest resolution have the normalising branch, in encoder and decoder.
     """
 
     def __init__(self, latent_channels: int, has_branch: tuple[bool, bool] = (False, False)) -> None:

@@ -31,7 +31,7 @@ class FID:
         return [Figure(_FID, frechet_distance(statistics(samples.features_ND), reference.statistics))]
 
 
-class SFID:
+class SFID(FID):
     """FID of features that keep their place in the image (Nash et al. 2021, arXiv 2103.03841, section 5.1), as in ADM.
 
     Of Inception's ``mixed_6/conv``, behind its ReLU, the first 7 of 192 channels at 17 x 17 places: 2,023 features.
@@ -39,13 +39,8 @@ class SFID:
 
     name = 'sfid'
     quantities = (_SFID,)
-    needs_logits = False
     needs_spatial = True
     reads_features = 'inception'
-    compares_with = 'statistics'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``; that a covariance needs two images is said by ``statistics``."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""

@@ -18,15 +18,9 @@ from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.equation import Clock
 
 __all__ = [
-    'Branches',
-    'GuidanceProvider',
-    'SamplingRun',
-    'Unlabelled',
-    'WeakLabel',
-    'check_channels',
-    'guide',
+    'Branches', 'GuidanceProvider', 'SamplingRun', 'Unlabelled', 'WeakLabel', 'check_channels', 'guide',
     'needs_classes',
-]
+]  # fmt: skip
 
 WeakLabel = Literal['same', 'null']  # the class of the weak branch
 
