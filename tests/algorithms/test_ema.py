@@ -212,17 +212,3 @@ def test_no_checkpoint_while_the_average_stands_in():
     trainer, _ = fit([ema])
     with ema.averaged(trainer.state), pytest.raises(RuntimeError, match='stand in for the weights'):
         ema.state_dict()
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ((1.0,), 'decay: 1.0'),
-        ((-0.1,), 'decay'),
-        ((0.9, '1ep'), 'not a number of batches'),
-        ((0.9, '0ba'), 'update_interval'),
-    ],
-)
-def test_wrong_settings_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        EMA(*arguments)

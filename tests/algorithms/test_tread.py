@@ -167,25 +167,6 @@ def test_repr_rebuilds_it(settings):
     assert repr(again) == repr(first) and again.state_dict() == first.state_dict()
 
 
-@pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({'selection_rate': 1.5}, 'selection_rate: 1.5'),
-        ({'routes': []}, 'routes is empty'),
-        ({'routes': [Route()], 'start': 3}, 'not both'),
-        ({'end_time': '92%'}, "end_time: '92%' is not a time"),
-        ({'start_time': '10sec'}, 'wall-clock'),
-        ({'end_time': '5tok'}, 'no token count'),
-        ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
-        ({'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
-        ({'always_keep': [1]}, r'always_keep: \[1\] is not a number of tokens'),
-    ],
-)
-def test_wrong_settings_are_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Tread(**settings)
-
-
 def test_a_route_that_does_not_fit_is_refused_by_the_trainer():
     with pytest.raises(ValueError, match=r'denoiser\.blocks: the route from block 2 to block 9 does not fit 6 blocks'):
         make_trainer(algorithms=[Tread(2, 9)])
@@ -340,11 +321,6 @@ def test_settings_that_came_later_bind_a_checkpoint_only_where_they_are_used(tmp
         make_trainer(algorithms=[Tread(**ROUTE, always_keep=1)], load_path=path)
     with pytest.raises(ResumeError, match='shared: saved absent, now True'):
         make_trainer(algorithms=[Tread(**ROUTE, shared=True)], load_path=path)
-
-
-def test_a_second_tread_is_refused():
-    with pytest.raises(UserError, match=r'Tread: the run has two.* One routes several lists: blocks=\[\.\.\.\]'):
-        make_trainer(algorithms=[Tread(**ROUTE), Tread(**ROUTE)])
 
 
 def test_a_whole_compiled_model_is_said_not_to_be_checked(caplog):

@@ -75,11 +75,6 @@ def test_weights_are_loaded_on_first_use(tmp_path: Path):
     assert kl.channels == 3
 
 
-def test_a_subfolder_of_a_pipeline(tmp_path: Path):
-    make_vae(tmp_path / 'pipeline' / 'vae')
-    assert KL(str(tmp_path / 'pipeline'), subfolder='vae').channels == 3
-
-
 @pytest.mark.parametrize('path', ['./no/such/folder', '/no/such', 'no_such_folder', '~/vae'])
 def test_a_mistyped_folder_is_refused_without_asking_the_network(path: str):
     with pytest.raises(ValueError, match='no such folder'):

@@ -7,7 +7,7 @@ Legend: B images, C channels of the latent, S channels that `encode` gives, H x 
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import digest_of
 
-__all__ = ['NETWORKS', 'Pretrained', 'sample_moments']
+__all__ = ['NETWORKS', 'Pretrained', 'refuse_misfits', 'sample_moments']
 
 
 class _Use(NamedTuple):
@@ -30,6 +30,19 @@ class _Use(NamedTuple):
 
 def _moments(output: Any) -> Tensor:
     return torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
+
+
+def refuse_misfits(held: Mapping[str, Tensor], expected: Mapping[str, torch.Size], fault: str) -> None:
+    """A ``UserError`` that names tensors which are missing, left over or of another shape; ``fault`` begins it."""
+    shapes = {name: list(value.shape) for name, value in held.items()}
+    wanted = {name: list(shape) for name, shape in expected.items()}
+    wrong = [
+        f'  {name}: {shapes.get(name, "missing")}, the rest asks for {wanted.get(name, "no such tensor")}'
+        for name in dict.fromkeys([*wanted, *shapes])
+        if shapes.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise UserError('\n'.join([fault, *wrong[:10]]))
 
 
 def sample_moments(moments_B2Chw: Tensor, noise_BChw: Tensor) -> Tensor:

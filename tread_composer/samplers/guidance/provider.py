@@ -62,7 +62,6 @@ class GuidanceProvider(Protocol):
 
     def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:
         """What decides the images besides the settings, for the protocol of a number."""
-        del routes
         return {}
 
     def branches(self, run: SamplingRun) -> Branches:
