@@ -66,7 +66,8 @@ class Metric(Protocol):
     """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
 
     It may say ``needs_labels = True`` if it needs to know what each image was to show, ``needs_spatial = True`` if it
-    reads the spatial features, and with ``reads_features`` name the only features that it can read.
+    reads the spatial features, and with ``reads_features`` name the only features that it can read. Ours inherit what
+    stands here.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Metric(Protocol):
     quantities: Sequence[Quantity]
     """The numbers that it gives."""
 
-    needs_logits: bool
+    needs_logits: bool = False
     """Whether it needs the classes of the feature network."""
 
     compares_with: Literal['nothing', 'statistics', 'images']
@@ -83,7 +84,6 @@ class Metric(Protocol):
 
     def check(self, num_samples: int, num_reference: int) -> None:
         """Refuse too few images with a ``UserError``, before any is looked at."""
-        ...
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """A number for each quantity. The global random streams stay as they are."""
