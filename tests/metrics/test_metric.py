@@ -9,7 +9,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.digits import DigitsFeatures
 from tread_composer.metrics.features import FeatureSet, joined
-from tread_composer.metrics.frechet import Statistics, statistics
+from tread_composer.metrics.frechet import Statistics, frechet_distance, statistics
 from tread_composer.metrics.inception import InceptionFeatures
 from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
 
@@ -50,9 +50,31 @@ def in_balls(points: np.ndarray, of: np.ndarray) -> float:
 def test_a_set_against_itself():
     same = features(normal(60, 0))
     found = numbers(['fid', 'kid', 'prc'], same, same, kid_subset_size=60)
-    assert found['fid'] == pytest.approx(0, abs=1e-6)
+    assert found['fid'] == pytest.approx(0, abs=1e-6) and abs(distance(*[normal(100, 1) * 100] * 2)) < 1e-8
     assert found['precision'] == found['recall'] == 1.0
     assert found['kid'] < 0  # unbiased: below zero where the two halves are one
+
+
+def distance(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:
+    return frechet_distance(*(statistics(torch.as_tensor(side)) for side in (a, b)))
+
+
+def by_symmetric_roots(a: np.ndarray, b: np.ndarray) -> float:
+    """tr((A^1/2 B A^1/2)^1/2) from symmetric eigenvalues, where the library takes the eigenvalues of A B."""
+    mean_a, mean_b, a, b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors @ np.diag(np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b @ root), 0, None)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross)
+
+
+def test_the_distance_agrees_with_a_second_implementation_on_correlated_features_also_of_float16():
+    rng = np.random.default_rng(1)
+    a = rng.standard_normal((500, 12)) @ rng.standard_normal((12, 12))
+    b = rng.standard_normal((700, 12)) @ rng.standard_normal((12, 12)) + 0.3
+    assert distance(a, b) == pytest.approx(by_symmetric_roots(a, b), rel=1e-6)
+    half = torch.from_numpy(a * 100).half()
+    assert distance(half, b) == distance(half.double(), b)
 
 
 def test_the_fid_of_gaussians_with_known_moments():
