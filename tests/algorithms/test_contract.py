@@ -8,6 +8,7 @@ is refused with the reason, by a Trainer written by hand and by the loader of YA
 import ast
 import itertools
 import math
+import re
 from pathlib import Path
 
 import composer.algorithms as theirs
@@ -35,8 +36,11 @@ from tests.algorithms.settings import (
     train,
 )
 from tests.helpers import make_trainer
+from tread_composer.algorithms.direction_schedule import DirectionSchedule
 from tread_composer.algorithms.ema import EMA
-from tread_composer.algorithms.tread import Tread
+from tread_composer.algorithms.maskdit import MaskDiT
+from tread_composer.algorithms.power_ema import PowerEMA
+from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import load_config
 from tread_composer.config.errors import ConfigError
@@ -191,8 +195,47 @@ def test_a_resume_contract_refuses_a_run_without_the_algorithm(tmp_path):
 
 @pytest.mark.parametrize('name', OURS)
 def test_twice_in_the_list_is_refused(name):
-    with pytest.raises(UserError, match='the run has two'):
+    remedy = re.escape('One routes several lists: blocks=[...]' if OURS[name].names[0] is Tread else 'Take one out')
+    with pytest.raises(UserError, match=f'the run has two.* {remedy}'):
         prepared([OURS[name].make(), OURS[name].make()], objective((name,)))
+
+
+WRONG = [
+    (Tread, {'selection_rate': 1.5}, 'selection_rate: 1.5'),
+    (Tread, {'routes': []}, 'routes is empty'),
+    (Tread, {'routes': [Route()], 'start': 3}, 'not both'),
+    (Tread, {'end_time': '92%'}, "end_time: '92%' is not a time"),
+    (Tread, {'start_time': '10sec'}, 'wall-clock'),
+    (Tread, {'end_time': '5tok'}, 'no token count'),
+    (Tread, {'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
+    (Tread, {'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
+    (Tread, {'always_keep': [1]}, r'always_keep: \[1\] is not a number of tokens'),
+    (MaskDiT, {'mask_ratio': 1.0}, r'mask_ratio: 1\.0 is not in \[0, 1\)'),
+    (MaskDiT, {'mae_weight': -1.0}, 'mae_weight'),
+    (MaskDiT, {'unmask': 'cosine9'}, "unmask: 'cosine9' is none of at_once"),
+    (MaskDiT, {'unmask': 'cosine4'}, 'unmask_time must be the share'),
+    (MaskDiT, {'unmask': 'cosine4', 'unmask_time': '100ba'}, "not '100ba'"),
+    (MaskDiT, {'unmask_time': '90%'}, "unmask_time: '90%' is not a time"),
+    (MaskDiT, {'unmask_time': '0.9dur', 'mask_ratio': 0.0}, 'masks nothing'),
+    (DirectionSchedule, {}, 'give start_time, end_time or both'),
+    (DirectionSchedule, {'end_time': '5min'}, "end_time: '5min' is not a time"),
+    (DirectionSchedule, {'start_time': '5ba', 'end_time': '5ba'}, 'the loss would never be on'),
+    (EMA, {'decay': 1.0}, 'decay: 1.0'),
+    (EMA, {'decay': -0.1}, 'decay'),
+    (EMA, {'update_interval': '1ep'}, 'not a number of batches'),
+    (EMA, {'update_interval': '0ba'}, 'update_interval'),
+    (PowerEMA, {'widths': []}, r'widths: \[\] must be one or more'),
+    (PowerEMA, {'widths': [0.1, 0.1]}, 'must be one or more, each another'),
+    (PowerEMA, {'widths': [0.05, 0.3]}, 'widths: 0.3 is no width'),
+    (PowerEMA, {'interval': '0ba'}, "interval: '0ba' is not a time above 0"),
+    (PowerEMA, {'interval': '10sec'}, 'interval'),
+]
+
+
+@pytest.mark.parametrize(('algorithm', 'settings', 'message'), WRONG)
+def test_wrong_settings_are_refused_at_once(algorithm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm(**settings)
 
 
 class Passes:

@@ -8,7 +8,7 @@ import torch
 
 from tests.algorithms.masked import SMALL, edm_model
 from tests.helpers import assert_equal_weights, randomised
-from tread_composer.algorithms.maskdit import MaskDiT, cosine_ratio
+from tread_composer.algorithms.maskdit import MaskDiT
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import EDM
@@ -163,11 +163,3 @@ def test_the_decoder_starts_as_published_and_leaves_the_global_generator_alone()
     assert float(one.mask_token.detach().std()) == pytest.approx(0.02, rel=0.2)
     with torch.no_grad():
         assert not models[0].denoiser(torch.randn(1, 1, 8, 8), torch.zeros(1), torch.zeros(1).long()).any()
-
-
-def test_cosine_values():
-    assert cosine_ratio(0.5, 0.0, 4) == 0.5
-    assert cosine_ratio(0.5, 0.5, 4) == pytest.approx(0.125)
-    assert cosine_ratio(0.5, 2 / 3, 2) == pytest.approx(0.125)
-    assert cosine_ratio(0.8, 1 / 3, 3) == pytest.approx(0.8 * 0.75**1.5)
-    assert cosine_ratio(0.5, 1.0, 4) == pytest.approx(0, abs=1e-12)

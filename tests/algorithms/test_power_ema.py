@@ -141,22 +141,6 @@ def test_a_layer_that_is_frozen_on_the_way_stays_in_the_average(tmp_path):
     torch.testing.assert_close(stored[f'0.2/{NAME}'].double(), expected(seen, 0.2)[NAME], atol=2e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (([],), 'widths: [] must be one or more'),
-        (([0.1, 0.1],), 'must be one or more, each another'),
-        (([0.05, 0.3],), 'widths: 0.3 is no width'),
-        (([0.05], '0ba'), "interval: '0ba' is not a time above 0"),
-        (([0.05], '10sec'), 'interval'),
-    ],
-)
-def test_wrong_settings_are_refused(arguments, message):
-    with pytest.raises(ValueError) as refused:
-        PowerEMA(*arguments)
-    assert message in str(refused.value)
-
-
 def test_a_full_disk_stops_the_run_in_words(tmp_path):
     (tmp_path / 'run').write_text('a file where the folder belongs')
     with pytest.raises(UserError, match='this snapshot of the averaged weights cannot be written'):

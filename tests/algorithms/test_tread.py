@@ -167,25 +167,6 @@ def test_repr_rebuilds_it(settings):
     assert repr(again) == repr(first) and again.state_dict() == first.state_dict()
 
 
-@pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({'selection_rate': 1.5}, 'selection_rate: 1.5'),
-        ({'routes': []}, 'routes is empty'),
-        ({'routes': [Route()], 'start': 3}, 'not both'),
-        ({'end_time': '92%'}, "end_time: '92%' is not a time"),
-        ({'start_time': '10sec'}, 'wall-clock'),
-        ({'end_time': '5tok'}, 'no token count'),
-        ({'start_time': '0.9dur', 'end_time': '0.1dur'}, 'nothing would be routed'),
-        ({'always_keep': -2}, 'always_keep: -2 is not a number of tokens'),
-        ({'always_keep': [1]}, r'always_keep: \[1\] is not a number of tokens'),
-    ],
-)
-def test_wrong_settings_are_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Tread(**settings)
-
-
 def test_a_route_that_does_not_fit_is_refused_by_the_trainer():
     with pytest.raises(ValueError, match=r'denoiser\.blocks: the route from block 2 to block 9 does not fit 6 blocks'):
         make_trainer(algorithms=[Tread(2, 9)])
@@ -193,18 +174,20 @@ def test_a_route_that_does_not_fit_is_refused_by_the_trainer():
         make_trainer(algorithms=[Tread(token_arguments='rope')])
 
 
-def saved(tmp_path, algorithms):
-    fit(algorithms, save_folder=str(tmp_path), save_interval='3ba', max_duration='3ba')
-    return str(tmp_path / 'latest-rank0.pt')
-
-
 def test_a_checkpoint_of_another_route_is_refused_with_the_difference(tmp_path):
-    path = saved(tmp_path, [Tread(**ROUTE)])
+    fit([Tread(**ROUTE)], save_folder=str(tmp_path), save_interval='3ba', max_duration='3ba')
+    path = str(tmp_path / 'latest-rank0.pt')
     with pytest.raises(ResumeError, match=r'routes\.0\.end: saved -2, now -3'):
         make_trainer(algorithms=[Tread(1, -3, 0.5)], load_path=path)
     with pytest.raises(ResumeError, match=r"end_time: saved None, now '0.9dur'"):
         make_trainer(algorithms=[Tread(**ROUTE, end_time='0.9dur')], load_path=path)
-    make_trainer(algorithms=[Tread(**ROUTE)], load_path=path)
+    # Settings that came later bind a checkpoint only where they are used.
+    assert set(Tread(**ROUTE).settings()) == {'routes', 'start_time', 'end_time', 'float32_after'}
+    with pytest.raises(ResumeError, match='always_keep: saved absent, now 1'):
+        make_trainer(algorithms=[Tread(**ROUTE, always_keep=1)], load_path=path)
+    with pytest.raises(ResumeError, match='shared: saved absent, now True'):
+        make_trainer(algorithms=[Tread(**ROUTE, shared=True)], load_path=path)
+    make_trainer(algorithms=[Tread(**ROUTE, always_keep=0, shared=False)], load_path=path)
     make_trainer(algorithms=[Tread(1, -3, 0.5)], load_path=path, load_weights_only=True)
 
 
@@ -330,21 +313,6 @@ def test_a_foreign_attribute_of_that_name_is_not_believed():
     seen, _, logged = trained(Tread(**ROUTE), model=model, device_train_microbatch_size=4, max_duration='3ba')
     assert seen == [16, 8, 8, 8, 8, 16] * 6
     assert logged['tread/kept_tokens'] == [8, 8, 8]
-
-
-def test_settings_that_came_later_bind_a_checkpoint_only_where_they_are_used(tmp_path):
-    assert set(Tread(**ROUTE).settings()) == {'routes', 'start_time', 'end_time', 'float32_after'}
-    path = saved(tmp_path, [Tread(**ROUTE)])
-    make_trainer(algorithms=[Tread(**ROUTE, always_keep=0, shared=False)], load_path=path)
-    with pytest.raises(ResumeError, match='always_keep: saved absent, now 1'):
-        make_trainer(algorithms=[Tread(**ROUTE, always_keep=1)], load_path=path)
-    with pytest.raises(ResumeError, match='shared: saved absent, now True'):
-        make_trainer(algorithms=[Tread(**ROUTE, shared=True)], load_path=path)
-
-
-def test_a_second_tread_is_refused():
-    with pytest.raises(UserError, match=r'Tread: the run has two.* One routes several lists: blocks=\[\.\.\.\]'):
-        make_trainer(algorithms=[Tread(**ROUTE), Tread(**ROUTE)])
 
 
 def test_a_whole_compiled_model_is_said_not_to_be_checked(caplog):

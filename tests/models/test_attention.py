@@ -39,9 +39,6 @@ def outcome(model: Any) -> list[Tensor]:
     return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-# ---- the same function
-
-
 @BACKBONES
 def test_sdpa_is_the_start_and_changes_no_bit(backbone: type) -> None:
     plain, chosen = network(backbone), network(backbone)
@@ -105,9 +102,6 @@ def test_a_network_without_attention_has_no_choice() -> None:
         model.use_attention('flex', CPU)
 
 
-# ---- refusals
-
-
 def test_without_xformers_a_run_ends_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'xformers.py').write_text("raise ImportError('No module named xformers')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -133,9 +127,6 @@ def test_a_compiled_run_with_flex_on_a_cpu_is_refused() -> None:
     config = load_config(YAMLS / 'digits.yaml', ['model.attention=flex', 'compile=true', 'device=cpu'])
     with pytest.raises(ConfigError, match=r"model\.attention: 'flex' has no compiled backward pass on a CPU"):
         check_machine(config)
-
-
-# ---- a run
 
 
 def test_a_run_trains_and_samples_with_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -164,9 +155,6 @@ def test_a_checkpoint_does_not_know_what_computed_it() -> None:
     assert 'qk_norm' not in decisive_settings(plain)['model']
     normed = load_config(YAMLS / 'digits.yaml', ['model.qk_norm=rms'])
     assert decisive_settings(normed)['model']['qk_norm'] == 'rms'
-
-
-# ---- norms of queries and keys
 
 
 @pytest.mark.parametrize('kind', ['rms', 'layer'])

@@ -5,13 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.networks import fresh_net, inputs, on_meta, random_net
+from tests.models.networks import fresh_net, gelu, inputs, linear_of, macs, on_meta, random_net, silu
 from tread_composer.models import DiT, without_sigma
 from tread_composer.models.layers import sincos_positions
-
-# ---- parameters
 
 
 @pytest.mark.parametrize(
@@ -64,9 +61,6 @@ def test_presets() -> None:
     assert on_meta(DiT, 'DiT-XL/2', latent_size=64).state_dict()['pos_embed'].shape == (1, 1024, 1152)
 
 
-# ---- cost
-
-
 @pytest.mark.parametrize(
     ('name', 'latent_size', 'gmacs'),
     [
@@ -80,36 +74,21 @@ def test_presets() -> None:
 )
 def test_forward_cost_is_that_of_the_flop_model(name: str, latent_size: int, gmacs: float) -> None:
     model = on_meta(DiT, name, latent_size, learn_sigma=True)
-    x = torch.empty(1, 4, latent_size, latent_size, device='meta')
-    with FlopCounterMode(display=False) as counter:
-        model(x, torch.empty(1, device='meta'), torch.empty(1, dtype=torch.long, device='meta'))
-    counted = counter.get_total_flops() / 2e9
+    counted = macs(model) / 1e9
     n, d, depth = model.num_tokens, model.hidden_size, model.depth
     formula = depth * (12 * n * d**2 + 2 * n**2 * d + 6 * d**2) + 2 * d**2 + 256 * d + d**2 + (16 + 32) * n * d
     assert counted == pytest.approx(formula / 1e9, rel=1e-12)
     assert counted == pytest.approx(gmacs, rel=5e-4, abs=0.005)  # the table has two decimals
 
 
-# ---- the second implementation
-
-
 def slow_dit(weights: dict[str, Tensor], x: Tensor, t: float, label: int | None, *, p: int, heads: int) -> Tensor:
     """One sample ``[C, H, W]`` through a DiT, written from the paper with loops; everything in float64."""
     side = x.shape[1] // p
-    width = weights['x_embedder.proj.bias'].shape[0]
-
-    def linear(name: str, v: Tensor) -> Tensor:
-        return torch.einsum('oi,...i->...o', weights[f'{name}.weight'], v) + weights[f'{name}.bias']
-
-    def silu(v: Tensor) -> Tensor:
-        return v / (1 + torch.exp(-v))
+    width, linear = weights['x_embedder.proj.bias'].shape[0], linear_of(weights)
 
     def norm(v: Tensor) -> Tensor:
         centred = v - v.mean(-1, keepdim=True)
         return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
-
-    def gelu(v: Tensor) -> Tensor:
-        return v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
     tokens = []
     for row in range(side):
@@ -192,9 +171,6 @@ def test_positions_equal_a_loop() -> None:
         sincos_positions(width=6, grid_size=2)
 
 
-# ---- initial values
-
-
 def test_initial_weights_have_the_published_spread() -> None:
     torch.manual_seed(0)
     model = DiT(latent_size=8, in_channels=4, num_classes=500, hidden_size=128, depth=1, num_heads=2)
@@ -209,9 +185,6 @@ def test_initial_weights_have_the_published_spread() -> None:
     assert all(not value.any() for name, value in weights.items() if name.endswith('.bias'))
 
 
-# ---- behaviour
-
-
 def test_without_sigma_keeps_the_first_channels_and_refuses_other_heads() -> None:
     full, half = random_net(DiT, learn_sigma=True), fresh_net(DiT)
     weights = full.state_dict()
@@ -222,9 +195,3 @@ def test_without_sigma_keeps_the_first_channels_and_refuses_other_heads() -> Non
         without_sigma(half.state_dict(), in_channels=3, patch_size=2)
     with pytest.raises(ValueError, match='final_layer'):
         without_sigma({}, in_channels=3, patch_size=2)
-
-
-def test_attributes() -> None:
-    model = random_net(DiT)
-    assert (model.num_tokens, model.in_channels, model.latent_size, model.num_classes) == (16, 3, 8, 5)
-    assert (model.patch_size, model.depth, model.hidden_size) == (2, 2, 24)

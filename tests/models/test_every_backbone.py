@@ -137,9 +137,6 @@ def test_fullgraph_export_has_no_data_dependent_branch(backbone: type) -> None:
     torch.testing.assert_close(program.module()(*inputs()), model(*inputs()))
 
 
-# ---- tokens and what belongs to them
-
-
 def token_inputs(model: Any, index: int) -> list[Tensor]:
     """What block ``index`` gets for each of the 16 tokens beside them, ``[16, ...]`` each."""
     if isinstance(model, LightningDiT):
@@ -212,9 +209,6 @@ def test_a_route_that_forgets_what_belongs_to_tokens_is_refused(backbone: type, 
     apply_tread(model, Route(1, 2), token_arguments=())
     with pytest.raises((ValueError, RoutingError), match=message):
         model(*inputs())
-
-
-# ---- precision
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,15 @@
 """Mamba2DiT: its parts put together, routes, precision, sizes and cost. Its scans and its block are in ``test_ssd``."""
 
-import math
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.networks import inputs, on_meta, random_net
+from tests.models.networks import inputs, macs, on_meta, random_net
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, Mamba2DiT
-from tread_composer.models.base import unpatchify
 from tread_composer.models.mamba2_dit import scan_positions
 from tread_composer.routing import Route, apply_tread
 
 SCANS = ('raster', 'alternate')
-
-
-# ---- the network
 
 
 def test_scan_orders_equal_loops() -> None:
@@ -24,29 +17,8 @@ def test_scan_orders_equal_loops() -> None:
     columns = scan_positions((3, 5), 'column').tolist()
     visited = [columns.index(step) for step in range(15)]
     assert visited == [row * 5 + column for column in range(5) for row in range(3)]
-
-
-@pytest.mark.parametrize('scan', SCANS)
-def test_the_network_is_its_parts_and_alternates_its_scans(scan: str) -> None:
-    model = random_net(Mamba2DiT, scan=scan).double().eval()
-    x, t, labels = inputs()
-    x = torch.cat([x, x], dim=3).double()  # a grid of 4 x 8
-    tokens = model.x_embedder(x)
-    row, column = (torch.arange(32) // 8).tolist(), (torch.arange(32) % 8).tolist()
-    for n in range(32):
-        angles = [[at / 10000 ** (k / 6) for k in range(6)] for at in (column[n], row[n])]
-        parts = [function(a) for axis in angles for function in (math.sin, math.cos) for a in axis]
-        tokens[:, n] += torch.tensor(parts).float().double()
-    c = model.t_embedder(t) + model.y_embedder(labels)
-    for index, block in enumerate(model.blocks):
-        by_column = scan == 'alternate' and index % 2
-        places = [column[n] * 4 + row[n] if by_column else n for n in range(32)]
-        tokens = block(tokens, c, torch.tensor(places).expand(3, -1))
-    expected = unpatchify(model.final_layer(tokens, c), (4, 8), 2, 3)
-    torch.testing.assert_close(model(x, t, labels), expected, rtol=1e-6, atol=1e-6)
-
-
-# ---- sizes and cost
+    given = random_net(Mamba2DiT, scan='alternate').block_inputs(torch.zeros(2, 15, 24), (3, 5))
+    assert [positions.tolist() for (positions,) in given] == [[list(range(15))] * 2, [columns] * 2]
 
 
 @pytest.mark.parametrize(
@@ -84,15 +56,8 @@ def test_forward_cost_is_that_of_the_formula(name: str, latent_size: int, kept: 
         routing = apply_tread(model, Route(1, 2), token_arguments=model.token_arguments)
         routing.arm([torch.empty(1, kept, dtype=torch.int64, device='meta')], num_tokens=n)
         counts[1:3] = [kept] * 2
-    x = torch.empty(1, 4, latent_size, latent_size, device='meta')
-    with FlopCounterMode(display=False) as counter:
-        model(x, torch.empty(1, device='meta'), torch.empty(1, dtype=torch.long, device='meta'))
     rest = 2 * d**2 + 256 * d + d**2 + (16 + 16) * n * d
-    expected = sum(block_macs(count, d, 256) for count in counts) + rest
-    assert counter.get_total_flops() == 2 * expected
-
-
-# ---- the fused kernel
+    assert macs(model) == sum(block_macs(count, d, 256) for count in counts) + rest
 
 
 def test_the_fused_kernel_is_refused_on_the_cpu_with_the_reason() -> None:

@@ -117,23 +117,13 @@ def slow_losses(chain: list[dict[str, float]], scale: float = 0.8, gamma: float 
 @pytest.mark.parametrize('scale', [0.8, 0.05])  # with 0.8, values of the first sample lie beyond both open bins
 def test_losses_equal_the_slow_implementation(schedule: str, scale: float) -> None:
     latents, labels, noise = batch(scale)
-    out = DDPM(schedule=schedule)(Affine(), latents, labels, noise, QUANTILES)  # type: ignore[arg-type]
+    out = DDPM(schedule=schedule)(denoiser := Affine(), latents, labels, noise, QUANTILES)  # type: ignore[arg-type]
+    assert denoiser.seen[0][1].dtype == torch.int64  # FSDP in bfloat16 would round floats
     expected = slow_losses(slow_chain(schedule), scale)
     assert out.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(out[name], torch.tensor(values), rtol=2e-4, atol=0, msg=name)
     assert (scale == 0.8) == bool((latents[0] < -0.999).any() and (latents[0] > 0.999).any())
-
-
-def test_the_network_is_told_the_timestep_unscaled_and_sees_the_noised_latents() -> None:
-    latents, labels, noise = batch()
-    denoiser = Affine()
-    DDPM()(denoiser, latents, labels, noise, QUANTILES)
-    ((x, t, seen_labels),) = denoiser.seen
-    assert t.tolist() == TIMESTEPS and t.dtype == torch.int64  # FSDP in bfloat16 would round floats
-    assert torch.equal(seen_labels, labels)
-    bar = slow_chain()[900]['bar']
-    torch.testing.assert_close(x[4], math.sqrt(bar) * latents[4] + math.sqrt(1 - bar) * noise[4])
 
 
 def test_every_timestep_has_the_same_share_of_the_quantiles() -> None:
@@ -153,16 +143,6 @@ def test_alpha_bars_are_those_of_the_schedule(schedule: str, steps: int) -> None
     found = DDPM(num_timesteps=steps, schedule=schedule).alphas_cumprod  # type: ignore[arg-type]
     assert found.dtype == torch.float64 and found.shape == (steps,)
     np.testing.assert_allclose(found.numpy(), [row['bar'] for row in slow_chain(schedule, steps)], rtol=1e-9)
-
-
-def test_known_alpha_bars() -> None:
-    linear, cosine = DDPM().alphas_cumprod, DDPM(schedule='cosine').alphas_cumprod
-    assert linear[0].item() == pytest.approx(0.9999)
-    assert linear[-1].item() == pytest.approx(4.0358e-5, rel=1e-3)
-    assert 10 * math.log10(linear[500] / (1 - linear[500])) == pytest.approx(-10.7, abs=0.1)  # median, methods.md 2.1
-    assert cosine[499].item() == pytest.approx(0.4938, abs=1e-3)
-    betas = 1 - cosine[1:] / cosine[:-1]
-    assert betas.max().item() == pytest.approx(0.999, abs=1e-9)
 
 
 def test_the_bound_of_a_perfect_model_is_zero_and_of_one_with_the_largest_variance_what_theory_says() -> None:
@@ -266,26 +246,6 @@ def test_sampling_times_are_the_noise_levels_of_the_timesteps() -> None:
     bars = [slow_chain()[t]['bar'] for t in (999, 500, 0)]
     np.testing.assert_allclose(times.numpy(), [*(math.sqrt((1 - bar) / bar) for bar in bars), 0.0], rtol=1e-9)
     assert times.dtype == torch.float64
-    for steps in (0, -1, 41):
-        with pytest.raises(ValueError, match='take 1 to 40 steps'):
-            DDPM(num_timesteps=40).sampling_times(steps)
-
-
-@pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({'num_timesteps': 1}, 'num_timesteps=1'),
-        ({'schedule': 'sigmoid'}, "schedule='sigmoid' is neither"),
-        ({'beta_start': 0.0}, 'beta_start=0.0'),
-        ({'beta_start': 0.5, 'beta_end': 0.1}, '0 < beta_start <= beta_end < 1'),
-        ({'beta_end': 1.0}, 'beta_end=1.0'),
-        ({'beta_end': math.nan}, 'beta_end=nan'),
-        ({'schedule': 'cosine', 'beta_end': 0.1}, "belong to schedule 'linear'"),
-    ],
-)
-def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DDPM(**settings)
 
 
 def test_objectives_with_equal_settings_are_equal() -> None:

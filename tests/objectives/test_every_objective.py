@@ -1,12 +1,15 @@
-"""What all objectives do alike: float32 losses per sample, nothing drawn, other channels refused."""
+"""What all objectives do alike: float32 losses per sample, nothing drawn; other channels and settings refused."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from tests.objectives.denoisers import Affine, batch
 from tread_composer.core.protocols import Objective
-from tread_composer.objectives import DDPM, EDM, FlowMatching
-from tread_composer.objectives.prediction import predict
+from tread_composer.objectives import DDPM, EDM, FlowMatching, LogitNormal, MinSNR, Mode, Shifted, Uniform
 
 QUANTILES = torch.tensor([0.03, 0.4, 0.5, 0.9])
 OBJECTIVES = pytest.mark.parametrize('objective', [FlowMatching(), EDM(), DDPM(), DDPM(learned_variance=False)])
@@ -54,8 +57,37 @@ def test_another_number_of_channels_is_refused_in_training_and_sampling(objectiv
             objective.drift(Affine(channels), labels)(noise.double(), torch.tensor(0.5, dtype=torch.float64))
 
 
-def test_predictions_are_float32_on_both_sides_of_the_denoiser() -> None:
-    latents, labels, _ = batch()
-    denoiser = Affine(dtype=torch.bfloat16)
-    assert predict(denoiser, latents.double(), QUANTILES.double(), labels).dtype == torch.float32
-    assert denoiser.seen[0][0].dtype == denoiser.seen[0][1].dtype == torch.float32
+IMPOSSIBLE = [
+    (DDPM, {'num_timesteps': 1}, 'num_timesteps=1'),
+    (DDPM, {'schedule': 'sigmoid'}, "schedule='sigmoid' is neither"),
+    (DDPM, {'beta_start': 0.0}, 'beta_start=0.0'),
+    (DDPM, {'beta_start': 0.5, 'beta_end': 0.1}, '0 < beta_start <= beta_end < 1'),
+    (DDPM, {'beta_end': 1.0}, 'beta_end=1.0'),
+    (DDPM, {'beta_end': math.nan}, 'beta_end=nan'),
+    (DDPM, {'schedule': 'cosine', 'beta_end': 0.1}, "belong to schedule 'linear'"),
+    (EDM, {'sigma_data': 0.0}, 'sigma_data=0.0'),
+    (EDM, {'P_std': -1.0}, 'P_std=-1.0'),
+    (EDM, {'rho': 0.0}, 'rho=0.0'),
+    (EDM, {'sigma_min': 0.0}, 'sigma_min=0.0'),
+    (EDM, {'sigma_min': 2.0, 'sigma_max': 1.0}, 'below sigma_max=1.0'),
+    (FlowMatching, {'direction_weight': -1.0}, 'direction_weight=-1.0'),
+    (FlowMatching, {'direction_weight': math.nan}, 'direction_weight=nan'),
+    (FlowMatching, {'direction_patch': 0}, 'direction_patch=0'),
+    (FlowMatching, {'sampling_shift': 0.0}, 'sampling_shift=0.0'),
+    *((MinSNR, {'gamma': gamma}, 'gamma=') for gamma in (0.0, -1.0, math.inf, math.nan)),
+    *((LogitNormal, {'std': std}, 'LogitNormal needs') for std in (0.0, -1.0, math.inf)),
+    (LogitNormal, {'mean': math.nan}, 'LogitNormal needs'),
+    *((Mode, {'scale': scale}, r'not in \[-1, 1.7519\]') for scale in (-1.01, 1.76, math.nan)),  # not monotonous
+    *((Shifted, {'distribution': Uniform(), 'shift': s}, 'shift=') for s in (0.0, -1.0, math.inf, math.nan)),
+    (FlowMatching().snr, {'data_std': 0.0}, r'data_std=0\.0'),
+    (FlowMatching().sampling_times, {'num_steps': 0}, 'num_steps=0'),
+    (EDM().sampling_times, {'num_steps': 0}, 'num_steps=0'),
+    *((DDPM(num_timesteps=40).sampling_times, {'num_steps': n}, 'take 1 to 40 steps') for n in (0, -1, 41)),
+    (MinSNR(), {'snr': torch.ones(1), 'prediction': 'noise'}, "prediction='noise': choose"),
+]
+
+
+@pytest.mark.parametrize(('call', 'arguments', 'message'), IMPOSSIBLE)
+def test_impossible_settings_are_refused(call: Callable, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**arguments)

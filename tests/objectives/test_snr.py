@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tread_composer.objectives import DDPM, EDM, CosMap, FlowMatching, LogitNormal, MinSNR, Mode, Shifted, Uniform
-from tread_composer.objectives.snr import SNRDistribution, to_decibels
+from tread_composer.objectives.snr import SNRDistribution
 
 # Mean, standard deviation, 5 %, 50 %, 95 % in dB for data of standard deviation 1, from two million drawn times
 # (methods.md, section 2.1). lognorm(m, s) is written there with t = 1 at the data: here the mean's sign is the other.
@@ -88,12 +88,3 @@ def test_a_weight_counts_like_more_samples() -> None:
         weight = min(snr, 5.0) / snr
         total, weights = total + weight * 10 * math.log10(snr), weights + weight
     assert distribution.mean == pytest.approx(total / weights, abs=1e-6)
-
-
-def test_decibels() -> None:
-    assert float(to_decibels(torch.tensor(math.log(3.0)), 2.0)) == pytest.approx(20 * math.log10(6.0), rel=1e-6)
-
-
-def test_a_data_std_of_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'data_std=0\.0'):
-        FlowMatching().snr(0.0)

@@ -214,6 +214,10 @@ JOINT, SINGLE, ROPE, CAPTION = (
     'transformer_blocks', 'single_transformer_blocks', 'image_rotary_emb', 'encoder_hidden_states'
 )  # fmt: skip
 PADDED = {'attention_mask': {'dims': -1, 'before': CAPTION}}
+TEXT_JOINS = {  # beside the image in the first list, in one sequence with it in the second
+    JOINT: {'tokens_out': 1, 'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}}},
+    SINGLE: {'always_keep': TEXT, 'token_arguments': {ROPE: 0}},
+}
 CASES = {
     'diffusers_dit': Case(
         diffusion(DiTTransformer2DModel, in_channels=3, num_embeds_ada_norm=10),
@@ -288,26 +292,11 @@ CASES = {
     ),
     'flux2': Case(
         flux2, lambda: sequence(4, img_ids=places(4), txt_ids=torch.arange(TEXT)[:, None] * torch.eye(4)[3]),
-        (JOINT, SINGLE),
-        {
-            'shared': True,
-            'blocks': {
-                JOINT: {'tokens_out': 1, 'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}}},
-                SINGLE: {'always_keep': TEXT, 'token_arguments': {ROPE: 0}},
-            },
-        },
-        first_key=(TEXT, 0),
+        (JOINT, SINGLE), {'shared': True, 'blocks': TEXT_JOINS}, first_key=(TEXT, 0),
     ),
     'chroma': Case(
-        chroma, lambda: sequence(4, img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)), (JOINT, SINGLE),
-        {
-            'shared': True,
-            'blocks': {
-                JOINT: {'tokens_out': 1, 'token_arguments': {ROPE: {'dims': 0, 'after': CAPTION}}},
-                SINGLE: {'always_keep': TEXT, 'token_arguments': {ROPE: 0}},
-            },
-        },
-        first_key=(TEXT, 0),
+        chroma, lambda: sequence(4, img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)),
+        (JOINT, SINGLE), {'shared': True, 'blocks': TEXT_JOINS}, first_key=(TEXT, 0),
     ),
     'hidream': Case(
         hidream, hidream_inputs, ('double_stream_blocks',),

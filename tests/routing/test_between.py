@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.algorithms.test_tread import Foreign, foreign
 from tests.routing.small import Block, Busy, N, explicit, tokens
 from tread_composer.routing import (
     Route,
@@ -246,15 +245,3 @@ def test_another_list_of_the_same_blocks_is_refused_by_name(kind):
     model.early = kind(list(model.blocks)[:3])
     with pytest.raises(ValueError, match=r"'early' holds blocks of 'blocks'.*unnoticed"):
         apply_tread(model, Route(1, 4, 0.5), blocks='blocks')
-
-
-def test_another_list_of_the_same_blocks_is_refused_by_the_algorithm_too(monkeypatch):
-    original = Foreign.__init__
-
-    def doubled(self, *arguments):
-        original(self, *arguments)
-        self.again = list(self.layers)
-
-    monkeypatch.setattr(Foreign, '__init__', doubled)
-    with pytest.raises(ValueError, match=r"algorithms\.tread: .*'again' holds blocks of 'layers'"):
-        foreign('loop')

@@ -37,16 +37,6 @@ def outputs_of(model, *arguments):
     return seen[0]
 
 
-@pytest.mark.parametrize('sequential', [False, True])
-def test_only_kept_tokens_pass_through_the_routed_blocks(sequential):
-    x_BND, model = torch.randn(2, N, 8), AddOne(6)
-    model = nn.Sequential(*model.blocks) if sequential else model
-    apply_tread(model, Route(1, 4, 0.5))
-    change = (model.train()(x_BND) - x_BND).round()[..., 0]
-    assert change.unique().tolist() == [2.0, 6.0]
-    assert (change == 2.0).sum() == 16
-
-
 @pytest.mark.parametrize(
     ('depth', 'lengths'), [(12, [16] * 2 + [8] * 7 + [16] * 3), (28, [16] * 2 + [8] * 23 + [16] * 3)]
 )
@@ -79,12 +69,6 @@ def test_forward_and_every_gradient_equal_the_explicit_loop(spans, rate):
     for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         assert a.grad is None or torch.equal(a.grad, b.grad), name
-
-
-def test_rate_zero_is_the_dense_model_to_the_bit():
-    model, dense = tiny_dit().train(), tiny_dit().train()
-    apply_tread(model, Route(1, 4, 0.0))
-    assert torch.equal(model(*inputs()), dense(*inputs()))
 
 
 def test_evaluation_draws_nothing_and_repeats_itself():

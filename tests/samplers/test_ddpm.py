@@ -11,12 +11,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from tests.helpers import randomised, tiny_dit
+from tests.helpers import tiny_model
 from tests.samplers.gaussian import LABELS, MEAN, STD, noise, unasked
+from tests.samplers.test_draw import model
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.latent_diffusion import LatentDiffusion
-from tread_composer.models import DiT
-from tread_composer.objectives import DDPM, FlowMatching
+from tread_composer.objectives import DDPM
 from tread_composer.objectives.ddpm import evenly_spaced
 from tread_composer.samplers import Equation, ddim, ddpm, euler, heun, integrate
 
@@ -211,36 +210,6 @@ def test_predicted_data_are_not_clipped() -> None:
     assert ddim(Equation(objective, Wavy(), LABELS), 9 * normal(-1), our_times([3]), unasked).abs().max() > 9
 
 
-def model() -> LatentDiffusion:
-    network = DiT(
-        latent_size=8, in_channels=1, num_classes=10, patch_size=2, hidden_size=16, depth=2, num_heads=2,
-        learn_sigma=True,
-    )  # fmt: skip
-    randomised(network)
-    return LatentDiffusion(network, DDPM(), latent_shape=(1, 8, 8), num_classes=10)
-
-
-@pytest.mark.parametrize(('sampler', 'settings'), [('ddpm', {}), ('ddim', {'eta': 0.8}), ('ddim', {}), ('heun', {})])
-@pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
-def test_a_sample_depends_on_its_label_and_seed_alone(
-    sampler: str, settings: dict[str, Any], guidance_scale: float
-) -> None:
-    ours = model()
-    labels, seeds = [0, 1, 2, 3, 4, 5, 0, 0], [7, 7, 8, 9, 10, 11, 12, 7]
-    how = {'sampler': sampler, 'sampler_settings': settings, 'num_steps': 6, 'guidance_scale': guidance_scale}
-    state = torch.get_rng_state()
-    together = ours.sample(labels, seeds, batch_size=8, **how)
-    for batch_size in (1, 3):
-        apart = ours.sample(labels, seeds, batch_size=batch_size, **how)
-        torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
-    reversed_ = ours.sample(labels[::-1], seeds[::-1], batch_size=3, **how)
-    torch.testing.assert_close(reversed_.flip(0), together, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(together[7], together[0], rtol=1e-3, atol=1e-3)
-    assert (together[6] - together[0]).abs().max() > 0.1  # another seed
-    assert (together[1] - together[0]).abs().max() > 0.1  # another label
-    assert torch.equal(state, torch.get_rng_state())
-
-
 def test_steps_get_noise_of_their_own_from_the_sample_s_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[int]]] = []
     drawn = KeyedRandom.normal
@@ -250,7 +219,7 @@ def test_steps_get_noise_of_their_own_from_the_sample_s_seed(monkeypatch: pytest
         return drawn(self, purpose, *shape)
 
     monkeypatch.setattr(KeyedRandom, 'normal', watched)
-    model().sample([1, 2], [30, 40], sampler='ddpm', num_steps=4)
+    model(objective=DDPM()).sample([1, 2], [30, 40], sampler='ddpm', num_steps=4)
     assert asked == [(purpose, [30, 40]) for purpose in ('sampling', *(f'sampling_step_{k}' for k in range(3)))]
     numbers = [drawn(KeyedRandom(0, 0, [30, 40]), purpose, 64) for purpose, _ in asked]
     correlation = torch.corrcoef(torch.cat(numbers))
@@ -258,10 +227,9 @@ def test_steps_get_noise_of_their_own_from_the_sample_s_seed(monkeypatch: pytest
 
 
 def test_a_model_refuses_what_its_objective_cannot_be_sampled_with() -> None:
-    flow = LatentDiffusion(tiny_dit(), FlowMatching(), latent_shape=(1, 8, 8), num_classes=10)
     with pytest.raises(ValueError, match="sampler: 'ddpm' walks the discrete steps"):
-        flow.sample([0], [0], sampler='ddpm')
+        tiny_model().sample([0], [0], sampler='ddpm')
     with pytest.raises(ValueError, match='take 1 to 1000 steps'):
-        model().sample([0], [0], sampler='ddpm', num_steps=1001)
+        model(objective=DDPM()).sample([0], [0], sampler='ddpm', num_steps=1001)
     with pytest.raises(ValueError, match="sampler: 'ddpm' has no settings"):
-        model().sample([0], [0], sampler='ddpm', sampler_settings={'eta': 1.0})
+        model(objective=DDPM()).sample([0], [0], sampler='ddpm', sampler_settings={'eta': 1.0})

@@ -7,10 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
-from tread_composer.core.protocols import Objective
 from tread_composer.objectives import EDM, FlowMatching
 from tread_composer.samplers import SAMPLERS, Equation, euler, heun
 
@@ -108,38 +107,7 @@ def test_edm_times_are_karras_sigmas_then_zero() -> None:
     torch.testing.assert_close(EDM().sampling_times(1), torch.tensor([80.0, 0.0], dtype=torch.float64))
 
 
-def test_flow_matching_times_are_equidistant_from_noise_to_data() -> None:
-    times = FlowMatching().sampling_times(4)
-    assert times.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert times.dtype == torch.float64
-
-
-@pytest.mark.parametrize('objective', [FlowMatching(), EDM()])
-def test_sampling_without_steps_is_refused(objective: Objective) -> None:
-    with pytest.raises(ValueError, match='num_steps=0'):
-        objective.sampling_times(0)
-
-
 def test_priors() -> None:
     assert torch.equal(FlowMatching().prior(noise()), noise().double())
     assert torch.equal(EDM(sigma_max=10.0).prior(noise()), 10 * noise().double())
     assert FlowMatching().prior(noise()).dtype == EDM().prior(noise()).dtype == torch.float64
-
-
-def test_labels_reach_the_denoiser_in_sampling() -> None:
-    class LabelEcho(nn.Module):
-        num_tokens = 1
-
-        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            return labels.view(-1, 1, 1, 1).expand_as(x).bfloat16()
-
-    drift = FlowMatching().drift(LabelEcho(), torch.tensor([1, 2, 3]))
-    velocity = drift(noise().double(), torch.tensor(0.5, dtype=torch.float64))
-    assert velocity.dtype == torch.float64
-    assert velocity[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
-
-
-def test_sampling_draws_nothing() -> None:
-    before = torch.get_rng_state()
-    error('edm', 'heun', 3)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -69,24 +69,6 @@ def test_the_sde_keeps_the_distribution() -> None:
     assert not torch.allclose(samples, other, atol=0.1)
 
 
-def test_two_steps_of_the_sde_by_hand() -> None:
-    """In SiT's own time s = 1 - t, from its formulas (4.2 of the methods sheet)."""
-    x, network = noise().double(), GaussianVelocity()
-
-    def forward(s: float, x: Tensor) -> tuple[Tensor, Tensor]:
-        velocity = -network(x.float(), torch.full((3,), 1 - s, dtype=torch.float64).float(), LABELS).double()
-        return velocity, (s * velocity - x) / (1 - s)
-
-    velocity, score = forward(0.0, x)
-    size, w = 0.96, 1.0
-    x1 = x + size * (velocity + w * score) + math.sqrt(2 * w * size) * 0.25
-    velocity, score = forward(0.96, x1)
-    expected = x1 + 0.04 * (velocity + 0.04 * score)
-    times = FlowMatching().sampling_times(2)
-    found = sde(Equation(FlowMatching(), network, LABELS), x, times, lambda step: torch.full_like(x, 0.25))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
 def sit(network, x: Tensor, num_steps: int, kind: str, size: float, w: float, fresh) -> Tensor:
     """SiT's loop in its own time s = 1 - t, data = alpha(s): Euler-Maruyama up to 1 - size, then a last step."""
     alpha, sigma = lambda s: s, lambda s: 1 - s
@@ -105,30 +87,31 @@ def sit(network, x: Tensor, num_steps: int, kind: str, size: float, w: float, fr
     return x if kind == 'none' else x / alpha(s) + sigma(s) ** 2 / alpha(s) * at(s)[1]
 
 
-@pytest.mark.parametrize(('kind', 'size'), [('mean', 0.04), ('mean', 0.2), ('tweedie', 0.1), ('none', 0.04)])
-@pytest.mark.parametrize('num_steps', [2, 9])
-def test_the_sde_ends_as_sit_s_does(kind: str, size: float, num_steps: int) -> None:
-    network, start = GaussianVelocity(), noise().double()
-    expected = sit(network, start, num_steps, kind, size, 0.7, lambda step: noise(50 + step).double())
-    network.calls = 0
-    equation, times = Equation(FlowMatching(), network, LABELS), FlowMatching().sampling_times(num_steps)
-    settings = {'last_step': size, 'last_step_kind': kind, 'diffusion': 0.7}
-    drawn = integrate('sde', equation, start, times, lambda step: noise(50 + step).double(), settings)
-    torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
-    assert network.calls == num_steps
+@pytest.mark.parametrize(
+    ('settings', 'kind', 'size', 'w'),
+    [
+        ({}, 'mean', 0.04, 1.0),
+        ({'last_step': 0.2, 'diffusion': 0.7}, 'mean', 0.2, 0.7),
+        ({'last_step': 0.1, 'diffusion': 0.7, 'last_step_kind': 'tweedie'}, 'tweedie', 0.1, 0.7),
+        ({'diffusion': 0.7, 'last_step_kind': 'none'}, 'none', 0.04, 0.7),
+    ],
+)
+@pytest.mark.parametrize('num_steps', [1, 2, 9])
+def test_the_sde_is_sit_s(settings: dict, kind: str, size: float, w: float, num_steps: int) -> None:
+    network, start, asked = GaussianVelocity(), noise().double(), []
 
-
-@pytest.mark.parametrize('num_steps', [1, 2, 7])
-def test_the_sde_makes_one_call_a_step_and_asks_for_one_noise_less(num_steps: int) -> None:
-    network, asked = GaussianVelocity(), []
-
-    def note(step: int) -> Tensor:
+    def fresh(step: int) -> Tensor:
         asked.append(step)
-        return noise()
+        return noise(50 + step).double()
 
-    sde(Equation(FlowMatching(), network, LABELS), noise(), FlowMatching().sampling_times(num_steps), note)
-    assert network.calls == num_steps
-    assert asked == list(range(num_steps - 1))
+    expected = sit(network, start, num_steps, kind, size, w, fresh)
+    network.calls = 0
+    asked.clear()
+    equation, times = Equation(FlowMatching(), network, LABELS), FlowMatching().sampling_times(num_steps)
+    drawn = integrate('sde', equation, start, times, fresh, settings)
+    if num_steps > 1:  # one step goes all the way
+        torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
+    assert network.calls == num_steps and asked == list(range(num_steps - (kind != 'none')))
 
 
 def test_without_diffusion_the_sde_is_the_ode() -> None:

@@ -43,7 +43,9 @@ def limits(algorithm: object, model: nn.Module | None = None) -> dict[Limit, str
             "it exchanges blocks of torchvision's ResNet alone, and the model has none, so it would do nothing"
         )
     if isinstance(algorithm, GradientClipping) and algorithm.clipping_type == 'adaptive':
-        zero = None if model is None else _all_zero(model)
+        named = () if model is None else model.named_parameters()
+        trained = ((name, weight) for name, weight in named if weight.requires_grad and not weight.is_meta)
+        zero = next((name for name, weight in trained if not weight.any()), None)
         if model is None or zero is not None:
             reasons['train'] = (
                 'adaptive clipping cuts a gradient down to a share of its weights, and of weights that start at zero '
@@ -100,12 +102,6 @@ def refuse_conflicts(algorithm: object, state: State) -> None:
         if saves and 'save' in reasons:
             remedy = 'Take it out, or train without saving (no save_folder)'
             raise UserError(f'{title} cannot work in this run: {reasons["save"]}. {remedy}')
-
-
-def _all_zero(model: nn.Module) -> str | None:
-    """Name of a trainable parameter without any value but zero."""
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and not p.is_meta)
-    return next((name for name, parameter in named if not parameter.any()), None)
 
 
 def evaluated_weights(state: State) -> str:

@@ -34,10 +34,7 @@ _REASONS = {
 class Folder(Pretrained):
     """A frozen autoencoder of diffusers: ``AutoencoderKL``, ``AutoencoderTiny`` or ``AutoencoderDC``.
 
-    Args:
-        path: A folder written by ``save_pretrained``, or a hub id such as ``stabilityai/sd-vae-ft-ema``.
-        subfolder: Where in it the autoencoder lies, e.g. ``'vae'`` in a whole pipeline.
-        revision: Commit of a hub id; name one for results that can be repeated.
+    ``path`` is a folder that ``save_pretrained`` wrote, or a hub id; the others are those of ``open_autoencoder``.
 
     Raises:
         UserError: On first use: diffusers is missing, there is no autoencoder at ``path``, it is of another class, a

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders.folder import network_class
+from tread_composer.autoencoders.pretrained import refuse_misfits
 from tread_composer.core.errors import UserError
 
 __all__ = ['ldm_network']
@@ -37,21 +38,13 @@ def ldm_network(tensors: Mapping[str, Tensor], path: str) -> Any:
     levels = len(network.config.block_out_channels)
     empty = network.state_dict()
     names = {name: _original_name(name, levels) for name in empty}
-    shapes = {names[name]: list(value.shape) for name, value in empty.items()}
+    shapes = {names[name]: value.shape for name, value in empty.items()}
     # Attention was written as convolutions of size 1, which are the linear layers that diffusers has.
-    as_linear = {name: [*shape, 1, 1] for name, shape in shapes.items()}
-    held = {name: list(value.shape) for name, value in tensors.items()}
-    wrong = [
-        f'  {name}: {held.get(name, "missing")}, the rest asks for {shapes.get(name, "no such tensor")}'
-        for name in dict.fromkeys([*shapes, *held])
-        if held.get(name) not in (shapes.get(name), as_linear.get(name))
-    ]
-    if wrong:
-        raise UserError(
-            f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents\n'
-            + '\n'.join(wrong[:10])
-        )
-    weights = {name: tensors[names[name]].float().reshape(value.shape) for name, value in empty.items()}
+    linear = [name for name, shape in shapes.items() if name in tensors and tensors[name].shape == (*shape, 1, 1)]
+    tensors |= {name: tensors[name].reshape(shapes[name]) for name in linear}
+    fault = f'autoencoder {path!r}: not an autoencoder of the latent-diffusion layout with Gaussian latents'
+    refuse_misfits(tensors, shapes, fault)
+    weights = {name: tensors[names[name]].float() for name in empty}
     network.load_state_dict(weights, assign=True)
     return network
 

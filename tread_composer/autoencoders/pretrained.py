@@ -7,7 +7,7 @@ Legend: B images, C channels of the latent, S channels that `encode` gives, H x 
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.tensors import digest_of
 
-__all__ = ['NETWORKS', 'Pretrained']
+__all__ = ['NETWORKS', 'Pretrained', 'refuse_misfits', 'sample_moments']
 
 
 class _Use(NamedTuple):
@@ -30,6 +30,38 @@ class _Use(NamedTuple):
 
 def _moments(output: Any) -> Tensor:
     return torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
+
+
+def refuse_misfits(held: Mapping[str, Tensor], expected: Mapping[str, torch.Size], fault: str) -> None:
+    """A ``UserError`` that names tensors which are missing, left over or of another shape; ``fault`` begins it."""
+    shapes = {name: list(value.shape) for name, value in held.items()}
+    wanted = {name: list(shape) for name, shape in expected.items()}
+    wrong = [
+        f'  {name}: {shapes.get(name, "missing")}, the rest asks for {wanted.get(name, "no such tensor")}'
+        for name in dict.fromkeys([*wanted, *shapes])
+        if shapes.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise UserError('\n'.join([fault, *wrong[:10]]))
+
+
+def sample_moments(moments_B2Chw: Tensor, noise_BChw: Tensor) -> Tensor:
+    """Draws from a posterior (Kingma & Welling 2013, arXiv 1312.6114, section 2.4): float32 ``[B, C, h, w]``.
+
+    ``mean + exp(logvar / 2) * noise``. The moments are means, then log-variances, widened before the exponential; noise
+    is standard normal, and zeros give the means.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    batch, channels, *size = noise_BChw.shape
+    if moments_B2Chw.shape != (batch, 2 * channels, *size):
+        raise ValueError(
+            f'moments {tuple(moments_B2Chw.shape)} and noise {tuple(noise_BChw.shape)} do not belong together: '
+            f'moments hold means and log-variances, twice the channels of the noise and else its shape'
+        )
+    mean_BChw, logvar_BChw = moments_B2Chw.float().chunk(2, dim=1)
+    return mean_BChw + torch.exp(0.5 * logvar_BChw) * noise_BChw.float()
 
 
 NETWORKS = {

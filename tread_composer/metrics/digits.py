@@ -20,7 +20,7 @@ from tread_composer.autoencoders.pixels import to_uint8
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.images import ImageSet
-from tread_composer.metrics.metric import Comparison, Figure, Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity
 
 __all__ = ['DigitsFeatures', 'DigitsImages', 'DigitsJudge', 'Recognised', 'digits_judge', 'real_digits']
 
@@ -86,18 +86,14 @@ class DigitsFeatures:
         return torch.from_numpy(digits_judge().features(images_B3RR[:, :1].cpu().float() / 127.5 - 1)), None
 
 
-class Recognised:
+class Recognised(Metric):
     """Share of the images that the classifier behind the features ``digits`` assigns to their own label."""
 
     name = 'recognised'
     quantities = (_RECOGNISED,)
-    needs_logits = False
     needs_labels = True
     reads_features = 'digits'
     compares_with = 'nothing'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``; any number of images will do."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``; a ``UserError`` where nobody knows which digits the images are to be."""

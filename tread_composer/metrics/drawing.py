@@ -93,14 +93,9 @@ def drawing_facts(
 ) -> dict[str, Any]:
     """The part of a ``Protocol`` that says how images came about.
 
-    Args:
-        model: A ``LatentDiffusion``. Without an ``objective`` its numbers compare with none.
-        sampling: Sampler, steps and guidance.
-        draws: Labels and seeds.
-        weights: ``'ema'``, ``'raw'`` or ``'posthoc:0.13'``.
-        decode_dtype: What the autoencoder computed in.
-        routes: Where the model was trained to do with fewer tokens; guidance may depend on them.
-        weak: Which weights guided as the second network, and their digest.
+    ``model`` is a ``LatentDiffusion``; without an ``objective`` its numbers compare with none. On ``routes`` it was
+    trained to do with fewer tokens, which guidance may depend on; ``weak`` names the second network's weights and their
+    digest.
     """
     autoencoder: Any = getattr(model, 'autoencoder', None)
     encoded = hasattr(autoencoder, 'weight_hash')  # pixels are decoded by arithmetic alone

@@ -22,16 +22,9 @@ from tread_composer.io.progress import Progress
 from tread_composer.metrics import FEATURES
 
 __all__ = [
-    'HASH_ORDER',
-    'Extractor',
-    'FeatureSet',
-    'extractor_class',
-    'joined',
-    'load_features',
-    'looked',
-    'open_extractor',
+    'HASH_ORDER', 'Extractor', 'FeatureSet', 'extractor_class', 'joined', 'load_features', 'looked', 'open_extractor',
     'save_features',
-]
+]  # fmt: skip
 
 
 HASH_ORDER = 'in the order of their hashes'
@@ -74,20 +67,13 @@ class FeatureSet:
 
     So KID's random subsets and the parts of the Inception Score do not depend on the order in which the images came,
     nor on how many processes there were.
-
-    Args:
-        features_ND: What the network made of each image.
-        logits_NK: None if the network has none.
-        digests: One of the bytes of each image.
-        labels_N: What each image was to show, int64; None if nobody knows.
-        spatial_NS: Features that keep their place in the image, where they are asked for.
     """
 
     features_ND: Tensor
-    logits_NK: Tensor | None
-    digests: Sequence[bytes]
-    labels_N: Tensor | None = None
-    spatial_NS: Tensor | None = None
+    logits_NK: Tensor | None  # None if the network has none
+    digests: Sequence[bytes]  # of the bytes of each image
+    labels_N: Tensor | None = None  # what each image was to show, int64; None if nobody knows
+    spatial_NS: Tensor | None = None  # features that keep their place in the image, where they are asked for
 
     def __len__(self) -> int:
         return len(self.digests)

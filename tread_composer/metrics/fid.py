@@ -4,7 +4,7 @@ import torch
 
 from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.frechet import frechet_distance, statistics
-from tread_composer.metrics.metric import Comparison, Figure, Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity
 
 __all__ = ['FID', 'SFID']
 
@@ -14,16 +14,12 @@ _SFID = Quantity('sfid', 'lower', 'squared distance of spatial features', other=
 _PORT = {'port': "not yet held against ADM's numbers"}
 
 
-class FID:
+class FID(Metric):
     """Distance of the two Gaussians that are fitted to the features (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
 
     name = 'fid'
     quantities = (_FID,)
-    needs_logits = False
-    compares_with = 'statistics'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``; that a covariance needs two images is said by ``statistics``."""
+    compares_with = 'statistics'  # which say themselves that a covariance needs two images
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
@@ -31,7 +27,7 @@ class FID:
         return [Figure(_FID, frechet_distance(statistics(samples.features_ND), reference.statistics))]
 
 
-class SFID:
+class SFID(FID):
     """FID of features that keep their place in the image (Nash et al. 2021, arXiv 2103.03841, section 5.1), as in ADM.
 
     Of Inception's ``mixed_6/conv``, behind its ReLU, the first 7 of 192 channels at 17 x 17 places: 2,023 features.
@@ -39,13 +35,8 @@ class SFID:
 
     name = 'sfid'
     quantities = (_SFID,)
-    needs_logits = False
     needs_spatial = True
     reads_features = 'inception'
-    compares_with = 'statistics'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``; that a covariance needs two images is said by ``statistics``."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""

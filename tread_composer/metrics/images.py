@@ -51,8 +51,14 @@ class ImageSet:
 
     @functools.cached_property
     def hash(self) -> str:
-        """``'sha256:...'`` over the content of the files (and their names, where there are several)."""
-        return _tree_hash(self.path, self.files) if self.files else file_hash(self.path)
+        """``'sha256:...'`` over the content of the files (and their names, where there are several), in any order."""
+        if not self.files:
+            return file_hash(self.path)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            hashes = pool.map(lambda name: file_hash(self.path / name).removeprefix('sha256:'), self.files)
+            # No name can hold a NUL, so two sets never give the same text
+            lines = [f'{name}\0{digest}\n' for name, digest in zip(self.files, hashes, strict=True)]
+        return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
 
     def labels(self) -> list[int] | None:
         """What each image was to show, if the set says it."""
@@ -218,15 +224,6 @@ def open_images(path: str | Path) -> ImageSet:
     raise UserError(
         f'{path}: {problem}; give a folder of images, an .npz as ADM has it, an .npy, or an MDS data set of images'
     )
-
-
-def _tree_hash(folder: Path, files: Sequence[str]) -> str:
-    """SHA-256 over the names and the content of files, whatever their order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = pool.map(lambda name: file_hash(folder / name).removeprefix('sha256:'), files)
-        # No name can hold a NUL, so two sets never give the same text
-        lines = [f'{name}\0{digest}\n' for name, digest in zip(files, hashes, strict=True)]
-    return f'sha256:{hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()}'
 
 
 def _pixels(path: Path) -> np.ndarray:

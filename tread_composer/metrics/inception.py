@@ -18,15 +18,9 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.inference import plain_float32
 
 __all__ = [
-    'INCEPTION_FILE',
-    'INCEPTION_SHA256',
-    'InceptionFeatures',
-    'check_weights',
-    'describe_weights',
-    'download_weights',
-    'find_weights',
-    'hub_path',
-]
+    'INCEPTION_FILE', 'INCEPTION_SHA256', 'InceptionFeatures', 'check_weights', 'describe_weights', 'download_weights',
+    'find_weights', 'hub_path',
+]  # fmt: skip
 
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
 _SIZE = 95_628_359  # bytes

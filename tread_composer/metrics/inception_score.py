@@ -4,7 +4,7 @@ import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import HASH_ORDER, FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure, Quantity
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity
 
 __all__ = ['InceptionScore']
 
@@ -12,7 +12,7 @@ _SCORE = Quantity('inception_score', 'higher', 'classes', other='score')
 _SPLITS, _SEED = 10, 2020  # as published; torch-fidelity's default
 
 
-class InceptionScore:
+class InceptionScore(Metric):
     """How certain and how different the images' classes are (Salimans et al. 2016, arXiv 1606.03498, section 4)."""
 
     name = 'is'

@@ -3,7 +3,7 @@
 import torch
 
 from tread_composer.metrics.features import HASH_ORDER, FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure, Quantity, refuse_few
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity, refuse_few
 
 __all__ = ['KID']
 
@@ -11,7 +11,7 @@ _KID = Quantity('kid', 'lower', 'squared MMD', other='kd')
 _SUBSETS, _SEED = 100, 2020  # torch-fidelity's defaults
 
 
-class KID:
+class KID(Metric):
     """Squared MMD with a cubic kernel, unbiased, mean over random subsets (Binkowski et al. 2018, arXiv 1801.01401).
 
     Other subsets move it by some per cent. They are drawn by a fixed seed from images in the order of their hashes.
@@ -22,7 +22,6 @@ class KID:
 
     name = 'kid'
     quantities = (_KID,)
-    needs_logits = False
     compares_with = 'images'
 
     def __init__(self, kid_subset_size: int = 1000) -> None:

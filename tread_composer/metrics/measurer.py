@@ -32,14 +32,8 @@ class Measurer:
     """Opens the feature network and the reference, looks at images, and makes the numbers.
 
     On several ranks each looks at its share of the images, the features are gathered, and the first rank measures. All
-    ranks call `prepare` and `figures`; the other methods need no other rank.
-
-    Args:
-        measurement: What and how.
-        device: Where to compute.
-        ranks: This process and its like.
-        log: Gets the lines for people.
-        images: The reference, where it is no path of the measurement's; its features are not kept.
+    ranks call `prepare` and `figures`; the other methods need no other rank. ``images`` are the reference, where it is
+    no path of the measurement's; their features are not kept.
 
     Raises:
         UserError: A metric or the features are unknown, or the reference or the weights of Inception are not what they

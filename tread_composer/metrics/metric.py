@@ -14,18 +14,9 @@ from tread_composer.metrics.features import FeatureSet
 from tread_composer.metrics.frechet import Statistics
 
 __all__ = [
-    'Better',
-    'Comparison',
-    'Figure',
-    'Metric',
-    'Quantity',
-    'build_metrics',
-    'check_metrics',
-    'direction',
-    'measure',
-    'refuse_few',
-    'used_settings',
-]
+    'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'direction', 'measure',
+    'refuse_few', 'used_settings',
+]  # fmt: skip
 
 Better = Literal['lower', 'higher']
 
@@ -34,19 +25,12 @@ _FULL_COUNT = 50_000  # samples of a published FID; below, the metric's name say
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a number is a number of.
+    """What a number is a number of."""
 
-    Args:
-        name: As it is published, with Inception's features.
-        better: Which values are better.
-        unit: What one of it is.
-        other: Its name with other features, whose own name follows: only Inception's make an FID, a KID or an
-            Inception Score. (Default: the same name.)
-    """
-
-    name: str
+    name: str  # as it is published, with Inception's features
     better: Better
     unit: str
+    # Its name with other features, whose own name follows: only Inception's make an FID, a KID or an Inception Score.
     other: str = ''
 
     def reported(self, features: str, num_samples: int) -> str:
@@ -61,19 +45,12 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number of a quantity.
-
-    Args:
-        quantity: What it is a number of.
-        value: The number.
-        spread: Standard deviation over the parts of which it is the mean, where it is one.
-        settings: What it depends on besides the images, for the protocol.
-    """
+    """A measured number of a quantity."""
 
     quantity: Quantity
     value: float
-    spread: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    spread: float | None = None  # standard deviation over the parts of which it is the mean, where it is one
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what it depends on besides the images
 
 
 @dataclass(frozen=True)
@@ -82,15 +59,15 @@ class Comparison:
 
     statistics: Statistics | None = None
     features: FeatureSet | None = None
-    spatial: Statistics | None = None
-    """Of the spatial features."""
+    spatial: Statistics | None = None  # of the spatial features
 
 
 class Metric(Protocol):
     """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
 
     It may say ``needs_labels = True`` if it needs to know what each image was to show, ``needs_spatial = True`` if it
-    reads the spatial features, and with ``reads_features`` name the only features that it can read.
+    reads the spatial features, and with ``reads_features`` name the only features that it can read. Ours inherit what
+    stands here.
     """
 
     name: str
@@ -99,7 +76,7 @@ class Metric(Protocol):
     quantities: Sequence[Quantity]
     """The numbers that it gives."""
 
-    needs_logits: bool
+    needs_logits: bool = False
     """Whether it needs the classes of the feature network."""
 
     compares_with: Literal['nothing', 'statistics', 'images']
@@ -107,7 +84,6 @@ class Metric(Protocol):
 
     def check(self, num_samples: int, num_reference: int) -> None:
         """Refuse too few images with a ``UserError``, before any is looked at."""
-        ...
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """A number for each quantity. The global random streams stay as they are."""

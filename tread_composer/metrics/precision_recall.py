@@ -3,7 +3,7 @@
 import torch
 
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure, Quantity, refuse_few
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity, refuse_few
 
 __all__ = ['PrecisionRecall']
 
@@ -13,12 +13,11 @@ _NEIGHBOURS = 3
 _ROWS = 2000  # features whose distances to all others are in memory at once: 0.8 GB to 50,000
 
 
-class PrecisionRecall:
+class PrecisionRecall(Metric):
     """Shares within the other set's manifold, of balls to the third nearest neighbour (Kynkäänniemi et al. 2019)."""
 
     name = 'prc'
     quantities = (_PRECISION, _RECALL)
-    needs_logits = False
     compares_with = 'images'
 
     def check(self, num_samples: int, num_reference: int) -> None:

@@ -18,16 +18,9 @@ from tread_composer.io.files import read_json, write_json
 from tread_composer.io.locks import locked
 
 __all__ = [
-    'UINT8_RULE',
-    'UNKNOWN',
-    'Protocol',
-    'append_results',
-    'by_protocol',
-    'differences',
-    'load_results',
-    'protocol_key',
-    'series_name',
-]
+    'UINT8_RULE', 'UNKNOWN', 'Protocol', 'append_results', 'by_protocol', 'differences', 'load_results',
+    'protocol_key', 'series_name',
+]  # fmt: skip
 
 UNKNOWN = 'unknown'
 """Stands in a protocol where nobody knows; such a number compares with nothing."""
@@ -51,42 +44,24 @@ class Protocol:
     """Everything that decides a number besides the weights of the model. Plain values only: it is stored as JSON.
 
     ``'unknown'`` stands for what nobody knows, in place of any value.
-
-    Args:
-        weights: ``'ema'`` or ``'raw'``.
-        num_samples: Images measured.
-        labels: How the classes were chosen, ``'balanced'`` or ``'random'``, or other words for it.
-        seed: Image i has the seed ``seed + i``.
-        sampling: Sampler, steps, guidance: ``SamplingSettings.to_dict()``.
-        autoencoder: What decoded; ``'pixels'`` for none.
-        autoencoder_hash: SHA-256 of its weights; None for pixels.
-        decode_dtype: What it computed in.
-        uint8_rule: How pixels became bytes.
-        reference: ``name`` and ``kind`` of what was compared with, and ``lossy`` where it has JPEGs.
-        reference_hash: SHA-256 of its content.
-        features: ``name``, ``weights_hash`` and ``version`` of the feature network.
-        resolution: Side of the images in pixels.
-        settings: What the metric depends on besides, such as the size of KID's subsets.
-        time_grid: ``objective``, where its steps lie and how the last one ends: ``metrics.drawing.time_grid``.
-        weak: Which weights guided as the second network, and their digest; ``'none'`` without one.
     """
 
-    weights: str
+    weights: str  # 'ema', 'raw' or 'posthoc:0.13'
     num_samples: int
-    labels: str
-    seed: int | str
-    sampling: Mapping[str, Any] | str
-    autoencoder: str
-    autoencoder_hash: str | None
-    decode_dtype: str
-    uint8_rule: str
-    reference: Mapping[str, str]
-    reference_hash: str
-    features: Mapping[str, str]
-    resolution: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    time_grid: Mapping[str, Any] | str = UNKNOWN
-    weak: str = UNKNOWN
+    labels: str  # how the classes were chosen: 'balanced', 'random', or other words for it
+    seed: int | str  # image i has the seed `seed + i`
+    sampling: Mapping[str, Any] | str  # sampler, steps, guidance: `SamplingSettings.to_dict`
+    autoencoder: str  # 'pixels' for none
+    autoencoder_hash: str | None  # SHA-256 of its weights; None for pixels
+    decode_dtype: str  # what it computed in
+    uint8_rule: str  # how pixels became bytes
+    reference: Mapping[str, str]  # `name` and `kind` of what was compared with, and `lossy` where it has JPEGs
+    reference_hash: str  # SHA-256 of its content
+    features: Mapping[str, str]  # `name`, `weights_hash` and `version` of the feature network
+    resolution: int  # side of the images in pixels
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the metric depends on besides, as KID's subsets
+    time_grid: Mapping[str, Any] | str = UNKNOWN  # `objective`, where its steps lie, how the last ends: `time_grid`
+    weak: str = UNKNOWN  # which weights guided as the second network, and their digest; 'none' without one
 
     def to_dict(self) -> dict[str, Any]:
         """As it is stored."""

@@ -32,23 +32,14 @@ _CACHE_FORMAT = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
-
-    Args:
-        path: Where it is.
-        kind: ``'adm'`` for a file with ``mu`` and ``sigma``, else the kind of its images.
-        images: None if it has statistics alone.
-        published: ``mu`` and ``sigma`` of the file; None if they are to be computed.
-        hash: SHA-256 of its content.
-        published_spatial: ``mu_s`` and ``sigma_s`` of the file, of spatial features; None as above.
-    """
+    """What samples are compared with."""
 
     path: Path
-    kind: str
-    images: ImageSet | None
-    published: Statistics | None
-    hash: str
-    published_spatial: Statistics | None = None
+    kind: str  # 'adm' for a file with `mu` and `sigma`, else the kind of its images
+    images: ImageSet | None  # None if it has statistics alone
+    published: Statistics | None  # `mu` and `sigma` of the file; None if they are to be computed
+    hash: str  # SHA-256 of its content
+    published_spatial: Statistics | None = None  # `mu_s` and `sigma_s`, of spatial features; None as above
 
     @property
     def count(self) -> int:

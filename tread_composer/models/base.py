@@ -104,7 +104,6 @@ class LatentTransformer(nn.Module):
 
         ``x_BND`` are the tokens of all patches, whose number, device and dtype count; ``grid`` is h and w.
         """
-        del x_BND, grid
         return ((),)
 
     def condition(self, t_B: Tensor, labels_B: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MAX_PERIOD = 10000.0
+_SINUSOID = 256  # numbers for a time
 
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -73,15 +74,14 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Times ``[B]`` to vectors ``[B, D]``: a sinusoid of 256 numbers (cosines first), then a two-layer MLP."""
 
-    def __init__(self, hidden_size: int, sinusoid_size: int = 256) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.sinusoid_size = sinusoid_size
-        self.mlp = nn.Sequential(nn.Linear(sinusoid_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(_SINUSOID, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """See the class."""
         # bfloat16 has 8 bits: it would merge neighbouring times before the network could tell them apart.
-        half = self.sinusoid_size // 2
+        half = _SINUSOID // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
         angles = t_B.float().unsqueeze(1) * torch.exp(-math.log(_MAX_PERIOD) * exponents)
         sinusoid_BT = torch.cat([angles.cos(), angles.sin()], dim=1)

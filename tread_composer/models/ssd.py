@@ -182,15 +182,10 @@ class BidirectionalSSD(nn.Module):
         self.D = nn.Parameter(torch.ones(self.num_heads))
         self.norm = nn.RMSNorm(inner_size, eps=1e-6)
         self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
-        self.initialise_scan()
-
-    def initialise_scan(self) -> None:
-        """Mamba-2's start: dt log-uniform in 0.001 .. 0.1 (through its bias), A uniform in -16 .. -1, D = 1."""
-        with torch.no_grad():
+        with torch.no_grad():  # dt log-uniform (through its bias), A uniform in -16 .. -1
             dt = self.dt_bias.uniform_(*map(math.log, _DT_RANGE)).exp()
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             self.A_log.uniform_(*_DECAY_RANGE).log_()
-            self.D.fill_(1)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """See the class."""

@@ -11,19 +11,9 @@ from tread_composer.objectives.timesteps import CosMap, LogitNormal, Mode, Shift
 from tread_composer.objectives.weighting import MinSNR
 
 __all__ = [
-    'OBJECTIVES',
-    'TIME_DISTRIBUTIONS',
-    'WEIGHTINGS',
-    'CosMap',
-    'DDPM',
-    'EDM',
-    'FlowMatching',
-    'LogitNormal',
-    'MinSNR',
-    'Mode',
-    'Shifted',
-    'Uniform',
-]
+    'OBJECTIVES', 'TIME_DISTRIBUTIONS', 'WEIGHTINGS', 'CosMap', 'DDPM', 'EDM', 'FlowMatching', 'LogitNormal', 'MinSNR',
+    'Mode', 'Shifted', 'Uniform',
+]  # fmt: skip
 
 OBJECTIVES = {'flow_matching': FlowMatching, 'edm': EDM, 'ddpm': DDPM}
 """By the name that configurations use, ``objective.name``."""

@@ -19,7 +19,7 @@ from tread_composer.core.bounds import AtLeast1, NonNegative, Positive
 from tread_composer.core.protocols import Denoiser, Drift, TimeDistribution, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_times
-from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
+from tread_composer.objectives.timesteps import LogitNormal, Shifted, check_shift, shift_times
 
 __all__ = ['FlowMatching', 'direction_error']
 
@@ -65,10 +65,8 @@ class FlowMatching:
             raise ValueError(f'FlowMatching: direction_weight={self.direction_weight} must not be negative')
         if self.direction_patch < 1:
             raise ValueError(f'FlowMatching: direction_patch={self.direction_patch} must be at least 1')
-        for setting in ('time_shift', 'sampling_shift'):
-            shift = getattr(self, setting)
-            if not (math.isfinite(shift) and shift > 0):
-                raise ValueError(f'FlowMatching: {setting}={shift} must be positive; 1 is no shift')
+        check_shift('FlowMatching: time_shift', self.time_shift)
+        check_shift('FlowMatching: sampling_shift', self.sampling_shift)
 
     @property
     def times(self) -> TimeDistribution:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tread_composer.core.bounds import Positive
 from tread_composer.core.protocols import TimeDistribution
 
-__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
+__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'check_shift', 'shift_times']
 
 _LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it f' changes its sign
 _BISECTIONS = 60  # halves the unit interval to below float64's precision
@@ -147,7 +147,7 @@ class Shifted:
 
     def __post_init__(self) -> None:
         """Check the setting."""
-        _check_shift(self.shift)
+        check_shift('shift', self.shift)
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` of the training times lies."""
@@ -172,13 +172,14 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     Raises:
         ValueError: ``shift`` is not positive.
     """
-    _check_shift(shift)
+    check_shift('shift', shift)
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _check_shift(shift: float) -> None:
+def check_shift(setting: str, shift: float) -> None:
+    """Raise ``ValueError`` for a shift that is not positive."""
     if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f'shift={shift} must be positive and finite; 1 is no shift')
+        raise ValueError(f'{setting}={shift} must be positive and finite; 1 is no shift')
 
 
 def _inside(t: Tensor) -> Tensor:

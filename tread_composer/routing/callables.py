@@ -77,7 +77,12 @@ class _StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route = self.route
         if route is None:
-            return self._off_route(args, kwargs)
+            if self.slots:
+                self._refuse_reentrant(f'block {self.index}')
+            out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
+            for slot in self.slots:  # of all tokens
+                slot.put(out, None)
+            return out
         starts = self.index == route.start
         if starts:  # again in a recomputation: the pass remembers its ids
             route.enter(args, kwargs)
@@ -90,14 +95,6 @@ class _StandIn:
             # [B, K, D], what the block itself returned; a tap from before the route does not know where it is.
             slot.put(output_tokens(out, route.settings.tokens_out), route.ids)
         return route.leave(out) if self.index == route.end else out  # [B, N, D] behind the last block
-
-    def _off_route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.slots:
-            self._refuse_reentrant(f'block {self.index}')
-        out = self._behind_routes(args, kwargs) if self.passed else self.call(*args, **kwargs)
-        for slot in self.slots:  # of all tokens
-            slot.put(out, None)
-        return out
 
     def _watched(self, route: Pass, original: Call, reduced: Call) -> Any:
         """The call, tried if the pass has a probe; where it fails, with a word on how routing may have caused it."""

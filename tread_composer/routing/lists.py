@@ -6,9 +6,12 @@ several forwards before one backward, and recomputation all stay exact. Whoever 
 compile, wrap or count blocks) gets the blocks.
 """
 
+import re
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tread_composer.routing.arguments import RoutingError
@@ -17,9 +20,10 @@ from tread_composer.routing.routing import Routing
 from tread_composer.routing.stack import in_forward
 from tread_composer.routing.taps import Slot
 
-__all__ = ['ROUTED', 'BlockList', 'RoutedList']
+__all__ = ['ROUTED', 'BlockList', 'RoutedList', 'explain_failures', 'stop_explaining']
 
 BlockList = nn.ModuleList | nn.Sequential
+_WORDS = 'was on its route'
 
 
 class RoutedList:
@@ -99,3 +103,40 @@ class RoutedSequential(RoutedList, nn.Sequential):
 
 ROUTED: dict[type, type] = {nn.ModuleList: RoutedModuleList, nn.Sequential: RoutedSequential}
 _PLAIN: dict[type, type] = {routed: plain for plain, routed in ROUTED.items()}
+
+
+def explain_failures(model: nn.Module) -> None:
+    """Add to errors of sizes what routing has to do with them, in forward passes of ``model`` that are not compiled.
+
+    Code of the model between two blocks of a route (residuals of a ControlNet, hints) expects all tokens and meets the
+    kept ones. It runs outside of every call that routing knows, so a hook looks at the error that ends the pass.
+    """
+    model.register_forward_hook(_explain, always_call=True)
+
+
+def stop_explaining(model: nn.Module) -> None:
+    """Take the hook back, wherever in ``model`` it is: also in a copy of the model that had it."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _explain]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _explain(module: nn.Module, args: Any, output: Any) -> None:
+    error = None if torch.compiler.is_compiling() else sys.exc_info()[1]
+    if error is None:
+        return
+    is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, RoutingError)
+    numbers = {int(number) for number in re.findall(r'\d+', str(error))} if is_of_torch else set()
+    for part in module.modules():
+        if isinstance(part, RoutedList) and part.routing is not None:
+            path, stretches = part.routing.paths[part.list_number], part.routing.stretches[part.list_number]
+            for stretch in stretches:
+                if stretch.present is not None and numbers.issuperset(stretch.present) and _WORDS not in str(error):
+                    kept, total = stretch.present
+                    error.args = (
+                        f'{error}\n{path!r} {_WORDS}, blocks {stretch.start} to {stretch.end}, where {kept} of {total} '
+                        f'tokens are present. Between these blocks the model itself works on all {total} (residuals of '
+                        'a ControlNet, hints): let the route end before that, or begin behind it',
+                    )
+                stretch.present = None  # the pass is over

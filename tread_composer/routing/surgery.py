@@ -16,8 +16,7 @@ from tread_composer.routing.arguments import (
     find_argument,
     parse_token_arguments,
 )
-from tread_composer.routing.failures import explain_failures, stop_explaining
-from tread_composer.routing.lists import ROUTED, BlockList, RoutedList
+from tread_composer.routing.lists import ROUTED, BlockList, RoutedList, explain_failures, stop_explaining
 from tread_composer.routing.route import Route, check_routes, parts_within
 from tread_composer.routing.routing import Routing, RoutingSettings
 from tread_composer.routing.taps import Slot, Taps

@@ -23,34 +23,11 @@ if TYPE_CHECKING:
     from tread_composer.samplers.stochastic import edm_heun, sde
 
 __all__ = [
-    'GUIDANCE',
-    'SAMPLERS',
-    'Clock',
-    'Equation',
-    'Evaluations',
-    'Sampler',
-    'SamplingCost',
-    'SamplingSettings',
-    'adaptive_settings',
-    'check_guidance',
-    'check_sampler',
-    'ddim',
-    'ddpm',
-    'default_guidance',
-    'dopri5',
-    'edm_heun',
-    'euler',
-    'guidance_cost',
-    'guidance_defaults',
-    'guidance_named',
-    'guided_denoiser',
-    'heun',
-    'integrate',
-    'needs',
-    'sampler_facts',
-    'sampler_named',
-    'sde',
-]
+    'GUIDANCE', 'SAMPLERS', 'Clock', 'Equation', 'Evaluations', 'Sampler', 'SamplingCost', 'SamplingSettings',
+    'adaptive_settings', 'check_guidance', 'check_sampler', 'ddim', 'ddpm', 'default_guidance', 'dopri5', 'edm_heun',
+    'euler', 'guidance_cost', 'guidance_defaults', 'guidance_named', 'guided_denoiser', 'heun', 'integrate', 'needs',
+    'sampler_facts', 'sampler_named', 'sde',
+]  # fmt: skip
 
 # The commands read the flags of sampling off `SamplingSettings`, and `--help` is not to load torch for them.
 _NAMES = {

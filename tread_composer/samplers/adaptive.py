@@ -48,7 +48,6 @@ def dopri5(
         ValueError: A tolerance is out of range.
         UserError: The tolerances cannot be kept: steps shrink to nothing.
     """
-    del noise
     if not (atol > 0 and rtol > 0):
         raise ValueError(f'atol={atol} and rtol={rtol} must be above 0')
     times = times.double()

@@ -14,11 +14,7 @@ __all__ = ['Clock', 'Equation', 'Evaluations', 'Sampler', 'adaptive', 'corrects'
 
 
 class Evaluations:
-    """What a caller learns of the evaluations while images are drawn.
-
-    Args:
-        begun: Called as each evaluation begins, with its number in its batch, from 0.
-    """
+    """What a caller learns of the evaluations: ``begun(number)`` as each begins, from 0 in its batch."""
 
     def __init__(self, begun: Callable[[int], None] = lambda number: None) -> None:
         self.begun = begun
@@ -58,13 +54,9 @@ class Clock:
 
 
 class Equation:
-    """An objective's sampling equation for one denoiser and the labels of one batch.
+    """The sampling equation of a ``protocols.Objective`` for one denoiser, guided or not, and the labels of one batch.
 
-    Args:
-        objective: Has the equation (``protocols.Objective``); with ``transition`` or ``score``, the equation has them.
-        denoiser: The network, guided or not.
-        labels_B: Class ids.
-        clock: The one that the guidance of this denoiser looks at; a new one if None.
+    It has ``transition`` or ``score`` where the objective has. ``clock`` is what the denoiser's guidance looks at.
     """
 
     def __init__(self, objective: Any, denoiser: Denoiser, labels_B: Tensor, clock: Clock | None = None) -> None:
@@ -103,12 +95,9 @@ _Marked = TypeVar('_Marked', bound=Callable[..., Tensor])
 
 
 def needs(attribute: str, does: str, instead: str) -> Callable[[_Marked], _Marked]:
-    """Says of a sampler what it needs of an objective; without it, it fits all.
+    """Says of a sampler which attribute of an objective it needs; without it, it fits all.
 
-    Args:
-        attribute: What the objective must have.
-        does: What the sampler does with it, as the message to a user says it: "'sde' follows the ...".
-        instead: What to take for other objectives.
+    ``does`` goes on in the message to a user, "'sde' follows the ...", and ``instead`` is for other objectives.
     """
 
     def mark(sampler: _Marked) -> _Marked:

@@ -71,14 +71,8 @@ def guided_denoiser(
 ) -> Denoiser:
     """The denoiser with all that ``settings`` ask for around it, for one run of a sampler on one batch.
 
-    Args:
-        denoiser: The network; returned as it is where there is nothing to guide.
-        settings: Checked by ``check_guidance``.
-        null_label: The label that stands for no class.
-        random: Keyed by the samples' seeds.
-        clock: That of the sampler's ``Equation``.
-        times: The objective's sampling times.
-        weak: The second network.
+    The denoiser itself where there is nothing to guide. ``settings`` have passed ``check_guidance``; ``random`` is
+    keyed by the samples' seeds, ``clock`` that of the sampler's ``Equation``, ``times`` are the objective's.
     """
     if settings.provider is None or not settings.guides:
         return denoiser

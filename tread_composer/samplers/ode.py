@@ -17,7 +17,6 @@ __all__ = ['euler', 'heun', 'heun_step']
 
 def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Euler's method: one drift per step, first order."""
-    del noise
     # float64 throughout: a step adds a small difference to x, and float32 would round it off a thousand times.
     x = x_BCHW.double()
     for time, next_time in pairwise(times.double()):
@@ -32,7 +31,6 @@ def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /)
     ``2 n`` drifts for n steps. Where the objective has no drift at time 0 (EDM's divides by the time), the step to 0 is
     an Euler step, and there are ``2 n - 1``.
     """
-    del noise
     x = x_BCHW.double()  # float64, as in `euler`
     for time, next_time in pairwise(times.double()):
         x = heun_step(equation, x, time, next_time)

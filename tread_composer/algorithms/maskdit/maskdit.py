@@ -23,14 +23,9 @@ from tread_composer.models import DiT
 from tread_composer.objectives import EDM
 from tread_composer.routing.tokens import keep_lowest
 
-__all__ = ['MaskDiT', 'cosine_ratio']
+__all__ = ['MaskDiT']
 
 Unmask = Literal['at_once', 'cosine2', 'cosine3', 'cosine4', 'cosine5', 'cosine6']
-
-
-def cosine_ratio(start: float, progress: float, power: int) -> float:
-    """``start * cos(pi progress / 2) ** power``: from ``start`` at progress 0 to 0 at 1 (MaskDiT's code)."""
-    return start * math.cos(math.pi / 2 * progress) ** power
 
 
 class MaskDiT(AlgorithmBase):
@@ -229,7 +224,8 @@ class MaskDiT(AlgorithmBase):
         elapsed = state.get_elapsed_duration()
         assert elapsed is not None  # `reached` has refused a run without an end
         begin = float(self._from.value)
-        return cosine_ratio(self.mask_ratio, (elapsed.value - begin) / (1 - begin), int(self.unmask[-1]))
+        progress = (elapsed.value - begin) / (1 - begin)
+        return self.mask_ratio * math.cos(math.pi / 2 * progress) ** int(self.unmask[-1])  # as in MaskDiT's code
 
 
 def _objective_fault(objective: object) -> str | None:

@@ -22,14 +22,11 @@ _EPS = 1e-6
 class MaskedEDM(EDM):
     """EDM with MaskDiT's masked training loss (arXiv 2306.09305, section 3.3); sampling is EDM's.
 
-    Args:
-        masking: Tells which patches were kept; without any, and in evaluation, the loss is EDM's own.
-        mae_weight: Weight of the reconstruction.
-        patch_size: Height and width of a patch.
+    Without kept patches in ``masking``, and in evaluation, the loss is EDM's own.
     """
 
     masking: Masking = dataclasses.field(default_factory=Masking, compare=False)
-    mae_weight: float = 0.1
+    mae_weight: float = 0.1  # of the reconstruction
     patch_size: int = 2
 
     @classmethod
@@ -58,7 +55,9 @@ class MaskedEDM(EDM):
         # Mean over the values of a patch, then over the kept ones.
         errors_BN = patches((denoised - x).square(), self.patch_size).mean(2)
         dsm_B = self.weight(sigma_B) * take_kept(errors_BN, kept_BK).mean(1)
-        differences_BNP = patches(denoised, self.patch_size) - _normalised(patches(noisy, self.patch_size))
+        noisy_BNP = patches(noisy, self.patch_size)
+        variance, mean = torch.var_mean(noisy_BNP, dim=2, keepdim=True)  # unbiased, as in the authors' code
+        differences_BNP = patches(denoised, self.patch_size) - (noisy_BNP - mean) / (variance + _EPS).sqrt()
         masked_BN = torch.ones_like(errors_BN).scatter(1, kept_BK, 0.0)
         mae_B = (differences_BNP.square().mean(2) * masked_BN).sum(1) / masked_BN.sum(1)
         return {'loss': dsm_B + self.mae_weight * mae_B, 'dsm': dsm_B, 'mae': mae_B}
@@ -68,8 +67,3 @@ def patches(x_BCHW: Tensor, patch_size: int) -> Tensor:
     """Cut into patches in raster order: ``[B, N, P]``."""
     x = x_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, C, rows, p, columns, p]
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def _normalised(patches_BNP: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(patches_BNP, dim=2, keepdim=True)  # unbiased, as in the authors' code
-    return (patches_BNP - mean) / (variance + _EPS).sqrt()

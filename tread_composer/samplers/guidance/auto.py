@@ -42,7 +42,6 @@ class Autoguidance(GuidanceProvider):
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """It needs the second network, and classes with ``weak_label`` ``'null'``."""
-        del network
         if self.weak_label == 'null':
             needs_classes('auto', num_classes)
         if weak is None:

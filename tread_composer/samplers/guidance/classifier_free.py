@@ -19,7 +19,6 @@ class ClassifierFree(GuidanceProvider):
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """It needs classes."""
-        del network, weak
         needs_classes('classifier_free', num_classes)
 
     def branches(self, run: SamplingRun) -> Branches:

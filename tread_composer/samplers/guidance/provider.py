@@ -18,15 +18,9 @@ from tread_composer.routing.tokens import AlwaysKeep
 from tread_composer.samplers.equation import Clock
 
 __all__ = [
-    'Branches',
-    'GuidanceProvider',
-    'SamplingRun',
-    'Unlabelled',
-    'WeakLabel',
-    'check_channels',
-    'guide',
+    'Branches', 'GuidanceProvider', 'SamplingRun', 'Unlabelled', 'WeakLabel', 'check_channels', 'guide',
     'needs_classes',
-]
+]  # fmt: skip
 
 WeakLabel = Literal['same', 'null']  # the class of the weak branch
 
@@ -68,7 +62,6 @@ class GuidanceProvider(Protocol):
 
     def protocol_facts(self, routes: Sequence[Route]) -> dict[str, Any]:
         """What decides the images besides the settings, for the protocol of a number."""
-        del routes
         return {}
 
     def branches(self, run: SamplingRun) -> Branches:
@@ -87,14 +80,13 @@ def guide(
     difference whether the network's output or the denoised latents are guided: the other terms are the same in both.
 
     Raises:
-        ValueError: The shapes differ, or ``'first3'`` for latents of fewer than four channels.
+        ValueError: The shapes differ.
     """
     if strong_BOHW.shape != weak_BOHW.shape:
         raise ValueError(
             f'the weak network predicts {list(weak_BOHW.shape)} where the strong one predicts '
             f'{list(strong_BOHW.shape)}; both must have the same objective, latents and learn_sigma'
         )
-    check_channels(guided_channels, channels)
     guided = channels if guided_channels == 'all' else _FIRST
     # The difference of two bfloat16 predictions, times the scale, would be mostly rounding.
     strong, weak = strong_BOHW.float(), weak_BOHW.float()
