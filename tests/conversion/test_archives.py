@@ -164,10 +164,10 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
     good = truths['synsets'].read_text().splitlines(keepends=True)
     path = tmp_path / 'truth.txt'
     for lines, message in (
-        (good[:-1], r'images that .*truth\.txt does not know, 1 of them: ILSVRC2012_val_00000006'),
+        (good[:-1], r'truth\.txt: has no label for: ILSVRC2012_val_00000006 \(1 in all\)'),
         (
             [*good, 'ILSVRC2012_val_00000007.JPEG n01440764\n'],
-            'knows images that .* lacks, 1 of them: ILSVRC2012_val_0',
+            r'labels images that are missing: ILSVRC2012_val_00000007 \(1 in all\)',
         ),
         ([*good, good[0]], r'line 7: ILSVRC2012_val_\d+ occurs more than once'),
         ([line.replace(CLASSES[1], CLASSES[0]) for line in good], 'train has 1 classes that val lacks: n02105855'),

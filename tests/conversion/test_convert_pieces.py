@@ -12,12 +12,12 @@ import torch
 from tests.conversion.worlds import make_images, read
 from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.decoding import Batch, prepared_batches
-from tread_composer.conversion.encoders import image_encoder
-from tread_composer.conversion.encoding import ImageEncoder
-from tread_composer.conversion.parts import PartWriter
+from tread_composer.conversion.encoding import ImageEncoder, image_encoder
+from tread_composer.conversion.making import prepared_batches
+from tread_composer.conversion.parts import Batch, PartWriter
 from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
+from tread_composer.conversion.sources.base import Request
 from tread_composer.conversion.sources.detect import open_sources
 from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
@@ -80,7 +80,7 @@ def test_the_permutation_is_this_one_for_ever():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, workers):
-    source = open_sources(make_images(tmp_path / 'in', 5), scratch=tmp_path)['train']
+    source = open_sources(Request(make_images(tmp_path / 'in', 5), tmp_path))['train']
     (tmp_path / 'in' / source.names[3]).write_text('no image')
     (tmp_path / 'in' / source.names[4]).unlink()
     batches = [Batch('train', 0, [2, 3]), Batch('train', 0, [4])]

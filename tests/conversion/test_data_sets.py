@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.small_sets import make_rows, write_split
-from tests.conversion.test_convert_interrupted import in_own_process, kill
 from tests.conversion.worlds import digests, make_images, manifest, read, words
-from tests.warm import wait_until
 from tread_composer.cli.convert import convert_main, merge_main, verify_main
 
 CLASSES = ('ant', 'bee', 'cat', 'dog')
@@ -57,18 +55,6 @@ def test_merged_data_sets_are_one_conversion_of_everything(images, vae, tmp_path
     shutil.rmtree(parts[0])
     assert convert_main(words(images[1], parts[0], vae if encoder == 'vae' else None, **{**options, 'seed': 4})) == 0
     assert merge_main(arguments) == 2 and 'indexes' in capsys.readouterr().err
-
-
-def test_killed_while_merging_it_goes_on(images, tmp_path):
-    parts = converted(images[1:], tmp_path, None)
-    arguments = [*map(str, parts), '--part-size', '1', '--out']
-    assert merge_main([*arguments, str(tmp_path / 'whole')]) == 0
-    out = tmp_path / 'out'
-    process = in_own_process([*arguments, str(out)], tmp_path / 'log', merge_main)
-    assert wait_until(lambda: len(list((out / 'train').glob('0*'))) > 3, process)
-    kill(process)
-    assert not (out / 'train' / 'manifest.json').exists()
-    assert merge_main([*arguments, str(out)]) == 0 and digests(out) == digests(tmp_path / 'whole')
 
 
 def named(machine: str, **facts: object) -> dict[str, object]:

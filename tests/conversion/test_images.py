@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from tread_composer.conversion.images import UnreadableImage, decode_image, read_image
+from tread_composer.conversion.images import UnreadableImage, read_image
 
 CHINA, FLOWER = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
 
@@ -17,6 +17,10 @@ def encoded(image: Image.Image, kind: str = 'PNG', **options: object) -> bytes:
     stream = io.BytesIO()
     image.copy().save(stream, kind, **options)  # an image remembers how it was saved last
     return stream.getvalue()
+
+
+def decode_image(data: bytes, resolution: int) -> np.ndarray:
+    return read_image(data, resolution).values
 
 
 def pixels(image: Image.Image) -> np.ndarray:

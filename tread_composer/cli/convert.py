@@ -13,8 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from tread_composer.cli.program import run_program
-from tread_composer.conversion.importers.settings import ImportSettings, MergeSettings
-from tread_composer.conversion.settings import ImageSettings
+from tread_composer.conversion.settings import ImageSettings, ImportSettings, MergeSettings
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank
 from tread_composer.core.masking import printable
@@ -45,7 +44,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
     from tread_composer.conversion.convert import Conversion
-    from tread_composer.conversion.encoders import image_encoder
+    from tread_composer.conversion.encoding import image_encoder
 
     Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
 

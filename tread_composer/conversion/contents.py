@@ -3,14 +3,16 @@
 Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from streaming.base.compression import decompress
 
+from tread_composer.core.errors import UserError
 from tread_composer.data.shards import Shard, file_faults
 
-__all__ = ['LOGVAR_RANGE', 'Content', 'channel_sums', 'read_shard']
+__all__ = ['LOGVAR_RANGE', 'Content', 'channel_sums', 'read_shard', 'sound_rows']
 
 LOGVAR_RANGE = (-30.0, 20.0)  # what diffusers clamps log-variances to
 
@@ -71,6 +73,19 @@ class Content:
             return self._reader.decode_sample(self._data[begin : begin + size])
         except Exception as error:  # numpy, struct and unicode errors, by what was damaged
             raise ValueError('cannot be decoded') from error
+
+
+def sound_rows(shard: Shard, numbers: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Offset and size, and the row, of samples of a shard; a shard with any fault is refused."""
+    data, faults = read_shard(shard)
+    try:
+        if faults or data is None:
+            raise ValueError(faults[0])
+        content = Content(shard, data)
+        for number in range(shard.samples) if numbers is None else numbers:
+            yield content.place(number), content.row(number)
+    except ValueError as error:
+        raise UserError(f'{shard.path}: {error}; copy or convert it again (verify.py lists every fault)') from None
 
 
 def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:

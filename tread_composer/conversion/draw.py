@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tread_composer.autoencoders import Pixels, Pretrained, to_tiles
-from tread_composer.conversion.contents import Content, read_shard
+from tread_composer.conversion.contents import sound_rows
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
@@ -73,7 +73,13 @@ def draw(
     if autoencoder is not None:
         check_agreement(manifest, channels=autoencoder.channels, autoencoder_hash=autoencoder.weight_hash())
     total = manifest.num_samples
-    rows = _read(folder, np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    positions = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    rows: dict[int, dict[str, Any]] = {}
+    for shard in read_index(folder):
+        inside = positions[(positions >= shard.start) & (positions < shard.start + shard.samples)].tolist()
+        if inside:
+            contents = sound_rows(shard, [position - shard.start for position in inside])
+            rows |= {position: row for position, (_, row) in zip(inside, contents, strict=True)}
     stored_NKHW = torch.from_numpy(
         np.stack([row[column] for row in rows.values() for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]])
     )
@@ -101,24 +107,6 @@ def draw(
     )
     write_atomically(out, png_bytes(picture))
     return drawn
-
-
-def _read(folder: Path, positions: np.ndarray) -> dict[int, dict[str, Any]]:
-    """The rows at these positions of a split, in their order."""
-    rows = {}
-    for shard in read_index(folder):
-        inside = positions[(positions >= shard.start) & (positions < shard.start + shard.samples)]
-        if not len(inside):
-            continue
-        data, faults = read_shard(shard)
-        if data is None or faults:
-            raise UserError(f'{faults[0]}; verify the data set')
-        try:
-            content = Content(shard, data)
-            rows |= {position: content.row(position - shard.start) for position in sorted(inside.tolist())}
-        except ValueError as error:
-            raise UserError(f'{shard.path}: {error}; verify the data set') from error
-    return rows
 
 
 def _class_name(label: int, class_names: tuple[str, ...]) -> str:

@@ -1,28 +1,84 @@
-"""Making parts: read and prepare in worker processes, encode here, write in the background."""
+"""Making parts: read and prepare in worker processes, a batch at a time; encode here; write in the background.
+
+Legend: B samples of a batch.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from tread_composer.conversion.decoding import Batch, Prepared, prepared_batches
 from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.parts import BackgroundWriter, unreadable_in
+from tread_composer.conversion.images import UnreadableImage
+from tread_composer.conversion.parts import BackgroundWriter, Batch, Prepared, unreadable_in
 from tread_composer.conversion.plan import SplitPlan
 from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.progress import Progress, silent
+from tread_composer.io.shared_memory import check_shared_memory
 
-__all__ = ['Plans', 'RayPartMaker', 'make_parts']
+__all__ = ['Plans', 'RayPartMaker', 'make_parts', 'prepared_batches']
 
 _MACHINE = contextlib.ExitStack()  # of a worker of Ray; held here, as long as the process lives
+_PREFETCH = 4  # batches per worker: enough that a slow image or a slow read does not make the encoder wait
 
 Plans = dict[str, SplitPlan]
 Part = tuple[str, int]
 """A split and a number."""
+
+
+class _Batches(Dataset):
+    """Item ``i`` is the whole batch ``i``: one worker reads it; nothing is left to collate in the main process."""
+
+    def __init__(self, sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder) -> None:
+        self._sources, self._batches, self._prepare = sources, batches, encoder.prepare
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Prepared:
+        batch = self._batches[index]
+        source = self._sources[batch.split]
+        samples, positions, unreadable, problem, transparent = [], [], [], None, 0
+        for position in batch.positions:
+            try:
+                sample = self._prepare(source.read(position))
+                samples.append(torch.from_numpy(sample.values))
+                positions.append(position)
+                transparent += sample.is_transparent
+            except UnreadableImage as error:
+                unreadable.append((position, str(error)))
+            except (UserError, OSError) as error:
+                problem = f'{batch.split}: {source.names[position]}: cannot be read: {error}'
+                break
+        stacked = torch.stack(samples) if samples else None
+        return Prepared(batch, stacked, positions, unreadable, problem, transparent)
+
+
+def prepared_batches(
+    sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder, *, workers: int
+) -> DataLoader:
+    """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
+
+    ``workers`` are processes; 0 reads in this one. Refused if the shared memory cannot hold what they prepare.
+    """
+    workers = min(workers, len(batches))
+    if workers:
+        largest = max(len(batch.positions) for batch in batches)
+        needed = workers * _PREFETCH * largest * encoder.prepared_bytes
+        check_shared_memory(needed, 'lower --workers or --batch-size')
+    return DataLoader(
+        _Batches(sources, batches, encoder),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=encoder.device.type == 'cuda',
+        prefetch_factor=_PREFETCH if workers else None,
+    )
 
 
 def make_parts(
@@ -43,7 +99,7 @@ def make_parts(
     items = iter(prepared_batches(sources, batches, encoder, workers=workers) if batches else ())
     with BackgroundWriter(plans, encoder, settings) as writer:
         for item in items:
-            writer.put(item, _encoded(item, encoder, settings), progress.tick)
+            writer.put((item, _encoded(item, encoder, settings)), progress.tick)
             progress.add(len(item.batch.positions))
             progress.tick()
 

@@ -6,21 +6,22 @@ batch and goes on.
 Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
 """
 
-import collections
+import contextlib
 import os
+import queue
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
+from torch import Tensor
 
 from tread_composer.conversion.contents import channel_sums
-from tread_composer.conversion.decoding import Prepared
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.merging import refuse_too_many
 from tread_composer.conversion.output import upload
@@ -30,10 +31,32 @@ from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json
 
-__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_parts', 'remove_unfinished', 'unreadable_in']
+__all__ = [
+    'BackgroundWriter', 'Batch', 'PartWriter', 'Prepared', 'done_parts', 'remove_parts', 'remove_unfinished',
+    'unreadable_in',
+]  # fmt: skip
 
 _SHARD_BYTES = 1 << 26
 _WRITING = '.writing-'
+
+
+class Batch(NamedTuple):
+    """What is read together: positions in a split's source, all of one part."""
+
+    split: str
+    part: int
+    positions: list[int]
+
+
+class Prepared(NamedTuple):
+    """A batch that was read."""
+
+    batch: Batch
+    samples: Tensor | None  # [B, ...] as the encoder takes them; None if none is readable
+    positions: list[int]  # those of the samples in the source
+    unreadable: list[tuple[int, str]]  # positions of the others, and reasons
+    problem: str | None  # why reading has to stop; not raised, for a worker's exception would carry its traceback
+    transparent: int = 0  # how many of the samples are images with transparent parts
 
 
 def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -173,10 +196,12 @@ class BackgroundWriter:
     def __init__(self, plans: Mapping[str, SplitPlan], encoder: Encoder, settings: Settings) -> None:
         self._plans, self._encoder, self._settings = plans, encoder, settings
         self._unreadable = {name: plan.unreadable for name, plan in plans.items()}
-        self._pool = ThreadPoolExecutor(1, 'write-parts')
-        self._waiting: collections.deque[Future] = collections.deque()
-        self._failed = False
         self._writer: PartWriter | None = None
+        self._is_given_up = False
+        # A whole part at the most, which the disk or an upload may cost.
+        self._queue: queue.Queue[Any] = queue.Queue(max(4, settings.part_size // settings.batch_size))
+        self._pool = ThreadPoolExecutor(1, 'write-parts')
+        self._work = self._pool.submit(self._run)
 
     def __enter__(self) -> 'BackgroundWriter':
         return self
@@ -184,38 +209,35 @@ class BackgroundWriter:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is None:
-                self._submit(self._finish_part)
-                for future in self._waiting:
-                    future.result()
+                self.put(None, lambda: None)
+                self._work.result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._is_given_up = True
+            with contextlib.suppress(queue.Full):  # then it is not waiting
+                self._queue.put_nowait(None)
+            self._pool.shutdown()
             if self._writer is not None:
                 self._writer.abandon()
 
-    def put(self, item: Prepared, encoded: Encoded | None, meanwhile: Callable[[], None]) -> None:
-        """Hand over a batch and its readable samples, if there are any.
+    def put(self, batch: tuple[Prepared, Encoded | None] | None, meanwhile: Callable[[], None]) -> None:
+        """Hand over a batch and its readable samples, if there are any; calls ``meanwhile`` while the writer is behind.
 
-        While the writer is a whole part behind, which the disk or an upload may cost, it waits and calls ``meanwhile``.
-        What stopped the writer, e.g. a full disk or too many unreadable images, is raised here.
+        None ends the last part. What stopped the writer, e.g. a full disk or too many unreadable images, is raised.
         """
-        most = max(4, self._settings.part_size // self._settings.batch_size)
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= most):
-            if wait([self._waiting[0]], timeout=0.2).done:
-                self._waiting.popleft().result()
-            else:
+        while True:
+            if self._work.done():
+                self._work.result()
+            try:
+                return self._queue.put(batch, timeout=0.2)
+            except queue.Full:
                 meanwhile()
-        self._submit(self._write, item, encoded)
 
-    def _submit(self, step: Callable[..., None], *arguments: Any) -> None:
-        def guarded() -> None:
-            if self._failed:  # what was handed over before the failure was noticed belongs to a part that is given up
-                return
-            self._failed = True
-            with full_disk_in_words(self._settings.state):
-                step(*arguments)
-            self._failed = False
-
-        self._waiting.append(self._pool.submit(guarded))
+    def _run(self) -> None:
+        with full_disk_in_words(self._settings.state):
+            while (batch := self._queue.get()) is not None and not self._is_given_up:
+                self._write(*batch)
+            if not self._is_given_up:
+                self._finish_part()
 
     def _write(self, item: Prepared, encoded: Encoded | None) -> None:
         split, part, _ = item.batch

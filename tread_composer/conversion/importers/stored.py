@@ -4,18 +4,18 @@ Legend: B samples, V views (the image, its mirror image), C latent channels, K s
 latent pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tread_composer.autoencoders import open_autoencoder, published_scaling
 from tread_composer.conversion.contents import LOGVAR_RANGE
-from tread_composer.conversion.encoding import Encoded, Encoder, Sample
+from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.images import Sample
 from tread_composer.conversion.importers.layouts import open_layout
-from tread_composer.conversion.importers.settings import ImportSettings
+from tread_composer.conversion.settings import ImportSettings
 from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 
@@ -52,11 +52,9 @@ class StoredLatents(Encoder):
         self.latent_shape = self._latent_shape(channels, downsampling)
         self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
         self.prepare = self._raw_views
-        self.content = {
+        self.particulars = {
             'layout': settings.layout,
             'kind': self.kind,
-            **self.facts,
-            'latent_shape': list(self.latent_shape),
             'stored_scale': self._scale_C11.flatten().tolist(),
             'stored_shift': self._shift_C11.flatten().tolist(),
         }
@@ -119,7 +117,3 @@ class StoredLatents(Encoder):
         """The one split."""
         del scratch
         return {self.split: self.source}
-
-    def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
-        """Nothing is left to be done."""
-        return lambda: [view_BKHW.numpy() for view_BKHW in samples_BVKHW.unbind(1)]

@@ -4,12 +4,14 @@ A file is a pickle of ``data`` (uint8, a row of 3 x 32 x 32 for each image) and 
 lie in it as they are, so images are read from there at random.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tread_composer.conversion.pickles import load_plain
-from tread_composer.conversion.sources.base import Images, IndexedFiles, RangeSource, Request, Source
+from tread_composer.conversion.sources.base import Images, IndexedFiles, Request, Source, arranged, refusing
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
 
@@ -36,15 +38,6 @@ def cifar_folder(root: Path) -> Path | None:
     return places[0] if len(places) == 1 else None
 
 
-class CifarSource(RangeSource):
-    """A place is the number of a file, the offset of a row of pixels and its length."""
-
-    def read(self, position: int) -> bytes:
-        """The image at that position as a PPM file; see ``Source.read``."""
-        planes = np.frombuffer(super().read(position), np.uint8).reshape(3, _SIDE, _SIDE)
-        return f'P6 {_SIDE} {_SIDE} 255\n'.encode() + planes.transpose(1, 2, 0).tobytes()
-
-
 def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     """Both splits: the test images, all labelled, are the evaluation split."""
     form = 'cifar-10-batches-py' if (folder / 'batches.meta').is_file() else 'cifar-100-python'
@@ -56,10 +49,16 @@ def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))
     name_by_number(folder, splits, class_names)
     splits['train'].ignored.notes.append(f'classes: {names_key}')
-    return {
-        split: CifarSource.arranged(form, folder, images, files=IndexedFiles(folder / name for name in paths[split]))
-        for split, images in splits.items()
+    loads = {
+        split: functools.partial(_load, IndexedFiles(folder / name for name in names)) for split, names in paths.items()
     }
+    return {split: arranged(form, folder, images, loads[split]) for split, images in splits.items()}
+
+
+def _load(files: IndexedFiles, *place: Any) -> bytes:
+    """A row of pixels as a PPM file."""
+    planes = np.frombuffer(files.read(*place), np.uint8).reshape(3, _SIDE, _SIDE)
+    return f'P6 {_SIDE} {_SIDE} 255\n'.encode() + planes.transpose(1, 2, 0).tobytes()
 
 
 def _entry(path: Path, content: dict, key: str) -> list:
@@ -69,10 +68,8 @@ def _entry(path: Path, content: dict, key: str) -> list:
 
 
 def _content(path: Path) -> dict:
-    try:
+    with refusing((OSError, ValueError), f'{path}: cannot be read', '. Get it anew'):
         content = load_plain(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: cannot be read: {error}. Get it anew') from error
     if not isinstance(content, dict):
         raise UserError(f'{path}: not a file of CIFAR. Get it anew')
     return content

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Images, Request, Source, few, is_image
+from tread_composer.conversion.sources.base import Images, Request, Source, few, is_image, refusing
 from tread_composer.conversion.sources.numbered import name_by_number
-from tread_composer.conversion.sources.tree import FolderSource
+from tread_composer.conversion.sources.tree import source_of_files
 from tread_composer.core.errors import UserError
 
 __all__ = ['is_table', 'numbered_folders', 'open_img2dataset']
@@ -51,13 +51,11 @@ def open_img2dataset(request: Request) -> dict[str, Source]:
     keys = [name.rpartition('/')[2].partition('.')[0] for name in images.names]
     if missing := sum(key not in labels for key in keys) if labels else 0:
         raise UserError(f'{root}: {missing:,} images have no label in the tables (NNNNN.parquet). Complete the data')
-    form = '{name}'
     images.labels, images.places = [labels.get(key, 0) for key in keys], [()] * len(keys)
     if labels:
-        name_by_number(root, {'train': images}, request.class_names)
-        form = '{file}'
-    source = FolderSource.arranged('img2dataset folders', root, images, folder=str(root), form=form)
-    return {'train': source}
+        name_by_number(root, {'train': images}, request.names)
+        images.form = '{file}'
+    return {'train': source_of_files(root, images, 'img2dataset folders')}
 
 
 def _check_complete(root: Path) -> None:
@@ -75,11 +73,10 @@ def _labels(table: Path) -> dict[str, int]:
     import pyarrow  # here: slow to import
     import pyarrow.parquet
 
-    try:
+    damage = (OSError, ValueError, pyarrow.ArrowException)
+    with refusing(damage, f'{table}: not a table of img2dataset with whole numbers as labels'):
         if 'label' not in pyarrow.parquet.read_schema(table).names:
             return {}
         rows = pyarrow.parquet.read_table(table, columns=['key', 'label'])
         keys, labels = rows.column('key').to_pylist(), rows.column('label').cast(pyarrow.int64()).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f'{table}: not a table of img2dataset with whole numbers as labels: {error}') from error
     return {key: label for key, label in zip(keys, labels, strict=True) if label is not None}
