@@ -112,10 +112,11 @@ SQUARE = FLOWER.crop((100, 100, 164, 164))
 GREY = pixels(SQUARE.convert('L').convert('RGB'))
 
 
-def test_lossless_formats_give_the_pixels_that_were_stored():
-    for kind in ('PNG', 'BMP', 'TIFF', 'PPM'):
-        assert np.array_equal(decode_image(encoded(SQUARE, kind), 64), pixels(SQUARE)), kind
-    assert np.array_equal(decode_image(encoded(SQUARE, 'WEBP', lossless=True), 64), pixels(SQUARE))
+@pytest.mark.parametrize(
+    ('kind', 'options'), [('PNG', {}), ('BMP', {}), ('TIFF', {}), ('PPM', {}), ('WEBP', {'lossless': True})]
+)
+def test_lossless_formats_give_the_pixels_that_were_stored(kind, options):
+    assert np.array_equal(decode_image(encoded(SQUARE, kind, **options), 64), pixels(SQUARE))
 
 
 @pytest.mark.skipif(not features.check('avif'), reason='this Pillow has no AVIF')

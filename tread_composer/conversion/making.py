@@ -13,16 +13,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.parts import BackgroundWriter, Batch, Prepared, unreadable_in
-from tread_composer.conversion.plan import SplitPlan
+from tread_composer.conversion.parts import BackgroundWriter, Prepared
+from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources.base import Source
 from tread_composer.core.errors import UserError
 from tread_composer.io.device import choose_device, machine_for
+from tread_composer.io.files import read_json
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.shared_memory import check_shared_memory
 
-__all__ = ['Plans', 'RayPartMaker', 'make_parts', 'prepared_batches']
+__all__ = ['Part', 'Plans', 'RayPartMaker', 'make_parts', 'prepared_batches']
 
 _MACHINE = contextlib.ExitStack()  # of a worker of Ray; held here, as long as the process lives
 _PREFETCH = 4  # batches per worker: enough that a slow image or a slow read does not make the encoder wait
@@ -30,6 +31,8 @@ _PREFETCH = 4  # batches per worker: enough that a slow image or a slow read doe
 Plans = dict[str, SplitPlan]
 Part = tuple[str, int]
 """A split and a number."""
+Batch = tuple[str, int, list[int]]
+"""Positions in a split's source, all of one part: split, part, positions."""
 
 
 class _Batches(Dataset):
@@ -42,10 +45,9 @@ class _Batches(Dataset):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Prepared:
-        batch = self._batches[index]
-        source = self._sources[batch.split]
-        samples, positions, unreadable, problem, transparent = [], [], [], None, 0
-        for position in batch.positions:
+        split, part, wanted = self._batches[index]
+        source, samples, positions, unreadable, problem, transparent = self._sources[split], [], [], [], None, 0
+        for position in wanted:
             try:
                 sample = self._prepare(source.read(position))
                 samples.append(torch.from_numpy(sample.values))
@@ -54,10 +56,10 @@ class _Batches(Dataset):
             except UnreadableImage as error:
                 unreadable.append((position, str(error)))
             except (UserError, OSError) as error:
-                problem = f'{batch.split}: {source.names[position]}: cannot be read: {error}'
+                problem = f'{split}: {source.names[position]}: cannot be read: {error}'
                 break
         stacked = torch.stack(samples) if samples else None
-        return Prepared(batch, stacked, positions, unreadable, problem, transparent)
+        return Prepared(split, part, stacked, positions, unreadable, problem, transparent)
 
 
 def prepared_batches(
@@ -69,7 +71,7 @@ def prepared_batches(
     """
     workers = min(workers, len(batches))
     if workers:
-        largest = max(len(batch.positions) for batch in batches)
+        largest = max(len(positions) for _, _, positions in batches)
         needed = workers * _PREFETCH * largest * encoder.prepared_bytes
         check_shared_memory(needed, 'lower --workers or --batch-size')
     return DataLoader(
@@ -90,9 +92,7 @@ def make_parts(
         UserError: A sample, the disk or the GPU's memory is at fault; finished parts stay.
     """
     batches = [
-        Batch(name, part, positions)
-        for name, part in parts
-        for positions in plans[name].batches(part, settings.batch_size)
+        (name, part, positions) for name, part in parts for positions in plans[name].batches(part, settings.batch_size)
     ]
     sources = {name: plan.source for name, plan in plans.items()}
     # Before the thread below exists: forking a process that has threads can copy a lock that nobody will open.
@@ -100,7 +100,7 @@ def make_parts(
     with BackgroundWriter(plans, encoder, settings) as writer:
         for item in items:
             writer.put((item, _encoded(item, encoder, settings)), progress.tick)
-            progress.add(len(item.batch.positions))
+            progress.add(len(item.positions) + len(item.unreadable))
             progress.tick()
 
 
@@ -110,7 +110,7 @@ def _encoded(item: Prepared, encoder: Encoder, settings: Settings) -> Encoded | 
     if item.samples is None:
         return None
     try:
-        return encoder(item.samples, item.batch.split, item.positions)
+        return encoder(item.samples, item.split, item.positions)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f'the GPU has too little memory for --batch-size {settings.batch_size}; lower it and run the same '
@@ -142,6 +142,6 @@ class RayPartMaker:
         def make(part: Part) -> list[dict[str, str]]:
             make_parts([part], plans, encoder, settings, progress, workers=workers)
             name, number = part
-            return unreadable_in(settings.state / name, number)
+            return read_json(settings.state / name / part_name(number) / PART_FILE)['unreadable']
 
         return make

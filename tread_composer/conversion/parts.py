@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.merging import refuse_too_many
 from tread_composer.conversion.output import upload
 from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
@@ -32,26 +31,20 @@ from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json
 
 __all__ = [
-    'BackgroundWriter', 'Batch', 'PartWriter', 'Prepared', 'done_parts', 'remove_parts', 'remove_unfinished',
-    'unreadable_in',
+    'REPORT', 'BackgroundWriter', 'PartWriter', 'Prepared', 'done_parts', 'refuse_too_many', 'remove_parts',
+    'remove_unfinished', 'report_unreadable',
 ]  # fmt: skip
 
+REPORT = 'unreadable.json'
 _SHARD_BYTES = 1 << 26
 _WRITING = '.writing-'
 
 
-class Batch(NamedTuple):
-    """What is read together: positions in a split's source, all of one part."""
+class Prepared(NamedTuple):
+    """Samples that were read together, all of one part."""
 
     split: str
     part: int
-    positions: list[int]
-
-
-class Prepared(NamedTuple):
-    """A batch that was read."""
-
-    batch: Batch
     samples: Tensor | None  # [B, ...] as the encoder takes them; None if none is readable
     positions: list[int]  # those of the samples in the source
     unreadable: list[tuple[int, str]]  # positions of the others, and reasons
@@ -79,11 +72,6 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
     return done
 
 
-def unreadable_in(folder: Path, part: int) -> list[dict[str, str]]:
-    """Name and reason of each sample that a finished part of a split lacks."""
-    return read_json(folder / part_name(part) / PART_FILE)['unreadable']
-
-
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left behind. Only for the holder of the lock: others may be at work otherwise."""
     for path in folder.glob(f'{_WRITING}*'):
@@ -97,6 +85,27 @@ def remove_parts(folder: Path, keep: Collection[int]) -> None:
     for path in folder.iterdir():
         if re.fullmatch(r'\d{5,}', path.name) and int(path.name) not in keep:
             shutil.rmtree(path)
+
+
+def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
+    """Refuse more unreadable images of a split than are allowed, and leave a list of them in its folder."""
+    allowed = int(settings.max_unreadable * len(plan.order))
+    if len(unreadable) > allowed:
+        report = report_unreadable(plan, unreadable, settings)
+        raise UserError(
+            f'{plan.name}: {len(unreadable):,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
+            f'{settings.max_unreadable:g} allows {allowed:,}. {report} lists them with reasons. Repair them and run '
+            f'the same command again (finished parts that lack them are made anew), or give it a larger share to go on '
+            f'without them'
+        )
+
+
+def report_unreadable(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> Path:
+    """Leave the list of unreadable images in the folder of the split."""
+    path = settings.state / plan.name / REPORT
+    entries = sorted(unreadable, key=lambda entry: entry['name'])
+    write_json(path, {'images': len(plan.order), 'unreadable': len(entries), 'list': entries})
+    return path
 
 
 class PartWriter:
@@ -240,11 +249,10 @@ class BackgroundWriter:
                 self._finish_part()
 
     def _write(self, item: Prepared, encoded: Encoded | None) -> None:
-        split, part, _ = item.batch
-        plan, folder, unreadable = self._plans[split], self._settings.state / split, self._unreadable[split]
-        if self._writer is None or (self._writer.split, self._writer.part) != (split, part):
+        plan, unreadable = self._plans[item.split], self._unreadable[item.split]
+        if self._writer is None or (self._writer.split, self._writer.part) != (item.split, item.part):
             self._finish_part()
-            self._writer = PartWriter(folder, part, self._encoder, plan.content)
+            self._writer = PartWriter(self._settings.state / item.split, item.part, self._encoder, plan.content)
         source, writer = plan.source, self._writer
         for position, reason in item.unreadable:
             writer.unreadable.append({'name': source.names[position], 'reason': reason})

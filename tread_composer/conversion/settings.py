@@ -127,9 +127,7 @@ class Settings:
         for place, name in itertools.product(places, self.places_read):
             source = Path(name).expanduser().resolve()
             if source.is_dir() and place.resolve().is_relative_to(source):
-                raise UserError(
-                    f'{place} lies inside the source {name}, which is only ever read; choose a folder elsewhere'
-                )
+                raise UserError(f'{place} lies inside the source {name}, which is only ever read; choose another')
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,7 @@ class ImageSettings(Settings):
         except ValueError:
             colour = ()
         if len(colour) != 3:  # with an alpha of its own, or none
-            raise UserError(
-                f"--background {self.background}: no colour; give a name such as white, '#rrggbb', or stored"
-            )
+            raise UserError(f"--background {self.background}: no colour; give a name like white, '#rrggbb', or stored")
         return colour
 
 
@@ -263,9 +259,7 @@ class ImportSettings(Settings):
         if self.autoencoder and self.autoencoder_hash:
             raise UserError('give --autoencoder or --autoencoder-hash, not both')
         if self.autoencoder_hash and not re.fullmatch(r'sha256:[0-9a-f]{64}', self.autoencoder_hash):
-            raise UserError(
-                f'--autoencoder-hash {self.autoencoder_hash}: not of the form sha256:<64 hexadecimal digits>'
-            )
+            raise UserError(f'--autoencoder-hash {self.autoencoder_hash}: not of the form sha256:<64 hex digits>')
         object.__setattr__(self, 'splits', (self.split,))
 
     @property

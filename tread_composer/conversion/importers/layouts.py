@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tread_composer.conversion.pickles import load_plain
 from tread_composer.conversion.settings import ImportSettings
 from tread_composer.conversion.sources.base import IndexedFiles, Source, check_names, few, refusing
+from tread_composer.conversion.sources.cifar import load_plain
 from tread_composer.conversion.sources.labels import EDM, edm_labels
 from tread_composer.conversion.sources.numbered import check_numbers
 from tread_composer.conversion.sources.tars import scan_tars
@@ -108,9 +108,6 @@ def _load_both(load: Callable[..., list[np.ndarray]], name: str, *places: int) -
     return [*load(name, *places[:half]), *load(name, *places[half:])]
 
 
-# ----- LMDB
-
-
 @contextlib.contextmanager
 def _lmdb(path: Path) -> Iterator[Callable[[str], bytes]]:
     """Reads the value of a key, which must be there."""
@@ -163,9 +160,6 @@ def _load_lmdb(path: Path, channels: int, name: str, number: int) -> list[np.nda
     return [np.frombuffer(data, '<f4').reshape(channels, side, side)]
 
 
-# ----- tars
-
-
 def _open_tars(root: Path, paths: list[Path], is_pickled: bool) -> Source:
     member = 'latent' if is_pickled else 'latent.npy'
     samples = scan_tars(root, paths, lambda extension: extension == member)
@@ -201,9 +195,6 @@ def array_from_pickle(data: bytes) -> np.ndarray:
     return array
 
 
-# ----- safetensors
-
-
 def _open_safetensors(root: Path, paths: list[Path]) -> Source:
     names, places, labels, mirrored = [], [], [], set()
     for number, path in enumerate(paths):
@@ -229,9 +220,6 @@ def _open_safetensors(root: Path, paths: list[Path]) -> Source:
 def _load_tensors(paths: list[Path], keys: Sequence[str], name: str, number: int, row: int) -> list[np.ndarray]:
     with safe_open(str(paths[number]), framework='pt') as file:
         return [file.get_slice(key)[row : row + 1][0].float().numpy() for key in keys]
-
-
-# ----- a file each
 
 
 def _open_repa(root: Path) -> Source:

@@ -20,7 +20,7 @@ from tread_composer.data.manifest import read_class_names
 
 __all__ = [
     'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'Request', 'Source', 'arranged', 'check_names', 'check_splits',
-    'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'refusing',
+    'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'refusing', 'source_of_files',
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.avif')
@@ -142,6 +142,19 @@ def arranged(layout: str, root: Path, images: Images, load: Callable[..., Any]) 
         np.array(images.places, np.int64)[order],
         load,
     )
+
+
+def source_of_files(root: Path, images: Images, layout: str = '') -> Source:
+    """Images that are files below ``root``."""
+    layout = layout or ('class folders' if images.class_names else 'flat folder')
+    return arranged(layout, root, images, functools.partial(_load_file, str(root / images.prefix), images.form))
+
+
+def _load_file(folder: str, form: str, name: str) -> bytes:
+    label, _, file = name.partition('/')
+    path = Path(folder, form.format(name=name, label=label, file=file))
+    with refusing(OSError, f'{path}: was there when the source was opened and cannot be read now'):
+        return path.read_bytes()
 
 
 class IndexedFiles:

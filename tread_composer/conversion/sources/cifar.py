@@ -5,18 +5,26 @@ lie in it as they are, so images are read from there at random.
 """
 
 import functools
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tread_composer.conversion.pickles import load_plain
 from tread_composer.conversion.sources.base import Images, IndexedFiles, Request, Source, arranged, refusing
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
 
-__all__ = ['cifar_folder', 'open_cifar']
+__all__ = ['cifar_folder', 'load_plain', 'open_cifar']
 
+# What numpy itself writes for an array. A pickle is a program, and may name nothing else here.
+_NAMES = {
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('numpy._core.multiarray', '_reconstruct'),  # pickle protocols 2 to 4
+    ('numpy._core.numeric', '_frombuffer'),  # protocol 5
+}
 _SIDE = 32
 _BYTES = 3 * _SIDE * _SIDE
 _FORMS = {  # by the folder's name: names of classes, files of the splits, which labels
@@ -89,3 +97,19 @@ def _images(paths: list[Path], label: str) -> Images:
         images.labels += labels
         images.places += [(number, start + row * _BYTES, _BYTES) for row in range(len(labels))]
     return images
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace('numpy.core.', 'numpy._core.')  # as it was called before numpy 2
+        if (module, name) not in _NAMES:
+            raise ValueError(f'it names {module}.{name}, which an array has no need of')
+        return super().find_class(module, name)
+
+
+def load_plain(data: bytes) -> Any:
+    """What was pickled; texts of Python 2 are bytes. ``ValueError`` if it is damaged or names anything but arrays."""
+    try:
+        return _Unpickler(io.BytesIO(data), encoding='bytes').load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(str(error) or repr(error)) from error

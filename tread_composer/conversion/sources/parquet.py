@@ -68,9 +68,7 @@ def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[
     reference, *remaining = columns
     for file in remaining:
         if columns[file] != columns[reference]:
-            raise UserError(
-                f'{file}: columns or class names differ from those of {reference}. Give one data set at a time'
-            )
+            raise UserError(f'{file}: columns or class names differ from those of {reference}. Give one data set')
     label, class_names = columns[reference].label, columns[reference].class_names
     if request.names and label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')

@@ -29,13 +29,14 @@ from tread_composer.conversion.sources.base import (
     is_litter,
     member_parts,
     refusing,
+    source_of_files,
 )  # fmt: skip
 from tread_composer.conversion.sources.labels import ANNOTATIONS, EDM, annotated_classes, assign_classes, edm_labels
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
-__all__ = ['Listing', 'holds_images', 'open_folders', 'open_zip', 'source_of_files']
+__all__ = ['Listing', 'holds_images', 'open_folders', 'open_zip']
 
 _LABEL_FILES = (EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', ANNOTATIONS)
 """Files with these names hold labels; beside those that nobody reads, folders say nothing certain."""
@@ -206,19 +207,6 @@ def open_folders(request: Request) -> dict[str, Source]:
         else:
             listing.add(parts, root.joinpath(*parts).read_bytes)
     return {split: source_of_files(root, branch) for split, branch in listing.branches(request).items()}
-
-
-def source_of_files(root: Path, images: Images, layout: str = '') -> Source:
-    """Images that are files below ``root``."""
-    layout = layout or ('class folders' if images.class_names else 'flat folder')
-    return arranged(layout, root, images, functools.partial(_load_file, str(root / images.prefix), images.form))
-
-
-def _load_file(folder: str, form: str, name: str) -> bytes:
-    label, _, file = name.partition('/')
-    path = Path(folder, form.format(name=name, label=label, file=file))
-    with refusing(OSError, f'{path}: was there when the source was opened and cannot be read now'):
-        return path.read_bytes()
 
 
 def holds_images(root: Path) -> bool:
