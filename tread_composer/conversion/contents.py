@@ -18,10 +18,9 @@ LOGVAR_RANGE = (-30.0, 20.0)  # what diffusers clamps log-variances to
 
 
 def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
-    """The bytes of a shard, uncompressed, and what is wrong with its files, in words.
+    """The bytes of a shard, uncompressed (None if none can be had), and what is wrong with its files, in words.
 
-    All forms that lie there are compared with the index: size and every hash. The bytes are None if none can be had;
-    bytes with a fault are handed out all the same, so that the samples in them can be named.
+    Size and every hash of all forms that lie there; bytes with a fault are of use to name the samples in them.
     """
     faults: list[str] = []
     contents: list[bytes] = []

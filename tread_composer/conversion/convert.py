@@ -65,8 +65,7 @@ class Conversion:
     def run(self, dry_run: bool = False) -> None:
         """Do it; for ``dry_run`` only say what would be done, what it would take and whether it fits.
 
-        Raises:
-            UserError: The input is at fault. Before the first part nothing is left behind; later, finished parts are.
+        ``UserError`` where the input is at fault: before the first part nothing is left behind, later finished parts.
         """
         settings, ranks = self.settings, self.ranks
         with contextlib.ExitStack() as stack:

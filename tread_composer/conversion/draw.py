@@ -49,10 +49,7 @@ def draw(
         mirrored: Draw the mirrored image's latents at the right of each.
 
     Returns:
-        The rows that were drawn, by their position in the split.
-
-    Raises:
-        UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.
+        The rows by their position. ``UserError`` for another autoencoder, no mirrored latents, a damaged shard.
     """
     folder = Path(folder)
     if not folder.is_dir():

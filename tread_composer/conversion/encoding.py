@@ -124,8 +124,8 @@ class ImageEncoder(Encoder):
         files = (settings.ground_truth, settings.class_names)
         truth, names = (None if file is None else Path(file).expanduser() for file in files)
         use_test = not settings.held_out and 'val' in (settings.splits or ('val',))
-        columns = (settings.image_column, settings.label_column)
-        return open_sources(Request(Path(settings.source).expanduser(), scratch, truth, names, *columns, use_test))
+        chosen = (settings.image_column, settings.label_column)
+        return open_sources(Request(Path(settings.source).expanduser(), scratch, truth, names, *chosen, use_test))
 
     def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
         """What is stored of pixels in [-1, 1]: ``[B, S, h, w]``; purpose and positions are the keys of random draws."""

@@ -64,10 +64,7 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     """ADM's centre crop (Dhariwal & Nichol 2021, 2105.05233; DiT, SiT and their followers use the same).
 
     Halve with a box filter while the shorter side is at least ``2 * resolution``, bring it to ``resolution`` with
-    bicubic interpolation, cut the middle.
-
-    Raises:
-        UnreadableImage: So narrow that the longer side would become larger than PIL's limit for images.
+    bicubic interpolation, cut the middle. ``UnreadableImage`` if the longer side would pass PIL's limit for images.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -86,11 +86,7 @@ def prepared_batches(
 def make_parts(
     parts: Sequence[Part], plans: Plans, encoder: Encoder, settings: Settings, progress: Progress, *, workers: int
 ) -> None:
-    """Make these parts, with so many processes that read.
-
-    Raises:
-        UserError: A sample, the disk or the GPU's memory is at fault; finished parts stay.
-    """
+    """Make these parts, with so many processes that read; ``UserError`` for a sample, the disk or the GPU's memory."""
     batches = [
         (name, part, positions) for name, part in parts for positions in plans[name].batches(part, settings.batch_size)
     ]

@@ -196,10 +196,9 @@ class PartWriter:
 
 
 class BackgroundWriter:
-    """A thread that makes parts out of batches, and brings finished ones to the disk or away.
+    """A thread that makes parts out of batches, which come in order, and brings finished ones to the disk or away.
 
-    Use as a context manager: leaving it waits until all parts are done; leaving it by an exception gives up the
-    unfinished part. Batches of a part must come together and in order.
+    Leaving the context waits until all parts are done; leaving it by an exception gives up the unfinished part.
     """
 
     def __init__(self, plans: Mapping[str, SplitPlan], encoder: Encoder, settings: Settings) -> None:
@@ -229,9 +228,9 @@ class BackgroundWriter:
                 self._writer.abandon()
 
     def put(self, batch: tuple[Prepared, Encoded | None] | None, meanwhile: Callable[[], None]) -> None:
-        """Hand over a batch and its readable samples, if there are any; calls ``meanwhile`` while the writer is behind.
+        """Hand over a batch and its results, or None at the end; calls ``meanwhile`` while the writer is behind.
 
-        None ends the last part. What stopped the writer, e.g. a full disk or too many unreadable images, is raised.
+        What stopped the writer, e.g. a full disk or too many unreadable images, is raised.
         """
         while True:
             if self._work.done():

@@ -41,11 +41,7 @@ _RECORDED = ('store', 'precision')
 
 
 class DataSets(Encoder):
-    """Finished data sets whose manifests agree; their rows are stored as they are.
-
-    Raises:
-        UserError: A folder is no finished data set, or two contradict each other, in words.
-    """
+    """Finished data sets whose manifests agree (``UserError`` where not); their rows are stored as they are."""
 
     def __init__(self, settings: MergeSettings, device: torch.device) -> None:
         self.device = device
@@ -124,12 +120,8 @@ def _manifests(root: Path) -> dict[str, Manifest]:
     if undone or not splits:
         state = f'{", ".join(undone)} not finished' if undone else f'no split with a {MANIFEST_NAME}'
         raise UserError(f'{root}: {state}; run its conversion to the end first')
-    _check_equal(
-        {
-            root / name: {**_facts(root, manifest), 'class_names': manifest.class_names}
-            for name, manifest in splits.items()
-        }
-    )
+    facts = {root / name: _facts(root, manifest) for name, manifest in splits.items()}
+    _check_equal({path: {**facts[path], 'class_names': splits[path.name].class_names} for path in facts})
     return splits
 
 

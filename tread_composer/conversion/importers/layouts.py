@@ -45,10 +45,9 @@ __all__ = ['array_from_pickle', 'open_layout']
 
 
 def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
-    """Look through a folder of latents; ``stored_channels`` is K, for LMDB, whose values are bytes without a shape.
+    """Arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if there is one.
 
-    The source's ``read`` gives arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if there
-    is one. What is not of that layout is refused with the file or the sample.
+    ``stored_channels`` is K, for LMDB, whose values are bytes without a shape. What is not of that layout is refused.
     """
     root, layout = Path(settings.source), settings.layout
     if not root.is_dir():

@@ -101,7 +101,7 @@ class Source:
             name): equal for equal images, whatever the layout.
         labels: int64, in the same order; zeros without labels.
         places: int64, a row for each; says where the sample is.
-        load: Gives the sample, an image file's bytes, of a name and a place; raises as ``read``.
+        load: Gives the sample, an image file's bytes, of a name and a place.
     """
 
     description: str
@@ -115,12 +115,7 @@ class Source:
         return len(self.names)
 
     def read(self, position: int) -> Any:
-        """The sample at ``names[position]`` as it is stored.
-
-        Raises:
-            UserError: The file is gone, or has changed since the source was opened.
-            UnreadableImage: This one is damaged within its archive.
-        """
+        """The sample as it is stored; ``UserError`` if the file has changed, ``UnreadableImage`` for damage inside."""
         return self.load(self.names[position], *self.places[position].tolist())
 
 
