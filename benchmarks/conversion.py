@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tread_composer.conversion.convert import Conversion
+from tread_composer.conversion.conversion import Conversion
 from tread_composer.conversion.encoding import Encoder, image_encoder
-from tread_composer.conversion.images import read_image
 from tread_composer.conversion.settings import ImageSettings
+from tread_composer.conversion.squares import read_image
 from tread_composer.io.device import available_cores, choose_device, machine_for
 
 

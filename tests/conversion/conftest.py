@@ -8,8 +8,8 @@ import pytest
 from tests.conversion import layouts
 from tests.conversion.layouts import Pictures
 from tests.conversion.worlds import make_images, make_vae
-from tread_composer.conversion.sources.base import Request, Source
 from tread_composer.conversion.sources.detect import open_sources
+from tread_composer.conversion.sources.source import Request, Source
 from tread_composer.core.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, tar_bytes, write_tar, write_zip
-from tread_composer.conversion.images import UnreadableImage
+from tread_composer.conversion.squares import UnreadableImage
 
 
 def _member(name: str, **facts: Any) -> bytes:

@@ -12,10 +12,10 @@ from tread_composer.conversion.contents import channel_sums
 from tread_composer.conversion.encoding import ImageEncoder, image_encoder
 from tread_composer.conversion.making import prepared_batches
 from tread_composer.conversion.parts import PartWriter
-from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
-from tread_composer.conversion.sources.base import Request
 from tread_composer.conversion.sources.detect import open_sources
+from tread_composer.conversion.sources.source import Request
+from tread_composer.conversion.splits import permutation
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import RankProgress
 

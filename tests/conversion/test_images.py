@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from tread_composer.conversion.images import UnreadableImage, read_image
+from tread_composer.conversion.squares import UnreadableImage, read_image
 
 CHINA, FLOWER = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
 

@@ -17,7 +17,7 @@ from tests.conversion.worlds import digests, make_vae, read
 from tread_composer.autoencoders import KL
 from tread_composer.cli.convert import import_main as main
 from tread_composer.conversion.importers.layouts import array_from_pickle
-from tread_composer.conversion.plan import permutation
+from tread_composer.conversion.splits import permutation
 from tread_composer.conversion.verify import verify
 from tread_composer.data import Manifest
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import write_tree, write_zip
-from tread_composer.conversion.images import read_image
+from tread_composer.conversion.squares import read_image
 
 EDM_FILES = {f'0000{number // 2}/img{number}.png': bytes([number]) for number in range(5)}
 EDM_LABELS = dict(zip(EDM_FILES, [2, 0, 1, 1, 2], strict=True))

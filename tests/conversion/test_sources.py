@@ -16,7 +16,7 @@ from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
 from tests.conversion.worlds import manifest, words
 from tread_composer.cli.convert import convert_main
-from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.source import Source
 from tread_composer.core.errors import UserError
 
 

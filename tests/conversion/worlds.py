@@ -11,7 +11,7 @@ from PIL import Image
 from streaming import LocalDataset, StreamingDataset
 
 from tests.runs import ROOT
-from tread_composer.conversion.images import read_image
+from tread_composer.conversion.squares import read_image
 from tread_composer.data.registration import numbered_in_turn
 
 SCRIPT = str(ROOT / 'streaming_data' / 'convert_imagenet.py')

@@ -43,7 +43,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
-    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.encoding import image_encoder
 
     Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
@@ -59,7 +59,7 @@ def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
         --autoencoder stabilityai/sd-vae-ft-mse --autoencoder-id stabilityai/sd-vae-ft-mse --num-classes 1000
         --out data/imagenet256 --split train
     """
-    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.importers.stored import StoredLatents
 
     Conversion(settings, functools.partial(StoredLatents, settings), _say).run(dry_run)
@@ -75,7 +75,7 @@ def merge_data_sets(settings: MergeSettings, dry_run: bool = False) -> None:
 
     Example: data/first data/second --out data/all
     """
-    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.importers.data_sets import DataSets
 
     Conversion(settings, functools.partial(DataSets, settings), _say).run(dry_run)

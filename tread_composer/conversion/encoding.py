@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tread_composer.autoencoders import Pretrained, Published, open_autoencoder, published_scaling, sample_moments
-from tread_composer.conversion.images import Sample, read_image
 from tread_composer.conversion.settings import ImageSettings
-from tread_composer.conversion.sources.base import Request, Source
 from tread_composer.conversion.sources.detect import open_sources
+from tread_composer.conversion.sources.source import Request, Source
+from tread_composer.conversion.squares import Sample, read_image
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import Kind, columns, stored_shape

@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.parts import BackgroundWriter, Prepared
-from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
-from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.source import Source
+from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
+from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
 from tread_composer.io.device import choose_device, machine_for
 from tread_composer.io.files import read_json
@@ -45,9 +45,9 @@ class _Batches(Dataset):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Prepared:
-        split, part, wanted = self._batches[index]
+        split, part, candidates = self._batches[index]
         source, samples, positions, unreadable, problem, transparent = self._sources[split], [], [], [], None, 0
-        for position in wanted:
+        for position in candidates:
             try:
                 sample = self._prepare(source.read(position))
                 samples.append(torch.from_numpy(sample.values))

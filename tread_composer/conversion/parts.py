@@ -22,10 +22,10 @@ from streaming import MDSWriter
 from torch import Tensor
 
 from tread_composer.conversion.contents import channel_sums
+from tread_composer.conversion.destination import upload
 from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.output import upload
-from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json

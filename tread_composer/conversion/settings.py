@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 from PIL import ImageColor
 
-from tread_composer.conversion.images import Colour
+from tread_composer.conversion.squares import Colour
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, argument_docs, check_request
 from tread_composer.data.columns import Kind

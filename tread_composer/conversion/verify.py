@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tread_composer.conversion.contents import LOGVAR_RANGE, Content, channel_sums, read_shard
-from tread_composer.conversion.plan import PART_FILE
 from tread_composer.conversion.settings import is_remote
-from tread_composer.conversion.sources.base import few
+from tread_composer.conversion.sources.source import few
+from tread_composer.conversion.splits import PART_FILE
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import fetch_descriptions, fetch_file
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns

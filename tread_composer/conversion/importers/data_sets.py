@@ -16,11 +16,11 @@ from streaming.base.format.mds.reader import MDSReader
 
 from tread_composer.autoencoders.published import Published
 from tread_composer.conversion.contents import sound_rows
+from tread_composer.conversion.destination import RECORD
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.images import Sample
-from tread_composer.conversion.output import RECORD
 from tread_composer.conversion.settings import MergeSettings
-from tread_composer.conversion.sources.base import Images, IndexedFiles, Source, arranged, few, in_label_order
+from tread_composer.conversion.sources.source import Images, IndexedFiles, Source, arranged, few, in_label_order
+from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
@@ -47,8 +47,8 @@ class DataSets(Encoder):
         self.device = device
         splits = {folder: _manifests(folder) for folder in settings.folders}
         self._manifests = {root / name: each for root, named in splits.items() for name, each in named.items()}
-        first = {root: next(iter(named.values())) for root, named in splits.items()}
-        facts = {root: _facts(root, manifest) for root, manifest in first.items()}
+        manifest_of = {root: next(iter(named.values())) for root, named in splits.items()}
+        facts = {root: _facts(root, manifest) for root, manifest in manifest_of.items()}
         _check_equal(facts)
         # Of what some do not say, what the others say; of what conversions record besides, what all say.
         common: dict[str, Any] = dict.fromkeys(_FACTS)
@@ -57,8 +57,8 @@ class DataSets(Encoder):
         recorded = dict(set.intersection(*(set(each.items()) for each in facts.values())))
         for name in ('kind', 'mirrored', 'resolution', 'crop', 'autoencoder', 'autoencoder_hash', 'background'):
             setattr(self, name, common[name])
-        self.published, self.latent_shape = common['published'], next(iter(first.values())).latent_shape
-        lists = {root: manifest.class_names for root, manifest in first.items()}
+        self.published, self.latent_shape = common['published'], next(iter(manifest_of.values())).latent_shape
+        lists = {root: manifest.class_names for root, manifest in manifest_of.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
         reader = read_index(next(iter(self._manifests)))[0].reader  # decodes a row: all shards have the same columns
         self.prepare = functools.partial(_views, reader, self.mirrored)

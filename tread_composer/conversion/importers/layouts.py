@@ -33,10 +33,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tread_composer.conversion.settings import ImportSettings
-from tread_composer.conversion.sources.base import IndexedFiles, Source, check_names, few, refusing
 from tread_composer.conversion.sources.cifar import load_plain
 from tread_composer.conversion.sources.labels import EDM, edm_labels
 from tread_composer.conversion.sources.numbered import check_numbers
+from tread_composer.conversion.sources.source import IndexedFiles, Source, check_names, few, refusing
 from tread_composer.conversion.sources.tars import scan_tars
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
@@ -77,8 +77,8 @@ def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source
     return source
 
 
-def _arrays(what: str, names: list[str], labels: Any, places: Any, load: Callable[..., list[np.ndarray]]) -> Source:
-    return Source(what, (), names, np.asarray(labels, np.int64), np.asarray(places, np.int64), load)
+def _arrays(title: str, names: list[str], labels: Any, places: Any, load: Callable[..., list[np.ndarray]]) -> Source:
+    return Source(title, (), names, np.asarray(labels, np.int64), np.asarray(places, np.int64), load)
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:

@@ -13,10 +13,10 @@ import torch
 from tread_composer.autoencoders import open_autoencoder, published_scaling
 from tread_composer.conversion.contents import LOGVAR_RANGE
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.images import Sample
 from tread_composer.conversion.importers.layouts import open_layout
 from tread_composer.conversion.settings import ImportSettings
-from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.source import Source
+from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
 
 __all__ = ['StoredLatents']

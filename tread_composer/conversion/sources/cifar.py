@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import Images, IndexedFiles, Request, Source, arranged, refusing
 from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import Images, IndexedFiles, Request, Source, arranged, refusing
 from tread_composer.core.errors import UserError
 
 __all__ = ['cifar_folder', 'load_plain', 'open_cifar']

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Request, Source, few
 from tread_composer.conversion.sources.cifar import cifar_folder, open_cifar
+from tread_composer.conversion.sources.folders import holds_images, open_folders, open_zip
 from tread_composer.conversion.sources.numbered import PLACES, is_table, numbered_folders, open_img2dataset, split_files
+from tread_composer.conversion.sources.source import Request, Source, few
 from tread_composer.conversion.sources.tars import holds_tars, open_ilsvrc, open_webdataset
-from tread_composer.conversion.sources.tree import holds_images, open_folders, open_zip
 from tread_composer.core.errors import UserError
 
 __all__ = ['open_sources']

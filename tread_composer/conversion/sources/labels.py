@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import few, in_label_order, is_image, refusing
+from tread_composer.conversion.sources.source import few, in_label_order, is_image, refusing
 from tread_composer.core.errors import UserError
 
 __all__ = ['ANNOTATIONS', 'EDM', 'annotated_classes', 'assign_classes', 'edm_labels', 'missing_truth']

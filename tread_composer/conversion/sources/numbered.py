@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import (
+from tread_composer.conversion.sources.source import (
     SPLITS,
     Images,
     Request,

@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from tread_composer.conversion.output import refuse_if_too_large, size_in_words
-from tread_composer.conversion.sources.base import SPLITS, Ignored, Images, Request, Source, arranged, few, refusing
+from tread_composer.conversion.destination import refuse_if_too_large, size_in_words
 from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import SPLITS, Ignored, Images, Request, Source, arranged, few, refusing
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, whole_file
 from tread_composer.io.progress import Progress, to_stderr

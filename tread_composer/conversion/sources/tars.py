@@ -14,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tread_composer.conversion.sources.base import (
+from tread_composer.conversion.sources.folders import Listing
+from tread_composer.conversion.sources.labels import missing_truth
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import (
     Ignored,
     Images,
     IndexedFiles,
@@ -27,9 +30,6 @@ from tread_composer.conversion.sources.base import (
     member_parts,
     refusing,
 )  # fmt: skip
-from tread_composer.conversion.sources.labels import missing_truth
-from tread_composer.conversion.sources.numbered import name_by_number
-from tread_composer.conversion.sources.tree import Listing
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 

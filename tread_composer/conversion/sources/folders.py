@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.sources.base import (
+from tread_composer.conversion.sources.labels import ANNOTATIONS, EDM, annotated_classes, assign_classes, edm_labels
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import (
     SPLITS,
     Ignored,
     Images,
@@ -31,8 +32,7 @@ from tread_composer.conversion.sources.base import (
     refusing,
     source_of_files,
 )  # fmt: skip
-from tread_composer.conversion.sources.labels import ANNOTATIONS, EDM, annotated_classes, assign_classes, edm_labels
-from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 

@@ -20,10 +20,9 @@ import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
 import tread_composer
+from tread_composer.conversion.destination import Output, check_remote, refuse_if_too_large, size_in_words, upload
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.images import UnreadableImage
 from tread_composer.conversion.making import Part, Plans, RayPartMaker, make_parts
-from tread_composer.conversion.output import Output, check_remote, refuse_if_too_large, size_in_words, upload
 from tread_composer.conversion.parts import (
     REPORT,
     done_parts,
@@ -32,8 +31,9 @@ from tread_composer.conversion.parts import (
     remove_unfinished,
     report_unreadable,
 )
-from tread_composer.conversion.plan import SplitPlan, make_plans, part_name
 from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.splits import SplitPlan, make_plans, part_name
+from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Scaling
