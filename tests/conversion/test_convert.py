@@ -73,15 +73,6 @@ def test_manifest_and_shards_say_what_they_are(vae, out, source):
     np.testing.assert_allclose(found.std, np.sqrt(second - mean.mean(axis=(0, 2, 3)) ** 2), rtol=1e-10)
 
 
-def test_a_finished_data_set_is_left_alone(source, vae, out, capsys):
-    before = digests(out)
-    times = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.name != '.lock'}
-    assert main(words(source, out, vae)) == 0
-    assert 'finished already, nothing to do' in capsys.readouterr().out
-    assert digests(out) == before
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-
-
 @pytest.mark.parametrize('options', [{'workers': 2}, {'batch_size': 7}, {'batch_size': 40, 'workers': 1}, {'seed': 1}])
 def test_the_result_depends_on_the_seed_and_not_on_workers_or_batches(source, vae, out, options, tmp_path):
     assert main(words(source, tmp_path / 'out', vae, **options)) == 0
@@ -270,8 +261,11 @@ def test_latents_beyond_half_precision_name_the_image(source, tmp_path, refused)
     assert re.search(r'n\d+/n\d+_\d+\.JPEG', error) and not list((tmp_path / 'out' / 'train').iterdir())
 
 
-def test_other_settings_weights_or_images_on_the_same_output_are_refused(source, vae, out, tmp_path, refused):
+def test_finished_data_are_left_alone_and_other_settings_or_images_refused(source, vae, out, tmp_path, refused, capsys):
     before = digests(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.name != '.lock'}
+    assert main(words(source, out, vae)) == 0
+    assert 'finished already, nothing to do' in capsys.readouterr().out
     for change, message in (
         ({'resolution': 8}, 'resolution: saved 16, now 8'),
         ({'precision': 'bf16'}, "precision: saved 'fp32', now 'bf16'"),
@@ -284,7 +278,7 @@ def test_other_settings_weights_or_images_on_the_same_output_are_refused(source,
     refused(main, words(source, out, make_vae(tmp_path / 'my-vae', seed=1)), 'autoencoder_hash: saved')
     more = make_images(tmp_path / 'more', IMAGES + 1)
     refused(main, words(more, out, vae), f'train.images: saved {IMAGES}, now {IMAGES + 1}')
-    assert digests(out) == before
+    assert digests(out) == before and {path: path.stat().st_mtime_ns for path in times} == times
     assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
 
 
