@@ -13,8 +13,6 @@ from PIL import ImageColor
 from tread_composer.conversion.squares import Colour
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, argument_docs, check_request
-from tread_composer.data.columns import Kind
-from tread_composer.data.manifest import read_class_names
 from tread_composer.io.device import available_cores
 
 __all__ = ['ImageSettings', 'ImportSettings', 'MergeSettings', 'Settings', 'is_remote']
@@ -261,21 +259,6 @@ class ImportSettings(Settings):
         if self.autoencoder_hash and not re.fullmatch(r'sha256:[0-9a-f]{64}', self.autoencoder_hash):
             raise UserError(f'--autoencoder-hash {self.autoencoder_hash}: not of the form sha256:<64 hex digits>')
         object.__setattr__(self, 'splits', (self.split,))
-
-    @property
-    def stored_kind(self) -> Kind:
-        """What is stored: MaskDiT and REPA keep what the encoder gives, the others draws from it."""
-        return self.kind or ('moments' if self.layout.startswith(('maskdit', 'repa')) else 'samples')
-
-    @property
-    def names_of_classes(self) -> tuple[str, ...]:
-        """One for each class; empty for data without labels."""
-        if self.class_names is None:
-            return tuple(str(label) for label in range(self.num_classes or 0))
-        names = read_class_names(Path(self.class_names))
-        if self.num_classes not in (None, len(names)):
-            raise UserError(f'--num-classes {self.num_classes}: {self.class_names} has {len(names)} names')
-        return names
 
     def scale_and_shift(self, channels: int) -> tuple[Any, Any]:
         """What undoes ``stored = (raw - shift) * scale``, float32 ``[C or 1, 1, 1]`` each; no scale may be zero."""

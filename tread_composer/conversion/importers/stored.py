@@ -18,6 +18,7 @@ from tread_composer.conversion.settings import ImportSettings
 from tread_composer.conversion.sources.source import Source
 from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import read_class_names
 
 __all__ = ['StoredLatents']
 
@@ -27,7 +28,10 @@ class StoredLatents(Encoder):
 
     def __init__(self, settings: ImportSettings, device: torch.device) -> None:
         assert settings.resolution is not None  # the settings have asked for it
-        self.device, self.kind, self.split = device, settings.stored_kind, settings.split
+        self.device, self.split = device, settings.split
+        # MaskDiT and REPA keep what the encoder gives, the others draws from it.
+        keeps_moments = settings.layout.startswith(('maskdit', 'repa'))
+        self.kind = settings.kind or ('moments' if keeps_moments else 'samples')
         self.resolution, self.crop = settings.resolution, settings.crop
         self.autoencoder, self.autoencoder_hash = settings.autoencoder_id, settings.autoencoder_hash
         channels, downsampling = settings.channels, None
@@ -43,7 +47,7 @@ class StoredLatents(Encoder):
         factor = 2 if self.kind == 'moments' else 1
         self.source = open_layout(settings, None if channels is None else channels * factor)
         self.source.description = f'imported: {self.source.description}'
-        self._set_labels(settings.names_of_classes)
+        self._set_labels(settings)
         try:
             views = self.source.read(0)
         except UserError as error:
@@ -62,8 +66,14 @@ class StoredLatents(Encoder):
         mirror = ', with mirror images' if self.mirrored else ''
         self.description = f'latents of {self.autoencoder} ({self.kind}): {shape}{mirror}'
 
-    def _set_labels(self, classes: tuple[str, ...]) -> None:
-        source = self.source
+    def _set_labels(self, settings: ImportSettings) -> None:
+        source, classes = self.source, tuple(str(label) for label in range(settings.num_classes or 0))
+        if settings.class_names is not None:
+            classes = read_class_names(Path(settings.class_names))
+            if settings.num_classes not in (None, len(classes)):
+                raise UserError(
+                    f'--num-classes {settings.num_classes}: {settings.class_names} has {len(classes)} names'
+                )
         source.class_names = classes
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
         if not classes:
