@@ -132,7 +132,7 @@ def test_images_without_classes(tmp_path, splits, opened):
     flat = {name.rpartition('/')[2]: content for name, content in splits['train'].items()}
     one = {'train': splits['train']}
     paths = {
-        'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
+        'flat folder': write_tree(tmp_path / 'flat', flat),
         'zip': write_zip(tmp_path / 'flat.zip', flat),
         'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
         'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
