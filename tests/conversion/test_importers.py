@@ -319,11 +319,13 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, rejected
     rejected(words, "two cls files of key '0'")
     tars.write_bytes(b'no tar' * 100)
     rejected(words, 'a.tar: not a tar')
-    (tmp_path / 'a.safetensors').write_text('x')
-    rejected(described(tmp_path, 'lightningdit'), 'a.safetensors: cannot be read as safetensors')
-    maskdit_lmdb(tmp_path / 'lmdb', 1)
-    for place, message in ((tmp_path, 'no data.mdb, so no LMDB; there is one in lmdb'), (tmp_path / 'x', 'no such')):
-        rejected(described(place, 'maskdit-lmdb', '--channels 3 --mirrors none'), message)
+    (tmp_path / 'tensors').mkdir()
+    (tmp_path / 'tensors' / 'a.safetensors').write_text('x')
+    rejected(described(tmp_path / 'tensors', 'lightningdit'), 'a.safetensors: cannot be read as safetensors')
+    (tmp_path / 'lmdb').mkdir()
+    maskdit_lmdb(tmp_path / 'lmdb' / 'train', 1)
+    for name, message in (('lmdb', 'no data.mdb, so no LMDB; there is one in train'), ('nowhere', 'no such folder')):
+        rejected(described(tmp_path / name, 'maskdit-lmdb', '--channels 3 --mirrors none'), message)
 
 
 @pytest.mark.parametrize(
