@@ -39,6 +39,7 @@ PATH, LINK = 'is no plain relative path', 'is a link, a device or a sparse file'
         (_member('a.jpg', type=tarfile.BLKTYPE), LINK),
         (_member('a.jpg', type=tarfile.GNUTYPE_SPARSE), LINK),
     ],
+    ids=lambda value: value if isinstance(value, str) else 'member',
 )
 def test_unsafe_members_of_tars_are_refused(member, message, tmp_path, opened):
     good = {'a_1.jpg': b'x' * 700, 'a_1.cls': b'0'}

@@ -109,7 +109,6 @@ def test_a_damaged_or_unfinished_data_set_is_refused(tmp_path, refused):
     for folder, machine in zip(folders, 'ab', strict=True):
         write_split(folder / 'train', **named(machine))
     arguments = [*map(str, folders), '--out', str(tmp_path / 'out')]
-
     shard = next((folders[1] / 'train').rglob('*.mds'))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
