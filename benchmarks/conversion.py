@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.encoders import image_encoder
-from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.images import decode_image
+from tread_composer.conversion.conversion import Conversion
+from tread_composer.conversion.encoding import Encoder, image_encoder
 from tread_composer.conversion.settings import ImageSettings
+from tread_composer.conversion.squares import read_image
 from tread_composer.io.device import available_cores, choose_device, machine_for
 
 
@@ -94,7 +93,7 @@ def main() -> None:
         device = choose_device(None, 0)
         paths = files[: 2 * options.batch_size]
         began = time.perf_counter()
-        decoded = np.stack([decode_image(path.read_bytes(), options.resolution) for path in paths])
+        decoded = np.stack([read_image(path.read_bytes(), options.resolution).values for path in paths])
         decoding = len(paths) / (time.perf_counter() - began)
         batches = list(torch.from_numpy(decoded).split(options.batch_size))
         rows = []

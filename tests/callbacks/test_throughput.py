@@ -5,7 +5,6 @@ import time
 
 import pytest
 from composer.loggers import InMemoryLogger
-
 from torch.utils.data import DataLoader
 
 from tests.helpers import Images, make_trainer

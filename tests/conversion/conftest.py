@@ -1,3 +1,5 @@
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +8,8 @@ import pytest
 from tests.conversion import layouts
 from tests.conversion.layouts import Pictures
 from tests.conversion.worlds import make_images, make_vae
-from tread_composer.conversion.sources.base import Source
 from tread_composer.conversion.sources.detect import open_sources
+from tread_composer.conversion.sources.source import Request, Source
 from tread_composer.core.errors import UserError
 
 
@@ -18,7 +20,7 @@ class Opener:
         self.scratch = scratch
 
     def __call__(self, path: Path, **options: Any) -> dict[str, Source]:
-        return open_sources(path, scratch=self.scratch, **options)
+        return open_sources(Request(path, self.scratch, **options))
 
     def refuses(self, message: str, path: Path, **options: Any) -> str:
         """The whole message of a refusal that matches."""
@@ -35,6 +37,21 @@ def splits() -> dict[str, Pictures]:
 @pytest.fixture
 def opened(tmp_path: Path) -> Opener:
     return Opener(tmp_path / 'scratch')
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs a command, which must end with 2 and a message that holds all these texts and matches; returns it."""
+
+    def run(command: Callable[[list[str]], int], words: list[str], *texts: str, match: str = '') -> str:
+        capsys.readouterr()
+        assert command(words) == 2
+        error = capsys.readouterr().err
+        assert 'Traceback' not in error and [text for text in texts if text not in error] == [], error
+        assert re.search(match, error), error
+        return error
+
+    return run
 
 
 @pytest.fixture(scope='session')

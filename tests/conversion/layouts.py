@@ -97,11 +97,6 @@ def write_folders(root: Path, splits: dict[str, Pictures]) -> Path:
     return root
 
 
-def write_flat(root: Path, images: Pictures) -> Path:
-    """Images alone."""
-    return write_tree(root, {name.rpartition('/')[2]: content for name, content in images.items()})
-
-
 def write_zip(path: Path, files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
     """Any files by their name in the archive."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,12 @@ Rows = list[dict[str, Any]]
 def make_rows(kind: str = 'moments', mirrored: bool = True, samples: int = SAMPLES) -> Rows:
     """Permuted samples with different statistics in each channel."""
     random = np.random.default_rng(0)
+    scale, shift = (np.array(values).reshape(3, 1, 1) for values in ([1, 2, 3], [0, 1, -1]))
     rows = []
     for index in random.permutation(samples):
         row: dict[str, Any] = {'label': int(index) % CLASSES, 'name': f'class{index % CLASSES}/{index}.JPEG'}
         for column in ('latents', 'latents_mirrored')[: 1 + mirrored]:
-            mean = random.normal(size=SHAPE) * np.array([1, 2, 3]).reshape(3, 1, 1) + np.array([0, 1, -1]).reshape(
-                3, 1, 1
-            )
+            mean = random.normal(size=SHAPE) * scale + shift
             arrays = [mean, random.normal(size=SHAPE) - 1] if kind == 'moments' else [mean]
             row[column] = np.concatenate(arrays).astype(np.float16)
         if kind == 'pixels' and mirrored:

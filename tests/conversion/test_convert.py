@@ -4,17 +4,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conversion.worlds import CLASSES, digests, make_images, make_vae, manifest, read, words
+from tests.conversion.worlds import CLASSES, digests, make_images, make_vae, manifest, pixels_of, read, words
 from tread_composer.autoencoders import KL
 from tread_composer.cli.convert import convert_main as main
-from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.verify import verify
 from tread_composer.data import Manifest
 from tread_composer.data.checks import check_shards
@@ -28,25 +26,6 @@ def out(source, vae, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('plain') / 'out'
     assert main(words(source, out, vae)) == 0
     return out
-
-
-@pytest.fixture
-def refused(capsys) -> Callable[..., str]:
-    """Runs the command, which must end with 2 and one message that holds all these texts; returns it."""
-
-    def run(arguments: list[str], *texts: str) -> str:
-        capsys.readouterr()
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert 'Traceback' not in error and [text for text in texts if text not in error] == [], error
-        return error
-
-    return run
-
-
-def pixels_of(source: Path, names: list[str], resolution: int = 16) -> torch.Tensor:
-    squares = [decode_image((source / name).read_bytes(), resolution) for name in names]
-    return torch.from_numpy(np.stack(squares)).float() / 127.5 - 1
 
 
 def assert_half_precision(stored: np.ndarray, exact: torch.Tensor) -> None:
@@ -86,43 +65,27 @@ def test_manifest_and_shards_say_what_they_are(vae, out, source):
     assert json.loads((folder / 'unreadable.json').read_text()) == {'images': IMAGES, 'unreadable': 0, 'list': []}
     assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
     assert not [path for path in folder.iterdir() if path.name.startswith('.')]
-
-
-def test_statistics_are_those_of_draws_from_what_was_written(out):
-    rows = read(out / 'train')
+    rows = read(folder)  # statistics are those of draws from what was written
     moments = np.concatenate([rows['latents'], rows['latents_mirrored']]).astype(np.float64)
     mean, logvar = np.split(moments, 2, axis=1)
     second = (mean**2 + np.exp(logvar)).mean(axis=(0, 2, 3))
-    found = manifest(out / 'train')
-    np.testing.assert_allclose(found['mean'], mean.mean(axis=(0, 2, 3)), rtol=1e-10)
-    np.testing.assert_allclose(found['std'], np.sqrt(second - mean.mean(axis=(0, 2, 3)) ** 2), rtol=1e-10)
+    np.testing.assert_allclose(found.mean, mean.mean(axis=(0, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(found.std, np.sqrt(second - mean.mean(axis=(0, 2, 3)) ** 2), rtol=1e-10)
 
 
-def test_a_finished_data_set_is_left_alone(source, vae, out, capsys):
-    before = digests(out)
-    times = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.name != '.lock'}
-    assert main(words(source, out, vae)) == 0
-    assert 'finished already, nothing to do' in capsys.readouterr().out
-    assert digests(out) == before
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-
-
-@pytest.mark.parametrize('options', [{'workers': 2}, {'batch_size': 7}, {'batch_size': 40, 'workers': 1}])
-def test_the_result_does_not_depend_on_workers_or_batches(source, vae, out, options, tmp_path):
+@pytest.mark.parametrize('options', [{'workers': 2}, {'batch_size': 7}, {'batch_size': 40, 'workers': 1}, {'seed': 1}])
+def test_the_result_depends_on_the_seed_and_not_on_workers_or_batches(source, vae, out, options, tmp_path):
     assert main(words(source, tmp_path / 'out', vae, **options)) == 0
-    one, other = read(out / 'train'), read(tmp_path / 'out' / 'train')
-    assert one['name'] == other['name'] and one['label'] == other['label']
+    plain, result = read(out / 'train'), read(tmp_path / 'out' / 'train')
+    assert manifest(tmp_path / 'out' / 'train')['permutation_seed'] == options.get('seed', 0)
+    if 'seed' in options:
+        assert plain['name'] != result['name'] and sorted(plain['name']) == sorted(result['name'])
+        return
+    assert plain['name'] == result['name'] and plain['label'] == result['label']
     for column in ('latents', 'latents_mirrored'):  # other batches: convolutions sum in another order
-        np.testing.assert_allclose(one[column], other[column], rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(plain[column], result[column], rtol=2e-3, atol=1e-4)
     if 'batch_size' not in options:
         assert digests(out / 'train') == digests(tmp_path / 'out' / 'train')
-
-
-def test_another_seed_is_another_order(source, vae, out, tmp_path):
-    assert main(words(source, tmp_path / 'out', vae, seed=1)) == 0
-    one, other = read(out / 'train'), read(tmp_path / 'out' / 'train')
-    assert one['name'] != other['name'] and sorted(one['name']) == sorted(other['name'])
-    assert manifest(tmp_path / 'out' / 'train')['permutation_seed'] == 1
 
 
 def test_an_unusual_autoencoder(source, tmp_path):
@@ -135,6 +98,12 @@ def test_an_unusual_autoencoder(source, tmp_path):
     found = Manifest.load(tmp_path / 'out' / 'train')
     assert (found.latent_shape, found.autoencoder, found.mirrored) == ((5, 5, 5), 'org/f4d5', False)
     assert main(words(source, tmp_path / 'other', vae, resolution=18)) == 2 and not (tmp_path / 'other').exists()
+
+
+def test_images_without_classes(vae, tmp_path):
+    flat, split = make_images(tmp_path / 'flat', 5, classes=()), tmp_path / 'out' / 'train'
+    assert main(words(flat, split.parent, vae)) == 0
+    assert (manifest(split)['num_classes'], manifest(split)['class_names'], read(split)['label']) == (0, [], [0] * 5)
 
 
 def test_means_draws_and_brain_floats(source, vae, out, tmp_path):
@@ -174,13 +143,6 @@ def test_pixels_without_an_autoencoder(source, tmp_path):
     np.testing.assert_allclose(found['std'], both.std(axis=(0, 2, 3)), rtol=1e-10)
 
 
-def test_images_without_classes(vae, tmp_path):
-    flat = make_images(tmp_path / 'flat', 5, classes=())
-    assert main(words(flat, tmp_path / 'out', vae)) == 0
-    rows, found = read(tmp_path / 'out' / 'train'), manifest(tmp_path / 'out' / 'train')
-    assert (found['num_classes'], found['class_names'], rows['label']) == (0, [], [0] * 5)
-
-
 def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, capsys):
     both = tmp_path / 'both'
     make_images(both / 'train', 9), make_images(both / 'val', 6, seed=1)
@@ -198,24 +160,20 @@ def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, ca
     assert manifest(tmp_path / 'held' / 'val')['source'].endswith('only 7 of them, held out by seed 0')
 
 
-def test_the_expected_size_is_that_of_the_result(tmp_path, capsys):
-    source = make_images(tmp_path / 'in', 150)
-    options = {'no_mirror': True, 'resolution': 32, 'part_size': 50, 'batch_size': 25}
-    assert main(words(source, tmp_path / 'out', None, **options)) == 0
-    said = re.search(r'train: ([\d.]+) (k|M)B expected', capsys.readouterr().out)
-    assert said
-    written = sum(path.stat().st_size for path in (tmp_path / 'out').rglob('*') if path.is_file())
-    assert float(said[1]) * {'k': 1e3, 'M': 1e6}[said[2]] == pytest.approx(written, rel=0.05)
-    data = read(tmp_path / 'out' / 'train')
-    np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
-
-
-def test_a_dry_run_says_all_and_writes_nothing(source, vae, tmp_path, capsys):
-    assert main(words(source, tmp_path / 'out', vae, dry_run=True)) == 0
+def test_a_dry_run_writes_nothing_and_says_the_size_of_the_result(tmp_path, capsys):
+    source, out = make_images(tmp_path / 'in', 150), tmp_path / 'out'
+    arguments = words(source, out, None, no_mirror=True, resolution=32, part_size=50, batch_size=25)
+    assert main([*arguments, '--dry-run']) == 0 and not out.exists()
     text = capsys.readouterr().out
-    for part in ('class folders', f'{IMAGES} images, 3 classes', '3 x 8 x 8', 'expected in 4 parts', 'fits'):
+    for part in ('class folders', '150 images, 3 classes', '3 x 32 x 32', 'expected in 3 parts', 'fits'):
         assert part in text
-    assert not any(tmp_path.iterdir())
+    assert main(arguments) == 0
+    expected = re.search(r'train: ([\d.]+) (k|M)B expected', capsys.readouterr().out)
+    assert expected
+    written = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
+    assert float(expected[1]) * {'k': 1e3, 'M': 1e6}[expected[2]] == pytest.approx(written, rel=0.05)
+    data = read(out / 'train')
+    np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
 
 
 def spoil(folder: Path, count: int) -> list[str]:
@@ -242,7 +200,7 @@ def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_pat
     spoil(source, 4)
     path = tmp_path / 'out' / 'train' / 'unreadable.json'
     arguments = words(source, tmp_path / 'out', vae, part_size=4)
-    refused([*arguments, '--max-unreadable', '0.1'], '3 images so far are unreadable', str(path))
+    refused(main, [*arguments, '--max-unreadable', '0.1'], '3 images so far are unreadable', str(path))
     assert len(json.loads(path.read_text())['list']) == 3 and not (path.parent / 'manifest.json').exists()
     assert not list(path.parent.glob('.writing-*'))
     kept = sum(1 for _ in path.parent.glob('0*'))
@@ -273,12 +231,16 @@ def test_repaired_images_come_into_finished_parts(source, tmp_path, capsys):
     np.testing.assert_array_equal(here['latents'], there['latents'])
 
 
-def test_a_damaged_part_of_finished_data_is_asked_for_alone(source, out, vae, tmp_path, refused):
+@pytest.mark.parametrize('is_finished', [True, False])
+def test_a_part_that_was_damaged_later_is_asked_for_alone(is_finished, source, out, vae, tmp_path, refused):
     copy = tmp_path / 'out'
     shutil.copytree(out, copy)
-    shard = copy / 'train' / '00002' / 'shard.00000.mds'
-    shard.write_bytes(shard.read_bytes()[:-1])
-    refused(words(source, copy, vae), str(shard), 'Remove the folder of the part', 'only that part is made anew')
+    shard, described = copy / 'train' / '00002' / 'shard.00000.mds', copy / 'train' / 'manifest.json'
+    os.truncate(shard, 100)
+    if not is_finished:
+        described.unlink()
+    refused(main, words(source, copy, vae), str(shard), 'Remove the folder of the part', 'only that part is made anew')
+    assert described.exists() == is_finished
     note = f'note: 1 parts are damaged: {shard.parent}. Remove these folders and run the conversion again'
     lines = []
     assert verify(copy, say=lines.append) and any(note in line for line in lines)
@@ -295,12 +257,15 @@ def test_latents_beyond_half_precision_name_the_image(source, tmp_path, refused)
     with torch.no_grad():
         network.quant_conv.weight[1] *= 1e6
     network.save_pretrained(tmp_path / 'vae')
-    error = refused(words(source, tmp_path / 'out', str(tmp_path / 'vae')), 'channel 1')
+    error = refused(main, words(source, tmp_path / 'out', str(tmp_path / 'vae')), 'channel 1')
     assert re.search(r'n\d+/n\d+_\d+\.JPEG', error) and not list((tmp_path / 'out' / 'train').iterdir())
 
 
-def test_other_settings_weights_or_images_on_the_same_output_are_refused(source, vae, out, tmp_path, refused):
+def test_finished_data_are_left_alone_and_other_settings_or_images_refused(source, vae, out, tmp_path, refused, capsys):
     before = digests(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.name != '.lock'}
+    assert main(words(source, out, vae)) == 0
+    assert 'finished already, nothing to do' in capsys.readouterr().out
     for change, message in (
         ({'resolution': 8}, 'resolution: saved 16, now 8'),
         ({'precision': 'bf16'}, "precision: saved 'fp32', now 'bf16'"),
@@ -309,11 +274,11 @@ def test_other_settings_weights_or_images_on_the_same_output_are_refused(source,
         ({'part_size': 20}, 'part_size: saved 10, now 20'),
         ({'no_mirror': True}, 'mirrored: saved True, now False'),
     ):
-        refused(words(source, out, vae, **change), message, 'choose another --out')
-    refused(words(source, out, make_vae(tmp_path / 'my-vae', seed=1)), 'autoencoder_hash: saved')
+        refused(main, words(source, out, vae, **change), message, 'choose another --out')
+    refused(main, words(source, out, make_vae(tmp_path / 'my-vae', seed=1)), 'autoencoder_hash: saved')
     more = make_images(tmp_path / 'more', IMAGES + 1)
-    refused(words(more, out, vae), f'train.images: saved {IMAGES}, now {IMAGES + 1}')
-    assert digests(out) == before
+    refused(main, words(more, out, vae), f'train.images: saved {IMAGES}, now {IMAGES + 1}')
+    assert digests(out) == before and {path: path.stat().st_mtime_ns for path in times} == times
     assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
 
 
@@ -328,8 +293,8 @@ def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, refused
         (source, 'inside the source'),
         ('s3://bucket/x', 'also give --work'),
     ):
-        refused(words(source, place, vae), message)
-    refused(words(source, 'nfs://x', vae, work=tmp_path / 'work'), "no uploader for 'nfs'")
+        refused(main, words(source, place, vae), message)
+    refused(main, words(source, 'nfs://x', vae, work=tmp_path / 'work'), "no uploader for 'nfs'")
     assert [path.name for path in tmp_path.iterdir()] == ['foreign'] and os.listdir(foreign) == ['thesis.txt']
     assert not (source / 'out').exists()
     (tmp_path / 'empty').mkdir()
@@ -345,20 +310,20 @@ def test_wrong_words_and_sources_are_refused_and_leave_no_trace(source, vae, tmp
         ({'held_out': 40}, 'hold out fewer'),
         ({'precison': 'fp32'}, "unrecognized arguments: --precison fp32. Did you mean '--precision'?"),
     ):
-        refused(words(source, out, vae, **options), message)
+        refused(main, words(source, out, vae, **options), message)
     if not torch.cuda.is_available():
-        refused(words(source, out, vae, device='cuda'), 'finds no GPU')
-    refused(words(source, out, None, store='mean'), '--store says nothing without an autoencoder')
+        refused(main, words(source, out, vae, device='cuda'), 'finds no GPU')
+    refused(main, words(source, out, None, store='mean'), '--store says nothing without an autoencoder')
     neither = ['--source', str(source), '--out', str(out)]
-    refused(neither, 'give one of --autoencoder (or --vae) and --pixels')
-    refused(words(source, out, str(tmp_path / 'no' / 'vae')), 'no such folder')
+    refused(main, neither, 'give one of --autoencoder (or --vae) and --pixels')
+    refused(main, words(source, out, str(tmp_path / 'no' / 'vae')), 'no such folder')
     # Before the autoencoder, which the hub would be asked for.
     arguments = ['--source', str(tmp_path / 'no'), '--out', str(out), '--autoencoder', str(tmp_path / 'vae')]
-    assert refused(arguments) == f'--source {tmp_path / "no"}: no such file or folder\n'
+    assert refused(main, arguments) == f'--source {tmp_path / "no"}: no such file or folder\n'
     make_images(both / 'train', 6), make_images(both / 'val', 6, classes=CLASSES[1:])
-    refused(words(both, out, vae), 'n01440764')
+    refused(main, words(both, out, vae), 'n01440764')
     (tmp_path / 'empty').mkdir()
-    refused(words(tmp_path / 'empty', out, vae), 'no image in it')
+    refused(main, words(tmp_path / 'empty', out, vae), 'no image in it')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'in']
 
 
@@ -378,10 +343,9 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     check_shards(remote / 'train', Manifest.load(remote / 'train'), hashes=True)
     assert Manifest.load(remote / 'train') == Manifest.load(out / 'train')
     before = digests(remote)
-    refused(words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')
+    refused(main, words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')
     assert digests(remote) == before and not (tmp_path / 'other').exists()
     (tmp_path / 'file').touch()
-    refused(
-        words(source, f'file://{tmp_path}/file/x', vae, work=tmp_path / 'bad'), 'file/x/conversion.json: upload failed'
-    )
+    unwritable = words(source, f'file://{tmp_path}/file/x', vae, work=tmp_path / 'bad')
+    refused(main, unwritable, 'file/x/conversion.json: upload failed')
     assert not (tmp_path / 'bad').exists()

@@ -1,27 +1,22 @@
 """Pieces of the conversion that a whole run reaches only by accident."""
 
-import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conversion.worlds import make_images, read
+from tests.conversion.worlds import make_images
 from tread_composer.conversion.contents import channel_sums
-from tread_composer.conversion.convert import Conversion
-from tread_composer.conversion.decoding import Batch, prepared_batches
-from tread_composer.conversion.encoders import image_encoder
-from tread_composer.conversion.encoding import ImageEncoder
+from tread_composer.conversion.encoding import ImageEncoder, image_encoder
+from tread_composer.conversion.making import prepared_batches
 from tread_composer.conversion.parts import PartWriter
-from tread_composer.conversion.plan import permutation
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.detect import open_sources
-from tread_composer.conversion.verify import verify
+from tread_composer.conversion.sources.source import Request
+from tread_composer.conversion.splits import permutation
 from tread_composer.core.errors import UserError
-from tread_composer.data import Manifest
 from tread_composer.io.progress import RankProgress
 
 
@@ -48,29 +43,6 @@ def test_a_part_that_somebody_finished_first_stays(tmp_path):
     )  # fmt: skip
 
 
-class Pooled(ImageEncoder):
-    """Means of squares of pixels."""
-
-    kind, title, autoencoder, autoencoder_hash = 'samples', 'pooled', 'pool', 'sha256:0'
-
-    def __init__(self, settings: ImageSettings, device: torch.device) -> None:
-        super().__init__(settings, device, channels=3, downsampling=4)
-
-    def stored(self, pixels_B3RR: torch.Tensor, purpose: str, positions: Sequence[int]) -> torch.Tensor:
-        return torch.nn.functional.avg_pool2d(pixels_B3RR, 4)
-
-
-def test_another_encoder_is_one_small_class(tmp_path):
-    source, out = str(make_images(tmp_path / 'in', 5)), tmp_path / 'out'
-    settings = ImageSettings(source=source, out=str(out), resolution=16, mirror=False, workers=0)
-    Conversion(settings, functools.partial(Pooled, settings)).run()
-    assert Manifest.load(out / 'train').latent_shape == (3, 4, 4) and verify(out) == []
-    rows, data = read(out / 'train'), pixels(tmp_path, 16)
-    image = torch.from_numpy(data.prepare((tmp_path / 'in' / rows['name'][0]).read_bytes()).values)[None]
-    expected = torch.nn.functional.avg_pool2d(image.float() / 127.5 - 1, 4)[0].half()
-    np.testing.assert_array_equal(rows['latents'][0], expected.numpy())
-
-
 def test_the_permutation_is_this_one_for_ever():
     """What a conversion wrote years ago must still be found to be the same."""
     assert permutation(12, 0, 'train').tolist() == [7, 3, 0, 1, 2, 4, 10, 11, 5, 9, 6, 8]
@@ -80,10 +52,10 @@ def test_the_permutation_is_this_one_for_ever():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, workers):
-    source = open_sources(make_images(tmp_path / 'in', 5), scratch=tmp_path)['train']
+    source = open_sources(Request(make_images(tmp_path / 'in', 5), tmp_path))['train']
     (tmp_path / 'in' / source.names[3]).write_text('no image')
     (tmp_path / 'in' / source.names[4]).unlink()
-    batches = [Batch('train', 0, [2, 3]), Batch('train', 0, [4])]
+    batches = [('train', 0, [2, 3]), ('train', 0, [4])]
     first, second = prepared_batches({'train': source}, batches, pixels(tmp_path, 8), workers=workers)
     assert first.samples.shape == (1, 3, 8, 8) and first.positions == [2] and first.problem is None
     assert [position for position, _ in first.unreadable] == [3]
@@ -92,7 +64,7 @@ def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, wor
 
 def test_too_little_shared_memory_is_said_before_the_bus_error(tmp_path):
     with pytest.raises(UserError, match=r'/dev/shm has .* --shm-size'):
-        prepared_batches({}, [Batch('train', 0, list(range(10**6)))], pixels(tmp_path, 4096), workers=1)
+        prepared_batches({}, [('train', 0, list(range(10**6)))], pixels(tmp_path, 4096), workers=1)
 
 
 def test_progress_adds_up_the_ranks(tmp_path):

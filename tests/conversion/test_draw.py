@@ -40,9 +40,9 @@ def test_each_sample_is_decoded_into_a_tile_of_its_own(kl: KL, tmp_path: Path):
     drawn = draw(split, tmp_path / 'new' / 'x.png', autoencoder=kl, count=5, mirrored=True)
     picture = np.asarray(Image.open(tmp_path / 'new' / 'x.png'))
     places = []
-    for sample in drawn:
-        row = rows[sample.position]
-        assert (sample.label, sample.name) == (row['label'], row['name'])
+    for position, found in drawn.items():
+        row = rows[position]
+        assert (found['label'], found['name']) == (row['label'], row['name'])
         for column in ('latents', 'latents_mirrored'):
             mean = torch.from_numpy(row[column][:3].astype(np.float32))
             # two tiles of 8 pixels side by side are enlarged six times to reach 96
@@ -55,12 +55,11 @@ def test_each_sample_is_decoded_into_a_tile_of_its_own(kl: KL, tmp_path: Path):
 
 def test_the_choice_depends_on_the_seed_and_a_picture_can_be_made_again(tmp_path: Path):
     split = write_split(tmp_path / 'train', kind='pixels')
-    choices = [draw(split, tmp_path / f'{i}.png', count=9, seed=seed) for i, seed in enumerate((0, 0, 1))]
+    choices = [list(draw(split, tmp_path / f'{i}.png', count=9, seed=seed)) for i, seed in enumerate((0, 0, 1))]
     assert choices[0] == choices[1] != choices[2]
     assert (tmp_path / '0.png').read_bytes() == (tmp_path / '1.png').read_bytes() != (tmp_path / '2.png').read_bytes()
-    assert len({sample.position for sample in choices[0]}) == 9
-    everything = draw(split, tmp_path / 'all.png', count=1000)
-    assert [sample.position for sample in everything] == list(range(SAMPLES))
+    assert len(choices[0]) == 9
+    assert list(draw(split, tmp_path / 'all.png', count=1000)) == list(range(SAMPLES))
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == ['.png'] * 4
 
 
@@ -69,7 +68,7 @@ def test_pixels_need_no_autoencoder_and_read_compressed_shards(tmp_path: Path):
     split = write_split(tmp_path / 'train', rows, kind='pixels', compression='zstd:1')
     drawn = draw(split, tmp_path / 'x.png', count=1)
     picture = np.asarray(Image.open(tmp_path / 'x.png'))
-    pixels = torch.from_numpy(rows[drawn[0].position]['latents'].astype(np.float32))
+    pixels = torch.from_numpy(rows[next(iter(drawn))]['latents'].astype(np.float32))
     assert contains(picture, tile_of(pixels, 24)) is not None
     assert not list(split.rglob('*.mds')), 'reading must not leave decompressed copies'
 
@@ -80,7 +79,7 @@ def test_labels_and_names_are_in_the_picture(tmp_path: Path):
         write_split(tmp_path / str(index), make_rows('pixels'), kind='pixels', class_names=names)
         drawn = draw(tmp_path / str(index), tmp_path / f'{index}.png', count=30)
         pictures.append(np.asarray(Image.open(tmp_path / f'{index}.png')))
-    rows = [sample.label for sample in drawn]
+    rows = [row['label'] for row in drawn.values()]
     assert {0, 3} <= set(rows)
     for other, label in ((pictures[1], 0), (pictures[2], 3)):
         assert other.shape == pictures[0].shape, 'a long name must not widen the picture'

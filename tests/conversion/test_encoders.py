@@ -6,16 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.autoencoders.test_taesd import write_pair
-from tests.conversion.worlds import make_dc, make_images, make_tiny, make_vae, manifest, read, words
+from tests.conversion.worlds import make_dc, make_images, make_tiny, make_vae, manifest, pixels_of, read, words
 from tread_composer.autoencoders import PUBLISHED, Published, open_autoencoder
 from tread_composer.cli import main as tread_composer
 from tread_composer.cli.convert import convert_main as main
 from tread_composer.cli.convert import inspect_main as inspect
-from tread_composer.conversion.images import decode_image
 from tread_composer.conversion.verify import verify
 from tread_composer.data.manifest import Manifest
 
@@ -24,10 +22,6 @@ def make_taesd(folder: Path) -> str:
     folder.mkdir()
     write_pair(folder, 6, pooled=True)
     return str(folder / 'taef2_encoder.pth')
-
-
-def pixels_of(source: Path, names: list[str]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([decode_image((source / name).read_bytes(), 16) for name in names])) / 127.5 - 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import write_tree, write_zip
-from tread_composer.conversion.images import decode_image
+from tread_composer.conversion.squares import read_image
 
 EDM_FILES = {f'0000{number // 2}/img{number}.png': bytes([number]) for number in range(5)}
 EDM_LABELS = dict(zip(EDM_FILES, [2, 0, 1, 1, 2], strict=True))
@@ -62,7 +62,7 @@ def test_tables_of_tiny_imagenet_that_do_not_fit_are_refused(tmp_path, splits, o
     rows = files[place].splitlines(keepends=True)
     for number, (table, message) in enumerate(
         [
-            (b''.join(rows[1:]), r'has no class for: ILSVRC2012_val_\d+\.JPEG\. Complete'),
+            (b''.join(rows[1:]), r'has no label for: ILSVRC2012_val_\d+\.JPEG \(1 in all\)'),
             (b''.join([*rows, b'val_9.JPEG\tn01440764\n']), r'images that are missing: val_9\.JPEG'),
             (b''.join([*rows, rows[0]]), 'lists more than once'),
             (b'val_0.JPEG n01440764', 'not the table of Tiny-ImageNet'),
@@ -107,7 +107,7 @@ def test_the_python_files_of_cifar_are_read_in_place(fine, tmp_path, opened):
         for position, name in enumerate(source.names):
             batch, row = re.fullmatch(r'\w+/(?:data_batch_(\d)|train|test|test_batch)-(\d+)', name).groups()
             pixels_of = wanted[split][8 * (int(batch or 1) - 1) + int(row)]
-            np.testing.assert_array_equal(decode_image(source.read(position), 32), pixels_of)
+            np.testing.assert_array_equal(read_image(source.read(position), 32).values, pixels_of)
             assert source.labels[position] == int(row) % 3
     if fine:
         assert opened(root, label_column='coarse_labels')['train'].class_names == ('pet', 'wild')

@@ -14,7 +14,9 @@ import pytest
 
 from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
-from tread_composer.conversion.sources.base import Source
+from tests.conversion.worlds import manifest, words
+from tread_composer.cli.convert import convert_main
+from tread_composer.conversion.sources.source import Source
 from tread_composer.core.errors import UserError
 
 
@@ -126,19 +128,11 @@ def test_one_split_alone(split, tmp_path, splits, opened):
         assert sources[split].class_names == CLASSES
 
 
-def test_class_folders_and_a_zip_of_them_without_splits_are_train(tmp_path, splits, opened):
-    for path in (write_tree(tmp_path / 'in', splits['train']), write_zip(tmp_path / 'in.zip', splits['train'])):
-        sources = opened(path)
-        assert sources.keys() == {'train'}
-        assert list(sources['train'].names) == sorted(splits['train'])
-        assert sources['train'].class_names == CLASSES
-
-
 def test_images_without_classes(tmp_path, splits, opened):
     flat = {name.rpartition('/')[2]: content for name, content in splits['train'].items()}
     one = {'train': splits['train']}
     paths = {
-        'flat folder': layouts.write_flat(tmp_path / 'flat', splits['train']),
+        'flat folder': write_tree(tmp_path / 'flat', flat),
         'zip': write_zip(tmp_path / 'flat.zip', flat),
         'webdataset tars': layouts.write_webdataset(tmp_path / 'wds', one, labels=None),
         'parquet files': layouts.write_parquet(tmp_path / 'parquet', one, labels=False),
@@ -152,18 +146,24 @@ def test_images_without_classes(tmp_path, splits, opened):
         assert 'no classes (unconditional)' in source.description
 
 
-def test_labels_follow_the_sorted_names_of_folders(tmp_path, opened):
-    folders = ('10', '9', 'B', 'b', 'b-1', 'ä')  # as Python sorts them; the paths would be sorted differently
-    source = opened(write_tree(tmp_path, {f'{name}/a.jpg': b'x' for name in folders}))['train']
-    assert source.class_names == folders
-    assert list(source.names) == [f'{name}/a.jpg' for name in folders]
-    assert source.labels.tolist() == list(range(6))
+# As Python sorts them (the paths would be sorted differently), and numbers from 0 on by their value.
+@pytest.mark.parametrize('folders', [('10', '9', 'B', 'b', 'b-1', 'ä'), tuple(map(str, range(11)))])
+def test_labels_follow_the_sorted_names_of_folders(folders, tmp_path, opened):
+    source = opened(write_tree(tmp_path / 'in', {f'{name}/a.jpg': b'x' for name in folders}))['train']
+    assert source.class_names == folders and list(source.names) == [f'{name}/a.jpg' for name in folders]
+    assert source.labels.tolist() == list(range(len(folders)))
 
 
-def test_folders_that_are_numbers_from_0_on_are_their_labels(tmp_path, opened):
-    source = opened(write_tree(tmp_path / 'in', {f'{number}/a.jpg': b'x' for number in range(11)}))['train']
-    assert source.class_names == tuple(str(number) for number in range(11))
-    assert list(source.names) == [f'{number}/a.jpg' for number in range(11)]
+def test_the_same_images_give_the_same_shards_by_the_command_line(tmp_path, splits):
+    shards = []
+    for name in ('folders', 'ILSVRC devkit', 'webdataset'):
+        built, out = build(name, tmp_path / name.replace(' ', ''), splits), tmp_path / name.replace(' ', '') / 'out'
+        options = {option: value for option, value in built.items() if option != 'path'}
+        assert convert_main(words(built['path'], out, None, **options, part_size=4)) == 0
+        shards.append({str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob('*.mds'))})
+        labels = [{**manifest(out / split), 'source': ''} for split in ('train', 'val')]
+        shards[-1]['manifests'] = repr(labels).encode()
+    assert shards[0] == shards[1] == shards[2] and len(shards[0]) == 7
 
 
 @pytest.mark.parametrize('name', ['metadata.jsonl', 'metadata.csv', 'labels.csv', 'n01440764/dataset.json'])
@@ -224,43 +224,37 @@ def test_litter_is_not_an_image_and_is_counted(tmp_path, splits, opened):
     (tmp_path / 'in/.git').mkdir(parents=True)
     (tmp_path / 'in/.git/again').symlink_to(tmp_path)  # hidden folders are not entered
     for path in (write_tree(tmp_path / 'in', files), write_zip(tmp_path / 'in.zip', files)):
-        source = opened(path)['train']
+        sources = opened(path)
+        source = sources['train']
+        assert sources.keys() == {'train'} and source.class_names == CLASSES
         assert list(source.names) == sorted(images)
         assert 'ignored 11 files that are not images (.txt 1, .xml 2, hidden or system 8)' in source.description
     inner = tar_bytes({'._a.JPEG': b'', 'a.JPEG': b'x', 'notes.txt': b''})
     source = opened(write_tar(tmp_path / 'tars/train.tar', {'._n1.tar': b'', './n1.tar': inner}))['train']
     assert list(source.names) == ['n1/a.JPEG']
     assert 'ignored 3 files that are not images (.txt 1, hidden or system 2)' in source.description
-    source = opened(write_tar(tmp_path / 'w.tar', {'._a.jpg': b'', 'a.jpg': b'x', 'a.cls': b'0\n', 'a.txt': b''}))[
-        'train'
-    ]
+    tar = write_tar(tmp_path / 'w.tar', {'._a.jpg': b'', 'a.jpg': b'x', 'a.cls': b'0\n', 'a.txt': b''})
+    source = opened(tar)['train']
     assert list(source.names) == ['0/a.jpg']
     assert 'ignored 2 files that are not images (.txt 1, hidden or system 1)' in source.description
 
 
 def test_a_test_split_is_left_out_and_named(tmp_path, splits, opened):
-    both = {**splits, 'test': splits['val']}
-    for path, names in (
-        (layouts.write_folders(tmp_path / 'in', both), None),
-        (layouts.zip_of_splits(tmp_path / 'in.zip', both), None),
-        (layouts.write_parquet(tmp_path / 'parquet', both), None),
-        (layouts.write_webdataset(tmp_path / 'wds', both), layouts.write_class_names(tmp_path / 'names')),
+    """Where there is val, on request, and without labels."""
+    three, two = {**splits, 'test': splits['val']}, {'train': splits['train'], 'test': splits['val']}
+    flat = {'train': splits['train'], 'test': {name.rpartition('/')[2]: b'' for name in splits['val']}}
+    names = layouts.write_class_names(tmp_path / 'names')
+    for path, options, expected in (
+        (layouts.write_folders(tmp_path / 'in', three), {}, {'train', 'val'}),
+        (layouts.zip_of_splits(tmp_path / 'in.zip', three), {}, {'train', 'val'}),
+        (layouts.write_parquet(tmp_path / 'parquet', three), {}, {'train', 'val'}),
+        (layouts.write_webdataset(tmp_path / 'wds', three), {'class_names': names}, {'train', 'val'}),
+        (layouts.write_folders(tmp_path / 'two', two), {'use_test': False}, {'train'}),
+        (layouts.write_parquet(tmp_path / 'tables', two), {'use_test': False}, {'train'}),
+        (layouts.write_folders(tmp_path / 'flat', flat), {}, {'train'}),
     ):
-        sources = opened(path, class_names=names)
-        assert sources.keys() == {'train', 'val'}
-        assert 'not converted' in sources['train'].description
-
-
-def test_a_test_split_is_left_out_on_request_and_without_labels(tmp_path, splits, opened):
-    both = {'train': splits['train'], 'test': splits['val']}
-    flat = {name.rpartition('/')[2]: content for name, content in splits['val'].items()}
-    unlabelled = layouts.write_folders(tmp_path / 'flat', {'train': splits['train'], 'test': flat})
-    for sources in (
-        opened(layouts.write_folders(tmp_path / 'in', both), use_test=False),
-        opened(layouts.write_parquet(tmp_path / 'parquet', both), use_test=False),
-        opened(unlabelled),
-    ):
-        assert sources.keys() == {'train'} and 'not converted' in sources['train'].description
+        sources = opened(path, **options)
+        assert sources.keys() == expected and 'not converted' in sources['train'].description
 
 
 def test_links_in_folders_are_followed(tmp_path, splits, opened):

@@ -11,6 +11,7 @@ from PIL import Image
 from streaming import LocalDataset, StreamingDataset
 
 from tests.runs import ROOT
+from tread_composer.conversion.squares import read_image
 from tread_composer.data.registration import numbered_in_turn
 
 SCRIPT = str(ROOT / 'streaming_data' / 'convert_imagenet.py')
@@ -75,6 +76,12 @@ def read(folder: Path) -> dict[str, Any]:
         rows = list(LocalDataset(str(folder)))  # needs no shared memory, for which other suites on this machine compete
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key not in ('name', 'label')}
     return {**columns, 'name': [row['name'] for row in rows], 'label': [int(row['label']) for row in rows]}
+
+
+def pixels_of(source: Path, names: list[str], resolution: int = 16) -> torch.Tensor:
+    """The squares of images in [-1, 1], float32 ``[B, 3, R, R]``."""
+    squares = [read_image((source / name).read_bytes(), resolution).values for name in names]
+    return torch.from_numpy(np.stack(squares)).float() / 127.5 - 1
 
 
 def manifest(folder: Path) -> dict[str, Any]:

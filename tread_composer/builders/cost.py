@@ -71,7 +71,7 @@ def run_with_shapes(denoiser: Any, facts: Mapping[str, Any], savers: Savers, bat
     with contextlib.ExitStack() as stack:
         for name, algorithm in savers.items():
             try:
-                stack.enter_context(algorithm.rehearse(denoiser, 1))
+                stack.enter_context(algorithm.rehearse(denoiser, batch_size))
             except ValueError as error:
                 raise UserError(f'algorithms.{name}: {error}') from None
         return denoiser(x, t, labels)

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from tread_composer.cli.flags import run_program
-from tread_composer.conversion.importers.settings import ImportSettings, MergeSettings
-from tread_composer.conversion.settings import ImageSettings
+from tread_composer.conversion.settings import ImageSettings, ImportSettings, MergeSettings
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank
 from tread_composer.core.masking import printable
@@ -44,8 +43,8 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
-    from tread_composer.conversion.convert import Conversion
-    from tread_composer.conversion.encoders import image_encoder
+    from tread_composer.conversion.conversion import Conversion
+    from tread_composer.conversion.encoding import image_encoder
 
     Conversion(settings, functools.partial(image_encoder, settings), _say).run(dry_run)
 
@@ -60,7 +59,7 @@ def import_stored(settings: ImportSettings, dry_run: bool = False) -> None:
         --autoencoder stabilityai/sd-vae-ft-mse --autoencoder-id stabilityai/sd-vae-ft-mse --num-classes 1000
         --out data/imagenet256 --split train
     """
-    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.importers.stored import StoredLatents
 
     Conversion(settings, functools.partial(StoredLatents, settings), _say).run(dry_run)
@@ -76,7 +75,7 @@ def merge_data_sets(settings: MergeSettings, dry_run: bool = False) -> None:
 
     Example: data/first data/second --out data/all
     """
-    from tread_composer.conversion.convert import Conversion
+    from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.importers.data_sets import DataSets
 
     Conversion(settings, functools.partial(DataSets, settings), _say).run(dry_run)

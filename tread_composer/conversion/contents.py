@@ -3,23 +3,24 @@
 Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from streaming.base.compression import decompress
 
+from tread_composer.core.errors import UserError
 from tread_composer.data.shards import Shard, file_faults
 
-__all__ = ['LOGVAR_RANGE', 'Content', 'channel_sums', 'read_shard']
+__all__ = ['LOGVAR_RANGE', 'Content', 'channel_sums', 'read_shard', 'sound_rows']
 
 LOGVAR_RANGE = (-30.0, 20.0)  # what diffusers clamps log-variances to
 
 
 def read_shard(shard: Shard) -> tuple[bytes | None, list[str]]:
-    """The bytes of a shard, uncompressed, and what is wrong with its files, in words.
+    """The bytes of a shard, uncompressed (None if none can be had), and what is wrong with its files, in words.
 
-    All forms that lie there are compared with the index: size and every hash. The bytes are None if none can be had;
-    bytes with a fault are handed out all the same, so that the samples in them can be named.
+    Size and every hash of all forms that lie there; bytes with a fault are of use to name the samples in them.
     """
     faults: list[str] = []
     contents: list[bytes] = []
@@ -71,6 +72,19 @@ class Content:
             return self._reader.decode_sample(self._data[begin : begin + size])
         except Exception as error:  # numpy, struct and unicode errors, by what was damaged
             raise ValueError('cannot be decoded') from error
+
+
+def sound_rows(shard: Shard, numbers: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Offset and size, and the row, of samples of a shard; a shard with any fault is refused."""
+    data, faults = read_shard(shard)
+    try:
+        if faults or data is None:
+            raise ValueError(faults[0])
+        content = Content(shard, data)
+        for number in range(shard.samples) if numbers is None else numbers:
+            yield content.place(number), content.row(number)
+    except ValueError as error:
+        raise UserError(f'{shard.path}: {error}; copy or convert it again (verify.py lists every fault)') from None
 
 
 def channel_sums(rows_BSHW: np.ndarray, kind: str) -> np.ndarray:

@@ -6,33 +6,25 @@ Legend: N samples drawn, K stored channels, C latent channels, H x W pixels.
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from tread_composer.autoencoders import Pixels, Pretrained, to_tiles
-from tread_composer.conversion.contents import Content, read_shard
+from tread_composer.conversion.contents import sound_rows
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_agreement, check_shards
-from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED
 from tread_composer.data.manifest import Manifest
 from tread_composer.data.shards import read_index
 from tread_composer.io.files import write_atomically
 from tread_composer.io.picture_grid import picture_grid, png_bytes
 
-__all__ = ['Drawn', 'draw']
+__all__ = ['draw']
 
 _TILE = 96  # pixels that an image is wide at least, so that there is room for a name
 _BATCH = 4  # images that are decoded together
-
-
-class Drawn(NamedTuple):
-    """One sample of the picture: its position in the split, label and name."""
-
-    position: int
-    label: int
-    name: str
 
 
 def draw(
@@ -44,7 +36,7 @@ def draw(
     mirrored: bool = False,
     seed: int = 0,
     device: str | torch.device = 'cpu',
-) -> list[Drawn]:
+) -> dict[int, dict[str, Any]]:
     """Decode samples of a split and write them to a PNG as a grid, in the order of their positions.
 
     Of moments the mean is decoded. Which samples are taken depends on ``seed``, ``count`` and the split's size.
@@ -56,8 +48,8 @@ def draw(
         count: How many samples, at least 1; all if the split has fewer.
         mirrored: Draw the mirrored image's latents at the right of each.
 
-    Raises:
-        UserError: No such split, an autoencoder that is missing or another one, no mirrored latents, a damaged shard.
+    Returns:
+        The rows by their position. ``UserError`` for another autoencoder, no mirrored latents, a damaged shard.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -73,7 +65,13 @@ def draw(
     if autoencoder is not None:
         check_agreement(manifest, channels=autoencoder.channels, autoencoder_hash=autoencoder.weight_hash())
     total = manifest.num_samples
-    rows = _read(folder, np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    positions = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    rows: dict[int, dict[str, Any]] = {}
+    for shard in read_index(folder):
+        inside = positions[(positions >= shard.start) & (positions < shard.start + shard.samples)].tolist()
+        if inside:
+            contents = sound_rows(shard, [position - shard.start for position in inside])
+            rows |= {position: row for position, (_, row) in zip(inside, contents, strict=True)}
     stored_NKHW = torch.from_numpy(
         np.stack([row[column] for row in rows.values() for column in (LATENTS, LATENTS_MIRRORED)[: 1 + mirrored]])
     )
@@ -87,7 +85,6 @@ def draw(
         f'{manifest.kind} of {manifest.autoencoder}' if manifest.autoencoder else 'pixels',
         *(['each with its mirror image'] if mirrored else []),
     ]
-    drawn = [Drawn(position, int(row[LABEL]), row[NAME]) for position, row in rows.items()]
     tiles_NHW3 = to_tiles(pixels_NCHW)
     views = 1 + mirrored
     height, width = tiles_NHW3.shape[1:3]
@@ -95,29 +92,11 @@ def draw(
         tiles_NHW3,
         ', '.join(words),
         columns=max(1, round(math.sqrt(len(rows) * height / (views * width)))),  # about as wide as high
-        captions=[(_class_name(sample.label, manifest.class_names), f'#{sample.position}') for sample in drawn],
+        captions=[(_class_name(int(row[LABEL]), manifest.class_names), f'#{number}') for number, row in rows.items()],
         views=views,
         smallest=_TILE,
     )
     write_atomically(out, png_bytes(picture))
-    return drawn
-
-
-def _read(folder: Path, positions: np.ndarray) -> dict[int, dict[str, Any]]:
-    """The rows at these positions of a split, in their order."""
-    rows = {}
-    for shard in read_index(folder):
-        inside = positions[(positions >= shard.start) & (positions < shard.start + shard.samples)]
-        if not len(inside):
-            continue
-        data, faults = read_shard(shard)
-        if data is None or faults:
-            raise UserError(f'{faults[0]}; verify the data set')
-        try:
-            content = Content(shard, data)
-            rows |= {position: content.row(position - shard.start) for position in sorted(inside.tolist())}
-        except ValueError as error:
-            raise UserError(f'{shard.path}: {error}; verify the data set') from error
     return rows
 
 

@@ -6,34 +6,50 @@ batch and goes on.
 Legend: B rows, S stored channels, C channels of the latent, h x w latent pixels.
 """
 
-import collections
+import contextlib
 import os
+import queue
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
+from torch import Tensor
 
 from tread_composer.conversion.contents import channel_sums
-from tread_composer.conversion.decoding import Prepared
+from tread_composer.conversion.destination import upload
 from tread_composer.conversion.encoding import Encoded, Encoder
-from tread_composer.conversion.merging import refuse_too_many
-from tread_composer.conversion.output import upload
-from tread_composer.conversion.plan import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
 from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.io.files import full_disk_in_words, read_json, to_disk, write_json
 
-__all__ = ['BackgroundWriter', 'PartWriter', 'done_parts', 'remove_parts', 'remove_unfinished', 'unreadable_in']
+__all__ = [
+    'REPORT', 'BackgroundWriter', 'PartWriter', 'Prepared', 'done_parts', 'refuse_too_many', 'remove_parts',
+    'remove_unfinished', 'report_unreadable',
+]  # fmt: skip
 
+REPORT = 'unreadable.json'
 _SHARD_BYTES = 1 << 26
 _WRITING = '.writing-'
+
+
+class Prepared(NamedTuple):
+    """Samples that were read together, all of one part."""
+
+    split: str
+    part: int
+    samples: Tensor | None  # [B, ...] as the encoder takes them; None if none is readable
+    positions: list[int]  # those of the samples in the source
+    unreadable: list[tuple[int, str]]  # positions of the others, and reasons
+    problem: str | None  # why reading has to stop; not raised, for a worker's exception would carry its traceback
+    transparent: int = 0  # how many of the samples are images with transparent parts
 
 
 def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -56,11 +72,6 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
     return done
 
 
-def unreadable_in(folder: Path, part: int) -> list[dict[str, str]]:
-    """Name and reason of each sample that a finished part of a split lacks."""
-    return read_json(folder / part_name(part) / PART_FILE)['unreadable']
-
-
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left behind. Only for the holder of the lock: others may be at work otherwise."""
     for path in folder.glob(f'{_WRITING}*'):
@@ -74,6 +85,27 @@ def remove_parts(folder: Path, keep: Collection[int]) -> None:
     for path in folder.iterdir():
         if re.fullmatch(r'\d{5,}', path.name) and int(path.name) not in keep:
             shutil.rmtree(path)
+
+
+def refuse_too_many(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> None:
+    """Refuse more unreadable images of a split than are allowed, and leave a list of them in its folder."""
+    allowed = int(settings.max_unreadable * len(plan.order))
+    if len(unreadable) > allowed:
+        report = report_unreadable(plan, unreadable, settings)
+        raise UserError(
+            f'{plan.name}: {len(unreadable):,} images so far are unreadable, of {len(plan.order):,}; --max-unreadable '
+            f'{settings.max_unreadable:g} allows {allowed:,}. {report} lists them with reasons. Repair them and run '
+            f'the same command again (finished parts that lack them are made anew), or give it a larger share to go on '
+            f'without them'
+        )
+
+
+def report_unreadable(plan: SplitPlan, unreadable: Collection[dict[str, str]], settings: Settings) -> Path:
+    """Leave the list of unreadable images in the folder of the split."""
+    path = settings.state / plan.name / REPORT
+    entries = sorted(unreadable, key=lambda entry: entry['name'])
+    write_json(path, {'images': len(plan.order), 'unreadable': len(entries), 'list': entries})
+    return path
 
 
 class PartWriter:
@@ -164,19 +196,20 @@ class PartWriter:
 
 
 class BackgroundWriter:
-    """A thread that makes parts out of batches, and brings finished ones to the disk or away.
+    """A thread that makes parts out of batches, which come in order, and brings finished ones to the disk or away.
 
-    Use as a context manager: leaving it waits until all parts are done; leaving it by an exception gives up the
-    unfinished part. Batches of a part must come together and in order.
+    Leaving the context waits until all parts are done; leaving it by an exception gives up the unfinished part.
     """
 
     def __init__(self, plans: Mapping[str, SplitPlan], encoder: Encoder, settings: Settings) -> None:
         self._plans, self._encoder, self._settings = plans, encoder, settings
         self._unreadable = {name: plan.unreadable for name, plan in plans.items()}
-        self._pool = ThreadPoolExecutor(1, 'write-parts')
-        self._waiting: collections.deque[Future] = collections.deque()
-        self._failed = False
         self._writer: PartWriter | None = None
+        self._is_given_up = False
+        # A whole part at the most, which the disk or an upload may cost.
+        self._queue: queue.Queue[Any] = queue.Queue(max(4, settings.part_size // settings.batch_size))
+        self._pool = ThreadPoolExecutor(1, 'write-parts')
+        self._work = self._pool.submit(self._run)
 
     def __enter__(self) -> 'BackgroundWriter':
         return self
@@ -184,45 +217,41 @@ class BackgroundWriter:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is None:
-                self._submit(self._finish_part)
-                for future in self._waiting:
-                    future.result()
+                self.put(None, lambda: None)
+                self._work.result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._is_given_up = True
+            with contextlib.suppress(queue.Full):  # then it is not waiting
+                self._queue.put_nowait(None)
+            self._pool.shutdown()
             if self._writer is not None:
                 self._writer.abandon()
 
-    def put(self, item: Prepared, encoded: Encoded | None, meanwhile: Callable[[], None]) -> None:
-        """Hand over a batch and its readable samples, if there are any.
+    def put(self, batch: tuple[Prepared, Encoded | None] | None, meanwhile: Callable[[], None]) -> None:
+        """Hand over a batch and its results, or None at the end; calls ``meanwhile`` while the writer is behind.
 
-        While the writer is a whole part behind, which the disk or an upload may cost, it waits and calls ``meanwhile``.
-        What stopped the writer, e.g. a full disk or too many unreadable images, is raised here.
+        What stopped the writer, e.g. a full disk or too many unreadable images, is raised.
         """
-        most = max(4, self._settings.part_size // self._settings.batch_size)
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= most):
-            if wait([self._waiting[0]], timeout=0.2).done:
-                self._waiting.popleft().result()
-            else:
+        while True:
+            if self._work.done():
+                self._work.result()
+            try:
+                return self._queue.put(batch, timeout=0.2)
+            except queue.Full:
                 meanwhile()
-        self._submit(self._write, item, encoded)
 
-    def _submit(self, step: Callable[..., None], *arguments: Any) -> None:
-        def guarded() -> None:
-            if self._failed:  # what was handed over before the failure was noticed belongs to a part that is given up
-                return
-            self._failed = True
-            with full_disk_in_words(self._settings.state):
-                step(*arguments)
-            self._failed = False
-
-        self._waiting.append(self._pool.submit(guarded))
+    def _run(self) -> None:
+        with full_disk_in_words(self._settings.state):
+            while (batch := self._queue.get()) is not None and not self._is_given_up:
+                self._write(*batch)
+            if not self._is_given_up:
+                self._finish_part()
 
     def _write(self, item: Prepared, encoded: Encoded | None) -> None:
-        split, part, _ = item.batch
-        plan, folder, unreadable = self._plans[split], self._settings.state / split, self._unreadable[split]
-        if self._writer is None or (self._writer.split, self._writer.part) != (split, part):
+        plan, unreadable = self._plans[item.split], self._unreadable[item.split]
+        if self._writer is None or (self._writer.split, self._writer.part) != (item.split, item.part):
             self._finish_part()
-            self._writer = PartWriter(folder, part, self._encoder, plan.content)
+            self._writer = PartWriter(self._settings.state / item.split, item.part, self._encoder, plan.content)
         source, writer = plan.source, self._writer
         for position, reason in item.unreadable:
             writer.unreadable.append({'name': source.names[position], 'reason': reason})

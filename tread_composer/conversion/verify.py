@@ -8,16 +8,16 @@ Legend: B samples, C latent channels, K stored channels (2C for moments), H x W 
 import itertools
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tread_composer.conversion.contents import LOGVAR_RANGE, Content, channel_sums, read_shard
-from tread_composer.conversion.plan import PART_FILE
 from tread_composer.conversion.settings import is_remote
-from tread_composer.conversion.sources.base import few
+from tread_composer.conversion.sources.source import few
+from tread_composer.conversion.splits import PART_FILE
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import fetch_descriptions, fetch_file
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
@@ -41,8 +41,8 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
     Per shard: presence, size, every hash of the index, header. Per sample: can be decoded, finite, log-variance within
     -30..20, label known. Per split: counts, columns, a class without samples (a fault from ten samples a class on, but
     not of ``val``, which may miss a rare one), equal names, classes in a row in spite of ``permutation_seed``, mean and
-    standard deviation within 5% of a standard deviation of the manifest's, mirrored latents that are copies or mirror
-    images of the others (of pixels: that are not). Between splits: the same autoencoder, shape, crop and classes.
+    standard deviation within 5% of a standard deviation, mirrored latents that are copies or mirror images of the
+    others (of pixels: that are not). Between splits: the same autoencoder, shape, crop and classes.
 
     Args:
         folder: A data set with splits in it, or one split; or the URL of one, whose shards are fetched one by one.
@@ -55,27 +55,21 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
         UserError: There is no data set at ``folder``.
     """
     place = str(folder).removeprefix('file://')
-    if not is_remote(place):
-        return _verify_splits(dict.fromkeys(_splits(Path(place))), say)
     with tempfile.TemporaryDirectory() as scratch:
-        splits = _fetched_splits(place.rstrip('/'), Path(scratch))
+        splits = _fetched_splits(place.rstrip('/'), Path(scratch)) if is_remote(place) else _splits(Path(place))
 
         def at_home(text: str) -> str:
             for split, url in splits.items():
-                text = text.replace(str(split), url)
+                text = text.replace(str(split), url or str(split))
             return text
 
-        return [at_home(fault) for fault in _verify_splits(splits, lambda line: say(at_home(line)))]
-
-
-def _verify_splits(splits: Mapping[Path, str | None], say: Callable[[str], None]) -> list[str]:
-    faults, manifests = [], {}
-    for split, url in splits.items():
-        check = _SplitCheck(split, say, url)
-        faults += check.run()
-        if check.manifest is not None:
-            manifests[split] = check.manifest
-    return faults + _contradictions(manifests)
+        faults, manifests = [], {}
+        for split, url in splits.items():
+            check = _SplitCheck(split, lambda line: say(at_home(line)), url)
+            faults += check.run()
+            if check.manifest is not None:
+                manifests[split] = check.manifest
+        return [at_home(fault) for fault in faults + _contradictions(manifests)]
 
 
 def _fetched_splits(url: str, scratch: Path) -> dict[Path, str]:
@@ -94,12 +88,12 @@ def _fetched_splits(url: str, scratch: Path) -> dict[Path, str]:
     return splits
 
 
-def _splits(folder: Path) -> list[Path]:
+def _splits(folder: Path) -> dict[Path, str]:
     def is_split(path: Path) -> bool:
         return (path / 'index.json').is_file() or (path / MANIFEST_NAME).is_file()
 
     if is_split(folder):
-        return [folder]
+        return {folder: ''}
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; give that of a data set or of one split')
     splits = sorted(path for path in folder.iterdir() if path.is_dir() and is_split(path))
@@ -108,7 +102,7 @@ def _splits(folder: Path) -> list[Path]:
             f'{folder}: no data set: neither here nor one folder below is an index.json or a {MANIFEST_NAME}. A '
             f'conversion writes them last; if one was interrupted, run it again to finish it'
         )
-    return splits
+    return dict.fromkeys(splits, '')
 
 
 def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
@@ -128,7 +122,7 @@ def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
 class _SplitCheck:
     """The check of one split: what is known of its samples, and the faults so far."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None], url: str | None = None) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], url: str) -> None:
         self.folder, self.say, self.url = folder, say, url
         self.manifest: Manifest | None = None
         self.faults: list[str] = []
@@ -178,7 +172,7 @@ class _SplitCheck:
         return self.faults
 
     def _read(self, shard: Shard) -> tuple[bytes | None, list[str]]:
-        if self.url is None:
+        if not self.url:
             return read_shard(shard)
         form = shard.reader.zip_data or shard.reader.raw_data  # as it was uploaded
         path = shard.folder / form.basename
@@ -256,18 +250,13 @@ class _SplitCheck:
             means_BCHW = np.nan_to_num(latents[LATENTS][:, : manifest.channels], posinf=0, neginf=0)
             difference_BCHW = (means_BCHW - means_BCHW[..., ::-1]) / np.reshape(manifest.std, (-1, 1, 1))
             lopsided_B = np.sqrt((difference_BCHW**2).mean(axis=(1, 2, 3))) > _ASYMMETRY
-            self.pairs.update(
-                {
-                    'all': int(lopsided_B.sum()),
-                    'equal': int((equal_B & lopsided_B).sum()),
-                    'flipped': int((flipped_B & lopsided_B).sum()),
-                }
-            )
+            equal, flipped = int((equal_B & lopsided_B).sum()), int((flipped_B & lopsided_B).sum())
+            self.pairs.update(all=int(lopsided_B.sum()), equal=equal, flipped=flipped)
             if manifest.kind == 'pixels':
                 report(f'{LATENTS_MIRRORED} are not the mirrored pixels', ~flipped_B)
 
     def _note_files(self, shards: list[Shard]) -> None:
-        """What lies there beside the data, and hashes that are not there: no faults, but worth knowing."""
+        """No faults, but worth knowing."""
         listed = {info.basename for shard in shards for info in shard.forms}
         present = {str(path.relative_to(self.folder)) for path in self.folder.rglob('*.mds*')}
         if strange := sorted(present - listed):
@@ -280,11 +269,9 @@ class _SplitCheck:
             inside = labels[(labels >= 0) & (labels < manifest.num_classes)]
             counts = np.bincount(inside, minlength=manifest.num_classes)
             absent = [f'{label} ({manifest.class_names[label]})' for label in np.flatnonzero(counts == 0)]
-            self._note(
-                f'{manifest.num_classes} classes with {counts.min()} to {counts.max()} samples, median '
-                f'{np.median(counts):g}; {len(absent) or "no"} class{"es" * (len(absent) != 1)} without any',
-                '',
-            )
+            spread = f'{counts.min()} to {counts.max()} samples, median {np.median(counts):g}'
+            without = f'{len(absent) or "no"} class{"es" * (len(absent) != 1)} without any'
+            self._note(f'{manifest.num_classes} classes with {spread}; {without}', '')
             if absent:
                 more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
                 words = f'no sample of class {", ".join(absent[:5])}{more}'
@@ -311,11 +298,9 @@ class _SplitCheck:
         for key, measured, stated in (('mean', mean, manifest.mean), ('std', std, manifest.std)):
             is_near = np.abs(measured - stated) <= STATISTICS_TOLERANCE * np.array(manifest.std)
             for channel in np.flatnonzero(~is_near)[:1]:
-                self._fault(
-                    MANIFEST_NAME,
-                    f'{key}: channel {channel} has {measured[channel]:.4g}, stated is {stated[channel]:.4g}; so many '
-                    f'channels are off by more than {STATISTICS_TOLERANCE:.2f} standard deviations: {sum(~is_near)}',
-                )
+                values = f'channel {channel} has {measured[channel]:.4g}, stated is {stated[channel]:.4g}'
+                share = f'{sum(~is_near)} channels are off by more than {STATISTICS_TOLERANCE:.2f} standard deviations'
+                self._fault(MANIFEST_NAME, f'{key}: {values}; {share}')
         if manifest.mirrored and manifest.kind != 'pixels':
             for kind, words in (('equal', 'equal to'), ('flipped', 'only the flipped arrays of')):
                 if self.pairs[kind] > _SUSPICIOUS_SHARE * self.pairs['all']:

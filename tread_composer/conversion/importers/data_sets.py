@@ -6,26 +6,26 @@ Legend: V views (the image, its mirror image), K stored channels, H x W latent p
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from streaming.base.format.mds.reader import MDSReader
-from torch import Tensor
 
 from tread_composer.autoencoders.published import Published
-from tread_composer.conversion.contents import Content, read_shard
-from tread_composer.conversion.encoding import Encoded, Encoder, Sample
-from tread_composer.conversion.importers.settings import MergeSettings
-from tread_composer.conversion.output import RECORD
-from tread_composer.conversion.sources.base import Images, IndexedFiles, RangeSource, Source, few, in_label_order
+from tread_composer.conversion.contents import sound_rows
+from tread_composer.conversion.destination import RECORD
+from tread_composer.conversion.encoding import Encoder
+from tread_composer.conversion.settings import MergeSettings
+from tread_composer.conversion.sources.source import Images, IndexedFiles, Source, arranged, few, in_label_order
+from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest, read_class_names
-from tread_composer.data.shards import Shard, read_index
+from tread_composer.data.shards import read_index
 from tread_composer.io.files import file_hash, read_json
 from tread_composer.io.progress import Progress
 
@@ -34,48 +34,39 @@ __all__ = ['DataSets']
 # What latents must have in common to be read by one run, as the manifest calls it.
 _FACTS = (
     'kind', 'autoencoder', 'autoencoder_hash', 'resolution', 'crop', 'mirrored', 'channels', 'latent_height',
-    'latent_width', 'background',
+    'latent_width', 'background', 'published',
 )  # fmt: skip
 # What a conversion besides records of its encoder; latents of other tools have no such record.
 _RECORDED = ('store', 'precision')
 
 
 class DataSets(Encoder):
-    """Finished data sets whose manifests agree; their rows are stored as they are.
-
-    Raises:
-        UserError: A folder is no finished data set, or two contradict each other, in words.
-    """
+    """Finished data sets whose manifests agree (``UserError`` where not); their rows are stored as they are."""
 
     def __init__(self, settings: MergeSettings, device: torch.device) -> None:
         self.device = device
-        self._manifests = {folder: _manifests(folder) for folder in settings.folders}
-        facts = {folder: _facts(folder, next(iter(splits.values()))) for folder, splits in self._manifests.items()}
+        splits = {folder: _manifests(folder) for folder in settings.folders}
+        self._manifests = {root / name: each for root, named in splits.items() for name, each in named.items()}
+        manifest_of = {root: next(iter(named.values())) for root, named in splits.items()}
+        facts = {root: _facts(root, manifest) for root, manifest in manifest_of.items()}
         _check_equal(facts)
-        common = dict(set.intersection(*(set(values.items()) for values in facts.values())))
-        manifest = next(manifest for _, manifest in self._all())
-        self.kind, self.mirrored, self.resolution, self.crop = (
-            manifest.kind,
-            manifest.mirrored,
-            manifest.resolution,
-            manifest.crop,
-        )
-        self.autoencoder, self.autoencoder_hash = manifest.autoencoder, manifest.autoencoder_hash
-        self.background, self.published = (
-            next((values[name] for values in facts.values() if values[name] is not None), None)
-            for name in ('background', 'published')
-        )
-        self.latent_shape = manifest.latent_shape
-        lists = {folder: next(iter(splits.values())).class_names for folder, splits in self._manifests.items()}
+        # Of what some do not say, what the others say; of what conversions record besides, what all say.
+        common: dict[str, Any] = dict.fromkeys(_FACTS)
+        for each in facts.values():
+            common |= {name: each[name] for name in _FACTS if common[name] is None}
+        recorded = dict(set.intersection(*(set(each.items()) for each in facts.values())))
+        for name in ('kind', 'mirrored', 'resolution', 'crop', 'autoencoder', 'autoencoder_hash', 'background'):
+            setattr(self, name, common[name])
+        self.published, self.latent_shape = common['published'], next(iter(manifest_of.values())).latent_shape
+        lists = {root: manifest.class_names for root, manifest in manifest_of.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
-        self.prepare = functools.partial(_views, self._reader, self.mirrored)
-        self.content = {
+        reader = read_index(next(iter(self._manifests)))[0].reader  # decodes a row: all shards have the same columns
+        self.prepare = functools.partial(_views, reader, self.mirrored)
+        self.particulars = {
             'layout': 'data sets',
             'kind': self.kind,
-            **self.facts,
-            'latent_shape': list(self.latent_shape),
-            **{name: common[name] for name in _RECORDED if name in common},
-            'indexes': sorted(file_hash(folder / 'index.json') for folder, _ in self._all()),
+            **{name: recorded[name] for name in _RECORDED if name in recorded},
+            'indexes': sorted(file_hash(folder / 'index.json') for folder in self._manifests),
         }
         counts = ', '.join(f'{len(names):,} in {folder}' for folder, names in lists.items())
         self.description = (
@@ -86,26 +77,10 @@ class DataSets(Encoder):
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """All rows of each split, in the order of a conversion: by label and name. Reads every byte."""
         del scratch
-        names = sorted({folder.name for folder, _ in self._all()})
-        return {name: self._source(name) for name in names}
-
-    def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
-        """Nothing is left to be done."""
-        return lambda: [view_BKHW.numpy() for view_BKHW in samples_BVKHW.unbind(1)]
-
-    @property
-    def _reader(self) -> MDSReader:
-        """What decodes a row: all shards have the same columns."""
-        folder = next(folder for folder, _ in self._all())
-        return read_index(folder)[0].reader
-
-    def _all(self) -> Iterator[tuple[Path, Manifest]]:
-        """Folder and manifest of every split."""
-        for root, splits in self._manifests.items():
-            yield from ((root / name, manifest) for name, manifest in splits.items())
+        return {name: self._source(name) for name in sorted({folder.name for folder in self._manifests})}
 
     def _source(self, split: str) -> Source:
-        members = [(folder, manifest) for folder, manifest in self._all() if folder.name == split]
+        members = [(folder, manifest) for folder, manifest in self._manifests.items() if folder.name == split]
         for folder, manifest in members:
             check_shards(folder, manifest)
         shards = [shard for folder, _ in members for shard in read_index(folder)]
@@ -114,7 +89,10 @@ class DataSets(Encoder):
         total = sum(manifest.num_samples for _, manifest in members)
         progress = Progress(f'{split}: reading', total, 'samples')
         for number, shard in enumerate(shards):
-            for place, label, name in _rows(shard):
+            if not shard.path.is_file():
+                raise UserError(f'{shard.path}: only its compressed form is here; decompress it (zstd -d) first')
+            for place, row in sound_rows(shard):
+                label, name = int(row[LABEL]), row[NAME]
                 if label not in labels[shard.folder]:
                     raise UserError(f'{shard.path}: {name}: label {label} is no class of its manifest; run verify.py')
                 if origins.setdefault(name, shard.folder) != shard.folder:
@@ -126,8 +104,7 @@ class DataSets(Encoder):
                 images.labels.append(labels[shard.folder][label])
                 images.places.append((number, *place))
             progress.add(shard.samples)
-        files = IndexedFiles(shard.path for shard in shards)
-        source = RangeSource.arranged('data sets', Path(split), images, files=files)
+        source = arranged('data sets', Path(split), images, IndexedFiles(shard.path for shard in shards).read)
         origin = '; '.join(manifest.source for _, manifest in members)
         source.description = f'{len(members)} data sets, merged: {origin}'
         return source
@@ -143,26 +120,17 @@ def _manifests(root: Path) -> dict[str, Manifest]:
     if undone or not splits:
         state = f'{", ".join(undone)} not finished' if undone else f'no split with a {MANIFEST_NAME}'
         raise UserError(f'{root}: {state}; run its conversion to the end first')
-    _check_equal(
-        {
-            root / name: {**_facts(root, manifest), 'class_names': manifest.class_names}
-            for name, manifest in splits.items()
-        }
-    )
+    facts = {root / name: _facts(root, manifest) for name, manifest in splits.items()}
+    _check_equal({path: {**facts[path], 'class_names': splits[path.name].class_names} for path in facts})
     return splits
 
 
-def _published(manifest: Manifest) -> Published | None:
-    """The scale and shift that the manifest has not measured."""
-    scaling = manifest.scaling
-    if scaling is None or scaling.source == 'measured':
-        return None
-    return Published(scaling.source.removeprefix('published for '), scaling.scale[0], scaling.shift[0])
-
-
 def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
-    facts = {name: getattr(manifest, name) for name in _FACTS}
-    facts['published'] = _published(manifest)
+    facts = {name: getattr(manifest, name, None) for name in _FACTS}
+    scaling = manifest.scaling
+    if scaling is not None and scaling.source != 'measured':
+        name = scaling.source.removeprefix('published for ')
+        facts['published'] = Published(name, scaling.scale[0], scaling.shift[0])
     record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
     if 'store' in record:  # conversions before 0.2.0 kept the colours and did not say so
         facts['background'] = manifest.background or 'stored'
@@ -214,22 +182,6 @@ def _labels(manifest: Manifest, joint: tuple[str, ...]) -> dict[int, int]:
         return {label: label for label in range(max(len(joint), 1))}
     label_of = {name: label for label, name in enumerate(joint)}
     return {label: label_of[name] for label, name in enumerate(manifest.class_names)}
-
-
-def _rows(shard: Shard) -> Iterator[tuple[tuple[int, int], int, str]]:
-    """Offset and size, label and name of each row; a shard with a changed byte is refused, not hashed anew."""
-    if not shard.path.is_file():
-        raise UserError(f'{shard.path}: only its compressed form is here; decompress it (zstd -d) and run again')
-    data, faults = read_shard(shard)
-    try:
-        if faults or data is None:
-            raise ValueError(faults[0])
-        content = Content(shard, data)
-        for number in range(shard.samples):
-            row = content.row(number)
-            yield content.place(number), int(row[LABEL]), row[NAME]
-    except ValueError as error:
-        raise UserError(f'{shard.path}: {error}; copy or convert it again (verify.py lists every fault)') from None
 
 
 def _views(reader: MDSReader, mirrored: bool, row: bytes) -> Sample:

@@ -10,28 +10,34 @@ Layouts, as the code that writes or reads them has it:
 - ``lightningdit`` (hustvl/LightningDiT): safetensors files with ``latents`` and ``latents_flip`` (one draw each of the
   posterior, not normalised) and ``labels``. ``latents_stats.pt`` beside them is not needed: statistics are computed.
   Extracted on several GPUs, a few of the first images may be in there twice (the ranks' shares were made equal).
-- ``repa``, ``fast-dit``: see ``npy``.
+- ``repa`` (sihyun-yu/REPA, as NVlabs/edm2 before it): ``00000/img-mean-std-00000000.npy``, mean and standard deviation
+  as the encoder gives them, float32 ``[2C, H, W]``, beside ``dataset.json`` with the labels. No mirror images.
+- ``fast-dit`` (chuanyangjin/fast-DiT): ``..._features/<i>.npy``, one draw each, scaled (0.18215), ``[1, C, H, W]``, and
+  ``..._labels/<i>.npy``, ``[1]``. Half of the images were mirrored at random before they were encoded. Each process
+  counts from 0, so of an extraction on several GPUs only one share is left: hence the question for the number.
 
-Legend: K stored channels, H x W latent pixels.
+Legend: C channels of the latent, K stored channels, H x W latent pixels.
 """
 
 import contextlib
+import functools
 import io
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tread_composer.conversion.importers.npy import open_fast_dit, open_repa
-from tread_composer.conversion.importers.settings import ImportSettings
-from tread_composer.conversion.pickles import load_plain
-from tread_composer.conversion.sources.base import IndexedFiles, RangeSource, Source, check_names
+from tread_composer.conversion.settings import ImportSettings
+from tread_composer.conversion.sources.cifar import load_plain
+from tread_composer.conversion.sources.labels import EDM, edm_labels
 from tread_composer.conversion.sources.numbered import check_numbers
-from tread_composer.conversion.sources.webdataset import scan_tars
+from tread_composer.conversion.sources.source import IndexedFiles, Source, check_names, few, refusing
+from tread_composer.conversion.sources.tars import scan_tars
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
@@ -39,45 +45,40 @@ __all__ = ['array_from_pickle', 'open_layout']
 
 
 def open_layout(settings: ImportSettings, stored_channels: int | None) -> Source:
-    """Look through a folder of latents; ``stored_channels`` is K, for LMDB, whose values are bytes without a shape.
+    """Arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if there is one.
 
-    The source's ``read`` gives arrays ``[K, H, W]`` as they are stored: of the image, then of its mirror image if there
-    is one. What is not of that layout is refused with the file or the sample.
+    ``stored_channels`` is K, for LMDB, whose values are bytes without a shape. What is not of that layout is refused.
     """
-    root = Path(settings.source)
+    root, layout = Path(settings.source), settings.layout
     if not root.is_dir():
         raise UserError(f'{root}: no such folder; give the one that holds the files of one split')
-    if settings.layout == 'maskdit-lmdb':
+    if layout == 'maskdit-lmdb':
         assert stored_channels is not None  # the settings have asked for it
         source = _open_lmdb(root, stored_channels)
-    elif settings.layout == 'repa':
-        source = open_repa(root)
-    elif settings.layout == 'fast-dit':
-        source = open_fast_dit(root)
-    elif settings.layout == 'lightningdit':
+    elif layout == 'repa':
+        source = _open_repa(root)
+    elif layout == 'fast-dit':
+        source = _open_fast_dit(root)
+    elif layout == 'lightningdit':
         source = _open_safetensors(root, _matching(root, settings.files or '*.safetensors'))
     else:
-        kind = _Pickled if settings.layout == 'maskdit-webdataset' else _Arrays
-        source = _open_tars(root, _matching(root, settings.files or '*.tar'), kind)
+        source = _open_tars(root, _matching(root, settings.files or '*.tar'), is_pickled=layout == 'maskdit-webdataset')
     if not len(source):
         raise UserError(f'{root}: holds no samples')
     check_names(root, source.names)
+    # A file that is missing shows in nothing else. LightningDiT's ranks were given equal shares: at most one more each.
+    excess = int(source.places[-1][0]) + 1 if layout == 'lightningdit' else 0
     source = _halves(source) if settings.mirrors == 'second-half' else source
-    _check_count(source, settings)
-    return source
-
-
-def _check_count(source: Source, settings: ImportSettings) -> None:
-    """A file that is missing shows in nothing else."""
-    if settings.num_images is None:
-        return
-    # LightningDiT's ranks were given equal shares: at most one more on each.
-    excess = len(source.paths) if isinstance(source, _SafeTensors) else 0
-    if not settings.num_images <= len(source) <= settings.num_images + excess:
+    if settings.num_images and not settings.num_images <= len(source) <= settings.num_images + excess:
         raise UserError(
             f'--num-images {settings.num_images}: {settings.source} holds {len(source):,} samples. Files are missing '
             f'or too many, or the number is that of another split'
         )
+    return source
+
+
+def _arrays(title: str, names: list[str], labels: Any, places: Any, load: Callable[..., list[np.ndarray]]) -> Source:
+    return Source(title, (), names, np.asarray(labels, np.int64), np.asarray(places, np.int64), load)
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
@@ -88,22 +89,22 @@ def _matching(root: Path, pattern: str) -> list[Path]:
     return files
 
 
-@dataclass(eq=False)
-class _LMDB(Source):
-    path: Path
-    channels: int
+def _halves(source: Source) -> Source:
+    """The second half of the samples are the mirror images of the first, in the same order."""
+    half, odd = divmod(len(source), 2)
+    if odd or not np.array_equal(source.labels[:half], source.labels[half:]):
+        raise UserError(
+            f'{source.description}: the second half of {len(source)} samples cannot be the mirror images of the first: '
+            f'the labels are not the same. Say --mirrors none'
+        )
+    places = np.hstack([source.places[:half], source.places[half:]])
+    load = functools.partial(_load_both, source.load)
+    return replace(source, names=source.names[:half], labels=source.labels[:half], places=places, load=load)
 
-    def read(self, position: int) -> list[np.ndarray]:
-        """``[K, H, W]`` of the image."""
-        with _lmdb(self.path) as value_of:
-            data = value_of(self.names[position])
-        side = math.isqrt(len(data) // (4 * self.channels))
-        if 4 * self.channels * side * side != len(data) or not data:
-            raise UserError(
-                f'{len(data)} bytes are no square of {self.channels} channels in float32; is --channels (or --kind) '
-                f'right?'
-            )
-        return [np.frombuffer(data, '<f4').reshape(self.channels, side, side)]
+
+def _load_both(load: Callable[..., list[np.ndarray]], name: str, *places: int) -> list[np.ndarray]:
+    half = len(places) // 2
+    return [*load(name, *places[:half]), *load(name, *places[half:])]
 
 
 @contextlib.contextmanager
@@ -120,15 +121,14 @@ def _lmdb(path: Path) -> Iterator[Callable[[str], bytes]]:
             raise UserError(f'{path}: has no entry {key}: it is incomplete, or not of this layout')
         return value
 
-    try:
-        # no lock: it would need to write to the source
-        with (
-            lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=False) as environment,
-            environment.begin() as transaction,
-        ):
-            yield value_of
-    except lmdb.Error as error:
-        raise UserError(f'{path}: cannot be read as an LMDB: {error}') from error
+    # no lock: it would need to write to the source
+    options = {'readonly': True, 'lock': False, 'create': False, 'readahead': False}
+    with (
+        refusing(lmdb.Error, f'{path}: cannot be read as an LMDB'),
+        lmdb.open(str(path), **options) as environment,
+        environment.begin() as transaction,
+    ):
+        yield value_of
 
 
 def _open_lmdb(root: Path, channels: int) -> Source:
@@ -137,38 +137,50 @@ def _open_lmdb(root: Path, channels: int) -> Source:
         hint = f'; there is one in {", ".join(inner)}' if inner else ''
         raise UserError(f'{root}: no data.mdb, so no LMDB{hint}')
     labels: list[int] = []
-    with _lmdb(root) as value_of:
-        try:
-            count = int(value_of('length'))
-            progress = Progress(f'reading labels of {root}', count, 'samples')
-            for position in range(count):
-                labels.append(int(value_of(f'y-{position}')))
-                progress.add()
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f'{root}: the length or label {len(labels)} is not a number: {error}') from error
+    with _lmdb(root) as value_of, refusing(ValueError, f'{root}: the length or a label is not a number'):
+        count = int(value_of('length'))
+        progress = Progress(f'reading labels of {root}', count, 'samples')
+        for position in range(count):
+            labels.append(int(value_of(f'y-{position}')))
+            progress.add()
     names = [f'z-{position}' for position in range(count)]
-    places = np.empty((count, 0), np.int64)  # the names say it
-    return _LMDB(f'LMDB {root.name} of MaskDiT', (), names, np.array(labels, np.int64), places, root, channels)
+    load = functools.partial(_load_lmdb, root, channels)
+    return _arrays(f'LMDB {root.name} of MaskDiT', names, labels, np.arange(count).reshape(-1, 1), load)
 
 
-@dataclass(eq=False)
-class _Arrays(RangeSource):
-    MEMBER: ClassVar = 'latent.npy'
+def _load_lmdb(path: Path, channels: int, name: str, number: int) -> list[np.ndarray]:
+    with _lmdb(path) as value_of:
+        data = value_of(f'z-{number}')
+    side = math.isqrt(len(data) // (4 * channels))
+    if 4 * channels * side * side != len(data) or not data:
+        raise UserError(
+            f'{len(data)} bytes are no square of {channels} channels in float32; is --channels (or --kind) right?'
+        )
+    return [np.frombuffer(data, '<f4').reshape(channels, side, side)]
 
-    def read(self, position: int) -> list[np.ndarray]:  # type: ignore[override]
-        """``[K, H, W]`` of the image."""
-        data = super().read(position)
-        try:
-            return [self.array(data)]
-        except Exception as error:  # numpy's errors for damaged arrays are of many kinds
-            raise UserError(f'{self.MEMBER}: {error}') from error
 
-    @staticmethod
-    def array(data: bytes) -> np.ndarray:
-        """The array that a member holds."""
-        return np.load(io.BytesIO(data), allow_pickle=False)
+def _open_tars(root: Path, paths: list[Path], is_pickled: bool) -> Source:
+    member = 'latent' if is_pickled else 'latent.npy'
+    samples = scan_tars(root, paths, lambda extension: extension == member)
+    # keys need only be different within a tar
+    names = [
+        f'{paths[number].name}/{name.removesuffix(f".{member}")}'
+        for (number, *_), name in zip(samples.places, samples.names, strict=True)
+    ]
+    load = functools.partial(_load_member, IndexedFiles(paths), member, array_from_pickle if is_pickled else _npy)
+    return _arrays(f'webdataset {root.name} ({len(paths)} tars, {member})', names, samples.labels, samples.places, load)
+
+
+def _load_member(
+    files: IndexedFiles, member: str, array: Callable[[bytes], np.ndarray], *place: Any
+) -> list[np.ndarray]:
+    data = files.read(*place)
+    with refusing(Exception, member):  # numpy's errors for damaged arrays are of many kinds
+        return [array(data)]
+
+
+def _npy(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def array_from_pickle(data: bytes) -> np.ndarray:
@@ -182,47 +194,16 @@ def array_from_pickle(data: bytes) -> np.ndarray:
     return array
 
 
-class _Pickled(_Arrays):
-    MEMBER: ClassVar = 'latent'
-    array = staticmethod(array_from_pickle)
-
-
-def _open_tars(root: Path, paths: list[Path], kind: type[_Arrays]) -> Source:
-    samples = scan_tars(root, paths, lambda extension: extension == kind.MEMBER)
-    # keys need only be different within a tar
-    names = [
-        f'{paths[number].name}/{name.removesuffix(f".{kind.MEMBER}")}'
-        for (number, *_), name in zip(samples.places, samples.names, strict=True)
-    ]
-    description = f'webdataset {root.name} ({len(paths)} tars, {kind.MEMBER})'
-    labels, places = np.array(samples.labels, np.int64), np.array(samples.places, np.int64)
-    return kind(description, (), names, labels, places, IndexedFiles(paths))
-
-
-@dataclass(eq=False)
-class _SafeTensors(Source):
-    paths: list[Path]
-    keys: tuple[str, ...]
-
-    def read(self, position: int) -> list[np.ndarray]:
-        """``[K, H, W]`` of the image, and of its mirror image if there is one."""
-        number, row = self.places[position].tolist()
-        with safe_open(str(self.paths[number]), framework='pt') as file:
-            return [file.get_slice(key)[row : row + 1][0].float().numpy() for key in self.keys]
-
-
 def _open_safetensors(root: Path, paths: list[Path]) -> Source:
     names, places, labels, mirrored = [], [], [], set()
     for number, path in enumerate(paths):
-        try:
-            with safe_open(str(path), framework='pt') as file:
-                keys = set(file.keys())
-                if not {'latents', 'labels'} <= keys <= {'latents', 'latents_flip', 'labels'}:
-                    raise UserError(f'{path}: holds {sorted(keys)}, not latents, latents_flip and labels')
-                rows = {key: file.get_slice(key).get_shape()[0] for key in keys}
-                labels.append(file.get_tensor('labels').numpy().astype(np.int64))
-        except (SafetensorError, OSError, IndexError) as error:
-            raise UserError(f'{path}: cannot be read as safetensors: {error}') from error
+        damage = (SafetensorError, OSError, IndexError)
+        with refusing(damage, f'{path}: cannot be read as safetensors'), safe_open(str(path), framework='pt') as file:
+            keys = set(file.keys())
+            if not {'latents', 'labels'} <= keys <= {'latents', 'latents_flip', 'labels'}:
+                raise UserError(f'{path}: holds {sorted(keys)}, not latents, latents_flip and labels')
+            rows = {key: file.get_slice(key).get_shape()[0] for key in keys}
+            labels.append(file.get_tensor('labels').numpy().astype(np.int64))
         if len(set(rows.values())) > 1:
             raise UserError(f'{path}: as many latents as labels are needed, but there are {rows}')
         mirrored.add('latents_flip' in keys)
@@ -230,26 +211,68 @@ def _open_safetensors(root: Path, paths: list[Path]) -> Source:
         places += [(number, row) for row in range(rows['labels'])]
     if len(mirrored) > 1:
         raise UserError(f'{root}: some files have latents_flip and some have not')
-    columns = ('latents', 'latents_flip') if mirrored.pop() else ('latents',)
+    load = functools.partial(_load_tensors, paths, ('latents', 'latents_flip') if mirrored.pop() else ('latents',))
     description = f'safetensors {root.name} of LightningDiT ({len(paths)} files)'
-    return _SafeTensors(description, (), names, np.concatenate(labels), np.array(places), paths, columns)
+    return _arrays(description, names, np.concatenate(labels), places, load)
 
 
-@dataclass(eq=False)
-class _Halves(Source):
-    whole: Source
-
-    def read(self, position: int) -> list[np.ndarray]:
-        """``[K, H, W]`` of the image, and of its mirror image."""
-        return [*self.whole.read(position), *self.whole.read(position + len(self))]
+def _load_tensors(paths: list[Path], keys: Sequence[str], name: str, number: int, row: int) -> list[np.ndarray]:
+    with safe_open(str(paths[number]), framework='pt') as file:
+        return [file.get_slice(key)[row : row + 1][0].float().numpy() for key in keys]
 
 
-def _halves(source: Source) -> Source:
-    """The second half of the samples are the mirror images of the first, in the same order."""
-    half, odd = divmod(len(source), 2)
-    if odd or not np.array_equal(source.labels[:half], source.labels[half:]):
-        raise UserError(
-            f'{source.description}: the second half of {len(source)} samples cannot be the mirror images of the first: '
-            f'the labels are not the same. Say --mirrors none'
-        )
-    return _Halves(source.description, (), source.names[:half], source.labels[:half], source.places[:half], source)
+def _open_repa(root: Path) -> Source:
+    """The folder with ``dataset.json``: in REPA's data that is ``vae-sd``."""
+    table = root / EDM
+    names = sorted(str(path.relative_to(root)) for path in root.glob('*/*.npy'))
+    if not table.is_file() or not names:
+        raise UserError(f'{root}: no {EDM}, or no .npy files in folders beside it; give the folder vae-sd')
+    labels = edm_labels(str(table), names, table.read_bytes()) or [-1] * len(names)
+    load = functools.partial(_load_deviations, root)
+    return _arrays(f'npy files {root.name} of REPA', names, labels, np.empty((len(names), 0)), load)
+
+
+def _load_deviations(root: Path, name: str) -> list[np.ndarray]:
+    """Moments ``[2C, H, W]`` of means and standard deviations."""
+    array = _load_file(root / name)
+    if array.ndim != 3 or len(array) % 2 or (array[len(array) // 2 :] < 0).any():
+        raise UserError(f'an array of shape {array.shape}, where means and deviations of 2C x H x W are expected')
+    mean, std = np.split(array, 2)
+    with np.errstate(divide='ignore'):  # a deviation of 0; log-variances are clipped later
+        return [np.concatenate([mean, 2 * np.log(std)])]
+
+
+def _open_fast_dit(root: Path) -> Source:
+    """The folder that holds those of features and of labels."""
+    folders = [(path, root / f'{path.name.removesuffix("_features")}_labels') for path in root.glob('*_features')]
+    pairs = [(features, folder) for features, folder in folders if folder.is_dir()]
+    if len(pairs) != 1:
+        raise UserError(f'{root}: {len(pairs)} pairs of folders ..._features and ..._labels in it, 1 is expected')
+    (features, folder), labels = pairs[0], []
+    numbers = sorted(int(path.stem) for path in features.glob('*.npy') if re.fullmatch(r'\d+', path.stem))
+    if missing := set(range(len(numbers))) - set(numbers):
+        raise UserError(f'{features}: the numbers of its files have gaps, such as {min(missing)}. Copy it completely')
+    if extra := {path.stem for path in folder.glob('*.npy')} ^ {str(number) for number in numbers}:
+        raise UserError(f'{root}: features without labels, or the reverse: {few(extra)}. Copy it completely')
+    progress = Progress(f'reading labels of {root}', len(numbers), 'samples')
+    for path in (folder / f'{number}.npy' for number in numbers):
+        array = _load_file(path)
+        if array.shape != (1,) or array.dtype.kind not in 'iu':
+            raise UserError(f'{path}: {array.dtype} of shape {array.shape}, where the label is expected')
+        labels.append(int(array[0]))
+        progress.add()
+    names = [f'{number}.npy' for number in numbers]
+    load = functools.partial(_load_draw, features)
+    return _arrays(f'npy files {features.name} of fast-DiT', names, labels, np.empty((len(names), 0)), load)
+
+
+def _load_draw(folder: Path, name: str) -> list[np.ndarray]:
+    array = _load_file(folder / name)
+    if array.ndim != 4 or len(array) != 1:
+        raise UserError(f'an array of shape {array.shape}, where 1 x C x H x W is expected')
+    return [array[0]]
+
+
+def _load_file(path: Path) -> np.ndarray:
+    with refusing(Exception, f'{path}: not an array'):  # numpy's errors for damaged arrays are of many kinds
+        return np.load(path, allow_pickle=False)

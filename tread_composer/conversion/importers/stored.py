@@ -4,20 +4,21 @@ Legend: B samples, V views (the image, its mirror image), C latent channels, K s
 latent pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tread_composer.autoencoders import open_autoencoder, published_scaling
 from tread_composer.conversion.contents import LOGVAR_RANGE
-from tread_composer.conversion.encoding import Encoded, Encoder, Sample
+from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.importers.layouts import open_layout
-from tread_composer.conversion.importers.settings import ImportSettings
-from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.settings import ImportSettings
+from tread_composer.conversion.sources.source import Source
+from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import read_class_names
 
 __all__ = ['StoredLatents']
 
@@ -27,7 +28,10 @@ class StoredLatents(Encoder):
 
     def __init__(self, settings: ImportSettings, device: torch.device) -> None:
         assert settings.resolution is not None  # the settings have asked for it
-        self.device, self.kind, self.split = device, settings.stored_kind, settings.split
+        self.device, self.split = device, settings.split
+        # MaskDiT and REPA keep what the encoder gives, the others draws from it.
+        keeps_moments = settings.layout.startswith(('maskdit', 'repa'))
+        self.kind = settings.kind or ('moments' if keeps_moments else 'samples')
         self.resolution, self.crop = settings.resolution, settings.crop
         self.autoencoder, self.autoencoder_hash = settings.autoencoder_id, settings.autoencoder_hash
         channels, downsampling = settings.channels, None
@@ -43,7 +47,7 @@ class StoredLatents(Encoder):
         factor = 2 if self.kind == 'moments' else 1
         self.source = open_layout(settings, None if channels is None else channels * factor)
         self.source.description = f'imported: {self.source.description}'
-        self._set_labels(settings.names_of_classes)
+        self._set_labels(settings)
         try:
             views = self.source.read(0)
         except UserError as error:
@@ -52,11 +56,9 @@ class StoredLatents(Encoder):
         self.latent_shape = self._latent_shape(channels, downsampling)
         self._scale_C11, self._shift_C11 = settings.scale_and_shift(self.latent_shape[0])
         self.prepare = self._raw_views
-        self.content = {
+        self.particulars = {
             'layout': settings.layout,
             'kind': self.kind,
-            **self.facts,
-            'latent_shape': list(self.latent_shape),
             'stored_scale': self._scale_C11.flatten().tolist(),
             'stored_shift': self._shift_C11.flatten().tolist(),
         }
@@ -64,8 +66,14 @@ class StoredLatents(Encoder):
         mirror = ', with mirror images' if self.mirrored else ''
         self.description = f'latents of {self.autoencoder} ({self.kind}): {shape}{mirror}'
 
-    def _set_labels(self, classes: tuple[str, ...]) -> None:
-        source = self.source
+    def _set_labels(self, settings: ImportSettings) -> None:
+        source, classes = self.source, tuple(str(label) for label in range(settings.num_classes or 0))
+        if settings.class_names is not None:
+            classes = read_class_names(Path(settings.class_names))
+            if settings.num_classes not in (None, len(classes)):
+                raise UserError(
+                    f'--num-classes {settings.num_classes}: {settings.class_names} has {len(classes)} names'
+                )
         source.class_names = classes
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(classes)))
         if not classes:
@@ -119,7 +127,3 @@ class StoredLatents(Encoder):
         """The one split."""
         del scratch
         return {self.split: self.source}
-
-    def __call__(self, samples_BVKHW: Tensor, split: str, positions: Sequence[int]) -> Encoded:
-        """Nothing is left to be done."""
-        return lambda: [view_BKHW.numpy() for view_BKHW in samples_BVKHW.unbind(1)]

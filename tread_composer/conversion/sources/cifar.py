@@ -4,17 +4,27 @@ A file is a pickle of ``data`` (uint8, a row of 3 x 32 x 32 for each image) and 
 lie in it as they are, so images are read from there at random.
 """
 
+import functools
+import io
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tread_composer.conversion.pickles import load_plain
-from tread_composer.conversion.sources.base import Images, IndexedFiles, RangeSource, Request, Source
 from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import Images, IndexedFiles, Request, Source, arranged, refusing
 from tread_composer.core.errors import UserError
 
-__all__ = ['cifar_folder', 'open_cifar']
+__all__ = ['cifar_folder', 'load_plain', 'open_cifar']
 
+# What numpy itself writes for an array. A pickle is a program, and may name nothing else here.
+_NAMES = {
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('numpy._core.multiarray', '_reconstruct'),  # pickle protocols 2 to 4
+    ('numpy._core.numeric', '_frombuffer'),  # protocol 5
+}
 _SIDE = 32
 _BYTES = 3 * _SIDE * _SIDE
 _FORMS = {  # by the folder's name: names of classes, files of the splits, which labels
@@ -36,15 +46,6 @@ def cifar_folder(root: Path) -> Path | None:
     return places[0] if len(places) == 1 else None
 
 
-class CifarSource(RangeSource):
-    """A place is the number of a file, the offset of a row of pixels and its length."""
-
-    def read(self, position: int) -> bytes:
-        """The image at that position as a PPM file; see ``Source.read``."""
-        planes = np.frombuffer(super().read(position), np.uint8).reshape(3, _SIDE, _SIDE)
-        return f'P6 {_SIDE} {_SIDE} 255\n'.encode() + planes.transpose(1, 2, 0).tobytes()
-
-
 def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     """Both splits: the test images, all labelled, are the evaluation split."""
     form = 'cifar-10-batches-py' if (folder / 'batches.meta').is_file() else 'cifar-100-python'
@@ -56,10 +57,16 @@ def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
     class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))
     name_by_number(folder, splits, class_names)
     splits['train'].ignored.notes.append(f'classes: {names_key}')
-    return {
-        split: CifarSource.arranged(form, folder, images, files=IndexedFiles(folder / name for name in paths[split]))
-        for split, images in splits.items()
+    loads = {
+        split: functools.partial(_load, IndexedFiles(folder / name for name in names)) for split, names in paths.items()
     }
+    return {split: arranged(form, folder, images, loads[split]) for split, images in splits.items()}
+
+
+def _load(files: IndexedFiles, *place: Any) -> bytes:
+    """A row of pixels as a PPM file."""
+    planes = np.frombuffer(files.read(*place), np.uint8).reshape(3, _SIDE, _SIDE)
+    return f'P6 {_SIDE} {_SIDE} 255\n'.encode() + planes.transpose(1, 2, 0).tobytes()
 
 
 def _entry(path: Path, content: dict, key: str) -> list:
@@ -69,10 +76,8 @@ def _entry(path: Path, content: dict, key: str) -> list:
 
 
 def _content(path: Path) -> dict:
-    try:
+    with refusing((OSError, ValueError), f'{path}: cannot be read', '. Get it anew'):
         content = load_plain(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: cannot be read: {error}. Get it anew') from error
     if not isinstance(content, dict):
         raise UserError(f'{path}: not a file of CIFAR. Get it anew')
     return content
@@ -92,3 +97,19 @@ def _images(paths: list[Path], label: str) -> Images:
         images.labels += labels
         images.places += [(number, start + row * _BYTES, _BYTES) for row in range(len(labels))]
     return images
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace('numpy.core.', 'numpy._core.')  # as it was called before numpy 2
+        if (module, name) not in _NAMES:
+            raise ValueError(f'it names {module}.{name}, which an array has no need of')
+        return super().find_class(module, name)
+
+
+def load_plain(data: bytes) -> Any:
+    """What was pickled; texts of Python 2 are bytes. ``ValueError`` if it is damaged or names anything but arrays."""
+    try:
+        return _Unpickler(io.BytesIO(data), encoding='bytes').load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(str(error) or repr(error)) from error

@@ -1,21 +1,16 @@
 """Which layout lies at a path. What is mixed or unclear is refused with what there is: a guess would cost days."""
 
-import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import Request, Source, few
 from tread_composer.conversion.sources.cifar import cifar_folder, open_cifar
-from tread_composer.conversion.sources.ilsvrc import open_ilsvrc
-from tread_composer.conversion.sources.img2dataset import is_table, numbered_folders, open_img2dataset
-from tread_composer.conversion.sources.numbered import PLACES, split_files
-from tread_composer.conversion.sources.tars import holds_tars
-from tread_composer.conversion.sources.tree import holds_images, open_folders
-from tread_composer.conversion.sources.webdataset import open_webdataset
-from tread_composer.conversion.sources.zips import open_zip
+from tread_composer.conversion.sources.folders import holds_images, open_folders, open_zip
+from tread_composer.conversion.sources.numbered import PLACES, is_table, numbered_folders, open_img2dataset, split_files
+from tread_composer.conversion.sources.source import Request, Source, few
+from tread_composer.conversion.sources.tars import holds_tars, open_ilsvrc, open_webdataset
 from tread_composer.core.errors import UserError
-from tread_composer.data.manifest import read_class_names
 
 __all__ = ['open_sources']
 
@@ -29,51 +24,22 @@ _SUFFIX = re.compile(r'\.(?:(zip|parquet|arrow|tar)|tgz|tar\.(?:gz|bz2|xz|zst))$
 _OFFICIAL = re.compile(r'ILSVRC\d+_img_(val|test)\b.*\.tar')
 
 
-def open_sources(
-    path: str | os.PathLike[str],
-    *,
-    scratch: Path,
-    ground_truth: Path | None = None,
-    class_names: Path | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    use_test: bool = True,
-) -> dict[str, Source]:
-    """Find out what lies at ``path`` and list its images, by split; what is unclear is refused with what to do.
+def open_sources(request: Request) -> dict[str, Source]:
+    """Find out what lies at ``request.root`` and list its images, by split; what is unclear is refused with what to do.
 
     The splits are ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. What
     becomes of a test split, the description says.
-
-    Args:
-        path: A folder or file.
-        scratch: Folder for a copy of the images of parquet files, which cannot be read at random.
-        ground_truth: Classes of ImageNet's validation images where they lie in no class folders.
-        class_names: Names of classes, for webdataset tars and parquet files, whose labels are numbers.
-        image_column: Which column of parquet or arrow files holds the images, where there are several.
-        label_column: Which column of these, or which list of CIFAR-100, holds the labels.
-        use_test: Take a test split for ``'val'`` where there is no other; else it is left out.
     """
-    root = Path(path).absolute()  # sources are read in other processes, whose current folder may differ
+    root = request.root.absolute()  # sources are read in other processes, whose current folder may differ
     if not root.exists():
         raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     archives = _archives(root)
     if not archives and (inner := _configuration(root)) is not None:
         root, archives = inner, _archives(inner)
+    request = replace(request, root=root)
     kind = _kind(root, archives)
-    official = _official(archives, with_truth=ground_truth is not None) if kind == '.tar' else {}
-    is_table = kind in ('.parquet', '.arrow')
-    has_numbers = is_table or kind == 'img2dataset' or (kind == '.tar' and not official)
-    if class_names is not None and not has_numbers:
-        raise UserError(f'class_names={class_names}: the classes of {root} are named by its folders. Leave it out')
-    if ground_truth is not None and has_numbers:
-        raise UserError(f'ground_truth={ground_truth}: {root} brings its own labels. Leave it out')
-    if (image_column is not None and not is_table) or (label_column is not None and not is_table and kind != 'cifar'):
-        raise UserError(
-            f'image_column={image_column}, label_column={label_column}: only tables (.parquet, .arrow) and CIFAR-100 '
-            f'have such, and {root} is none. Leave them out'
-        )
-    names = () if class_names is None else read_class_names(class_names)
-    request = Request(root, scratch, ground_truth, names, image_column, label_column, use_test)
+    official = _official(archives, with_truth=request.ground_truth is not None) if kind == '.tar' else {}
+    _check_options(request, kind, is_official=bool(official))
     if kind == 'folders':
         sources = open_folders(request)
     elif kind == 'cifar':
@@ -85,15 +51,32 @@ def open_sources(
     elif official:
         sources = open_ilsvrc(request, official)
     elif kind == '.tar':
-        sources = open_webdataset(request, *split_files(root, archives, use_test))
+        sources = open_webdataset(request, *split_files(root, archives, request.use_test))
     else:
         from tread_composer.conversion.sources.parquet import open_tables, saved_files  # here: slow to import
 
         archives, notes = saved_files(root, archives)
-        splits, unread = split_files(root, archives, use_test)
+        splits, unread = split_files(root, archives, request.use_test)
         sources = open_tables(request, splits, [*notes, *unread])
     _check_same_classes(root, sources)
     return sources
+
+
+def _check_options(request: Request, kind: str, is_official: bool) -> None:
+    """Refuse what this kind has no use for."""
+    root, columns = request.root, (request.image_column, request.label_column)
+    is_table = kind in ('.parquet', '.arrow')
+    has_numbers = is_table or kind == 'img2dataset' or (kind == '.tar' and not is_official)
+    if request.class_names is not None and not has_numbers:
+        raise UserError(f'class_names={request.class_names}: the folders of {root} name its classes. Leave it out')
+    if request.ground_truth is not None and has_numbers:
+        raise UserError(f'ground_truth={request.ground_truth}: {root} brings its own labels. Leave it out')
+    if any(columns) and not is_table and (kind != 'cifar' or columns[0]):
+        raise UserError(
+            f'image_column={columns[0]}, label_column={columns[1]}: only tables (.parquet, .arrow) and CIFAR-100 have '
+            f'such, and {root} is none. Leave them out'
+        )
+    _ = request.names  # refused before minutes of listing
 
 
 def _archives(root: Path) -> list[Path]:

@@ -4,10 +4,10 @@ Parquet cannot be read at random: one image costs the decoding of a row group of
 of contents. So each file is copied once into an uncompressed Arrow file, of which small batches are mapped into memory.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +16,14 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from tread_composer.conversion.output import refuse_if_too_large, size_in_words
-from tread_composer.conversion.sources.base import SPLITS, Ignored, Images, Request, Source, few
+from tread_composer.conversion.destination import refuse_if_too_large, size_in_words
 from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import SPLITS, Ignored, Images, Request, Source, arranged, few, refusing
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, whole_file
 from tread_composer.io.progress import Progress, to_stderr
 
-__all__ = ['TableSource', 'open_tables', 'saved_files']
+__all__ = ['open_tables', 'saved_files']
 
 _BATCH = 64  # rows that are in memory at once
 _COPY = pyarrow.schema({'bytes': pyarrow.binary(), 'path': pyarrow.string(), 'label': pyarrow.int64()})
@@ -37,19 +37,6 @@ class _Columns(NamedTuple):
     image: str
     label: str | None
     class_names: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class TableSource(Source):
-    """A place is the number of a copy, a batch of it, and a row of that."""
-
-    copies: list[str]
-
-    def read(self, position: int) -> bytes:
-        """The image file at that position; see ``Source.read``."""
-        number, index, row = self.places[position].tolist()
-        with pyarrow.memory_map(self.copies[number]) as file:
-            return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
 
 
 def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -81,11 +68,9 @@ def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[
     reference, *remaining = columns
     for file in remaining:
         if columns[file] != columns[reference]:
-            raise UserError(
-                f'{file}: columns or class names differ from those of {reference}. Give one data set at a time'
-            )
+            raise UserError(f'{file}: columns or class names differ from those of {reference}. Give one data set')
     label, class_names = columns[reference].label, columns[reference].class_names
-    if request.class_names and label is None:
+    if request.names and label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')
     copies = _copy_all(columns, request.scratch / 'parquet')
     kind = f'{reference.suffix[1:].lower()} files'
@@ -100,19 +85,24 @@ def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[
             images.ignored.notes.append('named by row, since the files do not name each image')
             images.names = [f'row-{row:08d}' for row in range(len(images.names))]
     if label is not None:
-        name_by_number(root, splits, request.class_names or class_names)
+        name_by_number(root, splits, request.names or class_names)
     copies_of = {split: [str(copies[file]) for file in members] for split, members in files.items()}
     return {
-        split: TableSource.arranged(kind, root, images, copies=copies_of[split]) for split, images in splits.items()
+        split: arranged(kind, root, images, functools.partial(_load, copies_of[split]))
+        for split, images in splits.items()
     }
 
 
+def _load(copies: list[str], name: str, number: int, index: int, row: int) -> bytes:
+    """Of a copy, a batch of it, and a row of that."""
+    with pyarrow.memory_map(copies[number]) as file:
+        return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
+
+
 def _columns_of(file: Path, request: Request) -> _Columns:
-    try:
+    with refusing(_DAMAGE, f'{file}: not a {file.suffix[1:]} file, or damaged', '. Get it anew'):
         schema = _schema(file)
         shown = ', '.join(f'{column.name}: {column.type}' for column in schema)
-    except _DAMAGE as error:
-        raise UserError(f'{file}: not a {file.suffix[1:]} file, or damaged: {error}. Get it anew') from error
     images = [column.name for column in schema if _is_image(column.type)]
     if request.image_column is not None:
         images = [name for name in schema.names if name == request.image_column]
@@ -125,11 +115,10 @@ def _columns_of(file: Path, request: Request) -> _Columns:
         )
     named: dict[str, tuple[str, ...]] = {}
     if text := (schema.metadata or {}).get(b'huggingface'):
-        try:
+        damage = (ValueError, KeyError, TypeError, AttributeError)
+        with refusing(damage, f"{file}: the metadata 'huggingface' of its schema is damaged"):
             features = json.loads(text)['info']['features']
             named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: the metadata 'huggingface' of its schema is damaged: {error!r}") from error
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
     if request.label_column is not None:
         candidates = [request.label_column]
@@ -180,14 +169,13 @@ def _copy_all(columns: dict[Path, _Columns], folder: Path) -> dict[Path, Path]:
         )
         progress = Progress(f'copying to {folder}', len(todo), 'files')
         for file in todo:
-            try:
-                with whole_file(targets[file]) as unfinished, pyarrow.ipc.new_file(str(unfinished), _COPY) as writer:
-                    for batch in _rows(file, columns[file]):
-                        writer.write_batch(batch)
-            except UserError:
-                raise
-            except _DAMAGE as error:
-                raise UserError(f'{file}: cannot be copied to {targets[file]}: {error}') from error
+            with (
+                refusing(_DAMAGE, f'{file}: cannot be copied to {targets[file]}'),
+                whole_file(targets[file]) as unfinished,
+                pyarrow.ipc.new_file(str(unfinished), _COPY) as writer,
+            ):
+                for batch in _rows(file, columns[file]):
+                    writer.write_batch(batch)
             progress.add()
     return targets
 

@@ -1,19 +1,45 @@
-"""Members of an uncompressed tar, or of a tar within a tar, as byte ranges: headers are read, data are not."""
+"""Uncompressed tars, read in place: ImageNet's official ones (ILSVRC 2012), of one tar a class, and webdataset's.
 
+In webdataset's, ``key.jpg`` stands beside ``key.cls`` (a number) or ``key.json`` with a ``label``.
+"""
+
+import functools
 import itertools
+import json
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tread_composer.conversion.sources.base import member_parts
+from tread_composer.conversion.sources.folders import Listing
+from tread_composer.conversion.sources.labels import missing_truth
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import (
+    Ignored,
+    Images,
+    IndexedFiles,
+    Request,
+    Source,
+    arranged,
+    few,
+    is_image,
+    is_litter,
+    member_parts,
+    refusing,
+)  # fmt: skip
 from tread_composer.core.errors import UserError
+from tread_composer.io.progress import Progress
 
-__all__ = ['Archive', 'Member', 'holds_tars']
+__all__ = ['holds_tars', 'open_ilsvrc', 'open_webdataset', 'scan_tars']
+
+_LABELS = {'cls': 64, 'json': 2**20}
+"""Extensions of files that say the label, and how large these may be."""
 
 
-class Member(NamedTuple):
+class _Member(NamedTuple):
     """A regular file in a tar: parts of its name, and where its bytes are in the file on disk."""
 
     parts: tuple[str, ...]
@@ -21,17 +47,15 @@ class Member(NamedTuple):
     size: int
 
 
-class Archive:
+class _Archive:
     """A tar on disk, opened for reading; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with refusing(OSError, f'{path}: cannot be read'):
             self._file = open(path, 'rb', buffering=0)  # noqa: SIM115  (closed by leaving the archive)
-        except OSError as error:
-            raise UserError(f'{path}: cannot be read: {error}') from error
 
-    def __enter__(self) -> 'Archive':
+    def __enter__(self) -> '_Archive':
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,7 +65,7 @@ class Archive:
         """Up to ``size`` bytes from ``offset`` of the file on disk."""
         return os.pread(self._file.fileno(), size, offset)
 
-    def members(self, outer: Member | None = None) -> Iterator[Member]:
+    def members(self, outer: _Member | None = None) -> Iterator[_Member]:
         """The regular files in the archive, or in the archive that is its member ``outer``; folders are left out.
 
         Refused is what is no tar, compressed, cut off or followed by other data, and a link, a device, a sparse file or
@@ -50,7 +74,9 @@ class Archive:
         place, start, end = self.path, 0, os.fstat(self._file.fileno()).st_size
         if outer is not None:
             place, start, end = Path(f'{self.path}: {"/".join(outer.parts)}'), outer.offset, outer.offset + outer.size
-        try:
+        remedy = '. Get it anew, or unpack it to a tar (images in a compressed one cannot be read at random)'
+        damage = (OSError, ValueError, tarfile.TarError)
+        with refusing(damage, f'{place}: not a tar, cut off, or compressed', remedy):
             self._file.seek(start)  # tarfile reads from there, and says offsets in the whole file
             with tarfile.open(fileobj=self._file, mode='r:') as archive:
                 while (info := archive.next()) is not None and info.offset < end:
@@ -64,15 +90,8 @@ class Archive:
                     if info.offset_data + info.size > end:
                         raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
                     if info.isreg() and parts:
-                        yield Member(parts, info.offset_data, info.size)
+                        yield _Member(parts, info.offset_data, info.size)
                 self._check_end(place, end if info else archive.offset, end)
-        except (OSError, ValueError, tarfile.TarError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f'{place}: not a tar, cut off, or compressed: {error}. Get it anew, or unpack it to a tar (images in a '
-                f'compressed one cannot be read at random)'
-            ) from error
 
     def _check_end(self, place: Path, offset: int, end: int) -> None:
         # A tar ends with zeros, at least a block of them; tarfile itself takes a damaged header for the end.
@@ -86,5 +105,140 @@ class Archive:
 
 def holds_tars(path: Path) -> bool:
     """Whether a tar holds others, as ImageNet's training set does."""
-    with Archive(path) as archive:
+    with _Archive(path) as archive:
         return any(member.parts[-1].endswith('.tar') for member in itertools.islice(archive.members(), 64))
+
+
+def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Source]:
+    """The splits of the official tars, of tars and flat: read as the folders that unpacking them would give."""
+    tars = {split: tar for tar, split in split_of.items()}
+    if len(tars) < len(split_of):
+        names = few([tar.name for tar in split_of])
+        raise UserError(f'{request.root}: {names}: one tar of each split is expected. Give the tar itself')
+    listing = Listing(Progress(f'scanning {request.root}'))
+    if test := tars.pop('test', None):
+        listing.ignored.notes.append(f'{test.name} is not converted')
+    if not tars:
+        raise UserError(f'{request.root}: only a test set, which has no labels; the tar of train or val is missing')
+    if 'val' in tars and not request.ground_truth:
+        raise missing_truth(tars['val'])
+    for split, path in tars.items():
+        with _Archive(path) as archive:
+            if split == 'train':
+                _list_train(archive, listing)
+            else:
+                _list(archive, (split,), listing)
+    branches = {split: replace(images, prefix='') for split, images in listing.branches(request).items()}
+    return {
+        split: arranged('ILSVRC tars', tars[split], images, IndexedFiles([tars[split]]).read)
+        for split, images in branches.items()
+    }
+
+
+def _list_train(archive: _Archive, listing: Listing) -> None:
+    for outer in archive.members():
+        name = outer.parts[-1]
+        if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
+            listing.ignored.add(outer.parts)
+            continue
+        folder = ('train', name.removesuffix('.tar'))
+        if is_image(name) or '/'.join(folder) in listing.folders:
+            raise UserError(f'{archive.path}: holds {name}, where each member should be the one tar of a class')
+        listing.folders.add('/'.join(folder))
+        _list(archive, folder, listing, outer)
+
+
+def _list(archive: _Archive, folder: tuple[str, ...], listing: Listing, outer: _Member | None = None) -> None:
+    for member in archive.members(outer):
+        read = functools.partial(archive.read, member.offset, member.size)
+        listing.add((*folder, *member.parts), read, (0, member.offset, member.size))
+
+
+def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+    """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
+    root = request.root
+    splits = {split: scan_tars(root, paths, _is_image, Ignored(notes=list(notes))) for split, paths in tars.items()}
+    unlabelled = [split for split, images in splits.items() if None in images.labels]
+    if unlabelled and (request.names or len(unlabelled) < len(splits)):
+        raise UserError(
+            f'{root}: {unlabelled[0]} has no labels (key.cls or key.json), but the other split or --class-names says '
+            f'that there are classes. Give one split alone, or leave the names'
+        )
+    for split in unlabelled:
+        if all('/' in name for name in splits[split].names) or re.fullmatch(r'n\d{8}\.tar', tars[split][0].name):
+            raise UserError(
+                f'{root}: {tars[split][0].name} holds folders of images, or those of one class, whose labels would be '
+                f'lost. Unpack each such tar into a folder of its name, or give the tar that they come from '
+                f'(ILSVRC2012_img_train.tar)'
+            )
+    for images in splits.values():
+        images.names = [name.rpartition('/')[2] for name in images.names]
+        if unlabelled:
+            images.labels = [0] * len(images.names)
+    if not unlabelled:
+        name_by_number(root, splits, request.names)
+    return {
+        split: arranged('webdataset tars', root, images, IndexedFiles(tars[split]).read)
+        for split, images in splits.items()
+    }
+
+
+def _is_image(extension: str) -> bool:
+    return '.' not in extension and is_image(f'.{extension}')
+
+
+def scan_tars(
+    root: Path, tars: Sequence[Path], is_sample: Callable[[str], bool], ignored: Ignored | None = None
+) -> Images:
+    """The samples in tars, in their order, named by their path in a tar; all labels are numbers, or all are None.
+
+    ``is_sample`` says whether a member with this extension (all behind the first dot of its name) is one; ``ignored``
+    counts other members, which are refused without it, as are keys that occur twice and labels without samples.
+    """
+    samples, progress = Images(ignored=ignored or Ignored()), Progress(f'scanning {root}')
+    for number, path in enumerate(tars):
+        with _Archive(path) as archive:
+            members: dict[tuple[str, str], _Member] = {}
+            for member in archive.members():
+                progress.add()
+                stem, _, extension = member.parts[-1].partition('.')  # webdataset: a key ends at the first dot
+                key = '/'.join((*member.parts[:-1], stem))
+                kind = 'sample' if is_sample(extension) else extension.lower()
+                if is_litter(member.parts) or kind not in ('sample', *_LABELS):
+                    if ignored is None:
+                        raise UserError(f'{path}: member {"/".join(member.parts)!r} does not belong to this layout')
+                    ignored.add(member.parts)
+                elif members.setdefault((key, kind), member) is not member:
+                    raise UserError(f'{path}: two {kind} files of key {key!r}. Each sample needs its own key')
+            for (key, kind), member in members.items():
+                if (key, 'sample') not in members:
+                    raise UserError(f'{path}: key {key!r} has a label and no sample. Get the tar anew')
+                if kind == 'sample':
+                    samples.names.append('/'.join(member.parts))
+                    samples.labels.append(_label(archive, key, members))  # type: ignore[arg-type]
+                    samples.places.append((number, member.offset, member.size))
+    if not samples.names:
+        raise UserError(f'{root}: {tars[0].name} and the like hold no sample; {samples.ignored}')
+    missing = samples.labels.count(None)  # type: ignore[arg-type]
+    if 0 < missing < len(samples.labels) or (missing and ignored is None):
+        example = samples.names[samples.labels.index(None)]  # type: ignore[arg-type]
+        raise UserError(f'{root}: {missing:,} of {len(samples.labels):,} samples have no label, such as {example!r}')
+    return samples
+
+
+def _label(archive: _Archive, key: str, members: Mapping[tuple[str, str], _Member]) -> int | None:
+    for kind, limit in _LABELS.items():  # .cls first: it says nothing else
+        member = members.get((key, kind))
+        if member is None:
+            continue
+        text = archive.read(member.offset, min(member.size, limit))
+        try:
+            label = int(text) if kind == 'cls' else json.loads(text).get('label')
+        except (ValueError, AttributeError, RecursionError):
+            label = text
+        if label is None:
+            continue  # json without a label: other facts about the image
+        if type(label) is not int or abs(label) > 2**31 or member.size > limit:
+            raise UserError(f'{archive.path}: the label of {key!r} in its .{kind} is {label!r:.60}, not a whole number')
+        return label
+    return None

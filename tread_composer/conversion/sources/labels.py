@@ -1,22 +1,66 @@
-"""Labels of images that lie in no class folder: ImageNet's validation images, in three forms."""
+"""Labels of images that lie in no class folder: ImageNet's validation images, EDM's and Tiny-ImageNet's tables."""
 
 import io
+import json
+import re
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tread_composer.conversion.sources.base import few, in_label_order, is_image
+from tread_composer.conversion.sources.source import few, in_label_order, is_image, refusing
 from tread_composer.core.errors import UserError
 
-__all__ = ['assign_classes', 'missing_truth']
+__all__ = ['ANNOTATIONS', 'EDM', 'annotated_classes', 'assign_classes', 'edm_labels', 'missing_truth']
+
+EDM = 'dataset.json'
+"""``{"labels": [["00000/img00000000.png", 6], ...]}`` of the images beside it, in numbered folders."""
+ANNOTATIONS = 'val_annotations.txt'
+"""Lines of ``val_0.JPEG<TAB>n03444034<TAB>`` and a box: Tiny-ImageNet's classes of the images in ``images/``."""
 
 _META, _TRUTH = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
 _THREE_FORMS = (
     "(a) ILSVRC2012_devkit_t12.tar.gz or its unpacked folder, (b) Kaggle's LOC_val_solution.csv, "
     '(c) a text file with two columns: image name, and synset or number of the class in sorted order from 0'
 )
+
+
+def _check_rows(place: object, rows: Iterable[str], images: Iterable[str]) -> None:
+    """Refuse a table whose rows do not name just these images, each once."""
+    counts, images = Counter(rows), set(images)
+    for fault, wrong in (
+        ('lists more than once', [name for name, count in counts.items() if count > 1]),
+        ('has no label for', images - counts.keys()),
+        ('labels images that are missing', counts.keys() - images),
+    ):
+        if wrong:
+            raise UserError(f'{place}: {fault}: {few(wrong)} ({len(wrong):,} in all). Repair it, or get the data anew')
+
+
+def edm_labels(place: str, names: Sequence[str], content: bytes) -> list[int] | None:
+    """The label of each image, by the ``EDM`` file at ``place``; None if that has null."""
+    damage = (ValueError, KeyError, TypeError)
+    with refusing(damage, f'{place}: not the labels of an EDM data set', '. Move it away, or repair it'):
+        rows = json.loads(content)['labels']
+        labels = {} if rows is None else dict(rows)
+    if rows is None:
+        return None
+    _check_rows(place, (name for name, _ in rows), names)
+    if wrong := [name for name, label in labels.items() if type(label) is not int]:
+        raise UserError(f'{place}: the label is no whole number of: {few(wrong)} ({len(wrong):,} in all). Repair it')
+    return [labels[name] for name in names]
+
+
+def annotated_classes(place: str, files: Sequence[str], content: bytes) -> list[str]:
+    """The class of each file by the ``ANNOTATIONS`` at ``place``, which must name just these."""
+    rows = [line.split('\t') for line in content.decode(errors='replace').splitlines() if line.strip()]
+    if any(len(row) < 2 or not re.fullmatch(r'\S+', row[1]) for row in rows):
+        raise UserError(f'{place}: not the table of Tiny-ImageNet (file, class and box, with tabs). Get it anew')
+    _check_rows(place, (row[0] for row in rows), files)
+    class_of = {row[0]: row[1] for row in rows}
+    return [class_of[file] for file in files]
 
 
 def missing_truth(location: Path) -> UserError:
@@ -38,12 +82,7 @@ def assign_classes(
         raise missing_truth(location)
     truth = _read_ground_truth(ground_truth)
     stems = [_stem(file) for file in files]
-    for text, missing in (
-        (f'{location}: images that {ground_truth} does not know', set(stems) - truth.keys()),
-        (f'{ground_truth}: knows images that {location} lacks', truth.keys() - set(stems)),
-    ):
-        if missing:
-            raise UserError(f'{text}, {len(missing):,} of them: {few(missing)}. Both must be complete')
+    _check_rows(f'ground_truth={ground_truth}', truth.keys(), stems)
     classes = [truth[stem] for stem in stems]
     class_names = in_label_order(classes)
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -61,12 +100,11 @@ def assign_classes(
 
 def _read_ground_truth(path: Path) -> dict[str, str]:
     """Class (synset, or a number) of each image, by the image's name without extension."""
-    try:
+    damage = (OSError, EOFError, UnicodeDecodeError, tarfile.TarError)
+    with refusing(damage, f'ground_truth={path}: cannot be read', f'. Expected {_THREE_FORMS}'):
         if path.is_dir() or path.name.lower().endswith(('.tar.gz', '.tgz', '.tar')):
             return _devkit(path)
         text = path.read_text(encoding='utf-8-sig')
-    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
-        raise UserError(f'ground_truth={path}: cannot be read: {error}. Expected {_THREE_FORMS}') from error
     is_kaggle = text.startswith('ImageId,PredictionString')
     truth: dict[str, str] = {}
     for number, line in enumerate(text.splitlines()[is_kaggle:], start=1 + is_kaggle):
@@ -91,13 +129,12 @@ def _devkit(path: Path) -> dict[str, str]:
     meta, truth = _devkit_files(path)
     from scipy.io import loadmat  # here: slow to import, and only this form needs it
 
-    try:
+    # A damaged .mat file fails in as many ways as it has fields.
+    with refusing(Exception, f'ground_truth={path}: {_META} or {_TRUTH} is damaged'):
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)['synsets'])
         synset_of = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets}
         ids = [int(line) for line in truth.decode('ascii').split()]
         return {f'ILSVRC2012_val_{image:08d}': synset_of[number] for image, number in enumerate(ids, start=1)}
-    except Exception as error:  # a damaged .mat file fails in as many ways as it has fields
-        raise UserError(f'ground_truth={path}: {_META} or {_TRUTH} is damaged: {error!r}') from error
 
 
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:

@@ -5,14 +5,14 @@ Legend: R resolution, side of the square.
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, features
 
-__all__ = ['WHITE', 'Colour', 'UnreadableImage', 'centre_crop', 'decode_image', 'read_image']
+__all__ = ['Colour', 'Sample', 'UnreadableImage', 'centre_crop', 'read_image']
 
 Colour = tuple[int, int, int]
-WHITE: Colour = (255, 255, 255)
 
 # Nothing else is tried: PIL would hand some formats to other programs (EPS to Ghostscript).
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', *(['AVIF'] if features.check('avif') else []))
@@ -22,13 +22,15 @@ class UnreadableImage(ValueError):  # noqa: N818  (the name is the contract with
     """The file is not an image, or is damaged; the text says why."""
 
 
-def decode_image(data: bytes, resolution: int, background: Colour | None = WHITE) -> np.ndarray:
-    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``. See ``read_image``."""
-    return read_image(data, resolution, background)[0]
+class Sample(NamedTuple):
+    """What a worker prepares for the encoder: an image, or latents."""
+
+    values: np.ndarray
+    is_transparent: bool = False  # anything of it
 
 
-def read_image(data: bytes, resolution: int, background: Colour | None = WHITE) -> tuple[np.ndarray, bool]:
-    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``, and whether anything of the image is transparent.
+def read_image(data: bytes, resolution: int, background: Colour | None = (255, 255, 255)) -> Sample:
+    """Decode, convert to RGB, crop: uint8 ``[3, R, R]``.
 
     The content decides about the format, not the file's extension (ImageNet's ``n02105855_2933.JPEG`` is a PNG). Any
     mode becomes RGB by PIL's ``convert('RGB')``, as in ADM: grey is repeated, CMYK converted without a colour
@@ -55,17 +57,14 @@ def read_image(data: bytes, resolution: int, background: Colour | None = WHITE) 
         if isinstance(error, Image.UnidentifiedImageError):  # its own text is the address of a buffer
             reason = f'{len(data):,} bytes that are not an image of a known format'
         raise UnreadableImage(reason) from error
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), is_transparent
+    return Sample(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), is_transparent)
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     """ADM's centre crop (Dhariwal & Nichol 2021, 2105.05233; DiT, SiT and their followers use the same).
 
     Halve with a box filter while the shorter side is at least ``2 * resolution``, bring it to ``resolution`` with
-    bicubic interpolation, cut the middle.
-
-    Raises:
-        UnreadableImage: So narrow that the longer side would become larger than PIL's limit for images.
+    bicubic interpolation, cut the middle. ``UnreadableImage`` if the longer side would pass PIL's limit for images.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tread_composer.conversion.settings import Settings
-from tread_composer.conversion.sources.base import Source
+from tread_composer.conversion.sources.source import Source
 from tread_composer.core.errors import UserError
 
 __all__ = ['PART_FILE', 'SplitPlan', 'make_plans', 'part_name', 'permutation']

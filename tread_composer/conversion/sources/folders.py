@@ -1,55 +1,50 @@
-"""Images in folders: one folder for each class, with or without train/ and val/ above; or images alone.
+"""Images in folders or a zip: one folder for each class, with or without train/ and val/ above; or images alone.
 
 A zip and the official tars are looked at as the folders that they would unpack to; what is mixed or unclear is refused.
 """
 
+import functools
 import itertools
-import json
 import os
-from collections import Counter
+import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tread_composer.conversion.sources.base import (
+from tread_composer.conversion.sources.labels import ANNOTATIONS, EDM, annotated_classes, assign_classes, edm_labels
+from tread_composer.conversion.sources.numbered import name_by_number
+from tread_composer.conversion.sources.source import (
     SPLITS,
     Ignored,
     Images,
+    IndexedFiles,
     Request,
     Source,
+    arranged,
     check_splits,
     few,
-    in_label_order,
     is_image,
     is_litter,
-)
-from tread_composer.conversion.sources.ground_truth import assign_classes
-from tread_composer.conversion.sources.numbered import name_by_number
-from tread_composer.conversion.sources.tiny_imagenet import ANNOTATIONS, annotated_classes, without_images_folder
+    member_parts,
+    refusing,
+    source_of_files,
+)  # fmt: skip
+from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress
 
-__all__ = ['Branch', 'FolderSource', 'Listing', 'edm_labels', 'holds_images', 'open_folders']
+__all__ = ['Listing', 'holds_images', 'open_folders', 'open_zip']
 
-_EDM = 'dataset.json'  # labels the images beside it, whose numbered folders are no classes
-_LABEL_FILES = (_EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', ANNOTATIONS)
+_LABEL_FILES = (EDM, 'metadata.jsonl', 'metadata.csv', 'labels.csv', ANNOTATIONS)
 """Files with these names hold labels; beside those that nobody reads, folders say nothing certain."""
 
+# Of a local header only the lengths of the two fields that end it are needed; the central directory has the rest.
+_LOCAL_HEADER = struct.Struct('<4s22xHH')
+_ENCRYPTED_FLAG = 0x1
 _LAYOUTS = 'class folders, train/ and val/ of class folders, or images alone'
-
-
-@dataclass
-class Branch(Images):
-    """One split of a tree, whose paths there begin with ``prefix`` (empty, or with ``/`` at its end)."""
-
-    prefix: str = ''
-    form: str = '{name}'  # path below the prefix; of the name also {label} and {file}, around its first slash
-
-    def label(self, classes: Sequence[str]) -> None:
-        """Take the classes in label order, and each image's label, of the names of their classes."""
-        self.class_names = in_label_order(classes)
-        label_of = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = [label_of[name] for name in classes]
 
 
 @dataclass
@@ -73,12 +68,10 @@ class Listing:
         elif is_image(parts[-1]):
             self.images[path] = place
         else:
-            try:
+            with refusing(OSError, f'{path}: cannot be read'):
                 self.label_files[path] = read()
-            except OSError as error:
-                raise UserError(f'{path}: cannot be read: {error}') from error
 
-    def branches(self, request: Request) -> dict[str, Branch]:
+    def branches(self, request: Request) -> dict[str, Images]:
         """The splits of the tree.
 
         Ground truth is needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
@@ -105,7 +98,7 @@ class Listing:
         if unread:
             raise UserError(
                 f'{root}: {few(unread)} hold labels that this layout does not read, so those of the folders may be '
-                f'wrong. Move them away if the folders are the classes; read are {_EDM} beside the images and '
+                f'wrong. Move them away if the folders are the classes; read are {EDM} beside the images and '
                 f'{ANNOTATIONS} beside images in no class folders'
             )
         _label_val(root, branches, request.ground_truth)
@@ -135,14 +128,15 @@ class Listing:
             self.ignored.notes.append(f'test/ ({len(tops["test"]):,} images) is not converted')
         return splits
 
-    def _branch(self, root: Path, prefix: str, paths: list[str]) -> Branch:
+    def _branch(self, root: Path, prefix: str, paths: list[str]) -> Images:
         names = [path[len(prefix) :] for path in paths]
-        branch = Branch(names, [0] * len(names), (), self.ignored, [self.images[path] for path in paths], prefix)
+        branch = Images(names, [0] * len(names), (), self.ignored, [self.images[path] for path in paths], prefix)
         if self._labelled_by_file(root, branch):
             return branch
-        if (shorter := without_images_folder(names)) is not None:
-            branch.names, branch.form = shorter, '{label}/images/{file}'
-            names = shorter
+        parts = [name.split('/') for name in names]
+        if all(len(part) == 3 and part[1] == 'images' for part in parts):  # as Tiny-ImageNet has them
+            branch.names = names = [f'{label}/{file}' for label, _, file in parts]
+            branch.form = '{label}/images/{file}'
         depths = {name.count('/'): name for name in names}  # an example of each
         if depths.keys() == {0}:
             return branch
@@ -160,11 +154,11 @@ class Listing:
             )
         return branch
 
-    def _labelled_by_file(self, root: Path, branch: Branch) -> bool:
+    def _labelled_by_file(self, root: Path, branch: Images) -> bool:
         """Whether a file beside the images says their labels, which the branch has then."""
         names, prefix = branch.names, branch.prefix
-        if (content := self.label_files.pop(prefix + _EDM, None)) is not None:
-            place = f'{root}/{prefix}{_EDM}'
+        if (content := self.label_files.pop(prefix + EDM, None)) is not None:
+            place = f'{root}/{prefix}{EDM}'
             if (labels := edm_labels(place, names, content)) is not None:
                 branch.labels, branch.form = labels, '{file}'
                 name_by_number(place, {'train': branch}, ())
@@ -179,26 +173,6 @@ class Listing:
         return True
 
 
-def edm_labels(file: str, names: Sequence[str], content: bytes) -> list[int] | None:
-    """The label of each image, of ``{"labels": [["00000/img00000000.png", 6], ...]}``; None if the file has null."""
-    try:
-        rows = json.loads(content)['labels']
-        labels = {} if rows is None else dict(rows)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{file}: not the labels of an EDM data set ({error!r}). Move it away, or repair it') from error
-    if rows is None:
-        return None
-    for fault, wrong in (
-        ('has no label for', set(names) - set(labels)),
-        ('labels images that are missing', set(labels) - set(names)),
-        ('the label is no whole number of', [name for name, label in labels.items() if type(label) is not int]),
-        ('lists more than once', [name for name, count in Counter(name for name, _ in rows).items() if count > 1]),
-    ):
-        if wrong:
-            raise UserError(f'{file}: {fault}: {few(wrong)} ({len(wrong):,} in all). Repair it, or get the data anew')
-    return [labels[name] for name in names]
-
-
 def _wrapper(paths: list[str]) -> str:
     """The folders that everything is in, as ``a/b/``, above those where splits or class folders begin."""
     above = [folder.split('/')[:-1] for folder in {path.rpartition('/')[0] for path in paths}]
@@ -207,7 +181,7 @@ def _wrapper(paths: list[str]) -> str:
     return ''.join(f'{part}/' for part in parts)
 
 
-def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | None) -> None:
+def _label_val(root: Path, branches: dict[str, Images], ground_truth: Path | None) -> None:
     """Give ``val`` its labels where they come from elsewhere."""
     train, val = branches.get('train'), branches.get('val')
     if val is not None and not val.class_names and (ground_truth or (train and train.class_names)):
@@ -223,24 +197,6 @@ def _label_val(root: Path, branches: dict[str, Branch], ground_truth: Path | Non
         )
 
 
-@dataclass(eq=False)
-class FolderSource(Source):
-    """Image ``i`` is a file below ``folder``, where ``form`` says (see ``Branch``)."""
-
-    folder: str
-    form: str
-
-    def read(self, position: int) -> bytes:
-        """The image file at that position; see ``Source.read``."""
-        name = self.names[position]
-        label, _, file = name.partition('/')
-        path = Path(self.folder, self.form.format(name=name, label=label, file=file))
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f'{path}: was there when the source was opened and cannot be read now: {error}') from error
-
-
 def open_folders(request: Request) -> dict[str, Source]:
     """The splits of a folder."""
     root = request.root
@@ -250,17 +206,7 @@ def open_folders(request: Request) -> dict[str, Source]:
             listing.folders.add('/'.join(parts))
         else:
             listing.add(parts, root.joinpath(*parts).read_bytes)
-    return {
-        split: FolderSource.arranged(
-            'class folders' if branch.class_names else 'flat folder',
-            root,
-            branch,
-            inside=branch.prefix,
-            folder=str(root / branch.prefix),
-            form=branch.form,
-        )
-        for split, branch in listing.branches(request).items()
-    }
+    return {split: source_of_files(root, branch) for split, branch in listing.branches(request).items()}
 
 
 def holds_images(root: Path) -> bool:
@@ -272,7 +218,7 @@ def holds_images(root: Path) -> bool:
 def _walk(root: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Parts of the path of everything below, and whether it is a folder. Links are followed: people link data sets."""
     folder = root.joinpath(*inside)
-    try:
+    with refusing(OSError, f'{folder}: cannot be read'):  # too many levels: a link to a folder that it is in
         with os.scandir(folder) as scan:
             entries = list(scan)
         for entry in entries:
@@ -283,5 +229,47 @@ def _walk(root: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield parts, is_folder
             if is_folder:
                 yield from _walk(root, parts)
-    except OSError as error:  # too many levels: a link to a folder that it is in
-        raise UserError(f'{folder}: cannot be read: {error}') from error
+
+
+def open_zip(request: Request) -> dict[str, Source]:
+    """The splits of a zip.
+
+    A place is the offset of a member's local header, its compressed size, checksum, and whether it is deflated:
+    Python's own reader would hold an object of about a kilobyte for each member in every worker process.
+    """
+    path = request.root
+    listing = Listing(Progress(f'scanning {path}'))
+    # NotImplementedError is zipfile's word for a compression or a version that it does not know.
+    damage = (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError)
+    remedy = '. Was it copied completely?'
+    with refusing(damage, f'{path}: not a zip that can be read', remedy), zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            parts = member_parts(path, info.orig_filename)
+            if info.is_dir() or not parts:
+                listing.folders.add('/'.join(parts))
+                continue
+            is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            is_plain = is_deflated or info.compress_type == zipfile.ZIP_STORED
+            if not is_plain or info.flag_bits & _ENCRYPTED_FLAG or stat.S_ISLNK(info.external_attr >> 16):
+                raise UserError(
+                    f'{path}: member {info.filename!r} is a link, encrypted, or compressed by another method than '
+                    f'deflate. Pack again from plain files: zip -0 -r'
+                )
+            place = (info.header_offset, info.compress_size, info.CRC, is_deflated)
+            listing.add(parts, functools.partial(archive.read, info), place)
+    load = functools.partial(_load_member, IndexedFiles([path]))
+    return {split: arranged('zip', path, images, load) for split, images in listing.branches(request).items()}
+
+
+def _load_member(files: IndexedFiles, name: str, offset: int, size: int, checksum: int, is_deflated: bool) -> bytes:
+    signature, *lengths = _LOCAL_HEADER.unpack(files.read(name, 0, offset, _LOCAL_HEADER.size))
+    if signature != b'PK\3\4':
+        raise UnreadableImage('damaged in the archive: no header where the directory says')
+    data = files.read(name, 0, offset + _LOCAL_HEADER.size + sum(lengths), size)
+    try:
+        data = zlib.decompress(data, -zlib.MAX_WBITS) if is_deflated else data
+    except zlib.error as error:
+        raise UnreadableImage(f'damaged in the archive: {error}') from error
+    if zlib.crc32(data) != checksum:
+        raise UnreadableImage('damaged in the archive: its checksum differs from the directory')
+    return data

@@ -15,21 +15,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
+import tread_composer
+from tread_composer.conversion.destination import Output, check_remote, refuse_if_too_large, size_in_words, upload
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.images import UnreadableImage
-from tread_composer.conversion.making import Plans, RayPartMaker, make_parts
-from tread_composer.conversion.merging import check_parts, finish_split, refuse_too_many
-from tread_composer.conversion.output import Output, check_remote, refuse_if_too_large, size_in_words
-from tread_composer.conversion.parts import done_parts, remove_parts, remove_unfinished
-from tread_composer.conversion.plan import SplitPlan, make_plans
+from tread_composer.conversion.making import Part, Plans, RayPartMaker, make_parts
+from tread_composer.conversion.parts import (
+    REPORT,
+    done_parts,
+    refuse_too_many,
+    remove_parts,
+    remove_unfinished,
+    report_unreadable,
+)
 from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.splits import SplitPlan, make_plans, part_name
+from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
-from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.data.checks import check_shards
+from tread_composer.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Scaling
 from tread_composer.io.device import choose_device, machine_for
-from tread_composer.io.files import full_disk_in_words
+from tread_composer.io.files import full_disk_in_words, read_json, write_json
 from tread_composer.io.progress import Progress, RankProgress
 from tread_composer.io.ranks import Ranks, check_equal
 from tread_composer.io.ray_pool import check_ray, on_ray
@@ -56,8 +65,7 @@ class Conversion:
     def run(self, dry_run: bool = False) -> None:
         """Do it; for ``dry_run`` only say what would be done, what it would take and whether it fits.
 
-        Raises:
-            UserError: The input is at fault. Before the first part nothing is left behind; later, finished parts are.
+        ``UserError`` where the input is at fault: before the first part nothing is left behind, later finished parts.
         """
         settings, ranks = self.settings, self.ranks
         with contextlib.ExitStack() as stack:
@@ -74,32 +82,34 @@ class Conversion:
             plans = ranks.from_first(ranks.agreed(lambda: self._plan(stack, dry_run) if ranks.is_first else None))
             if plans is None:
                 return
+            parts = [part for plan in plans.values() for part in plan.undone]
+            counts: dict[str, Any] = {'total': sum(len(plan.order) for plan in plans.values())}
+            counts['done_before'] = sum(plan.samples_done for plan in plans.values())
             if settings.engine == 'ray':
-                summary = self._make_parts_on_ray(plans)
+                summary = self._make_parts_on_ray(parts, plans, counts)
             else:
-                summary = self._make_parts_on_ranks(plans, workers)
+                summary = self._make_parts_on_ranks(parts, plans, counts, workers)
             if ranks.is_first:
-                self.log(summary if any(plan.undone for plan in plans.values()) else 'all parts are there')
+                self.log(summary if parts else 'all parts are there')
                 with full_disk_in_words(self.folder):
                     self._merge(plans)
 
-    def _make_parts_on_ranks(self, plans: Plans, workers: int) -> str:
+    def _make_parts_on_ranks(self, parts: list[Part], plans: Plans, counts: dict[str, Any], workers: int) -> str:
         """Every rank its share; returns what is to be said of it."""
         ranks = self.ranks
         ranks.check_shared(self.folder, '--out')
-        progress = RankProgress(self.output.scratch, ranks.rank, **_counts(plans), log=self.log)
+        progress = RankProgress(self.output.scratch, ranks.rank, **counts, log=self.log)
         try:
-            share = _undone(plans)[ranks.rank :: ranks.world]
-            make_parts(share, plans, self.encoder, self.settings, progress, workers=workers)
+            make_parts(parts[ranks.rank :: ranks.world], plans, self.encoder, self.settings, progress, workers=workers)
         except UserError as error:
             progress.tell_failure(str(error))
             raise
         ranks.wait_for_all(progress.tick)
         return f'{"rank 0 made " if ranks.world > 1 else ""}{progress.summary()}'
 
-    def _make_parts_on_ray(self, plans: Plans) -> str:
+    def _make_parts_on_ray(self, parts: list[Part], plans: Plans, counts: dict[str, Any]) -> str:
         settings = self.settings
-        progress = Progress('', unit='images', **_counts(plans), log=self.log)
+        progress = Progress('', unit='images', **counts, log=self.log)
         unreadable = {name: plan.unreadable for name, plan in plans.items()}
 
         def done(unit: tuple[str, int], lost: list[dict[str, str]]) -> None:
@@ -109,7 +119,7 @@ class Conversion:
             progress.add(len(plans[name].positions(part)))
 
         on_ray(
-            _undone(plans),
+            parts,
             RayPartMaker(settings, self._make_encoder, self.encoder.content, plans),
             done,
             scratch=self.output.scratch,
@@ -154,7 +164,7 @@ class Conversion:
             if dry_run:
                 self.log('dry run: nothing is written')
                 return None
-            output.record(record)
+            write_json(output.record_path, record)  # from now on the folder is this conversion's
             for name, plan in plans.items():
                 (folder / name).mkdir(exist_ok=True)
                 remove_unfinished(folder / name)
@@ -182,7 +192,7 @@ class Conversion:
             raise UserError(f'{folder}: unexpected part {number}; move it away')
         is_finished = len(parts) == plan.num_parts and (folder / MANIFEST_NAME).exists()
         if is_finished:
-            check_parts(folder, Manifest.load(folder), self.settings)
+            _check_parts(folder, Manifest.load(folder), self.settings)
             self.log(f'{plan.name}: finished before, {plan.num_parts:,} parts')
         if repaired := self._repaired(plan, parts):
             remedy = 'their parts are made anew'
@@ -230,7 +240,7 @@ class Conversion:
             if plan.is_finished:
                 continue
             finished = replace(plan, parts=done_parts(self.folder / name, plan.content))
-            manifest = finish_split(finished, self.encoder, self.settings)
+            manifest = _finish_split(finished, self.encoder, self.settings)
             lost = len(plan.order) - manifest.num_samples
             unreadable = f', {lost:,} images were unreadable' if lost else ''
             place = os.path.join(self.settings.out, name)
@@ -243,11 +253,77 @@ class Conversion:
         shutil.rmtree(self.output.scratch, ignore_errors=True)
 
 
-def _undone(plans: Plans) -> list[tuple[str, int]]:
-    return [part for plan in plans.values() for part in plan.undone]
+def _finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
+    """Make a data set out of the finished parts of a split; refused if one has been damaged since.
+
+    Each file is replaced in one step and the manifest comes last, so a split with a manifest is whole, and one without
+    is merged again by the next run, however this one ended.
+    """
+    assert not plan.undone
+    folder = settings.state / plan.name
+    refuse_too_many(plan, plan.unreadable, settings)
+    report_unreadable(plan, plan.unreadable, settings)
+    manifest = _manifest(plan, encoder, settings)
+    # As streaming's merge_index, which takes paths for URLs (a '#' in one loses the rest).
+    shards = []
+    for part in map(part_name, range(plan.num_parts)):
+        for shard in read_json(folder / part / 'index.json')['shards']:
+            shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
+            shards.append(shard)
+    write_json(folder / 'index.json', {'version': 2, 'shards': shards})
+    _check_parts(folder, manifest, settings)
+    if settings.remote is not None:
+        remote = f'{settings.remote}/{plan.name}'
+        for name in (REPORT, 'index.json'):
+            upload(folder / name, remote, keep=True)
+        # In its place here only once it is there, because here it says that the split is finished.
+        with tempfile.TemporaryDirectory() as scratch:
+            manifest.save(scratch)
+            upload(Path(scratch) / MANIFEST_NAME, remote, keep=True)
+    manifest.save(folder)
+    return manifest
 
 
-def _counts(plans: Plans) -> dict[str, Any]:
-    """What progress begins with."""
-    total, done = sum(len(plan.order) for plan in plans.values()), sum(plan.samples_done for plan in plans.values())
-    return {'total': total, 'done_before': done}
+def _check_parts(folder: Path, manifest: Manifest, settings: Settings) -> None:
+    """Refuse a split of which something was damaged since it was finished; says what to remove."""
+    try:
+        check_shards(folder, manifest, remote=settings.is_remote)
+    except UserError as error:
+        raise UserError(
+            f'{error}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
+            f"number in the shard's path; where no shard is named, {folder / MANIFEST_NAME}) and run the same command "
+            f'again: only that part is made anew'
+        ) from error
+
+
+def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
+    parts = [plan.parts[number] for number in range(plan.num_parts) if plan.parts[number]['samples']]
+    values = sum(part['values_per_channel'] for part in parts)
+    mean = np.array([part['sum'] for part in parts]).sum(axis=0) / values
+    second = np.array([part['sum_of_squares'] for part in parts]).sum(axis=0) / values
+    std = np.sqrt(np.maximum(second - mean**2, 0))
+    if not std.all():
+        raise UserError(f'{plan.name}: channel {int(std.argmin())} is the same in all samples: no data to train on')
+    channels, height, width = encoder.latent_shape
+    statistics: dict[str, Any] = {'mean': tuple(mean.tolist()), 'std': tuple(std.tolist())}
+    published = encoder.published
+    scaling = Scaling.measured(**statistics)
+    if published is not None:
+        scaling = Scaling(source=f'published for {published.name}', scale=(published.scale,), shift=(published.shift,))
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        kind=encoder.kind,
+        **encoder.facts,
+        channels=channels,
+        latent_height=height,
+        latent_width=width,
+        num_samples=sum(part['samples'] for part in parts),
+        num_classes=len(plan.source.class_names),
+        class_names=plan.source.class_names,
+        **statistics,
+        scaling=scaling,
+        background=encoder.background,
+        permutation_seed=settings.seed,
+        tool_version=tread_composer.__version__,
+        source=f'{plan.source.description}{plan.note}{encoder.note}',
+    )

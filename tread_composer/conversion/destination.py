@@ -28,7 +28,7 @@ class Output:
 
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.state
-        self.scratch, self._record_path = self.folder / _SCRATCH, self.folder / RECORD
+        self.scratch, self.record_path = self.folder / _SCRATCH, self.folder / RECORD
 
     def check(self) -> None:
         """Refuse a file in its place, or a folder that holds something else; writes nothing."""
@@ -62,7 +62,7 @@ class Output:
             finally:
                 with contextlib.suppress(OSError):  # holds something that is needed to go on
                     self.scratch.rmdir()
-                if not self._record_path.exists():  # refused before anything was decided
+                if not self.record_path.exists():  # refused before anything was decided
                     shutil.rmtree(self.scratch, ignore_errors=True)
                     (self.folder / _LOCK).unlink(missing_ok=True)
                     for path in reversed(made):
@@ -74,7 +74,7 @@ class Output:
 
         ``ResumeError`` lists in what the record differs.
         """
-        saved = read_json(self._record_path) if self._record_path.exists() else {'content': content, 'splits': {}}
+        saved = read_json(self.record_path) if self.record_path.exists() else {'content': content, 'splits': {}}
         common = {name: split for name, split in splits.items() if name in saved['splits']}
         if saved['content'] != content or any(saved['splits'][name] != split for name, split in common.items()):
             raise ResumeError.from_differences(
@@ -84,10 +84,6 @@ class Output:
                 'Continue with the same settings and the same source, or choose another --out.',
             )
         return {'content': content, 'splits': {**saved['splits'], **splits}}
-
-    def record(self, content: dict[str, Any]) -> None:
-        """Write what ``settle`` has returned. From now on the folder is this conversion's."""
-        write_json(self._record_path, content)
 
 
 def upload(path: Path, target: str, *, keep: bool) -> None:

@@ -1,13 +1,14 @@
 """What every source of samples promises, and the rules that all layouts share: names, litter, order, labels.
 
 A layout is one file with a function ``open_<layout>(request, ...)``, which ``detect`` calls: it finds out what the
-samples are called, how they are labelled and where their bytes are, and hands that to ``Source.arranged``.
+samples are called, how they are labelled and where their bytes are, and hands that to ``arranged``.
 """
 
 import collections
+import contextlib
+import functools
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import read_class_names
 
 __all__ = [
-    'IMAGE_SUFFIXES', 'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'RangeSource', 'Request', 'Source', 'check_names',
-    'check_splits', 'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts',
+    'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'Request', 'Source', 'arranged', 'check_names', 'check_splits',
+    'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'refusing', 'source_of_files',
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.avif')
@@ -30,15 +32,20 @@ SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', '
 
 @dataclass(frozen=True)
 class Request:
-    """What a layout is opened with; ``root`` is the folder or file, absolute."""
+    """What a layout is opened with."""
 
-    root: Path
+    root: Path  # folder or file
     scratch: Path  # for a copy of images that cannot be read at random
     ground_truth: Path | None = None  # labels of validation images that lie in no class folders
-    class_names: tuple[str, ...] = ()  # of labels that are numbers, in their order; empty: the numbers are the names
+    class_names: Path | None = None  # file with those of labels that are numbers; without it the numbers are the names
     image_column: str | None = None  # of a table with several
-    label_column: str | None = None
-    use_test: bool = True  # as the evaluation split, where there is no other
+    label_column: str | None = None  # of a table, or the list of CIFAR-100's
+    use_test: bool = True  # as the evaluation split, where there is no other; else it is left out
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes in label order; empty without such a file."""
+        return () if self.class_names is None else read_class_names(self.class_names)
 
 
 @dataclass
@@ -68,6 +75,14 @@ class Images:
     class_names: tuple[str, ...] = ()  # in label order; empty without labels
     ignored: Ignored = field(default_factory=Ignored)
     places: list[tuple[int, ...]] = field(default_factory=list)  # rows of the source's
+    prefix: str = ''  # of their paths below the root: empty, or with ``/`` at its end
+    form: str = '{name}'  # path below the prefix; of the name also {label} and {file}, around its first slash
+
+    def label(self, classes: Sequence[str]) -> None:
+        """Take the classes in label order, and each image's label, of the names of their classes."""
+        self.class_names = in_label_order(classes)
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        self.labels = [label_of[name] for name in classes]
 
     def in_classes(self, class_names: tuple[str, ...]) -> None:
         """Put the class before the name of each file."""
@@ -76,7 +91,7 @@ class Images:
 
 
 @dataclass(eq=False)
-class Source(ABC):
+class Source:
     """The samples of one split, read at random, with their labels. Can be pickled; read in any process.
 
     Attributes:
@@ -85,7 +100,8 @@ class Source(ABC):
         names: No two alike. Images: ``<class>/<file>`` (without classes ``<file>``), sorted by (label,
             name): equal for equal images, whatever the layout.
         labels: int64, in the same order; zeros without labels.
-        places: int64, a row for each; says where the sample is, as the class reads it.
+        places: int64, a row for each; says where the sample is.
+        load: Gives the sample, an image file's bytes, of a name and a place.
     """
 
     description: str
@@ -93,62 +109,67 @@ class Source(ABC):
     names: Sequence[str]
     labels: np.ndarray
     places: np.ndarray
+    load: Callable[..., Any]
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @abstractmethod
     def read(self, position: int) -> Any:
-        """The sample at ``names[position]`` as it is stored: an image file's bytes.
+        """The sample as it is stored; ``UserError`` if the file has changed, ``UnreadableImage`` for damage inside."""
+        return self.load(self.names[position], *self.places[position].tolist())
 
-        Raises:
-            UserError: The file is gone, or has changed since the source was opened.
-            UnreadableImage: This one is damaged within its archive.
-        """
 
-    @classmethod
-    def arranged(cls, layout: str, root: Path, images: Images, *, inside: Path | str = '', **facts: Any) -> 'Source':
-        """The images in the order of every layout, by (label, name).
+def arranged(layout: str, root: Path, images: Images, load: Callable[..., Any]) -> Source:
+    """A source of the images in ``root`` in the order of every layout, by (label, name).
 
-        They lie in ``root``, or ``inside`` of it. The description travels, so it leaves out where on this machine that
-        is. ``facts`` are further attributes. Names are refused as by ``check_names``.
-        """
-        names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
-        check_names(root / inside, names)
-        order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
-        classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
-        description = f'{layout} at {Path(root.name, inside)}: {len(names):,} images, {classes}'
-        return cls(
-            description=f'{description}; {ignored}' if ignored else description,
-            class_names=class_names,
-            names=[names[position] for position in order],
-            labels=np.array(labels, dtype=np.int64)[order],
-            places=np.array(images.places, np.int64)[order],
-            **facts,
-        )
+    The description travels, so it leaves out where on this machine it is. Names are refused as by ``check_names``.
+    """
+    names, labels, class_names, ignored = images.names, images.labels, images.class_names, str(images.ignored)
+    check_names(root / images.prefix, names)
+    order = sorted(range(len(names)), key=lambda position: (labels[position], names[position]))
+    classes = f'{len(class_names):,} classes' if class_names else 'no classes (unconditional)'
+    description = f'{layout} at {Path(root.name, images.prefix)}: {len(names):,} images, {classes}'
+    return Source(
+        f'{description}; {ignored}' if ignored else description,
+        class_names,
+        [names[position] for position in order],
+        np.array(labels, dtype=np.int64)[order],
+        np.array(images.places, np.int64)[order],
+        load,
+    )
+
+
+def source_of_files(root: Path, images: Images, layout: str = '') -> Source:
+    """Images that are files below ``root``."""
+    layout = layout or ('class folders' if images.class_names else 'flat folder')
+    return arranged(layout, root, images, functools.partial(_load_file, str(root / images.prefix), images.form))
+
+
+def _load_file(folder: str, form: str, name: str) -> bytes:
+    label, _, file = name.partition('/')
+    path = Path(folder, form.format(name=name, label=label, file=file))
+    with refusing(OSError, f'{path}: was there when the source was opened and cannot be read now'):
+        return path.read_bytes()
 
 
 class IndexedFiles:
     """Files by number, which must stay as they were when they were indexed."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self.paths = list(paths)
-        self._stamps = [_stamp(os.stat(path)) for path in self.paths]
+        self._paths = list(paths)
+        self._stamps = [_stamp(os.stat(path)) for path in self._paths]
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
+    def read(self, name: str, number: int, offset: int, size: int) -> bytes:
         """``size`` bytes of file ``number`` from ``offset``; refused if it is not the one that was indexed."""
-        path = self.paths[number]
-        try:
-            # Opened each time, as a file of a folder is: no process inherits the position of another.
-            with open(path, 'rb') as file:
-                if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
-                    raise UserError(f'{path}: has changed since it was indexed. Start again')
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise UserError(f'{path}: cannot be read: {error}') from error
+        path = self._paths[number]
+        # Opened each time, as a file of a folder is: no process inherits the position of another.
+        with refusing(OSError, f'{path}: cannot be read'), open(path, 'rb') as file:
+            if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
+                raise UserError(f'{path}: has changed since it was indexed. Start again')
+            file.seek(offset)
+            data = file.read(size)
         if len(data) < size:
-            raise UserError(f'{path}: ends before an image that it should hold. Get it anew')
+            raise UserError(f'{path}: ends before {name}, which it should hold. Get it anew')
         return data
 
 
@@ -156,24 +177,21 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@dataclass(eq=False)
-class RangeSource(Source):
-    """A place is the number of a file, an offset and a size."""
-
-    files: IndexedFiles
-
-    def read(self, position: int) -> bytes:
-        """The bytes at that position; see ``Source.read``."""
-        return self.files.read(*self.places[position].tolist())
+@contextlib.contextmanager
+def refusing(errors: type[Exception] | tuple[type[Exception], ...], words: str, remedy: str = '') -> Iterator[None]:
+    """Faults of a file are for the user to put right: ``UserError`` of ``words``, the error and the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f'{words}: {str(error) or repr(error)}{remedy}') from error
 
 
 def check_names(location: Path | str, names: Sequence[str]) -> None:
     """Refuse two samples of one name, and a name that is not UTF-8, which no shard can hold."""
-    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f'{location}: {len(repeated):,} names occur more than once: {few(repeated)}. Each sample needs its own'
-        )
+    if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise UserError(f'{location}: {len(repeated):,} names occur more than once: {few(repeated)}. Rename them')
     for name in names:
         try:
             name.encode()
@@ -200,10 +218,10 @@ def is_litter(parts: Sequence[str]) -> bool:
     return parts[-1].lower() == 'thumbs.db' or any(part.startswith('.') or part == '__MACOSX' for part in parts)
 
 
-def few(names: Collection[str], shown: int = 5) -> str:
-    """The first few names in order and how many more there are."""
-    text = ', '.join(sorted(names)[:shown])
-    return text if len(names) <= shown else f'{text} and {len(names) - shown} more'
+def few(names: Collection[str]) -> str:
+    """The first five names in order and how many more there are."""
+    text = ', '.join(sorted(names)[:5])
+    return text if len(names) <= 5 else f'{text} and {len(names) - 5} more'
 
 
 def member_parts(archive: Path, name: str) -> tuple[str, ...]:
