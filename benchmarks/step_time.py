@@ -202,26 +202,13 @@ def block_calls(
     """
     depth = problem.plan['depth']
     spans = [route.span(depth) for route in problem.config.routes()]
-    dense, routed = ([*one.model.denoiser.blocks] for one in contenders[:2])  # type: ignore[misc]
-    at = {f'K {number}': routed[start] for number, (start, _) in enumerate(spans)}
-    at |= {'N': dense[spans[0][0]]}
+    dense, routed = contenders[:2]
     float32 = problem.dtype == 'bf16' and problem.config.algorithms['tread'].kwargs.get('float32_after')
-    seen: dict[str, tuple[tuple, dict]] = {}
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen.update({name: (args, kwargs)}), with_kwargs=True
-        )
-        for name, block in at.items()
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # Tread would speak of the hooks
-        for contender in contenders[:2]:
-            contender.loss()
-            contender.finished()
-    for hook in hooks:
-        hook.remove()
+    # One after the other: both may be the same network.
+    seen = _arguments_of(dense, {'N': spans[0][0]})
+    seen |= _arguments_of(routed, {f'K {number}': start for number, (start, _) in enumerate(spans)})
     calls: dict[str, tuple[Any, tuple, dict]] = {}
-    block = copy.deepcopy(dense[spans[0][0]])
+    block = copy.deepcopy([*dense.model.denoiser.blocks][spans[0][0]])  # type: ignore[misc]
     if options.compile:
         block.compile(dynamic=_dynamic(options))
     for name, (args, kwargs) in seen.items():
@@ -229,6 +216,25 @@ def block_calls(
     if float32:
         calls['float32'] = (in_float32(block), *calls['N'][1:])
     return calls
+
+
+def _arguments_of(contender: Contender, places: dict[str, int]) -> dict[str, tuple[tuple, dict]]:
+    """What a training forward gives to some blocks: by name, for the numbers of the blocks by name."""
+    seen: dict[str, tuple[tuple, dict]] = {}
+    blocks = [*contender.model.denoiser.blocks]  # type: ignore[misc]
+    hooks = [
+        blocks[place].register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.update({name: (args, kwargs)}), with_kwargs=True
+        )
+        for name, place in places.items()
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Tread would speak of the hooks
+        contender.loss()
+    contender.finished()
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def _apart(value: Any) -> Any:

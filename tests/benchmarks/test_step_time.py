@@ -75,6 +75,9 @@ def test_one_network_takes_dense_and_routed_steps():
     problem = contenders.read_problem(YAML, [], batch_size=4, tokens=None, dtype='fp32', device=torch.device('cpu'))
     dense, routed = contenders.make_contenders(problem, one_network=True)
     assert dense.model is routed.model and dense.optimizer is routed.optimizer
+    words = [YAML, '--batch-size', '4', '--one-network']
+    calls = step_time.block_calls(problem, [dense, routed], step_time.parse(words))
+    assert [calls[name][1][0].shape[1] for name in ('N', 'K 0')] == [16, 8]
     before = float(dense.loss().detach())
     routed.loss()
     routed.finished()
