@@ -229,8 +229,10 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     for axes, (curve, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name, colour in COLOURS.items():
             draw_curve(axes, [row for row in points if row['contender'] == name], name, colour)
-        ranks = curve == 'ranks'
-        axes.set(xlabel=LABELS[curve], ylabel=f'{"images/s" if ranks else "cost of an image"}, dense reference = 1')
+        quantity = 'cost of an image'
+        if curve == 'ranks':
+            quantity = 'images/s of CPU time' if 'CPU' in points[0]['device'] else 'images/s'
+        axes.set(xlabel=LABELS[curve], ylabel=f'{quantity}, dense reference = 1')
         if curve == 'tokens':
             axes.set(xscale='log', yscale='log')
             axes.set_xticks(ticks := sorted({row['x'] for row in points}), map(str, ticks))
