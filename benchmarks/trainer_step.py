@@ -60,11 +60,10 @@ def write_latents(folder: Path, config: Config, samples: int) -> None:
         for index in range(samples):
             latents = random.standard_normal((2 * shape[0], *shape[1:]), np.float32).astype(np.float16)
             writer.write({'latents': latents, 'label': index % data.num_classes, 'name': f'{index:08}'})
-    autoencoder: Any = config.autoencoder
     Manifest(
         format_version=1,
         kind='moments',
-        autoencoder=autoencoder.path,
+        autoencoder=config.autoencoder.kwargs['path'],
         autoencoder_hash='of noise',
         channels=shape[0],
         latent_height=shape[1],
