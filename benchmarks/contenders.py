@@ -143,13 +143,24 @@ class Contender:
         model: With its objective.
         problem: What to train it on.
         gmacs: Multiply-adds of a training forward for one image, in 10^9; None if not counted.
+        optimizer: Of the model, where another contender trains it too; by default made as the recipe says.
     """
 
-    def __init__(self, name: str, model: LatentDiffusion, problem: Problem, gmacs: float | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: LatentDiffusion,
+        problem: Problem,
+        gmacs: float | None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.name, self.problem, self.gmacs = name, problem, gmacs
         self.model = model.to(problem.device).train()
+        self.network: nn.Module = self.model  # what runs a batch: the model, or DistributedDataParallel around it
         self.batch = problem.batch()
-        self.optimizer: torch.optim.Optimizer = problem.config.optimizer.build(self.model.parameters())
+        self.optimizer: torch.optim.Optimizer = (
+            optimizer or problem.config.optimizer.build(self.model.parameters())
+        )  # fmt: skip
 
     @property
     def step_flops(self) -> float | None:
@@ -167,7 +178,7 @@ class Contender:
         """A forward pass."""
         batch = self.given()
         with self.problem.precision():
-            loss = self.model.loss(self.model(batch), batch)
+            loss = self.model.loss(self.network(batch), batch)
         return loss['total'] if isinstance(loss, Mapping) else loss
 
     def step(self, mark: Callable[[], Any]) -> tuple[Any, Any, Any]:
@@ -227,21 +238,24 @@ class FirstChannels(nn.Module):
         return self.network(x_BCHW, t_B, labels_B)[:, : self.channels]
 
 
-def make_contenders(problem: Problem, peer: str | None = None) -> list[Contender]:
-    """Dense, routed and, if one is named, a peer.
+def make_contenders(problem: Problem, peers: Sequence[str] = (), *, one_network: bool = False) -> list[Contender]:
+    """Dense, routed and the peers.
 
     Args:
         problem: What to time.
-        peer: ``package.module:callable``; called without arguments it returns a network of (x, t, y).
+        peers: ``package.module:callable`` each; called without arguments it returns a network of (x, t, y).
+        one_network: Dense and routed steps train the same weights, which then need to fit into memory once only.
+            Between the steps of the routed contender its route is off.
     """
     torch.manual_seed(SEED)
     model = build_model(problem.config, problem.facts)
     fill_zeros(model)
-    dense = Contender('dense', copy.deepcopy(model), problem, problem.plan['gmacs_dense'])
-    contenders = [dense, Routed(model, problem)]
-    if peer is not None:
-        contenders.append(_peer(peer, problem))
-    return contenders
+    dense_model = model if one_network else copy.deepcopy(model)
+    routed = Routed(model, problem)
+    dense = Contender(
+        'dense', dense_model, problem, problem.plan['gmacs_dense'], routed.optimizer if one_network else None
+    )
+    return [dense, routed, *(_peer(name, problem) for name in peers)]
 
 
 def fill_zeros(model: nn.Module) -> None:

@@ -1,19 +1,23 @@
 """What the benchmarks of training steps share: clocks, the rate of matrix products, spreads, and rows as JSON lines."""
 
+import contextlib
+import functools
 import json
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-__all__ = ['EventClock', 'Rows', 'ThreadClock', 'clock_of', 'environment', 'product_rate', 'spread']
+__all__ = ['EventClock', 'Rows', 'ThreadClock', 'Timeline', 'clock_of', 'environment', 'product_rate', 'spread']
 
 ROOT = Path(__file__).parent.parent
 # Large enough that a product runs at its limit; the second is a fraction of a second on one CPU core.
@@ -63,6 +67,70 @@ def clock_of(device: torch.device) -> ThreadClock | EventClock:
         return EventClock()
     torch.set_num_threads(1)
     return ThreadClock()
+
+
+class Timeline:
+    """Shares of a stretch of time: each moment belongs to the innermost watched call that runs, or else to ``rest``.
+
+    Small shares are sums of intervals in this way, and not differences of two totals that both are noise.
+
+    Args:
+        clock: Of the device.
+        rest: What the time outside of all watched calls is called.
+    """
+
+    def __init__(self, clock: ThreadClock | EventClock, rest: str = 'rest') -> None:
+        self.clock = clock
+        self.calls: Counter[str] = Counter()
+        self._names = [rest]  # of the calls that run, the innermost last
+        self._marks: list[tuple[Any, str]] = []  # since when it is whose time; of nobody: ''
+        self._on = False
+
+    def enter(self, name: str) -> None:
+        """From here on it is the time of ``name``."""
+        self._names.append(name)
+        if self._on:
+            self.calls[name] += 1
+            self._marks.append((self.clock.mark(), name))
+
+    def leave(self) -> None:
+        """It is again the time of whoever called."""
+        self._names.pop()
+        if self._on:
+            self._marks.append((self.clock.mark(), self._names[-1]))
+
+    @contextlib.contextmanager
+    def watching(self, *calls: tuple[Any, str, str]) -> Iterator[None]:
+        """Inside, calls of these attributes have their time noted: (owner, attribute, name)."""
+        with contextlib.ExitStack() as stack:
+            for owner, attribute, name in calls:
+                stack.enter_context(mock.patch.object(owner, attribute, self._watched(getattr(owner, attribute), name)))
+            self._on = True
+            self._marks.append((self.clock.mark(), self._names[-1]))
+            yield
+            self._marks.append((self.clock.mark(), ''))
+            self._on = False
+
+    def _watched(self, function: Any, name: str) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return call
+
+    def seconds(self) -> Counter[str]:
+        """Seconds by name; forgets them."""
+        self.clock.settle()
+        out: Counter[str] = Counter()
+        for (begin, name), (end, _) in zip(self._marks, self._marks[1:], strict=False):
+            if name:
+                out[name] += self.clock.seconds(begin, end)  # type: ignore[assignment, arg-type]
+        self._marks.clear()
+        return out
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import itertools
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from tread_composer.core.process import prepare_process
 prepare_process()  # before torch is loaded, and MLflow
 
 import torch
-from contenders import Contender, Problem, compile_contender, make_contenders, read_problem
-from measuring import DTYPES, EventClock, Rows, ThreadClock, clock_of, environment, product_rate, spread
+from contenders import Contender, Problem, Routed, compile_contender, make_contenders, read_problem
+from measuring import DTYPES, EventClock, Rows, ThreadClock, Timeline, clock_of, environment, product_rate, spread
+from routing_cost import probe_seconds, routing_seconds, watch_probes
 from torch import Tensor, nn
 
 from tread_composer.core.errors import UserError
@@ -32,6 +34,7 @@ from tread_composer.routing.callables import in_float32
 
 Clock = ThreadClock | EventClock
 GIB = 2**30
+_ROUTING_PARTS = ('draw', 'gather_and_scatter', 'their_backward')
 WARM_UP = 3  # steps: Tread tries the blocks of a route out in its first two
 
 
@@ -47,13 +50,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--turn', type=int, help='steps that follow each other in a turn; default: 1 on a CPU, else 4')
     parser.add_argument('--compile', nargs='?', const='blocks', choices=('blocks', 'model'), help='default: eager')
     parser.add_argument('--dynamic', choices=('auto', 'true', 'false'), default='auto', help='shapes, of --compile')
-    parser.add_argument('--peer', help='package.module:callable that returns a network of (x, t, y)')
+    parser.add_argument(
+        '--peer',
+        action='append',
+        default=[],
+        help='package.module:callable that returns a network of (x, t, y); again for more',
+    )
+    parser.add_argument(
+        '--one-network', action='store_true', help='dense and routed steps of the same weights: half of the memory'
+    )
     parser.add_argument('--out', help='a file to which the rows are appended')
     parser.add_argument('--label', action='append', default=[], help='a word that every row carries')
     options = parser.parse_intermixed_args(arguments)
     for name in ('batch_size', 'tokens', 'pairs', 'turn'):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f'--{name.replace("_", "-")}: {getattr(options, name)} must be at least 1')
+    if options.one_network and options.compile:
+        parser.error('--one-network: one network would be compiled twice; leave --compile away')
     return options
 
 
@@ -71,14 +84,17 @@ def measure(options: argparse.Namespace) -> Rows:
         'dynamic': options.dynamic if options.compile else None, 'label': options.label,
     }  # fmt: skip
     rows = Rows({**settings, **environment(device)}, options.out)
-    contenders = make_contenders(problem, options.peer)  # the routed one sets TF32, as a Trainer does
+    # The routed one sets TF32, as a Trainer does.
+    contenders = make_contenders(problem, options.peer, one_network=options.one_network)
     rate = product_rate(device, options.dtype)
     rows.add('product', tflops=rate / 1e12)
     blocks = block_calls(problem, contenders, options)
+    probes = Timeline(clock)
     for contender in contenders:
         if options.compile:
             compile_contender(contender, options.compile, _dynamic(options))
-        warm_up(contender, clock, rows)
+        with watch_probes(probes):
+            warm_up(contender, clock, rows)
     turns = alternate(contenders, clock, options.pairs, options.turn or (4 if device.type == 'cuda' else 1))
     for contender in contenders:
         step_row(rows, contender, turns[contender.name], rate, contenders)
@@ -86,6 +102,11 @@ def measure(options: argparse.Namespace) -> Rows:
     for name, value in seconds.items():
         rows.add('block', block=name, seconds=value)
     ratio_rows(rows, contenders, turns, problem, seconds)
+    routed = contenders[1]
+    if options.compile != 'model' and isinstance(routed, Routed):  # else the calls are inside of its graph
+        costs = routing_seconds(routed, blocks['N'][1][0], clock, probe_seconds(probes))
+        step = statistics.median(turn[0] for turn in turns['routed'])
+        rows.add('routing', **costs, share=costs['seconds'] / step)
     return rows
 
 
@@ -157,7 +178,9 @@ def peak(contender: Contender, contenders: Sequence[Contender]) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         contender.step(lambda: None)
-        others = sum(one.held_bytes() for one in contenders if one is not contender)
+        others = sum(
+            {id(one.model): one.held_bytes() for one in contenders if one.model is not contender.model}.values()
+        )
         return (torch.cuda.max_memory_allocated() - others) / GIB
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender.step(lambda: None)
@@ -179,24 +202,13 @@ def block_calls(
     """
     depth = problem.plan['depth']
     spans = [route.span(depth) for route in problem.config.routes()]
-    dense, routed = ([*one.model.denoiser.blocks] for one in contenders[:2])  # type: ignore[misc]
-    at = {f'K {number}': routed[start] for number, (start, _) in enumerate(spans)}
-    at |= {'N': dense[spans[0][0]]}
+    dense, routed = contenders[:2]
     float32 = problem.dtype == 'bf16' and problem.config.algorithms['tread'].kwargs.get('float32_after')
-    seen: dict[str, tuple[tuple, dict]] = {}
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen.update({name: (args, kwargs)}), with_kwargs=True
-        )
-        for name, block in at.items()
-    ]
-    for contender in contenders[:2]:
-        contender.loss()
-        contender.finished()
-    for hook in hooks:
-        hook.remove()
+    # One after the other: both may be the same network.
+    seen = _arguments_of(dense, {'N': spans[0][0]})
+    seen |= _arguments_of(routed, {f'K {number}': start for number, (start, _) in enumerate(spans)})
     calls: dict[str, tuple[Any, tuple, dict]] = {}
-    block = copy.deepcopy(dense[spans[0][0]])
+    block = copy.deepcopy([*dense.model.denoiser.blocks][spans[0][0]])  # type: ignore[misc]
     if options.compile:
         block.compile(dynamic=_dynamic(options))
     for name, (args, kwargs) in seen.items():
@@ -204,6 +216,25 @@ def block_calls(
     if float32:
         calls['float32'] = (in_float32(block), *calls['N'][1:])
     return calls
+
+
+def _arguments_of(contender: Contender, places: dict[str, int]) -> dict[str, tuple[tuple, dict]]:
+    """What a training forward gives to some blocks: by name, for the numbers of the blocks by name."""
+    seen: dict[str, tuple[tuple, dict]] = {}
+    blocks = [*contender.model.denoiser.blocks]  # type: ignore[misc]
+    hooks = [
+        blocks[place].register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.update({name: (args, kwargs)}), with_kwargs=True
+        )
+        for name, place in places.items()
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Tread would speak of the hooks
+        contender.loss()
+    contender.finished()
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def _apart(value: Any) -> Any:
@@ -261,9 +292,9 @@ def ratio_rows(
         'ratio', of='dense / routed', ratio=ratio, flop_ratio=flop_ratio, ideal=ideal, quotient=ratio['median'] / ideal,
         blocks_allow=allowed, quotient_of_blocks=ratio['median'] / allowed,
     )  # fmt: skip
-    for peer in contenders[2:]:
-        pairs = zip(turns[peer.name], turns['dense'], strict=True)
-        rows.add('ratio', of=f'{peer.name} / dense', ratio=spread([other[0] / ours[0] for other, ours in pairs]))
+    for peer, ours in itertools.product(contenders[2:], ('dense', 'routed')):
+        pairs = zip(turns[peer.name], turns[ours], strict=True)
+        rows.add('ratio', of=f'{peer.name} / {ours}', ratio=spread([theirs[0] / own[0] for theirs, own in pairs]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -305,7 +336,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             value += '| | | | |'
         lines.append(value)
     times = [f'{row["block"]}: {1000 * row["seconds"]:.3f} ms' for row in rows if row['measurement'] == 'block']
-    return '\n'.join([*lines, '', f'one block alone, forward and backward: {", ".join(times)}'])
+    lines += ['', f'one block alone, forward and backward: {", ".join(times)}']
+    return '\n'.join([*lines, *(_routing_line(row) for row in rows if row['measurement'] == 'routing')])
+
+
+def _routing_line(row: dict[str, Any]) -> str:
+    parts = [f'{name.replace("_", " ")} {1000 * row[name]:.2f} ms' for name in _ROUTING_PARTS]
+    text = f'routing itself: {row["share"]:.2%} of a routed step: {", ".join(parts)}'
+    if row['probe'] is None:
+        return text
+    return f'{text}; a probe {1000 * row["probe"]:.0f} ms, in {row["probes"]} of {row["batches"]:,} steps'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

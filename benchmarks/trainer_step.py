@@ -2,18 +2,22 @@
 
     python benchmarks/trainer_step.py yamls/dit_b_tread.yaml [key=value ...] --batch-size 64
 
-Trains the recipe on latents of noise that are written to a temporary folder, without evaluation, images, logger and
-checkpoints; before and after it a bare loop of the same routed step. The share of waiting for data is between
-Composer's events around the loader. Where synchronisations are: CUDA's debug mode, over the last batches.
+Trains the recipe on latents of noise (the digits on the digits), in a temporary folder, without evaluation, images,
+logger and checkpoints; before and after it a bare loop of the same routed step. ``shares`` is what counts: every moment
+of the Trainer's batches belongs to the network and its optimizer, the data, a callback, an algorithm, or the Trainer
+itself, so that what they add is a sum of intervals (on a CPU of one thread's own seconds, on a GPU of its queue) and
+not a difference of two totals. The share of waiting for data is on the wall, between Composer's events around the
+loader. Where synchronisations are: CUDA's debug mode, over the last batches.
 """
 
 import argparse
 import collections
+import contextlib
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import torch
 from composer import Callback, State
 from composer.loggers import Logger
 from contenders import make_contenders, read_problem
-from measuring import Rows, clock_of, environment
+from measuring import Rows, Timeline, clock_of, environment
 from streaming import MDSWriter
 
 from tread_composer.builders.run_data import prepare_data
@@ -36,7 +40,13 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import columns
 from tread_composer.data.manifest import Manifest
 
-QUIET = ('loggers=null', 'callbacks.sample_grid=null', 'data.eval_split=null')
+QUIET = ('loggers=null', 'callbacks.sample_grid=null')
+QUIET_DATA = {
+    'latents': ('data.eval_split=null',),
+    'digits': ('callbacks.digits_quality=null', 'eval_interval=1000000ba'),
+}
+# What a bare loop has too; all other names are what Trainer, callbacks, data and further algorithms add.
+BARE = ('network', 'Tread')
 UNSAVED = ('save_folder=null', 'progress_bar=false')
 WATCHED = 3  # last batches, of which synchronisations are noted: not timed, as to note them takes time
 
@@ -50,11 +60,10 @@ def write_latents(folder: Path, config: Config, samples: int) -> None:
         for index in range(samples):
             latents = random.standard_normal((2 * shape[0], *shape[1:]), np.float32).astype(np.float16)
             writer.write({'latents': latents, 'label': index % data.num_classes, 'name': f'{index:08}'})
-    autoencoder: Any = config.autoencoder
     Manifest(
         format_version=1,
         kind='moments',
-        autoencoder=autoencoder.path,
+        autoencoder=config.autoencoder.kwargs['path'],
         autoencoder_hash='of noise',
         channels=shape[0],
         latent_height=shape[1],
@@ -77,13 +86,15 @@ class Watch(Callback):
     """Seconds of the batches behind the warm-up, those in which the loader was waited for, and synchronisations.
 
     Args:
-        cuda: Whether there are any to note.
+        device: Where; there are synchronisations to note on a GPU alone.
         warm_up: Batches before the clock starts.
         batches: Batches until it stops.
     """
 
-    def __init__(self, cuda: bool, warm_up: int, batches: int) -> None:
-        self.cuda, self.warm_up, self.batches = cuda, warm_up, batches
+    def __init__(self, device: torch.device, warm_up: int, batches: int) -> None:
+        self.cuda, self.warm_up, self.batches = device.type == 'cuda', warm_up, batches
+        self.timeline, self._stack = Timeline(clock_of(device), 'Trainer'), contextlib.ExitStack()
+        self.shares: collections.Counter[str] = collections.Counter()
         self.seconds = self.waited = self.began = self.asked = 0.0
         self.places: collections.Counter[str] = collections.Counter()
 
@@ -96,16 +107,31 @@ class Watch(Callback):
         """The loader is asked."""
         number = int(state.timestamp.batch)
         if number == self.warm_up:
+            self._stack.enter_context(self.timeline.watching(*self._watched(state)))
             self.began = self._now()
         if number == self.warm_up + self.batches:
             self.seconds = self._now() - self.began
+            self._stack.close()
+            self.shares = self.timeline.seconds()
             self._note()
         self.asked = time.perf_counter()
+        self.timeline.enter('data')
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """The loader has answered."""
+        self.timeline.leave()
         if self.warm_up <= int(state.timestamp.batch) < self.warm_up + self.batches:
             self.waited += time.perf_counter() - self.asked
+
+    def _watched(self, state: State) -> Iterator[tuple[Any, str, str]]:
+        """Now, not earlier: the Trainer has put its own functions in place of the optimizer's."""
+        model: Any = state.model
+        yield from ((model, name, 'network') for name in ('forward', 'loss'))
+        yield torch.Tensor, 'backward', 'network'
+        yield from ((optimizer, name, 'network') for optimizer in state.optimizers for name in ('step', 'zero_grad'))
+        yield from ((part, 'run_event', type(part).__name__) for part in state.callbacks if part is not self)
+        for part in state.algorithms:
+            yield from ((part, name, type(part).__name__) for name in ('match', 'apply'))
 
     def _note(self) -> None:
         if self.cuda:
@@ -141,9 +167,10 @@ def train(config: Config, folder: Path, options: argparse.Namespace) -> Watch:
     """The recipe in its Trainer."""
     batches = options.warm_up + options.batches + WATCHED
     data: Any = config.data
-    write_latents(folder / data.train_split, config, options.batch_size * batches)  # one epoch
+    if data.name == 'latents':  # the digits make themselves
+        write_latents(folder / data.train_split, config, options.batch_size * batches)  # one epoch
     trainer = build_trainer(config, prepare_data(config))
-    watch = Watch(options.device == 'cuda', options.warm_up, options.batches)
+    watch = Watch(torch.device(options.device), options.warm_up, options.batches)
     trainer.state.callbacks.append(watch)
     with warnings.catch_warnings():
         trainer.fit()
@@ -154,8 +181,9 @@ def train(config: Config, folder: Path, options: argparse.Namespace) -> Watch:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     device, size = torch.device(options.device), options.batch_size
     place = 'gpu' if device.type == 'cuda' else 'cpu'  # in Composer's words
+    quiet = QUIET_DATA[load_config(options.yaml, options.overrides, world_size=1).data.name]
     settings = [
-        *QUIET, *UNSAVED, *options.overrides, f'data.local={folder}', f'device={place}',
+        *QUIET, *quiet, *UNSAVED, *options.overrides, f'data.local={folder}', f'device={place}',
         f'global_train_batch_size={size}', f'device_train_microbatch_size={size}',
         f'max_duration={options.warm_up + options.batches + WATCHED}ba',
     ]  # fmt: skip
@@ -174,6 +202,15 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         added=step / bare - 1, data_wait=watch.waited / watch.seconds, workers=config.data.num_workers,
         algorithms=list(config.algorithms),
     )  # fmt: skip
+    total = sum(watch.shares.values())
+    base = sum(watch.shares[name] for name in BARE)
+    parts = {name: seconds / options.batches for name, seconds in watch.shares.most_common()}
+    rows.add(
+        'shares',
+        seconds_of_a_step=parts,
+        added=total / base - 1,
+        added_by={name: seconds / base for name, seconds in watch.shares.most_common() if name not in BARE},
+    )
     if watch.cuda:
         places = {place: count / WATCHED for place, count in watch.places.most_common()}
         rows.add('synchronisations', per_step=sum(places.values()), places=places)

@@ -24,6 +24,20 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(whole[[6, 0]], KeyedRandom(1, 2, [6, 0]).normal('noise', 3))
 
 
+def test_the_numbers_of_a_row_are_those_of_a_generator_made_for_it_alone():
+    # An odd count of float32 numbers leaves half of a word in the generator, which must not reach the next row.
+    random, rows = KeyedRandom(17, 2**33, [3, 0, 2**40]), []
+    key = np.random.SeedSequence([17, *b'noise']).generate_state(2, np.uint64)
+    for row in random.rows:
+        counter = np.array([0, 0, row, 2**33], dtype=np.uint64)
+        rows.append(np.random.Generator(np.random.Philox(key=key, counter=counter)).random(3))
+    expected = torch.from_numpy(np.array(rows)).float()
+    assert torch.equal(random.uniform('noise', 3), expected)
+    random.normal('noise', 5)
+    assert torch.equal(random.uniform('noise', 3), expected)
+    assert torch.equal(random.normal('noise', 5)[1:], KeyedRandom(17, 2**33, [0, 2**40]).normal('noise', 5))
+
+
 def test_distributions():
     random = KeyedRandom(0, 0, range(2000))
     normal, uniform = random.normal('a', 20).flatten(), random.uniform('b', 20).flatten()

@@ -59,7 +59,31 @@ def test_one_block_alone_at_all_and_at_the_kept_tokens(rows):
 def test_a_peer_runs_in_the_same_turns(rows):
     names = {row['contender']: row['turns'] for row in rows if row['measurement'] == 'step'}
     assert set(names.values()) == {3} and len(names) == 3
-    assert of(rows, 'ratio', of=f'{__name__}:digits_dit / dense')['ratio']['median'] > 0
+    for ours in ('dense', 'routed'):
+        assert of(rows, 'ratio', of=f'{__name__}:digits_dit / {ours}')['ratio']['median'] > 0
+
+
+def test_routing_itself_is_a_sum_of_its_parts(rows):
+    routing, step = of(rows, 'routing'), of(rows, 'step', contender='routed')
+    parts = [routing[name] for name in ('draw', 'gather_and_scatter', 'their_backward')]
+    assert min(parts) > 0 and routing['probe'] > 0  # the first steps were watched
+    assert routing['seconds'] == pytest.approx(sum(parts) + 4 * routing['probe'] / 700)
+    assert routing['share'] == pytest.approx(routing['seconds'] / step['seconds']['median']) and routing['share'] < 0.5
+
+
+def test_one_network_takes_dense_and_routed_steps():
+    problem = contenders.read_problem(YAML, [], batch_size=4, tokens=None, dtype='fp32', device=torch.device('cpu'))
+    dense, routed = contenders.make_contenders(problem, one_network=True)
+    assert dense.model is routed.model and dense.optimizer is routed.optimizer
+    words = [YAML, '--batch-size', '4', '--one-network']
+    calls = step_time.block_calls(problem, [dense, routed], step_time.parse(words))
+    assert [calls[name][1][0].shape[1] for name in ('N', 'K 0')] == [16, 8]
+    before = float(dense.loss().detach())
+    routed.loss()
+    routed.finished()
+    assert float(dense.loss().detach()) == before  # its route is off again
+    routed.step(lambda: None)
+    assert float(dense.loss().detach()) != before
 
 
 def test_dense_and_routed_start_from_equal_weights_and_each_step_has_a_route_of_its_own():
@@ -69,10 +93,10 @@ def test_dense_and_routed_start_from_equal_weights_and_each_step_has_a_route_of_
     dense, routed = contenders.make_contenders(problem)
     pairs = zip(dense.model.parameters(), routed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
-    losses = {float(contender.loss()) for contender in (dense, dense)}
+    losses = {float(contender.loss().detach()) for contender in (dense, dense)}
     assert len(losses) == 1
     for _ in range(2):
-        losses.add(float(routed.loss()))
+        losses.add(float(routed.loss().detach()))
         routed.finished()
     assert len(losses) == 3
 

@@ -8,7 +8,8 @@ run, an out-of-memory retry, a recomputed block and another number of ranks ther
 global generators are left alone: a dense and a routed run with one seed see the same noise.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -44,15 +45,21 @@ class KeyedRandom:
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Uniform numbers strictly between 0 and 1, float32 ``[len(rows), *shape]`` on the CPU."""
-        out = np.empty((len(self.rows), *shape), dtype=np.float32)
+        out = np.empty((len(self.rows), *shape), dtype=np.float64)
         for index, generator in enumerate(self._generators(purpose)):
-            out[index] = np.clip(generator.random(shape or None), 2.0**-25, _ONE_BELOW)
-        return torch.from_numpy(out)
+            out[index] = generator.random(shape or None)
+        return torch.from_numpy(out.clip(2.0**-25, _ONE_BELOW).astype(np.float32))
 
-    def _generators(self, purpose: str) -> list[np.random.Generator]:
-        entropy = [self.seed, *purpose.encode()]
-        key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
-        return [
-            np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, row, self.batch], dtype=np.uint64)))
-            for row in self.rows
-        ]
+    def _generators(self, purpose: str) -> Iterator[np.random.Generator]:
+        """The generator of each row in turn: one object, since it is set ten times as fast as it is made."""
+        philox = np.random.Philox(key=_key(self.seed, purpose))
+        generator, state = np.random.Generator(philox), philox.state
+        for row in self.rows:
+            state['state']['counter'] = np.array([0, 0, row, self.batch], dtype=np.uint64)
+            philox.state = state  # with it goes what the row before has left in the buffer
+            yield generator
+
+
+@functools.lru_cache(maxsize=64)
+def _key(seed: int, purpose: str) -> np.ndarray:
+    return np.random.SeedSequence([seed, *purpose.encode()]).generate_state(2, np.uint64)
