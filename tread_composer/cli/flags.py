@@ -204,7 +204,7 @@ def _help(argument: _Argument) -> str:
     default = argument.default
     if isinstance(default, tuple) and default and None not in default:
         default = ' '.join(map(str, default))
-    is_shown = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
+    is_shown = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool) and default != ''
     return f'{text} ({default})' if is_shown else text
 
 

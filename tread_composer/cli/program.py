@@ -69,7 +69,8 @@ def _run(command: Command | Mapping[str, Command], program: str, words: list[str
         parser = Parser(**_texts(command, program))
         _complete(parser, command)
     else:
-        parser = Parser(prog=program, usage=f'{program} COMMAND ... [options]', description=description)
+        usage, example = f'{program} COMMAND ... [options]', f'example: {program} {next(iter(command))} --help'
+        parser = Parser(prog=program, usage=usage, description=description, epilog=example)
         parser.add_argument('--version', action='version', version=f'tread_composer {__version__}')
         commands = parser.add_subparsers(required=True, metavar='command')
         for name, function in command.items():
