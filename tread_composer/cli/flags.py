@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 import shlex
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,20 @@ class Typed:
 class Parser(argparse.ArgumentParser):
     """Wrong words are refused as everything else is: with several ranks, by one message."""
 
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``argparse``; the words are kept for `error`."""
+        self._words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Refuse, with the name that was probably meant."""
+        if 'arguments are required' in message:  # perhaps given, with a slip in the name
+            options = [word.partition('=')[0] for word in self._words if word.startswith('--')]
+            known = ' '.join(['', *self._option_string_actions])  # argparse takes beginnings of names too
+            unknown = [option for option in options if f' {option}' not in known]
+            message += f'; unrecognized arguments: {" ".join(unknown)}' if unknown else ''
         # argparse says only in words what was wrong.
         choice = re.search(r"invalid choice: '(.+?)' \(choose from (.*)\)", message)
         foreign = re.search(r'unrecognized arguments: (--\w[\w-]*)', message)
