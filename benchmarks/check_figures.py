@@ -52,10 +52,6 @@ def millions(*recipes: str) -> list[float]:
     return [plan(recipe)['parameters'] / 1e6 for recipe in recipes]
 
 
-def gib(part: str, *recipes: str) -> list[float]:
-    return [plan(recipe)['memory_gib'][part] for recipe in recipes]
-
-
 def samples_per_second(recipe: str) -> list[float]:
     return [H100 / 6e9 / plan(recipe)['gmacs_routed']]
 
@@ -108,7 +104,7 @@ FIGURES: dict[str, list[Row]] = {
         (rf'training FLOPs \| {N} \| {N} ', lambda: map(flops, PAIR)),
         (rf'\| A100 hours .*?\| {N} \| {N} ', lambda: [hours(A100, flops(recipe)) for recipe in PAIR]),
         (rf'H200 hours .*?\| {N} \| {N} ', lambda: [hours(H100, flops(recipe)) for recipe in PAIR]),
-        (rf'microbatch 32 \| {N} GiB \| {N} GiB', lambda: gib('total', *PAIR)),
+        (rf'microbatch 32 \| {N} GiB \| {N} GiB', lambda: [plan(recipe)['memory_gib']['total'] for recipe in PAIR]),
         (rf'Heun steps, A100 hours \| {N} ', lambda: [hours(A100, 50_000 * 79 * 2e9 * plan('dit_xl')['gmacs_dense'])]),
         (rf'latents, with mirrors \| {N} GB', lambda: [(1_281_167 + 50_000) * TWO_VIEWS / 1e9]),
         (rf'samples as npz \| {N} GB', lambda: [50_000 * 256 * 256 * 3 / 1e9]),
@@ -121,7 +117,7 @@ FIGURES: dict[str, list[Row]] = {
         (rf'\| MaskDiT.*?\|.*?\|.*?\| {N} ', lambda: teraflops('digits_maskdit')),
     ],
     f'{CARDS}/ema/README.md': [
-        (rf'{N} GiB for the {N} million', lambda: [*gib('average', 'dit_xl_tread'), *millions('dit_xl')]),
+        (rf'{N} GiB for the {N} million', lambda: [4 * plan('dit_xl')['parameters'] / 2**30, *millions('dit_xl')]),
     ],
     f'{CARDS}/power_ema/README.md': [
         (rf'{N} GB for XL/2', lambda: gigabytes('dit_xl', 8)),
