@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--widths', type=int, nargs='+', default=[8, 16, 16], help='channels of the autoencoder')
-    parser.add_argument('--vae', help='a real autoencoder instead')
+    parser.add_argument('--autoencoder', '--vae', dest='vae', help='a real autoencoder instead')
     parser.add_argument('--source', help='a folder of class folders with JPEGs instead of images made here')
     parser.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
     parser.add_argument('--repeats', type=int, default=3)

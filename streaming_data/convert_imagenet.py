@@ -1,4 +1,4 @@
-"""Convert images to a latents data set: ``python streaming_data/convert_imagenet.py --source ... --out ... --vae ...``.
+"""Convert images to latents: ``python streaming_data/convert_imagenet.py --source ... --out ... --autoencoder ...``.
 
 Several GPUs: ``composer -n 8 streaming_data/convert_imagenet.py ...``. All options: ``--help``.
 """

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,23 +90,25 @@ def launch(folder: Path, words: Sequence[str], ranks: int = 1, **variables: str)
 
 def launch_here(folder: Path, yaml: str | Path, *overrides: str) -> subprocess.CompletedProcess:
     """The same command in this process, without the seconds of its imports, and without MLflow's global state."""
-    return _here(folder, [str(yaml), *overrides, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false'])
+    settings = (*overrides, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false')
+    return call_here(folder, main, ['train', str(yaml), *settings])
 
 
 def refused_here(folder: Path, yaml: str | Path, *overrides: str) -> str:
     """The message of a command that must end with exit code 2, print nothing else and write nothing."""
     before = sorted(folder.rglob('*'))
-    done = _here(folder, [str(yaml), *overrides])
+    done = call_here(folder, main, ['train', str(yaml), *overrides])
     assert (done.returncode, done.stdout) == (2, '') and 'Traceback' not in done.stderr, done.stdout + done.stderr
     assert sorted(folder.rglob('*')) == before
     return done.stderr
 
 
-def _here(folder: Path, words: Sequence[str]) -> subprocess.CompletedProcess:
+def call_here(folder: Path, program: Callable[..., int], words: Sequence[str]) -> subprocess.CompletedProcess:
+    """A program of ours in this process, started in ``folder``: exit code and what it wrote."""
     out, err = io.StringIO(), io.StringIO()
     with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(['train', *words])
+            code = program(words)
         except Exception:
             code = 1
             traceback.print_exc()

@@ -153,6 +153,16 @@ def test_the_map_for_contributors_has_every_part_of_the_package():
     assert not {name for name in parts if f'`{name}`' not in page}
 
 
+def test_the_map_of_the_readme_has_every_folder():
+    page = (ROOT / 'README.md').read_text()
+    shown = page[page.index('## Find your way') : page.index('Method cards:')]
+    folders = {path.parent.name for path in (ROOT / 'tread_composer').glob('*/__init__.py')}
+    folders |= {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob('*.*')) and path.name[0] != '.'}
+    written = {'data', 'runs', 'samples', 'sweep', 'comparison', 'inspection', 'build', 'dist'}
+    folders = {name for name in folders if name not in written and not name.startswith('_') and '.' not in name}
+    assert not {name for name in folders if f'{name}/' not in shown}
+
+
 def test_the_citation_names_this_software_and_the_three_papers():
     citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
     project = re.search(r'^version = "(.+)"', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)

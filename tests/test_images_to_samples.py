@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
     write_folders(folder / 'images', pictures(train_per_class=16, val_per_class=4))
     make_vae(folder / 'vae')
     script = [sys.executable, str(ROOT / 'streaming_data' / 'convert_imagenet.py')]
-    words = ['--source', 'images', '--out', 'latents', '--vae', 'vae', '--resolution', '16', '--part-size', '20']
+    places = ['--source', 'images', '--out', 'latents', '--autoencoder', 'vae']
+    words = [*places, '--resolution', '16', '--part-size', '20']
     done = launch(folder, [*script, *words])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

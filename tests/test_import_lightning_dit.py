@@ -97,7 +97,7 @@ def test_lightningdit_is_no_other_layout_and_its_statistics_must_fit(tmp_path):
         import_weights(plain, tmp_path / 'a.safetensors', SAID, layout='lightningdit')
     torch.save({'mean': torch.zeros(3), 'std': torch.ones(3)}, tmp_path / 'stats.pt')
     said = dataclasses.replace(SAID, latent_stats=str(tmp_path / 'stats.pt'))
-    with pytest.raises(UserError, match='stands in place of --latent-scale'):
+    with pytest.raises(UserError, match='replaces --latent-scale'):
         import_weights(path, tmp_path / 'a.safetensors', said)
     with pytest.raises(UserError, match=r"does not hold 'mean' and 'std' of 4 channels"):
         import_weights(path, tmp_path / 'a.safetensors', dataclasses.replace(said, latent_scale=None))

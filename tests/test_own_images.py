@@ -4,7 +4,6 @@ Left out are the two that fetch and use Inception's weights. A network that is s
 recipe's, with few steps of sampling, and a random autoencoder for the published one; every other word is the page's.
 """
 
-import re
 import shlex
 import sys
 
@@ -13,26 +12,18 @@ import pytest
 from PIL import Image
 
 from tests.conversion.worlds import make_vae, manifest
+from tests.guides import commands, verb, walk
 from tests.runs import ROOT, launch, launch_here
 from tread_composer.config import restore_config
 
-PAGE = (ROOT / 'docs' / 'own_images.md').read_text()
 SMALL = (
     'precision=fp32', 'max_duration=3ba', 'global_train_batch_size=16', 'global_eval_batch_size=8',
     'device_train_microbatch_size=8', 'model.hidden_size=32', 'model.depth=6', 'model.num_heads=2',
     'callbacks.sample_grid.num_steps=2', 'scheduler.t_warmup=1ba',
 )  # fmt: skip
-QUICKLY = {'plan': SMALL, 'sample': ('--steps', '2')}
+MORE = {'plan': SMALL, 'train': SMALL, 'sample': ('--steps', '2')}
+SMALLER = {'stabilityai/sd-vae-ft-ema': 'vae', '--resolution 256': '--resolution 32'}
 NEEDS_WEIGHTS = ('prefetch', 'evaluate')
-
-
-def commands() -> list[list[str]]:
-    blocks = re.findall(r'^```\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith(('python', 'composer'))]
-    small = [
-        line.replace('stabilityai/sd-vae-ft-ema', 'vae').replace('resolution 256', 'resolution 32') for line in lines
-    ]
-    return [shlex.split(line) for line in small]
 
 
 def paint(folder, count: int) -> None:
@@ -53,18 +44,9 @@ def walked(tmp_path_factory):
     make_vae(folder / 'vae')
     (folder / 'yamls').symlink_to(ROOT / 'yamls')
     printed = {}
-    for words in commands():
-        program, *rest = words
-        if program == 'composer':
-            done = launch_here(folder, *rest[1:], *SMALL)
-        elif rest[0] == '-m' and rest[2] in NEEDS_WEIGHTS:
-            continue
-        else:
-            script = rest if rest[0] == '-m' else [str(ROOT / rest[0]), *rest[1:]]
-            settings = next((more for verb, more in QUICKLY.items() if verb in rest), ())
-            done = launch(folder, [sys.executable, *script, *settings])
-        assert done.returncode == 0, f'{words}\n{done.stdout}{done.stderr}'
-        printed[' '.join(words)] = done.stdout + done.stderr
+    for words in commands('own_images.md', SMALLER):
+        if verb(words) not in NEEDS_WEIGHTS:
+            printed[shlex.join(words)] = walk(folder, words, MORE.get(verb(words), ()))
     return folder, printed
 
 

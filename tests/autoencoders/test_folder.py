@@ -85,7 +85,7 @@ def test_moments_are_promised_by_the_class(tmp_path: Path):
 def test_a_subfolder_is_the_one_that_was_named(tmp_path: Path):
     make_vae(tmp_path / 'pipeline' / 'vae')
     assert open_autoencoder(str(tmp_path / 'pipeline'), subfolder='vae').channels == 3
-    assert '--vae-subfolder vae' in refusal(tmp_path / 'pipeline')
+    assert '--autoencoder-subfolder vae' in refusal(tmp_path / 'pipeline')
     make_tiny(tmp_path / 'pipeline')  # diffusers would take it, where the subfolder does not exist
     message = refusal(tmp_path / 'pipeline', subfolder='vea')
     assert "no subfolder 'vea'; folders in it with a config.json: vae" in message

@@ -41,7 +41,13 @@ def test_waiting_for_data_is_a_share_of_the_time():
 
 def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [*WORDS, 'loggers=null', 'callbacks.speed_monitor={window_size: 1}', 'max_duration=6ba', 'algorithms.tread.end_time=3ba']
+    words = [
+        *WORDS,
+        'loggers=null',
+        'callbacks.speed_monitor={window_size: 1}',
+        'max_duration=6ba',
+        'algorithms.tread.end_time=3ba',
+    ]
     trainer = build_trainer(load_config(YAMLS / 'digits_tread.yaml', words))
     memory = InMemoryLogger()
     memory.init(trainer.state, trainer.logger)
@@ -65,7 +71,9 @@ def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
 
 def test_a_profiler_in_the_file_writes_traces_into_the_folder_of_the_run(tmp_path):
     section = 'profiler={schedule: {warmup: 1, active: 2}, torch_prof_profile_memory: false}'
-    done = launch_here(tmp_path, YAMLS / 'digits_tread.yaml', *WORDS, 'max_duration=5ba', 'callbacks.speed_monitor=null', section)
+    done = launch_here(
+        tmp_path, YAMLS / 'digits_tread.yaml', *WORDS, 'max_duration=5ba', 'callbacks.speed_monitor=null', section
+    )
     assert done.returncode == 0, done.stderr
     (trace,) = (tmp_path / 'runs' / 'digits_tread' / 'torch_traces').glob('*.json')
     names = {event.get('name') for event in json.loads(trace.read_text())['traceEvents']}

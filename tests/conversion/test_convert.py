@@ -313,9 +313,9 @@ def test_wrong_words_and_sources_are_refused_and_leave_no_trace(source, vae, tmp
         refused(main, words(source, out, vae, **options), message)
     if not torch.cuda.is_available():
         refused(main, words(source, out, vae, device='cuda'), 'finds no GPU')
-    refused(main, words(source, out, None, store='mean'), '--store says nothing without an autoencoder')
+    refused(main, words(source, out, None, store='mean'), '--store has no effect without an autoencoder')
     neither = ['--source', str(source), '--out', str(out)]
-    refused(main, neither, 'give one of --autoencoder (or --vae) and --pixels')
+    refused(main, neither, 'give one of --autoencoder and --pixels')
     refused(main, words(source, out, str(tmp_path / 'no' / 'vae')), 'no such folder')
     # Before the autoencoder, which the hub would be asked for.
     arguments = ['--source', str(tmp_path / 'no'), '--out', str(out), '--autoencoder', str(tmp_path / 'vae')]

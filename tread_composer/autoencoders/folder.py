@@ -144,7 +144,7 @@ def _check_folder(folder: Path, path: str) -> None:
         nested = sorted(file.parent.name for file in folder.glob(f'*/{_CONFIG}'))
         remedy = f'Give it with {_CONFIG}'
         if 'vae' in nested:
-            remedy = 'It lies in a part of this pipeline: --vae-subfolder vae (autoencoder.subfolder: vae in a YAML)'
+            remedy = 'It is a part of this pipeline: --autoencoder-subfolder vae (in a YAML autoencoder.subfolder: vae)'
         raise UserError(f'autoencoder {path!r}: no {_CONFIG}, without which its architecture is unknown. {remedy}')
     if (folder / _WEIGHTS).is_file() or (folder / f'{_WEIGHTS}.index.json').is_file():
         return

@@ -31,7 +31,7 @@ def train(yaml: Annotated[str, Flag('YAML')], overrides: Overrides = ()) -> None
 
     Args:
         yaml: The file, for example yamls/digits_tread.yaml.
-        overrides: Settings in place of the file's, for example optimizer.lr=2e-4.
+        overrides: Settings that replace the file's, for example optimizer.lr=2e-4.
 
     Example: yamls/digits_tread.yaml max_duration=200ba
     """
@@ -49,15 +49,15 @@ def plan(
     nodes: Annotated[int, Ge(1)] = 1,
     without_data: bool = False,
 ) -> None:
-    """Print what a YAML file would do, and write nothing.
+    """Print what a YAML file would do, without writing anything.
 
     Args:
         yaml: The file, for example yamls/digits_tread.yaml.
-        overrides: Settings in place of the file's, for example optimizer.lr=2e-4.
+        overrides: Settings that replace the file's, for example optimizer.lr=2e-4.
         json_: Print figures and resolved configuration as JSON.
         ranks: Number of processes to plan for, on all nodes together (default: as launched).
         nodes: Number of machines that they are on.
-        without_data: Exit with 0 although the data are not here yet.
+        without_data: Exit with 0 even if the data are missing.
 
     Example: yamls/dit_xl_tread.yaml --ranks 16 --nodes 2
     """
@@ -84,11 +84,11 @@ def doctor(
     overrides: Overrides = (),
     ranks: Annotated[int | None, Ge(1)] = None,
 ) -> None:
-    """Say whether a run would fail on this machine, and the cure; write nothing.
+    """Say whether a run would fail on this machine, with the cure for each fault; write nothing.
 
     Args:
-        yaml: What is to be trained (default: the machine alone is looked at).
-        overrides: Settings in place of the file's, as for train.
+        yaml: The file to train (default: check the machine alone).
+        overrides: Settings that replace the file's, as for train.
         ranks: Processes on this machine (default: as launched).
 
     Example: yamls/dit_xl_tread.yaml
@@ -114,7 +114,7 @@ def snr(
     out: str = 'snr.png',
     std: Annotated[float | None, Gt(0)] = None,
 ) -> None:
-    """Draw what signal-to-noise ratios YAML files train on, and print their figures.
+    """Draw which signal-to-noise ratios YAML files train on, and print their figures.
 
     Args:
         yamls: Files.
@@ -144,7 +144,7 @@ def compare(
     metrics: Annotated[tuple[str, ...], Flag('--metrics', '--metric')] = (),
     out: str = 'comparison',
 ) -> None:
-    """Hold runs against the first one: at equal steps, FLOPs, time, and equal quality.
+    """Compare runs with the first one: at equal steps, FLOPs, time and quality.
 
     Args:
         runs: Folder, or results.json[#RUN]; the reference first.
@@ -167,7 +167,7 @@ def compare(
 
 
 def inspect(typed: Typed, request: InspectRequest, out: str = 'inspection') -> None:
-    """Draw how alike tokens are from block to block, and propose a route.
+    """Draw how similar tokens are from block to block, and suggest a route.
 
     Args:
         out: Folder for the picture and the numbers.
@@ -185,7 +185,7 @@ def inspect(typed: Typed, request: InspectRequest, out: str = 'inspection') -> N
 
 
 def inspect_model(function: Annotated[str, Flag('package.module:function')], blocks: str | None = None) -> None:
-    """Find out how to route a model of yours, by running it.
+    """Run a model of yours to work out how to route it.
 
     Args:
         function: Called without arguments. It returns a small model on the CPU and run(model), which makes one forward
@@ -203,11 +203,11 @@ def inspect_model(function: Annotated[str, Flag('package.module:function')], blo
 def prefetch(
     check: Annotated[str | None, Flag('--check', metavar='FILE')] = None, allow_download: bool = False
 ) -> None:
-    """Say which weights Inception's metrics need, fetch them, check them.
+    """List, fetch or check the weights that Inception's metrics need.
 
     Args:
-        check: Say whether FILE is the published one.
-        allow_download: Fetch it to where torch looks.
+        check: Check whether FILE is the published one.
+        allow_download: Fetch the file to where torch looks for it.
 
     Example: --allow-download
     """
@@ -259,7 +259,7 @@ def export(
         out: The file to write.
         weights: Which weights to write; posthoc:0.13 is the average of this width (power_ema).
         overwrite: Replace a file that is there.
-        allow_inexact: Take a post-hoc average that the snapshots do not come close to.
+        allow_inexact: Accept a post-hoc average that the snapshots do not approximate well.
 
     Example: runs/digits_tread --weights ema --out model.safetensors
     """
@@ -280,13 +280,13 @@ def import_(
     weights: Literal['ema', 'raw'] = 'ema',
     overwrite: bool = False,
 ) -> None:
-    """Convert weights of DiT, SiT, CompVis/tread or MaskDiT to such a file.
+    """Convert published weights of DiT, SiT, CompVis/tread, MaskDiT or LightningDiT to a safetensors file.
 
     Args:
         path: .pt or .safetensors, as published or as their training saves it.
         out: The file to write.
-        layout: Whose file it is (dit or sit must be said).
-        weights: Which weights to take; of a file with one set, what it holds (published ones: ema).
+        layout: Whose file it is (dit and sit must be named).
+        weights: Which weights to take; for a file with one set, which set it is (published files: ema).
         overwrite: Replace a file that is there.
 
     Example: DiT-XL-2-256x256.pt --layout dit --out model.safetensors

@@ -28,8 +28,8 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     """Convert images to a latents data set that training streams.
 
     The source may be class folders, a flat folder, the official ILSVRC tars, a zip, webdataset tars, Hugging Face
-    parquet or arrow files, what img2dataset writes or the Python files of CIFAR; which one it is is found out and
-    printed. Interrupt it whenever you like and run the same command again. Several GPUs: composer -n 8
+    parquet or arrow files, what img2dataset writes or the Python files of CIFAR; it is recognised and printed.
+    After an interruption, run the same command again. Several GPUs: composer -n 8
     streaming_data/convert_imagenet.py ...
 
     Args:
@@ -39,7 +39,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     Example: --source /data/imagenet --out data/imagenet256 --autoencoder stabilityai/sd-vae-ft-ema --resolution 256
     """
     if pixels == (settings.vae is not None):  # both, or neither
-        raise UserError('give one of --autoencoder (or --vae) and --pixels')
+        raise UserError('give one of --autoencoder and --pixels')
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
     if not Path(settings.source).expanduser().exists():
         raise UserError(f'--source {settings.source}: no such file or folder')

@@ -62,8 +62,20 @@ class Typed:
 class Parser(argparse.ArgumentParser):
     """Wrong words are refused as everything else is: with several ranks, by one message."""
 
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``argparse``; the words are kept for `error`."""
+        self._words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Refuse, with the name that was probably meant."""
+        if 'arguments are required' in message:  # perhaps given, with a slip in the name
+            options = [word.partition('=')[0] for word in self._words if word.startswith('--')]
+            known = ' '.join(['', *self._option_string_actions])  # argparse takes beginnings of names too
+            unknown = [option for option in options if f' {option}' not in known]
+            message += f'; unrecognized arguments: {" ".join(unknown)}' if unknown else ''
         # argparse says only in words what was wrong.
         choice = re.search(r"invalid choice: '(.+?)' \(choose from (.*)\)", message)
         foreign = re.search(r'unrecognized arguments: (--\w[\w-]*)', message)
@@ -222,7 +234,7 @@ def _help(argument: _Argument) -> str:
     default = argument.default
     if isinstance(default, tuple) and default and None not in default:
         default = ' '.join(map(str, default))
-    is_shown = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
+    is_shown = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool) and default != ''
     return f'{text} ({default})' if is_shown else text
 
 
@@ -275,7 +287,8 @@ def _run(command: Command | Mapping[str, Command], program: str, words: list[str
         parser = Parser(**_texts(command, program))
         _complete(parser, command)
     else:
-        parser = Parser(prog=program, usage=f'{program} COMMAND ... [options]', description=description)
+        usage, example = f'{program} COMMAND ... [options]', f'example: {program} {next(iter(command))} --help'
+        parser = Parser(prog=program, usage=usage, description=description, epilog=example)
         parser.add_argument('--version', action='version', version=f'tread_composer {__version__}')
         commands = parser.add_subparsers(required=True, metavar='command')
         for name, function in command.items():

@@ -24,7 +24,7 @@ _print_now = functools.partial(print, flush=True)
 
 
 def sample(typed: Typed, request: SamplesRequest) -> None:
-    """Draw images from a trained model; the same command again goes on.
+    """Draw images from a trained model; after an interruption the same command continues.
 
     Example: runs/digits_tread --count 100 --guidance-scale 1.5 --out samples
     """
@@ -62,13 +62,13 @@ def evaluate(
     out: str | None = None,
     samples_folder: Annotated[str | None, Flag('--samples-folder', '--samples')] = None,
 ) -> None:
-    """Measure samples, or a model: FID, KID, precision, ....
+    """Measure samples or a model: FID, KID, precision, recall and more.
 
-    The path may also be images: a folder, an npz, MDS, a folder of `sample`.
+    PATH may also hold images: a folder, an npz, MDS, or what `sample` has written.
 
     Args:
-        out: File of the numbers (results.json in the folder of the run or the samples).
-        samples_folder: Folder of a model's images (one in the folder of the run).
+        out: File for the numbers (results.json in the folder of the run or the samples).
+        samples_folder: Folder for the images that a model draws (one in the folder of the run).
 
     Example: runs/digits_tread --reference data/digits/train --features digits --count 500
     """
@@ -112,6 +112,6 @@ def _check_steps(sampler: str, typed: Typed) -> None:
     tolerances = adaptive_settings(sampler)
     if tolerances is not None and 'steps' in typed.given:
         raise UserError(
-            f'--steps: has no effect with --sampler {sampler}, which chooses its steps; leave it away, or set '
+            f'--steps: has no effect with --sampler {sampler}, which chooses its steps; leave it out, or set '
             f'{", ".join(tolerances)} by --sampler-settings'
         )

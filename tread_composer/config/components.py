@@ -158,7 +158,7 @@ def _with_parts(schema: type[Strict], kwargs: dict[str, Any], path: Path) -> tup
             data[name], of_part = check_section(kind, kwargs[name], (*path, name))
             problems += of_part
         elif entry.default is not None:
-            problems.append(Problem((*path, name), 'null is not a mapping; leave the key away for its default'))
+            problems.append(Problem((*path, name), 'null is not a mapping; leave the key out for its default'))
     return data, problems
 
 

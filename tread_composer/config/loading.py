@@ -87,8 +87,13 @@ def _validated(document: Document) -> Config:
     config, faults = check(Config, tree)
     for problem in faults:
         key = str(problem.path[0]) if len(problem.path) == 1 else ''
-        is_explained = key in _REMEDIES and tree.get(key) is None
-        problems.append(Problem(problem.path, f'is missing: {_REMEDIES[key]}') if is_explained else problem)
+        tables = [table for table, kind in TABLES.items() if problem.choices and key in part_names(kind)]
+        if key in _REMEDIES and tree.get(key) is None:
+            problem = Problem(problem.path, f'is missing: {_REMEDIES[key]}')
+        elif tables:  # tread.start=3: the name of a part, in want of its table
+            text = f"unknown setting. Did you mean '{tables[0]}.{key}'?"
+            problem = Problem(problem.path, text, problem.choices)
+        problems.append(problem)
     if problems:
         raise ConfigError.from_problems(problems, document.source_of)
     config._references = document.references  # type: ignore[union-attr]

@@ -178,7 +178,7 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     schema['title'] = 'tread_composer run'
     properties = schema['properties']
-    # A file that extends another one may leave anything away.
+    # A file that extends another one may leave anything out.
     schema.pop('required', None)
     properties['extends'] = {'type': 'string', 'description': 'Base file, relative to this one'}
     shared = schema['$defs']

@@ -111,7 +111,7 @@ def _expected(detail: Any) -> str:
 
 def _type_remedy(value: Any, kinds: list[str]) -> str:
     if value is None:
-        return '; leave the key away for its default'
+        return '; leave the key out for its default'
     wants = {'int_type', 'float_type', 'bool_type'} & set(kinds)
     # Variables of the environment are texts, whatever they look like.
     if wants and isinstance(value, str) and _NUMBER_OR_BOOL.fullmatch(value):

@@ -45,7 +45,7 @@ class Settings:
         source: Folder or archive with the images.
         out: Folder of the data set, or a URL that streaming uploads to (s3://...).
         seed: Seed of the one permutation before writing.
-        part_size: Samples that are finished, or after an interruption made anew, together.
+        part_size: Samples that are finished together, or made again together after an interruption.
         work: With a URL as --out: local folder that remembers what is done.
         engine: Who makes the parts: the ranks that a launcher has started, or workers of Ray.
         ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
@@ -136,14 +136,14 @@ class ImageSettings(Settings):
         vae: Autoencoder: folder or hub id of diffusers, a latent-diffusion checkpoint file, or the encoder of the taesd
             repository.
         resolution: Side of the square images.
-        vae_subfolder: Where in it the autoencoder lies, e.g. vae.
-        vae_revision: Commit of a hub id; name one for results that can be repeated.
+        vae_subfolder: Subfolder of the autoencoder within it, e.g. vae.
+        vae_revision: Commit of a hub id; name one for repeatable results.
         vae_id: What the manifest calls it (the hub id, or the name of the folder or file).
         store: moments are mean and log-variance, sampled whenever they are read; sample is one draw (moments, where the
             autoencoder has a variance).
         mirror: Do not store the mirrored images.
         precision: What the encoder computes in: fp32 without TF32, or autocast to bf16.
-        background: Colour that transparent images stand on; stored keeps what lies below the transparency.
+        background: Colour behind transparent images; ``stored`` keeps the colours below the transparency.
         batch_size: Images per encoder call.
         workers: Decoding processes per rank; 0 decodes in the main process (its cores but one; without a GPU an
             eighth of them).
@@ -159,9 +159,9 @@ class ImageSettings(Settings):
 
     vae: Annotated[str | None, Flag('--autoencoder', '--vae')] = None
     resolution: Annotated[int, Ge(1)] = 256
-    vae_subfolder: str | None = None
-    vae_revision: str | None = None
-    vae_id: str | None = None
+    vae_subfolder: Annotated[str | None, Flag('--autoencoder-subfolder', '--vae-subfolder')] = None
+    vae_revision: Annotated[str | None, Flag('--autoencoder-revision', '--vae-revision')] = None
+    vae_id: Annotated[str | None, Flag('--autoencoder-id', '--vae-id')] = None
     store: Literal['moments', 'mean', 'sample'] | None = None
     mirror: Annotated[bool, Flag('--no-mirror')] = True
     precision: Literal['fp32', 'bf16'] = 'fp32'
@@ -181,8 +181,8 @@ class ImageSettings(Settings):
         super().__post_init__()
         for name in ('vae_subfolder', 'vae_revision', 'vae_id', 'store', 'precision') if self.vae is None else ():
             if getattr(self, name) != getattr(ImageSettings, name):  # a dataclass keeps defaults as class attributes
-                flag = f'--{name.replace("_", "-")}'
-                raise UserError(f'{flag} says nothing without an autoencoder: give --autoencoder, or leave it')
+                flag = f'--{name.replace("vae", "autoencoder").replace("_", "-")}'
+                raise UserError(f'{flag} has no effect without an autoencoder: give --autoencoder, or leave it out')
         _ = self.background_colour
 
     @property

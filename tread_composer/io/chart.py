@@ -55,7 +55,12 @@ class Chart:
             if curve.marked is not None:
                 axes.plot(*curve.points[curve.marked], 'o', markersize=12, mfc='none', mec=_LIGHT['ink'])
         if self.logarithmic():  # else the first values would hide all later ones
+            from matplotlib.ticker import LogLocator, NullFormatter
+
             axes.set_yscale('log')
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: short(value))  # 50, where matplotlib has 5 x 10^1
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if self.level is not None and (self.level > 0 or not self.logarithmic()):
             line = axes.axhline(self.level, color=_LIGHT['soft'], linestyle='--', linewidth=1)
             named.append((line, self.level_label))

@@ -122,8 +122,8 @@ def apply_tread(
             ones. ``selection_rate`` is a share of the rest: ``always_keep + rest - int(rest * selection_rate)`` of
             ``N = always_keep + rest`` are kept.
         shared: One route for all samples of a batch.
-        ordered: The blocks need their tokens in ascending order and nothing else of position, as a scan does: leave
-            the check of each block away.
+        ordered: The blocks need their tokens in ascending order and nothing else of position, as a scan does: skip
+            the check of each block.
         float32_after: Run the block right behind each route in float32, without autocast, as the paper's code does.
 
     Returns:

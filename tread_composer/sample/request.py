@@ -28,13 +28,13 @@ class SamplesRequest:
 
     Args:
         path: A run folder, a checkpoint in one, or an exported .safetensors.
-        out: Folder of the images; the same command goes on where it was interrupted.
+        out: Folder for the images; after an interruption the same command continues.
         weights: Which weights; ``posthoc:0.13`` of a run with ``algorithms.power_ema``.
         sampling: How to draw.
         weak: The second network for guidance that takes one, e.g. an early checkpoint.
         weak_weights: Weights of the second network.
         classes: Classes to draw (all). Image i is of class ``classes[i % len(classes)]``.
-        count: Images in all, classes in turn (64); published numbers are of 50000.
+        count: Images in total, classes in turn (64); published numbers use 50000.
         seed: Image i has the seed ``seed + i``.
         formats: Files to write; ``npz`` as in ADM.
         batch_size: Images in one call of a network; no image depends on it, up to rounding.
@@ -42,9 +42,9 @@ class SamplesRequest:
         decode_dtype: What the autoencoder computes in.
         engine: Who draws: the ranks that a launcher has started, or workers of Ray.
         ray_workers: How many (one for each GPU of the cluster; without any, one for each machine).
-        overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``; and
-            ``model.attention``, which is ``sdpa`` unless it stands here, whatever the run was trained with, and flow
-            matching's ``objective.sampling_shift``, the shift of the sampling times.
+        overrides: Changes to the run's configuration: ``autoencoder.path=/data/vae`` where the autoencoder has moved,
+            ``model.attention`` (``sdpa`` by default, however the run was trained), and, for flow matching,
+            ``objective.sampling_shift``, the shift of the sampling times.
 
     Raises:
         UserError: Values that exclude each other or are out of range.

@@ -31,12 +31,11 @@ class SamplingSettings:
         guidance: Where the weak prediction comes from, e.g. ``sparse``, ``auto`` (``samplers.GUIDANCE``). By default
             ``none``, or ``classifier_free`` with a scale other than 1.
         guidance_scale: ``weak + guidance_scale * (strong - weak)``; 1 is no guidance.
-        guidance_interval: Guide where ``low < time <= high`` (low 0: at 0 too), in the time of the objective's sampling
-            equation (t of flow matching, the noise level of EDM and DDPM); elsewhere nothing is guided. By default
-            everywhere. (Kynkaanniemi et al. 2024, arXiv 2404.07724.)
-        guided_channels: ``first3`` leaves the fourth latent channel as conditional as DiT's scripts do.
-        guidance_settings: Further settings of this guidance, e.g. ``weak_rate=0.8``; those that are absent have their
-            defaults. In ``to_dict`` they stand beside the others.
+        guidance_interval: Guide only where ``low < time <= high`` (low 0: at 0 too), in the time of the objective's
+            sampling equation: t for flow matching, the noise level for EDM and DDPM. Everywhere by default.
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724.)
+        guided_channels: ``first3`` does not guide the fourth latent channel, as in DiT's scripts.
+        guidance_settings: Further settings of this guidance, e.g. ``weak_rate=0.8``; absent ones keep their defaults.
 
     Raises:
         ValueError: A value is out of range, or belongs to another kind of guidance.

@@ -91,7 +91,7 @@ def sde(
     if last_step_kind not in _LAST_STEPS:
         raise ValueError(f'last_step_kind={last_step_kind!r} is none of {", ".join(_LAST_STEPS)}')
     if last_step_kind == 'none' and last_step != _LAST_STEP:
-        raise ValueError(f"last_step={last_step}: has no effect with last_step_kind 'none'; leave it away")
+        raise ValueError(f"last_step={last_step}: has no effect with last_step_kind 'none'; leave it out")
     x, times = x_BCHW.double(), times.double()
     times = times if last_step_kind == 'none' else _squeezed(times, last_step)
     for step, (time, next_time) in enumerate(pairwise(times)):

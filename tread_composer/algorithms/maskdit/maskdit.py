@@ -84,7 +84,7 @@ class MaskDiT(AlgorithmBase):
             raise ValueError(f'unmask: {unmask!r} is none of {", ".join(get_args(Unmask))}')
         self._from = parse_time(unmask_time, 'unmask_time')
         if self._from is not None and not mask_ratio:
-            raise ValueError(f'unmask_time: {unmask_time!r} with mask_ratio 0, which masks nothing; leave it away')
+            raise ValueError(f'unmask_time: {unmask_time!r} with mask_ratio 0, which masks nothing; leave it out')
         if unmask != 'at_once' and (self._from is None or self._from.unit != TimeUnit.DURATION or self._from >= 1):
             raise ValueError(
                 f'unmask: {unmask!r} runs to the end of training, so unmask_time must be the share of it where that '

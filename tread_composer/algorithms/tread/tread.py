@@ -105,7 +105,7 @@ class Tread(AlgorithmBase):
                 f'Tread: give either routes or start, end and selection_rate, not both ({routes}, {single})'
             )
         if routes is not None and not routes:
-            raise ValueError('Tread: routes is empty; leave Tread away to train densely')
+            raise ValueError('Tread: routes is empty; leave Tread out to train densely')
         self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes or [single])
         self.start_time, self.end_time = start_time, end_time
         both_ends(always_keep)  # refuses what is neither a count nor a pair of counts

@@ -20,19 +20,19 @@ class SweepRequest:
 
     Args:
         path: A run folder, a checkpoint in one, or an exported .safetensors.
-        out: Folder of the rows; the same command goes on where it was interrupted.
+        out: Folder for the rows; after an interruption the same command continues.
         measurement: What is measured; its ``batch_size`` is that of drawing, too.
         guidance_scales: 1 is no guidance.
-        intervals: Where to guide, in the objective's time; the word none for everywhere.
+        intervals: Where to guide, in the objective's time; ``none`` for everywhere.
         guidances: Kinds of guidance, e.g. classifier_free sparse.
         guidance_settings: Settings of these kinds, e.g. weak_rate=0.8.
         weights: Which weights; ``posthoc:0.13`` of a run with ``algorithms.power_ema``.
         sampler: Name of the sampler.
         num_steps: Steps of the sampler.
-        num_samples: Images of each row, as many of each class.
+        num_samples: Images for each row, equally many of each class.
         seed: Image i has the seed ``seed + i``, in every row, as in ``sample``.
         device: Where to compute (a GPU if there is one).
-        overrides: Settings of the run's configuration that are otherwise now, e.g. ``autoencoder.path=/data/vae``.
+        overrides: Changes to the run's configuration, e.g. ``autoencoder.path=/data/vae``.
 
     Raises:
         UserError: A value is out of range.

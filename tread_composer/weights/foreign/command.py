@@ -92,7 +92,7 @@ def import_weights(
 
 def _ask_for_missing(hints: Hints, layout: str) -> None:
     if hints.latent_stats is not None and (hints.latent_scale is not None or hints.latent_shift):
-        raise UserError('--latent-stats: stands in place of --latent-scale and --latent-shift; leave one side away')
+        raise UserError('--latent-stats: replaces --latent-scale and --latent-shift; leave one side out')
     scale, scale_text = hints.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'
     if layout == 'lightningdit':
         scale_text = 'the factor on raw latents in training; or --latent-stats latents_stats.pt, as for its VA-VAE'
@@ -108,9 +108,9 @@ def _ask_for_missing(hints: Hints, layout: str) -> None:
     if lines:
         raise UserError('\n'.join(['import: the file does not say what sampling needs to know; give', *lines]))
     if layout != 'tread' and hints.objective is not None:
-        raise UserError(f'--objective {hints.objective}: the layout {layout} has decided that; leave it away')
+        raise UserError(f'--objective {hints.objective}: the layout {layout} has decided that; leave it out')
     if layout == 'maskdit' and hints.route is not None:
-        raise UserError('--route: MaskDiT masks tokens and routes none; leave it away')
+        raise UserError('--route: MaskDiT masks tokens and routes none; leave it out')
 
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
