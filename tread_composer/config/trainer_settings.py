@@ -88,7 +88,7 @@ def _compile_section() -> type[Strict]:
 
 
 def _profiler_section() -> type[Strict]:
-    """``profiler``: Composer's arguments, with its cyclic ``schedule`` as a section; traces go into the run's folder."""
+    """``profiler``: Composer's arguments, its cyclic ``schedule`` as a section; traces go into the run's folder."""
     fields, refused = signature_fields(Profiler, skip=('schedule', 'trace_handlers'))
     schedule = strict_model('ScheduleSettings', *signature_fields(cyclic_schedule))
     # Composer's default would be a folder where the run was started, and uploads.
