@@ -221,13 +221,13 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
 
 def _memory_rows(plan: dict[str, Any]) -> dict[str, str]:
     if 'memory_gib' not in plan:
-        return {'memory per rank': f'not known: {plan["memory_unknown"]}'} if 'memory_unknown' in plan else {}
+        return {'memory per device': f'not known: {plan["memory_unknown"]}'} if 'memory_unknown' in plan else {}
     parts, fits = plan['memory_gib'], plan['largest_microbatch']
     shown = ', '.join(f'{name} {size:.2f}' for name, size in parts.items() if name != 'total' and size)
-    cards = ', '.join(f'{card} GB: {size or "none"}' for card, size in fits.items())
+    cards = ', '.join(f'{most or "none"} on {card} GB' for card, most in fits.items())
     return {
-        'memory per rank': f'{parts["total"]:.2f} GiB at most, estimated from shapes, without compilation: {shown}',
-        'largest microbatch': f'of a card with {cards}, with 8% of it left over',
+        'memory per device': f'{parts["total"]:.2f} GiB at most, from shapes alone, without compilation: {shown}',
+        'microbatch limit': f'{cards} (estimated, with 8% of the card left over)',
     }
 
 
