@@ -35,11 +35,11 @@ def _moments(output: Any) -> Tensor:
 def refuse_misfits(held: Mapping[str, Tensor], expected: Mapping[str, torch.Size], fault: str) -> None:
     """A ``UserError`` that names tensors which are missing, left over or of another shape; ``fault`` begins it."""
     shapes = {name: list(value.shape) for name, value in held.items()}
-    wanted = {name: list(shape) for name, shape in expected.items()}
+    layout = {name: list(shape) for name, shape in expected.items()}
     wrong = [
-        f'  {name}: {shapes.get(name, "missing")}, the rest asks for {wanted.get(name, "no such tensor")}'
-        for name in dict.fromkeys([*wanted, *shapes])
-        if shapes.get(name) != wanted.get(name)
+        f'  {name}: {shapes.get(name, "missing")}, the rest asks for {layout.get(name, "no such tensor")}'
+        for name in dict.fromkeys([*layout, *shapes])
+        if shapes.get(name) != layout.get(name)
     ]
     if wrong:
         raise UserError('\n'.join([fault, *wrong[:10]]))
