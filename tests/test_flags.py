@@ -77,7 +77,7 @@ def test_words_become_the_request_and_only_what_is_typed_is_given():
             [],
             'usage: it PATH [key=value ...] [options] (--help lists them)\nthe following arguments are required: PATH',
         ),
-        (['--cuont', '3'], "required: PATH; unrecognized arguments: --cuont. Did you mean '--count'?"),
+        (['--cuont'], "required: PATH; unrecognized arguments: --cuont. Did you mean '--count'?"),
         (['x', '--cuont', '3'], "unrecognized arguments: --cuont 3. Did you mean '--count'?"),
         (['x', '--a=1'], 'unrecognized arguments: --a=1; a setting is written key=value, without dashes'),
         (['x', '--kind', 'tow'], "(choose from 'one', 'two'). Did you mean 'two'?"),
