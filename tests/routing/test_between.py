@@ -148,12 +148,12 @@ class Reading(Busy):
 
 @pytest.mark.parametrize(('at', 'named'), [(1, False), (3, True), (4, True), (5, False)])
 def test_a_model_that_reads_its_tokens_on_the_route_is_told_how_many_they_are(at, named):
-    model, plain = Reading(at).train(), Busy().train()
+    model, plain = Reading(at).double().train(), Busy().double().train()
     routing, kept = apply_tread(model, Route(1, 4, 0.5)), sample_kept(4, N, 0.5)
     routing.arm([kept], num_tokens=N)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        (model(tokens()).square().sum() + model.zs.square().sum()).backward()
+        (model(tokens().double()).square().sum() + model.zs.square().sum()).backward()
     texts = [str(warning.message) for warning in caught if 'the model reads' in str(warning.message)]
     expected = [f"block {at - 1} of 'blocks': the model reads what it returned"] if named else []
     assert [text.partition(' (')[0] for text in texts] == expected
@@ -167,10 +167,10 @@ def test_a_model_that_reads_its_tokens_on_the_route_is_told_how_many_they_are(at
         read.extend([x] if index == at else [])
         return x
 
-    out = explicit(list(plain.blocks), tokens(), [(1, 4)], [kept], between=note)
+    out = explicit(list(plain.blocks), tokens().double(), [(1, 4)], [kept], between=note)
     (out.square().sum() + model.projector(read[0]).square().sum()).backward()
     for parameter, reference in zip(model.blocks.parameters(), plain.blocks.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_a_route_that_skips_nothing_says_so():

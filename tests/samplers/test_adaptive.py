@@ -78,7 +78,8 @@ GUIDED = {'guidance': 'classifier_free', 'guidance_scale': 3.0}
     [(FlowMatching(), {}), (FlowMatching(), {**GUIDED, 'guidance_interval': (0.2, 0.7)}), (EDM(), GUIDED)],
 )
 def test_an_image_depends_on_its_label_and_seed_and_not_on_the_batch(objective, more: dict) -> None:
-    made, settings = routed(objective), SamplingSettings(sampler='dopri5', **more)
+    # In float64: products of one sample are computed by another kernel than those of three.
+    made, settings = routed(objective).double(), SamplingSettings(sampler='dopri5', **more)
     labels, seeds, taken, alone = [0, 1, 2], [7, 7, 8], Evaluations(), Evaluations()
     whole = made.draw(labels, seeds, settings, evaluations=taken)
     single = made.draw(labels, seeds, settings, batch_size=1, evaluations=alone)
