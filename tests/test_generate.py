@@ -240,7 +240,7 @@ def test_a_diverged_model_is_named_and_no_image_of_it_is_kept(trained, tmp_path,
 
 
 def test_the_times_of_sampling_can_be_shifted_and_the_record_says_so(trained, tmp_path, sample):
-    """LightningDiT and FasterDiT shift them without training for it; which times: ``test_import_lightning_dit.py``."""
+    """LightningDiT and FasterDiT shift them without training for it; which times: ``test_import_checkpoints.py``."""
     for name, words in (('shifted', ['objective.sampling_shift=3.0']), ('plain', [])):
         sample(trained, tmp_path / name, '--sampler', 'euler', '--count', '4', *words)
     assert record(tmp_path / 'shifted')['made_with']['time_grid']['sampling_shift'] == 3.0
