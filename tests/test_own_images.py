@@ -28,11 +28,8 @@ NEEDS_WEIGHTS = ('prefetch', 'evaluate')
 
 def commands() -> list[list[str]]:
     blocks = re.findall(r'^```\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith(('python', 'composer'))]
-    small = [
-        line.replace('stabilityai/sd-vae-ft-ema', 'vae').replace('resolution 256', 'resolution 32') for line in lines
-    ]
-    return [shlex.split(line) for line in small]
+    text = '\n'.join(blocks).replace('stabilityai/sd-vae-ft-ema', 'vae').replace('resolution 256', 'resolution 32')
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(('python', 'composer'))]
 
 
 def paint(folder, count: int) -> None:
