@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ os.environ['OMP_NUM_THREADS'] = '1'
 import pytest
 import torch
 from streaming.base.shared.memory import SharedMemory
+
+from tread_composer.cli import main
 
 torch.set_num_threads(1)
 
@@ -49,6 +52,38 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests.runs import run  # imports what only runs need
 
     return run(tmp_path_factory.mktemp('routed'), 'digits_tread.yaml', 'algorithms.ema.decay=0.5')
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of the digits, with its splits ``train`` and ``eval``. Not to be changed."""
+    from tread_composer.data.digits import prepare_digits
+
+    folder = tmp_path_factory.mktemp('digits') / 'digits'
+    prepare_digits(folder)
+    return folder
+
+
+class CommandLine:
+    """``python -m tread_composer WORDS`` in the test's own process."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self.capture = capture
+
+    def __call__(self, *words: object, code: int = 0) -> Any:
+        """What it prints (``out``, ``err``) where it ends with this exit code."""
+        self.capture.readouterr()
+        assert main([str(word) for word in words]) == code, self.capture.readouterr()
+        return self.capture.readouterr()
+
+    def refusal(self, *words: object) -> str:
+        """The message of a command that must end with exit code 2."""
+        return self(*words, code=2).err
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as torch_dist
 from composer import Callback, Evaluator
+from composer.core import Event
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
@@ -24,6 +25,7 @@ from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.tread import Tread
 from tread_composer.builders.trainer import compile_blocks
+from tread_composer.core.batch import NOISE, SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.models.lightning_dit import LightningDiT
 from tread_composer.objectives import DDPM
@@ -89,6 +91,16 @@ class Watch(Callback):
         self.eval_losses.append(float(state.eval_metrics['eval']['loss'].compute()))
 
 
+class WithoutIds(Tread):
+    """Sees a foreign batch: nothing says which sample a row is."""
+
+    def apply(self, event, state, logger):
+        hidden = state.batch.pop(SAMPLE_IDS) if event == Event.BATCH_START else None
+        super().apply(event, state, logger)
+        if hidden is not None:
+            state.batch[SAMPLE_IDS] = hidden
+
+
 @contextlib.contextmanager
 def fsdp1_on_cpu() -> Iterator[None]:
     """Composer hands FSDP1 the CUDA device without asking whether there is one."""
@@ -118,9 +130,13 @@ def train(
     compiled: bool | str = False,
     fsdp: Any = None,
     snapshots: Path | None = None,
+    draws: type[Tread] | None = None,
     **keywords: Any,
 ):
-    """Four batches, or as many as ``max_duration`` says; returns what there is to compare, and the trainer."""
+    """Four batches, or as many as ``max_duration`` says; returns what there is to compare, and the trainer.
+
+    ``draws``: the kind of ``Tread`` whose routes are recorded.
+    """
     model, watch, recorder, ema = tiny_model(depth=DEPTH), Watch(), Recorder(), EMA(DECAY)
     counter = CompileCounter()  # runs the captured graph as it is; fullgraph turns any break into an error
     if compiled:
@@ -130,16 +146,23 @@ def train(
     if evaluate:
         callbacks.append(watch)
         keywords |= {'eval_dataloader': evaluator(), 'eval_interval': '2ba'}
+    powers = [] if snapshots is None else [PowerEMA((0.05, 0.2), '4ba', folder=str(snapshots))]
     trainer = make_trainer(
         model,
-        [Tread(1, -2, 0.5), ema, *([] if snapshots is None else [PowerEMA((0.05, 0.2), '4ba', folder=str(snapshots))])],
+        [(draws or Tread)(1, -2, 0.5), ema, *powers],
         callbacks,
         data=lambda: loader(batch_size=BATCH // dist.get_world_size(), shuffle=False),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
         **{'max_duration': '4ba', **parallelism(strategy, **(fsdp or {})), **keywords},
     )
+    kept, routing = [], model.denoiser.blocks.routing
+    if draws:
+        model.denoiser.register_forward_pre_hook(lambda *_: kept.append(routing.kept[0].tolist()))
     trainer.fit()
+    rows = [zip(b[SAMPLE_IDS], r, b[NOISE], strict=True) for b, r in zip(recorder.batches, kept, strict=False)]
     seen = {
+        # Of each (batch, sample) its route and its noise.
+        'draws': {(batch, s): (tuple(r), noise) for batch, row in enumerate(rows) for s, r, noise in row},
         'losses': [float.fromhex(loss) for loss in recorder.losses],
         'eval_losses': watch.eval_losses,
         'held': watch.held,
@@ -171,7 +194,6 @@ def recipes(folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
     for strategy in STRATEGIES:
         two |= {
             f'{strategy}: plain': {'evaluate': True, **saving(folder / strategy)},
-            f'{strategy}: without evaluation': {},
             f'{strategy}: microbatches': {'device_train_microbatch_size': 2},
             f'{strategy}: compiled': {'compiled': True},
             f'{strategy}: resumed': resumed(strategy, sharded=strategy == 'fsdp1'),
@@ -184,6 +206,7 @@ def recipes(folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
             f'{strategy}: activations on the CPU': {'fsdp': {'activation_cpu_offload': True}},
         }
     two |= {
+        'ddp: without evaluation': {'draws': Tread},
         'ddp: resumed from one': resumed('one'),
         'fsdp2: resumed from one': resumed('one'),
         'fsdp2: resumed from ddp': resumed('ddp'),
@@ -216,10 +239,8 @@ def snapshots_of(folder: Path, ranks: int, name: str) -> Path:
     return folder / 'snapshots' / f'{ranks} {name}'
 
 
-def told_in_bfloat16() -> dict[str, Any]:
-    """What arrives in a network that FSDP2 casts to bfloat16, sharded as Composer does; Composer itself has float32 on
-    the CPU alone.
-    """
+def timesteps_in_bfloat16() -> dict[str, Any]:
+    """What arrives in a network that FSDP2 casts to bfloat16, which Composer itself does on a GPU alone."""
     sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 1, 'num_heads': 2, 'learn_sigma': True}
     network: Any = randomised(LightningDiT(latent_size=8, in_channels=1, num_classes=10, **sizes))  # type: ignore[arg-type]
     seen: dict[str, Tensor] = {}
@@ -227,7 +248,6 @@ def told_in_bfloat16() -> dict[str, Any]:
     for module in (network.blocks[0], network):
         fully_shard(module, mp_policy=policy)
     network.t_embedder.register_forward_pre_hook(lambda _, args: seen.update(timesteps=args[0]))
-    network.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(rope=args[2]))
     objective, count = DDPM(), 1000
     zeros, labels = torch.zeros(count, 1, 8, 8), torch.zeros(count, dtype=torch.int64)
     with torch.no_grad():
@@ -238,7 +258,7 @@ def told_in_bfloat16() -> dict[str, Any]:
         for time in times[:-1]:
             objective.drift(network, labels[:1])(zeros[:1].double(), time)
             sampled.append(seen['timesteps'].item())
-    return {'trained': trained, 'sampled': sampled, 'rope': seen['rope']}
+    return {'trained': trained, 'sampled': sampled}
 
 
 def trainings(folder: Path) -> dict[str, Any]:
@@ -255,5 +275,6 @@ def trainings(folder: Path) -> dict[str, Any]:
                 train('fsdp1', fsdp={'use_orig_params': False})
             except UserError as error:
                 seen['refused'] = str(error)
-        seen['bfloat16'] = told_in_bfloat16()
+        seen['without ids'] = train('ddp', draws=WithoutIds)[0]['draws']
+        seen['bfloat16'] = timesteps_in_bfloat16()
     return seen

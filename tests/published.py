@@ -88,27 +88,35 @@ def run_head(w, name, x_ND, c_D):
     return apply_linear(w, f'{name}.linear', modulated(x_ND, shift, scale))
 
 
-def network(weights, x_CHW, t, label):
-    """The network's own output for one sample, all channels of its head; label None is MaskDiT's zero vector."""
-    w = {name: tensor.double() for name, tensor in weights.items()}
-    p, side = SIZES['patch'], SIZES['side'] // SIZES['patch']
+def embedded(w, x_CHW, t, label):
+    """The condition of one sample, and its patches as tokens; label None is MaskDiT's zero vector."""
     angles = float(t) * 10000 ** -(torch.arange(128, dtype=torch.float64) / 128)
     hidden = apply_linear(w, 't_embedder.mlp.0', torch.cat([angles.cos(), angles.sin()]))
     c_D = apply_linear(w, 't_embedder.mlp.2', functional.silu(hidden))
-    table, maskdit = w['y_embedder.embedding_table.weight'], 'decoder_pos_embed' in w
-    table = table.T if maskdit else table  # MaskDiT's is a linear layer on one-hot labels
-    c_D = c_D if label is None else c_D + table[label]
-    patches = functional.conv2d(x_CHW.double()[None], w['x_embedder.proj.weight'], w['x_embedder.proj.bias'], stride=p)
-    x_ND = patches[0].flatten(1).T + w['pos_embed'][0]
+    table = w['y_embedder.embedding_table.weight']
+    table = table.T if 'decoder_pos_embed' in w else table  # MaskDiT's is a linear layer on one-hot labels
+    weight, bias = w['x_embedder.proj.weight'], w['x_embedder.proj.bias']
+    patches = functional.conv2d(x_CHW.double()[None], weight, bias, stride=SIZES['patch'])
+    return c_D if label is None else c_D + table[label], patches[0].flatten(1).T + w['pos_embed'][0]
+
+
+def picture(tokens):
+    """A token holds its square row by row, the channels of a pixel side by side."""
+    p, side = SIZES['patch'], SIZES['side'] // SIZES['patch']
+    return tokens.view(side, side, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, side * p, side * p)
+
+
+def network(weights, x_CHW, t, label):
+    """The network's own output for one sample, all channels of its head."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    c_D, x_ND = embedded(w, x_CHW, t, label)
     for i in range(SIZES['depth']):
         x_ND = run_block(w, f'blocks.{i}', x_ND, c_D, SIZES['heads'])
-    if maskdit:
+    if 'decoder_pos_embed' in w:
         x_ND = run_head(w, 'decoder_layer', x_ND, c_D) + w['decoder_pos_embed'][0]
         for i in range(DECODER['depth']):
             x_ND = run_block(w, f'decoder_blocks.{i}', x_ND, c_D, DECODER['heads'])
-    # A token holds its square row by row, the channels of a pixel side by side.
-    squares = run_head(w, 'final_layer', x_ND, c_D).view(side, side, p, p, -1)
-    return squares.permute(4, 0, 2, 1, 3).reshape(-1, side * p, side * p)
+    return picture(run_head(w, 'final_layer', x_ND, c_D))
 
 
 def sit_velocity(weights, x_CHW, t, label):
@@ -152,7 +160,6 @@ def lightning_weights(qk_norm=False, head_channels=4, seed=0):
 def lightning_velocity(weights, x_CHW, t, label):
     """LightningDiT: data - noise at its own time, where t = 1 is data."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    p, side, heads = SIZES['patch'], SIZES['side'] // SIZES['patch'], SIZES['heads']
 
     def normed(name, x):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f'{name}.weight']
@@ -161,16 +168,12 @@ def lightning_velocity(weights, x_CHW, t, label):
         swapped = torch.stack([-x_HNF[..., 1::2], x_HNF[..., 0::2]], dim=-1).flatten(-2)
         return x_HNF * w['feat_rope.freqs_cos'] + swapped * w['feat_rope.freqs_sin']
 
-    angles = float(t) * 10000 ** -(torch.arange(128, dtype=torch.float64) / 128)
-    hidden = apply_linear(w, 't_embedder.mlp.0', torch.cat([angles.cos(), angles.sin()]))
-    c_D = apply_linear(w, 't_embedder.mlp.2', functional.silu(hidden)) + w['y_embedder.embedding_table.weight'][label]
-    patches = functional.conv2d(x_CHW.double()[None], w['x_embedder.proj.weight'], w['x_embedder.proj.bias'], stride=p)
-    x_ND = patches[0].flatten(1).T + w['pos_embed'][0]
+    c_D, x_ND = embedded(w, x_CHW, t, label)
     for i in range(SIZES['depth']):
         name = f'blocks.{i}'
         m = apply_linear(w, f'{name}.adaLN_modulation.1', functional.silu(c_D)).chunk(6)
         qkv = apply_linear(w, f'{name}.attn.qkv', normed(f'{name}.norm1', x_ND) * (1 + m[1]) + m[0])
-        q, k, v = qkv.view(len(x_ND), 3, heads, -1).permute(1, 2, 0, 3)
+        q, k, v = qkv.view(len(x_ND), 3, SIZES['heads'], -1).permute(1, 2, 0, 3)
         if f'{name}.attn.q_norm.weight' in w:
             q, k = normed(f'{name}.attn.q_norm', q), normed(f'{name}.attn.k_norm', k)
         mixed = (turned(q) @ turned(k).mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
@@ -179,5 +182,4 @@ def lightning_velocity(weights, x_CHW, t, label):
         x_ND = x_ND + m[5] * apply_linear(w, f'{name}.mlp.w3', functional.silu(a) * b)
     shift, scale = apply_linear(w, 'final_layer.adaLN_modulation.1', functional.silu(c_D)).chunk(2)
     out = apply_linear(w, 'final_layer.linear', normed('final_layer.norm_final', x_ND) * (1 + scale) + shift)
-    squares = out.view(side, side, p, p, -1).permute(4, 0, 2, 1, 3)
-    return squares.reshape(-1, side * p, side * p)[: SIZES['channels']]
+    return picture(out)[: SIZES['channels']]

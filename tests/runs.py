@@ -66,14 +66,8 @@ def command(yaml: str | Path, *overrides: str, launcher: int = 0) -> list[str]:
 def launch(folder: Path, words: Sequence[str], ranks: int = 1, **variables: str) -> subprocess.CompletedProcess:
     """Run to the end in ``folder``; what begins with Python and a file or ``-m`` is forked behind the imports.
 
-    Args:
-        folder: Working directory.
-        words: As ``command`` makes them.
-        ranks: More than one get the variables that the launcher would set.
-        variables: Added to the environment.
-
-    Returns:
-        The first exit code that is not 0, and what rank 0 wrote; where it is not 0, what all wrote to stderr.
+    Several ranks get the variables that the launcher would set. Returns the first exit code that is not 0, and what
+    rank 0 wrote; where it is not 0, what all wrote to stderr.
     """
     if words[0] != sys.executable:
         return subprocess.run(words, cwd=folder, env=environment(**variables), capture_output=True, text=True)
@@ -134,10 +128,10 @@ def train(folder: Path, yaml: str, *overrides: str, ranks: int = 1) -> subproces
     return done
 
 
-def tracked(folder: Path, experiment: str = 'digits') -> Any:
+def tracked(folder: Path) -> Any:
     """The only MLflow run in ``folder``'s store."""
     client = MlflowClient(f'sqlite:///{folder}/runs/mlflow.db')
-    (tracked_run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (tracked_run,) = client.search_runs([client.get_experiment_by_name('digits').experiment_id])
     return tracked_run
 
 

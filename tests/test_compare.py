@@ -12,13 +12,13 @@ from mlflow.entities import Metric
 
 from tests.metrics.small import PROTOCOL as FULL_PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
-from tests.warm import ROOT
-from tread_composer.cli import main
+from tests.runs import YAMLS
 from tread_composer.compare.comparison import compare
 from tread_composer.compare.cost import recorded_seconds, training_teraflops
 from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
 from tread_composer.compare.presentation import format_comparison, write_comparison
 from tread_composer.compare.runs import Run, open_run
+from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.metric import direction
 
@@ -71,6 +71,14 @@ def test_where_higher_is_better_the_crossing_is_upwards():
     # Read as a distance the very first point would do: the direction is looked at.
     missed = speed_up(dense, routed, 'lower', 'step')
     assert (missed.ratio, missed.reached, missed.reason) == (None, None, 'not reached')
+    for better, names in {
+        'lower': ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'kd'],
+        'higher': ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'recognised_digits_500'],
+    }.items():
+        assert [direction(name) for name in names] == [better] * 5
+    for name in ('loss', 'fidelity', 'digits/other'):
+        with pytest.raises(ValueError, match='no metric whose better direction is known'):
+            direction(name)
 
 
 def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
@@ -99,16 +107,6 @@ def test_values_between_and_beyond_the_measurements():
     assert value_at(points((1, 2.0), flops=None), 'teraflops', 1) == 'not recorded'
 
 
-def test_directions():
-    names = ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'kd']
-    assert [direction(name) for name in names] == ['lower'] * 5
-    names = ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'recognised_digits_500']
-    assert [direction(name) for name in names] == ['higher'] * 5
-    for name in ('loss', 'fidelity', 'digits/other'):
-        with pytest.raises(ValueError, match='no metric whose better direction is known'):
-            direction(name)
-
-
 # --- tables ---
 
 
@@ -116,11 +114,6 @@ def two_runs(**keywords) -> list[Run]:
     dense = run('dense', points((100, 40.0), (200, 20.0)), **keywords)
     routed = run('routed', points((100, 30.0), (200, 10.0), flops=1.5, seconds=None))
     return [dense, routed]
-
-
-def with_recall(*runs: Run) -> list[Run]:
-    recall = Curve('recall_10000', PROTOCOL, points((100, 0.5)), 'higher')
-    return [Run(r.name, '', (*r.curves, recall)) for r in runs]
 
 
 def test_tables_at_equal_cost():
@@ -176,10 +169,15 @@ def test_runs_of_two_objectives_compare_and_the_grids_are_named():
         compare([edm, a, b])
 
 
-def test_metrics_are_chosen_by_name_with_or_without_their_number_of_samples():
+def test_metrics_are_chosen_by_name_and_a_protocol_that_they_share_is_shown_once(tmp_path):
     a, b = two_runs()
-    more = with_recall(a, b)
-    assert [t.metric for t in compare(more).tables] == ['fid_10000', 'recall_10000']
+    recall = Curve('recall_10000', PROTOCOL, points((100, 0.5)), 'higher')
+    more = [Run(r.name, '', (*r.curves, recall)) for r in (a, b)]
+    both = compare(more)
+    assert [t.metric for t in both.tables] == ['fid_10000', 'recall_10000']
+    assert format_comparison(both).count('protocol of fid_10000, recall_10000: ') == 1
+    page = write_comparison(both, tmp_path, 'compare')[2].read_text()
+    assert page.count('Protocol of fid_10000, recall_10000') == page.count('>sampling.num_steps<') == 1
     assert [t.metric for t in compare(more, ['recall']).tables] == ['recall_10000']
     with pytest.raises(UserError, match='no run has kid; there are fid_10000, recall_10000'):
         compare(more, ['kid'])
@@ -233,8 +231,6 @@ def test_results_files(tmp_path):
     with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):
         open_run(str(path))
     assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
-    with pytest.raises(UserError, match="no results of a run 'other'"):
-        open_run(f'{path}#other')
     # A curve is one whatever the reference is called, and another where the protocol is.
     renamed = {**PROTOCOL, 'autoencoder': '/data/vae', 'reference': {'name': 'copy', 'kind': 'adm'},
                'sampling': {**PROTOCOL['sampling'], 'guidance_scale': 1}}  # fmt: skip
@@ -243,48 +239,30 @@ def test_results_files(tmp_path):
         assert [len(curve.points) for curve in open_run(str(path)).curves] == counts
 
 
-def test_a_metric_of_somebody_else_says_its_direction_in_the_file(tmp_path):
-    for name, values in (('dense', (0.2, 0.5)), ('routed', (0.4, 0.9))):
-        entries = [entry(100 * (i + 1), v, metric='acme', better='higher', run=name) for i, v in enumerate(values)]
-        (tmp_path / f'{name}.json').write_text(json.dumps(entries))
-    (table,) = compare([open_run(str(tmp_path / f'{name}.json')) for name in ('dense', 'routed')]).tables
-    assert table.better == 'higher'
-    assert table.speed_ups(1)['step'].reached == pytest.approx(120)  # 0.5 lies between 0.4 and 0.9
-
-
-def test_a_protocol_that_metrics_share_is_shown_once(tmp_path):
-    comparison = compare(with_recall(*two_runs()))
-    assert len(comparison.tables) == 2
-    assert format_comparison(comparison).count('protocol of fid_10000, recall_10000: ') == 1
-    page = write_comparison(comparison, tmp_path, 'compare')[2].read_text()
-    assert page.count('Protocol of fid_10000, recall_10000') == page.count('>sampling.num_steps<') == 1
-
-
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        ('{', 'cannot be read'),
-        ('"text"', 'no list of measured numbers'),
-        ('{}', 'has no run_name'),
-        ('[{"metric": "fid"}]', 'result 0 has no proper value, protocol'),
-        ('[]', 'no results'),
-    ],
-)
-def test_files_that_are_no_results(tmp_path, content, message):
+def test_files_that_are_no_results(tmp_path):
     path = tmp_path / 'results.json'
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        open_run(str(path))
+    for content, message in {
+        '{': 'cannot be read',
+        '"text"': 'no list of measured numbers',
+        '{}': 'has no run_name',
+        '[{"metric": "fid"}]': 'result 0 has no proper value, protocol',
+        '[]': 'no results',
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            open_run(str(path))
+
+
+def write_config(folder: Path, recipe: str, *overrides: str) -> Path:
+    (folder / 'config.yaml').write_text(load_config(YAMLS / recipe, overrides).to_yaml())
+    return folder
 
 
 def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float], **protocol) -> Path:
     """A run folder beside a store, as a training on the digits leaves them."""
-    from tread_composer.config import load_config
-
     folder = root / 'runs' / name
     folder.mkdir(parents=True)
-    config = load_config(ROOT / 'yamls' / recipe, [f'run_name={name}'])
-    (folder / 'config.yaml').write_text(config.to_yaml())
+    write_config(folder, recipe, f'run_name={name}')
     points = [{'batch': step, 'recognised': 0.5, 'frechet_distance': value} for step, value in values.items()]
     results = {'run_name': name, 'protocol': {**PROTOCOL, **protocol}, 'points': points}
     (folder / 'digits_quality.json').write_text(json.dumps(results))
@@ -303,7 +281,7 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
 
 
 @pytest.fixture(scope='module')
-def digits(tmp_path_factory) -> Path:
+def digits_runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('digits')
     make_digits_run(root, 'dense', 'digits.yaml', {100: 40.0, 200: 20.0})
     make_digits_run(root, 'routed', 'digits_tread.yaml', {100: 30.0, 200: 10.0})
@@ -311,10 +289,9 @@ def digits(tmp_path_factory) -> Path:
     return root
 
 
-def test_digits_runs_from_their_folders_through_the_command(digits, tmp_path, capsys):
-    words = [str(digits / 'runs' / 'dense'), str(digits / 'runs' / 'routed')]
-    assert main(['compare', *words, '--out', str(tmp_path), '--metric', 'digits/frechet_distance']) == 0
-    printed = capsys.readouterr().out
+def test_digits_runs_from_their_folders_through_the_command(digits_runs, tmp_path, cli):
+    dense, routed, guided = (digits_runs / 'runs' / name for name in ('dense', 'routed', 'guided'))
+    printed = cli('compare', dense, routed, '--out', tmp_path, '--metric', 'digits/frechet_distance').out
     assert '1.33x (1.00x at the measurement)' in printed
     assert f'written: {tmp_path}/comparison.html' in printed
     (stored,) = json.loads((tmp_path / 'comparison.json').read_text())['metrics']
@@ -324,44 +301,27 @@ def test_digits_runs_from_their_folders_through_the_command(digits, tmp_path, ca
     ratio = 4 / 3 * dense[0]['teraflops'] / routed[0]['teraflops']
     assert stored['speed_ups']['routed']['teraflops']['ratio'] == pytest.approx(ratio)
     # Another protocol is refused.
-    assert main(['compare', words[0], str(digits / 'runs' / 'guided'), '--out', str(tmp_path / 'out')]) == 2
-    assert 'seed: 0 and 2' in capsys.readouterr().err
+    assert 'seed: 0 and 2' in cli.refusal('compare', digits_runs / 'runs' / 'dense', guided, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
-def test_what_lies_beside_the_numbers_of_a_run(digits, tmp_path):
-    found = open_run(str(digits / 'runs' / 'routed'))
+def test_what_lies_beside_the_numbers_of_a_run(digits_runs, tmp_path):
+    found = open_run(str(digits_runs / 'runs' / 'routed'))
     assert found.name == 'routed' and found.grid == png() and found.machine == '2 ranks on 1 x Q'
     # Resumed with other settings, it says so.
-    client = MlflowClient(f'sqlite:///{digits}/runs/mlflow.db')
+    client = MlflowClient(f'sqlite:///{digits_runs}/runs/mlflow.db')
     (record,) = client.search_runs([client.get_experiment_by_name('digits').experiment_id], "tags.run_name = 'routed'")
     client.set_tag(record.info.run_id, 'tread_composer.changed_settings', 'max_duration: 1ba -> 2ba')
     assert any('max_duration' in note for note in open_run(found.source).notes)
     # Without its store a run has no seconds, and nothing makes one.
-    alone = shutil.copytree(digits / 'runs' / 'routed', tmp_path / 'far' / 'routed')
+    alone = shutil.copytree(digits_runs / 'runs' / 'routed', tmp_path / 'far' / 'routed')
     (curve, _) = open_run(str(alone)).curves
     assert {point.seconds for point in curve.points} == {None}
     assert any('no MLflow record found (there is no store' in note for note in open_run(str(alone)).notes)
     assert not list(tmp_path.rglob('*.db'))
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    for word, message in {
-        str(tmp_path / 'absent'): 'neither a folder nor a file',
-        str(tmp_path): r'there is no config\.yaml',
-    }.items():
-        with pytest.raises(UserError, match=message):
-            open_run(word)
-
-
 # --- costs ---
-
-
-def write_config(folder: Path, recipe: str, *overrides: str) -> Path:
-    from tread_composer.config import load_config
-
-    (folder / 'config.yaml').write_text(load_config(ROOT / 'yamls' / recipe, overrides).to_yaml())
-    return folder
 
 
 def test_flops_follow_the_plan_and_the_window_of_routing(tmp_path):
@@ -391,10 +351,6 @@ def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_
     words = ["algorithms.maskdit.unmask_time='0.9dur'"]
     cost, said = training_teraflops(write_config(tmp_path, 'digits_maskdit.yaml', *words))
     assert cost(1) is None and 'unmask_time' in said
-
-
-def test_seconds_are_the_middle_speed_or_not_recorded():
-    cost, _ = recorded_seconds({1: 4.0, 2: 0.5, 3: 5.0, 4: 0.0, 5: float('nan')})
-    assert cost(100) == 25.0
     cost, said = recorded_seconds({})
     assert cost(100) is None and 'speed_monitor' in said
+    assert recorded_seconds({1: 4.0, 2: 0.5, 3: 5.0, 4: 0.0, 5: float('nan')})[0](100) == 25.0  # by the middle speed

@@ -1,5 +1,6 @@
 """``torch.compile`` through a real ``Trainer``: one graph for training, one for evaluation, then no more."""
 
+import pytest
 import torch
 from composer import Callback
 from torch._dynamo.testing import CompileCounter
@@ -24,29 +25,22 @@ class Graphs(Callback):
         self.after_eval.append(self.counter.frame_count)
 
 
-def test_one_graph_for_training_one_for_evaluation_no_break_and_no_recompile():
+def compiled(algorithms, **settings):
+    """Graphs and losses of a training; fullgraph turns any break into an error."""
     torch._dynamo.reset()
-    counter = CompileCounter()  # runs the captured graph as it is; fullgraph turns any break into an error
-    graphs = Graphs(counter)
-    _, compiled = fit(
-        [Tread(**ROUTE), EMA(0.9)],
-        callbacks=[graphs],
-        compile_config={'backend': counter, 'fullgraph': True},
-        eval_dataloader=loader(shuffle=False),
-        eval_interval='2ba',
-        max_duration='6ba',
-    )
+    graphs = Graphs(CompileCounter())  # runs the captured graph as it is
+    config = {'backend': graphs.counter, 'fullgraph': True}
+    return graphs, fit(algorithms, callbacks=[graphs], compile_config=config, **settings)[1].losses
+
+
+def test_one_graph_for_training_one_for_evaluation_no_break_and_no_recompile():
+    evaluated = {'eval_dataloader': loader(shuffle=False), 'eval_interval': '2ba'}
+    graphs, losses = compiled([Tread(**ROUTE), EMA(0.9)], **evaluated)
     assert graphs.after_batch == [1, 1, 2, 2, 2, 2]
     assert graphs.after_eval == [2, 2, 2]
-    _, eager = fit([Tread(**ROUTE), EMA(0.9)], eval_dataloader=loader(shuffle=False), eval_interval='2ba')
-    losses = [float.fromhex(loss) for loss in compiled.losses]
-    torch.testing.assert_close(losses, [float.fromhex(loss) for loss in eager.losses], rtol=1e-5, atol=0)
+    eager = fit([Tread(**ROUTE), EMA(0.9)], **evaluated)[1].losses
+    assert [float.fromhex(loss) for loss in losses] == pytest.approx([float.fromhex(loss) for loss in eager], rel=1e-5)
 
 
 def test_a_route_that_ends_costs_one_more_graph():
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    graphs = Graphs(counter)
-    config = {'backend': counter, 'fullgraph': True}
-    fit([Tread(**ROUTE, end_time='3ba')], callbacks=[graphs], compile_config=config)
-    assert graphs.after_batch == [1, 1, 1, 2, 2, 2]
+    assert compiled([Tread(**ROUTE, end_time='3ba')])[0].after_batch == [1, 1, 1, 2, 2, 2]

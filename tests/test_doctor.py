@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.runs import ROOT, SMALL, command, environment, launch
+from tests.runs import ROOT, SMALL, YAMLS, command, environment
 from tests.warm import may_have_namespaces, own_namespaces, start_program
-from tread_composer.cli import main
 
-DIGITS = str(ROOT / 'yamls' / 'digits_tread.yaml')
+DIGITS = str(YAMLS / 'digits_tread.yaml')
+needs_namespaces = pytest.mark.skipif(
+    not may_have_namespaces(), reason='needs namespaces of its own, which are refused here'
+)
 
 
 def lines(text: str) -> dict[str, tuple[str, str]]:
@@ -27,19 +29,14 @@ def lines(text: str) -> dict[str, tuple[str, str]]:
     return {line[7:28].strip(): (line[:7].strip(), line[29:]) for line in rows}
 
 
-def test_a_machine_that_can_train_is_said_to_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+def test_a_machine_that_can_train_is_said_to_and_nothing_is_written(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    assert main(['doctor', DIGITS]) == 0
-    rows = lines(capsys.readouterr().out)
+    rows = lines(cli('doctor', DIGITS).out)
     assert {verdict for verdict, _ in rows.values()} == {'ok'}
     asked = {'versions', 'torch and GPU', 'shared memory', 'open files', 'rendezvous', 'Inception', 'data'}
     assert asked | {'run folder', 'free disk', 'loggers.mlflow'} <= set(rows)
     assert not list(tmp_path.iterdir())
-
-
-def test_without_a_yaml_the_machine_alone(capsys):
-    assert main(['doctor']) == 0
-    assert 'data' not in lines(capsys.readouterr().out)
+    assert 'data' not in lines(cli('doctor').out)  # the machine alone
 
 
 def become_faulty(script: str, open_files: int = 4096) -> None:
@@ -47,7 +44,7 @@ def become_faulty(script: str, open_files: int = 4096) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
 
 
-@pytest.mark.skipif(not may_have_namespaces(), reason='needs namespaces of its own, which are refused here')
+@needs_namespaces
 @pytest.mark.parametrize(
     ('fault', 'name', 'cure'),
     [
@@ -66,7 +63,7 @@ def test_faults_of_a_machine_are_named_with_their_cure(tmp_path, fault, name, cu
     assert '1 fault, each with its cure above' in outputs[1].read_text()
 
 
-@pytest.mark.skipif(not may_have_namespaces(), reason='needs namespaces of its own, which are refused here')
+@needs_namespaces
 @pytest.mark.parametrize(('folder', 'size'), [('data', '100k'), ('runs', '1500k')])
 def test_a_disk_that_fills_ends_a_run_in_words(tmp_path, folder, size):
     """Checkpoints have tests of their own; here it is the digits, or MLflow's store and the pictures."""
@@ -81,21 +78,13 @@ def test_a_disk_that_fills_ends_a_run_in_words(tmp_path, folder, size):
     assert process.exitcode == 2 and 'Traceback' not in text and 'make room' in text, text
 
 
-def test_a_port_that_is_taken(monkeypatch, capsys):
+def test_a_port_that_is_taken(monkeypatch, cli):
     with socket.socket() as taken:
         taken.bind(('0.0.0.0', 0))
         taken.listen()
         monkeypatch.setenv('MASTER_PORT', str(taken.getsockname()[1]))
-        assert main(['doctor']) == 2
-    verdict, text = lines(capsys.readouterr().out)['rendezvous']
+        verdict, text = lines(cli('doctor', code=2).out)['rendezvous']
     assert verdict == 'FAULT' and '--master_port' in text
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    folder = tmp_path / 'runs'
-    folder.mkdir()
-    return folder / 'mlflow.db'
 
 
 def damaged(store: Path) -> None:
@@ -111,15 +100,16 @@ def of_another_version(store: Path) -> None:
 
 
 @pytest.mark.parametrize('spoil', [damaged, of_another_version])
-def test_a_store_that_cannot_be_used_stops_doctor_and_train_alike(tmp_path, monkeypatch, capsys, store, spoil):
+def test_a_store_that_cannot_be_used_stops_doctor_and_train_alike(tmp_path, monkeypatch, cli, spoil):
     monkeypatch.chdir(tmp_path)
+    store = tmp_path / 'runs' / 'mlflow.db'
+    store.parent.mkdir()
     spoil(store)
     before = store.read_bytes()
-    assert main(['doctor', DIGITS]) == 2
-    verdict, text = lines(capsys.readouterr().out)['loggers.mlflow']
+    verdict, text = lines(cli('doctor', DIGITS, code=2).out)['loggers.mlflow']
     assert verdict == 'FAULT' and 'mlflow.db cannot be used' in text and 'loggers.mlflow=null' in text
-    done = launch(tmp_path, command(DIGITS, 'max_duration=1ba'))
-    assert done.returncode == 2 and text.splitlines()[0][:60] in done.stderr and 'Traceback' not in done.stderr
+    refused = cli.refusal('train', DIGITS, 'max_duration=1ba')
+    assert text.splitlines()[0][:60] in refused and 'Traceback' not in refused
     assert store.read_bytes() == before
 
 
@@ -151,13 +141,12 @@ def server(answer: int | None) -> Iterator[int]:
 
 
 @pytest.mark.parametrize('answer', [403, None])
-def test_a_tracking_server_that_refuses_or_never_answers(tmp_path, monkeypatch, capsys, answer):
+def test_a_tracking_server_that_refuses_or_never_answers(tmp_path, monkeypatch, cli, answer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('tread_composer.callbacks.mlflow_run.PATIENCE', 2.0)
     with server(answer) as port:
         uri = f'http://me:pass-word@127.0.0.1:{port}'
-        assert main(['doctor', DIGITS, f'loggers.mlflow.tracking_uri={uri}']) == 2
-    out, err = capsys.readouterr()
+        out, err = cli('doctor', DIGITS, f'loggers.mlflow.tracking_uri={uri}', code=2)
     verdict, text = lines(out)['loggers.mlflow']
     assert verdict == 'FAULT' and f'http://me:***@127.0.0.1:{port} cannot be used' in text
     assert 'for at most 2 s' in err and 'pass-word' not in out + err

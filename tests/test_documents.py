@@ -18,58 +18,46 @@ import yaml
 from tests.runs import ROOT
 from tread_composer.config import load_config
 
-PAGES = sorted(
-    path.relative_to(ROOT)
-    for pattern in ('*.md', 'docs/*.md', 'benchmarks/*.md', 'streaming_data/*.md', 'tread_composer/**/*.md')
-    for path in ROOT.glob(pattern)
-)
+PLACES = ('*.md', 'docs/*.md', 'benchmarks/*.md', 'streaming_data/*.md', 'tread_composer/**/*.md')
+PAGES = sorted(path.relative_to(ROOT) for pattern in PLACES for path in ROOT.glob(pattern))
 HEADERS = sorted(path.relative_to(ROOT) for path in ROOT.glob('yamls/*.yaml'))
 PROGRAM = (
     r'(?:python -m tread_composer|composer (?:-n \d+ )?\S+\.py|python (?:train|streaming_data/\w+|benchmarks/\w+)\.py)'
 )
+LINES = re.DOTALL | re.MULTILINE
 
 
 class Parsed(Exception):  # noqa: N818
     """Raised in place of a command's work, once its words have been understood."""
 
 
-def without_code(text: str) -> str:
-    """The page without fenced blocks and code spans: what is left are its prose, headings and links."""
-    return re.sub(r'`[^`]*`', '', re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE))
+def without_blocks(page: Path) -> str:
+    return re.sub(r'^```.*?^```', '', (ROOT / page).read_text(), flags=LINES)
 
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of the headings of a page."""
-    text = re.sub(r'^```.*?^```', '', (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r'^#+ +(.+?) *$', text, re.MULTILINE)
+    headings = re.findall(r'^#+ +(.+?) *$', without_blocks(page), re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def links() -> list[tuple[Path, str]]:
-    """Page and target of every link and picture that stays in the repository."""
-    return [
-        (page, target)
-        for page in PAGES
-        for target in re.findall(r'\]\(([^)\s]+)\)', without_code((ROOT / page).read_text()))
-        if not target.startswith('https://')
-    ]
+def links(page: Path) -> list[str]:
+    """Target of every link and picture that stays in the repository."""
+    targets = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`]*`', '', without_blocks(page)))
+    return [target for target in targets if not target.startswith('https://')]
 
 
 def commands() -> list[tuple[str, str]]:
     """Every command with the page that shows it: in fenced blocks, in code spans, in headers of recipes."""
     shown = []
     for page in PAGES:
-        text = (ROOT / page).read_text()
-        for block in re.findall(r'^```(?:bash|sh)?\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
+        for block in re.findall(r'^```(?:bash|sh)?\n(.*?)^```', (ROOT / page).read_text(), LINES):
             joined = re.sub(r'\s*\\\n\s*', ' ', block)
-            shown += [(str(page), re.sub(r'\s+#.*', '', line)) for line in joined.splitlines()]
-        prose = re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE)
-        shown += [(str(page), ' '.join(span.split())) for span in re.findall(r'`([^`]+)`', prose)]
+            shown += [(page, re.sub(r'\s+#.*', '', line)) for line in joined.splitlines()]
+        shown += [(page, ' '.join(span.split())) for span in re.findall(r'`([^`]+)`', without_blocks(page))]
     for page in HEADERS:
-        shown += [
-            (str(page), line) for line in re.findall(r'^# Command: +(.*)', (ROOT / page).read_text(), re.MULTILINE)
-        ]
-    without_variables = [(page, re.sub(r'^(?:[A-Z_]+=\S+ )+', '', line)) for page, line in shown]
+        shown += [(page, line) for line in re.findall(r'^# Command: +(.*)', (ROOT / page).read_text(), re.MULTILINE)]
+    without_variables = [(str(page), re.sub(r'^(?:[A-Z_]+=\S+ )+', '', line)) for page, line in shown]
     return sorted({(page, line) for page, line in without_variables if re.match(PROGRAM, line)})
 
 
@@ -85,20 +73,18 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
         depth.pop()
         if depth:
             return namespace, rest
-        wrong = [
-            word for word in rest if word.startswith('-') or '=' not in word or not hasattr(namespace, 'overrides')
-        ]
+        takes_settings = hasattr(namespace, 'overrides')
+        wrong = [word for word in rest if word.startswith('-') or '=' not in word or not takes_settings]
         if wrong:
             parser.error(f'unrecognized arguments: {wrong}')
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, 'parse_known_args', parse_known_args)
-    monkeypatch.setattr(sys, 'argv', words)
+    monkeypatch.setattr(sys, 'argv', words[words[0] == '-m' :])
     output = io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
             if words[0] == '-m':
-                monkeypatch.setattr(sys, 'argv', words[1:])
                 runpy.run_module(words[1], run_name='__main__')
             else:
                 # As `python FILE` does: what lies beside it can be imported.
@@ -113,9 +99,7 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize('page', PAGES, ids=str)
 def test_links_and_anchors_lead_somewhere(page):
-    for source, target in links():
-        if source != page:
-            continue
+    for target in links(page):
         name, _, anchor = target.partition('#')
         path = (ROOT / page.parent / name).resolve() if name else ROOT / page
         assert path.exists() and ROOT in (path, *path.parents), f'{page}: {target}'
@@ -123,31 +107,22 @@ def test_links_and_anchors_lead_somewhere(page):
 
 
 def test_every_page_and_picture_is_linked():
-    reached = {(ROOT / source.parent / target.partition('#')[0]).resolve() for source, target in links()}
+    reached = {(ROOT / page.parent / target.partition('#')[0]).resolve() for page in PAGES for target in links(page)}
     shown = {ROOT / page for page in PAGES if page != Path('README.md')} | set(ROOT.glob('docs/*.*'))
     assert not shown - reached
 
 
 @pytest.mark.parametrize(('page', 'line'), commands())
-def test_commands_are_understood(page, line, monkeypatch):
+def test_commands_are_understood_and_their_settings_are_valid(page, line, monkeypatch):
     bare = re.fullmatch(r'(python -m tread_composer \w+|python \S+\.py)', line)
     refused = parse(f'{line} --help' if bare else line, monkeypatch)
     assert not refused, f'{page}: {line}\n{refused}'
-
-
-@pytest.mark.parametrize(
-    ('page', 'line'), [(page, line) for page, line in commands() if re.search(r' yamls/\w+\.', line)]
-)
-def test_settings_of_commands_are_valid(page, line):
-    files = [word for word in shlex.split(line) if word.startswith('yamls/')]
-    settings = [word for word in shlex.split(line) if re.match(r'[a-z][\w.]*=', word)]
-    for file in files:
-        load_config(ROOT / file, settings)
+    for file in re.findall(r' (yamls/\w+\.\S+)', line):
+        load_config(ROOT / file, [word for word in shlex.split(line) if re.match(r'[a-z][\w.]*=', word)])
 
 
 def test_the_map_for_contributors_has_every_part_of_the_package():
-    page = (ROOT / 'CONTRIBUTING.md').read_text()
-    package = ROOT / 'tread_composer'
+    page, package = (ROOT / 'CONTRIBUTING.md').read_text(), ROOT / 'tread_composer'
     parts = {path.name for path in package.glob('*.py') if not path.name.startswith('__')}
     parts |= {f'{path.parent.name}/' for path in package.glob('*/__init__.py')}
     assert not {name for name in parts if f'`{name}`' not in page}
@@ -163,6 +138,11 @@ def test_the_map_of_the_readme_has_every_folder():
     assert not {name for name in folders if f'{name}/' not in shown}
 
 
+def test_the_reference_is_what_the_constructors_say():
+    made = runpy.run_path(str(ROOT / 'docs' / 'reference.py'))
+    assert (ROOT / 'docs' / 'configuration_reference.md').read_text() == made['reference']()
+
+
 def test_the_citation_names_this_software_and_the_three_papers():
     citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
     project = re.search(r'^version = "(.+)"', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
@@ -171,6 +151,5 @@ def test_the_citation_names_this_software_and_the_three_papers():
     papers = {paper['identifiers'][0]['value']: paper for paper in citation['references']}
     assert set(papers) == {'arXiv:2501.04765', 'arXiv:2410.10356', 'arXiv:2306.09305'}
     for identifier, paper in papers.items():
-        assert paper['url'].endswith(identifier.removeprefix('arXiv:'))
+        assert paper['url'].endswith(identifier.removeprefix('arXiv:')) and {'type', 'title', 'year'} <= paper.keys()
         assert all({'family-names', 'given-names'} == author.keys() for author in paper['authors'])
-        assert {'type', 'title', 'year'} <= paper.keys()

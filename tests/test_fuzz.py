@@ -25,23 +25,13 @@ settings.register_profile('long', max_examples=20_000, **_ALWAYS)
 if settings.get_current_profile_name() == 'default':
     settings.load_profile('default-of-tests')
 
-NUMBERS = st.one_of(
-    st.integers(),
-    st.integers(-3, 20),
-    st.floats(),
-    st.sampled_from([0, -1, 1, 2**31, 2**32, 2**63, 10**30, 1e-30, 1e300]),
-)
-TIMES = st.builds(
-    '{}{}'.format, NUMBERS, st.sampled_from(['ep', 'ba', 'sp', 'tok', 'iter', 'sec', 'dur', '', ' ba', 'x'])
-)
-TEXTS = st.one_of(
-    st.text(max_size=20),
-    st.text(string.ascii_letters + '${}[]&*!|>%@`\'"#,:-._/\\ \n\0\x1b', max_size=20),
-    TIMES,
-    st.sampled_from(
-        ['', '.', '..', '../x', '/', '~', '${seed}', '${oc.env:HOME}', '${', 'os:system', ':', 'dit', 'null']
-    ),
-)
+EXTREMES = [0, -1, 1, 2**31, 2**32, 2**63, 10**30, 1e-30, 1e300]
+UNITS = ['ep', 'ba', 'sp', 'tok', 'iter', 'sec', 'dur', '', ' ba', 'x']
+WORDS = ['', '.', '..', '../x', '/', '~', '${seed}', '${oc.env:HOME}', '${', 'os:system', ':', 'dit', 'null']
+SIGNS = string.ascii_letters + '${}[]&*!|>%@`\'"#,:-._/\\ \n\0\x1b'
+NUMBERS = st.one_of(st.integers(), st.integers(-3, 20), st.floats(), st.sampled_from(EXTREMES))
+TIMES = st.builds('{}{}'.format, NUMBERS, st.sampled_from(UNITS))
+TEXTS = st.one_of(st.text(max_size=20), st.text(SIGNS, max_size=20), TIMES, st.sampled_from(WORDS))
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES = st.recursive(
     SCALARS,
@@ -124,41 +114,18 @@ def test_any_file_as_a_recipe(folder, content):
     refused_in_words(folder / 'any.yaml', lambda parent: read_document(parent / 'any.yaml'))
 
 
-MANIFEST = json.loads(
-    Manifest(
-        format_version=1,
-        kind='moments',
-        autoencoder='x/y',
-        autoencoder_hash='sha256:0',
-        channels=4,
-        latent_height=2,
-        latent_width=2,
-        resolution=16,
-        crop='center',
-        mirrored=True,
-        num_samples=3,
-        num_classes=2,
-        class_names=('a', 'b'),
-        mean=(0.0,) * 4,
-        std=(1.0,) * 4,
-        permutation_seed=0,
-        tool_version='0.1.0',
-        source='a test',
-    ).model_dump_json()
-)
+MANIFEST = {
+    'format_version': 1, 'kind': 'moments', 'autoencoder': 'x/y', 'autoencoder_hash': 'sha256:0', 'channels': 4,
+    'latent_height': 2, 'latent_width': 2, 'resolution': 16, 'crop': 'center', 'mirrored': True, 'num_samples': 3,
+    'num_classes': 2, 'class_names': ('a', 'b'), 'mean': (0.0,) * 4, 'std': (1.0,) * 4, 'permutation_seed': 0,
+    'tool_version': '0.1.0', 'source': 'a test',
+}  # fmt: skip
+MANIFEST = json.loads(Manifest(**MANIFEST).model_dump_json())
 SHARD = {
-    'column_encodings': ['int', 'bytes'],
-    'column_names': ['label', 'latents'],
-    'column_sizes': [8, None],
-    'compression': None,
-    'format': 'mds',
-    'hashes': [],
-    'raw_data': {'basename': 'shard.00000.mds', 'bytes': 100, 'hashes': {}},
-    'samples': 3,
-    'size_limit': 1000,
-    'version': 2,
-    'zip_data': None,
-}
+    'column_encodings': ['int', 'bytes'], 'column_names': ['label', 'latents'], 'column_sizes': [8, None],
+    'compression': None, 'format': 'mds', 'hashes': [], 'samples': 3, 'size_limit': 1000, 'version': 2,
+    'raw_data': {'basename': 'shard.00000.mds', 'bytes': 100, 'hashes': {}}, 'zip_data': None,
+}  # fmt: skip
 INDEX = {'version': 2, 'shards': [SHARD, SHARD]}
 
 

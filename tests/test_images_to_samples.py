@@ -8,8 +8,7 @@ from PIL import Image
 
 from tests.conversion.layouts import pictures, write_folders
 from tests.conversion.worlds import make_tiny, make_vae, manifest
-from tests.runs import ROOT, SMALL, checkpoint, launch, launch_here
-from tread_composer.cli import main
+from tests.runs import ROOT, SMALL, YAMLS, checkpoint, launch, launch_here
 from tread_composer.cli.convert import convert_main as convert
 from tread_composer.cli.convert import inspect_main as inspect
 from tread_composer.cli.convert import verify_main as verify
@@ -20,7 +19,7 @@ WORDS = (
     'autoencoder={name: kl, path: vae}',
     'global_train_batch_size=16',
     'global_eval_batch_size=8',
-    'max_duration=6ba',
+    'max_duration=3ba',
     'callbacks.sample_grid={interval: 100ba, samples_per_class: 2, num_steps: 2, sampler: euler}',
 )
 
@@ -45,43 +44,37 @@ def test_the_converted_images_have_no_fault_and_can_be_looked_at(folder, capsys)
     assert (folder / 'look.png').stat().st_size > 1000
 
 
-def test_they_train_with_a_route(folder):
+def test_they_train_with_a_route_and_learn_from_the_mirrors_too(folder):
     about = manifest(folder / 'latents' / 'train')
     assert (about['num_samples'], about['num_classes'], about['mirrored'], about['channels']) == (49, 3, True, 3)
-    own = ('run_name=mirrored', 'save_folder=runs/mirrored')
-    done = launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / 'runs' / 'mirrored' / 'samples' / 'ba000006.png').stat().st_size > 1000
-    weights = checkpoint(folder, 'mirrored')['model']
-    # without the mirrors the same run learns from other numbers
-    own = ('run_name=plain', 'save_folder=runs/plain', 'data.mirror=false', 'callbacks.sample_grid=null')
-    done = launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own)
-    assert done.returncode == 0, done.stdout + done.stderr
-    plain = checkpoint(folder, 'plain')['model']
+    for name, mirror in (('mirrored', 'true'), ('plain', 'false')):
+        own = (f'run_name={name}', f'data.mirror={mirror}')
+        done = launch_here(folder, YAMLS / 'digits_tread.yaml', *WORDS, *own)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (folder / 'runs' / name / 'samples' / 'ba000003.png').stat().st_size > 1000
+    weights, plain = (checkpoint(folder, name)['model'] for name in ('mirrored', 'plain'))
     assert not all(bool((plain[name] == weights[name]).all()) for name in plain)
 
 
-def test_an_autoencoder_without_variance_trains_draws_and_decodes(folder, capsys, monkeypatch):
+def test_an_autoencoder_without_variance_trains_draws_and_decodes(folder, cli, monkeypatch):
     monkeypatch.chdir(folder)
     make_tiny(folder / 'tiny')
     words = ['--source', 'images', '--out', 'tiny_latents', '--autoencoder', 'tiny', '--resolution', '16']
     assert convert([*words, '--workers', '0']) == 0
     own = (
-        'run_name=tiny', 'save_folder=runs/tiny', 'autoencoder={name: pretrained, path: tiny}', 'latent_scale=auto',
+        'run_name=tiny', 'autoencoder={name: pretrained, path: tiny}', 'latent_scale=auto',
         'data={name: latents, local: tiny_latents, num_workers: 0, kind: samples}', 'max_duration=2ba',
     )  # fmt: skip
-    done = launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *own)
+    done = launch_here(folder, YAMLS / 'digits_tread.yaml', *WORDS, *own)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'std 1.000 for the network' in done.stdout + done.stderr
     saved = (folder / 'runs' / 'tiny' / 'config.yaml').read_text()
     assert 'auto' not in re.findall(r'latent_scale:\s*(\S+)', saved)[0]  # the numbers
     assert (folder / 'runs' / 'tiny' / 'samples' / 'ba000002.png').stat().st_size > 1000
-    capsys.readouterr()
     words = ['sample', 'runs/tiny', '--out', 'drawn', '--count', '3', '--steps', '2', '--format', 'png']
-    assert main(words) == 0, capsys.readouterr().err
+    cli(*words)
     images = [Image.open(path) for path in sorted((folder / 'drawn').rglob('*.png')) if path.parent.name != 'drawn']
     assert [image.size for image in images] == [(16, 16)] * 3
     # Another autoencoder of the same shapes does not decode what this one has made.
     make_tiny(folder / 'tiny', seed=1)
-    assert main([*words, '--out', 'again']) == 2
-    assert 'not those that made the latents' in capsys.readouterr().err
+    assert 'not those that made the latents' in cli.refusal(*words, '--out', 'again')

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import json
+import itertools
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ from tests.published import (
     DECODER,
     SIZES,
     edm_denoised,
+    lightning_velocity,
+    lightning_weights,
     make_weights,
     network,
     positions,
     sit_velocity,
 )
-from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.weights.foreign.command import import_weights
@@ -75,7 +76,7 @@ def test_dit_predicts_noise_and_variance(tmp_path):
     assert trained.model.sample([1], [0], sampler='ddpm', num_steps=3).isfinite().all()
 
 
-def test_sit_predicts_our_velocity_at_our_times(tmp_path):
+def test_sit_predicts_our_velocity_at_our_times_and_samples_the_same(tmp_path):
     weights, trained = imported(tmp_path, 'sit')
     x, labels = inputs()
     t = torch.tensor([0.0, 0.37, 1.0])
@@ -83,14 +84,10 @@ def test_sit_predicts_our_velocity_at_our_times(tmp_path):
         ours = trained.model.denoiser(x, t, labels)
     assert ours.shape[1] == 4
     close(ours, [-sit_velocity(weights, one, 1 - time, label) for one, time, label in zip(x, t, LABELS, strict=True)])
-
-
-def test_sit_samples_the_same_image_from_the_same_noise(tmp_path):
-    weights, trained = imported(tmp_path, 'sit')
-    noise = KeyedRandom(0, 0, [11, 12]).normal('sampling', *SHAPE)
-    theirs = []
+    # And the same image from the same noise: their time runs from noise at 0 to data at 1.
+    noise, theirs = KeyedRandom(0, 0, [11, 12]).normal('sampling', *SHAPE), []
     for x, label in zip(noise.double(), (2, SIZES['classes']), strict=True):
-        for step in range(4):  # their time runs from noise at 0 to data at 1
+        for step in range(4):
             x = x + sit_velocity(weights, x, step / 4, label) / 4
         theirs.append(x)
     close(trained.model.sample([2, SIZES['classes']], [11, 12], sampler='euler', num_steps=4), theirs)
@@ -125,6 +122,9 @@ def test_what_is_known_of_imported_weights(tmp_path, layout):
     names.write_text('tench\ngoldfish\nwhite shark\ntiger shark\nhammerhead\n')
     objective = 'edm' if layout == 'tread' else None
     _, trained = imported(tmp_path, layout, objective=objective, class_names=str(names))
+    if layout in ('tread', 'maskdit'):  # its file shows it, and needs no word
+        said = dataclasses.replace(SAID, objective=objective)
+        assert import_weights(tmp_path / 'theirs.pt', tmp_path / 'a.safetensors', said)['layout'] == layout
     assert trained.data.class_names[1] == 'goldfish'
     assert trained.model.null_label == 5
     assert trained.model.latent_scale == pytest.approx(0.18215)
@@ -132,14 +132,6 @@ def test_what_is_known_of_imported_weights(tmp_path, layout):
     assert trained.batch == 0
     images = trained.model.sample([1, 2, 5], [7, 7, 7], num_steps=2, sampler='euler')
     assert (images[0] - images[1]).abs().max() > 1e-2 < (images[0] - images[2]).abs().max()
-
-
-@pytest.mark.parametrize('layout', ['tread', 'maskdit'])
-def test_a_file_that_shows_its_layout_needs_no_word(tmp_path, layout):
-    weights = make_weights(4, maskdit=layout == 'maskdit')
-    file = saved(tmp_path / 'theirs.pt', layout, weights)
-    said = dataclasses.replace(SAID, objective='edm' if layout == 'tread' else None)
-    assert import_weights(file, tmp_path / 'a.safetensors', said)['layout'] == layout
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -158,12 +150,6 @@ def test_files_in_half_precision_are_imported(tmp_path, layout, dtype):
     torch.save({**rounded, 'pos_embed': stretched.to(dtype)}, tmp_path / 'theirs.pt')
     with pytest.raises(UserError, match='learned, or stretched'):
         import_weights(tmp_path / 'theirs.pt', tmp_path / 'b.safetensors', SAID, layout=layout)
-
-
-def test_dit_and_sit_must_be_told_apart(tmp_path):
-    file = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
-    with pytest.raises(UserError, match=r'DiT and SiT name their tensors alike.*--layout sit'):
-        import_weights(file, tmp_path / 'a.safetensors', SAID)
 
 
 def test_either_weights_of_a_training_file_can_be_taken(tmp_path):
@@ -223,6 +209,7 @@ def test_maskdit_trained_without_reconstruction_has_no_mask_token(tmp_path):
 @pytest.mark.parametrize(
     ('file', 'layout', 'message'),
     [
+        ('dit', 'auto', r'DiT and SiT name their tensors alike.*--layout sit'),
         ('dit', 'maskdit', 'it has no decoder'),
         ('dit', 'tread', r'the head has 32 rows; a tread network .* has 16'),
         ('tread', 'dit', "its weights lie under 'ema_state_dict', as in files of tread"),
@@ -271,58 +258,37 @@ def test_other_networks_are_refused_by_what_does_not_fit(tmp_path, weights, mess
     assert not (tmp_path / 'a.safetensors').exists()
 
 
-def test_what_the_file_does_not_say_is_asked_for_with_the_reason(tmp_path, capsys):
-    path = saved(tmp_path / 'theirs.pt', 'tread', make_weights(4))
-    assert main(['import', str(path), '--out', str(tmp_path / 'a.safetensors')]) == 2
-    told = capsys.readouterr().err
+def test_what_the_file_does_not_say_is_asked_for_with_the_reason(tmp_path, cli):
+    path, out = saved(tmp_path / 'theirs.pt', 'tread', make_weights(4)), tmp_path / 'a.safetensors'
+    asked = cli.refusal('import', path, '--out', out)
     for option in ('--autoencoder: which', '--latent-scale: the factor', '--class-names: a file', '--objective: Comp'):
-        assert option in told
-    said = [
-        *('--autoencoder', 'some/vae', '--latent-scale', '0.18215', '--class-names', 'numbers'),
-        *('--objective', 'edm', '--route', '0,-1,0.5'),
-    ]
-    assert main(['import', str(path), '--out', str(tmp_path / 'a.safetensors'), *said]) == 2
-    assert 'attention heads; give it: --num-heads' in capsys.readouterr().err
-    assert main(['import', str(path), '--out', str(tmp_path / 'a.safetensors'), *said, '--num-heads', '4']) == 0
-    assert 'layout    tread' in capsys.readouterr().out
-    trained = load_trained(tmp_path / 'a.safetensors')
-    (route,) = trained.config.routes()
+        assert option in asked
+    said = ['--autoencoder', 'some/vae', '--latent-scale', '0.18215', '--class-names', 'numbers', '--objective', 'edm']
+    said += ['--route', '0,-1,0.5']
+    assert 'attention heads; give it: --num-heads' in cli.refusal('import', path, '--out', out, *said)
+    assert 'layout    tread' in cli('import', path, '--out', out, *said, '--num-heads', '4').out
+    (route,) = load_trained(out).config.routes()
     assert (route.start, route.end) == (0, -1)
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
+    # Two classes of one name are none of its business: ImageNet has two cranes.
+    ('changes', 'names', 'message'),
     [
-        ({'objective': 'edm'}, '--objective edm: the layout dit has decided that'),
-        ({'class_names': 'nowhere.txt'}, '--class-names nowhere.txt: cannot be read'),
-        ({'num_heads': 5}, '--num-heads 5: does not divide the width 32'),
+        ({'objective': 'edm'}, '', '--objective edm: the layout dit has decided that'),
+        ({'num_heads': 5}, '', '--num-heads 5: does not divide the width 32'),
+        ({'class_names': 'nowhere.txt'}, '', '--class-names nowhere.txt: cannot be read'),
+        ({'class_names': 'names.json'}, '["a", "b"]', '2 names for the 5 classes'),
+        ({'class_names': 'names.json'}, '["a", ""]', 'no list of texts'),
+        ({'class_names': 'names.json'}, '["a", "b", "a"]', '3 names for the 5 classes'),
     ],
 )
-def test_wrong_words_are_refused(tmp_path, changes, message):
+def test_wrong_words_are_refused(tmp_path, monkeypatch, changes, names, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'names.json').write_text(names)
     path = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
     with pytest.raises(UserError, match=message):
         import_weights(path, tmp_path / 'a.safetensors', dataclasses.replace(SAID, **changes), layout='dit')
-
-
-def test_class_names_must_be_as_many_as_the_table_has(tmp_path):
-    path = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
-    (tmp_path / 'names.json').write_text(json.dumps(['a', 'b']))
-    said = dataclasses.replace(SAID, class_names=str(tmp_path / 'names.json'))
-    with pytest.raises(UserError, match='2 names for the 5 classes'):
-        import_weights(path, tmp_path / 'a.safetensors', said, layout='dit')
-
-
-@pytest.mark.parametrize(
-    # Two of one name are none of its business: ImageNet has two cranes.
-    ('text', 'message'),
-    [('["a", ""]', 'no list of texts'), ('["a", "b", "a"]', '3 names for the 5 classes')],
-)
-def test_each_class_has_a_name(tmp_path, text, message):
-    path = saved(tmp_path / 'theirs.pt', 'dit', make_weights(8))
-    (tmp_path / 'names.json').write_text(text)
-    said = dataclasses.replace(SAID, class_names=str(tmp_path / 'names.json'))
-    with pytest.raises(UserError, match=message):
-        import_weights(path, tmp_path / 'a.safetensors', said, layout='dit')
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -333,3 +299,86 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(UserError, match='weights hold NaN or infinity, such as '):
         import_weights(theirs, out, SAID, layout='sit')
     assert not out.exists()
+
+
+TRANSPORT = {'path_type': 'Linear', 'prediction': 'velocity', 'use_lognorm': True, 'use_cosine_loss': True}
+
+
+def lightning_file(path, weights, **changes):
+    """As LightningDiT's training saves it."""
+    config = {'transport': {**TRANSPORT, **changes}, 'sample': {'timestep_shift': 0.3, 'cfg_scale': 10.0}}
+    torch.save({'model': weights, 'ema': weights, 'opt': {'state': {}}, 'config': config}, path)
+    return path
+
+
+@pytest.mark.parametrize(('qk_norm', 'head_channels'), [(False, 4), (True, 8)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_lightningdit_predicts_our_velocity_and_samples_at_its_times(tmp_path, qk_norm, head_channels, dtype):
+    weights = {name: value.to(dtype) for name, value in lightning_weights(qk_norm, head_channels).items()}
+    stats = {'mean': torch.linspace(-1, 1, 4).view(1, 4, 1, 1), 'std': torch.linspace(1, 4, 4).view(1, 4, 1, 1)}
+    torch.save(stats, tmp_path / 'latents_stats.pt')
+    said = dataclasses.replace(SAID, latent_scale=None, latent_stats=str(tmp_path / 'latents_stats.pt'))
+    out = tmp_path / 'model.safetensors'
+    assert import_weights(lightning_file(tmp_path / 't.pt', weights), out, said)['layout'] == 'lightningdit'
+    trained = load_trained(out)
+    # Positions and rotary table are computed, not read: a file of rounded ones gets exact ones in the table.
+    theirs = {**weights, **{name: lightning_weights()[name] for name in weights if name.startswith('feat_rope.')}}
+    x, labels = inputs()
+    t = torch.tensor([0.0, 0.37, 1.0])
+    with torch.no_grad():
+        ours = trained.model.denoiser(x, t, labels)
+    expected = [-lightning_velocity(theirs, *one) for one in zip(x, 1 - t, LABELS, strict=True)]
+    close(ours, expected)
+    assert trained.model.denoiser.token_arguments == ('rope',)
+    # Four Euler steps at their shifted times, from noise at 0 to data at 1.
+    times = [0.3 * s / (1 + (0.3 - 1) * s) for s in torch.linspace(0, 1, 5, dtype=torch.float64).tolist()]
+    x = KeyedRandom(0, 0, [11]).normal('sampling', *SHAPE)[0].double()
+    for time, following in itertools.pairwise(times):
+        x = x + (following - time) * lightning_velocity(theirs, x, time, 2)
+    close(trained.model.sample([2], [11], sampler='euler', num_steps=4), [x])
+    decoded = trained.model.latent_shift + 1 / trained.model.latent_scale
+    torch.testing.assert_close(decoded.flatten(), (stats['mean'] + stats['std']).flatten())
+    objective = trained.config.objective.instance
+    assert (objective.direction_weight, trained.config.model.name) == (1.0, 'lightning_dit')
+
+
+def without(weights, *names):
+    return {name: value for name, value in weights.items() if not any(part in name for part in names)}
+
+
+def widened(weights):
+    modulation = 'blocks.0.adaLN_modulation.1.weight'
+    return {**weights, modulation: weights[modulation][:128]}
+
+
+@pytest.mark.parametrize(
+    ('weights', 'changes', 'message'),
+    [
+        (without(lightning_weights(), 'feat_rope'), {}, 'has no feat_rope.freqs_cos, so it was trained with use_rope'),
+        (without(lightning_weights(), 'norm1', 'norm2', 'norm_final'), {}, 'trained with use_rmsnorm false'),
+        (widened(lightning_weights()), {}, 'trained with wo_shift true'),
+        ({**lightning_weights(), 'feat_rope.freqs_sin': torch.zeros(16, 8)}, {}, r'freqs_sin \[16, 8\] is not the rot'),
+        (lightning_weights(), {'path_type': 'GVP'}, 'trained with --path-type GVP; of LightningDiT, the path Linear'),
+    ],
+)
+def test_lightningdit_of_other_switches_is_refused(tmp_path, weights, changes, message):
+    path = lightning_file(tmp_path / 'theirs.pt', weights, **changes)
+    with pytest.raises(UserError, match=message):
+        import_weights(path, tmp_path / 'a.safetensors', SAID)
+    assert not (tmp_path / 'a.safetensors').exists()
+
+
+def test_lightningdit_is_no_other_layout_and_heads_and_statistics_must_fit(tmp_path):
+    path, plain = tmp_path / 'theirs.pt', saved(tmp_path / 'sit.pt', 'sit', make_weights(8))
+    lightning_file(path, lightning_weights())
+    torch.save({'mean': torch.zeros(3), 'std': torch.ones(3)}, tmp_path / 'stats.pt')
+    stats = {'latent_stats': str(tmp_path / 'stats.pt')}
+    for file, changes, layout, message in (
+        (path, {}, 'sit', r'--layout sit, but it has gated MLPs \(mlp.w12\).*take --layout lightningdit'),
+        (plain, {}, 'lightningdit', '--layout lightningdit, but it has no gated MLP'),
+        (path, stats, 'auto', 'replaces --latent-scale'),
+        (path, {**stats, 'latent_scale': None}, 'auto', r"does not hold 'mean' and 'std' of 4 channels"),
+        (path, {'num_heads': 16}, 'auto', 'heads of width 2 have no rotary positions; is --num-heads right'),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_weights(file, tmp_path / 'a.safetensors', dataclasses.replace(SAID, **changes), layout=layout)

@@ -12,13 +12,12 @@ from streaming import MDSWriter
 
 from tests.helpers import tiny_model
 from tests.runs import run
-from tread_composer import cli
 from tread_composer.advisor import token_similarity
 from tread_composer.advisor.inspection import network_call
 from tread_composer.config import restore_config
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
-from tread_composer.data.digits import digits_manifest, load_digits_arrays, prepare_digits
+from tread_composer.data.digits import digits_manifest, load_digits_arrays
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.run.plan import make_plan
 from tread_composer.weights.trained import load_trained
@@ -53,17 +52,18 @@ def trained(routed):
     return routed.folder
 
 
-def inspect(path, out, *words: str) -> int:
-    return cli.main(['inspect', str(path), '--out', str(out), '--device', 'cpu', *words])
+@pytest.fixture
+def inspect(cli):
+    return lambda path, out, *words, code=0: cli('inspect', path, '--out', out, '--device', 'cpu', *words, code=code)
 
 
 def numbers(folder) -> dict:
     return json.loads((folder / 'inspection.json').read_text())
 
 
-def test_the_command_from_its_words_to_its_files(trained, tmp_path, capsys):
-    assert inspect(trained, tmp_path / 'a', '--samples', '6', '--times', '0.5', '0.9') == 0
-    text, found = capsys.readouterr().out, numbers(tmp_path / 'a')
+def test_the_command_from_its_words_to_its_files(trained, tmp_path, inspect):
+    text = inspect(trained, tmp_path / 'a', '--samples', '6', '--times', '0.5', '0.9').out
+    found = numbers(tmp_path / 'a')
     assert sorted(path.name for path in (tmp_path / 'a').iterdir()) == ['inspection.json', 'similarity.png']
     with Image.open(tmp_path / 'a' / 'similarity.png') as picture:
         assert picture.width > picture.height > 300
@@ -94,16 +94,14 @@ def test_the_command_from_its_words_to_its_files(trained, tmp_path, capsys):
     assert 'Tread(start=2, end=-4, selection_rate=0.5)' in text
 
 
-def test_neither_batch_size_nor_the_way_to_the_same_data_change_the_numbers(trained, tmp_path, capsys):
-    data = tmp_path / 'digits'
-    prepare_digits(data)
+def test_neither_batch_size_nor_the_way_to_the_same_data_change_the_numbers(trained, digits, tmp_path, inspect):
     words = ('--samples', '7', '--times', '0.4')
-    assert inspect(trained, tmp_path / 'a', *words) == 0
-    assert inspect(trained, tmp_path / 'b', *words, '--batch-size', '3', '--data', str(data)) == 0
-    assert inspect(trained, tmp_path / 'c', *words, '--weights', 'raw', '--data', str(data / 'eval')) == 0
+    inspect(trained, tmp_path / 'a', *words)
+    inspect(trained, tmp_path / 'b', *words, '--batch-size', '3', '--data', digits)
+    inspect(trained, tmp_path / 'c', *words, '--weights', 'raw', '--data', digits / 'eval')
     a, b, c = (np.array(numbers(tmp_path / name)['mean']) for name in 'abc')
     assert np.abs(a - b).max() < 2e-6 < np.abs(a - c).max()
-    assert numbers(tmp_path / 'b')['protocol']['data'].startswith(str(data / 'eval'))
+    assert numbers(tmp_path / 'b')['protocol']['data'].startswith(str(digits / 'eval'))
 
 
 def write_data(folder, **changes):
@@ -123,7 +121,7 @@ def write_data(folder, **changes):
 MOMENTS = {'kind': 'moments', 'autoencoder': 'my-vae', 'autoencoder_hash': 'sha256:0'}
 
 
-def test_moments_and_a_decoder_of_maskdit(tmp_path, capsys):
+def test_moments_and_a_decoder_of_maskdit(tmp_path, inspect):
     """A run without a route on moments of its own folder, without an evaluation split."""
     (tmp_path / 'data').mkdir()
     write_data(tmp_path / 'mine' / 'train', **MOMENTS)
@@ -138,39 +136,32 @@ def test_moments_and_a_decoder_of_maskdit(tmp_path, capsys):
     ).folder
     for name, size in (('a', '4'), ('b', '3')):
         words = ('--samples', '4', '--times', '0.1', '--weights', 'raw', '--batch-size', size)
-        assert inspect(folder, tmp_path / name, *words) == 0
+        text = inspect(folder, tmp_path / name, *words).out
     a, b = (np.array(numbers(tmp_path / name)['mean']) for name in 'ab')
     assert np.abs(a - b).max() < 2e-6 and a.min() < 0.999
-    text = capsys.readouterr().out
-    assert (
-        'route of the run: none' in text
-        and 'a run without algorithms.maskdit, for TREAD cannot stand beside it' in text
-    )
+    assert 'route of the run: none' in text
+    assert 'a run without algorithms.maskdit, for TREAD cannot stand beside it' in text
     shutil.rmtree(tmp_path / 'mine')
-    assert inspect(folder, tmp_path / 'c', '--samples', '4') == 2
-    assert '--data FOLDER' in capsys.readouterr().err
+    assert '--data FOLDER' in inspect(folder, tmp_path / 'c', '--samples', '4', code=2).err
 
 
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        (['--times', '0'], '--times: 0.0 must be above 0 and below 1'),
         (['--times', '0.5', '1.5'], '--times: 1.5 must be'),
         (['--times', 'nan'], '--times: nan must be'),
         (['--times', '0.5', '0.5'], '--times: 0.5 is given twice'),
         (['--samples', '298'], '--count: 298 is not between 1 and 297, the samples of the eval split of the digits'),
-        (['--samples', '0'], '--count: 0 is not between 1 and 297'),
         (['--batch-size', '0'], '--batch-size: 0 must be at least 1'),
-        (['--data', '{}/nowhere'], 'there is no such folder'),
         (['--data', '{}'], 'holds no manifest.json, nor does a split in it (eval, train, val)'),
         (['--data', '{}/large'], 'latent_size: the run expects (8, 8), the data have (4, 4)'),
         (['--data', '{}/moments'], "autoencoder: the run expects 'pixels', the data have 'my-vae'"),
         (['--data', '{}/classes'], 'num_classes: the run expects 10, the data have 2'),
     ],
 )
-def test_refused(trained, other_data, tmp_path, capsys, words, message):
-    assert inspect(trained, tmp_path / 'out', *(word.format(other_data) for word in words)) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
+def test_refused(trained, other_data, tmp_path, inspect, words, message):
+    refused = inspect(trained, tmp_path / 'out', *(word.format(other_data) for word in words), code=2).err
+    assert message in refused and not (tmp_path / 'out').exists()
 
 
 @pytest.fixture(scope='module')
@@ -182,8 +173,6 @@ def other_data(tmp_path_factory):
     return folder
 
 
-def test_a_wrong_path_and_a_place_that_cannot_be_written(trained, tmp_path, capsys):
-    assert inspect(tmp_path / 'nowhere', tmp_path / 'out') == 2
-    assert 'there is no such file; give a run folder' in capsys.readouterr().err
-    assert inspect(trained, '/dev/null/x', '--samples', '1', '--times', '0.5') == 2
-    assert "--out: '/dev/null/x' cannot be written" in capsys.readouterr().err
+def test_a_place_that_cannot_be_written(trained, inspect):
+    refused = inspect(trained, '/dev/null/x', '--samples', '1', '--times', '0.5', code=2).err
+    assert "--out: '/dev/null/x' cannot be written" in refused

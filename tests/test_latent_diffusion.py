@@ -27,9 +27,8 @@ class Evaluated(Callback):
 
 def evaluate(batch_size=8, **keywords):
     seen = Evaluated()
-    trainer = make_trainer(
-        callbacks=[seen], eval_dataloader=loader(batch_size=batch_size, shuffle=False), **keywords
-    )  # fmt: skip
+    data = loader(batch_size=batch_size, shuffle=False)
+    trainer = make_trainer(callbacks=[seen], eval_dataloader=data, **keywords)
     trainer.eval()
     rows = {}
     for batch in seen.batches:
@@ -52,10 +51,8 @@ def test_evaluation_uses_the_same_noise_and_times_in_every_run():
 def test_the_evaluation_loss_is_the_mean_and_the_quarters_are_its_parts():
     rows, metrics = evaluate()
     model = tiny_model().eval()
-    data = loader(batch_size=24, shuffle=False)
-    batch = next(iter(data))
-    noise = torch.tensor([rows[i][0] for i in range(24)])
-    quantiles = torch.tensor([rows[i][1] for i in range(24)])
+    batch = next(iter(loader(batch_size=24, shuffle=False)))
+    noise, quantiles = (torch.tensor([rows[i][entry] for i in range(24)]) for entry in (0, 1))
     losses = FlowMatching()(model.denoiser, batch[RAW_LATENTS], batch[LABELS], noise, quantiles)['loss']
     assert metrics['loss'] == pytest.approx(losses.mean().item(), rel=1e-5)
     for quarter in range(4):
@@ -81,18 +78,11 @@ def test_labels_are_dropped_at_the_rate_asked_for_and_become_the_null_label():
     assert len(labels) == 480 and 0.23 < share < 0.37
 
 
-def test_a_batch_without_draws_names_the_cure():
-    batch = {RAW_LATENTS: torch.zeros(2, 1, 8, 8), LABELS: torch.zeros(2, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=r'KeyedDraws\(\)'):
-        tiny_model()(batch)
-
-
 def test_scale_and_shift_per_channel_and_back():
     denoiser = tiny_dit()
-    model = LatentDiffusion(
-        denoiser, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, latent_scale=[0.5], latent_shift=2.0,
-        autoencoder=Pixels(),
-    )  # fmt: skip
+    sizes = {'latent_shape': (1, 8, 8), 'num_classes': 10}
+    numbers = {'latent_scale': [0.5], 'latent_shift': 2.0}
+    model = LatentDiffusion(denoiser, FlowMatching(), **sizes, **numbers, autoencoder=Pixels())
     raw = torch.randn(3, 1, 8, 8)
     latents = model.latents({RAW_LATENTS: raw.half()})
     assert latents.dtype == torch.float32
@@ -102,7 +92,7 @@ def test_scale_and_shift_per_channel_and_back():
         model.decode(latents, torch.bfloat16)
     assert list(model.state_dict()) == [f'denoiser.{key}' for key in denoiser.state_dict()]
     with pytest.raises(ValueError, match='one for each channel'):
-        LatentDiffusion(denoiser, FlowMatching(), latent_shape=(1, 8, 8), num_classes=10, latent_scale=[1.0, 2.0])
+        LatentDiffusion(denoiser, FlowMatching(), **sizes, latent_scale=[1.0, 2.0])
 
 
 @pytest.mark.parametrize('objective', [FlowMatching(), EDM()])
@@ -118,17 +108,17 @@ def test_a_sample_depends_on_its_label_and_seed_alone(objective, guidance_scale)
     assert model.training and torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'settings', 'message'),
-    [
+def test_impossible_samples_and_a_batch_without_draws_are_refused():
+    model = tiny_model()
+    for arguments, settings, message in (
         (([0], [0]), {'sampler': 'dopri'}, "sampler: 'dopri' is none of"),
         (([0], [0, 1]), {}, '1 labels but 2 seeds'),
         (([11], [0]), {}, r'labels \[11\] are not between 0 and 10'),
-    ],
-)
-def test_impossible_samples_are_refused(arguments, settings, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model().sample(*arguments, **settings)
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.sample(*arguments, **settings)
+    with pytest.raises(ValueError, match=r'KeyedDraws\(\)'):
+        model({RAW_LATENTS: torch.zeros(2, 1, 8, 8), LABELS: torch.zeros(2, dtype=torch.int64)})
 
 
 def test_an_unconditional_model_trains_samples_and_refuses_guidance():

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from tests.conversion.worlds import make_vae
-from tests.runs import ROOT, SMALL, checkpoint, launch_here
+from tests.runs import ROOT, SMALL, YAMLS, checkpoint, launch_here
 from tests.warm import inside
+from tread_composer.builders.model import build_model
 from tread_composer.cli.convert import verify_main as verify
+from tread_composer.config import load_config
+from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import LatentFacts
 
 
 @pytest.fixture(scope='module')
@@ -33,21 +37,17 @@ WORDS = (
 )
 
 
-def run(folder, *overrides):
-    return launch_here(folder, ROOT / 'yamls' / 'digits_tread.yaml', *WORDS, *overrides)
+def run(folder, name, *overrides):
+    return launch_here(folder, YAMLS / 'digits_tread.yaml', *WORDS, f'run_name={name}', *overrides)
 
 
-def test_what_the_example_writes_has_no_fault(folder, capsys):
+def test_what_the_example_writes_has_no_fault_trains_with_a_route_and_decodes(folder, capsys):
     assert verify([str(folder / 'data' / 'mine')]) == 0, capsys.readouterr().out
-
-
-def test_moments_train_with_a_route_and_decode(folder):
-    done = run(folder, 'max_duration=6ba', 'device_train_microbatch_size=4')
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / 'runs' / 'digits_tread' / 'samples' / 'ba000006.png').exists()
-    again = run(folder, 'max_duration=6ba', 'run_name=again', 'save_folder=runs/again')
-    assert again.returncode == 0, again.stdout + again.stderr
-    weights = [checkpoint(folder, name)['model'] for name in ('digits_tread', 'again')]
+    for name, words in (('small', ['device_train_microbatch_size=4']), ('whole', [])):
+        done = run(folder, name, 'max_duration=3ba', *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (folder / 'runs' / name / 'samples' / 'ba000003.png').exists()
+    weights = [checkpoint(folder, name)['model'] for name in ('small', 'whole')]
     for name in weights[0]:  # another microbatch size: the same posterior samples, sums in another order
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_moments_train_with_a_route_and_decode(folder):
     ],
 )
 def test_data_that_contradict_the_configuration_are_refused(folder, override, message):
-    done = run(folder, override, 'run_name=wrong', 'save_folder=runs/wrong')
+    done = run(folder, 'wrong', override)
     assert done.returncode == 2 and done.stderr.count(message) == 1, done.stdout + done.stderr
     assert 'Traceback' not in done.stderr and not (folder / 'runs' / 'wrong').exists()
 
@@ -80,19 +80,16 @@ def rewritten(folder, tmp_path, splits, **changes):
 
 def test_splits_that_mean_other_things_are_refused(folder, tmp_path):
     local = rewritten(folder, tmp_path, ['val'], class_names=lambda manifest: manifest['class_names'][::-1])
-    done = run(folder, local, 'run_name=wrong', 'save_folder=runs/wrong')
+    done = run(folder, 'wrong', local)
     assert done.returncode == 2 and re.search(r"class_names: train has \['.*'\] as class 0, val has", done.stderr)
     assert not (folder / 'runs' / 'wrong').exists()
 
 
 def test_a_label_that_is_no_class_ends_the_run_in_words(folder, tmp_path):
     """It would be the null label: a class that is trained as none."""
-    fewer = {
-        'num_classes': lambda manifest: manifest['num_classes'] - 1,
-        'class_names': lambda manifest: manifest['class_names'][:-1],
-    }
-    local = rewritten(folder, tmp_path, ['train', 'val'], **fewer)
-    done = run(folder, local, 'run_name=label', 'save_folder=runs/label', 'max_duration=6ba')
+    names = {'class_names': lambda manifest: manifest['class_names'][:-1]}
+    fewer = {'num_classes': lambda manifest: manifest['num_classes'] - 1, **names}
+    done = run(folder, 'label', rewritten(folder, tmp_path, ['train', 'val'], **fewer), 'max_duration=6ba')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert re.search(r'sample \d+ .* has the label (\d+), and manifest.json says num_classes=\1 ', done.stderr)
 
@@ -101,7 +98,7 @@ def test_a_missing_shard_is_refused_before_the_first_step(folder):
     shard = folder / 'data' / 'mine' / 'train' / 'shard.00000.mds'
     hidden = shard.rename(shard.with_suffix('.hidden'))
     try:
-        done = run(folder, 'run_name=lost', 'save_folder=runs/lost')
+        done = run(folder, 'lost')
     finally:
         hidden.rename(shard)
     assert done.returncode == 2 and 'shard.00000.mds' in done.stderr and not (folder / 'runs' / 'lost').exists()
@@ -110,9 +107,24 @@ def test_a_missing_shard_is_refused_before_the_first_step(folder):
 def test_a_remote_is_enough(folder, tmp_path):
     remote = folder / 'data' / 'mine'
     (tmp_path / 'path').symlink_to(folder / 'path')
-    done = run(tmp_path, f'data.remote={remote}', 'data.local=cache', 'data.validate_hash=xxh64', 'max_duration=3ba')
+    done = run(
+        tmp_path, 'a', f'data.remote={remote}', 'data.local=cache', 'data.validate_hash=xxh64', 'max_duration=3ba'
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in (tmp_path / 'cache' / 'train').iterdir()} >= {'manifest.json', 'shard.00000.mds'}
-    wrong = run(tmp_path, f'data.remote={remote}', 'data.local=other', 'data.validate_hash=sha1', 'run_name=b')
+    wrong = run(tmp_path, 'b', f'data.remote={remote}', 'data.local=other', 'data.validate_hash=sha1')
     # The setting reaches the reader: the index knows no sha1, so the fetched shards cannot be checked.
     assert wrong.returncode != 0 and 'Hash algorithm `sha1`' in wrong.stderr, wrong.stdout + wrong.stderr
+
+
+def test_each_model_of_a_configuration_holds_its_weights_against_its_own_data(folder):
+    vae = folder / 'path' / 'to' / 'autoencoder'
+    words = [f'autoencoder={{name: kl, path: {vae}}}', 'data={name: latents, local: somewhere}', 'callbacks=null']
+    config = load_config(YAMLS / 'digits.yaml', words)
+    sizes = {'channels': 3, 'latent_height': 8, 'latent_width': 8, 'num_classes': 0, 'class_names': ()}
+    sizes |= {'autoencoder': str(vae), 'mean': (0.0,) * 3, 'std': (1.0,) * 3}
+    latents = torch.zeros(1, 3, 8, 8)
+    assert build_model(config, LatentFacts(**sizes)).autoencoder.decode(latents).shape == (1, 3, 16, 16)
+    second = build_model(config, LatentFacts(**sizes, autoencoder_hash='sha256:0'))
+    with pytest.raises(UserError, match=r'not those that made the latents .*sha256:0'):
+        second.autoencoder.decode(latents)

@@ -12,14 +12,27 @@ from tests.helpers import make_trainer, tiny_model
 from tests.parallel_worlds import DEPTH, checkpoint, evaluator, recipes, saving, snapshots_of, train, trainings
 from tests.warm import ROOT, on_ranks
 from tread_composer.algorithms.power_ema.snapshots import snapshot_path
+from tread_composer.algorithms.tread import Tread
 from tread_composer.io.checkpoint_reader import read_checkpoint
 from tread_composer.objectives.ddpm import evenly_spaced
 from tread_composer.weights.trained import checkpoint_weights
 
 ROUNDING = 2e-6  # of sums in another order, after four steps that move the weights by 0.2
-TWO, THREE = ([(ranks, name) for name in recipes(ROOT, ranks)] for ranks in (2, 3))
-PLAIN = [run for run in TWO + THREE if run[1].endswith(': plain')]
+RUNS = [(ranks, name) for ranks in (2, 3) for name in recipes(ROOT, ranks)]
+PLAIN = [run for run in RUNS if run[1].endswith(': plain')]
 EVALUATED = [*PLAIN, (2, 'fsdp1: gathered until backward')]
+# The plain one is evaluated in between, these are not: so evaluation changes nothing either.
+EXACT = [run for run in RUNS if run[1].endswith(('recomputed', 'on the CPU', 'resumed', 'without evaluation'))]
+EXACT = [run for run in EXACT if 'compiled' not in run[1]]
+# Graphs of a block in training and evaluation; recomputing adds some. None is added by a further block or batch.
+GRAPHS = {
+    'ddp: compiled': 2, 'fsdp2: compiled': 2, 'fsdp1: compiled': 2,
+    'fsdp2: compiled, recomputed': 3, 'fsdp1: compiled, recomputed': 4,
+}  # fmt: skip
+
+
+def title(run):
+    return f'{run[0]} {run[1]}'
 
 
 def largest(a, b):
@@ -41,8 +54,8 @@ class Worlds:
         ranks, name = run
         return self.ranks[ranks][0][name]
 
-    def plain(self, run):
-        return self[run[0], f'{run[1].split(":")[0]}: plain']
+    def snapshots(self, folder, batch=4):
+        return load_file(snapshot_path(folder, batch))
 
 
 @pytest.fixture(scope='module')
@@ -50,31 +63,30 @@ def worlds(tmp_path_factory):
     return Worlds(tmp_path_factory.mktemp('worlds'))
 
 
-@pytest.mark.parametrize('run', TWO + THREE, ids=lambda run: f'{run[0]} {run[1]}')
-def test_several_processes_train_as_one(worlds, run):
+@pytest.mark.parametrize('run', RUNS, ids=title)
+def test_several_processes_train_as_one_and_keep_its_averages(worlds, run):
     seen, one = worlds[run], worlds.one
     assert largest(seen['weights'], one['weights']) < ROUNDING
     assert largest(seen['average'], one['average']) < ROUNDING
     expected = one['losses'][-len(seen['losses']) :]
     assert seen['losses'] == pytest.approx(expected, rel=1e-5)
     assert len(seen['losses']) == (2 if 'resumed' in run[1] else 4)
+    if 'snapshots' in recipes(ROOT, run[0])[run[1]]:
+        ours, of_one = (worlds.snapshots(f) for f in (snapshots_of(worlds.folder, *run), worlds.folder / 'one'))
+        assert ours.keys() == of_one.keys() and len(ours) == 2 * len(seen['average'])
+        assert largest(ours, of_one) < ROUNDING
 
 
-@pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
-def test_the_average_is_the_one_kept_by_hand_in_whole_float32_tensors(worlds, run):
-    seen = worlds[run]
-    trainable = {name: value for name, value in tiny_model(depth=DEPTH).named_parameters() if value.requires_grad}
-    assert seen['average'].keys() == trainable.keys()
+@pytest.mark.parametrize('run', EVALUATED, ids=title)
+def test_evaluation_computes_with_the_average_and_leaves_the_weights_as_they_were(worlds, run):
+    seen, fresh = worlds[run], dict(tiny_model(depth=DEPTH).named_parameters())
+    # The average is the one kept by hand, in whole float32 tensors.
+    assert seen['average'].keys() == {name for name, value in fresh.items() if value.requires_grad}
     for name, value in seen['average'].items():
-        assert value.dtype == torch.float32 and value.shape == trainable[name].shape
+        assert value.dtype == torch.float32 and value.shape == fresh[name].shape
     assert largest(seen['average'], seen['by_hand']) < ROUNDING
     assert largest(seen['average'], seen['weights']) > 0.01
-    assert largest(seen['at']['start'], dict(tiny_model(depth=DEPTH).named_parameters())) == 0
-
-
-@pytest.mark.parametrize('run', EVALUATED, ids=lambda run: f'{run[0]} {run[1]}')
-def test_evaluation_computes_with_the_average_and_leaves_the_weights_as_they_were(worlds, run):
-    seen = worlds[run]
+    assert largest(seen['at']['start'], fresh) == 0
     assert largest(seen['average'], seen['at']['eval_start']) == 0
     assert largest(seen['at']['trained'], seen['at']['eval_end']) == 0
     assert largest(seen['at']['eval_start'], seen['at']['eval_end']) > 0.01
@@ -82,44 +94,14 @@ def test_evaluation_computes_with_the_average_and_leaves_the_weights_as_they_wer
     assert seen['eval_losses'] == pytest.approx(worlds.one['eval_losses'], rel=1e-6)
 
 
-POWERED = [run for run in TWO + THREE if 'snapshots' in recipes(ROOT, run[0])[run[1]]]
+@pytest.mark.parametrize('run', EXACT, ids=title)
+def test_a_run_recomputed_moved_resumed_or_not_evaluated_is_the_same_to_the_bit(worlds, run):
+    plain = worlds[run[0], f'{run[1].split(":")[0]}: plain']
+    assert largest(worlds[run]['weights'], plain['weights']) == 0
+    assert largest(worlds[run]['average'], plain['average']) == 0
 
 
-@pytest.mark.parametrize('run', POWERED, ids=lambda run: f'{run[0]} {run[1]}')
-def test_snapshots_are_those_of_one_process(worlds, run):
-    ours, of_one = (
-        load_file(snapshot_path(folder, 4)) for folder in (snapshots_of(worlds.folder, *run), worlds.folder / 'one')
-    )
-    assert ours.keys() == of_one.keys() and len(ours) == 2 * len(worlds[run]['average'])
-    assert largest(ours, of_one) < ROUNDING
-
-
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2', 'fsdp1'])
-def test_evaluation_changes_nothing_in_training(worlds, strategy):
-    assert exactly_equal(worlds[2, f'{strategy}: plain'], worlds[2, f'{strategy}: without evaluation'])
-
-
-RECOMPUTED = [run for run in TWO if 'recomputed' in run[1] or 'on the CPU' in run[1]]
-
-
-@pytest.mark.parametrize('run', RECOMPUTED, ids=lambda run: run[1])
-def test_recomputed_and_moved_activations_train_exactly_the_same(worlds, run):
-    assert exactly_equal(worlds[run], worlds.plain(run))
-
-
-SAME = [run for run in TWO + THREE if run[1].endswith('resumed')]
-
-
-@pytest.mark.parametrize('run', SAME, ids=lambda run: f'{run[0]} {run[1]}')
-def test_a_run_resumed_under_its_own_strategy_is_the_uninterrupted_one_to_the_bit(worlds, run):
-    assert exactly_equal(worlds[run], worlds.plain(run))
-
-
-def exactly_equal(a, b):
-    return largest(a['weights'], b['weights']) == 0 and largest(a['average'], b['average']) == 0
-
-
-@pytest.mark.parametrize('run', PLAIN, ids=lambda run: f'{run[0]} {run[1]}')
+@pytest.mark.parametrize('run', PLAIN, ids=title)
 def test_ranks_share_weights_and_average_and_the_first_one_saves(worlds, run):
     ranks, name = run
     numbers = sum(value.numel() for value in worlds.one['weights'].values())
@@ -131,11 +113,12 @@ def test_ranks_share_weights_and_average_and_the_first_one_saves(worlds, run):
     assert all(seen[name]['average'] == {} for seen in worlds.ranks[ranks][1:])
 
 
-# Graphs of a block in training and evaluation; recomputing adds some. None is added by a further block or batch.
-GRAPHS = {
-    'ddp: compiled': 2, 'fsdp2: compiled': 2, 'fsdp1: compiled': 2,
-    'fsdp2: compiled, recomputed': 3, 'fsdp1: compiled, recomputed': 4,
-}  # fmt: skip
+def test_every_rank_sample_and_step_has_a_route_of_its_own_and_a_sample_that_of_one_process(worlds):
+    keyed = [seen['ddp: without evaluation']['draws'] for seen in worlds.ranks[2]]
+    for both in (keyed, [seen['without ids'] for seen in worlds.ranks[2]]):
+        routes = [route for draws in both for route, _ in draws.values()]
+        assert len(routes) == 4 * 12 and len(set(routes)) == len(routes)
+    assert train('ddp', draws=Tread)[0]['draws'] == keyed[0] | keyed[1]
 
 
 @pytest.mark.parametrize('name', GRAPHS)
@@ -143,11 +126,10 @@ def test_blocks_are_compiled_in_place_in_few_graphs(worlds, name):
     assert worlds[2, name]['graphs'] == GRAPHS[name]
 
 
-ONE_FILE = ['ddp', 'fsdp2', 'fsdp2_of_three']
 FOLDERS = ['fsdp2_sharded', 'fsdp1', 'fsdp1_of_three']
 
 
-@pytest.mark.parametrize('name', ONE_FILE + FOLDERS)
+@pytest.mark.parametrize('name', ['ddp', 'fsdp2', 'fsdp2_of_three', *FOLDERS])
 def test_one_process_goes_on_with_what_several_have_saved(worlds, name):
     path = checkpoint(worlds.folder / name, 2, sharded=name in FOLDERS)
     if name in FOLDERS:
@@ -157,24 +139,19 @@ def test_one_process_goes_on_with_what_several_have_saved(worlds, name):
     seen, _ = train('ddp', load_path=path, snapshots=snapshots)
     assert largest(seen['weights'], worlds.one['weights']) < ROUNDING
     assert largest(seen['average'], worlds.one['average']) < ROUNDING
-    of_one = load_file(snapshot_path(worlds.folder / 'one', 4))
-    assert largest(of_one, load_file(snapshot_path(snapshots, 4))) < ROUNDING
+    assert largest(worlds.snapshots(worlds.folder / 'one'), worlds.snapshots(snapshots)) < ROUNDING
     # What `sample` and `export` read of it, with pickles refused.
     state, same = read_checkpoint(path), read_checkpoint(checkpoint(worlds.folder / 'one', 2))
     assert int(state['timestamp']['Timestamp']['batch']) == 2
     for weights in ('raw', 'ema'):
-        found, wanted = (checkpoint_weights(one, weights, path) for one in (state, same))
-        assert found.keys() == wanted.keys() and largest(found, wanted) < ROUNDING
+        found, expected = (checkpoint_weights(content, weights, path) for content in (state, same))
+        assert found.keys() == expected.keys() and largest(found, expected) < ROUNDING
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_a_network_in_bfloat16_is_told_whole_timesteps(worlds, rank):
-    told = worlds.ranks[2][rank]['bfloat16']
-    assert told['trained'] == list(range(1000))
-    assert told['sampled'] == evenly_spaced(1000, 7)[::-1]
-
-
-def test_an_average_of_nameless_weights_is_refused_before_training(worlds):
+def test_a_network_in_bfloat16_is_given_whole_timesteps_and_nameless_weights_are_refused(worlds):
+    for seen in worlds.ranks[2]:
+        assert seen['bfloat16']['trained'] == list(range(1000))
+        assert seen['bfloat16']['sampled'] == evenly_spaced(1000, 7)[::-1]
     assert 'EMA cannot average with parallelism_config.fsdp.use_orig_params: false' in worlds.ranks[2][1]['refused']
 
 
@@ -183,8 +160,7 @@ def test_these_comparisons_would_notice(worlds):
     other, _ = train('ddp', max_duration='3ba', snapshots=worlds.folder / 'other')
     assert largest(other['weights'], worlds.one['weights']) > 0.01
     assert largest(other['average'], worlds.one['average']) > 0.01
-    snapshots = load_file(snapshot_path(worlds.folder / 'other', 3)), load_file(snapshot_path(worlds.folder / 'one', 4))
-    assert largest(*snapshots) > 0.01
+    assert largest(worlds.snapshots(worlds.folder / 'other', 3), worlds.snapshots(worlds.folder / 'one')) > 0.01
     raw = tiny_model(depth=DEPTH)
     raw.load_state_dict(worlds.one['weights'])
     trainer = make_trainer(raw, eval_dataloader=evaluator())

@@ -1,4 +1,7 @@
-"""``python -m tread_composer plan``: figures against the published ones, and nothing written."""
+"""``python -m tread_composer plan``: figures against the published ones, and nothing written.
+
+What its text says of each recipe: ``tests/frozen``.
+"""
 
 import json
 import os
@@ -9,53 +12,38 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT, environment
-from tread_composer.cli import main
+from tests.runs import YAMLS, environment
 from tread_composer.config import part_names
 from tread_composer.config.registry import KINDS, MEASURING
 
-YAMLS = ROOT / 'yamls'
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Where a plan is made: nothing is there, and nothing is there afterwards."""
+@pytest.fixture
+def plan(cli, tmp_path, monkeypatch):
+    """What a plan prints, in a folder where nothing is, and where nothing is afterwards."""
     monkeypatch.chdir(tmp_path)
-    yield
+    yield lambda name, *words, code=0: cli('plan', YAMLS / f'{name}.yaml', *words, code=code)
     assert list(tmp_path.iterdir()) == []
 
 
-def plan(capsys, name, *words, code=0):
-    assert main(['plan', str(YAMLS / name), *words]) == code
-    return capsys.readouterr()
-
-
-def figures(capsys, name, *words, code=0):
-    return json.loads(plan(capsys, name, '--json', *words, code=code).out)
+@pytest.fixture
+def figures(plan):
+    return lambda name, *words, code=0: json.loads(plan(name, '--json', *words, code=code).out)
 
 
 # methods.md section 6, 256 tokens: dense GMACs, routed GMACs at r = 0.5, ideal step ratio
 @pytest.mark.parametrize(('size', 'dense', 'routed', 'ratio'), [('b', 23.01, 16.13, 1.43), ('xl', 118.62, 69.13, 1.72)])
-def test_costs_are_those_of_the_flop_model(capsys, size, dense, routed, ratio):
-    found = figures(capsys, f'dit_{size}_tread.yaml', code=2)  # there are no latents here: planned all the same
+def test_costs_are_those_of_the_flop_model(figures, size, dense, routed, ratio):
+    found = figures(f'dit_{size}_tread', code=2)  # there are no latents here: planned all the same
     # The table is for 8 output channels; ours have 4.
-    assert found['gmacs_dense'] == pytest.approx(dense, rel=2e-3)
-    assert found['gmacs_routed'] == pytest.approx(routed, rel=2e-3)
+    assert (found['gmacs_dense'], found['gmacs_routed']) == pytest.approx((dense, routed), rel=2e-3)
     assert found['ideal_step_ratio'] == pytest.approx(ratio, abs=0.01)
     depth = len(found['tokens_per_block'])
     assert found['tokens_per_block'] == [256] * 2 + [128] * (depth - 5) + [256] * 3
 
 
-def test_an_average_that_is_too_long_for_the_run_is_said(capsys):
-    changed = 'algorithms.ema.decay=0.9999'
-    assert re.search('\naverage +at the end 93% of the average', plan(capsys, 'digits_tread.yaml', changed).out)
-    for words in ([], [changed, 'algorithms.ema.warmup=true']):
-        assert 'of the average' not in plan(capsys, 'digits_tread.yaml', *words).out
-
-
-def test_a_state_space_network_is_counted_with_its_scans(capsys):
+def test_a_state_space_network_is_counted_with_its_scans(figures):
     # The kernel is for a GPU; planning for it needs none, and counts the torch form.
-    found = figures(capsys, 'mamba2_dit_b_tread.yaml', 'model.kernel=fused', code=2)
+    found = figures('mamba2_dit_b_tread', 'model.kernel=fused', code=2)
 
     def block(n, d=768, e=1536, heads=24, state=64):
         linear = n * d * (2 * e + 4 * state + 2 * heads) + n * e * d + 6 * n * d * d + 6 * d * d
@@ -67,67 +55,75 @@ def test_a_state_space_network_is_counted_with_its_scans(capsys):
     assert found['tokens_per_block'] == [256] * 2 + [128] * 7 + [256] * 3
 
 
-def test_a_dense_file_has_no_route(capsys):
-    found = figures(capsys, 'digits.yaml')
-    assert found['ideal_step_ratio'] == 1 and found['tokens_per_block'] == [16] * 8 and found['routes'] == []
+def test_a_rotary_network_is_counted(figures):
+    found = figures('lightning_dit_xl_tread', code=2)
+    d, dense, sparse = 1152, 256, 128
+    blocks = [12 * n * d**2 + 2 * n**2 * d + 6 * d**2 for n in [dense] * 5 + [sparse] * 23]
+    ends = 3 * d**2 + 256 * d + 2 * 32 * dense * d
+    assert found['gmacs_routed'] == pytest.approx((sum(blocks) + ends) / 1e9, rel=1e-9)
+    assert found['gmacs_dense'] == pytest.approx((28 * blocks[0] + ends) / 1e9, rel=1e-9)
+    assert found['tokens_per_block'] == [256] * 2 + [128] * 23 + [256] * 3
+    assert found['memory_gib']['activations'] > 0
 
 
-def test_length_batches_and_memory(capsys):
-    found = figures(capsys, 'digits_tread.yaml', '--ranks', '2', 'max_duration=22ba', 'device_train_microbatch_size=16')
+def test_length_batches_and_memory(figures):
+    found = figures('digits_tread', '--ranks', '2', 'max_duration=22ba', 'device_train_microbatch_size=16')
     assert (found['batches'], found['batches_per_epoch'], found['epochs']) == (22, 11, 2.0)
     assert (found['samples_per_step'], found['samples_per_rank'], found['microbatch']) == (128, 64, 16)
     memory = found['memory_gib']
     assert memory['optimizer'] * 2**30 == 8 * found['parameters']
     assert memory['average'] * 2**30 == 4 * found['parameters']
-    smaller = figures(capsys, 'digits_tread.yaml', '--ranks', '2', 'device_train_microbatch_size=8')['memory_gib']
+    smaller = figures('digits_tread', '--ranks', '2', 'device_train_microbatch_size=8')['memory_gib']
     assert smaller['activations'] == pytest.approx(memory['activations'] / 2, rel=0.05)  # some serve all samples
-    assert figures(capsys, 'digits_tread.yaml', 'max_duration=3ep')['batches'] == 33
+    assert figures('digits_tread', 'max_duration=3ep')['batches'] == 33
 
 
-def test_snapshots_are_counted_before_they_fill_the_disk(capsys):
-    words = ('algorithms.power_ema={widths: [0.05, 0.1], interval: 100ba}',)
-    each = figures(capsys, 'digits_tread.yaml', *words)['parameters'] * 4 * 2 / 2**30
-    assert f'7 files of {each:.2f} GiB, {7 * each:.1f} GiB on disk' in plan(capsys, 'digits_tread.yaml', *words).out
-    by_share = 'algorithms.power_ema={widths: [0.1], interval: 0.25dur}'
-    assert '4 files of' in plan(capsys, 'digits_tread.yaml', by_share).out
-    assert 'files of' not in plan(capsys, 'digits_tread.yaml').out
+def test_averages_are_counted_and_one_too_long_for_the_run_is_said(plan, figures):
+    changed = 'algorithms.ema.decay=0.9999'
+    assert re.search('\naverage +at the end 93% of the average', plan('digits_tread', changed).out)
+    for words in ([], [changed, 'algorithms.ema.warmup=true']):
+        text = plan('digits_tread', *words).out
+        assert 'of the average' not in text and 'files of' not in text
+    snapshots = 'algorithms.power_ema={widths: [0.05, 0.1], interval: 100ba}'
+    each = figures('digits_tread', snapshots)['parameters'] * 4 * 2 / 2**30
+    assert f'7 files of {each:.2f} GiB, {7 * each:.1f} GiB on disk' in plan('digits_tread', snapshots).out
+    assert '4 files of' in plan('digits_tread', 'algorithms.power_ema={widths: [0.1], interval: 0.25dur}').out
+    words = ('algorithms.power_ema={widths: [0.05, 0.1, 0.2]}',)  # three beside the one of `ema`
+    usual, more = (figures('digits', *settings)['memory_gib']['average'] for settings in ((), words))
+    assert more == pytest.approx(4 * usual)
 
 
-def test_a_list_of_blocks_that_is_not_there_is_refused(capsys):
+def test_a_list_of_blocks_that_is_not_there_is_refused(plan):
     for named in (
         'denoiser.blocks',
         '[denoiser.blocks]',
         '{denoiser.blocks: {tokens_out: null}}',
         '{denoiser.blocks: }',
     ):
-        plan(capsys, 'digits_tread.yaml', f'algorithms.tread.blocks={named}')
-    refused = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.blocks=nonsense.blocks', code=2).err
+        plan('digits_tread', f'algorithms.tread.blocks={named}')
+    refused = plan('digits_tread', 'algorithms.tread.blocks=nonsense.blocks', code=2).err
     assert "algorithms.tread.blocks: the model has no module 'nonsense.blocks'" in refused
 
 
-def test_tokens_at_both_ends_that_never_skip_are_counted(capsys):
-    found = figures(capsys, 'digits_tread.yaml', 'algorithms.tread.always_keep=[3, 1]')
+def test_tokens_at_both_ends_that_never_skip_are_counted(figures):
+    found = figures('digits_tread', 'algorithms.tread.always_keep=[3, 1]')
     assert found['tokens_per_block'] == [16, 16, 10, 10, 10, 16, 16, 16]  # 4 of 16, and half of the other 12
 
 
-def test_the_text_has_the_figures_and_the_resolved_configuration(capsys):
-    text = plan(capsys, 'digits_tread.yaml', 'algorithms.tread.end_time=0.9dur').out
-    assert '16 16 8 8 8 16 16 16' in text and 'will be made from scikit-learn' in text
-    assert 'end_time 0.9dur' in text and 'run_name: digits_tread' in text
-
-
-def test_missing_data_are_said_on_stderr_and_in_the_exit_code(capsys):
-    output = plan(capsys, 'dit_xl.yaml', code=2)
-    assert 'data/imagenet256/train' in output.err and 'NOT READY' in output.out
-    output = plan(capsys, 'dit_xl.yaml', 'data.channels=null', code=2)
+def test_without_data_their_shape_is_asked_for(plan):
+    output = plan('dit_xl', 'data.channels=null', code=2)
     assert output.out == '' and 'give data.channels to plan without them' in output.err
 
 
-def test_the_schema_is_json_and_every_part_that_a_file_can_name_is_listed_with_its_purpose(capsys):
-    assert main(['schema']) == 0
-    assert 'run_name' in json.loads(capsys.readouterr().out)['properties']
-    assert main(['schema', '--components']) == 0
-    rows = [re.split(r' {2,}', line) for line in capsys.readouterr().out.splitlines()[:-1]]
+def test_the_numbers_of_fasterdit_are_shown(plan):
+    text = plan('digits_fasterdit', 'algorithms.direction_schedule={start_time: 0.1dur, end_time: 0.5dur}').out
+    assert 'latent_normalization:' not in text and 'end_time: 0.5dur' in text
+    assert 'std 0.820 for the network' in text and '1.0895' in text and '-0.389027' in text
+
+
+def test_the_schema_is_json_and_every_part_that_a_file_can_name_is_listed_with_its_purpose(cli):
+    assert 'run_name' in json.loads(cli('schema').out)['properties']
+    rows = [re.split(r' {2,}', line) for line in cli('schema', '--components').out.splitlines()[:-1]]
     assert [row[:2] for row in rows] == [
         *([kind, name] for kind in KINDS for name in part_names(kind)),
         *([kind, name] for kind, table in MEASURING.items() for name in table),
@@ -144,27 +140,18 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly():
     command = [sys.executable, '-m', 'tread_composer', 'plan', str(YAMLS / 'digits_tread.yaml')]
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), stdout=writing, stderr=subprocess.PIPE)
+    done = subprocess.run(command, env=environment(), stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE
     assert b'Traceback' not in done.stderr and b'BrokenPipe' not in done.stderr
 
 
-def test_nodes_share_ranks_and_data(capsys):
-    words = ['--ranks', '8', '--nodes', '2', '--without-data']
-    text = plan(capsys, 'dit_xl_tread.yaml', *words).out
+def test_nodes_share_ranks_and_data(plan, figures):
+    words = ['dit_xl_tread', '--ranks', '8', '--nodes', '2', '--without-data']
+    text = plan(*words).out
     assert re.search(r'nodes +2 with 4 ranks each; an epoch takes each node to 100% of the shards', text)
-    shared = plan(capsys, 'dit_xl_tread.yaml', *words, 'data.num_canonical_nodes=4').out
-    assert 'takes each node to 50% of the shards' in shared
-    assert 'nodes' not in figures(capsys, 'digits.yaml', '--ranks', '2')['config']
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        (['--ranks', '8', '--nodes', '3'], '--ranks 8 --nodes 3: every node has equally many ranks; take 9 ranks'),
-        (['--ranks', '8', '--nodes', '2', 'data.num_canonical_nodes=3'], 'data.num_canonical_nodes: 3 and 2 nodes'),
-    ],
-)
-def test_what_does_not_divide_among_the_nodes_is_refused(capsys, words, message):
-    assert message in plan(capsys, 'dit_xl_tread.yaml', *words, code=2).err
+    assert 'takes each node to 50% of the shards' in plan(*words, 'data.num_canonical_nodes=4').out
+    assert 'data.num_canonical_nodes: 3 and 2 nodes' in plan(*words, 'data.num_canonical_nodes=3', code=2).err
+    refused = plan('dit_xl_tread', '--ranks', '8', '--nodes', '3', code=2).err
+    assert '--ranks 8 --nodes 3: every node has equally many ranks; take 9 ranks' in refused
+    assert 'nodes' not in figures('digits', '--ranks', '2')['config']

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from tests.pages import Page, drawings
 from tests.runs import predict, run
@@ -22,16 +21,11 @@ from tread_composer.algorithms.power_ema.snapshots import (
     snapshot_path,
     write_snapshot,
 )
-from tread_composer.cli import main
-from tread_composer.config import ConfigError, load_config
 from tread_composer.core.errors import UserError
-from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.protocol import differences, load_results
-from tread_composer.run.plan import make_plan
 from tread_composer.weights.trained import load_trained
 
 STEPS, EVERY = 400, 50
-ROOT = Path(__file__).parent.parent
 
 
 def walk() -> torch.Tensor:
@@ -174,19 +168,18 @@ def test_a_missing_snapshot_is_noticed(copy):
 def test_damaged_snapshots_are_refused(copy):
     path = snapshot_path(copy, 300)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=r'ba00000300.safetensors: holds something else than was written'):
-        reconstruct(copy, 0.07)
-    path.write_bytes(whole[:-5])
-    with pytest.raises(UserError, match=r'ba00000300.safetensors: a damaged snapshot'):
-        reconstruct(copy, 0.07)
-    path.write_bytes(whole.replace(b'\\"batch\\": 300', b'\\"batch\\": 301'))
+    renumbered = whole.replace(b'\\"batch\\": 300', b'\\"batch\\": 301')
+    path.write_bytes(renumbered)
     assert read_header(path).batch == 301
-    with pytest.raises(UserError, match=r'ba00000300.safetensors: holds something else than was written'):
-        reconstruct(copy, 0.07)
-    save_file({'w': torch.zeros(1)}, path)
-    with pytest.raises(UserError, match=r'ba00000300.safetensors: is no snapshot of algorithms.power_ema'):
-        reconstruct(copy, 0.07)
+    for content, message in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), 'holds something else than was written'),
+        (whole[:-5], 'a damaged snapshot'),
+        (renumbered, 'holds something else than was written'),
+        (save({'w': torch.zeros(1)}), r'is no snapshot of algorithms\.power_ema'),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf'ba00000300\.safetensors: {message}'):
+            reconstruct(copy, 0.07)
 
 
 def test_a_continuation_that_was_given_up_is_not_used(copy):
@@ -210,8 +203,7 @@ def test_a_continuation_that_was_given_up_is_not_used(copy):
 
 
 def test_weights_that_do_not_move_come_out_as_they_are(tmp_path):
-    still = torch.full((STEPS, 4), 3.7, dtype=torch.float64)
-    write(tmp_path, still)
+    write(tmp_path, torch.full((STEPS, 4), 3.7, dtype=torch.float64))
     for width in (0.06, 0.2):
         found = reconstruct(tmp_path, width, allow_inexact=True)
         torch.testing.assert_close(found.tensors['w'], torch.full((4,), 3.7), rtol=3e-7, atol=0)
@@ -231,12 +223,11 @@ def trained(tmp_path_factory):
     return run(tmp_path_factory.mktemp('power'), 'digits_tread.yaml', *settings)
 
 
-def test_export_writes_the_average_and_says_how_it_was_made(trained, tmp_path, capsys):
+def test_export_writes_the_average_and_says_how_it_was_made(trained, tmp_path, cli):
     out = tmp_path / 'x.safetensors'
-    assert main(['export', str(trained.folder), '--weights', 'posthoc:0.130', '--out', str(out)]) == 0
-    told = capsys.readouterr().out
-    assert 'the posthoc:0.13 weights after 10 batches' in told
-    assert 'average   width 0.13 of the run (gamma 4.60) from 10 snapshots of batches 1 to 10' in told
+    text = cli('export', trained.folder, '--weights', 'posthoc:0.130', '--out', out).out
+    assert 'the posthoc:0.13 weights after 10 batches' in text
+    assert 'average   width 0.13 of the run (gamma 4.60) from 10 snapshots of batches 1 to 10' in text
     with safe_open(out, framework='pt') as file:
         facts = json.loads(file.metadata()['average'])
         assert file.metadata()['weights'] == 'posthoc:0.13'
@@ -252,7 +243,7 @@ def test_export_writes_the_average_and_says_how_it_was_made(trained, tmp_path, c
     assert direct.digest == model.digest != load_trained(trained.folder).digest
     assert torch.equal(predict(direct.model.denoiser), predict(model.model.denoiser))
     again = tmp_path / 'again.safetensors'
-    assert main(['export', str(out), '--out', str(again)]) == 0
+    cli('export', out, '--out', again)
     with safe_open(again, framework='pt') as file:
         assert json.loads(file.metadata()['average']) == facts
     with pytest.raises(UserError, match=r'holds the posthoc:0\.13 weights alone; take weights=posthoc:0\.13'):
@@ -268,25 +259,17 @@ def test_an_earlier_checkpoint_gives_the_average_up_to_it(trained):
     assert torch.equal(model.model.get_parameter(bias), kept[f'0.1/{bias}'])
 
 
-def test_sample_takes_the_width(trained, tmp_path):
-    words = ['sample', str(trained.folder), '--weights', 'posthoc:0.12', '--count', '10', '--steps', '1']
-    assert main([*words, '--out', str(tmp_path / 'drawn')]) == 0
-    assert '"posthoc:0.12"' in (tmp_path / 'drawn' / 'samples.json').read_text()
-
-
 @pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('digits') / 'digits'
-    prepare_digits(folder)
-    return ['--reference', str(folder / 'eval'), '--features', 'digits', '--steps', '2', '--device', 'cpu', '--cache',
-            str(folder.parent / 'cache')]  # fmt: skip
+def against(digits, tmp_path_factory):
+    measured = ['--reference', digits / 'eval', '--features', 'digits', '--steps', '2', '--device', 'cpu']
+    return [*measured, '--cache', tmp_path_factory.mktemp('cache')]
 
 
-def test_evaluate_takes_the_width_and_measures_the_average_that_export_writes(trained, digits, tmp_path):
-    out, file = str(tmp_path / 'r.json'), str(tmp_path / 'x.safetensors')
-    assert main(['export', str(trained.folder), '--weights', 'posthoc:0.1', '--out', file]) == 0
-    for path, weights in ((str(trained.folder), 'posthoc:0.1'), (file, 'ema'), (str(trained.folder), 'ema')):
-        assert main(['evaluate', path, *digits, '--weights', weights, '--count', '20', '--out', out]) == 0
+def test_evaluate_takes_the_width_and_measures_the_average_that_export_writes(trained, against, tmp_path, cli):
+    out, file = tmp_path / 'r.json', tmp_path / 'x.safetensors'
+    cli('export', trained.folder, '--weights', 'posthoc:0.1', '--out', file)
+    for path, weights in ((trained.folder, 'posthoc:0.1'), (file, 'ema'), (trained.folder, 'ema')):
+        cli('evaluate', path, *against, '--weights', weights, '--count', '20', '--out', out)
     direct, exported, usual = load_results(out)
     assert (direct['protocol']['weights'], direct['batch'], direct['run']) == ('posthoc:0.1', 10, 'digits_tread')
     assert direct['weights_digest'] == exported['weights_digest'] != usual['weights_digest']
@@ -297,21 +280,21 @@ def test_evaluate_takes_the_width_and_measures_the_average_that_export_writes(tr
     before = sorted(folders.iterdir())
     assert any(folder.name.startswith('posthoc-0.1-ba10-') for folder in before)
     again = ['--weights', 'posthoc:0.10', '--count', '20', '--out', out]
-    assert main(['evaluate', str(trained.folder), *digits, *again]) == 0
+    cli('evaluate', trained.folder, *against, *again)
     assert sorted(folders.iterdir()) == before, 'another spelling of the width draws nothing anew'
 
 
-def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, digits, tmp_path, capsys):
+def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, against, tmp_path, cli):
     out = tmp_path / 'out'
-    words = ['sweep', str(trained.folder), *digits, '--samples', '20', '--out', str(out)]
+    words = ['sweep', trained.folder, *against, '--samples', '20', '--out', out]
     words += ['--guidance-scale', '1', '3', '--interval', 'none', '0.1:0.8']
-    assert main([*words, '--weights', 'ema', 'posthoc:0.1']) == 0
+    cli(*words, '--weights', 'ema', 'posthoc:0.1')
     rows = json.loads((out / 'sweep.json').read_text())['rows']
     assert [row['settings']['weights'] for row in rows] == ['ema'] * 3 + ['posthoc:0.1'] * 3
     assert len({row['values']['fd_digits_20'] for row in rows}) == 6
     # Another width joins the table later, and nothing is measured twice, however it is spelled.
-    assert main([*words, '--weights', 'posthoc:0.100', 'posthoc:0.15', '--interval', 'none']) == 0
-    assert '2 of 4 rows are finished, and kept' in capsys.readouterr().out
+    text = cli(*words, '--weights', 'posthoc:0.100', 'posthoc:0.15', '--interval', 'none').out
+    assert '2 of 4 rows are finished, and kept' in text
     widened = json.loads((out / 'sweep.json').read_text())['rows']
     assert widened[:6] == rows and [row['settings']['weights'] for row in widened[6:]] == ['posthoc:0.15'] * 2
     (chart,) = drawings(Page((out / 'sweep.html').read_text()))
@@ -321,24 +304,8 @@ def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, digits,
     assert len({entry['weights_digest'] for entry in entries}) == 3
     before = (out / 'sweep.json').read_bytes()
     for width, message in (('posthoc:0.5', 'names no width'), ('posthoc:0.004', 'come only within')):
-        assert main([*words, '--weights', width]) == 2
-        assert message in capsys.readouterr().err
+        assert message in cli.refusal(*words, '--weights', width)
     assert (out / 'sweep.json').read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        (['--weights', 'posthoc:0.5'], "'posthoc:0.5' names no width"),
-        (['--weights', 'average'], 'invalid choice'),
-        (['--weights', 'posthoc:0.004'], 'come only within'),
-        (['--weights', 'ema', '--allow-inexact'], '--allow-inexact is about post-hoc averages'),
-    ],
-)
-def test_export_refuses(trained, tmp_path, capsys, words, message):
-    assert main(['export', str(trained.folder), '--out', str(tmp_path / 'x.safetensors'), *words]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_snapshots_says_so(tmp_path, trained):
@@ -353,18 +320,3 @@ def test_a_run_without_snapshots_says_so(tmp_path, trained):
     torch.save(content, file)
     with pytest.raises(UserError, match='the run kept no averages to choose from afterwards'):
         load_trained(tmp_path / 'run', weights='posthoc:0.1')
-
-
-def test_yaml_knows_it_and_the_plan_counts_its_memory():
-    sizes = 'model={name: dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}'
-    one = make_plan(load_config(ROOT / 'yamls/digits.yaml', [sizes]), 1)['memory_gib']
-    more = load_config(ROOT / 'yamls/digits.yaml', [sizes, 'algorithms.power_ema={widths: [0.05, 0.1, 0.2]}'])
-    assert make_plan(more, 1)['memory_gib']['average'] == pytest.approx(4 * one['average'])
-    for words, message in (
-        ('{widths: [0.05, 0.4]}', r'widths: 0\.4 is no width'),
-        ('{widths: [0.1, 0.1]}', 'each another'),
-        ('{interval: 10min}', 'interval'),
-        ('{settings_digest: x}', 'settings_digest'),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_config(ROOT / 'yamls/digits.yaml', [f'algorithms.power_ema={words}'])

@@ -6,20 +6,14 @@ from tread_composer.core.randomness import KeyedRandom
 
 
 def test_the_same_key_gives_the_same_numbers_and_any_other_gives_others():
-    base = KeyedRandom(17, 3, [5, 6]).normal('noise', 4)
-    assert torch.equal(base, KeyedRandom(17, 3, [5, 6]).normal('noise', 4))
-    others = [
-        KeyedRandom(18, 3, [5, 6]).normal('noise', 4),
-        KeyedRandom(17, 4, [5, 6]).normal('noise', 4),
-        KeyedRandom(17, 3, [7, 8]).normal('noise', 4),
-        KeyedRandom(17, 3, [5, 6]).normal('other', 4),
-    ]
-    for other in others:
+    def drawn(seed=17, batch=3, rows=(5, 6), name='noise'):
+        return KeyedRandom(seed, batch, rows).normal(name, 4)
+
+    base = drawn()
+    assert torch.equal(base, drawn())
+    for other in (drawn(seed=18), drawn(batch=4), drawn(rows=(7, 8)), drawn(name='other')):
         assert not (base == other).any()
-
-
-def test_a_row_does_not_depend_on_its_neighbours():
-    whole = KeyedRandom(1, 2, range(8)).normal('noise', 3)
+    whole = KeyedRandom(1, 2, range(8)).normal('noise', 3)  # a row does not depend on its neighbours
     assert torch.equal(whole[4:6], KeyedRandom(1, 2, [4, 5]).normal('noise', 3))
     assert torch.equal(whole[[6, 0]], KeyedRandom(1, 2, [6, 0]).normal('noise', 3))
 
@@ -50,18 +44,11 @@ def test_distributions():
     assert abs(torch.corrcoef(torch.stack([rows[:-1, 0], rows[1:, 0]]))[0, 1]) < 0.1
 
 
-def test_one_number_a_row_and_no_rows():
+def test_shapes_negative_keys_and_the_global_generators():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
     assert KeyedRandom(0, 0, [1, 2, 3]).uniform('t').shape == (3,)
     assert KeyedRandom(0, 0, []).normal('t', 4).shape == (0, 4)
-
-
-def test_the_global_generators_are_left_alone():
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    KeyedRandom(0, 0, range(4)).normal('noise', 4)
     assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
-
-
-def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match='must not be negative'):
         KeyedRandom(0, 0, [-1])
 

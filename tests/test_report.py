@@ -40,17 +40,11 @@ def test_all_text_is_escaped():
     assert texts.count(EVIL) == 5  # both axes, two curves, the level
 
 
-def test_the_best_cell_is_marked_and_no_other():
+def test_the_best_cell_is_marked_nested_settings_are_flat_and_an_impossible_place_is_refused(tmp_path):
     page = Page(Report('t').table(['a', 'b'], [['1', '2'], ['3', '4']], [(1, 0)]).html())
     assert [a.get('class') for a in page.named('td')] == [None, None, 'best', None]
-
-
-def test_nested_settings_are_flat_names():
     page = Page(Report('t').facts({'sampling': {'sampler': 'heun', 'interval': None}, 'seed': 0, 'empty': {}}).html())
     assert page.cells == ['sampling.sampler', 'heun', 'sampling.interval', 'none', 'seed', '0', 'empty', 'none']
-
-
-def test_writing_where_nothing_can_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):
         Report('t').write(tmp_path / 'file' / 'page.html')

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import ROOT
-from tread_composer.cli import main
+from tests.runs import YAMLS
 from tread_composer.config import load_config
 from tread_composer.data.digits import digits_manifest, load_digits_arrays
 from tread_composer.run.snr import latent_std, make_snr
 
-YAMLS = ROOT / 'yamls'
 
-
-def snr(capsys, *words, code=0):
-    assert main(['snr', *(str(YAMLS / word) if word.endswith('.yaml') else word for word in words)]) == code
-    return capsys.readouterr()
+@pytest.fixture
+def snr(cli, tmp_path, monkeypatch):
+    """What the command prints in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words, code=0: cli('snr', *(YAMLS / w if w.endswith('.yaml') else w for w in words), code=code)
 
 
 def row(text, name):
@@ -26,9 +25,8 @@ def row(text, name):
     return [float(word) for word in line.split(')')[1].split()[:5]]
 
 
-def test_figures_and_picture(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = snr(capsys, 'digits.yaml', 'digits_fasterdit.yaml', 'digits_ddpm.yaml').out
+def test_figures_and_picture(snr, tmp_path):
+    text = snr('digits.yaml', 'digits_fasterdit.yaml', 'digits_ddpm.yaml').out
     pixels, _ = load_digits_arrays('train')
     strength = 20 * math.log10(pixels.std(dtype=np.float64))
     assert row(text, 'digits') == pytest.approx([strength, 8.7, strength - 14.3, strength, strength + 14.3], abs=0.1)
@@ -39,21 +37,20 @@ def test_figures_and_picture(capsys, tmp_path, monkeypatch):
     assert (tmp_path / 'snr.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_overrides_hold_for_all_files_and_the_picture_goes_where_it_should(capsys, tmp_path):
+def test_overrides_hold_for_all_files_and_the_picture_goes_where_it_should(snr, tmp_path):
     picture = tmp_path / 'there' / 'both.png'
     words = ('digits.yaml', 'digits_tread.yaml', 'latent_scale=10.0', '--out', str(picture), 'latent_shift=3.0')
-    text = snr(capsys, *words).out
+    text = snr(*words).out
     assert row(text, 'digits') == row(text, 'digits_tread')
     assert row(text, 'digits')[0] == pytest.approx(20 - 2.5, abs=0.1)
     assert picture.exists()
 
 
-def test_without_data_the_strength_must_be_given_and_that_is_said(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    output = snr(capsys, 'dit_xl.yaml', code=2)
+def test_without_data_the_strength_must_be_given_and_that_is_said(snr, tmp_path):
+    output = snr('dit_xl.yaml', code=2)
     assert 'holds no manifest' in output.err and '--std' in output.err and output.out == ''
     assert list(tmp_path.iterdir()) == []
-    text = snr(capsys, 'dit_xl.yaml', 'dit_xl_fasterdit.yaml', '--std', '1.0').out
+    text = snr('dit_xl.yaml', 'dit_xl_fasterdit.yaml', '--std', '1.0').out
     assert row(text, 'dit_xl') == [10.4, 10.4, -6.7, 10.4, 27.6]
     assert text.count('1.000 (from --std, not from data)') == 2
 
@@ -92,5 +89,5 @@ def test_a_weighting_and_a_shift_are_in_the_density():
         (['digits.yaml', '--out', '/dev/null/x.png'], "--out: '/dev/null/x.png' cannot be written"),
     ],
 )
-def test_refused(capsys, words, message):
-    assert message in snr(capsys, *words, code=2).err
+def test_refused(snr, words, message):
+    assert message in snr(*words, code=2).err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, SMALL, command
-from tests.watched import Watched, watch
+from tests.watched import watch
 
 # Nothing of these takes less than a tenth of a second, most take seconds.
 HEAVY = {'torch', 'numpy', 'composer', 'streaming', 'mlflow', 'transformers', 'torchvision', 'torchmetrics', 'sklearn',
@@ -17,61 +17,60 @@ YAML = str(ROOT / 'yamls' / 'digits_tread.yaml')
 PROGRAM = ('-m', 'tread_composer')
 
 
+_EACH = """
+import json, sys
+from tread_composer.cli import main
+codes = []
+for words in json.loads(sys.argv[1]):
+    try:
+        codes.append(main(words))
+    except SystemExit as ended:
+        codes.append(ended.code)
+print('codes', codes)
+"""
+
+
+def call(folder, *commands):
+    """All of them in one process, which has imported what any of them needs."""
+    done = watch(folder, ['-c', _EACH, json.dumps(commands)])
+    assert done.code == 0 and 'Traceback' not in done.out, done.out
+    return done
+
+
 def test_help_of_every_command_imports_nothing_heavy(tmp_path):
     everything = watch(tmp_path, [*PROGRAM, '--help'])
     assert everything.code == 0 and not everything.packages & HEAVY
     names = re.findall(r'^    (\w+) ', everything.out, re.MULTILINE)
     assert {'train', 'plan', 'sample', 'evaluate', 'sweep', 'inspect', 'import'} <= set(names)
-    (tmp_path / 'all.py').write_text(
-        'import contextlib, sys\n'
-        'from tread_composer.cli import main\n'
-        'for name in sys.argv[1:]:\n'
-        '    with contextlib.suppress(SystemExit):\n'
-        "        main([name, '--help'])\n"
-    )
-    each = watch(tmp_path, ['all.py', *names])
-    assert each.code == 0 and each.out.count('show this help message') == len(names)
+    each = call(tmp_path, *([name, '--help'] for name in names))
+    assert each.out.count('show this help message') == len(names)
     assert each.out.count('example: python -m tread_composer ') == len(names)
     assert each.packages & HEAVY == set()
 
 
-@pytest.mark.parametrize('words', [('train', YAML, '--lr', '1'), ('sample', 'run', '--steps', 'x', '--out', 'o')])
-def test_a_refused_word_imports_nothing_heavy(tmp_path, words):
-    done = watch(tmp_path, [*PROGRAM, *words])
-    assert done.code == 2 and 'usage:' in done.out and 'Traceback' not in done.out
-    assert done.packages & HEAVY == set()
+SLIPS = 'train YAML --lr 1; sample run --steps x --out o; compare only; export run --allow-inexact'
 
 
 @pytest.mark.parametrize(
-    ('words', 'code', 'absent'),
+    ('commands', 'codes', 'absent'),
     [
-        (('plan', YAML), 0, {'mlflow', 'diffusers', 'lmdb'}),
-        (('train', YAML, 'optimzer.lr=1'), 2, {'mlflow', 'diffusers', 'lmdb'}),
-        (('prefetch',), 0, {'composer', 'streaming', 'mlflow', 'diffusers', 'transformers', 'matplotlib', 'sklearn'}),
-        (('compare', 'only'), 2, HEAVY),
-        (('export', 'run', '--allow-inexact'), 2, HEAVY),
-        (('sample', 'run', '--out', 'o', '--guidance', 'sparse'), 2, {'composer', 'streaming', 'mlflow', 'diffusers'}),
+        ('plan YAML; train YAML optimzer.lr=1', [0, 2], {'mlflow', 'diffusers', 'lmdb'}),
+        ('prefetch', [0], {'composer', 'streaming', 'mlflow', 'diffusers', 'transformers', 'matplotlib', 'sklearn'}),
+        (SLIPS, [2] * 4, HEAVY),
+        ('sample run --out o --guidance sparse', [2], {'composer', 'streaming', 'mlflow', 'diffusers'}),
     ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
-def test_a_command_imports_only_what_it_uses(tmp_path, words, code, absent):
-    done = watch(tmp_path, [*PROGRAM, *words])
-    assert done.code == code and 'Traceback' not in done.out, done.out
+def test_a_command_imports_only_what_it_uses(tmp_path, commands, codes, absent):
+    each = [[YAML if word == 'YAML' else word for word in words.split()] for words in commands.split(';')]
+    done = call(tmp_path, *each)
+    assert f'codes {codes}' in done.out, done.out
     assert done.packages & absent == set()
 
 
-@pytest.fixture(scope='module')
-def training(tmp_path_factory) -> Watched:
-    return watch(tmp_path_factory.mktemp('training'), command(YAML, *SMALL, 'max_duration=2ba')[1:])
-
-
-def test_a_training_run_looks_up_no_foreign_host(training):
+def test_a_training_run_looks_up_no_foreign_host_and_its_threads_do_not_spin(tmp_path):
+    training = watch(tmp_path, command(YAML, *SMALL, 'max_duration=2ba')[1:])
     assert training.code == 0 and 'evaluation loss' in training.out, training.out
-    assert 'mlflow' in training.packages
-    assert training.foreign_hosts == set()
-
-
-def test_threads_of_a_training_run_do_not_spin(training):
+    assert 'mlflow' in training.packages and training.foreign_hosts == set()
     settings = training.environment_at('torch')
     assert settings and {values['GOMP_SPINCOUNT'] for values in settings} == {'100000'}
 

@@ -11,9 +11,8 @@ import torch
 
 from tests.metrics.small import grey_images, random_images, write_folder
 from tests.pages import Page, assert_self_contained, drawings, lines_of
-from tests.runs import environment, run
+from tests.runs import environment
 from tests.warm import start_program, wait_until
-from tread_composer.cli import main
 from tread_composer.core.errors import UserError
 from tread_composer.evaluate.sweep.drawn import rows_of, sampling_of, sweep
 from tread_composer.evaluate.sweep.request import SweepRequest
@@ -89,38 +88,29 @@ def test_every_line_of_the_picture_begins_at_no_guidance(tmp_path):
     assert [len(points) for points in lines_of(drawings(Page(page))[0])] == [3] * 4
 
 
-# --- the command, on a run that was trained for four steps ---
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory) -> Path:
+    """Real digits as PNGs to compare with."""
+    (images,) = DigitsImages('eval').batches(300)
+    return write_folder(tmp_path_factory.mktemp('reference'), images.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory) -> Path:
-    """A run folder as training leaves it, and real digits as PNGs to compare with."""
-    root = tmp_path_factory.mktemp('sweep')
-    run(root, 'digits_tread.yaml', 'algorithms.ema.decay=0.5')
-    (images,) = DigitsImages('eval').batches(300)
-    write_folder(root / 'reference', images.permute(0, 2, 3, 1).numpy())
-    return root
-
-
-def full_command(root: Path, *words: str) -> list[str]:
-    reference = ['--reference', str(root / 'reference'), '--features', 'digits']
-    return ['sweep', str(root / 'run'), *reference, '--steps', '2', '--batch-size', '32', '--device', 'cpu', *words]
-
-
-def command(root: Path, *words: str) -> int:
-    return main(full_command(root, *words))
+def command(routed, reference) -> list[str]:
+    """A sweep of a trained run; what is measured and where it goes follow."""
+    of = ['sweep', str(routed.folder), '--reference', str(reference), '--features', 'digits']
+    return [*of, '--steps', '2', '--batch-size', '32', '--device', 'cpu']
 
 
 def table_of(folder: Path) -> list[dict]:
     return json.loads((folder / 'sweep.json').read_text())['rows']
 
 
-def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, capsys, monkeypatch):
+def test_the_command_measures_writes_protocols_and_resumes(command, tmp_path, cli, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     out = tmp_path / 'out'
-    words = ['--samples', '40', '--out', str(out)]
-    assert command(trained, *words, '--guidance-scale', '1', '3') == 0
-    printed = capsys.readouterr().out
+    words = [*command, '--samples', '40', '--out', str(out)]
+    printed = cli(*words, '--guidance-scale', '1', '3').out
     assert 'fd_digits_40' in printed and '* best of its column' in printed
     plain, guided = before = table_of(out)
     assert plain['values']['fd_digits_40'] != guided['values']['fd_digits_40']
@@ -129,47 +119,41 @@ def test_the_command_measures_writes_protocols_and_resumes(trained, tmp_path, ca
     assert [entry['protocol']['sampling']['guidance_scale'] for entry in entries] == [1.0, 3.0]
     assert entries[0]['batch'] == 3 and entries[0]['protocol']['sampling']['guidance'] == 'none'
     # The same again measures nothing; more rows are added, sparse guidance and raw weights among them.
-    assert command(trained, *words, '--guidance-scale', '1', '3') == 0
-    assert table_of(out) == before and '2 of 2 rows are finished, and kept' in capsys.readouterr().out
+    assert '2 of 2 rows are finished, and kept' in cli(*words, '--guidance-scale', '1', '3').out
+    assert table_of(out) == before
     sparse = ['--guidance', 'sparse', '--guidance-settings', 'strong_rate=0.25', 'weak_rate=0.75']
-    assert command(trained, *words, '--guidance-scale', '3', '--weights', 'raw', *sparse) == 0
+    cli(*words, '--guidance-scale', '3', '--weights', 'raw', *sparse)
     rows = table_of(out)
     assert rows[:2] == before and rows[2]['settings']['weak_rate'] == 0.75
     assert_self_contained((out / 'sweep.html').read_text())
     # Other samples in the same folder are refused, and so is a second process in it.
-    capsys.readouterr()
     state = (out / 'sweep.json').read_bytes()
-
-    def refused(message, *changed):
-        assert command(trained, *(changed or words)) == 2
-        assert message in capsys.readouterr().err
-
-    refused('num_samples: saved 40, now 50', '--samples', '50', '--out', str(out))
+    assert 'num_samples: saved 40, now 50' in cli.refusal(*command, '--samples', '50', '--out', out)
     with locked(out / '.lock'):
-        refused('another process is sweeping')
+        assert 'another process is sweeping' in cli.refusal(*words)
     assert (out / 'sweep.json').read_bytes() == state
     (out / 'sweep.json').write_text('{"rows": []}')
-    refused('not written by this version')
-    refused('cannot be written', '--samples', '40', '--out', str(out / 'sweep.json'))
+    assert 'not written by this version' in cli.refusal(*words)
+    assert 'cannot be written' in cli.refusal(*command, '--samples', '40', '--out', out / 'sweep.json')
 
 
-def test_kid_of_small_subsets_with_a_cache_of_its_own(trained, tmp_path):
+def test_kid_of_small_subsets_with_a_cache_of_its_own(command, tmp_path, cli):
     words = ['--metrics', 'kid', '--kid-subset-size', '20', '--cache', str(tmp_path / 'cache'), '--samples', '20']
-    assert command(trained, *words, '--out', str(tmp_path / 'out')) == 0
+    cli(*command, *words, '--out', tmp_path / 'out')
     (entry,) = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert entry['metric'] == 'kd_digits_20' and entry['protocol']['settings']['kid_subset_size'] == 20
     assert len(list((tmp_path / 'cache').iterdir())) == 1
     assert '--kid-subset-size 20' in (tmp_path / 'out' / 'sweep.html').read_text()
 
 
-def small_request(trained: Path, out: Path, reference: Path | None = None, **settings) -> SweepRequest:
-    against = Measurement(str(reference or trained / 'reference'), features='digits', cache=out.parent / 'cache')
-    small = {'path': str(trained / 'run'), 'num_steps': 1, 'num_samples': 10, 'device': 'cpu'}
-    return SweepRequest(**{**small, 'out': str(out), 'measurement': against, **settings})
+def small_request(path: Path, out: Path, reference: Path, **settings) -> SweepRequest:
+    against = Measurement(str(reference), features='digits', cache=out.parent / 'cache')
+    small = {'num_steps': 1, 'num_samples': 10, 'device': 'cpu'}
+    return SweepRequest(str(path), str(out), against, **small, **settings)
 
 
-def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
-    moving = shutil.copytree(trained / 'run', tmp_path / 'run', symlinks=True)
+def test_a_run_that_moves_on_while_it_is_swept_is_noticed(routed, reference, tmp_path):
+    moving = shutil.copytree(routed.folder, tmp_path / 'run', symlinks=True)
     (moving / 'latest-rank0.pt').unlink()
     latest, later = (Path(shutil.copy(next(moving.glob('ep*.pt')), moving / name)) for name in ('latest-rank0.pt', 'x'))
     content = torch.load(later, weights_only=False)
@@ -181,27 +165,25 @@ def test_a_run_that_moves_on_while_it_is_swept_is_noticed(trained, tmp_path):
         if line.startswith('1 of 2'):
             later.replace(latest)
 
-    request = small_request(trained, tmp_path / 'out', path=str(moving), weights=('ema', 'raw'))
+    request = small_request(moving, tmp_path / 'out', reference, weights=('ema', 'raw'))
     with pytest.raises(UserError, match=r'holds other raw weights than at the start .* still train\?'):
         sweep(request, Ranks(), train_on)
     assert len(table_of(tmp_path / 'out')) == 1
 
 
-def test_killed_within_a_row_it_goes_on_where_it_stopped(trained, tmp_path, capsys):
-    words = ['--samples', '330', '--sampler', 'euler', '--steps', '40', '--guidance-scale', '1', '2']
-    assert command(trained, *words, '--out', str(tmp_path / 'whole')) == 0
+def test_killed_within_a_row_it_goes_on_where_it_stopped(command, tmp_path, cli):
+    words = [*command, '--samples', '100', '--sampler', 'euler', '--steps', '20', '--guidance-scale', '1', '2']
+    cli(*words, '--out', tmp_path / 'whole')
     out = tmp_path / 'out'
-    program = ['-m', 'tread_composer', *full_command(trained, *words, '--out', str(out))]
+    program = ['-m', 'tread_composer', *words, '--out', out]
     child = start_program(program, tmp_path, environment(), [tmp_path / 'log'])
     wait_until(lambda: list(out.glob('.row-*/.samples/part-*.npy')), child)
     child.kill()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     parts = list(out.glob('.row-*/.samples/part-*.npy'))
-    assert 1 <= len(parts) < 21 and not (out / 'sweep.json').exists()
-    capsys.readouterr()
-    assert command(trained, *words, '--out', str(out)) == 0
-    assert f'going on: {16 * len(parts)} of 330 images are there' in capsys.readouterr().out
+    assert 1 <= len(parts) < 7 and not (out / 'sweep.json').exists()
+    assert f'going on: {16 * len(parts)} of 100 images are there' in cli(*words, '--out', out).out
     assert not list(out.glob('.row-*'))
     assert [row['values'] for row in table_of(out)] == [row['values'] for row in table_of(tmp_path / 'whole')]
 
@@ -215,7 +197,7 @@ def shift(state):
             shift(value)
 
 
-def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(trained, tmp_path, monkeypatch):
+def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(routed, reference, tmp_path, monkeypatch):
     seen, draw = [], LatentDiffusion.draw
 
     def watched(*arguments, **settings):
@@ -230,9 +212,9 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     torch.backends.cudnn.allow_tf32 = True
     try:
         with pytest.raises(UserError, match=r'000003\.png'):
-            sweep(small_request(trained, tmp_path / 'no', reference=damaged), Ranks(), quiet)
+            sweep(small_request(routed.folder, tmp_path / 'no', damaged), Ranks(), quiet)
         assert seen == []
-        sweep(small_request(trained, tmp_path / 'out'), Ranks(), quiet)
+        sweep(small_request(routed.folder, tmp_path / 'out', reference), Ranks(), quiet)
         assert set(seen) == {('highest', False)}
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ('high', True)
     finally:
@@ -244,7 +226,6 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
     ('words', 'message'),
     [
         (['--samples', '45'], 'no multiple of the 10 classes'),
-        (['--samples', '1'], '--count: 1 must be at least 2'),
         (['--samples', '40', '--metrics', 'fvd'], "invalid choice: 'fvd'"),
         (['--samples', '40', '--batch-size', '0'], '--batch-size: 0 must be at least 1'),
         (['--samples', '40', '--metrics', 'kid'], 'kid needs 1000 images'),
@@ -252,16 +233,14 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(tra
         (['--samples', '40', '--reference', 'large'], 'images of 16 pixels, and the samples have 8'),
         (['optimizer.lr=3', '--samples', '40'], 'optimizer.lr: a trained model is sampled as it was trained'),
         (['autoencoder.path=/data/vae', '--samples', '40'], 'autoencoder'),
-        (['--samples', '40', '--interval', '0.1'], "'0.1' is not LOW:HIGH, or none"),
         (['--count', '40', '--guidance', 'cfg'], "--guidance: 'cfg' is none of none, classifier_free"),
         (['--count', '40', '--guidance-settings', 'weak_rate=1'], 'weak_rate: no setting of classifier_free'),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(
-    trained, tmp_path, capsys, monkeypatch, words, message
+    command, tmp_path, cli, monkeypatch, words, message
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / 'large', random_images(12, 16))
-    assert command(trained, *words, '--out', str(tmp_path / 'out')) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.refusal(*command, *words, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()

@@ -38,12 +38,8 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_what_it_should(whole):
     folder = whole[1] / 'runs'
-    assert {path.name for path in folder.iterdir()} == {
-        'digits_tread',
-        'mlflow.db',
-        '.mlflow.db.lock',
-        'mlflow_artifacts',
-    }
+    names = {'digits_tread', 'mlflow.db', '.mlflow.db.lock', 'mlflow_artifacts'}
+    assert {path.name for path in folder.iterdir()} == names
     assert {path.name for path in whole[1].iterdir()} == {'data', 'runs'}
     saved = yaml.safe_load((folder / 'digits_tread' / 'config.yaml').read_text())
     assert saved['algorithms']['tread']['end'] == -2 and saved['model']['hidden_size'] == 16
@@ -56,14 +52,27 @@ def test_a_run_leaves_what_it_should(whole):
     assert sorted(history(whole[1])) == list(range(14))
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_a_twice_resumed_run_equals_the_uninterrupted_one_to_the_bit(whole, tmp_path, ranks):
-    for until in (5, 11, 14):  # stops in mid-epoch, and at the last batch of an epoch
+def test_a_run_that_was_killed_and_stopped_equals_the_uninterrupted_one_to_the_bit(whole, tmp_path):
+    words = command(YAML, *SMALL, TREAD_WIDE, 'save_interval=1ba')
+    process = start_program(words[1:], tmp_path, environment(), [tmp_path / 'log'])
+    assert wait_until((tmp_path / 'runs' / 'digits_tread' / 'latest-rank0.pt').exists, process)
+    process.kill()
+    process.join()
+    wait_until(lambda: tracked(tmp_path).info.status != 'RUNNING')  # until the watcher has imported MLflow
+    assert tracked(tmp_path).info.status == 'FAILED'
+    for until in (11, 14):  # stops at the last batch of an epoch
+        done = train(tmp_path, 'digits_tread.yaml', TREAD_WIDE, 'save_interval=1ba', f'max_duration={until}ba')
+    assert tracked(tmp_path).info.status == 'FINISHED' and 'mlflow ui' in done.stdout
+    assert history(tmp_path) == history(whole[1])
+    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[1], 'digits_tread'))
+
+
+def test_two_ranks_go_on_as_the_uninterrupted_run_to_the_bit(whole, tmp_path):
+    for until in (5, 14):
         words = (TREAD_WIDE, f'save_interval={until}ba', f'max_duration={until}ba')
-        done = train(tmp_path, 'digits_tread.yaml', *words, ranks=ranks)
-    assert 'mlflow ui' in done.stdout
-    assert history(tmp_path) == history(whole[ranks])
-    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[ranks], 'digits_tread'))
+        train(tmp_path, 'digits_tread.yaml', *words, ranks=2)
+    assert history(tmp_path) == history(whole[2])
+    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[2], 'digits_tread'))
 
 
 def test_two_ranks_train_as_one(whole):
@@ -103,21 +112,6 @@ def test_two_ranks_under_fsdp2_draw_samples_and_save_what_one_rank_goes_on_with(
         assert value.shape == state['model'][name].shape
 
 
-def test_killed_without_warning_and_started_again(whole, tmp_path):
-    words = command(YAML, *SMALL, TREAD_WIDE, 'save_interval=1ba')
-    process = start_program(words[1:], tmp_path, environment(), [tmp_path / 'log'])
-    assert wait_until((tmp_path / 'runs' / 'digits_tread' / 'latest-rank0.pt').exists, process)
-    process.kill()
-    process.join()
-    wait_until(lambda: tracked(tmp_path).info.status != 'RUNNING')  # until the watcher has imported MLflow
-    assert tracked(tmp_path).info.status == 'FAILED'
-    done = launch(tmp_path, words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert tracked(tmp_path).info.status == 'FINISHED'
-    assert history(tmp_path) == history(whole[1])
-    assert_same_training(checkpoint(tmp_path, 'digits_tread'), checkpoint(whole[1], 'digits_tread'))
-
-
 def test_the_same_command_again_trains_no_more_and_changes_nothing(whole):
     before = checkpoint(whole[1], 'digits_tread')
     done = train(whole[1], 'digits_tread.yaml', TREAD_WIDE)
@@ -126,17 +120,12 @@ def test_the_same_command_again_trains_no_more_and_changes_nothing(whole):
     assert tracked(whole[1]).info.status == 'FINISHED'
 
 
-@pytest.mark.parametrize(
-    ('override', 'difference'),
-    [
-        ('algorithms.tread.end=-3', 'algorithms.tread.end: saved -2, now -3'),
-        ('algorithms.tread=null', 'algorithms.tread: saved {'),
-        ('optimizer.lr=2e-3', 'optimizer.lr: saved 0.001, now 0.002'),
-    ],
-)
-def test_another_configuration_under_the_same_name_is_refused(whole, override, difference):
-    message = refused_here(whole[1], YAML, *SMALL, TREAD_WIDE, override)
-    assert difference in message and 'run_name=' in message
+def test_another_configuration_under_the_same_name_is_refused(whole):
+    changed = ('algorithms.tread.end=-3', 'optimizer.lr=2e-3')
+    message = refused_here(whole[1], YAML, *SMALL, TREAD_WIDE, *changed)
+    assert 'algorithms.tread.end: saved -2, now -3' in message and 'optimizer.lr: saved 0.001, now 0.002' in message
+    assert 'run_name=' in message
+    assert 'algorithms.tread: saved {' in refused_here(whole[1], YAML, *SMALL, 'algorithms.tread=null')
 
 
 def test_a_dense_run_does_not_continue_a_routed_checkpoint(whole, tmp_path):
@@ -147,22 +136,16 @@ def test_a_dense_run_does_not_continue_a_routed_checkpoint(whole, tmp_path):
     assert 'Traceback' not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ('override', 'message'),
-    [
-        ('algorithms.tread.blocks=nowhere', "algorithms.tread: blocks: the model has no module 'nowhere'"),
-        (
-            'callbacks.sample_grid={classes: [3, 99]}',
-            'callbacks.sample_grid.classes: [99] are not classes of the model',
-        ),
-    ],
-)
-def test_what_only_the_model_can_tell_is_refused_before_the_first_batch(tmp_path, override, message):
-    """What the configuration can tell: see ``frozen/refusals.py``."""
-    done = launch_here(tmp_path, YAML, *SMALL, override)
-    assert done.returncode == 2 and done.stderr.count(message) == 1, done.stderr
-    assert 'Traceback' not in done.stderr and 'batch 1/' not in done.stderr
-    assert not list(tmp_path.glob('runs/digits_tread/*.pt'))
+def test_what_only_the_model_can_tell_is_refused_before_the_first_batch(tmp_path):
+    """What the configuration can tell: see ``config/test_refusals.py``."""
+    for override, message in {
+        'algorithms.tread.blocks=nowhere': "algorithms.tread: blocks: the model has no module 'nowhere'",
+        'callbacks.sample_grid={classes: [3, 99]}': 'callbacks.sample_grid.classes: [99] are not classes of the model',
+    }.items():
+        done = launch_here(tmp_path, YAML, *SMALL, override)
+        assert done.returncode == 2 and done.stderr.count(message) == 1, done.stderr
+        assert 'Traceback' not in done.stderr and 'batch 1/' not in done.stderr
+        assert not list(tmp_path.glob('runs/digits_tread/*.pt'))
 
 
 def test_with_two_ranks_the_message_appears_once_in_the_launchers_output(tmp_path):

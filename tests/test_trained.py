@@ -32,11 +32,6 @@ def rewrite(folder, change):
     torch.save(content, file)
 
 
-def test_a_run_says_what_its_data_were(routed):
-    text = (routed.folder / 'data.json').read_text()
-    assert Manifest.parse(text, 'data.json', '') == digits_manifest('train')
-
-
 def test_raw_and_averaged_weights_are_those_of_training_to_the_bit(routed):
     raw = predict(routed.denoiser)
     (ema,) = [one for one in routed.trainer.state.algorithms if type(one).__name__ == 'EMA']
@@ -48,6 +43,8 @@ def test_raw_and_averaged_weights_are_those_of_training_to_the_bit(routed):
 
 
 def test_what_is_known_of_a_trained_model(routed):
+    text = (routed.folder / 'data.json').read_text()
+    assert Manifest.parse(text, 'data.json', '') == digits_manifest('train')
     trained = load_trained(routed.folder)
     assert (trained.weights, trained.batch, trained.source) == ('ema', 3, str(routed.folder))
     assert trained.data.class_names == trained.model.class_names == tuple('0123456789')
@@ -68,18 +65,6 @@ def test_a_checkpoint_of_the_folder_and_the_folder_are_the_same(routed):
     assert trained.digest != folder.digest != load_trained(routed.folder, weights='raw').digest
 
 
-def test_without_a_latest_the_checkpoint_of_the_most_batches_is_taken(copy):
-    (copy / 'latest-rank0.pt').unlink()
-    assert load_trained(copy).batch == 3
-
-
-def test_the_label_changes_the_sample_and_the_batch_size_does_not(routed):
-    model = load_trained(routed.folder).model
-    images = model.sample([1, 2, 10], [7, 7, 7], num_steps=3)
-    assert (images[0] - images[1]).abs().max() > 1e-3 < (images[0] - images[2]).abs().max()
-    torch.testing.assert_close(model.sample([2], [7], num_steps=3)[0], images[1], atol=1e-5, rtol=0)
-
-
 def test_it_may_be_sampled_on_ranks_that_its_batch_does_not_divide_among(routed, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     assert load_trained(routed.folder).config.global_train_batch_size == 16
@@ -98,14 +83,6 @@ def test_overrides_reach_the_configuration_and_are_checked(routed):
         load_trained(routed.folder, overrides={'objective.sampling_shft': 3.0})
 
 
-def test_maskdit_gets_its_decoder(tmp_path):
-    decoder = 'algorithms.maskdit={mask_ratio: 0.5, decoder_depth: 1, decoder_hidden_size: 16, decoder_num_heads: 2}'
-    masked = run(tmp_path, 'digits_maskdit.yaml', decoder)
-    trained = load_trained(masked.folder, weights='raw')
-    assert torch.equal(predict(trained.model.denoiser), predict(masked.denoiser))
-    assert type(trained.model.objective).__name__ == 'MaskedEDM'
-
-
 def test_composers_average_is_known_for_what_it_is(tmp_path):
     averaged = run(tmp_path, 'digits.yaml', 'algorithms.ema=null', 'algorithms.composer_ema={half_life: 2ba}')
     (ema,) = [one for one in averaged.trainer.state.algorithms if type(one).__name__ == 'EMA']
@@ -116,24 +93,16 @@ def test_composers_average_is_known_for_what_it_is(tmp_path):
         load_trained(averaged.folder, weights='raw')
 
 
-def test_runs_older_than_data_json_take_the_manifest_of_their_data(copy):
+def test_runs_older_than_data_json_take_the_manifest_of_their_data_and_exchanged_data_are_refused(copy):
     (copy / 'data.json').unlink()
     assert load_trained(copy).data.num_samples == 1500
     config = yaml.safe_load((copy / 'config.yaml').read_text())
-    config['data'] = {'name': 'latents', 'local': str(copy / 'nowhere')}
+    config['data'] = {'name': 'latents', 'local': str(copy / 'other')}
     (copy / 'config.yaml').write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r'copy manifest.json of the training data to .*data.json'):
         load_trained(copy)
-
-
-def test_data_that_have_been_exchanged_since_are_refused(copy):
-    (copy / 'data.json').unlink()
-    config = yaml.safe_load((copy / 'config.yaml').read_text())
-    config['data'] = {'name': 'latents', 'local': str(copy / 'other')}
-    (copy / 'config.yaml').write_text(yaml.safe_dump(config))
     (copy / 'other' / 'train').mkdir(parents=True)
-    other = digits_manifest('train').model_copy(update={'source': 'other images'})
-    other.save(copy / 'other' / 'train')
+    digits_manifest('train').model_copy(update={'source': 'other images'}).save(copy / 'other' / 'train')
     with pytest.raises(UserError, match="source: saved 'scikit-learn digits, train split', now 'other images'"):
         load_trained(copy)
 
@@ -147,13 +116,6 @@ def test_weights_that_are_not_there_are_refused(copy, routed):
         load_trained(copy, weights='best')
 
 
-def test_a_configuration_that_is_not_the_checkpoints_is_refused(copy):
-    text = (copy / 'config.yaml').read_text().replace('hidden_size: 16', 'hidden_size: 32')
-    (copy / 'config.yaml').write_text(text)
-    with pytest.raises(UserError, match=r'model.hidden_size: saved 16, now 32'):
-        load_trained(copy)
-
-
 def test_weights_that_do_not_fit_are_named(copy):
     def spoil(state):
         state['model']['denoiser.extra'] = state['model'].pop('denoiser.x_embedder.proj.bias')
@@ -164,6 +126,10 @@ def test_weights_that_do_not_fit_are_named(copy):
         load_trained(copy, weights='raw')
     for words in ('Missing key(s) in state_dict: "x_embedder', 'Unexpected key(s) in state_dict: "extra', 'Size([3])'):
         assert words in str(refused.value)
+    text = (copy / 'config.yaml').read_text().replace('hidden_size: 16', 'hidden_size: 32')
+    (copy / 'config.yaml').write_text(text)
+    with pytest.raises(UserError, match=r'model.hidden_size: saved 16, now 32'):
+        load_trained(copy)
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_never_read(copy, capsys):
@@ -176,19 +142,20 @@ def test_a_truncated_checkpoint_is_passed_over_and_never_read(copy, capsys):
 
 
 def test_wrong_paths_say_what_belongs_there(copy, tmp_path):
-    with pytest.raises(UserError, match='nowhere: there is no such file'):
-        load_trained(tmp_path / 'nowhere')
+    (copy / 'latest-rank0.pt').unlink()
+    assert load_trained(copy).batch == 3  # the checkpoint of the most batches
     with pytest.raises(UserError, match=r'nowhere.safetensors: there is no such file'):
         load_trained(tmp_path / 'nowhere.safetensors')
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UserError, match='holds no checkpoint'):
-        load_trained(tmp_path / 'empty')
     torch.save({'weights': torch.zeros(2)}, copy / 'other.pt')
-    with pytest.raises(UserError, match=r'no checkpoint of a run.*tread_composer import'):
-        load_trained(copy / 'other.pt')
     (copy / 'data.json').write_text(json.dumps({'channels': 1}))
-    with pytest.raises(UserError, match=r'data.json: .*Put back the file'):
-        load_trained(copy)
+    for path, message in (
+        (tmp_path / 'empty', 'holds no checkpoint'),
+        (copy / 'other.pt', r'no checkpoint of a run.*tread_composer import'),
+        (copy, r'data.json: .*Put back the file'),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_trained(path)
     (copy / 'config.yaml').unlink()
     with pytest.raises(UserError, match=r'no config.yaml beside the checkpoint'):
         load_trained(copy)

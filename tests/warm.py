@@ -26,19 +26,6 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-__all__ = [
-    'ROOT',
-    'exit_codes',
-    'inside',
-    'may_have_namespaces',
-    'on_ranks',
-    'own_namespaces',
-    'rank_variables',
-    'start',
-    'start_program',
-    'wait_until',
-]
-
 ROOT = Path(__file__).parent.parent
 # Nothing here takes a hundredth of that on an idle machine: it ends what would hang for ever, and fails on no busy one.
 PATIENCE = 1200
@@ -47,15 +34,7 @@ _CONTEXT.set_forkserver_preload(['tests.preloaded'])
 
 
 def start(function: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """``function(*arguments)`` in a process of its own.
-
-    Args:
-        function: Of a module that can be imported.
-        arguments: Pickled.
-
-    Returns:
-        The process; its ``exitcode`` is None while it runs.
-    """
+    """``function(*arguments)`` in a process of its own: a function of a module, which can be pickled by its name."""
     process = _CONTEXT.Process(target=_run, args=(function, arguments))
     with inside(ROOT):  # the first process starts the server, which finds its imports from here
         process.start()
@@ -80,10 +59,10 @@ def start_program(
     outputs: Sequence[Path],
     before: Callable[[], object] | None = None,
 ) -> BaseProcess:
-    """``python WORDS`` in a process of its own.
+    """``python WORDS`` in a process of its own: a script, or ``-m`` and a module, and its arguments.
 
     Args:
-        words: A script, or ``-m`` and a module, and its arguments.
+        words: Behind ``python``.
         folder: Working directory.
         variables: The whole environment.
         outputs: Files for stdout and stderr.
@@ -93,11 +72,7 @@ def start_program(
 
 
 def _run_program(
-    words: list[str],
-    folder: Path,
-    variables: dict[str, str],
-    outputs: Sequence[Path],
-    before: Callable[[], object] | None,
+    words: list[str], folder: Path, variables: dict[str, str], outputs: Sequence[Path], before: Any
 ) -> None:
     _redirect(outputs)
     if before is not None:
@@ -147,14 +122,7 @@ def on_ranks(
         return [pickle.loads(path.read_bytes()) for path in results]
 
 
-def _rank(
-    variables: dict[str, str],
-    result: Path,
-    errors: Path,
-    device: str,
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-) -> None:
+def _rank(variables: dict, result: Path, errors: Path, device: str, function: Callable, arguments: Sequence) -> None:
     _redirect([errors, errors])
     os.environ.update(variables)
     torch.set_num_threads(1)

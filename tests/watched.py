@@ -15,8 +15,6 @@ from pathlib import Path
 
 from tests.runs import ROOT
 
-__all__ = ['Watched', 'watch']
-
 # Python imports `sitecustomize` before anything else; audit hooks see each import and each name look-up since.
 _SITECUSTOMIZE = """
 import atexit, json, os, sys
@@ -49,19 +47,12 @@ atexit.register(lambda: note('end', sorted(sys.modules)))
 
 @dataclass(frozen=True)
 class Watched:
-    """A process that is over.
-
-    Args:
-        pid: Its number.
-        code: Its exit code.
-        out: What it wrote, stdout before stderr.
-        entries: What was noted, by it and its child processes.
-    """
+    """A process that is over."""
 
     pid: int
     code: int
-    out: str
-    entries: list[dict]
+    out: str  # stdout before stderr
+    entries: list[dict]  # what was noted, by it and its child processes
 
     @property
     def foreign_hosts(self) -> set[str]:
@@ -95,19 +86,13 @@ def watch(
     notes = place / 'notes'
     notes.write_text('')
     local = ['', '0.0.0.0', '::', '127.0.0.1', '::1', 'localhost', socket.gethostname(), socket.getfqdn(), None]
-    environment = {
-        'PATH': os.environ['PATH'],
-        'HOME': str(folder),
-        'PYTHONPATH': os.pathsep.join([str(place), str(ROOT)]),
-        'OMP_NUM_THREADS': '1',
-        'CUDA_VISIBLE_DEVICES': '',
-        'NOTES': str(notes),
-        'LOCAL': json.dumps(local),
-        **({'STOP_AT': stop_at} if stop_at else {}),
-        **(variables or {}),
-    }
+    environment = {'PATH': os.environ['PATH'], 'HOME': str(folder), 'PYTHONPATH': f'{place}{os.pathsep}{ROOT}'}
+    environment |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    environment |= {'NOTES': str(notes), 'LOCAL': json.dumps(local), **({'STOP_AT': stop_at} if stop_at else {})}
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
-    with subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, text=True, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=folder, env={**environment, **(variables or {})}, text=True, **pipes
+    ) as process:
         out, err = process.communicate()
     entries = [json.loads(line) for line in notes.read_text().splitlines()]
     return Watched(process.pid, process.returncode, out + err, entries)

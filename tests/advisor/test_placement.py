@@ -5,30 +5,15 @@ import torch
 from torch import nn
 
 from tests.helpers import tiny_dit
-from tread_composer.advisor.placement import (
-    candidate_spans,
-    format_advice,
-    propose_route,
-    rank_routes,
-    read_route,
-    recommended_route,
-)
+from tread_composer.advisor import placement
+from tread_composer.advisor.placement import candidate_spans, propose_route, recommended_route
 from tread_composer.routing import Route, apply_tread
 
+AUTHORS = [(8, 'authors', (2, 4)), (12, 'authors', (2, 8)), (24, 'authors', (2, 20)), (28, 'authors', (2, 24))]
+SCALED = [(3, 'scaled', (1, 1)), (4, 'scaled', (1, 2)), (6, 'scaled', (1, 3))]
 
-@pytest.mark.parametrize(
-    ('depth', 'rule', 'span'),
-    [
-        (2, 'none', None),
-        (3, 'scaled', (1, 1)),
-        (4, 'scaled', (1, 2)),
-        (6, 'scaled', (1, 3)),
-        (8, 'authors', (2, 4)),
-        (12, 'authors', (2, 8)),
-        (24, 'authors', (2, 20)),
-        (28, 'authors', (2, 24)),
-    ],
-)
+
+@pytest.mark.parametrize(('depth', 'rule', 'span'), [(2, 'none', None), *SCALED, *AUTHORS])
 def test_the_route_of_a_depth(depth, rule, span):
     found = recommended_route(depth)
     assert found.rule == rule
@@ -50,7 +35,7 @@ def test_candidates_keep_to_the_guidelines():
 def test_routes_are_ranked_by_similarity_times_length():
     similarity = torch.eye(9, dtype=torch.float64)
     similarity[1, 5], similarity[2, 5], similarity[1, 4], similarity[0, 8] = 0.5, 0.9, 0.6, 1.0
-    ranked = rank_routes(similarity)
+    ranked = placement.rank_routes(similarity)
     assert [(one.start, one.end) for one in ranked[:3]] == [(2, 4), (1, 4), (1, 3)]
     assert [one.score for one in ranked[:3]] == pytest.approx([0.9 * 3 / 8, 0.5 * 4 / 8, 0.6 * 3 / 8])
     assert len(ranked) == len(candidate_spans(8))
@@ -59,7 +44,7 @@ def test_routes_are_ranked_by_similarity_times_length():
 def test_a_route_is_read_off_its_row():
     similarity = torch.full((6, 6), 0.4, dtype=torch.float64).fill_diagonal_(1.0)
     similarity[1, 2:5] = torch.tensor([0.9, 0.7, 0.8])
-    found = read_route(similarity, 1, 3)
+    found = placement.read_route(similarity, 1, 3)
     figures = {'ends': 0.8, 'outputs_mean': 0.8, 'outputs_lowest': 0.7, 'all_pairs': (0.4 * 27 + 2.4) / 30}
     assert found == pytest.approx({'start': 1, 'end': 3, **figures})
 
@@ -81,7 +66,7 @@ def test_an_unknown_model_gets_a_route_and_its_reasons():
     advice = propose_route(model, 'first')
     assert advice.arguments == {'start': 2, 'end': -4, 'selection_rate': 0.5, 'blocks': 'first'}
     assert (advice.depth, advice.route, advice.rule) == (12, Route(2, -4, 0.5), 'authors')
-    text = ' '.join(format_advice(advice).split())
+    text = ' '.join(placement.format_advice(advice).split())
     assert 'blocks 2 to 8 of 0 to 11' in text and "because the authors' rule" in text
     assert propose_route(model, 'second').rule == 'scaled'
 

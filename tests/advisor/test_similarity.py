@@ -151,12 +151,10 @@ def test_what_cannot_be_compared_is_refused(model, blocks, message):
         token_similarity(model, [lambda: model(torch.ones(2, 3, 4))], blocks=blocks)
 
 
-def test_a_call_that_runs_nothing_is_refused():
-    model = tiny_dit()
-    with pytest.raises(ValueError, match='ran 0 of 6 blocks'):
-        token_similarity(model, [lambda: None])
-    with pytest.raises(ValueError, match='calls is empty'):
-        token_similarity(model, [])
+@pytest.mark.parametrize(('calls', 'message'), [([lambda: None], 'ran 0 of 6 blocks'), ([], 'calls is empty')])
+def test_calls_that_run_nothing_are_refused(calls, message):
+    with pytest.raises(ValueError, match=message):
+        token_similarity(tiny_dit(), calls)
 
 
 @pytest.mark.parametrize('yaml', ['digits.yaml', 'digits_lightning.yaml', 'digits_mamba2.yaml'])

@@ -48,20 +48,16 @@ def test_each_row_ends_in_its_own_way_and_nothing_starts_that_cannot_end(results
     assert 'added 0.5' in text and 'model.attention: unknown setting' in text and 'the reason' in text
 
 
-def test_what_is_measured_is_not_measured_again(results):
-    gpu.work(ROWS[:2], results, time.monotonic() + 60, 0, COMMON)
-    assert results.done() == {'good', 'broken'}
-    assert gpu.Results(results.folder, retry=True).done() == {'good'}
-
-
 def test_a_row_that_the_end_of_the_time_cut_short_is_measured_again(results):
     slow = row('slow', 'import time; time.sleep(60)', seconds=0, limit=50)
     gpu.work([slow], results, time.monotonic() + 1, 0, COMMON)
     assert [row['status'] for row in results.rows()] == ['cut short'] and results.done() == set()
 
 
-def test_a_line_that_a_kill_cut_short_is_measured_again(results):
+def test_what_is_measured_is_not_measured_again_but_for_a_line_that_a_kill_cut_short(results):
     gpu.work(ROWS[:2], results, time.monotonic() + 60, 0, COMMON)
+    assert results.done() == {'good', 'broken'}
+    assert gpu.Results(results.folder, retry=True).done() == {'good'}
     path = results.folder / 'rows.jsonl'
     path.write_text(path.read_text()[:-20])
     assert results.done() == {'good'}
@@ -88,17 +84,7 @@ def test_a_cpu_is_refused_without_rehearsal(capsys):
 
 
 def test_the_command_says_where_it_runs_and_ends_in_its_time(tmp_path, capsys):
-    words = [
-        '--minutes',
-        '0.5',
-        '--out',
-        str(tmp_path),
-        '--device',
-        'cpu',
-        '--rehearse',
-        '--only',
-        'no row has this name',
-    ]
+    words = ['--minutes', '0.5', '--out', str(tmp_path), '--device', 'cpu', '--rehearse', '--only', 'no such row']
     assert gpu.main(words) == 0
     assert json.loads((tmp_path / 'environment.json').read_text())['versions']['torch']
     assert 'no GPU' in (tmp_path / 'table.md').read_text()

@@ -52,11 +52,8 @@ def test_a_routed_step_has_fewer_flops_and_a_lower_peak(rows):
     assert dense['tokens_per_second'] == pytest.approx(8 * 16 / dense['seconds']['median'])
 
 
-def test_one_block_alone_at_all_and_at_the_kept_tokens(rows):
-    assert {row['block'] for row in rows if row['measurement'] == 'block'} == {'N', 'K 0'}
-
-
-def test_a_peer_runs_in_the_same_turns(rows):
+def test_blocks_are_timed_alone_and_a_peer_runs_in_the_same_turns(rows):
+    assert {row['block'] for row in rows if row['measurement'] == 'block'} == {'N', 'K 0'}  # all and the kept tokens
     names = {row['contender']: row['turns'] for row in rows if row['measurement'] == 'step'}
     assert set(names.values()) == {3} and len(names) == 3
     for ours in ('dense', 'routed'):
@@ -87,9 +84,8 @@ def test_one_network_takes_dense_and_routed_steps():
 
 
 def test_dense_and_routed_start_from_equal_weights_and_each_step_has_a_route_of_its_own():
-    problem = contenders.read_problem(
-        'yamls/digits.yaml', [], batch_size=4, tokens=None, dtype='fp32', device=torch.device('cpu')
-    )
+    how = {'batch_size': 4, 'tokens': None, 'dtype': 'fp32', 'device': torch.device('cpu')}
+    problem = contenders.read_problem('yamls/digits.yaml', [], **how)
     dense, routed = contenders.make_contenders(problem)
     pairs = zip(dense.model.parameters(), routed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)

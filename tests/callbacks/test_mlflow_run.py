@@ -38,6 +38,9 @@ class Config(Callback):
     def fit_start(self, state, logger):
         self.tracking.log_config(self.flat, ''.join(f'{key}: {value}\n' for key, value in self.flat.items()))
 
+    def batch_end(self, state, logger):
+        logger.log_metrics({'constant': 1.0})
+
 
 def train(folder, experiment, duration='6ba', flat=None, **settings):
     tracking = MLflowRun(experiment, folder=str(folder))
@@ -55,24 +58,12 @@ def test_a_run_is_kept_whole_and_nothing_lands_beside_it(folder, tmp_path, monke
     assert run.info.status == 'FINISHED'
     assert run.info.run_name == 'painting'
     assert [step for step, _ in values_of(client, run)] == [0, 1, 2, 3, 4, 5]
+    assert len(values_of(client, run, 'constant')) == 6  # equal values in succession
     assert {'lr', 'data.streams_0_', 'many.0', 'many.149', 'long'} <= set(run.data.params)
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ['config.yaml']
     assert run.info.artifact_uri.startswith((folder / 'mlflow_artifacts').resolve().as_uri())
     assert os.listdir(tmp_path) == []
     assert store(folder) in tracking.ui_command()
-
-
-def test_equal_values_in_succession_are_all_kept(folder):
-    class Constant(Callback):
-        def batch_end(self, state, logger):
-            logger.log_metrics({'constant': 1.0})
-
-    tracking = MLflowRun('equal', folder=str(folder))
-    run = trainer(loggers=[tracking], callbacks=[Constant()])
-    run.fit()
-    run.close()
-    client, (kept,) = runs_of(folder, 'equal')
-    assert len(values_of(client, kept, 'constant')) == 6
 
 
 def test_a_resumed_run_is_the_same_run_and_may_have_other_settings(folder, tmp_path):
@@ -88,28 +79,24 @@ def test_a_resumed_run_is_the_same_run_and_may_have_other_settings(folder, tmp_p
 
 
 def test_training_from_the_start_does_not_write_into_an_earlier_run(folder):
-    train(folder, 'twice', '3ba')
-    train(folder, 'twice', '3ba', flat={'lr': 0.2})
+    train(folder, 'twice', '2ba')
+    train(folder, 'twice', '2ba', flat={'lr': 0.2})
     client, (first, second) = runs_of(folder, 'twice')
     assert [first.info.status, second.info.status] == ['FINISHED', 'FINISHED']
-    assert len(values_of(client, first)) == len(values_of(client, second)) == 3
+    assert len(values_of(client, first)) == len(values_of(client, second)) == 2
     assert [first.data.params['lr'], second.data.params['lr']] == ['0.1', '0.2']
     assert first.data.tags['tread_composer.superseded_by'] == second.info.run_id
 
 
-def test_the_same_name_in_another_experiment_is_another_run(folder):
-    first = train(folder, 'here', '2ba')
-    second = train(folder, 'there', '2ba')
-    assert first.run_id != second.run_id
-    assert len(runs_of(folder, 'here')[1]) == len(runs_of(folder, 'there')[1]) == 1
-
-
-def test_the_environment_does_not_lead_elsewhere(folder, monkeypatch):
+def test_neither_the_name_nor_the_environment_lead_to_another_experiment(folder, monkeypatch):
     for name in ('DATABRICKS_TOKEN', 'MLFLOW_EXPERIMENT_ID', 'MLFLOW_RUN_ID', 'RUN_NAME'):
         monkeypatch.setenv(name, '123')
     monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://127.0.0.1:9')
-    train(folder, 'firm', '2ba')
-    assert runs_of(folder, 'firm')[1][0].data.tags['run_name'] == 'painting'
+    first, second = (train(folder, experiment, '2ba') for experiment in ('here', 'there'))
+    assert first.run_id != second.run_id
+    for experiment in ('here', 'there'):
+        (run,) = runs_of(folder, experiment)[1]
+        assert run.data.tags['run_name'] == 'painting'
     assert os.environ['DATABRICKS_TOKEN'] == '123'
 
 
@@ -122,12 +109,8 @@ def test_what_a_checkpoint_has_seen_is_in_the_store(folder, tmp_path):
                 client, (run,) = runs_of(folder, 'durable')
                 written.extend(values_of(client, run))
 
-    run = trainer(
-        loggers=[MLflowRun('durable', folder=str(folder))],
-        callbacks=[Look()],
-        save_folder=str(tmp_path),
-        save_interval='3ba',
-    )
+    saving = {'save_folder': str(tmp_path), 'save_interval': '3ba'}
+    run = trainer(loggers=[MLflowRun('durable', folder=str(folder))], callbacks=[Look()], **saving)
     run.fit()
     run.close()
     assert [step for step, _ in written] == [0, 1, 2]
@@ -169,13 +152,15 @@ class End(Callback):
         self.way = way
 
     def batch_end(self, state, logger):
-        if int(state.timestamp.batch) == 3 and self.way in ('exception', 'swallowed'):
+        if int(state.timestamp.batch) != 3:
+            return
+        if self.way in ('exception', 'swallowed'):
             raise RuntimeError('as asked for')
-        if int(state.timestamp.batch) == 3 and self.way == 'everything':
+        if self.way == 'everything':
             for child in psutil.Process().children(recursive=True):  # the watcher too, as a batch system does
                 child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
-        if int(state.timestamp.batch) == 3 and self.way.startswith('SIG'):
+        if self.way.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.way))
 
     def fit_end(self, state, logger):
@@ -183,9 +168,10 @@ class End(Callback):
             raise RuntimeError('as asked for')
 
 
-def train_and_end(folder, way, **settings):
+def train_and_end(folder, way, saving=None):
     """In a process of its own. Nothing is closed, but where an exception is swallowed: the process's end has to do."""
-    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], run_name=way, **settings)
+    settings = {'run_name': way, **({**saving, 'save_interval': '2ba'} if saving else {})}
+    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], **settings)
     if way != 'swallowed':
         run.fit()
         return
@@ -208,13 +194,9 @@ def test_only_a_run_that_reached_its_end_is_finished(folder):
     assert ends() == {way: 'FINISHED' if way == 'nothing' else 'FAILED' for way in codes}
 
 
-def killed_with_its_watcher(folder, save_folder):
-    train_and_end(folder, 'everything', save_folder=save_folder, save_interval='2ba')
-
-
 @pytest.mark.parametrize('goes_on', [False, True])
 def test_the_next_start_says_that_a_run_died_together_with_its_watcher(tmp_path, capsys, goes_on):
-    process = start(killed_with_its_watcher, tmp_path, str(tmp_path / 'saved'))
+    process = start(train_and_end, tmp_path, 'everything', {'save_folder': str(tmp_path / 'saved')})
     process.join()
     assert process.exitcode == -9
     (dead,) = runs_of(tmp_path, 'deaths')[1]

@@ -45,9 +45,12 @@ def test_unknown_arguments_are_refused(kind, name):
 
 
 def test_names():
-    assert {'mix_up', 'ema', 'composer_ema', 'tread', 'swa'} <= set(part_names('algorithm'))
-    assert {'lr_monitor', 'nan_monitor', 'oom_observer', 'sample_grid', 'digits_quality'} <= set(part_names('callback'))
-    assert {'mlflow', 'composer_mlflow', 'wandb_logger', 'tensorboard_logger'} <= set(part_names('logger'))
+    for kind, names in {
+        'algorithm': {'mix_up', 'ema', 'composer_ema', 'tread', 'swa'},
+        'callback': {'lr_monitor', 'nan_monitor', 'oom_observer', 'sample_grid', 'digits_quality'},
+        'logger': {'mlflow', 'composer_mlflow', 'wandb_logger', 'tensorboard_logger'},
+    }.items():
+        assert names <= set(part_names(kind))
     assert {'adam', 'adamw', 'sgd', 'decoupled_adamw', 'decoupled_sgdw'} == set(part_names('optimizer'))
     assert resolve('algorithm', 'ema').__module__.startswith('tread_composer.')
     assert resolve('algorithm', 'composer_ema') is composer.algorithms.EMA

@@ -76,12 +76,10 @@ def test_a_preset_gives_the_sizes_and_the_section_the_rest():
     assert backbone_arguments(model) == {**sizes, **mixer, 'mlp_ratio': 3.0, 'scan': 'alternate', 'learn_sigma': False}
 
 
-def test_ddpm_its_channels_its_samplers_and_its_steps(base, message):
+def test_ddpm_its_channels_its_samplers_and_its_steps(base):
     ddpm = ['objective={name: ddpm}', 'model.learn_sigma=true', 'callbacks.sample_grid.weights=raw']
     for sampler in ('ddpm', 'ddim', 'euler', 'heun'):
         load_config(base, [*ddpm, f'callbacks.sample_grid.sampler={sampler}', 'callbacks.sample_grid.num_steps=1000'])
-    text = message(*ddpm, 'callbacks.sample_grid.num_steps=1001')
-    assert 'callbacks.sample_grid.num_steps: 1001 steps, but the objective has 1000 timesteps; take at most' in text
     plain = load_config(base, ['objective={name: ddpm, learned_variance: false}'])
     assert not plain.model.kwargs['learn_sigma']
 
@@ -94,14 +92,6 @@ def test_defaults(base):
     assert load_config(base, ['save_folder=runs/x', 'autoresume=false']).autoresume is False
 
 
-def test_another_name_on_the_command_line_starts_the_section_afresh(base):
-    config = load_config(base, ['optimizer.name=sgd', 'optimizer.lr=0.5'])
-    assert config.to_dict()['optimizer'] == {'name': 'sgd', 'lr': 0.5}
-    with pytest.raises(ConfigError, match=r'optimizer\.lr: is missing'):
-        load_config(base, ['optimizer.name=sgd'])
-    assert load_config(base, ['optimizer.name=adamw']) == load_config(base)
-
-
 def test_every_keyword_of_the_trainer_is_a_setting_or_has_a_reason(base):
     keywords = set(inspect.signature(composer.Trainer).parameters)
     assert keywords == (set(TrainerSettings.model_fields) | set(BUILT_BY_US)) & keywords
@@ -109,9 +99,7 @@ def test_every_keyword_of_the_trainer_is_a_setting_or_has_a_reason(base):
     arguments = load_config(base).trainer_arguments()
     assert set(arguments) <= keywords
     assert (arguments['max_duration'], arguments['run_name']) == ('10ba', 'small')
-
-
-def test_sharding_replicas_and_recomputing_reach_composer_as_they_were_written(base):
+    # Sharding, replicas and recomputing reach Composer as they were written.
     words = ', '.join(f'{name}: {str(value).lower()}' for name, value in HSDP.items())
     config = load_config(base, [f'parallelism_config={{fsdp: {{{words}}}}}'], world_size=8)
     assert config.trainer_arguments()['parallelism_config'] == {'fsdp': HSDP}
@@ -144,12 +132,6 @@ def test_auto_microbatch_is_refused_where_composer_has_no_search(base, message):
 def test_check_files(base, tmp_path):
     folder = tmp_path / 'latents'
     config = load_config(base, [f'data={{name: latents, local: {folder}}}'])
-    with pytest.raises(ConfigError) as caught:
-        check_files(config, 'base.yaml')
-    lines = str(caught.value).splitlines()
-    assert [f'{folder}/{split}' in line for split, line in zip(('train', 'val'), lines, strict=True)] == [True, True]
-    assert lines[0].startswith(f'base.yaml: data.local: {str(folder)!r}: ') and 'does not exist' in lines[0]
-    assert 'data.eval_split=null' in lines[1]
     for split in ('train', 'val'):
         (folder / split).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r'holds no index\.json'):
@@ -163,7 +145,6 @@ def test_check_files(base, tmp_path):
 @pytest.mark.parametrize(
     ('recipe', 'overrides', 'fault'),
     [
-        ('digits', ['precision=amp_bf16', 'device=cpu'], "precision: 'amp_bf16' needs a GPU"),
         ('digits', ['precision=fp32', 'device=cpu'], None),
         ('digits', ['precision=amp_bf16', 'device=gpu'], None if has_gpu else 'no CUDA device'),
         (
@@ -172,7 +153,6 @@ def test_check_files(base, tmp_path):
             'FSDP1 needs a GPU in Composer; on the CPU set FSDP',
         ),
         ('digits', ['parallelism_config={fsdp: {}}', 'device=gpu'], None if has_gpu else 'no CUDA device'),
-        ('digits_mamba2', ['model.kernel=fused', 'device=cpu'], "model.kernel: 'fused' cannot run here: "),
     ],
 )
 def test_check_machine(recipe, overrides, fault):

@@ -10,35 +10,32 @@ from tread_composer.config.document import dump_yaml, read_document
 from tread_composer.config.errors import ConfigError
 
 
-def test_child_is_laid_over_its_bases(base, write):
+def test_child_is_laid_over_its_bases(base, write, tmp_path):
     write('middle.yaml', 'extends: base.yaml\noptimizer: {lr: 0.5}\nseed: 3\n')
     leaf = write('leaf.yaml', 'extends: middle.yaml\nseed: 4\nalgorithms: {tread: null}\n')
     config = load_config(leaf)
     assert (config.seed, config.optimizer.name, config.optimizer.kwargs) == (4, 'adamw', {'lr': 0.5})
     assert config.algorithms == {}
     assert list(config.callbacks) == ['speed_monitor']
-
-
-def test_base_is_found_beside_the_file(base, write, tmp_path):
-    (tmp_path / 'inner').mkdir()
+    (tmp_path / 'inner').mkdir()  # a base is found beside the file
     assert load_config(write('inner/child.yaml', 'extends: ../base.yaml\nseed: 5\n')).seed == 5
 
 
-def test_another_name_starts_afresh(base, write):
+def test_another_name_starts_the_section_afresh(base, write):
     child = write('child.yaml', 'extends: base.yaml\noptimizer: {name: sgd, lr: 0.1}\nobjective: {name: edm}\n')
     config = load_config(child, ['optimizer={name: adam, lr: 2e-3}'])
     assert config.optimizer.kwargs == {'lr': 2e-3}
     assert config.objective.instance.sigma_data == 0.5
+    config = load_config(base, ['optimizer.name=sgd', 'optimizer.lr=0.5'])
+    assert config.to_dict()['optimizer'] == {'name': 'sgd', 'lr': 0.5}
+    with pytest.raises(ConfigError, match=r'optimizer\.lr: is missing'):
+        load_config(base, ['optimizer.name=sgd'])
+    assert load_config(base, ['optimizer.name=adamw']) == load_config(base)
 
 
-def test_circle_and_missing_base_are_refused(base, write, message):
+def test_a_longer_circle_of_bases_is_refused(write, message):
     write('a.yaml', 'extends: b.yaml\n')
-    b = write('b.yaml', 'extends: a.yaml\n')
-    assert 'goes round in circles' in message(path=b)
-    assert message(path=write('c.yaml', 'extends: none.yaml\n')).startswith(
-        'c.yaml: extends: none.yaml: there is no such'
-    )
-    assert 'there is no such file' in message(path='none.yaml')
+    assert 'goes round in circles' in message(path=write('b.yaml', 'extends: a.yaml\n'))
 
 
 def test_null_with_nothing_to_remove_is_refused(write, message):
@@ -59,30 +56,14 @@ def test_messages_name_the_file_of_the_value(base, write, message):
     ]
 
 
-@pytest.mark.parametrize(
-    ('override', 'expected'),
-    [
-        ('optimizer.lr=1e-4', 1e-4),
-        ('optimizer.lr=1.0e-4', 1e-4),
-        ('optimizer.lr=.5', 0.5),
-        ('optimizer.lr=1', 1.0),
-    ],
-)
-def test_numbers(base, override, expected):
-    lr = load_config(base, [override]).optimizer.kwargs['lr']
-    assert lr == expected
-    assert type(lr) is float
-
-
 def test_override_forms(base):
+    for text, expected in {'1e-4': 1e-4, '1.0e-4': 1e-4, '.5': 0.5, '1': 1.0}.items():
+        lr = load_config(base, [f'optimizer.lr={text}']).optimizer.kwargs['lr']
+        assert lr == expected and type(lr) is float
     overrides = [
-        'save_folder=runs/${run_name}',
-        'optimizer.betas=[0.8, 0.9]',
-        'callbacks.lr_monitor={}',
-        'algorithms.tread=null',
-        'latent_scale=[1, 2.5]',
-        'latent_scale.1=3',
-    ]
+        'save_folder=runs/${run_name}', 'optimizer.betas=[0.8, 0.9]', 'callbacks.lr_monitor={}',
+        'algorithms.tread=null', 'latent_scale=[1, 2.5]', 'latent_scale.1=3',
+    ]  # fmt: skip
     config = load_config(base, overrides)
     assert config.save_folder == 'runs/small'
     assert config.optimizer.kwargs['betas'] == [0.8, 0.9]
@@ -94,7 +75,6 @@ def test_override_forms(base):
 @pytest.mark.parametrize(
     ('override', 'part'),
     [
-        ('seed', 'is not of the form key=value'),
         ('--seed=3', 'is not of the form key=value'),
         ('seed=', 'has no value; write seed=null'),
         ('seed.deep=3', "seed is 17, which holds no 'deep'"),
@@ -124,8 +104,6 @@ _BOMB = 'a0: &a0 [x]\n' + ''.join(
         ('seed: 1\nseed: 2\n', "line 2, column 1: the key 'seed' is written twice"),
         ('model: {depth: 1, depth: 2}\n', "the key 'depth' is written twice"),
         ('1: 2\n', 'the key 1 is not text'),
-        ('a: [1\n', 'line 2, column 1'),
-        ('- 1\n', 'holds a list'),
         ('a: &a {b: *a}\n', 'contains itself'),
         ('seed: &a [*a]\n', 'contains itself'),
         (_BOMB, 'stand for more than 100,000 values'),
@@ -155,24 +133,14 @@ def test_interpolation(base, write, message, monkeypatch):
     assert 'command line: run_name' in message('run_name=???')
 
 
-def test_dump_reads_back_awkward_text(write):
-    tree = {
-        'a': '1e-4',
-        'b': 'yes',
-        'c': '12',
-        'd': 'null',
-        'e': '1:30',
-        'f': 'x${y}',
-        'g': 1e-5,
-        'h': '',
-        'i': '1_000',
-    }
+def test_awkward_text_is_read_back_as_text(write):
+    texts = ['1e-4', 'yes', '12', 'null', '1:30', 'x${y}', 1e-5, '', '1_000']
+    tree = dict(zip('abcdefghi', texts, strict=True))
     assert read_document(write('dump.yaml', dump_yaml(tree))).data == tree
-
-
-def test_yaml_1_1_surprises_stay_text(write):
-    document = read_document(write('plain.yaml', 'a: on\nb: 1:30\nc: 010\nd: 2024-01-01\n'))
+    document = read_document(write('plain.yaml', 'a: on\nb: 1:30\nc: 010\nd: 2024-01-01\n'))  # numbers in YAML 1.1
     assert document.data == {'a': 'on', 'b': '1:30', 'c': '010', 'd': '2024-01-01'}
+    document = read_document(write('anchors.yaml', 'a: &a {b: [1, 2]}\nc: *a\n'))
+    assert document.data == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}
 
 
 def test_file_that_cannot_be_read(tmp_path):
@@ -182,12 +150,7 @@ def test_file_that_cannot_be_read(tmp_path):
             read_document(path)
 
 
-def test_an_anchor_may_be_used_again(write):
-    document = read_document(write('anchors.yaml', 'a: &a {b: [1, 2]}\nc: *a\n'))
-    assert document.data == {'a': {'b': [1, 2]}, 'c': {'b': [1, 2]}}
-
-
-def test_what_a_logger_takes_from_the_environment_is_shown_nowhere(base, monkeypatch):
+def test_what_a_logger_takes_from_the_environment_is_shown_nowhere(base, message, monkeypatch):
     monkeypatch.setenv('TREAD_TEST_TOKEN', 'very-secret')
     monkeypatch.setenv('TREAD_TEST_NAME', 'small')
     words = [
@@ -204,12 +167,8 @@ def test_what_a_logger_takes_from_the_environment_is_shown_nowhere(base, monkeyp
     again = load_config(base.with_name('config.yaml'))
     assert again.loggers['mlflow'].kwargs['tags']['a'] == 'very-secret'
     assert again.to_yaml() == config.to_yaml()
+    refused = message('loggers.mlflow={experiment_name: x, log_system_metrics: "${oc.env:TREAD_TEST_TOKEN}"}')
+    assert "log_system_metrics: '***' is not true or false" in refused
     monkeypatch.delenv('TREAD_TEST_TOKEN')
     elsewhere = load_config(base.with_name('config.yaml'))  # whoever samples needs no token
     assert elsewhere.loggers['mlflow'].kwargs['tags']['a'] == '***'
-
-
-def test_a_refusal_does_not_show_it_either(message, monkeypatch):
-    monkeypatch.setenv('TREAD_TEST_TOKEN', 'very-secret')
-    text = message('loggers.mlflow={experiment_name: x, log_system_metrics: "${oc.env:TREAD_TEST_TOKEN}"}')
-    assert "log_system_metrics: '***' is not true or false" in text

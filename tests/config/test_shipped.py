@@ -19,16 +19,13 @@ FILES = sorted(YAMLS.glob('*.yaml'))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
-def test_loads_and_round_trips(path, tmp_path):
+def test_loads_round_trips_and_says_in_its_header_what_to_expect(path, tmp_path):
     config = load_config(path)
     again = tmp_path / 'again.yaml'
     again.write_text(config.to_yaml())
     assert load_config(again) == config
     assert load_config(again).to_dict() == config.to_dict() == yaml.safe_load(config.to_yaml())
 
-
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
-def test_header_says_what_to_expect(path):
     header = [line for line in path.read_text().splitlines() if line.startswith('#')]
     for word in ('Paper:', 'Command:', 'Hardware:', 'Expected:', 'Measured by us:'):
         assert any(word in line for line in header), word

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from tests.runs import ROOT
-from tread_composer.cli import main
+from tests.runs import YAMLS
 
 MODULES = {
     'named_unfinished': 'class Part:\n    def\n',
@@ -24,7 +23,7 @@ class Rateless(torch.optim.SGD):
         super().__init__(params, lr=0.1, momentum=momentum)
 """,
 }
-YAML = str(ROOT / 'yamls' / 'digits.yaml')
+YAML = YAMLS / 'digits.yaml'
 WRONG_FORM = 'is not of the form package.module:Class'
 CASES = [
     ('named_unfinished:Part', r'named_unfinished fails while it is imported: SyntaxError: .*unfinished\.py, line 2\)'),
@@ -49,16 +48,13 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('section', ['objective', 'optimizer'])
 @pytest.mark.parametrize(('reference', 'message'), CASES)
-def test_a_faulty_reference_is_refused_at_its_key(capsys, section, reference, message):
-    assert main(['plan', YAML, f'{section}={{name: "{reference}"}}']) == 2
-    printed = capsys.readouterr().err
+def test_a_faulty_reference_is_refused_at_its_key(cli, section, reference, message):
+    printed = cli.refusal('plan', YAML, f'{section}={{name: "{reference}"}}')
     (line,) = [line for line in printed.splitlines() if f'{section}.name' in line]
     assert re.search(message, printed.replace('\n', ' ')) and 'Traceback' not in printed, line
 
 
-def test_an_optimizer_without_a_learning_rate_is_named_without(capsys):
+def test_an_optimizer_without_a_learning_rate_is_named_without(cli):
     section = 'optimizer={name: "named_parts:Rateless", momentum: 0.5'
-    assert main(['plan', YAML, f'{section}}}', 'scheduler={name: constant}']) == 0
-    capsys.readouterr()
-    assert main(['plan', YAML, f'{section}, lr: 1.0}}']) == 2
-    assert 'optimizer.lr: unknown setting' in capsys.readouterr().err
+    cli('plan', YAML, f'{section}}}', 'scheduler={name: constant}')
+    assert 'optimizer.lr: unknown setting' in cli.refusal('plan', YAML, f'{section}, lr: 1.0}}')

@@ -13,25 +13,11 @@ SAMPLES = 200
 @pytest.fixture
 def manifest() -> Manifest:
     return Manifest(
-        format_version=1,
-        kind='pixels',
-        autoencoder=None,
-        autoencoder_hash=None,
-        channels=1,
-        latent_height=4,
-        latent_width=6,
-        resolution=6,
-        crop='none',
-        mirrored=False,
-        num_samples=SAMPLES,
-        num_classes=3,
-        class_names=('a', 'b', 'c'),
-        mean=(0.0,),
-        std=(1.0,),
-        permutation_seed=None,
-        tool_version='0.1.0',
+        format_version=1, kind='pixels', autoencoder=None, autoencoder_hash=None, channels=1, latent_height=4,
+        latent_width=6, resolution=6, crop='none', mirrored=False, num_samples=SAMPLES, num_classes=3,
+        class_names=('a', 'b', 'c'), mean=(0.0,), std=(1.0,), permutation_seed=None, tool_version='0.1.0',
         source='a test',
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture

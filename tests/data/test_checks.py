@@ -51,38 +51,30 @@ def test_an_index_that_is_broken_or_absent_is_named(split: Path, manifest: Manif
 
 
 @pytest.mark.parametrize(
-    ('key', 'value', 'message'),
+    ('place', 'value', 'message'),
     [
-        ('basename', '../shard.00003.mds', 'basename: .* leads out of the folder'),
-        ('basename', '/shard.00003.mds', 'basename: .* leads out of the folder'),
-        ('basename', '..', 'basename: .* leads out of the folder'),
-        ('basename', 'part/../../shard.00003.mds', 'basename: .* leads out of the folder'),
-        ('basename', 'a\\b', 'basename: .* leads out of the folder'),
-        ('bytes', -1, 'bytes: '),
-        ('bytes', 3.5, 'bytes: '),
+        *(('basename', path, 'basename: .* leads out of the folder') for path in (
+            '../shard.00003.mds', '/shard.00003.mds', '..', 'part/../../shard.00003.mds', 'a\\b',
+        )),
+        *(('bytes', value, 'bytes: ') for value in (-1, 3.5)),
+        *(('samples', value, 'samples: ') for value in (0, -1, 1.5)),
     ],
-)
-def test_an_index_names_files_of_its_own_folder_only(split: Path, manifest: Manifest, key: str, value, message: str):
+)  # fmt: skip
+def test_an_index_counts_samples_and_names_files_of_its_own_folder_only(split, manifest, place, value, message: str):
     index = json.loads((split / 'index.json').read_text())
-    index['shards'][3]['raw_data'][key] = value
+    shard = index['shards'][3]
+    (shard if place == 'samples' else shard['raw_data'])[place] = value
     (split / 'index.json').write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf'index\.json: shard 3: .*{message}'):
         check_shards(split, manifest, remote=True)
-
-
-@pytest.mark.parametrize('samples', [0, -1, 1.5])
-def test_an_index_counts_samples(split: Path, manifest: Manifest, samples: float):
-    index = json.loads((split / 'index.json').read_text())
-    index['shards'][0]['samples'] = samples
-    (split / 'index.json').write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r'index\.json: shard 0: samples: '):
-        check_shards(split, manifest)
 
 
 def test_agreement_passes_where_the_run_says_nothing_or_the_same(manifest: Manifest):
     check_agreement(manifest)
     facts = {'channels': 1, 'kind': 'pixels', 'latent_size': (4, 6), 'autoencoder': 'pixels', 'num_classes': 3}
     check_agreement(manifest, **facts, autoencoder_hash=None)
+    with pytest.raises(ValueError, match=r'(?s)channels.*num_classes'):  # all contradictions are listed
+        check_agreement(manifest, channels=4, num_classes=1000)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +93,3 @@ def test_contradictions_are_named_with_both_values(manifest: Manifest, expected:
     wanted = repr(value).replace('(', r'\(').replace(')', r'\)')
     with pytest.raises(ValueError, match=f'{key}: the run expects {wanted}, the data have {found}; .+'):
         check_agreement(manifest, **expected)
-
-
-def test_all_contradictions_are_listed(manifest: Manifest):
-    with pytest.raises(ValueError, match=r'(?s)channels.*num_classes'):
-        check_agreement(manifest, channels=4, num_classes=1000)

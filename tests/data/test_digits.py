@@ -92,25 +92,19 @@ def test_a_second_call_changes_nothing_and_damaged_data_are_refused_and_left_alo
         prepare_digits(digits)
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path):
-    (tmp_path / 'digits').mkdir()
+def test_an_empty_folder_is_filled_and_foreign_ones_are_left_alone(tmp_path: Path, split: Path):
+    for name in ('digits', 'mine', 'other'):
+        (tmp_path / name).mkdir()
     prepare_digits(tmp_path / 'digits')
     assert sorted(os.listdir(tmp_path / 'digits')) == ['eval', 'train']
-
-
-def test_foreign_folders_are_refused_and_left_alone(tmp_path: Path, split: Path, manifest: Manifest):
-    (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('x')
-    with pytest.raises(ValueError, match='mine'):
-        prepare_digits(tmp_path / 'mine')
-    assert os.listdir(tmp_path / 'mine') == ['thesis.txt']
     (tmp_path / 'file').write_text('x')
-    with pytest.raises(ValueError, match='file'):
-        prepare_digits(tmp_path / 'file')
-    (tmp_path / 'other').mkdir()
     split.rename(tmp_path / 'other' / 'train')
-    with pytest.raises(ValueError, match=r"holds other data .'a test', 200 samples"):
-        prepare_digits(tmp_path / 'other')
+    said = {'mine': 'mine', 'file': 'file', 'other': r"holds other data .'a test', 200 samples"}
+    for name, message in said.items():
+        with pytest.raises(ValueError, match=message):
+            prepare_digits(tmp_path / name)
+    assert os.listdir(tmp_path / 'mine') == ['thesis.txt']
 
 
 def test_two_processes_at_once_both_succeed(tmp_path: Path):

@@ -14,10 +14,10 @@ def test_columns_have_fixed_shapes_and_moments_twice_the_channels():
     assert columns('moments', (4, 32, 16), mirrored=True)['latents_mirrored'] == 'ndarray:float16:8,32,16'
 
 
-@pytest.mark.parametrize(('kind', 'shape', 'said'), [('mean', (4, 8, 8), 'moments'), ('pixels', (8, 8), 'three')])
-def test_columns_refuse_what_has_no_meaning(kind: str, shape: tuple[int, ...], said: str):
-    with pytest.raises(ValueError, match=said):
-        stored_shape(kind, shape)
+def test_columns_refuse_what_has_no_meaning():
+    for kind, shape, said in (('mean', (4, 8, 8), 'moments'), ('pixels', (8, 8), 'three')):
+        with pytest.raises(ValueError, match=said):
+            stored_shape(kind, shape)
 
 
 def test_manifest_survives_a_round_trip(manifest: Manifest, tmp_path: Path):
@@ -25,12 +25,14 @@ def test_manifest_survives_a_round_trip(manifest: Manifest, tmp_path: Path):
     assert Manifest.load(tmp_path) == manifest
     assert manifest.latent_shape == manifest.stored_shape == (1, 4, 6)
     assert os.listdir(tmp_path) == ['manifest.json']
-
-
-def test_moments_store_twice_the_channels(manifest: Manifest):
     changes = {'kind': 'moments', 'autoencoder': 'a/b', 'autoencoder_hash': 'sha256:0'}
     moments = Manifest.model_validate(manifest.model_dump() | changes)
     assert (moments.latent_shape, moments.stored_shape) == ((1, 4, 6), (2, 4, 6))
+    with open(tmp_path / 'manifest.json') as still_open:
+        manifest.model_copy(update={'source': 'another'}).save(tmp_path)
+        # A file written in place would show the new text through the handle that was open before.
+        assert json.load(still_open)['source'] == 'a test'
+    assert Manifest.load(tmp_path).source == 'another'
 
 
 def test_older_data_say_nothing_of_scaling_and_background(manifest: Manifest, tmp_path: Path):
@@ -92,12 +94,3 @@ def test_a_manifest_that_is_broken_or_absent_is_named(tmp_path: Path, content: b
         (tmp_path / 'manifest.json').write_bytes(content)
     with pytest.raises(ValueError, match=r'manifest.json: ' + 'no such file' * (content is None)):
         Manifest.load(tmp_path)
-
-
-def test_saving_leaves_the_old_file_alone_until_the_new_one_is_whole(manifest: Manifest, tmp_path: Path):
-    manifest.save(tmp_path)
-    with open(tmp_path / 'manifest.json') as still_open:
-        manifest.model_copy(update={'source': 'another'}).save(tmp_path)
-        # A file written in place would show the new text through the handle that was open before.
-        assert json.load(still_open)['source'] == 'a test'
-    assert Manifest.load(tmp_path).source == 'another'

@@ -53,12 +53,9 @@ def test_an_epoch_takes_image_or_mirror_and_never_another_sample(mirrored: Path)
             assert torch.equal(batch[LABELS], batch[SAMPLE_IDS] % 3)
 
 
-def test_without_a_seed_and_by_position_it_is_the_image(mirrored: Path):
+def test_without_a_seed_and_by_position_it_is_the_image_and_absent_mirrors_are_refused(mirrored: Path, split: Path):
     assert all(bool((batch[RAW_LATENTS] > 0).all()) for batch in train_loader(mirrored, batch_size=16))
     assert bool((LatentDataset(mirrored, batch_size=16, mirror_seed=5)[7][RAW_LATENTS] == 8).all())
-
-
-def test_a_mirror_that_is_not_there_is_refused(split: Path):
     with pytest.raises(ValueError, match=r'hold no mirrored latents.*convert the images again'):
         train_loader(split, batch_size=16, mirror_seed=5)
 

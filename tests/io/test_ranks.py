@@ -22,16 +22,14 @@ def refuse(ranks: list[int]) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize(
-    ('ranks', 'heard'),
-    [
-        ([], ['result 0', 'result 1']),
-        ([0, 1], ['a place: refused by 0'] * 2),
-        ([1], ['on rank 1: a place: refused by 1'] * 2),
-    ],
-)
-def test_the_first_refusal_is_that_of_all(ranks: list[int], heard: list[str]):
-    assert on_ranks(2, refuse, ranks) == heard
+def refuse_in_turn(cases: list[list[int]]) -> list[str]:
+    return [refuse(ranks) for ranks in cases]
+
+
+def test_the_first_refusal_is_that_of_all():
+    each = on_ranks(2, refuse_in_turn, [[], [0, 1], [1]])
+    heard = [('result 0', 'result 1'), ('a place: refused by 0',) * 2, ('on rank 1: a place: refused by 1',) * 2]
+    assert list(zip(*each, strict=True)) == heard
 
 
 def test_a_single_process_needs_no_group():

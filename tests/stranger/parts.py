@@ -18,11 +18,7 @@ from tread_composer.metrics.metric import Figure, Quantity
 
 
 class StraightLine:
-    """Velocity along the straight line from data to noise, with a sharper or duller error.
-
-    Args:
-        power: Of the absolute error.
-    """
+    """Velocity along the straight line from data to noise; the loss is a power of its absolute error."""
 
     name = 'straight_line'
     prediction = 'the velocity noise - data'
@@ -81,15 +77,7 @@ class Layer(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A small network of means over tokens; it says of itself how many tokens it has, and nothing more.
-
-    Args:
-        latent_size: Side of the latents.
-        in_channels: Of the latents.
-        num_classes: Label ``num_classes`` is no class.
-        width: Of a token.
-        num_layers: How many.
-    """
+    """A small network of means over tokens; it says of itself how many tokens it has, and nothing more."""
 
     def __init__(
         self, *, latent_size: int, in_channels: int, num_classes: int, width: int = 16, num_layers: int = 6
@@ -113,11 +101,7 @@ class Mixer(nn.Module):
 
 
 class Louder(Algorithm):
-    """Scales the loss.
-
-    Args:
-        rate: The loss counts ``1 + rate``.
-    """
+    """Scales the loss by ``1 + rate``."""
 
     made: ClassVar[int] = 0
 
@@ -154,12 +138,7 @@ class Louder(Algorithm):
 
 
 class Shallow(Algorithm):
-    """Trains without the last layers of a ``Mixer``, in which a run saves work.
-
-    Args:
-        count: Layers that are left out.
-        end_time: Composer time string from which on all layers are trained.
-    """
+    """Trains without the last ``count`` layers of a ``Mixer`` until ``end_time``, in which a run saves work."""
 
     def __init__(self, count: int = 2, end_time: str | None = None) -> None:
         self.count, self.end_time = count, end_time
@@ -194,12 +173,7 @@ class Shallow(Algorithm):
 
 
 class Counter(Callback):
-    """Counts the samples of training.
-
-    Args:
-        words: What it calls them.
-        folder: Where ``count.txt`` goes.
-    """
+    """Counts the samples of training into ``count.txt``."""
 
     default_folder: ClassVar[str] = 'counted'
 
@@ -223,11 +197,7 @@ class Counter(Callback):
 
 
 def midpoint(equation: Any, x_BCHW: Tensor, times: Tensor, noise: Any, /, *, share: float = 0.5) -> Tensor:
-    """One drift to look ahead, one to go.
-
-    Args:
-        share: Of a step, how far ahead it looks.
-    """
+    """One drift to look ahead by a share of the step, one to go."""
     if not 0 < share < 1:
         raise ValueError(f'share: {share} is not between 0 and 1')
     x = x_BCHW.double()
@@ -238,11 +208,7 @@ def midpoint(equation: Any, x_BCHW: Tensor, times: Tensor, noise: Any, /, *, sha
 
 
 class Blurred:
-    """Guides away from what the network says of a flattened input.
-
-    Args:
-        strength: Share of the mean over the pixels in the weak branch's input.
-    """
+    """Guides away from what the network says of an input that is flattened by a share, ``strength``."""
 
     second_network: ClassVar[bool] = False
 
@@ -281,7 +247,7 @@ class Spread:
 
     def measure(self, samples: Any, reference: Any, device: torch.device) -> list[Figure]:
         ratio = samples.features_ND.std() / reference.features.features_ND.std()
-        return [Figure(self.quantities[0], float(ratio))]
+        return [Figure(self.quantities[0], float(ratio), settings={'by': 'a stranger'})]
 
 
 class Pixels:

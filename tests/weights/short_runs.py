@@ -1,12 +1,13 @@
 """A run of twelve batches whose folder is spoilt, and the same command again."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.runs import SMALL, YAMLS, launch_here, refused_here
+from tests.runs import SMALL, YAMLS, launch, launch_here, refused_here
 
 YAML = YAMLS / 'digits_tread.yaml'
 LENGTH = 12  # batches; an epoch has 11
@@ -36,6 +37,14 @@ def batch_of(name: int | str) -> str:
 
 def again(root: Path, *words: str):
     return launch_here(root, YAML, *WORDS, *words)
+
+
+def program(root: Path, name: str, *words: str, **variables: str):
+    """The same by one of the programs in this folder, in a process of its own."""
+    start = [sys.executable, str(Path(__file__).parent / name), str(YAML)]
+    return launch(
+        root, [*start, *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false', *words], **variables
+    )
 
 
 def refused(root: Path, *words: str) -> str:

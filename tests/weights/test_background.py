@@ -1,17 +1,13 @@
 """Checkpoints that a thread writes while training goes on: the same files, whatever happens to it."""
 
-import os
-import resource
-import sys
-
 import pytest
 import torch
 from composer import Callback
 from composer.loggers import LoggerDestination
 
 from tests.callbacks.small import trainer
-from tests.runs import ROOT, assert_same_training, checkpoint, launch
-from tests.weights.short_runs import LENGTH, NAME, WORDS, YAML, again, batch_of, folder_of, names, refused
+from tests.runs import assert_same_training, checkpoint
+from tests.weights.short_runs import LENGTH, NAME, again, batch_of, folder_of, names, program, refused
 from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 
 BACKGROUND = 'save_in_background=true'
@@ -37,9 +33,7 @@ class Fault(Callback):
 
 
 def train(root, die_at, *words):
-    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_and_die.py')]
-    words = (*WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false', *words)
-    return launch(root, [*program, str(YAML), *words], DIE_AT=die_at)
+    return program(root, 'train_and_die.py', *words, DIE_AT=die_at)
 
 
 def test_training_goes_on_and_each_checkpoint_is_that_of_its_batch(whole, tmp_path):
@@ -59,20 +53,6 @@ def test_a_run_that_is_killed_while_a_thread_writes_ends_as_the_whole_one(whole,
     assert done.returncode == 0 and 'batches 3 to 12' in done.stdout, done.stdout + done.stderr
     assert_same_training(checkpoint(tmp_path, NAME), checkpoint(whole, NAME))
     assert names(tmp_path) == names(whole)
-
-
-def test_a_disk_that_fills_while_a_thread_writes_ends_the_run_in_words(copy):
-    for batch in (9, 12):
-        (folder_of(copy) / batch_of(batch)).unlink()
-    before, (_, hard) = names(copy), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        done = again(copy, BACKGROUND)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1].startswith('save_folder: a checkpoint could not be written')
-    assert names(copy) == before and os.readlink(folder_of(copy) / 'latest-rank0.pt') == batch_of(6)
 
 
 def test_a_save_that_holds_training_up_is_said_to_with_the_remedy(tmp_path):

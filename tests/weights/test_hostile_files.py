@@ -14,11 +14,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tread_composer.weights.export import export
 
 from tests.weights.short_runs import Trap, again, batch_of, folder_of, refused, sharded
 from tread_composer.algorithms.power_ema.snapshots import read_header
-from tread_composer.cli import main
+from tread_composer.autoencoders import open_autoencoder
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import check_harmless, restricted_loading
 from tread_composer.io.checkpoints import DIGESTS, file_digests, write_digests
@@ -69,11 +70,6 @@ def with_trap(root, place, trap):
     return content
 
 
-def raw(text):
-    """Pickle opcodes in the words of protocol 0."""
-    return text.encode()
-
-
 def dotted(module, marker):
     """Calls ``os.mkdir`` by an attribute of a module that is allowed in part: protocol 4 resolves dots."""
     names = b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, 'os.mkdir'))
@@ -110,11 +106,11 @@ def tarred(content):
 FORMATS = {
     'before zip archives': lambda marker: legacy({'state': {'model': {}, 'trap': Trap(marker)}}),
     'a bare pickle': lambda marker: pickle.dumps({'state': {'model': {}, 'trap': Trap(marker)}}),
-    'a bare pickle in words': lambda marker: raw(f"cos\nmkdir\n(S'{marker}'\ntR."),
-    'an instance': lambda marker: raw(f"(S'{marker}'\nios\nmkdir\n."),
+    'a bare pickle in words': lambda marker: f"cos\nmkdir\n(S'{marker}'\ntR.".encode(),
+    'an instance': lambda marker: f"(S'{marker}'\nios\nmkdir\n.".encode(),
     'a tar': lambda marker: tarred(pickle.dumps(Trap(marker))),
     'a dotted name': lambda marker: archive(dotted('torch.serialization', marker)),
-    'an archive of words': lambda marker: archive(raw(f"cos\nmkdir\n(S'{marker}'\ntR.")),
+    'an archive of words': lambda marker: archive(f"cos\nmkdir\n(S'{marker}'\ntR.".encode()),
 }
 
 
@@ -133,64 +129,50 @@ def test_train_loads_no_function_of_any_module(whole, copy, marker, function):
 
 
 @pytest.mark.parametrize('name', FORMATS)
-@pytest.mark.parametrize('command', ['load_path', 'import', 'autoencoder'])
-def test_no_format_of_torch_runs_code(copy, marker, tmp_path, command, name, capsys):
-    file = copy / 'hostile.pt'
+def test_no_format_of_torch_runs_code(copy, marker, name, cli):
+    file, out = copy / 'hostile.pt', copy / 'out.safetensors'
     file.write_bytes(FORMATS[name](marker))
-    if command == 'load_path':
-        assert 'hostile.pt' in refused(copy, 'load_path=hostile.pt', 'run_name=another')
-    elif command == 'import':
-        words = ['import', str(file), '--layout', 'dit', '--out', str(tmp_path / 'out.safetensors')]
-        assert main(words) == 2 and 'hostile.pt' in capsys.readouterr().err
-    else:
-        from tread_composer.autoencoders import open_autoencoder
-
-        with pytest.raises(UserError, match=r'hostile.pt'):
-            _ = open_autoencoder(str(file)).network
-    assert not (tmp_path / 'out.safetensors').exists()
+    assert 'hostile.pt' in refused(copy, 'load_path=hostile.pt', 'run_name=another')
+    assert 'hostile.pt' in cli.refusal('import', file, '--layout', 'dit', '--out', out)
+    assert not out.exists()
+    with pytest.raises(UserError, match=r'hostile.pt'):
+        _ = open_autoencoder(str(file)).network
 
 
-@pytest.mark.parametrize('name', ['later', 'latest'])
-def test_train_refuses_what_was_put_into_its_folder(copy, marker, name):
-    latest = folder_of(copy) / 'latest-rank0.pt'
-    content = with_trap(copy, ('state',), Trap(marker))
-    if name == 'latest':
-        latest.unlink()
-        torch.save(content, latest)
-    else:
-        torch.save(content, folder_of(copy) / batch_of(99))
+def test_train_refuses_what_was_put_into_its_folder_and_what_composer_alone_finds(copy, marker):
+    latest, content = folder_of(copy) / 'latest-rank0.pt', with_trap(copy, ('state',), Trap(marker))
+    later = folder_of(copy) / batch_of(99)
+    torch.save(content, later)
     assert 'could run code' in refused(copy, 'max_duration=15ba')
-
-
-def test_train_refuses_what_composer_alone_finds(copy, marker):
-    """A name with a placeholder is not looked at beforehand, an archive would be unpacked."""
-    torch.save(with_trap(copy, ('state',), Trap(marker)), copy / 'hostile0.pt')
+    later.unlink()
+    latest.unlink()
+    torch.save(content, latest)
+    assert 'could run code' in refused(copy, 'max_duration=15ba')
+    # A name with a placeholder is not looked at beforehand, an archive would be unpacked.
+    torch.save(content, copy / 'hostile0.pt')
     done = again(copy, 'load_path=hostile{rank}.pt', 'run_name=another')
     assert done.returncode == 2 and 'could run code' in done.stderr, done.stderr
     (copy / 'hostile.tar').write_bytes(tarred(b''))
     assert 'archives are not unpacked' in refused(copy, 'load_path=hostile.tar', 'run_name=another')
 
 
-def digested(folder):
-    write_digests(folder, file_digests(folder, [path.name for path in folder.iterdir() if path.name != DIGESTS]))
-
-
 METADATA = {
     'a function': lambda marker: pickle.dumps(Trap(marker)),
     'a dotted name': lambda marker: dotted('torch.distributed.checkpoint.filesystem', marker),
-    'a function of torch': lambda marker: raw(f"ctorch.hub\nload\n(S'{marker}'\ntR."),
+    'a function of torch': lambda marker: f"ctorch.hub\nload\n(S'{marker}'\ntR.".encode(),
 }
 
 
 @pytest.mark.parametrize('name', METADATA)
-@pytest.mark.parametrize('place', ['run', 'load_path'])
-def test_the_description_of_a_sharded_checkpoint_runs_no_code(copy, marker, name, place):
-    folder = sharded(folder_of(copy) / 'ep1-ba99' if place == 'run' else copy / 'sharded')
-    (folder / '.metadata').write_bytes(METADATA[name](marker))
-    digested(folder)
-    words = () if place == 'run' else ('load_path=sharded', 'run_name=another')
-    message = refused(copy, 'max_duration=100ba', *words)
-    assert '.metadata: refused' in message and 'could run code' in message, message
+def test_the_description_of_a_sharded_checkpoint_runs_no_code(copy, marker, name):
+    for folder, words in (
+        (copy / 'sharded', ['load_path=sharded', 'run_name=another']),
+        (folder_of(copy) / 'ep1-ba99', []),
+    ):
+        (sharded(folder) / '.metadata').write_bytes(METADATA[name](marker))
+        write_digests(folder, file_digests(folder, [path.name for path in folder.iterdir() if path.name != DIGESTS]))
+        message = refused(copy, 'max_duration=100ba', *words)
+        assert '.metadata: refused' in message and 'could run code' in message, message
 
 
 def test_the_parts_of_a_sharded_checkpoint_run_no_code(tmp_path, marker):
@@ -215,75 +197,57 @@ def test_what_a_user_has_allowed_stays_allowed():
         torch.serialization.clear_safe_globals()
 
 
-def with_part(tree, place, marker, name='subprocess:Popen'):
-    """A configuration that names a class or function which would make the marker."""
-    arguments = {'args': ['mkdir', str(marker)]} if name == 'subprocess:Popen' else {'path': str(marker)}
-    section, _, key = place.partition('.')
-    if key:
-        tree[section][key] = {'name': name, **arguments}
-    else:
-        tree[section] = {'name': name, **arguments}
-    return tree
-
-
 @pytest.fixture(scope='module')
 def exported(whole, tmp_path_factory):
     out = tmp_path_factory.mktemp('exported') / 'model.safetensors'
-    assert main(['export', str(folder_of(whole)), '--out', str(out)]) == 0
+    export(folder_of(whole), out)
     with safe_open(out, framework='pt') as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        return load_file(out), file.metadata()
 
 
 @pytest.mark.parametrize('name', ['subprocess:Popen', 'os:mkdir'])
 @pytest.mark.parametrize(
     'place', ['scheduler', 'objective', 'objective.time_distribution', 'model', 'optimizer', 'autoencoder']
 )
-@pytest.mark.parametrize('kind', ['exported', 'run'])
-def test_a_configuration_in_a_file_calls_nothing_but_parts(exported, copy, marker, tmp_path, place, name, kind, capsys):
-    if kind == 'exported':
-        tensors, metadata = exported
-        config = with_part(json.loads(metadata['config']), place, marker, name)
-        path = tmp_path / 'hostile.safetensors'
-        save_file(tensors, path, metadata={**metadata, 'config': json.dumps(config)})
-    else:
-        path = folder_of(copy)
-        config = with_part(yaml.safe_load((path / 'config.yaml').read_text()), place, marker, name)
-        (path / 'config.yaml').write_text(yaml.safe_dump(config))
-    assert main(['export', str(path), '--out', str(tmp_path / 'out.safetensors')]) == 2
-    error = capsys.readouterr().err
-    assert f'{name!r} is no ' in error and 'Traceback' not in error
+def test_a_configuration_in_a_file_calls_nothing_but_parts(exported, copy, marker, place, name, cli):
+    """One that names a class or function which would make the marker."""
+    (tensors, metadata), run, file = exported, folder_of(copy), copy / 'hostile.safetensors'
+    part = {'name': name, **({'args': ['mkdir', str(marker)]} if 'Popen' in name else {'path': str(marker)})}
+    section, _, key = place.partition('.')
+    tree = json.loads(metadata['config'])
+    tree[section] = {**tree[section], key: part} if key else part
+    save_file(tensors, file, metadata={**metadata, 'config': json.dumps(tree)})
+    (run / 'config.yaml').write_text(yaml.safe_dump(tree))
+    for path in (file, run):
+        error = cli.refusal('export', path, '--out', copy / 'out.safetensors')
+        assert f'{name!r} is no ' in error and 'Traceback' not in error
 
 
 @pytest.mark.parametrize('text', ['!!python/object/apply:os.mkdir [{!r}]', '!!python/name:os.mkdir {!r}'])
-def test_a_configuration_is_plain_yaml(copy, marker, text, capsys):
-    path = folder_of(copy)
-    (path / 'config.yaml').write_text('seed: ' + text.format(str(marker)))
-    assert main(['export', str(path), '--out', str(copy / 'out.safetensors')]) == 2
-    assert 'config.yaml' in capsys.readouterr().err
+def test_a_configuration_is_plain_yaml(copy, marker, text, cli):
+    (folder_of(copy) / 'config.yaml').write_text('seed: ' + text.format(str(marker)))
+    assert 'config.yaml' in cli.refusal('export', folder_of(copy), '--out', copy / 'out.safetensors')
     assert 'config.yaml' in refused(copy)
 
 
-def test_a_checkpoint_is_read_without_running_it_by_the_other_commands(copy, marker, capsys):
+def test_a_checkpoint_is_read_without_running_it_by_the_other_commands(copy, marker, cli):
     torch.save(with_trap(copy, ('state',), Trap(marker)), newest(copy))
     for path in (folder_of(copy), newest(copy)):
-        for words in (['export', str(path), '--out', str(copy / 'x.safetensors')], ['sample', str(path), '--out', 'x']):
-            assert main(words) == 2
-            assert 'could run code' in capsys.readouterr().err
+        for words in (['export', path, '--out', copy / 'x.safetensors'], ['sample', path, '--out', copy / 'x']):
+            assert 'could run code' in cli.refusal(*words)
 
 
-def test_a_pickle_under_the_name_of_safetensors_is_none(tmp_path, marker, capsys):
+def test_a_pickle_under_the_name_of_safetensors_is_none(tmp_path, marker, cli):
     path = tmp_path / 'hostile.safetensors'
     path.write_bytes(pickle.dumps(Trap(marker)))
-    assert main(['export', str(path), '--out', str(tmp_path / 'out.safetensors')]) == 2
-    assert 'hostile.safetensors' in capsys.readouterr().err
+    assert 'hostile.safetensors' in cli.refusal('export', path, '--out', tmp_path / 'out.safetensors')
     with pytest.raises(UserError, match=r'hostile.safetensors'):
         read_header(path)
 
 
 @pytest.mark.parametrize('array', ['arr_0', 'mu'])
-def test_an_npz_of_objects_is_no_reference(tmp_path, marker, array, capsys):
+def test_an_npz_of_objects_is_no_reference(tmp_path, marker, array, cli):
     objects = np.array([Trap(marker)], dtype=object)
     np.savez(tmp_path / 'hostile.npz', **{array: objects, 'sigma': objects})
-    words = ['evaluate', str(tmp_path / 'hostile.npz'), '--reference', str(tmp_path / 'hostile.npz')]
-    assert main([*words, '--features', 'digits']) == 2
-    assert 'hostile.npz' in capsys.readouterr().err
+    path = tmp_path / 'hostile.npz'
+    assert 'hostile.npz' in cli.refusal('evaluate', path, '--reference', path, '--features', 'digits')

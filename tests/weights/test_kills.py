@@ -3,13 +3,12 @@
 import os
 import resource
 import shutil
-import sys
 
 import pytest
 import torch
 
-from tests.runs import ROOT, assert_same_training, checkpoint, launch
-from tests.weights.short_runs import NAME, WORDS, YAML, Trap, again, batch_of, folder_of, names, refused, sharded
+from tests.runs import assert_same_training, checkpoint
+from tests.weights.short_runs import NAME, Trap, again, batch_of, folder_of, names, program, refused, sharded
 from tread_composer.cli import main
 
 
@@ -25,12 +24,10 @@ def assert_ends_as(whole, root, begin):
 
 
 def test_a_run_that_is_killed_in_each_save_ends_as_the_whole_one(whole, tmp_path):
-    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_and_die.py')]
-    words = [str(YAML), *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false']
     shutil.copytree(whole / 'data', tmp_path / 'data')
     left = {'half': '.unfinished-', 'written': '.unfinished-', 'renamed': ''}
     for place, batch, newest in (('half', 3, None), ('half', 6, 3), ('written', 6, 3), ('renamed', 9, 6)):
-        done = launch(tmp_path, [*program, *words], DIE_AT=f'{place}:{batch}')
+        done = program(tmp_path, 'train_and_die.py', DIE_AT=f'{place}:{batch}')
         assert done.returncode == -9, done.stdout + done.stderr
         assert (batch_of(3) in names(tmp_path)) == (batch > 3)
         assert f'{left[place]}{batch_of(batch)}' in names(tmp_path)
@@ -50,10 +47,12 @@ def damage_it(file, how):
 
 @pytest.mark.parametrize('how', ['half', 'empty', 'one bit'])
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(whole, copy, how):
-    for batch in (12, 9):
+    lost = (12, 9) if how != 'half' else (12, 9, 6, 3)
+    for batch in lost:
         damage_it(folder_of(copy) / batch_of(batch), how)
-    errors = assert_ends_as(whole, copy, 6)
-    for batch in (12, 9):
+    errors = assert_ends_as(whole, copy, 12 - 3 * len(lost))
+    assert ('holds no whole checkpoint, so the run starts from its beginning' in errors) == (len(lost) == 4)
+    for batch in lost:
         (line,) = [line for line in errors.splitlines() if batch_of(batch) in line]
         assert f'damaged, now {batch_of(batch)}.damaged' in line
         assert f'{batch_of(batch)}.damaged' in names(copy)
@@ -63,8 +62,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_gone_on_from(wh
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(whole, copy, lacking):
     """A process that runs short where it begins to look at the checkpoints, as on a busy node."""
     before = {path: path.read_bytes() for path in folder_of(copy).glob('*.pt')}
-    program = [sys.executable, str(ROOT / 'tests' / 'weights' / 'train_short_of.py'), lacking]
-    done = launch(copy, [*program, str(YAML), *WORDS, 'loggers.mlflow=null', 'device=cpu', 'progress_bar=false'])
+    done = program(copy, 'train_short_of.py', LACKING=lacking)
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stdout + done.stderr
     message = done.stderr.splitlines()[-1]
     assert f'{batch_of(12)}: cannot be read now' in message and 'nothing was renamed' in message
@@ -73,37 +71,27 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(whole, copy, lacking):
     assert_ends_as(whole, copy, 12)
 
 
-def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(whole, copy):
-    for batch in (3, 6, 9, 12):
-        damage_it(folder_of(copy) / batch_of(batch), 'half')
-    errors = assert_ends_as(whole, copy, 0)
-    assert 'holds no whole checkpoint, so the run starts from its beginning' in errors
-
-
-def test_a_missing_latest_is_found_again(whole, copy):
-    (folder_of(copy) / 'latest-rank0.pt').unlink()
-    before = names(copy)
-    assert_ends_as(whole, copy, 12)
-    assert names(copy) == {*before, 'latest-rank0.pt'}
-
-
 @pytest.mark.parametrize(
-    ('removed', 'begin'),
+    ('latest_of', 'removed', 'begin'),
     [
+        (None, (), 12),
         # As ``cp -rL`` and ``rsync -L`` make it, of all files and of latest alone.
-        ((9, 12), 6),
-        ((3, 6, 9, 12), 6),
+        (6, (9, 12), 6),
+        (6, (3, 6, 9, 12), 6),
         # The run was killed between a save and the link, behind such a copy.
-        ((12,), 9),
+        (6, (12,), 9),
     ],
 )
-def test_a_copy_with_links_followed_goes_on(whole, copy, removed, begin):
+def test_a_missing_latest_is_found_again_and_a_copy_with_links_followed_goes_on(whole, copy, latest_of, removed, begin):
     latest = folder_of(copy) / 'latest-rank0.pt'
     latest.unlink()
-    shutil.copy(folder_of(copy) / batch_of(6), latest)
+    if latest_of:
+        shutil.copy(folder_of(copy) / batch_of(latest_of), latest)
     for batch in removed:
         (folder_of(copy) / batch_of(batch)).unlink()
+    before = names(copy)
     assert_ends_as(whole, copy, begin)
+    assert begin < 12 or names(copy) == {*before, 'latest-rank0.pt'}
 
 
 def test_a_run_whose_checkpoints_do_not_name_their_batch_is_gone_on_from(whole, copy):
@@ -128,13 +116,14 @@ def test_as_many_as_asked_for_are_kept_after_a_resume_too(whole, copy):
         assert names(copy) == {batch_of(kept), batch_of(until), 'latest-rank0.pt', 'best-ba1.pt'}
 
 
-def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy):
+@pytest.mark.parametrize('background', ['false', 'true'])
+def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(whole, copy, background):
     for batch in (9, 12):
         (folder_of(copy) / batch_of(batch)).unlink()
     before, (_, hard) = names(copy), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # a checkpoint has about a megabyte
     try:
-        done = again(copy)
+        done = again(copy, f'save_in_background={background}')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -169,11 +158,11 @@ def test_what_is_replaced_is_not_gone_on_from(whole, copy):
     assert_ends_as(whole, copy, 3)
 
 
-@pytest.mark.parametrize('text', ['a: [1', 'just words', '', 'seed: 1\n', '\x00\x01', '- 1\n- 2\n'])
-def test_a_damaged_configuration_beside_checkpoints_is_refused(copy, text):
-    (folder_of(copy) / 'config.yaml').write_text(text)
-    message = refused(copy)
-    assert message.startswith(f'runs/{NAME}/config.yaml: no configuration of a run, or a damaged one')
+def test_a_damaged_configuration_beside_checkpoints_is_refused(copy):
+    for text in ('a: [1', 'just words', '', 'seed: 1\n', '\x00\x01', '- 1\n- 2\n'):
+        (folder_of(copy) / 'config.yaml').write_text(text)
+        message = refused(copy)
+        assert message.startswith(f'runs/{NAME}/config.yaml: no configuration of a run, or a damaged one'), text
 
 
 def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(whole, tmp_path):
@@ -197,16 +186,13 @@ def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(wh
     assert 'state_dict_type=sharded' in refused(tmp_path, 'load_path=folder', 'load_weights_only=true')
 
 
-@pytest.mark.parametrize(
-    ('word', 'rule'),
-    [
-        ('save_weights_only=true', 'autoresume to false'),
-        ('save_num_checkpoints_to_keep=0', '0 must be at least 1, or -1 for all'),
-        ('save_num_checkpoints_to_keep=-2', '-2 must be at least 1, or -1 for all'),
-        ('save_filename=step.pt', 'ba{batch}'),
-        ('save_filename=ep{epoch}-ba{batch}.pt.zst', 'uncompressed'),
-    ],
-)
-def test_settings_that_could_not_resume_are_refused(tmp_path, word, rule):
-    message = refused(tmp_path, word)
-    assert word.split('=')[0] in message and rule in message
+def test_settings_that_could_not_resume_are_refused(tmp_path):
+    for word, rule in {
+        'save_weights_only=true': 'autoresume to false',
+        'save_num_checkpoints_to_keep=0': '0 must be at least 1, or -1 for all',
+        'save_num_checkpoints_to_keep=-2': '-2 must be at least 1, or -1 for all',
+        'save_filename=step.pt': 'ba{batch}',
+        'save_filename=ep{epoch}-ba{batch}.pt.zst': 'uncompressed',
+    }.items():
+        message = refused(tmp_path, word)
+        assert word.split('=')[0] in message and rule in message

@@ -1,4 +1,7 @@
-"""``train.py x.yaml ...`` in a process that may have no more memory, or open files, from the look at its folder on."""
+"""``train.py x.yaml ...`` in a process that may have no more memory, or open files, from the look at its folder on.
+
+LACKING=memory or files.
+"""
 
 import os
 import resource
@@ -6,7 +9,7 @@ import sys
 
 from tread_composer.callbacks.checkpoint_saver import WholeCheckpointSaver
 
-lacking = sys.argv.pop(1)
+lacking = os.environ['LACKING']
 kind = resource.RLIMIT_AS if lacking == 'memory' else resource.RLIMIT_NOFILE
 _before_load = WholeCheckpointSaver.before_load
 
