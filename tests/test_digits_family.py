@@ -29,7 +29,6 @@ MORE = {
     'digits_tread': ['callbacks.digits_quality={num_samples: 10, num_steps: 1, sampler: euler}'],
     'digits_tread_fasterdit': ['algorithms.direction_schedule={end_time: 0.5dur}'],
 }
-# Composer's own counters of a run: its documentation explains them.
 
 
 class Numbers(LoggerDestination):
