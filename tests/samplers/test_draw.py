@@ -32,7 +32,8 @@ CHAIN = [('ddpm', {}), ('ddim', {'eta': 0.8}), ('ddim', {}), ('heun', {})]
 
 def network(channels: int = 1, seed: int = 0, **more) -> DiT:
     sizes = {'patch_size': 2, 'hidden_size': 16, 'depth': 6, 'num_heads': 2, **more}
-    return randomised(DiT(latent_size=8, in_channels=channels, num_classes=10, **sizes), seed)
+    with torch.random.fork_rng(devices=[]):  # what is drawn for a fresh network is not drawn for an image
+        return randomised(DiT(latent_size=8, in_channels=channels, num_classes=10, **sizes), seed)
 
 
 def model(channels: int = 1, objective=None, routed: bool = True) -> LatentDiffusion:
