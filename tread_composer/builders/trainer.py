@@ -72,7 +72,8 @@ def build_trainer(
     tokens = getattr(model.denoiser, 'num_tokens', 0)
     train = DataSpec(train, get_num_tokens_in_batch=lambda batch: tokens * len(batch[SAMPLE_IDS]))
     if 'speed_monitor' in config.callbacks:
-        model.flops_per_batch = _batch_flops(config, splits['train'], algorithms)  # type: ignore[assignment]
+        with contextlib.suppress(UserError):  # what cannot be counted beforehand can be trained all the same
+            model.flops_per_batch = _batch_flops(config, splits['train'], algorithms)  # type: ignore[assignment]
     callbacks = _callbacks(config, contract, skipped_batches)
     if isinstance(model.autoencoder, Pretrained) and any(
         isinstance(callback, SamplingCallback) for callback in callbacks
