@@ -1,14 +1,17 @@
 """Pieces of the conversion that a whole run reaches only by accident."""
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conversion.worlds import make_images
+from tests.conversion.worlds import make_images, read
 from tread_composer.conversion.contents import channel_sums
+from tread_composer.conversion.conversion import Conversion
 from tread_composer.conversion.encoding import ImageEncoder, image_encoder
 from tread_composer.conversion.making import prepared_batches
 from tread_composer.conversion.parts import PartWriter
@@ -16,7 +19,9 @@ from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.detect import open_sources
 from tread_composer.conversion.sources.source import Request
 from tread_composer.conversion.splits import permutation
+from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
+from tread_composer.data.manifest import Manifest
 from tread_composer.io.progress import RankProgress
 
 
@@ -41,6 +46,29 @@ def test_a_part_that_somebody_finished_first_stays(tmp_path):
     assert (part['samples'], part['sum'], part['sum_of_squares'], part['values_per_channel']) == (
         2, [16.0] * 3, [32.0] * 3, 8,
     )  # fmt: skip
+
+
+class Pooled(ImageEncoder):
+    """Means of squares of pixels."""
+
+    kind, title, autoencoder, autoencoder_hash = 'samples', 'pooled', 'pool', 'sha256:0'
+
+    def __init__(self, settings: ImageSettings, device: torch.device) -> None:
+        super().__init__(settings, device, channels=3, downsampling=4)
+
+    def stored(self, pixels_B3RR: torch.Tensor, purpose: str, positions: Sequence[int]) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels_B3RR, 4)
+
+
+def test_another_encoder_is_one_small_class(tmp_path):
+    source, out = str(make_images(tmp_path / 'in', 5)), tmp_path / 'out'
+    settings = ImageSettings(source=source, out=str(out), resolution=16, mirror=False, workers=0)
+    Conversion(settings, functools.partial(Pooled, settings)).run()
+    assert Manifest.load(out / 'train').latent_shape == (3, 4, 4) and verify(out) == []
+    rows, data = read(out / 'train'), pixels(tmp_path, 16)
+    image = torch.from_numpy(data.prepare((tmp_path / 'in' / rows['name'][0]).read_bytes()).values)[None]
+    expected = torch.nn.functional.avg_pool2d(image.float() / 127.5 - 1, 4)[0].half()
+    np.testing.assert_array_equal(rows['latents'][0], expected.numpy())
 
 
 def test_the_permutation_is_this_one_for_ever():
