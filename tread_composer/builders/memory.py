@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,7 +23,8 @@ from tread_composer.config import Config
 __all__ = ['kept_copies', 'step_memory']
 
 _GIB = 2**30
-_CARDS = 24, 40, 80, 141  # GB, as the makers of a 4090, an A100, an H100 and an H200 count them
+# GiB that torch finds on a 4090, an A100, an A100 or H100, and an H200, by the GB in their names.
+_CARDS = {24: 23.5, 40: 39.4, 80: 79.1, 141: 139.8}
 _FOR_STEPS = 0.92  # of a card: CUDA's context, the libraries' workspaces and the allocator's gaps take the rest
 
 
@@ -92,7 +91,7 @@ def step_memory(
     }
     of_sample = (of_twice - activations) / microbatch
     rest = full + activations - of_sample * microbatch
-    fits = {card: max(0, int((card * 1e9 * _FOR_STEPS - rest) / of_sample)) for card in _CARDS}
+    fits = {card: max(0, int((size * _GIB * _FOR_STEPS - rest) / of_sample)) for card, size in _CARDS.items()}
     return {name: size / _GIB for name, size in parts.items()}, fits
 
 
