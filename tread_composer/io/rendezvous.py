@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -25,6 +25,7 @@ _JOIN_SECONDS = 300.0
 _REPORT_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 _READ_SECONDS = 5.0
+_LATE_SECONDS = 20.0  # for ranks of other nodes, which may start later and would wait the whole limit
 _READY, _REFUSED, _RANK, _READ = 'ready', 'refused', 'rank/', 'read/'
 _REMEDY = (
     'it must be an address of the first node that all nodes reach, and a free port (a host name that resolves to '
@@ -72,9 +73,10 @@ class Rendezvous:
         except UserError as error:
             if self.world > 1:
                 self._store.set(_REFUSED, str(error))
-                # The store ends with this process: every other rank that has come must have read it.
-                end = time.monotonic() + _READ_SECONDS
-                while not self._all_have_read() and time.monotonic() < end:
+                # The store ends with this process: every other rank must have read it, and on one node who has come.
+                one_node = int(os.environ.get('LOCAL_WORLD_SIZE', '1')) == self.world
+                end = time.monotonic() + (_READ_SECONDS if one_node else _LATE_SECONDS)
+                while not self._all_have_read(self._missing() if one_node else ()) and time.monotonic() < end:
                     time.sleep(_POLL_SECONDS)
             raise
 
@@ -137,9 +139,8 @@ class Rendezvous:
     def _missing(self) -> list[int]:
         return [rank for rank in range(self.world) if not self._store.check([f'{_RANK}{rank}'])]
 
-    def _all_have_read(self) -> bool:
-        present = set(range(1, self.world)) - set(self._missing())
-        return all(self._store.check([f'{_READ}{rank}']) for rank in present)
+    def _all_have_read(self, absent: Collection[int]) -> bool:
+        return all(self._store.check([f'{_READ}{rank}']) for rank in range(1, self.world) if rank not in absent)
 
     def _report(self, text: str) -> None:
         if os.environ.get('LOCAL_RANK', '0') == '0' and time.monotonic() - self._reported > _REPORT_SECONDS:
