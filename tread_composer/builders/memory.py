@@ -4,6 +4,7 @@ Shapes: B samples, C channels, S x S latent pixels.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -167,7 +168,8 @@ def _activations(
 ) -> list[tuple[int, int]]:
     """Bytes that forward and backward need at once beside the weights: with their gradients, and without."""
     peaks = []
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the meta weights are no fakes
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):  # the meta weights are no fakes
+        warnings.simplefilter('ignore')  # kernels of the CPU warn of dtypes that those of a GPU take
         network: Any = denoiser.to_empty(device='cpu')
         if getattr(config.fsdp, 'activation_checkpointing', False):
             apply_activation_checkpointing(network, check_fn=network.activation_checkpointing_fn)
