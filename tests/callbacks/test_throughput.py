@@ -36,7 +36,6 @@ def test_waiting_for_data_is_a_share_of_the_time():
         make_trainer(callbacks=[DataWait()], data=lambda data=data: data, loggers=[memory], max_duration='3ba').fit()
         shares.append(values(memory, 'time/data_wait')[-1])
     assert 0 < shares[0] < shares[1] < 1
-    assert shares[1] > 0.3
 
 
 def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
