@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from composer import Trainer
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from tests.helpers import randomised
-from tests.warm import ROOT, exit_codes, inside, rank_variables, start_program
+from tests.warm import ROOT, exit_codes, inside, may_have_namespaces, rank_variables, start_program
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.cli import main
 from tread_composer.config import load_config
 
 YAMLS = ROOT / 'yamls'
+needs_namespaces = pytest.mark.skipif(
+    not may_have_namespaces(), reason='needs mounts or a network of its own, which are refused here'
+)
 COMPOSER = str(Path(sys.executable).parent / 'composer')
 
 # A network of a few thousand parameters on the real digits; an epoch is 11 batches.

@@ -14,13 +14,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.runs import ROOT, SMALL, YAMLS, command, environment
-from tests.warm import may_have_namespaces, own_namespaces, start_program
+from tests.runs import ROOT, SMALL, YAMLS, command, environment, needs_namespaces
+from tests.warm import own_namespaces, start_program
 
 DIGITS = str(YAMLS / 'digits_tread.yaml')
-needs_namespaces = pytest.mark.skipif(
-    not may_have_namespaces(), reason='needs namespaces of its own, which are refused here'
-)
 
 
 def lines(text: str) -> dict[str, tuple[str, str]]:

@@ -15,8 +15,18 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.runs import ROOT, SMALL, assert_same_training, checkpoint, command, environment, launch, train
-from tests.warm import may_have_namespaces, own_namespaces, rank_variables, start_program, wait_until
+from tests.runs import (
+    ROOT,
+    SMALL,
+    assert_same_training,
+    checkpoint,
+    command,
+    environment,
+    launch,
+    needs_namespaces,
+    train,
+)
+from tests.warm import own_namespaces, rank_variables, start_program, wait_until
 from tread_composer.cli import main
 
 MEET = """
@@ -37,11 +47,6 @@ except UserError as error:
     print(f'refused: {error}')
     sys.exit(2)
 """
-
-
-needs_mounts = pytest.mark.skipif(
-    not may_have_namespaces(), reason='needs a mount namespace of its own, which is refused here'
-)
 
 
 def as_nodes(
@@ -154,7 +159,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return checkpoint(folder, 'a')
 
 
-@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_mounts)])
+@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_namespaces)])
 def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk):
     """With one disk, Composer's own start fails: each node removes the file that the other waits for.
 
@@ -167,7 +172,7 @@ def test_two_nodes_train_and_go_on_as_one_node_does(one_node, tmp_path, own_disk
     assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
-@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_mounts)])
+@pytest.mark.parametrize('own_disk', [None, pytest.param('runs', marks=needs_namespaces)])
 def test_a_run_that_lost_a_node_goes_on_with_two_nodes_and_with_one(one_node, tmp_path, own_disk):
     """Node 1 dies after batch 5 and takes its disk along; to batch 9 on two nodes, to batch 14 on one of two ranks."""
     yaml, often = ROOT / 'yamls' / 'digits_tread.yaml', (*SHORT[:1], *SHORT[2:], 'save_interval=2ba')
@@ -185,7 +190,7 @@ def test_a_run_that_lost_a_node_goes_on_with_two_nodes_and_with_one(one_node, tm
     assert_same_training(one_node, checkpoint(tmp_path, 'a'))
 
 
-@needs_mounts
+@needs_namespaces
 def test_sharded_checkpoints_on_disks_that_nodes_do_not_share_are_refused_before_training(tmp_path, monkeypatch):
     """Each node would keep its own half, and no start could read both."""
     monkeypatch.setenv('FSDP_VERSION', '2')
@@ -253,7 +258,7 @@ def test_evaluate_and_sweep_give_on_two_nodes_the_numbers_of_one(routed, tmp_pat
         assert one and one == two, name
 
 
-@needs_mounts
+@needs_namespaces
 @pytest.mark.parametrize('verb', ['sample', 'convert'])
 def test_filling_a_folder_that_nodes_do_not_share_is_refused_before_the_work(tmp_path, verb):
     if verb == 'sample':

@@ -171,8 +171,9 @@ def _activations(
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):  # the meta weights are no fakes
         warnings.simplefilter('ignore')  # kernels of the CPU warn of dtypes that those of a GPU take
         network: Any = denoiser.to_empty(device='cpu')
-        if getattr(config.fsdp, 'activation_checkpointing', False):
-            apply_activation_checkpointing(network, check_fn=network.activation_checkpointing_fn)
+        units = getattr(network, 'activation_checkpointing_fn', None)  # without it Composer recomputes nothing
+        if units is not None and getattr(config.fsdp, 'activation_checkpointing', False):
+            apply_activation_checkpointing(network, check_fn=units)
         for size in microbatches:
             live = _LiveBytes([*network.parameters(), *network.buffers()], shards)
             with _NormsOfGpu() if of_gpu else contextlib.nullcontext(), live:

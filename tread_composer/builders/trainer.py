@@ -144,14 +144,17 @@ def _batch_flops(
 ) -> Callable[[Mapping[str, Any]], float]:
     """Composer's ``speed_monitor`` asks for the FLOPs of a batch: those really done, fewer while a route is on.
 
-    6 for each multiply-add of a forward pass: 2 there, twice as many backward.
+    6 for each multiply-add of a forward pass: 2 there, twice as many backward. ``UserError`` where an algorithm's
+    savings change from batch to batch.
     """
     facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
     savers = {name: algorithm for name, algorithm in algorithms.items() if hasattr(algorithm, 'rehearse')}
+    for saver in savers.values():
+        saver.cost_window()
     with torch.device('meta'):
         denoiser = build_denoiser(config, **facts)
-    dense = count_macs(denoiser, facts)
-    saving = count_macs(denoiser, facts, savers) if savers else dense
+    saving = count_macs(denoiser, facts, savers)
+    dense = count_macs(denoiser, facts)  # now with what they have added, such as a decoder
 
     def flops(batch: Mapping[str, Any]) -> float:
         saves = any(getattr(saver, 'active', True) for saver in savers.values())
@@ -162,21 +165,24 @@ def _batch_flops(
 
 def _profiler(settings: Mapping[str, Any], config: Config) -> Profiler:
     """Composer's profiler; the run's folder gets ``torch_traces`` and ``composer_traces``."""
-    folder = Path(config.run_name) if config.save_folder is None else run_folder(config)
+    is_local = config.save_folder is not None and '://' not in config.save_folder
+    folder = run_folder(config) if is_local else Path(config.run_name)
     others = {
         'torch_prof_folder': str(folder / 'torch_traces'),
         'torch_prof_remote_file_name': None,  # Composer would upload
         'torch_prof_memory_remote_file_name': None,
+        'torch_prof_overwrite': True,  # a resumed run finds the traces of its first part; other batches, other names
         **{name: value for name, value in settings.items() if name != 'schedule'},
     }
-    here = JSONTraceHandler(
-        folder=str(folder / 'composer_traces'), remote_file_name=None, merged_trace_remote_file_name=None
+    traces = JSONTraceHandler(
+        folder=str(folder / 'composer_traces'),
+        remote_file_name=None,
+        merged_trace_filename=None,
+        merged_trace_remote_file_name=None,
+        overwrite=others['torch_prof_overwrite'],
     )
-    return Profiler(
-        schedule=cyclic_schedule(**settings['schedule']),
-        trace_handlers=[here],
-        **others,
-    )
+    schedule = cyclic_schedule(**settings.get('schedule', {}))
+    return Profiler(schedule=schedule, trace_handlers=[traces], **others)
 
 
 def _choose_attention(config: Config, denoiser: Any) -> None:

@@ -18,16 +18,17 @@ class DataWait(Callback):
 
     def __init__(self) -> None:
         self._begin: float | None = None
-        self._asked = self._waited = 0.0
+        self._waited = 0.0
         self._batches: deque[tuple[float, float]] = deque(maxlen=100)  # seconds waited, seconds in all
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """The loader is asked; what lies between this and the end of the batch before (evaluation) does not count."""
-        self._begin = self._asked = time.perf_counter()
+        self._begin = time.perf_counter()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """It has answered."""
-        self._waited = time.perf_counter() - self._asked
+        if self._begin is not None:
+            self._waited = time.perf_counter() - self._begin
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the share."""

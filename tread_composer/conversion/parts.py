@@ -209,9 +209,9 @@ class BackgroundWriter:
         # A whole part at the most, which the disk or an upload may cost.
         self._queue: queue.Queue[Any] = queue.Queue(max(4, settings.part_size // settings.batch_size))
         self._pool = ThreadPoolExecutor(1, 'write-parts')
-        self._work = self._pool.submit(self._run)
 
     def __enter__(self) -> 'BackgroundWriter':
+        self._work = self._pool.submit(self._run)  # not before somebody will end it
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -19,7 +19,7 @@ __all__ = ['global_rank', 'lost_connection', 'prepare_rank', 'refused', 'world_s
 _PATIENCE = 20.0  # seconds
 _SECONDS_TO_CLOSE = 30.0  # as long as Composer's launcher itself gives its ranks
 _START = "start the ranks by composer -n RANKS ..., by torchrun, or by srun with each task's variables exported"
-_LOST = re.compile('(gloo|NCCL|ProcessGroup)(.|\n)*(by peer|Broken pipe|remote process exited|[Tt]imed out|[Tt]imeout)')
+_GONE = re.compile('by peer|Broken pipe|remote process exited|[Tt]imed out|[Tt]imeout')
 # The launcher's variables that are numbers, with the least that each may be.
 _LEAST = {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0, 'MASTER_PORT': 0}
 
@@ -68,9 +68,12 @@ def refused(error: UserError) -> int:
 def lost_connection(error: RuntimeError) -> UserError | None:
     """What torch's error of a collective means where another rank is gone or silent; None for any other error.
 
-    gloo raises a bare ``RuntimeError``, NCCL ``torch.distributed.DistBackendError``: their texts tell them apart.
+    gloo raises a bare ``RuntimeError`` that names it, NCCL ``torch.distributed.DistBackendError`` and the store of the
+    first rank ``DistNetworkError``, which are known by their names: torch need not have been imported.
     """
-    if world_size() == 1 or not _LOST.search(str(error)):
+    kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    of_ranks = 'gloo' in text or kinds & {'DistBackendError', 'DistNetworkError'}
+    if world_size() == 1 or not of_ranks or not _GONE.search(text):
         return None
     place = f'rank {global_rank()} of {world_size()} (host {socket.gethostname()})'
     return UserError(

@@ -97,6 +97,7 @@ class _Worker:
     """A process of Ray's."""
 
     def begin(self, make_worker: Callable[[int], Callable[[Any], Any]], origin: _Origin) -> None:
+        """Stand where the command was started; ``UserError`` if this machine sees other files or has other versions."""
         host = socket.gethostname()
         try:
             os.chdir(origin.folder)

@@ -17,7 +17,7 @@ from tread_composer.builders.model import build_denoiser
 from tread_composer.builders.run_data import check_expectations, planned_manifest, split_folders
 from tread_composer.config import Config, check_files
 from tread_composer.config.sections import LatentsData
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import UserError, first_line
 from tread_composer.core.masking import printable
 from tread_composer.data.checks import check_shards
 from tread_composer.routing import Route
@@ -125,8 +125,8 @@ def _trainable(denoiser: Any) -> int:
 def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, ranks: int, micro: int) -> Any:
     try:
         parts, fits = step_memory(config, denoiser, facts, savers, ranks, micro)
-    except UserError as error:  # a kernel that runs on a GPU alone
-        return {'memory_unknown': str(error)}
+    except (UserError, RuntimeError) as error:  # a kernel that runs on a GPU alone, or needs values in its backward
+        return {'memory_unknown': first_line(error)}
     return {'memory_gib': parts, 'largest_microbatch': fits}
 
 

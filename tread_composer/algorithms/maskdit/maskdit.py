@@ -132,7 +132,7 @@ class MaskDiT(AlgorithmBase):
     @property
     def active(self) -> bool:
         """Whether tokens of the batch in hand are masked."""
-        return self._masking.kept is not None
+        return self._kept < self._num_tokens
 
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """What ``plan`` prints of the masking: the tokens that the encoder sees, and when that ends."""
