@@ -354,3 +354,12 @@ def test_flops_that_cannot_be_known_are_not_recorded_and_the_reason_is_said(tmp_
     cost, said = recorded_seconds({})
     assert cost(100) is None and 'speed_monitor' in said
     assert recorded_seconds({1: 4.0, 2: 0.5, 3: 5.0, 4: 0.0, 5: float('nan')})[0](100) == 25.0  # by the middle speed
+
+
+def test_a_metric_of_somebody_else_says_its_direction_in_the_file(tmp_path):
+    for name, values in (('dense', (0.2, 0.5)), ('routed', (0.4, 0.9))):
+        entries = [entry(100 * (i + 1), v, metric='acme', better='higher', run=name) for i, v in enumerate(values)]
+        (tmp_path / f'{name}.json').write_text(json.dumps(entries))
+    (table,) = compare([open_run(str(tmp_path / f'{name}.json')) for name in ('dense', 'routed')]).tables
+    assert table.better == 'higher'
+    assert table.speed_ups(1)['step'].reached == pytest.approx(120)  # 0.5 lies between 0.4 and 0.9

@@ -196,6 +196,7 @@ def test_what_does_not_go_together_is_refused(trained, digits, tmp_path, refused
     for path, reference, words, message in (
         (images, large, [], 'images of 16 pixels, and the samples have 8'),
         (trained, large, drawn, 'images of 16 pixels, and the samples have 8'),
+        (images, digits, ['--count', '9', '--steps', '3'], '--count, --steps: of a model'),
         (images, digits, ['autoencoder.path=x'], 'autoencoder.path=x: of a model'),
         (trained, digits, ['autoencoder.path=x', *drawn], 'pixels'),
         (images, digits, ['--kid-subset-size', '1'], '--kid-subset-size: 1 must be at least 2'),

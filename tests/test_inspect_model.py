@@ -34,6 +34,8 @@ def convolution():
 
     return Net(), lambda model: model(torch.randn(3, 16, 8))
 
+notfunc = 7
+
 def lonely():
     return vit()[0]
 
@@ -50,6 +52,7 @@ def no_module():
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
     (tmp_path / 'their_models.py').write_text(MODULE)
+    (tmp_path / 'their_slip.py').write_text('def vit():\n    return (\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__('sys').modules, 'their_models', raising=False)
 
@@ -75,6 +78,11 @@ def test_the_printed_call_routes_the_model(cli):
     ('words', 'message'),
     [
         (['their_models'], 'write package.module:function'),
+        (['their_models:nobody'], "has no 'nobody'"),
+        ([':vit'], 'write package.module:function'),
+        (['their_models:'], 'write package.module:function'),
+        (['their_models:notfunc'], 'their_models:notfunc is of type int, not a class or function'),
+        (['their_slip:vit'], 'their_slip fails while it is imported: SyntaxError'),
         (['nothing_here:vit'], 'Python must be able to import it'),
         (['their_models:lonely'], 'returns VisionTransformer; it must return a torch.nn.Module and run(model)'),
         (['their_models:no_module'], 'returns function, builtin_function_or_method; it must return a torch.nn.Module'),

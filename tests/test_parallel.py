@@ -23,7 +23,6 @@ PLAIN = [run for run in RUNS if run[1].endswith(': plain')]
 EVALUATED = [*PLAIN, (2, 'fsdp1: gathered until backward')]
 # The plain one is evaluated in between, these are not: so evaluation changes nothing either.
 EXACT = [run for run in RUNS if run[1].endswith(('recomputed', 'on the CPU', 'resumed', 'without evaluation'))]
-EXACT = [run for run in EXACT if 'compiled' not in run[1]]
 # Graphs of a block in training and evaluation; recomputing adds some. None is added by a further block or batch.
 GRAPHS = {
     'ddp: compiled': 2, 'fsdp2: compiled': 2, 'fsdp1: compiled': 2,

@@ -73,8 +73,13 @@ def test_length_batches_and_memory(figures):
     memory = found['memory_gib']
     assert memory['optimizer'] * 2**30 == 8 * found['parameters']
     assert memory['average'] * 2**30 == 4 * found['parameters']
-    smaller = figures('digits_tread', '--ranks', '2', 'device_train_microbatch_size=8')['memory_gib']
-    assert smaller['activations'] == pytest.approx(memory['activations'] / 2, rel=0.05)  # some serve all samples
+    activations = [
+        figures('digits_tread', '--ranks', '2', f'device_train_microbatch_size={size}')['memory_gib']['activations']
+        for size in (4, 8, 16)
+    ]
+    # Linear: a part that serves all samples, and a share for each.
+    assert activations[2] == memory['activations']
+    assert activations[2] - activations[1] == pytest.approx(2 * (activations[1] - activations[0]))
     assert figures('digits_tread', 'max_duration=3ep')['batches'] == 33
 
 

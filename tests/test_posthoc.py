@@ -320,3 +320,9 @@ def test_a_run_without_snapshots_says_so(tmp_path, trained):
     torch.save(content, file)
     with pytest.raises(UserError, match='the run kept no averages to choose from afterwards'):
         load_trained(tmp_path / 'run', weights='posthoc:0.1')
+
+
+def test_sample_takes_the_width(trained, tmp_path, cli):
+    words = ['sample', str(trained.folder), '--weights', 'posthoc:0.12', '--count', '10', '--steps', '1']
+    cli(*words, '--out', str(tmp_path / 'drawn'))
+    assert '"posthoc:0.12"' in (tmp_path / 'drawn' / 'samples.json').read_text()

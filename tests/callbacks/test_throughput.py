@@ -70,9 +70,8 @@ def test_the_flops_of_masked_steps_are_fewer_and_of_unmasked_ones_those_of_encod
     monkeypatch.chdir(tmp_path)
     per_batch = []
     for ratio in (0.5, 0.0):
-        memory, plan = logged_and_planned(
-            tmp_path, capsys, 'digits_maskdit.yaml', f'algorithms.maskdit.mask_ratio={ratio}', f'run_name=masked_{ratio}'
-        )
+        words = f'algorithms.maskdit.mask_ratio={ratio}', f'run_name=masked_{ratio}'
+        memory, plan = logged_and_planned(tmp_path, capsys, 'digits_maskdit.yaml', *words)
         per_batch.append(flops_per_batch(memory))
         assert per_batch[-1] == pytest.approx([6e9 * plan['gmacs_routed'] * 16] * 5)
     assert per_batch[0][0] < per_batch[1][0]

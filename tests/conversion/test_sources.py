@@ -155,15 +155,17 @@ def test_labels_follow_the_sorted_names_of_folders(folders, tmp_path, opened):
 
 
 def test_the_same_images_give_the_same_shards_by_the_command_line(tmp_path, splits):
-    shards = []
-    for name in ('folders', 'ILSVRC devkit', 'webdataset'):
+    shards, sources = [], []
+    for name in ('folders', 'ILSVRC devkit', 'zip deflated, wrapped', 'webdataset', 'parquet'):
         built, out = build(name, tmp_path / name.replace(' ', ''), splits), tmp_path / name.replace(' ', '') / 'out'
         options = {option: value for option, value in built.items() if option != 'path'}
         assert convert_main(words(built['path'], out, None, **options, part_size=4)) == 0
         shards.append({str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob('*.mds'))})
-        labels = [{**manifest(out / split), 'source': ''} for split in ('train', 'val')]
+        labels = [manifest(out / split) for split in ('train', 'val')]
+        sources += [tuple(label.pop('source') for label in labels)]  # where the images came from
         shards[-1]['manifests'] = repr(labels).encode()
-    assert shards[0] == shards[1] == shards[2] and len(shards[0]) == 7
+    assert all(other == shards[0] for other in shards) and len(shards[0]) == 7
+    assert len(set(sources)) == 5
 
 
 @pytest.mark.parametrize('name', ['metadata.jsonl', 'metadata.csv', 'labels.csv', 'n01440764/dataset.json'])

@@ -9,7 +9,6 @@ import warnings
 from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,13 +35,6 @@ from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
 
 SAMPLES = 200
-
-
-@pytest.fixture(autouse=True, scope='module')
-def workers_that_failed_are_not_waited_for():
-    """torch gives each five seconds to end by itself."""
-    with mock.patch.object(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.5):
-        yield
 
 
 def test_samples_hold_what_was_written_and_where(split: Path):

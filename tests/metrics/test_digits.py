@@ -62,3 +62,14 @@ def test_the_same_seed_gives_the_same_judge_and_the_global_stream_stays():
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     with pytest.raises(ValueError, match=r'\[N, 1, 8, 8\]'):
         digits_judge().features(torch.zeros(3, 3, 32, 32))
+
+
+def test_features_are_the_layer_that_decides():
+    images, labels = real_digits()['train']
+    features = digits_judge().features(images)
+    assert features.shape == (len(images), 128)
+    assert features.dtype == np.float64
+    assert (features >= 0).all()
+    centres = np.stack([features[labels.numpy() == digit].mean(0) for digit in range(10)])
+    nearest = ((features[:, None] - centres) ** 2).sum(-1).argmin(1)
+    assert (nearest == labels.numpy()).mean() > 0.95

@@ -1,11 +1,14 @@
 """Mamba2DiT: its parts put together, routes, precision, sizes and cost. Its scans and its block are in ``test_ssd``."""
 
+import math
+
 import pytest
 import torch
 
 from tests.models.networks import inputs, macs, on_meta, random_net
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, Mamba2DiT
+from tread_composer.models.base import unpatchify
 from tread_composer.models.mamba2_dit import scan_positions
 from tread_composer.routing import Route, apply_tread
 
@@ -79,3 +82,23 @@ def test_the_fused_kernel_equals_the_matrix() -> None:
         results.append((out.detach(), network.get_parameter('blocks.1.mixer.in_proj.weight').grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize('scan', SCANS)
+def test_the_network_is_its_parts_and_alternates_its_scans(scan: str) -> None:
+    model = random_net(Mamba2DiT, scan=scan).double().eval()
+    x, t, labels = inputs()
+    x = torch.cat([x, x], dim=3).double()  # a grid of 4 x 8
+    tokens = model.x_embedder(x)
+    row, column = (torch.arange(32) // 8).tolist(), (torch.arange(32) % 8).tolist()
+    for n in range(32):
+        angles = [[at / 10000 ** (k / 6) for k in range(6)] for at in (column[n], row[n])]
+        parts = [function(a) for axis in angles for function in (math.sin, math.cos) for a in axis]
+        tokens[:, n] += torch.tensor(parts).float().double()
+    c = model.t_embedder(t) + model.y_embedder(labels)
+    for index, block in enumerate(model.blocks):
+        by_column = scan == 'alternate' and index % 2
+        places = [column[n] * 4 + row[n] if by_column else n for n in range(32)]
+        tokens = block(tokens, c, torch.tensor(places).expand(3, -1))
+    expected = unpatchify(model.final_layer(tokens, c), (4, 8), 2, 3)
+    torch.testing.assert_close(model(x, t, labels), expected, rtol=1e-6, atol=1e-6)

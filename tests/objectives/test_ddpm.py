@@ -250,3 +250,24 @@ def test_sampling_times_are_the_noise_levels_of_the_timesteps() -> None:
 
 def test_objectives_with_equal_settings_are_equal() -> None:
     assert DDPM() == DDPM(num_timesteps=1000) != DDPM(num_timesteps=999)
+
+
+def test_known_alpha_bars() -> None:
+    linear, cosine = DDPM().alphas_cumprod, DDPM(schedule='cosine').alphas_cumprod
+    assert linear[0].item() == pytest.approx(0.9999)
+    assert linear[-1].item() == pytest.approx(4.0358e-5, rel=1e-3)
+    assert 10 * math.log10(linear[500] / (1 - linear[500])) == pytest.approx(-10.7, abs=0.1)  # median, methods.md 2.1
+    assert cosine[499].item() == pytest.approx(0.4938, abs=1e-3)
+    betas = 1 - cosine[1:] / cosine[:-1]
+    assert betas.max().item() == pytest.approx(0.999, abs=1e-9)
+
+
+def test_the_network_is_told_the_timestep_unscaled_and_sees_the_noised_latents() -> None:
+    latents, labels, noise = batch()
+    denoiser = Affine()
+    DDPM()(denoiser, latents, labels, noise, QUANTILES)
+    ((x, t, seen_labels),) = denoiser.seen
+    assert t.tolist() == TIMESTEPS and t.dtype == torch.int64  # FSDP in bfloat16 would round floats
+    assert torch.equal(seen_labels, labels)
+    bar = slow_chain()[900]['bar']
+    torch.testing.assert_close(x[4], math.sqrt(bar) * latents[4] + math.sqrt(1 - bar) * noise[4])

@@ -10,6 +10,7 @@ from tests.helpers import tiny_dit
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching, MinSNR, Uniform
+from tread_composer.objectives.flow_matching import direction_error
 
 QUANTILES = torch.tensor([0.03, 0.4, 0.9])
 LABELS = torch.tensor([0, 3, 1])
@@ -109,3 +110,10 @@ def test_sampling_shift_moves_the_times_between_the_ends() -> None:
     assert times.dtype == torch.float64
     assert times.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
     assert torch.equal(FlowMatching().sampling_times(4), torch.linspace(1, 0, 5, dtype=torch.float64))
+
+
+def test_the_direction_has_no_length() -> None:
+    a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(direction_error(3 * a, b), direction_error(a, 0.5 * b))
+    torch.testing.assert_close(direction_error(a, a), torch.zeros(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(direction_error(a, -a), torch.full((2,), 2.0))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.routing.foreign import CASES, JOINT, SINGLE, TRANSFORMERS_5, B, Case
+from tests.routing.foreign import CASES, JOINT, ROPE, SINGLE, TRANSFORMERS_5, B, Case
 from tread_composer.routing import Route, RoutingError, apply_tread, find_settings, routing_of, take_kept, tap_blocks
 
 SDPA = functional.scaled_dot_product_attention
@@ -194,7 +194,14 @@ def test_one_list_of_flux_alone(path, lengths):
 
 FLUX = CASES['diffusers_flux'].settings
 INCOMPLETE = [
+    ('diffusers_flux', {}, r"blocks: .* found 'transformer_blocks' .*, 'single_transformer_blocks'"),
+    ('diffusers_flux', {**FLUX, 'shared': False}, r"'image_rotary_emb' counts tokens in dimension 0.* shared=True"),
+    (
+        'diffusers_flux', {**FLUX, 'token_arguments': {ROPE: 0}},
+        r"'image_rotary_emb': expected a tensor with 16 tokens in dimension 0",
+    ),
     ('diffusers_flux', {**FLUX, 'token_arguments': ()}, r'failed on 8 of 16 tokens'),
+    ('diffusers_sd3', {}, r'the blocks return a tuple: say where the tokens are'),
     ('hf_bert', {'tokens_out': 0}, r'named in token_arguments\. Arguments .* 16 entries: .*\(3, 1, 16, 16\)'),
     (
         'hf_bert', {'tokens_out': 0, 'token_arguments': ['attention_mask']},
@@ -205,7 +212,10 @@ INCOMPLETE = [
 
 @pytest.mark.parametrize(('name', 'settings', 'message'), INCOMPLETE)
 def test_without_the_settings_each_model_says_what_is_missing(name, settings, message):
-    model = CASES[name].randomised()
-    apply_tread(model, Route(1, -2, 0.5), **settings)
-    with pytest.raises(RoutingError, match=message):
+    def attempt(model):
+        apply_tread(model, Route(1, -2, 0.5), **settings)
         CASES[name].call(model)
+
+    by_settings = 'blocks' in message or 'shared' in message  # known before a call
+    with pytest.raises(ValueError if by_settings and 'return' not in message else RoutingError, match=message):
+        attempt(CASES[name].randomised())

@@ -85,6 +85,9 @@ def test_an_image_depends_on_its_label_and_seed_and_not_on_the_batch(objective, 
     single = made.draw(labels, seeds, settings, batch_size=1, evaluations=alone)
     torch.testing.assert_close(single, whole, rtol=0, atol=2e-5)
     assert taken.taken == alone.taken and min(taken.taken) >= 14
+    usual = routed(objective)  # float32, up to a tenth of the tolerance of a step
+    alone_in_float32 = usual.draw(labels, seeds, settings, batch_size=1)
+    torch.testing.assert_close(alone_in_float32, usual.draw(labels, seeds, settings), rtol=0, atol=5e-4)
     # At finer tolerances, of the same image: guidance and its interval are in the equation that is solved.
     fine = made.draw(labels, seeds, SamplingSettings('dopri5', sampler_settings={'rtol': 1e-5}, **more))
     heun = made.draw(labels, seeds, SamplingSettings('heun', num_steps=120, **more))

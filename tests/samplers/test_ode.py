@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
 from tread_composer.objectives import EDM, FlowMatching
@@ -111,3 +111,22 @@ def test_priors() -> None:
     assert torch.equal(FlowMatching().prior(noise()), noise().double())
     assert torch.equal(EDM(sigma_max=10.0).prior(noise()), 10 * noise().double())
     assert FlowMatching().prior(noise()).dtype == EDM().prior(noise()).dtype == torch.float64
+
+
+def test_labels_reach_the_denoiser_in_sampling() -> None:
+    class LabelEcho(nn.Module):
+        num_tokens = 1
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return labels.view(-1, 1, 1, 1).expand_as(x).bfloat16()
+
+    drift = FlowMatching().drift(LabelEcho(), torch.tensor([1, 2, 3]))
+    velocity = drift(noise().double(), torch.tensor(0.5, dtype=torch.float64))
+    assert velocity.dtype == torch.float64
+    assert velocity[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sampling_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    error('edm', 'heun', 3)
+    assert torch.equal(torch.get_rng_state(), before)

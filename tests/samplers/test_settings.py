@@ -68,3 +68,16 @@ def test_they_cannot_be_changed_from_outside() -> None:
     settings = SamplingSettings(sampler='ddim', sampler_settings=given)
     given['eta'] = 1.0
     assert settings.sampler_settings == {'eta': 0.5}
+
+
+@pytest.mark.parametrize(
+    ('settings', 'guides'),
+    [
+        (SamplingSettings(guidance='auto', guidance_scale=2.0), True),
+        (SamplingSettings(guidance='auto', guidance_scale=1.0), False),
+        (SamplingSettings(guidance='auto', guidance_scale=2.0, guidance_interval=(0.4, 0.4)), False),
+        (SamplingSettings(), False),
+    ],
+)
+def test_whether_anything_is_guided(settings: SamplingSettings, guides: bool) -> None:
+    assert settings.guides == guides
