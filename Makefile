@@ -3,7 +3,7 @@
 #   make TORCH=2.7 ...   another tested stack: 2.7, 2.11 or newest; .venv is made anew and keeps it from then on
 #   make fuzz            the loaders against 20,000 arbitrary files each, a quarter of an hour
 #   make check-curve     does the quickstart's run begin as ours did? RUN=runs/digits_tread
-#   make bench           a short version of each benchmark, under 10 minutes
+#   make bench           the benchmarks that need neither a GPU nor hours, in short: under 10 minutes
 #   make lint            ruff and pyright
 #   make matrix          the tests on every stack, each in a .venv of its own (6 to 7 GB each)
 #   make lock            resolve every package of every stack anew into constraints/
@@ -57,7 +57,9 @@ bench: install
 	$(BIN)/python benchmarks/trainer_step.py yamls/digits_tread.yaml --device cpu --batches 10
 	$(BIN)/python benchmarks/loader.py --samples 2000 --rounds 1
 	$(BIN)/python benchmarks/conversion.py --repeats 1
-	$(BIN)/python benchmarks/convergence.py digits --steps 60 --points 1 --seeds 17 --methods dense TREAD --out runs/bench_digits
+	$(BIN)/python benchmarks/check_figures.py
+	folder=$$(mktemp -d) && $(BIN)/python benchmarks/convergence.py digits --steps 60 --points 1 --seeds 17 --methods dense TREAD --out $$folder; \
+	code=$$?; rm -rf $$folder; exit $$code
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Whether the cheap figures of the documents still hold: `python benchmarks/check_figures.py`, 20 s of one core.
+"""Whether the cheap figures of the documents still hold: `python benchmarks/check_figures.py`, about 40 s of one core.
 
 Counted again are parameters, multiply-adds, what follows from them, and versions. A figure that a benchmark has
 measured is only compared with the table in benchmarks/README.md. Exit code 1 names file, figure and new value.
@@ -142,6 +142,21 @@ FIGURES: dict[str, list[Row]] = {
 for name in ('dit_s', 'dit_b', 'dit_l', 'dit_xl', 'lightning_dit_xl'):
     size = functools.partial(gigabytes, name, 16)
     FIGURES.setdefault(f'yamls/{name}.yaml', []).append((rf'a checkpoint is about {N} GB', size))
+
+
+def fits(size: str, *overrides: str) -> list[float]:
+    """Of the table of memory: what stands whatever the microbatch, MiB an image, and the largest microbatches."""
+    figures = plan(f'dit_{size}_tread', *overrides)
+    parts = figures['memory_gib']
+    kept = sum(parts[name] for name in ('weights', 'gradients', 'optimizer', 'average'))
+    return [kept, 1024 * parts['activations'] / figures['microbatch'], *figures['largest_microbatch'].values()]
+
+
+FIGURES['docs/configuration.md'] = [
+    (rf'DiT-{size.upper()}/2 {kind} ' + rf'\| {N} ' * 6, functools.partial(fits, size, *words))
+    for size in ('s', 'b', 'l', 'xl')
+    for kind, words in (('dense', ['algorithms.tread=null']), ('TREAD', []))
+]
 
 
 def as_written(value: float | str, figure: str) -> str:

@@ -6,7 +6,7 @@ step. Shapes: B samples, N tokens, K kept tokens, D width.
 
 import contextlib
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,15 +60,15 @@ def routing_seconds(
         steps.append(timeline.seconds())
     draw, forward = (statistics.median(step[name] for step in steps) for name in ('draw', 'pass'))
     backward = _backward_seconds(routed, tokens_BND, clock)
-    batches: Mapping[str, Any] = routed.problem.plan
-    probes = 0.0 if probe is None else len(PROBED_FORWARDS) * probe / batches['batches']
+    batches = routed.problem.plan['batches']
+    probes = 0.0 if probe is None else len(PROBED_FORWARDS) * probe / batches
     return {
         'draw': draw,
         'gather_and_scatter': forward,
         'their_backward': backward,
         'probe': probe,
         'probes': len(PROBED_FORWARDS),
-        'batches': batches['batches'],
+        'batches': batches,
         'seconds': draw + forward + backward + probes,
     }
 

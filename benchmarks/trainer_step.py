@@ -199,7 +199,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     bare = (before + after) / 2
     rows.add(
         'trainer', batch_size=size, batches=options.batches, seconds_of_a_step=step, of_a_bare_step=[before, after],
-        added=step / bare - 1, data_wait=watch.waited / watch.seconds, workers=config.data.num_workers,
+        wall_over_bare=step / bare - 1, data_wait=watch.waited / watch.seconds, workers=config.data.num_workers,
         algorithms=list(config.algorithms),
     )  # fmt: skip
     total = sum(watch.shares.values())

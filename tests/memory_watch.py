@@ -18,8 +18,8 @@ def live_bytes() -> int:
     gc.collect()
     tensors = [value for value in gc.get_objects() if isinstance(value, Tensor)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in local}
-    return sum(storages.values())
+    storages = (tensor.untyped_storage() for tensor in local)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
 class MemoryWatch(Callback):
@@ -52,5 +52,6 @@ class MemoryWatch(Callback):
 
     def _changes(self) -> list[int]:
         self.profiler.stop()
+        # The table of torch's profiler has sums of memory by operator; single changes are in its results alone.
         events = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
         return [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')]
