@@ -29,8 +29,8 @@ RECOMPUTED = 'parallelism_config={fsdp: {activation_checkpointing: true}}'
     ],
 )
 def test_the_memory_of_a_rank_is_foretold_within_a_tenth(tmp_path, monkeypatch, capsys, yaml, ranks, words):
-    monkeypatch.setenv('FSDP_VERSION', '2')
-    done = launch(tmp_path, command(YAMLS / yaml, *WORDS, *words, WATCHED), ranks, MEMORY_WATCH=str(tmp_path))
+    variables = {'MEMORY_WATCH': str(tmp_path), 'FSDP_VERSION': '2'}
+    done = launch(tmp_path, command(YAMLS / yaml, *WORDS, *words, WATCHED), ranks, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.chdir(tmp_path)
     assert main(['plan', str(YAMLS / yaml), *WORDS, *words, '--ranks', str(ranks), '--json']) == 0

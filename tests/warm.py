@@ -22,6 +22,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from composer.utils import dist, get_device
@@ -36,7 +37,10 @@ _CONTEXT.set_forkserver_preload(['tests.preloaded'])
 def start(function: Callable[..., object], *arguments: Any) -> BaseProcess:
     """``function(*arguments)`` in a process of its own: a function of a module, which can be pickled by its name."""
     process = _CONTEXT.Process(target=_run, args=(function, arguments))
-    with inside(ROOT):  # the first process starts the server, which finds its imports from here
+    # The first process starts the server, which finds its imports from here and keeps its environment: a test's choice
+    # of FSDP would be read by the configuration of all later ones.
+    with inside(ROOT), mock.patch.dict(os.environ):
+        os.environ.pop('FSDP_VERSION', None)
         process.start()
     return process
 
