@@ -287,9 +287,10 @@ def _peer(name: str, problem: Problem) -> Contender:
 
 
 def compile_contender(contender: Contender, how: str, dynamic: bool | None) -> None:
-    """Compile in place: each block of ours (``'blocks'``), or the model in one (``'model'``, and any peer)."""
+    """Compile in place: each block (``'blocks'``; a peer names its own by ``fsdp_wrap_fn``), or all in one."""
     denoiser = contender.model.denoiser
-    if how == 'blocks' and hasattr(denoiser, 'fsdp_wrap_fn'):
-        compile_blocks(denoiser, dynamic=dynamic)
+    network = denoiser.network if isinstance(denoiser, FirstChannels) else denoiser
+    if how == 'blocks' and hasattr(network, 'fsdp_wrap_fn'):
+        compile_blocks(network, dynamic=dynamic)
     else:
         contender.model.compile(dynamic=dynamic)
