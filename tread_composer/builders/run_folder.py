@@ -155,10 +155,8 @@ def locked_run(config: Config) -> Iterator[None]:
     """Let no other process train in the run's folder while the block runs: two would write over each other's files.
 
     The lock dies with its process. It holds between nodes where their file system has locks across them (NFS 3 with its
-    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none.
-
-    Raises:
-        UserError: Another process trains there, the folder cannot be made, or its file system has no locks.
+    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none. ``UserError`` if
+    another process trains there, the folder cannot be made, or its file system has no locks.
     """
     if config.save_folder is None or '://' in config.save_folder:
         yield

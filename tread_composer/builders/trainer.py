@@ -48,14 +48,13 @@ __all__ = ['build_trainer', 'compile_blocks']
 def build_trainer(
     config: Config, splits: Mapping[str, Manifest] | None = None, skipped_batches: Collection[int] = ()
 ) -> Trainer:
-    """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
+    """Everything, joined; ``UserError`` if data, checkpoint or run folder contradict the configuration.
+
+    Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
 
     Args:
         splits: What ``prepare_data`` returned; it is called if None.
         skipped_batches: Batches, counted from 0, that leave the weights as they are (``on_nonfinite: rewind``).
-
-    Raises:
-        UserError: Data, checkpoint or run folder contradict the configuration.
     """
     splits = prepare_data(config) if splits is None else splits
     config = config.normalized(splits['train'])

@@ -175,8 +175,7 @@ def call(
 ) -> Any:
     """Call a function, or make a request, with the words that argparse has read; ``fixed`` are further arguments.
 
-    Raises:
-        UserError: A number is out of bounds, a setting has no ``=``, or ``target`` refuses.
+    ``UserError`` if a number is out of bounds, a setting has no ``=``, or ``target`` refuses.
     """
     values: dict[str, Any] = dict(fixed or {})
     for argument in _arguments(target):

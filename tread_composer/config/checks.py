@@ -279,12 +279,9 @@ def _address_fault(text: str) -> str | None:
 
 
 def check_files(config: Config, source: str = '') -> None:
-    """Refuse a run whose data or checkpoint are not there. Loading does not do this, so that a plan needs no data.
+    """``ConfigError`` if the folder of latents is missing or holds no index, or another file is missing.
 
-    ``source`` is what to call the configuration in the message.
-
-    Raises:
-        ConfigError: The folder of latents is missing or holds no index, or another file is missing.
+    Loading does not ask, so that a plan needs no data. ``source`` is what to call the configuration.
     """
     problems = [*_data_files(config), *_answers(config, 'missing_files')]
     path = config.load_path

@@ -118,8 +118,7 @@ class Document:
     def resolved(self, overrides: Sequence[str]) -> 'Document':
         """Itself under ``key=value`` overrides, with each ``${...}`` replaced by its value.
 
-        Raises:
-            ConfigError: All problems of merging and overrides, or all of interpolations.
+        ``ConfigError`` tells all problems of merging and overrides, or all of interpolations.
         """
         faults = ((override, self._override(override)) for override in overrides)
         self.problems += [
@@ -212,9 +211,8 @@ class Document:
 def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
     """Read a file with all that it extends, apply overrides, resolve interpolations.
 
-    Raises:
-        ConfigError: A file cannot be read or is no YAML mapping, ``extends`` goes round in circles, an override has no
-            ``key=value`` form, an interpolation has no value. All problems of one stage are told together.
+    ``ConfigError`` if a file cannot be read or is no YAML mapping, ``extends`` goes round in circles, an override has
+    no ``key=value`` form, an interpolation has no value. All problems of one stage are told together.
     """
     document = Document(main=os.fspath(path))
     for name, tree in _chain(document.main):

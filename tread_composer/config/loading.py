@@ -28,7 +28,7 @@ _REMEDIES = {
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
 ) -> Config:
-    """Read a run's YAML, refuse all that is wrong in it at once, and write nothing.
+    """Read a run's YAML, and write nothing; one ``ConfigError`` has a line for each thing that is wrong in it.
 
     Args:
         overrides: ``dotted.key=value`` each, the value in YAML; ``algorithms.tread=null`` removes an entry.
@@ -36,9 +36,6 @@ def load_config(
 
     Returns:
         The typed tree, defaults filled in.
-
-    Raises:
-        ConfigError: Anything is wrong; one line for each problem.
     """
     document = read_document(path, overrides)
     config = _validated(document)
@@ -51,7 +48,7 @@ def load_config(
 def restore_config(
     saved: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = ''
 ) -> Config:
-    """The configuration of a run that is over, to use what it has trained.
+    """The configuration of a run that is over, to use what it has trained; ``ConfigError`` as `load_config`.
 
     Rules that join its settings with each other and with the machine (ranks, GPUs) were asked when it was trained, and
     are not asked again: its batch need not divide among the ranks that sample.
@@ -59,9 +56,6 @@ def restore_config(
     Args:
         saved: The run's ``config.yaml``, or the tree that it holds.
         source: What to call the tree in messages.
-
-    Raises:
-        ConfigError: It is no configuration of this version, or an override is wrong.
     """
     if isinstance(saved, Mapping):
         return _validated(document_of(dict(saved), source, overrides))

@@ -18,12 +18,9 @@ _TRAINED_IN = {'amp_bf16': torch.bfloat16, 'amp_fp8': torch.bfloat16, 'amp_fp16'
 
 
 def check_machine(config: Config, source: str = '') -> None:
-    """Refuse a run that this machine cannot do. Loading does not do this, so that a laptop can plan for a cluster.
+    """``ConfigError`` if this machine has no such device, or one that cannot do as precision, kernel or attention say.
 
-    ``source`` is what to call the configuration in the message.
-
-    Raises:
-        ConfigError: The device is not there, or cannot compute as precision, kernel or attention say.
+    Loading does not ask, so that a laptop can plan for a cluster. ``source`` is what to call the configuration.
     """
     problems = list(_problems(config))
     if problems:
