@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,10 +20,9 @@ from tread_composer.config.errors import ConfigError, Path, Problem, dotted
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'map_texts', 'parse_yaml', 'read_document', 'with_values']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'mapped', 'parse_yaml', 'read_document']
 
 _COMMAND_LINE = 'command line'
-_FROM_ENVIRONMENT = '${oc.env:'
 _MAX_BYTES = 2**20
 _MAX_VALUES = 100_000
 
@@ -168,7 +167,9 @@ class Document:
         return None
 
     def _interpolate(self) -> None:
-        texts = list(_texts(self.data))
+        values: dict[Path, Any] = {}
+        mapped(self.data, values.setdefault)  # which changes nothing
+        texts = [(path, text) for path, text in values.items() if isinstance(text, str)]
         for path, text in texts:
             if '\0' in text:
                 self.problems.append(
@@ -200,12 +201,13 @@ class Document:
                 elif 'oc.env' in text:
                     remedy = 'set it, or give a default: ${oc.env:NAME,value}'
                 self.problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
+            # Addresses of servers, and tokens. Other settings decide or name the run: every record shows them.
+            if '${oc.env:' in text and (path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')):
+                self.references[path] = text
+                if isinstance(node, str):
+                    keep_secret(node)
         if not self.problems:
             self.data = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-            self.references = {path: text for path, text in leaves if _FROM_ENVIRONMENT in text and _is_private(path)}
-            values = dict(_texts(self.data))
-            for path in self.references:
-                keep_secret(values.get(path, ''))
 
 
 def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
@@ -225,7 +227,7 @@ def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) 
 
     ``main`` is what to call it in messages; otherwise as ``read_document``.
     """
-    return Document(main=main, data=map_texts(tree, _escaped)).resolved(overrides)
+    return Document(main=main, data=mapped(tree, _escaped)).resolved(overrides)
 
 
 def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None) -> str:
@@ -238,37 +240,22 @@ def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None
         path: re.sub(r'\$\{oc\.env:(\w+)\}', rf"${{oc.env:\1,'{MASK}'}}", text)
         for path, text in (references or {}).items()
     }
-    tree = with_values(map_texts(tree, _escaped), texts)
+    tree = mapped(tree, lambda path, value: texts.get(path, _escaped(path, value)))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def with_values(tree: Any, values: Mapping[Path, str]) -> Any:
-    """The tree, with other texts at these places where something stands there."""
-    for path, text in values.items():
-        node = tree
-        for key in path[:-1]:
-            node = node[key] if key in node or isinstance(node, list) else {}  # type: ignore[index]
-        if isinstance(node, list) or path[-1] in node:
-            node[path[-1]] = text  # type: ignore[index]
-    return tree
-
-
-def _is_private(path: Path) -> bool:
-    """Where addresses of servers and tokens stand. Other settings decide or name the run: every record shows them."""
-    return path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')
-
-
-def map_texts(node: Any, change: Callable[[str], str]) -> Any:
-    """A copy of the tree with all of its texts changed."""
+def mapped(node: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A copy of the tree; ``change`` gets the place of each value and the value, those that hold others first."""
+    node = change(path, node)
     if isinstance(node, dict):
-        return {key: map_texts(item, change) for key, item in node.items()}
+        return {key: mapped(item, change, (*path, key)) for key, item in node.items()}
     if isinstance(node, list):
-        return [map_texts(item, change) for item in node]
-    return change(node) if isinstance(node, str) else node
+        return [mapped(item, change, (*path, index)) for index, item in enumerate(node)]
+    return node
 
 
-def _escaped(text: str) -> str:
-    return text.replace('${', '\\${')
+def _escaped(path: Path, value: Any) -> Any:
+    return value.replace('${', '\\${') if isinstance(value, str) else value
 
 
 def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
@@ -354,17 +341,6 @@ def _yaml_text(error: yaml.YAMLError, text: str) -> str:
 
 def _failure(source: str, text: str) -> ConfigError:
     return ConfigError.from_problems([Problem((), text, source=source)])
-
-
-def _texts(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    if isinstance(node, str):
-        yield path, node
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _texts(value, (*path, key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _texts(value, (*path, index))
 
 
 def _first_line(error: Exception) -> str:
