@@ -264,15 +264,15 @@ def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
     name, child = main, ''
     while True:
         if os.path.realpath(name) in [os.path.realpath(file) for file, _ in chain]:
-            circle = ' -> '.join([*(file for file, _ in chain), name])
-            raise _failure(child, f'extends: goes round in circles: {circle}; one of these files must extend nothing')
+            way = ' -> '.join([*(file for file, _ in chain), name])
+            raise ConfigError(f'{child}: extends: goes round in circles: {way}; one of these files must extend nothing')
         tree = _read_file(name, child)
         chain.append((name, tree))
         if 'extends' not in tree:
             return chain[::-1]
         base = tree.pop('extends')
         if not isinstance(base, str) or not base:
-            raise _failure(name, f'extends: {base!r} is not a file name; write a path relative to this file')
+            raise ConfigError(f'{name}: extends: {base!r} is not a file name; write a path relative to this file')
         name, child = os.path.normpath(os.path.join(os.path.dirname(name), base)), name
 
 
@@ -288,15 +288,15 @@ def _read_file(name: str, child: str) -> dict[str, Any]:
             text = file.read()
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise _failure(name, _yaml_text(error, text)) from None
+        raise ConfigError(f'{name}: {_yaml_text(error, text)}') from None
     except (OSError, UnicodeDecodeError) as error:
         reason = 'there is no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
         if child:
             fault = f'extends: {name}: {reason}; the path is relative to the file that says it'
-            raise _failure(child, fault) from None
-        raise _failure(name, f'{reason}; give the path of a YAML file') from None
+            raise ConfigError(f'{child}: {fault}') from None
+        raise ConfigError(f'{name}: {reason}; give the path of a YAML file') from None
     if tree is not None and not isinstance(tree, dict):
-        raise _failure(name, f'holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
+        raise ConfigError(f'{name}: holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
     return tree or {}
 
 
@@ -337,10 +337,6 @@ def _yaml_text(error: yaml.YAMLError, text: str) -> str:
     line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ''
     hint = '; inside { } or [ ] write an interpolation in quotes' if '${' in line else ''
     return f'{position}{problem}{hint}'
-
-
-def _failure(source: str, text: str) -> ConfigError:
-    return ConfigError.from_problems([Problem((), text, source=source)])
 
 
 def _first_line(error: Exception) -> str:

@@ -37,15 +37,8 @@ __all__ = [
 TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 """Sections of a run that hold parts by name, with the kind of those."""
 
-PARTS = {
-    'data': 'data',
-    'autoencoder': 'autoencoder',
-    'model': 'backbone',
-    'objective': 'objective',
-    'latent_normalization': 'latent_normalization',
-    'optimizer': 'optimizer',
-    'scheduler': 'scheduler',
-}
+_OF_THE_SAME_NAME = ('data', 'autoencoder', 'objective', 'latent_normalization', 'optimizer', 'scheduler')
+PARTS = {'model': 'backbone'} | {kind: kind for kind in _OF_THE_SAME_NAME}
 """Sections of a run that are one part, with its kind."""
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
