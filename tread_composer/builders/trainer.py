@@ -34,8 +34,8 @@ from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.callbacks.sampling import SamplingCallback
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
+from tread_composer.config.checks import attention_dtypes
 from tread_composer.config.components import Component
-from tread_composer.config.machine import attention_dtypes
 from tread_composer.core.batch import SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten

@@ -1,4 +1,4 @@
-"""Rules that join several settings of a configuration, and those about its files."""
+"""Whether the settings of a configuration fit each other, its files, and this machine."""
 
 import itertools
 import os
@@ -14,10 +14,13 @@ from tread_composer.algorithms.rules import conflict, limits
 from tread_composer.config.errors import ConfigError, Problem
 from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
-from tread_composer.config.tree import Config
+from tread_composer.config.tree import Config, backbone_arguments
+from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.models.attention import choose_attention
+from tread_composer.models.ssd import fused_refusal
 
-__all__ = ['check_files', 'joint_problems', 'sharding_needs_gpu']
+__all__ = ['attention_dtypes', 'check_files', 'check_machine', 'joint_problems']
 
 _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
 _FSDP = ('parallelism_config', 'fsdp')
@@ -224,13 +227,6 @@ def _sharding(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem((*_FSDP, 'data_parallel_replicate_degree'), text)
 
 
-def sharding_needs_gpu(config: Config) -> Iterator[Problem]:
-    """For a run on the CPU: Composer gives FSDP1 the CUDA device without asking whether there is one."""
-    if config.fsdp is not None and not _is_second():
-        text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
-        yield Problem(_FSDP, text)
-
-
 def _is_second() -> bool:
     return os.environ.get('FSDP_VERSION', '1') == '2'  # where Composer reads it
 
@@ -307,3 +303,67 @@ def _data_files(config: Config) -> Iterator[Problem]:
         if split != data.train_split:
             remedy += '; data.eval_split=null trains without evaluation'
         yield Problem(('data', 'local'), f'{data.local!r}: {folder!r} {fault}; {remedy}')
+
+
+def check_machine(config: Config, source: str = '') -> None:
+    """``ConfigError`` if this machine has no such device, or one that cannot do as precision, kernel or attention say.
+
+    Loading does not ask, so that a laptop can plan for a cluster. ``source`` is what to call the configuration.
+    """
+    problems = list(_machine(config))
+    if problems:
+        raise ConfigError.from_problems(problems, lambda path: source)
+
+
+def _machine(config: Config) -> Iterator[Problem]:
+    has_gpu, precision = torch.cuda.is_available(), config.precision_name
+    if config.device == 'gpu' and not has_gpu:
+        text = "'gpu': torch finds no CUDA device here; take device=cpu or another machine"
+        yield Problem(('device',), text)
+    if config.device == 'mps' and not torch.backends.mps.is_available():
+        yield Problem(('device',), "'mps': this is no Mac with Apple's GPU; take device=cpu")
+    on_cpu = config.device == 'cpu' or (config.device is None and not has_gpu)
+    # Composer gives FSDP1 the CUDA device without asking whether there is one.
+    if on_cpu and config.fsdp is not None and not _is_second():
+        text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
+        yield Problem(_FSDP, text)
+    if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
+        text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
+        yield Problem(('precision',), text)
+    if on_cpu and config.optimizer.kwargs.get('capturable'):
+        yield Problem(('optimizer', 'capturable'), 'true is for CUDA graphs, and the run would be on the CPU')
+    if config.model.kwargs.get('kernel') == 'fused':
+        reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
+        if reason is not None:
+            text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"
+            yield Problem(('model', 'kernel'), text)
+    fault = _attention_fault(config, on_cpu)
+    if fault is not None:
+        yield Problem(('model', 'attention'), fault)
+    if on_cpu and precision is None and 'low_precision_layer_norm' in config.algorithms:
+        text = 'does nothing here: without a precision, Composer trains in float32 on the CPU; take it out'
+        yield Problem(('algorithms', 'low_precision_layer_norm'), text)
+
+
+def _attention_fault(config: Config, on_cpu: bool) -> str | None:
+    """Tries ``model.attention`` with the sizes that the configuration says; torch's own needs no trial."""
+    name, sizes = config.model.kwargs.get('attention', 'sdpa'), backbone_arguments(config.model)
+    if name == 'sdpa' or not {'hidden_size', 'num_heads'} <= sizes.keys():
+        return None
+    if name == 'flex' and on_cpu and config.compile:
+        return "'flex' has no compiled backward pass on a CPU; take compile: false, or attention: sdpa"
+    heads = sizes['num_heads'], sizes['hidden_size'] // sizes['num_heads']
+    device = torch.device('cpu') if on_cpu else torch.device('cuda', int(os.environ.get('LOCAL_RANK', '0')))
+    try:
+        choose_attention(name, device, (heads,), attention_dtypes(config, device), True)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def attention_dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, ...]:
+    """What attention runs in: the dtype of training on this device, and float32, in which images are drawn."""
+    # Composer's default where the configuration has no precision.
+    precision = config.precision_name or ('fp32' if device.type == 'cpu' else 'amp_fp16')
+    narrow = {'amp_bf16': torch.bfloat16, 'amp_fp8': torch.bfloat16, 'amp_fp16': torch.float16}
+    return tuple(dict.fromkeys((narrow.get(precision, torch.float32), torch.float32)))
