@@ -11,7 +11,7 @@ from composer.utils import parse_uri
 from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
 from tread_composer.algorithms.rules import conflict, limits
-from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.errors import Problem, refuse
 from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
 from tread_composer.config.tree import Config, backbone_arguments
@@ -266,8 +266,7 @@ def check_files(config: Config, source: str = '') -> None:
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
         text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
         problems.append(Problem(('load_path',), text))
-    if problems:
-        raise ConfigError.from_problems(problems, lambda path: source)
+    refuse(problems, lambda path: source)
 
 
 def _data_files(config: Config) -> Iterator[Problem]:
@@ -292,9 +291,7 @@ def check_machine(config: Config, source: str = '') -> None:
 
     Loading does not ask, so that a laptop can plan for a cluster. ``source`` is what to call the configuration.
     """
-    problems = list(_machine(config))
-    if problems:
-        raise ConfigError.from_problems(problems, lambda path: source)
+    refuse(_machine(config), lambda path: source)
 
 
 def _machine(config: Config) -> Iterator[Problem]:

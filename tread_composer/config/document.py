@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from tread_composer.config.errors import ConfigError, Path, Problem, dotted
+from tread_composer.config.errors import ConfigError, Path, Problem, dotted, refuse
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
@@ -125,8 +125,7 @@ class Document:
         ]
         if not self.problems:
             self._interpolate()
-        if self.problems:
-            raise ConfigError.from_problems(self.problems, self.source_of)
+        refuse(self.problems, self.source_of)
         return self
 
     def _forget(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from tread_composer.config.checks import joint_problems
 from tread_composer.config.components import Component, check_component, check_section
 from tread_composer.config.document import Document, document_of, read_document
-from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.errors import Problem, refuse
 from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.tree import Config
 from tread_composer.config.validation import check
@@ -39,9 +39,7 @@ def load_config(
     """
     document = read_document(path, overrides)
     config = _validated(document)
-    problems = joint_problems(config, launch.world_size() if world_size is None else world_size)
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
+    refuse(joint_problems(config, launch.world_size() if world_size is None else world_size), document.source_of)
     return config
 
 
@@ -88,8 +86,7 @@ def _validated(document: Document) -> Config:
             text = f"unknown setting. Did you mean '{tables[0]}.{key}'?"
             problem = Problem(problem.path, text, problem.choices)
         problems.append(problem)
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
+    refuse(problems, document.source_of)
     config._references = document.references  # type: ignore[union-attr]
     return config  # type: ignore[return-value]
 
