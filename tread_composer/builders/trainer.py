@@ -61,7 +61,7 @@ def build_trainer(
     check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
-    contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
+    contract = {**decisive_settings(config.to_dict()), 'training_data': identity(splits['train'])}
     if any('shard' in limits(part.instance) for part in config.algorithms.values()):
         contract['ranks'] = dist.get_world_size()
     algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
