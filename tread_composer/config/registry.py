@@ -30,8 +30,7 @@ from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
-    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'is_ours', 'lacks', 'list_parts', 'part_names', 'resolve',
-    'unkept',
+    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'lacks', 'list_parts', 'part_names', 'resolve', 'unkept',
 ]  # fmt: skip
 
 TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
@@ -101,11 +100,6 @@ _OWNERS = {'tread_composer': 'ours', 'composer': 'Composer'}
 # Words that a rule for capital letters would tear apart.
 _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
-
-
-def is_ours(kind: str, name: str) -> bool:
-    """Whether this is a part of this project."""
-    return kind in SECTIONS or name in _OURS.get(kind, {})
 
 
 def part_names(kind: str) -> list[str]:
