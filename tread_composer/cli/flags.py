@@ -192,11 +192,9 @@ def call(
                 check_bounds(argument.names[0], argument.hint, value)
     try:
         return target(**values)
-    except UserError:
-        raise
     except ValueError as error:
-        if not inspect.isclass(target):
-            raise  # a fault of ours
+        if isinstance(error, UserError) or not inspect.isclass(target):
+            raise  # the latter is a fault of ours
         raise UserError(str(error)) from None
 
 

@@ -50,9 +50,8 @@ def _batches(config: Config, world_size: int) -> Iterator[Problem]:
         size = getattr(config, name)
         if size % world_size:
             nearest = max(1, round(size / world_size)) * world_size
-            yield Problem(
-                (name,), f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
-            )
+            text = f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
+            yield Problem((name,), text)
     size, micro = config.global_train_batch_size, config.device_train_microbatch_size
     per_rank = size // world_size
     if isinstance(micro, int) and size % world_size == 0 and (micro < 1 or per_rank % micro):

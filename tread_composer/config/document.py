@@ -171,9 +171,8 @@ class Document:
         texts = [(path, text) for path, text in values.items() if isinstance(text, str)]
         for path, text in texts:
             if '\0' in text:
-                self.problems.append(
-                    Problem(path, f'{text!r} holds a NUL character, which no name or path may; remove it')
-                )
+                fault = f'{text!r} holds a NUL character, which no name or path may; remove it'
+                self.problems.append(Problem(path, fault))
         leaves = [(path, text) for path, text in texts if '${' in text or text == '???']
         for path, text in leaves:
             # Grammar first and leaf by leaf: OmegaConf does not say where in a tree a malformed text stands.
