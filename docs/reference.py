@@ -13,7 +13,7 @@ from composer import Trainer
 from pydantic.fields import FieldInfo
 
 from tread_composer.config.components import component_schema
-from tread_composer.config.registry import KINDS, is_ours, part_names, resolve
+from tread_composer.config.registry import KINDS, part_names, resolve
 from tread_composer.config.tree import Config
 from tread_composer.core.options import argument_docs
 
@@ -44,8 +44,9 @@ def _config() -> Iterator[str]:
 
 
 def _kind(kind: str) -> Iterator[str]:
-    ours = [name for name in part_names(kind) if is_ours(kind, name)]
-    others = [name for name in part_names(kind) if not is_ours(kind, name)]
+    names = part_names(kind)
+    ours = [name for name in names if resolve(kind, name).__module__.startswith('tread_composer.')]
+    others = [name for name in names if name not in ours]
     for name in ours:
         target = resolve(kind, name)
         yield f'\n## {kind} `{name}`\n\n{_summary(target)}\n'

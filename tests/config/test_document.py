@@ -167,6 +167,10 @@ def test_what_a_logger_takes_from_the_environment_is_shown_nowhere(base, message
     again = load_config(base.with_name('config.yaml'))
     assert again.loggers['mlflow'].kwargs['tags']['a'] == 'very-secret'
     assert again.to_yaml() == config.to_yaml()
+    monkeypatch.setenv('TREAD_TEST_TAGS', '{a: very-secret-too}')  # masked whole
+    tags = load_config(base, ['loggers.mlflow={experiment_name: x, tags: "${oc.decode:${oc.env:TREAD_TEST_TAGS}}"}'])
+    assert tags.loggers['mlflow'].kwargs['tags'] == {'a': 'very-secret-too'}
+    assert tags.to_dict()['loggers']['mlflow']['tags'] == '***' and 'very-secret-too' not in tags.to_yaml()
     refused = message('loggers.mlflow={experiment_name: x, log_system_metrics: "${oc.env:TREAD_TEST_TOKEN}"}')
     assert "log_system_metrics: '***' is not true or false" in refused
     monkeypatch.delenv('TREAD_TEST_TOKEN')

@@ -42,16 +42,13 @@ def build_model(
     unfilled: bool = False,
     algorithms: Mapping[str, Any] | None = None,
 ) -> LatentDiffusion:
-    """The ``ComposerModel`` for data of this description, with the parts that the run's algorithms add to it.
+    """The ``ComposerModel`` for data of this description, with what the run's algorithms add; ``UserError`` if unfit.
 
     Args:
         unfilled: Leave the network's weights on the meta device, for ``load_state_dict(..., assign=True)``: to draw
             those of a large network takes longer than to read them.
         algorithms: Those that will train it, by their names in the configuration. If None, copies of them add their
             parts: a model that is only looked at leaves no trace in what trains another.
-
-    Raises:
-        UserError: The parts do not fit each other or the data.
     """
     config = config.normalized(manifest)
     with torch.device('meta') if unfilled else contextlib.nullcontext():

@@ -59,12 +59,8 @@ def part_folder(part: Component, folder: Path, run_name: str) -> Path:
     return folder / part.instance.default_folder if setting is None else Path(setting.replace('{run_name}', run_name))
 
 
-def decisive_settings(config: Config) -> dict[str, Any]:
-    """The part of the configuration that decides what is trained: what a checkpoint is bound to."""
-    return _decisive_part(config.to_dict())
-
-
-def _decisive_part(tree: Mapping[str, Any]) -> dict[str, Any]:
+def decisive_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what is trained, of a configuration as ``Config.to_dict`` has it: what a checkpoint is bound to."""
     keys = ('name', 'train_split', 'shuffle_seed', 'num_canonical_nodes', 'mirror')
     model = dict(tree.get('model') or {})
     model.pop('attention', None)  # the same function, computed otherwise
@@ -90,14 +86,14 @@ def check_run_folder(config: Config) -> None:
     if config.scaled_by_data:
         return  # the data are not described here yet; compared once they are
     try:
-        saved = _decisive_part(yaml.safe_load(path.read_text()))
+        saved = decisive_settings(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(
             f'{path}: no configuration of a run, or a damaged one ({reason}); it says what the checkpoints beside it '
             f'are of. Put a copy of it back (MLflow keeps one with the run), or take another run_name'
         ) from None
-    current = decisive_settings(config)
+    current = decisive_settings(config.to_dict())
     if saved != current:
         remedy = 'To continue that run, give its settings; to start another, give it a name of its own: run_name=...'
         raise ResumeError.from_differences(str(path), saved, current, remedy)
@@ -155,10 +151,8 @@ def locked_run(config: Config) -> Iterator[None]:
     """Let no other process train in the run's folder while the block runs: two would write over each other's files.
 
     The lock dies with its process. It holds between nodes where their file system has locks across them (NFS 3 with its
-    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none.
-
-    Raises:
-        UserError: Another process trains there, the folder cannot be made, or its file system has no locks.
+    lock daemon and NFS 4 do, Lustre with ``-o flock``). A folder at an address (``s3://``) has none. ``UserError`` if
+    another process trains there, the folder cannot be made, or its file system has no locks.
     """
     if config.save_folder is None or '://' in config.save_folder:
         yield

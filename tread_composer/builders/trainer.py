@@ -34,8 +34,8 @@ from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.callbacks.sampling import SamplingCallback
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
+from tread_composer.config.checks import attention_dtypes
 from tread_composer.config.components import Component
-from tread_composer.config.machine import attention_dtypes
 from tread_composer.core.batch import SAMPLE_IDS
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
@@ -48,21 +48,20 @@ __all__ = ['build_trainer', 'compile_blocks']
 def build_trainer(
     config: Config, splits: Mapping[str, Manifest] | None = None, skipped_batches: Collection[int] = ()
 ) -> Trainer:
-    """Everything, joined. Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
+    """Everything, joined; ``UserError`` if data, checkpoint or run folder contradict the configuration.
+
+    Writes ``config.yaml``, ``data.json`` and ``environment.json`` into ``save_folder``.
 
     Args:
         splits: What ``prepare_data`` returned; it is called if None.
         skipped_batches: Batches, counted from 0, that leave the weights as they are (``on_nonfinite: rewind``).
-
-    Raises:
-        UserError: Data, checkpoint or run folder contradict the configuration.
     """
     splits = prepare_data(config) if splits is None else splits
     config = config.normalized(splits['train'])
     check_run_folder(config)
     # The Trainer seeds too, but only after it was given the model: two runs of one seed must begin with equal weights.
     reproducibility.seed_all(config.seed)
-    contract = {**decisive_settings(config), 'training_data': identity(splits['train'])}
+    contract = {**decisive_settings(config.to_dict()), 'training_data': identity(splits['train'])}
     if any('shard' in limits(part.instance) for part in config.algorithms.values()):
         contract['ranks'] = dist.get_world_size()
     algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
@@ -79,7 +78,7 @@ def build_trainer(
         isinstance(callback, SamplingCallback) for callback in callbacks
     ):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
-    loggers = [component.take() for component in config.loggers.values()]
+    loggers = [component.build() for component in config.loggers.values()]
     arguments = config.trainer_arguments()
     # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
     if arguments.pop('progress_bar'):
@@ -96,7 +95,7 @@ def build_trainer(
             train_dataloader=train,
             eval_dataloader=None if evaluation is None else Evaluator(label='eval', dataloader=evaluation),
             optimizers=config.optimizer.build(model.parameters()),
-            schedulers=config.scheduler.take(),
+            schedulers=config.scheduler.build(),
             algorithms=list(algorithms.values()),
             callbacks=callbacks,
             loggers=loggers,
@@ -227,7 +226,7 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
 
 def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> Any:
     """An algorithm or callback, with what only the run can tell it: where it writes, and whose files those are."""
-    part = component.take()
+    part = component.build()
     if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
         part.folder = str(part_folder(component, run_folder(config), config.run_name))
     if getattr(part, 'settings_digest', '') is None:

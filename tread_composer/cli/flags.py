@@ -175,8 +175,7 @@ def call(
 ) -> Any:
     """Call a function, or make a request, with the words that argparse has read; ``fixed`` are further arguments.
 
-    Raises:
-        UserError: A number is out of bounds, a setting has no ``=``, or ``target`` refuses.
+    ``UserError`` if a number is out of bounds, a setting has no ``=``, or ``target`` refuses.
     """
     values: dict[str, Any] = dict(fixed or {})
     for argument in _arguments(target):
@@ -193,11 +192,9 @@ def call(
                 check_bounds(argument.names[0], argument.hint, value)
     try:
         return target(**values)
-    except UserError:
-        raise
     except ValueError as error:
-        if not inspect.isclass(target):
-            raise  # a fault of ours
+        if isinstance(error, UserError) or not inspect.isclass(target):
+            raise  # the latter is a fault of ours
         raise UserError(str(error)) from None
 
 

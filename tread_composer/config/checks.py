@@ -1,4 +1,4 @@
-"""Rules that join several settings of a configuration, and those about its files."""
+"""Whether the settings of a configuration fit each other, its files, and this machine."""
 
 import itertools
 import os
@@ -11,13 +11,16 @@ from composer.utils import parse_uri
 from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
 from tread_composer.algorithms.rules import conflict, limits
-from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.errors import Problem, refuse
 from tread_composer.config.registry import resolve
 from tread_composer.config.sections import LatentsData
-from tread_composer.config.tree import Config
+from tread_composer.config.tree import Config, backbone_arguments
+from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
+from tread_composer.models.attention import choose_attention
+from tread_composer.models.ssd import fused_refusal
 
-__all__ = ['check_files', 'joint_problems', 'sharding_needs_gpu']
+__all__ = ['attention_dtypes', 'check_files', 'check_machine', 'joint_problems']
 
 _BYTES = re.compile(r'\d+(\.\d+)?\s*[kmgt]?b')
 _FSDP = ('parallelism_config', 'fsdp')
@@ -47,9 +50,8 @@ def _batches(config: Config, world_size: int) -> Iterator[Problem]:
         size = getattr(config, name)
         if size % world_size:
             nearest = max(1, round(size / world_size)) * world_size
-            yield Problem(
-                (name,), f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
-            )
+            text = f'{size} does not divide among {world_size} ranks; take a multiple, such as {nearest}'
+            yield Problem((name,), text)
     size, micro = config.global_train_batch_size, config.device_train_microbatch_size
     per_rank = size // world_size
     if isinstance(micro, int) and size % world_size == 0 and (micro < 1 or per_rank % micro):
@@ -127,25 +129,16 @@ def _composers(config: Config) -> Iterator[Problem]:
 def _saving(config: Config) -> Iterator[Problem]:
     """What could not be resumed: the same command is to go on from the newest whole checkpoint."""
     if config.autoresume and not (config.save_folder and config.save_latest_filename):
-        text = (
-            'true needs save_folder and save_latest_filename to find the checkpoint in; give both, or set it to false'
-        )
-        yield Problem(('autoresume',), text)
+        yield Problem(('autoresume',), 'true needs save_folder and save_latest_filename; give both, or set it to false')
     if config.on_nonfinite == 'rewind' and not config.autoresume:
         text = "'rewind' goes back to the run's own last checkpoint, which needs save_folder and autoresume=true"
         yield Problem(('on_nonfinite',), text)
     if config.save_in_background and getattr(config.fsdp, 'state_dict_type', 'full') == 'sharded':
-        text = (
-            'true is for full checkpoints, which one rank writes; of a sharded one each rank writes its share at once'
-        )
-        yield Problem(('save_in_background',), f'{text}; set it to false')
+        yield Problem(('save_in_background',), 'true is for full checkpoints, which one rank writes; set it to false')
     if config.save_in_background and '://' in (config.save_folder or ''):
         yield Problem(('save_in_background',), 'true needs a local save_folder; set it to false')
     if config.save_folder is not None and config.autoresume and config.save_weights_only:
-        text = (
-            'true saves no optimizer, average or position in the data, so autoresume would begin anew with trained '
-            'weights and call it the same run; set it to false, or autoresume to false'
-        )
+        text = 'true saves no optimizer, average or position for autoresume to go on with; set one of the two to false'
         yield Problem(('save_weights_only',), text)
 
 
@@ -176,8 +169,7 @@ def _rest(config: Config) -> Iterator[Problem]:
         yield Problem(('compile_config',), text)
     limit = getattr(config.data, 'cache_limit', None)
     if limit is not None and getattr(config.data, 'remote', None) is None:
-        text = 'needs data.remote: without one, nothing can be fetched again'
-        yield Problem(('data', 'cache_limit'), text)
+        yield Problem(('data', 'cache_limit'), 'needs data.remote: without one, nothing can be fetched again')
     if isinstance(limit, str) and not _BYTES.fullmatch(limit.lower()):
         yield Problem(('data', 'cache_limit'), f"{limit!r} is not a number of bytes; write for example '200gb'")
 
@@ -194,41 +186,26 @@ def _sharding(config: Config, world_size: int) -> Iterator[Problem]:
         return
     if searches and torch.__version__ >= '2.7.1':  # ordered as a version
         # What the search puts in place of FSDP1's unshard is defined below that version only; above it is a NameError.
-        text = (
-            f"'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
-            f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
-        )
+        text = "'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
+        text += f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
         yield Problem(('device_train_microbatch_size',), text)
     if fsdp.cpu_offload:
-        text = (
-            'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
-            'ranks, or move what activations need: activation_checkpointing or activation_cpu_offload: true'
-        )
+        text = 'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
+        text += 'ranks, or move what activations need: activation_checkpointing or activation_cpu_offload: true'
         yield Problem((*_FSDP, 'cpu_offload'), text)
     # HSDP: replicas, each sharded over some of the ranks.
     replicas, shards = fsdp.data_parallel_replicate_degree or 1, fsdp.data_parallel_shard_degree
     if replicas > 1 and shards == 1:
         # torch takes a shard group of one rank for no sharding at all and then forgets the replicas.
-        text = (
-            f'1 with data_parallel_replicate_degree {replicas}: nothing would be sharded, and torch would not average '
-            f'the gradients of the replicas either. Take parallelism_config out (that is DDP), or 2 and more shards'
-        )
+        text = f'1 with data_parallel_replicate_degree {replicas}: nothing would be sharded, and torch would not '
+        text += 'average the replicas either. Take parallelism_config out (that is DDP), or 2 and more shards'
         yield Problem((*_FSDP, 'data_parallel_shard_degree'), text)
         return
     product = replicas * (shards if shards != -1 else max(1, world_size // replicas))
     if product != world_size:
-        text = (
-            f'{replicas} replicas of {shards if shards != -1 else "some"} shards do not make up {world_size} ranks; '
-            f'the two degrees must multiply to the number of ranks, and one shard degree of -1 fills up'
-        )
+        text = f'{replicas} replicas of {shards if shards != -1 else "some"} shards do not make up {world_size} ranks; '
+        text += 'the two degrees must multiply to the number of ranks, and one shard degree of -1 fills up'
         yield Problem((*_FSDP, 'data_parallel_replicate_degree'), text)
-
-
-def sharding_needs_gpu(config: Config) -> Iterator[Problem]:
-    """For a run on the CPU: Composer gives FSDP1 the CUDA device without asking whether there is one."""
-    if config.fsdp is not None and not _is_second():
-        text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
-        yield Problem(_FSDP, text)
 
 
 def _is_second() -> bool:
@@ -279,20 +256,16 @@ def _address_fault(text: str) -> str | None:
 
 
 def check_files(config: Config, source: str = '') -> None:
-    """Refuse a run whose data or checkpoint are not there. Loading does not do this, so that a plan needs no data.
+    """``ConfigError`` if the folder of latents is missing or holds no index, or another file is missing.
 
-    ``source`` is what to call the configuration in the message.
-
-    Raises:
-        ConfigError: The folder of latents is missing or holds no index, or another file is missing.
+    Loading does not ask, so that a plan needs no data. ``source`` is what to call the configuration.
     """
     problems = [*_data_files(config), *_answers(config, 'missing_files')]
     path = config.load_path
     if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
         text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
         problems.append(Problem(('load_path',), text))
-    if problems:
-        raise ConfigError.from_problems(problems, lambda path: source)
+    refuse(problems, lambda path: source)
 
 
 def _data_files(config: Config) -> Iterator[Problem]:
@@ -310,3 +283,65 @@ def _data_files(config: Config) -> Iterator[Problem]:
         if split != data.train_split:
             remedy += '; data.eval_split=null trains without evaluation'
         yield Problem(('data', 'local'), f'{data.local!r}: {folder!r} {fault}; {remedy}')
+
+
+def check_machine(config: Config, source: str = '') -> None:
+    """``ConfigError`` if this machine has no such device, or one that cannot do as precision, kernel or attention say.
+
+    Loading does not ask, so that a laptop can plan for a cluster. ``source`` is what to call the configuration.
+    """
+    refuse(_machine(config), lambda path: source)
+
+
+def _machine(config: Config) -> Iterator[Problem]:
+    has_gpu, precision = torch.cuda.is_available(), config.precision_name
+    if config.device == 'gpu' and not has_gpu:
+        text = "'gpu': torch finds no CUDA device here; take device=cpu or another machine"
+        yield Problem(('device',), text)
+    if config.device == 'mps' and not torch.backends.mps.is_available():
+        yield Problem(('device',), "'mps': this is no Mac with Apple's GPU; take device=cpu")
+    on_cpu = config.device == 'cpu' or (config.device is None and not has_gpu)
+    # Composer gives FSDP1 the CUDA device without asking whether there is one.
+    if on_cpu and config.fsdp is not None and not _is_second():
+        text = 'FSDP1 needs a GPU in Composer; on the CPU set FSDP_VERSION=2 in the environment, or take it out (DDP)'
+        yield Problem(_FSDP, text)
+    if on_cpu and precision in ('amp_bf16', 'amp_fp16', 'amp_fp8'):
+        text = f'{precision!r} needs a GPU, and the run would be on the CPU; take precision=fp32'
+        yield Problem(('precision',), text)
+    if on_cpu and config.optimizer.kwargs.get('capturable'):
+        yield Problem(('optimizer', 'capturable'), 'true is for CUDA graphs, and the run would be on the CPU')
+    if config.model.kwargs.get('kernel') == 'fused':
+        reason = fused_refusal(torch.device('cpu' if on_cpu else 'cuda'))
+        if reason is not None:
+            text = f"'fused' cannot run here: {reason}; take model.kernel=torch, which gives the same result"
+            yield Problem(('model', 'kernel'), text)
+    fault = _attention_fault(config, on_cpu)
+    if fault is not None:
+        yield Problem(('model', 'attention'), fault)
+    if on_cpu and precision is None and 'low_precision_layer_norm' in config.algorithms:
+        text = 'does nothing here: without a precision, Composer trains in float32 on the CPU; take it out'
+        yield Problem(('algorithms', 'low_precision_layer_norm'), text)
+
+
+def _attention_fault(config: Config, on_cpu: bool) -> str | None:
+    """Tries ``model.attention`` with the sizes that the configuration says; torch's own needs no trial."""
+    name, sizes = config.model.kwargs.get('attention', 'sdpa'), backbone_arguments(config.model)
+    if name == 'sdpa' or not {'hidden_size', 'num_heads'} <= sizes.keys():
+        return None
+    if name == 'flex' and on_cpu and config.compile:
+        return "'flex' has no compiled backward pass on a CPU; take compile: false, or attention: sdpa"
+    heads = sizes['num_heads'], sizes['hidden_size'] // sizes['num_heads']
+    device = torch.device('cpu') if on_cpu else torch.device('cuda', int(os.environ.get('LOCAL_RANK', '0')))
+    try:
+        choose_attention(name, device, (heads,), attention_dtypes(config, device), True)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def attention_dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, ...]:
+    """What attention runs in: the dtype of training on this device, and float32, in which images are drawn."""
+    # Composer's default where the configuration has no precision.
+    precision = config.precision_name or ('fp32' if device.type == 'cpu' else 'amp_fp16')
+    narrow = {'amp_bf16': torch.bfloat16, 'amp_fp8': torch.bfloat16, 'amp_fp16': torch.float16}
+    return tuple(dict.fromkeys((narrow.get(precision, torch.float32), torch.float32)))

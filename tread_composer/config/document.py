@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,14 +16,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from tread_composer.config.errors import ConfigError, Path, Problem, dotted
+from tread_composer.config.errors import ConfigError, Path, Problem, dotted, refuse
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'map_texts', 'parse_yaml', 'read_document', 'with_values']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'mapped', 'parse_yaml', 'read_document']
 
 _COMMAND_LINE = 'command line'
-_FROM_ENVIRONMENT = '${oc.env:'
 _MAX_BYTES = 2**20
 _MAX_VALUES = 100_000
 
@@ -118,8 +117,7 @@ class Document:
     def resolved(self, overrides: Sequence[str]) -> 'Document':
         """Itself under ``key=value`` overrides, with each ``${...}`` replaced by its value.
 
-        Raises:
-            ConfigError: All problems of merging and overrides, or all of interpolations.
+        ``ConfigError`` tells all problems of merging and overrides, or all of interpolations.
         """
         faults = ((override, self._override(override)) for override in overrides)
         self.problems += [
@@ -127,8 +125,7 @@ class Document:
         ]
         if not self.problems:
             self._interpolate()
-        if self.problems:
-            raise ConfigError.from_problems(self.problems, self.source_of)
+        refuse(self.problems, self.source_of)
         return self
 
     def _forget(self, path: Path) -> None:
@@ -169,12 +166,13 @@ class Document:
         return None
 
     def _interpolate(self) -> None:
-        texts = list(_texts(self.data))
+        values: dict[Path, Any] = {}
+        mapped(self.data, values.setdefault)  # which changes nothing
+        texts = [(path, text) for path, text in values.items() if isinstance(text, str)]
         for path, text in texts:
             if '\0' in text:
-                self.problems.append(
-                    Problem(path, f'{text!r} holds a NUL character, which no name or path may; remove it')
-                )
+                fault = f'{text!r} holds a NUL character, which no name or path may; remove it'
+                self.problems.append(Problem(path, fault))
         leaves = [(path, text) for path, text in texts if '${' in text or text == '???']
         for path, text in leaves:
             # Grammar first and leaf by leaf: OmegaConf does not say where in a tree a malformed text stands.
@@ -201,20 +199,20 @@ class Document:
                 elif 'oc.env' in text:
                     remedy = 'set it, or give a default: ${oc.env:NAME,value}'
                 self.problems.append(Problem(path, f'{text!r}: {_first_line(error)}; {remedy}'))
+            # Addresses of servers, and tokens. Other settings decide or name the run: every record shows them.
+            if '${oc.env:' in text and (path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')):
+                self.references[path] = text
+                if isinstance(node, str):
+                    keep_secret(node)
         if not self.problems:
             self.data = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-            self.references = {path: text for path, text in leaves if _FROM_ENVIRONMENT in text and _is_private(path)}
-            values = dict(_texts(self.data))
-            for path in self.references:
-                keep_secret(values.get(path, ''))
 
 
 def read_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
     """Read a file with all that it extends, apply overrides, resolve interpolations.
 
-    Raises:
-        ConfigError: A file cannot be read or is no YAML mapping, ``extends`` goes round in circles, an override has no
-            ``key=value`` form, an interpolation has no value. All problems of one stage are told together.
+    ``ConfigError`` if a file cannot be read or is no YAML mapping, ``extends`` goes round in circles, an override has
+    no ``key=value`` form, an interpolation has no value. All problems of one stage are told together.
     """
     document = Document(main=os.fspath(path))
     for name, tree in _chain(document.main):
@@ -227,7 +225,7 @@ def document_of(tree: dict[str, Any], main: str, overrides: Sequence[str] = ()) 
 
     ``main`` is what to call it in messages; otherwise as ``read_document``.
     """
-    return Document(main=main, data=map_texts(tree, _escaped)).resolved(overrides)
+    return Document(main=main, data=mapped(tree, _escaped)).resolved(overrides)
 
 
 def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None) -> str:
@@ -240,37 +238,22 @@ def dump_yaml(tree: dict[str, Any], references: Mapping[Path, str] | None = None
         path: re.sub(r'\$\{oc\.env:(\w+)\}', rf"${{oc.env:\1,'{MASK}'}}", text)
         for path, text in (references or {}).items()
     }
-    tree = with_values(map_texts(tree, _escaped), texts)
+    tree = mapped(tree, lambda path, value: texts.get(path, _escaped(path, value)))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def with_values(tree: Any, values: Mapping[Path, str]) -> Any:
-    """The tree, with other texts at these places where something stands there."""
-    for path, text in values.items():
-        node = tree
-        for key in path[:-1]:
-            node = node[key] if key in node or isinstance(node, list) else {}  # type: ignore[index]
-        if isinstance(node, list) or path[-1] in node:
-            node[path[-1]] = text  # type: ignore[index]
-    return tree
-
-
-def _is_private(path: Path) -> bool:
-    """Where addresses of servers and tokens stand. Other settings decide or name the run: every record shows them."""
-    return path[0] in ('loggers', 'callbacks') or path == ('data', 'remote')
-
-
-def map_texts(node: Any, change: Callable[[str], str]) -> Any:
-    """A copy of the tree with all of its texts changed."""
+def mapped(node: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A copy of the tree; ``change`` gets the place of each value and the value, those that hold others first."""
+    node = change(path, node)
     if isinstance(node, dict):
-        return {key: map_texts(item, change) for key, item in node.items()}
+        return {key: mapped(item, change, (*path, key)) for key, item in node.items()}
     if isinstance(node, list):
-        return [map_texts(item, change) for item in node]
-    return change(node) if isinstance(node, str) else node
+        return [mapped(item, change, (*path, index)) for index, item in enumerate(node)]
+    return node
 
 
-def _escaped(text: str) -> str:
-    return text.replace('${', '\\${')
+def _escaped(path: Path, value: Any) -> Any:
+    return value.replace('${', '\\${') if isinstance(value, str) else value
 
 
 def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
@@ -279,15 +262,15 @@ def _chain(main: str) -> list[tuple[str, dict[str, Any]]]:
     name, child = main, ''
     while True:
         if os.path.realpath(name) in [os.path.realpath(file) for file, _ in chain]:
-            circle = ' -> '.join([*(file for file, _ in chain), name])
-            raise _failure(child, f'extends: goes round in circles: {circle}; one of these files must extend nothing')
+            way = ' -> '.join([*(file for file, _ in chain), name])
+            raise ConfigError(f'{child}: extends: goes round in circles: {way}; one of these files must extend nothing')
         tree = _read_file(name, child)
         chain.append((name, tree))
         if 'extends' not in tree:
             return chain[::-1]
         base = tree.pop('extends')
         if not isinstance(base, str) or not base:
-            raise _failure(name, f'extends: {base!r} is not a file name; write a path relative to this file')
+            raise ConfigError(f'{name}: extends: {base!r} is not a file name; write a path relative to this file')
         name, child = os.path.normpath(os.path.join(os.path.dirname(name), base)), name
 
 
@@ -303,15 +286,15 @@ def _read_file(name: str, child: str) -> dict[str, Any]:
             text = file.read()
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise _failure(name, _yaml_text(error, text)) from None
+        raise ConfigError(f'{name}: {_yaml_text(error, text)}') from None
     except (OSError, UnicodeDecodeError) as error:
         reason = 'there is no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
         if child:
             fault = f'extends: {name}: {reason}; the path is relative to the file that says it'
-            raise _failure(child, fault) from None
-        raise _failure(name, f'{reason}; give the path of a YAML file') from None
+            raise ConfigError(f'{child}: {fault}') from None
+        raise ConfigError(f'{name}: {reason}; give the path of a YAML file') from None
     if tree is not None and not isinstance(tree, dict):
-        raise _failure(name, f'holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
+        raise ConfigError(f'{name}: holds a {type(tree).__name__}; a configuration is a mapping of `key: value` lines')
     return tree or {}
 
 
@@ -352,21 +335,6 @@ def _yaml_text(error: yaml.YAMLError, text: str) -> str:
     line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ''
     hint = '; inside { } or [ ] write an interpolation in quotes' if '${' in line else ''
     return f'{position}{problem}{hint}'
-
-
-def _failure(source: str, text: str) -> ConfigError:
-    return ConfigError.from_problems([Problem((), text, source=source)])
-
-
-def _texts(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    if isinstance(node, str):
-        yield path, node
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _texts(value, (*path, key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _texts(value, (*path, index))
 
 
 def _first_line(error: Exception) -> str:

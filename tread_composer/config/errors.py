@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tread_composer.core.errors import UserError
 
-__all__ = ['ConfigError', 'Path', 'Problem', 'dotted']
+__all__ = ['ConfigError', 'Path', 'Problem', 'dotted', 'refuse']
 
 _MANY = 30  # names; a message that lists more is no help
 
@@ -26,23 +26,21 @@ class Problem:
 class ConfigError(UserError):
     """The configuration is at fault. The text has one line for each problem: source, dotted path, what to change."""
 
-    @classmethod
-    def from_problems(
-        cls, problems: Iterable[Problem], source_of: Callable[[Path], str] = lambda path: ''
-    ) -> 'ConfigError':
-        """One error that tells all problems, sorted by path so that the order is stable."""
-        ordered = sorted(problems, key=lambda problem: ([str(part) for part in problem.path], problem.text))
-        lines: list[str] = []
-        for index, problem in enumerate(ordered):
-            source = problem.source or source_of(problem.path)
-            lines.append(': '.join(part for part in (source, dotted(problem.path), problem.text) if part))
-            # Once for all problems in a row that have the same names.
-            if problem.choices and problem.choices not in [
-                following.choices for following in ordered[index + 1 : index + 2]
-            ]:
-                many = len(problem.choices) > _MANY and 'Did you mean' in problem.text
-                lines.append(f'Known here: {"python -m tread_composer schema" if many else ", ".join(problem.choices)}')
-        return cls('\n'.join(lines))
+
+def refuse(problems: Iterable[Problem], source_of: Callable[[Path], str]) -> None:
+    """Raise one ``ConfigError`` that tells all problems, if there are any; by path, so that their order is stable."""
+    ordered = sorted(problems, key=lambda problem: ([str(part) for part in problem.path], problem.text))
+    lines: list[str] = []
+    for index, problem in enumerate(ordered):
+        source = problem.source or source_of(problem.path)
+        lines.append(': '.join(part for part in (source, dotted(problem.path), problem.text) if part))
+        # Once for all problems in a row that have the same names.
+        following = [each.choices for each in ordered[index + 1 : index + 2]]
+        if problem.choices and problem.choices not in following:
+            many = len(problem.choices) > _MANY and 'Did you mean' in problem.text
+            lines.append(f'Known here: {"python -m tread_composer schema" if many else ", ".join(problem.choices)}')
+    if lines:
+        raise ConfigError('\n'.join(lines))
 
 
 def dotted(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from tread_composer.config.checks import joint_problems
 from tread_composer.config.components import Component, check_component, check_section
 from tread_composer.config.document import Document, document_of, read_document
-from tread_composer.config.errors import ConfigError, Problem
+from tread_composer.config.errors import Problem, refuse
 from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.tree import Config
 from tread_composer.config.validation import check
@@ -28,7 +28,7 @@ _REMEDIES = {
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
 ) -> Config:
-    """Read a run's YAML, refuse all that is wrong in it at once, and write nothing.
+    """Read a run's YAML, and write nothing; one ``ConfigError`` has a line for each thing that is wrong in it.
 
     Args:
         overrides: ``dotted.key=value`` each, the value in YAML; ``algorithms.tread=null`` removes an entry.
@@ -36,22 +36,17 @@ def load_config(
 
     Returns:
         The typed tree, defaults filled in.
-
-    Raises:
-        ConfigError: Anything is wrong; one line for each problem.
     """
     document = read_document(path, overrides)
     config = _validated(document)
-    problems = joint_problems(config, launch.world_size() if world_size is None else world_size)
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
+    refuse(joint_problems(config, launch.world_size() if world_size is None else world_size), document.source_of)
     return config
 
 
 def restore_config(
     saved: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = ''
 ) -> Config:
-    """The configuration of a run that is over, to use what it has trained.
+    """The configuration of a run that is over, to use what it has trained; ``ConfigError`` as `load_config`.
 
     Rules that join its settings with each other and with the machine (ranks, GPUs) were asked when it was trained, and
     are not asked again: its batch need not divide among the ranks that sample.
@@ -59,9 +54,6 @@ def restore_config(
     Args:
         saved: The run's ``config.yaml``, or the tree that it holds.
         source: What to call the tree in messages.
-
-    Raises:
-        ConfigError: It is no configuration of this version, or an override is wrong.
     """
     if isinstance(saved, Mapping):
         return _validated(document_of(dict(saved), source, overrides))
@@ -94,8 +86,7 @@ def _validated(document: Document) -> Config:
             text = f"unknown setting. Did you mean '{tables[0]}.{key}'?"
             problem = Problem(problem.path, text, problem.choices)
         problems.append(problem)
-    if problems:
-        raise ConfigError.from_problems(problems, document.source_of)
+    refuse(problems, document.source_of)
     config._references = document.references  # type: ignore[union-attr]
     return config  # type: ignore[return-value]
 

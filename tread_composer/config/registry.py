@@ -30,22 +30,14 @@ from tread_composer.objectives import OBJECTIVES, TIME_DISTRIBUTIONS, WEIGHTINGS
 from tread_composer.samplers import GUIDANCE, SAMPLERS
 
 __all__ = [
-    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'is_ours', 'lacks', 'list_parts', 'part_names', 'resolve',
-    'unkept',
+    'FROM_DATA', 'KINDS', 'PARTS', 'SECTIONS', 'TABLES', 'lacks', 'list_parts', 'part_names', 'resolve', 'unkept',
 ]  # fmt: skip
 
 TABLES = {'algorithms': 'algorithm', 'callbacks': 'callback', 'loggers': 'logger'}
 """Sections of a run that hold parts by name, with the kind of those."""
 
-PARTS = {
-    'data': 'data',
-    'autoencoder': 'autoencoder',
-    'model': 'backbone',
-    'objective': 'objective',
-    'latent_normalization': 'latent_normalization',
-    'optimizer': 'optimizer',
-    'scheduler': 'scheduler',
-}
+_OF_THE_SAME_NAME = ('data', 'autoencoder', 'objective', 'latent_normalization', 'optimizer', 'scheduler')
+PARTS = {'model': 'backbone'} | {kind: kind for kind in _OF_THE_SAME_NAME}
 """Sections of a run that are one part, with its kind."""
 
 SECTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
@@ -108,11 +100,6 @@ _OWNERS = {'tread_composer': 'ours', 'composer': 'Composer'}
 # Words that a rule for capital letters would tear apart.
 _WORDS = {'WandB': 'Wandb', 'MLFlow': 'Mlflow', 'NaN': 'Nan', 'MLPerf': 'Mlperf', 'MosaicML': 'Mosaicml',
           'CometML': 'Cometml', 'AdamW': 'Adamw', 'SGDW': 'Sgdw'}  # fmt: skip
-
-
-def is_ours(kind: str, name: str) -> bool:
-    """Whether this is a part of this project."""
-    return kind in SECTIONS or name in _OURS.get(kind, {})
 
 
 def part_names(kind: str) -> list[str]:

@@ -143,10 +143,6 @@ TimeString = Annotated[str, BeforeValidator(_check_time)]
 Length = Annotated[str, BeforeValidator(functools.partial(_check_time, is_length=True))]
 
 
-def _time_type(name: str) -> Any:
-    return Length if _is_length(name) else TimeString
-
-
 def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
     """The strict type of what YAML may write for an argument; None if it cannot write it at all.
 
@@ -162,13 +158,12 @@ def yaml_type(annotation: Any, name: str = '', default: Any = None) -> Any:
         return None if kind is None else Annotated[(kind, *bounds)]
     if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
         return yaml_type(type(default), name, default) if type(default) in (bool, int, float, str) else Any
-    if annotation is str:
-        is_time = name in _TIME_NAMES or _is_length(name) or _is_time(default)
-        return _time_type(name) if is_time else str
+    if annotation is str and not (name in _TIME_NAMES or _is_length(name) or _is_time(default)):
+        return str
+    if annotation is str or Time in (annotation, origin):
+        return Length if _is_length(name) else TimeString
     if annotation in (int, float, bool, type(None), None) or origin is Literal:
         return annotation
-    if Time in (annotation, origin):
-        return _time_type(name)
     if origin in (Union, types.UnionType):
         return _union(arguments, name, default)
     if origin in _LISTS:

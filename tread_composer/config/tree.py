@@ -11,7 +11,7 @@ from pydantic import InstanceOf, PrivateAttr, SkipValidation, WithJsonSchema
 
 from tread_composer.callbacks.update_guard import OnNonfinite
 from tread_composer.config.components import Component, component_schema
-from tread_composer.config.document import dump_yaml, map_texts, with_values
+from tread_composer.config.document import dump_yaml, mapped
 from tread_composer.config.errors import Path
 from tread_composer.config.registry import PARTS, TABLES, part_names, resolve
 from tread_composer.config.schema import part_kind, plain
@@ -146,7 +146,13 @@ class Config(TrainerSettings):
             if value is None and type(self).model_fields[name].default is None:
                 continue
             tree[name] = _tree_of(value)
-        return with_values(map_texts(tree, without_password), dict.fromkeys(self._references, MASK))
+
+        def shown(path: Path, value: Any) -> Any:
+            if path in self._references:
+                return MASK
+            return without_password(value) if isinstance(value, str) else value
+
+        return mapped(tree, shown)
 
     def to_yaml(self) -> str:
         """``to_dict`` as YAML text, which names the variable of the environment in place of a secret."""

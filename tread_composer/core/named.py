@@ -43,11 +43,7 @@ def import_named(reference: str) -> Any:
 
 
 def part_named(name: str, table: Mapping[str, Any]) -> Any:
-    """The part behind a name of a registry, which may hold a reference to it, or behind ``package.module:Class``.
-
-    Raises:
-        ValueError: The registry has no such name, or the reference cannot be imported.
-    """
+    """The part behind a name in ``table``, perhaps by reference, or behind a reference; ``ValueError`` if none."""
     if name not in table and not is_reference(name):
         raise ValueError(f'{name!r} is none of {", ".join(table)}')
     part = table.get(name, name)

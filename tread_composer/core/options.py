@@ -110,8 +110,7 @@ def check_request(request: object) -> None:
 def check_bounds(flag: str, hint: Any, value: Any) -> None:
     """Refuse a value that is none of the choices of its type, or a number outside of the bounds; in a tuple, each.
 
-    Raises:
-        UserError: Names the flag, the value and the rule.
+    The ``UserError`` names the flag, the value and the rule.
     """
     kind, marks = unwrapped(hint)
     elements = typing.get_args(kind)
