@@ -18,11 +18,11 @@ from tread_composer.core.errors import UserError
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics.features import FeatureSet, joined, looked, open_extractor
-from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol
+from tread_composer.metrics.published import statistics
 from tread_composer.metrics.references import open_reference, reference_of
 
 __all__ = ['Measurer']

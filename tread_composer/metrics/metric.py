@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.frechet import Statistics
 
 __all__ = [
     'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'direction', 'measure',
@@ -55,11 +55,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean and covariance of the reference, and features of its images; what of it the metrics need."""
+    """Mean ``mu`` and covariance ``sigma`` of the reference, features of its images: what of it the metrics need."""
 
-    statistics: Statistics | None = None
+    statistics: Mapping[str, np.ndarray] | None = None
     features: FeatureSet | None = None
-    spatial: Statistics | None = None  # of the spatial features
+    spatial: Mapping[str, np.ndarray] | None = None  # of the spatial features
 
 
 class Metric(Protocol):
@@ -181,10 +181,10 @@ def measure(
         UserError: The two sides have features of different lengths.
     """
     moments, features, spatial = reference.statistics, reference.features, reference.spatial
-    lengths = [] if moments is None else [(len(moments.mean_D), samples.width)]
+    lengths = [] if moments is None else [(len(moments['mu']), samples.width)]
     lengths += [] if features is None else [(features.width, samples.width)]
     if spatial is not None and samples.spatial_NS is not None:
-        lengths.append((len(spatial.mean_D), samples.spatial_NS.shape[1]))
+        lengths.append((len(spatial['mu']), samples.spatial_NS.shape[1]))
     for length, width in lengths:
         if length != width:
             raise UserError(f'the reference has {length} features and the samples have {width}: of another network')

@@ -8,7 +8,7 @@ recall take its images ``arr_0``, of which there are 10,000. sFID takes ``mu_s``
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
 from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
-from tread_composer.metrics.frechet import Statistics
 from tread_composer.metrics.images import ImageSet, open_images
 
 __all__ = ['Reference', 'open_reference', 'reference_of']
 
 _CACHE_FORMAT = 1
+
+Moments = Mapping[str, np.ndarray]  # `mu` [D] and `sigma` [D, D], float64
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Reference:
     path: Path
     kind: str  # 'adm' for a file with `mu` and `sigma`, else the kind of its images
     images: ImageSet | None  # None if it has statistics alone
-    published: Statistics | None  # `mu` and `sigma` of the file; None if they are to be computed
+    published: Moments | None  # `mu` and `sigma` of the file; None if they are to be computed
     hash: str  # SHA-256 of its content
-    published_spatial: Statistics | None = None  # `mu_s` and `sigma_s`, of spatial features; None as above
+    published_spatial: Moments | None = None  # `mu_s` and `sigma_s`, of spatial features; None as above
 
     @property
     def count(self) -> int:
@@ -132,7 +133,7 @@ def reference_of(images: ImageSet) -> Reference:
     return Reference(images.path, images.kind, images, None, images.hash)
 
 
-def _adm(path: Path) -> tuple[Statistics | None, Statistics | None, bool]:
+def _adm(path: Path) -> tuple[Moments | None, Moments | None, bool]:
     """``mu`` and ``sigma`` of an npz that has both, ``mu_s`` and ``sigma_s`` likewise, and whether it holds images."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -146,10 +147,10 @@ def _adm(path: Path) -> tuple[Statistics | None, Statistics | None, bool]:
         raise UserError(f'{path}: cannot be read as an npz of images or of mu and sigma: {error}') from error
 
 
-def _moments(path: Path, arrays: Any, mu: str, sigma: str) -> Statistics:
+def _moments(path: Path, arrays: Any, mu: str, sigma: str) -> Moments:
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in (mu, sigma))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f'{path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; they must be [D] and [D, D]')
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f'{path}: {mu} or {sigma} is not finite')
-    return Statistics(mean, covariance)
+    return {'mu': mean, 'sigma': covariance}
