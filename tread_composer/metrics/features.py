@@ -78,11 +78,6 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.digests)
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.features_ND.shape[1]
-
 
 def looked(
     batches_BCRR: Iterable[Tensor],

@@ -178,16 +178,8 @@ def measure(
     The global random streams stay as they are.
 
     Raises:
-        UserError: The two sides have features of different lengths.
+        UserError: The statistics of the reference are of another network.
     """
-    moments, features, spatial = reference.statistics, reference.features, reference.spatial
-    lengths = [] if moments is None else [(len(moments['mu']), samples.width)]
-    lengths += [] if features is None else [(features.width, samples.width)]
-    if spatial is not None and samples.spatial_NS is not None:
-        lengths.append((len(spatial['mu']), samples.spatial_NS.shape[1]))
-    for length, width in lengths:
-        if length != width:
-            raise UserError(f'the reference has {length} features and the samples have {width}: of another network')
     return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]
 
 

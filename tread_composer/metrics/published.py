@@ -45,11 +45,18 @@ def statistics(features_ND: Tensor) -> Mapping[str, np.ndarray]:
     return fid_features_to_statistics(features_ND.double())  # features of float16 too
 
 
-def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """Squared distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
+def frechet_distance(samples: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
+    """Squared distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+    Raises:
+        UserError: They are of different numbers of features: those of a file may be of any network.
+    """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+    widths = [len(side['mu']) for side in (reference, samples)]
+    if widths[0] != widths[1]:
+        raise UserError('the reference has {} features and the samples have {}: of another network'.format(*widths))
+    return fid_statistics_to_metric(samples, reference, verbose=False)[KEY_METRIC_FID]
 
 
 class FID(Metric):
