@@ -15,7 +15,7 @@ from tread_composer.metrics.features import FeatureSet
 
 __all__ = [
     'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'direction', 'measure',
-    'refuse_few', 'used_settings',
+    'used_settings',
 ]  # fmt: skip
 
 Better = Literal['lower', 'higher']
@@ -66,8 +66,8 @@ class Metric(Protocol):
     """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
 
     It may say ``needs_labels = True`` if it needs to know what each image was to show, ``needs_spatial = True`` if it
-    reads the spatial features, and with ``reads_features`` name the only features that it can read. Ours inherit what
-    stands here.
+    reads the spatial features, and with ``reads_features`` name the only features that it can read; ``least`` and
+    ``remedy`` are asked of those that have them. Ours inherit what stands here.
     """
 
     name: str
@@ -82,8 +82,11 @@ class Metric(Protocol):
     compares_with: Literal['nothing', 'statistics', 'images']
     """What it needs of the reference."""
 
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """Refuse too few images with a ``UserError``, before any is looked at."""
+    least: int = 1
+    """Images without which it gives no number, on each side where it compares images with images."""
+
+    remedy: str = ''
+    """Ends the message where there are fewer."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """A number for each quantity. The global random streams stay as they are."""
@@ -155,16 +158,13 @@ def check_metrics(
             )
         if metric.compares_with == 'images' and not num_reference:
             raise UserError(f'metrics: {metric.name} compares with images, and the reference has statistics alone')
-        metric.check(num_samples, num_reference)
-
-
-def refuse_few(name: str, least: int, num_samples: int, num_reference: int, remedy: str = '') -> None:
-    """For metrics that compare images with images: refuse fewer than ``least`` on a side with a ``UserError``."""
-    if min(num_samples, num_reference) < least:
-        raise UserError(
-            f'metrics: {name} needs {least} images on each side, and there are {num_samples} samples and '
-            f'{num_reference} reference images{remedy}'
-        )
+        each, counts = '', {'samples': num_samples}
+        if metric.compares_with == 'images':
+            each, counts = ' on each side', {**counts, 'reference images': num_reference}
+        least, remedy = getattr(metric, 'least', 0), getattr(metric, 'remedy', '')
+        if min(counts.values()) < least:
+            there = ' and '.join(f'{count} {name}' for name, count in counts.items())
+            raise UserError(f'metrics: {metric.name} needs {least} images{each}, and there are {there}{remedy}')
 
 
 def measure(

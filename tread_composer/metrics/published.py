@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import HASH_ORDER, FeatureSet
-from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity, refuse_few
+from tread_composer.metrics.metric import Comparison, Figure, Metric, Quantity
 
 __all__ = ['FID', 'KID', 'SFID', 'InceptionScore', 'PrecisionRecall', 'frechet_distance', 'statistics']
 
@@ -101,14 +101,10 @@ class KID(Metric):
     name = 'kid'
     quantities = (_KID,)
     compares_with = 'images'
+    remedy = '; give a smaller kid_subset_size, which is recorded with the number'
 
     def __init__(self, kid_subset_size: int = 1000) -> None:
-        self.kid_subset_size = kid_subset_size
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``."""
-        remedy = '; give a smaller kid_subset_size, which is recorded with the number'
-        refuse_few(self.name, self.kid_subset_size, num_samples, num_reference, remedy)
+        self.kid_subset_size = self.least = kid_subset_size
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
@@ -130,11 +126,8 @@ class InceptionScore(Metric):
     quantities = (_SCORE,)
     needs_logits = True
     compares_with = 'nothing'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``."""
-        if num_samples < _SPLITS:
-            raise UserError(f'metrics: is takes the mean over {_SPLITS} parts, and there are {num_samples} images')
+    least = _SPLITS
+    remedy = f'; it is the mean over {_SPLITS} parts'
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
@@ -154,10 +147,7 @@ class PrecisionRecall(Metric):
     name = 'prc'
     quantities = (_PRECISION, _RECALL)
     compares_with = 'images'
-
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``."""
-        refuse_few(self.name, _NEIGHBOURS + 1, num_samples, num_reference)
+    least = _NEIGHBOURS + 1
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
