@@ -20,7 +20,8 @@ from tread_composer.compare.presentation import format_comparison, write_compari
 from tread_composer.compare.runs import Run, open_run
 from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.metric import direction
+from tread_composer.metrics import METRICS
+from tread_composer.metrics.metric import build_metrics
 
 PROTOCOL = FULL_PROTOCOL.to_dict()
 
@@ -71,14 +72,12 @@ def test_where_higher_is_better_the_crossing_is_upwards():
     # Read as a distance the very first point would do: the direction is looked at.
     missed = speed_up(dense, routed, 'lower', 'step')
     assert (missed.ratio, missed.reached, missed.reason) == (None, None, 'not reached')
+    quantities = [quantity for metric in build_metrics([*METRICS], {}) for quantity in metric.quantities]
     for better, names in {
-        'lower': ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'kd'],
-        'higher': ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'recognised_digits_500'],
+        'lower': {'fid', 'sfid', 'kid'},
+        'higher': {'inception_score', 'precision', 'recall', 'recognised'},
     }.items():
-        assert [direction(name) for name in names] == [better] * 5
-    for name in ('loss', 'fidelity', 'digits/other'):
-        with pytest.raises(ValueError, match='no metric whose better direction is known'):
-            direction(name)
+        assert {quantity.name for quantity in quantities if quantity.better == better} == names
 
 
 def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
@@ -210,14 +209,14 @@ def test_the_files_of_a_comparison(tmp_path):
 
 def entry(batch: int | None, value: float, **keywords) -> dict:
     return {'metric': 'fid_10000', 'value': value, 'protocol': PROTOCOL, 'run': 'dense', 'batch': batch,
-            'training': {'teraflops': None, 'seconds': None}, 'source': 'x', **keywords}  # fmt: skip
+            'better': 'lower', 'training': {'teraflops': None, 'seconds': None}, 'source': 'x', **keywords}  # fmt: skip
 
 
 def test_results_files(tmp_path):
     path = tmp_path / 'results.json'
     entries = [
         entry(200, 9.0), entry(100, 12.0, training={'teraflops': 3.0, 'seconds': None}), entry(200, 8.0),
-        entry(None, 1.0), entry(300, float('nan')), entry(100, 1.0, metric='speed'),
+        entry(None, 1.0), entry(300, float('nan')), entry(100, 1.0, metric='speed', better=None),
     ]  # fmt: skip
     path.write_text(json.dumps(entries))
     found = open_run(str(path))
@@ -225,7 +224,12 @@ def test_results_files(tmp_path):
     assert curve.points == (Point(100, 12.0, 3.0, None), Point(200, 8.0))
     assert found.name == 'dense'
     notes = '\n'.join(found.notes)
-    for said in ('measured more than once', 'training step unknown', 'is nan', "'speed' is no metric"):
+    for said in (
+        'measured more than once',
+        'training step unknown',
+        'is nan',
+        'speed of x: nobody says which values are better',
+    ):
         assert said in notes
     path.write_text(json.dumps([entry(1, 2.0), entry(1, 3.0, run='routed')]))
     with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):

@@ -28,7 +28,10 @@ from tread_composer.samplers import SamplingSettings
 def rows_with(settings) -> list[dict]:
     """Rows whose ``fid`` is a parabola over the scale, with its best at 1.5."""
     values = lambda scale: {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}  # noqa: E731
-    return [{'settings': row, 'values': values(row['guidance_scale']), 'seconds': 1.0} for row in settings]
+    better = {'fid': 'lower', 'recall': 'higher'}
+    return [
+        {'settings': row, 'values': values(row['guidance_scale']), 'better': better, 'seconds': 1.0} for row in settings
+    ]
 
 
 def quiet(line: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.metrics.small import PROTOCOL
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.metric import build_metrics, direction
+from tread_composer.metrics.metric import build_metrics
 from tread_composer.metrics.protocol import (
     UNKNOWN,
     Protocol,
@@ -97,7 +97,7 @@ def test_a_series_has_some_of_the_protocol_in_its_name():
 def test_a_name_says_how_many_samples_and_which_features(metric, position, features, count, name):
     (built,) = build_metrics([metric], {})
     assert built.quantities[position].reported(features, count) == name
-    assert direction(name) == ('lower' if metric in ('fid', 'kid') else 'higher')
+    assert built.quantities[position].better == ('lower' if metric in ('fid', 'kid') else 'higher')
 
 
 def result(value: float, batch: int | None = None) -> dict:

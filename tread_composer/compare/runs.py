@@ -16,7 +16,6 @@ from tread_composer.compare.curves import Curve, Point
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.io.files import read_json
-from tread_composer.metrics.metric import direction
 from tread_composer.metrics.protocol import load_results, protocol_key
 
 __all__ = ['Run', 'open_run', 'store_of']
@@ -138,9 +137,14 @@ def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) ->
     notes: list[str] = []
     for entry in entries:
         metric, step, value = entry['metric'], entry['batch'], float(entry['value'])
-        reason = _unusable(entry)
-        if reason is not None:
-            notes.append(f'left out: {reason}')
+        faults = {
+            'training step unknown': step is None,
+            'nobody says which values are better': entry['better'] is None,
+            f'at step {step} it is {value}': not math.isfinite(value),
+        }
+        if any(faults.values()):
+            said = ', '.join(text for text, holds in faults.items() if holds)
+            notes.append(f'left out: {metric} of {entry["source"]}: {said}')
             continue
         key = metric, protocol_key(entry['protocol'])  # numbers of different protocols are different curves
         samples.setdefault(key, entry)
@@ -153,22 +157,8 @@ def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) ->
     curves = []
     for key, by_step in points.items():
         ordered = tuple(by_step[step] for step in sorted(by_step))
-        better = samples[key]['better'] or direction(key[0])
-        curves.append(Curve(key[0], samples[key]['protocol'], ordered, better))
+        curves.append(Curve(key[0], samples[key]['protocol'], ordered, samples[key]['better']))
     return tuple(curves), list(dict.fromkeys(notes))
-
-
-def _unusable(entry: Mapping[str, Any]) -> str | None:
-    """Why an entry is no point of a curve."""
-    metric, step = entry['metric'], entry['batch']
-    if entry['better'] is None:  # a result that was written before metrics said their direction themselves
-        try:
-            direction(metric)
-        except ValueError as error:
-            return str(error)
-    if step is None:
-        return f'{metric} of {entry.get("source")}: training step unknown'
-    return None if math.isfinite(entry['value']) else f'{metric} at step {step} is {entry["value"]}'
 
 
 def store_of(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:

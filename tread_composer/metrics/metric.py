@@ -1,7 +1,7 @@
 """What a metric says of itself, and what the rest of the project asks it: nobody else keeps a list of metrics."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ from tread_composer.metrics import METRICS
 from tread_composer.metrics.features import FeatureSet
 
 __all__ = [
-    'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'direction', 'measure',
+    'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'measure',
     'used_settings',
 ]  # fmt: skip
 
@@ -37,10 +37,6 @@ class Quantity:
         """The name of a number: ``'fid'``, ``'fid_10000'`` below 50,000 samples, ``'fd_digits_500'``."""
         name = self.name if features == 'inception' else f'{self.other or self.name}_{features}'
         return name if num_samples >= _FULL_COUNT else f'{name}_{num_samples}'
-
-    def reports(self, reported: str) -> bool:
-        """Whether a reported name is one of this quantity."""
-        return any(reported == name or reported.startswith(f'{name}_') for name in (self.name, self.other or self.name))
 
 
 @dataclass(frozen=True)
@@ -93,15 +89,6 @@ class Metric(Protocol):
         ...
 
 
-_IMPORTED: dict[str, Any] = {}  # classes by name: those of METRICS, and others that this process has measured with
-
-
-def _metric_class(name: str) -> Callable[..., Metric]:
-    if name not in _IMPORTED:
-        _IMPORTED[name] = part_named(name, METRICS)
-    return _IMPORTED[name]
-
-
 def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
     """The metrics of these names; each takes the settings, such as ``kid_subset_size``, that its constructor names.
 
@@ -114,7 +101,7 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
     metrics = []
     for name in dict.fromkeys(names):
         try:
-            target = _metric_class(name)
+            target = part_named(name, METRICS)
             accepted = inspect.signature(target).parameters  # a metric names what it depends on
             metrics.append(target(**{key: value for key, value in settings.items() if key in accepted}))
         except (ValueError, TypeError) as error:
@@ -124,7 +111,7 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
 
 def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a measurement, None where none of these metrics takes it."""
-    taken = {parameter for name in names for parameter in inspect.signature(_metric_class(name)).parameters}
+    taken = {parameter for name in names for parameter in inspect.signature(part_named(name, METRICS)).parameters}
     return {key: value if key in taken else None for key, value in settings.items()}
 
 
@@ -181,23 +168,3 @@ def measure(
         UserError: The statistics of the reference are of another network.
     """
     return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]
-
-
-def direction(reported: str) -> Better:
-    """Whether lower or higher values of a metric are better, by its reported name (``fid_10000``, ``fd_digits_500``).
-
-    Raises:
-        ValueError: No metric reports such a number.
-    """
-    for quantity in _quantities():
-        if quantity.reports(reported):
-            return quantity.better
-    names = sorted({name for quantity in _quantities() for name in (quantity.name, quantity.other) if name})
-    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {names}')
-
-
-def _quantities() -> Iterator[Quantity]:
-    for name in METRICS:  # whatever this process has not used yet
-        _metric_class(name)
-    for target in _IMPORTED.values():
-        yield from target.quantities
