@@ -248,7 +248,7 @@ def test_files_that_are_no_results(tmp_path):
     for content, message in {
         '{': 'cannot be read',
         '"text"': 'no list of measured numbers',
-        '{}': 'has no run_name',
+        '{}': 'no list of measured numbers',
         '[{"metric": "fid"}]': 'result 0 has no proper value, protocol',
         '[]': 'no results',
     }.items():
@@ -267,9 +267,10 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
     folder = root / 'runs' / name
     folder.mkdir(parents=True)
     write_config(folder, recipe, f'run_name={name}')
-    points = [{'batch': step, 'recognised': 0.5, 'frechet_distance': value} for step, value in values.items()]
-    results = {'run_name': name, 'protocol': {**PROTOCOL, **protocol}, 'points': points}
-    (folder / 'digits_quality.json').write_text(json.dumps(results))
+    shared = {'protocol': {**PROTOCOL, **protocol}, 'run': name}
+    entries = [entry(step, value, metric='fd_digits_500', **shared) for step, value in values.items()]
+    entries += [entry(step, 0.5, metric='recognised_digits_500', better='higher', **shared) for step in values]
+    (folder / 'results.json').write_text(json.dumps(entries))
     client = MlflowClient(f'sqlite:///{root}/runs/mlflow.db')
     experiment = client.get_experiment_by_name('digits')
     place = (root / 'runs' / 'mlflow_artifacts').as_uri()
@@ -295,7 +296,7 @@ def digits_runs(tmp_path_factory) -> Path:
 
 def test_digits_runs_from_their_folders_through_the_command(digits_runs, tmp_path, cli):
     dense, routed, guided = (digits_runs / 'runs' / name for name in ('dense', 'routed', 'guided'))
-    printed = cli('compare', dense, routed, '--out', tmp_path, '--metric', 'digits/frechet_distance').out
+    printed = cli('compare', dense, routed, '--out', tmp_path, '--metric', 'fd_digits').out
     assert '1.33x (1.00x at the measurement)' in printed
     assert f'written: {tmp_path}/comparison.html' in printed
     (stored,) = json.loads((tmp_path / 'comparison.json').read_text())['metrics']

@@ -20,10 +20,7 @@ from tread_composer.metrics.protocol import load_results, protocol_key
 
 __all__ = ['Run', 'open_run', 'store_of']
 
-_RESULTS = ('results.json', 'digits_quality.json')
 _FORMS = "a run's folder, or a results.json (FILE#RUN where it holds several)"
-# Until 0.1.0 the callback digits_quality wrote a file of its own.
-_EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def open_run(word: str) -> Run:
 
 
 def _from_file(path: Path, run_name: str | None) -> Run:
-    entries = _entries(path)
+    entries = load_results(path)
     names = sorted({entry['run'] or '' for entry in entries})
     if run_name is None and len(names) > 1:
         raise UserError(
@@ -70,11 +67,11 @@ def _from_file(path: Path, run_name: str | None) -> Run:
 def _from_folder(folder: Path) -> Run:
     if not (folder / 'config.yaml').is_file():
         raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
-    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
-    entries = [entry for file in files for entry in _entries(file)]
+    results = folder / 'results.json'
+    entries = load_results(results) if results.is_file() else []
     if not entries:
         raise UserError(
-            f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
+            f'{folder}: holds no results (results.json): measure it first: '
             f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
         )
     config, logged, notes = yaml.safe_load((folder / 'config.yaml').read_text()), {}, []
@@ -112,22 +109,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
     device = ', '.join(sorted({str(gpu.get('name', gpu) if isinstance(gpu, Mapping) else gpu) for gpu in gpus}))
     cpu = f'{environment.get("cpu")}, {environment.get("torch_threads")} threads'
     return f'{environment.get("world_size")} ranks on {f"{len(gpus)} x {device}" if gpus else cpu}'
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of results: of ``evaluate``, ``sweep``, the callbacks."""
-    content = read_json(path)
-    if not isinstance(content, Mapping):
-        return load_results(path)
-    missing = [key for key in ('run_name', 'protocol', 'points') if key not in content]
-    if missing:
-        raise UserError(f'{path}: has no {", ".join(missing)}; it was not written by digits_quality or evaluate')
-    shared = {'protocol': content['protocol'], 'training': None, 'run': content['run_name']}
-    return [
-        {'metric': f'digits/{name}', 'value': point[name], 'batch': point['batch'], 'better': better, **shared}
-        for point in content['points']
-        for name, better in _EARLIER.items()
-    ]
 
 
 def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) -> tuple[tuple[Curve, ...], list[str]]:
