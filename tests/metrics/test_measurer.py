@@ -1,6 +1,5 @@
 """The Measurer: on several ranks the numbers of one, the reference looked at once, refusals before any image."""
 
-import dataclasses
 import math
 
 import pytest
@@ -66,12 +65,6 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
     assert (
         protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100, **drawn} and protocol['num_samples'] == 12
     )
-
-
-def test_what_a_table_has_in_common_names_the_settings_that_its_metrics_take():
-    kid = Measurement('r', metrics=('kid', 'fid', 'kid'), kid_subset_size=50)
-    assert kid.contract() == {'metrics': ['fid', 'kid'], 'kid_subset_size': 50}
-    assert dataclasses.replace(kid, metrics=('fid',)).contract() == {'metrics': ['fid'], 'kid_subset_size': None}
 
 
 def test_impossible_measurements_are_refused_before_an_image_is_looked_at(tmp_path):

@@ -15,7 +15,6 @@ from tread_composer.metrics.features import FeatureSet
 
 __all__ = [
     'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'measure',
-    'used_settings',
 ]  # fmt: skip
 
 Better = Literal['lower', 'higher']
@@ -107,12 +106,6 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
         except (ValueError, TypeError) as error:
             raise UserError(f'metrics: {name}: cannot be used: {error}') from error
     return metrics
-
-
-def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a measurement, None where none of these metrics takes it."""
-    taken = {parameter for name in names for parameter in inspect.signature(part_named(name, METRICS)).parameters}
-    return {key: value if key in taken else None for key, value in settings.items()}
 
 
 def check_metrics(

@@ -140,7 +140,8 @@ class _Bench:
         self, request: SweepRequest, device: torch.device, ranks: Ranks, digests: Mapping[str, str], log: Log
     ) -> None:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
-        self.measurer = Measurer(request.measurement, device, ranks, log)
+        measurement = request.measurement
+        self.measurer = Measurer(measurement, device, ranks, log)
         self._trained: Trained | None = None
         self._loaded = ''  # which weights it has, as the rows call them
         trained = self._load(weights_name(request.weights[0]))
@@ -153,6 +154,7 @@ class _Bench:
             )
         self.measurer.check(count, image_size(trained.model), has_labels=classes > 0)
         facts = drawing_facts(trained.model, SamplingSettings(request.sampler), draws, weights='')
+        takes_subsets = any(hasattr(metric, 'kid_subset_size') for metric in self.measurer.metrics)
         contract = {
             # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
             'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
@@ -160,7 +162,8 @@ class _Bench:
             'num_steps': request.num_steps,
             'num_samples': count,
             **{name: value for name, value in facts.items() if name not in ('weights', 'sampling', 'weak')},
-            **request.measurement.contract(),
+            'metrics': sorted(set(measurement.metrics)),
+            'kid_subset_size': measurement.kid_subset_size if takes_subsets else None,
             **self.measurer.facts(),
         }
         self.contract: dict[str, Any] = json.loads(json.dumps(contract))  # as it comes back from the file
