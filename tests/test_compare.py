@@ -10,7 +10,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from tests.metrics.small import PROTOCOL as FULL_PROTOCOL
+from tests.metrics.small import PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
 from tests.runs import YAMLS
 from tread_composer.compare.comparison import compare
@@ -22,8 +22,6 @@ from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.metric import build_metrics
-
-PROTOCOL = FULL_PROTOCOL.to_dict()
 
 
 def points(*values: tuple[int, float], flops: float | None = 2.0, seconds: float | None = 0.5) -> tuple[Point, ...]:

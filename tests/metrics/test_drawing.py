@@ -35,7 +35,7 @@ def protocol(model, **how):
         'reference_hash': 'c',
         'features': {'name': 'd'},
     }
-    return Protocol(**facts(model, **how), **rest, resolution=8)
+    return Protocol(**facts(model, **how), **rest, resolution=8).to_dict()
 
 
 def model_of(objective, num_classes=10, autoencoder=None):
@@ -69,7 +69,7 @@ def test_what_is_trained_otherwise_and_sampled_alike_compares():
 def test_numbers_of_samplers_that_end_otherwise_do_not_compare():
     """Before 0.2 the last step of heun was Euler's in flow matching too; in other equations nothing has changed."""
     heun, euler = (SamplingSettings(sampler=name, num_steps=4) for name in ('heun', 'euler'))
-    before = protocol(model_of(FlowMatching()), settings=heun).to_dict()
+    before = protocol(model_of(FlowMatching()), settings=heun)
     assert before['time_grid'].pop('corrected_at_zero') is True
     found = differences(before, protocol(model_of(FlowMatching()), settings=heun))
     assert found == ["time_grid.corrected_at_zero: 'absent' and True"]
