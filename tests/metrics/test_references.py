@@ -75,11 +75,14 @@ def test_the_pixels_of_a_data_set_of_ours(tmp_path):
     assert open_images(tmp_path / 'digits' / 'eval').labels() == DigitsImages('eval').labels()
 
 
-def test_the_digits_are_a_reference_by_name_unless_something_is_called_so(tmp_path, monkeypatch):
+def test_the_digits_are_a_reference_by_name_and_a_folder_that_is_called_so_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_reference('digits').hash == DigitsImages('train').hash
+    assert len(open_reference('digits').features(DigitsFeatures(), tmp_path / 'cache')) == 1500
+    assert not (tmp_path / 'cache').exists()  # no file that could be looked at again
     write_folder(tmp_path / 'digits', random_images(4))
-    assert open_reference('digits').count == 4
+    assert open_reference('digits').hash == DigitsImages('train').hash
+    assert open_reference('./digits').count == open_reference(tmp_path / 'digits').count == 4
 
 
 def test_labels_of_images(tmp_path):

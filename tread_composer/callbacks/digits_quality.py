@@ -69,10 +69,6 @@ class DigitsQuality(Evaluation):
         if num_classes != _CLASSES:
             raise UserError(f'callbacks.digits_quality: is for the ten digits, but the model has {num_classes} classes')
 
-    def reference_images(self) -> DigitsImages:
-        """Real digits, whatever else may be called so where the run is started."""
-        return DigitsImages()
-
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""
         # The keys that these numbers have always had
@@ -104,7 +100,7 @@ class DigitsQuality(Evaluation):
         ]
 
     def _held_out(self) -> dict[str, float]:
-        measurer = Measurer(self.measurement, torch.device('cpu'), images=self.reference_images())
+        measurer = Measurer(self.measurement, torch.device('cpu'))
         real = DigitsImages('eval')
         figures = measurer.figures(measurer.look(real.batches(_BATCH), real.labels()))
         return {figure.quantity.name: figure.value for figure in figures}

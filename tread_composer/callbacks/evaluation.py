@@ -20,9 +20,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
-from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.drawing import Draws
-from tread_composer.metrics.images import ImageSet
 from tread_composer.metrics.inception import find_weights
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
@@ -108,7 +106,7 @@ class Evaluation(SamplingCallback):
         reference = self.measurement.reference
         path = os.path.abspath(reference)
         made_later = config.data.name == 'digits' and path.startswith(os.path.abspath(config.data.local) + os.sep)
-        if not os.path.exists(path) and not made_later and reference not in REFERENCES:
+        if not os.path.exists(path) and not made_later and reference != 'digits':
             text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
             yield 'reference', f'{reference!r} {text}'
         if self.measurement.features == 'inception':
@@ -135,7 +133,7 @@ class Evaluation(SamplingCallback):
             if self._path(state).exists():
                 load_results(self._path(state))
             log = to_stderr if ranks.is_first else silent
-            measurer = Measurer(self.measurement, device, ranks, log, self.reference_images())
+            measurer = Measurer(self.measurement, device, ranks, log)
             measurer.check(self.num_samples, self._resolution, has_labels=classes > 0)
             return measurer
 
@@ -168,10 +166,6 @@ class Evaluation(SamplingCallback):
             return []
         figures = ', '.join(f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries)
         return [('measured', f'{figures} at batch {entries[0]["batch"]}; protocol in {self._path(state)}')]
-
-    def reference_images(self) -> ImageSet | None:
-        """The reference, where it is none of the disk."""
-        return None
 
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""

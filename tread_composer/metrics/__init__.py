@@ -6,7 +6,7 @@ and a line in ``FEATURES`` (``metrics.features.Extractor``).
 
 from collections.abc import Mapping
 
-__all__ = ['FEATURES', 'METRICS', 'REFERENCES']
+__all__ = ['FEATURES', 'METRICS']
 
 METRICS: Mapping[str, str] = {
     'fid': 'tread_composer.metrics.published:FID',
@@ -26,6 +26,3 @@ FEATURES: Mapping[str, str] = {
     'digits': 'tread_composer.metrics.digits:DigitsFeatures',
 }
 """Feature networks, by name as the metrics are."""
-
-REFERENCES: Mapping[str, str] = {'digits': 'tread_composer.metrics.digits:DigitsImages'}
-"""Sets of real images that need no file, by name; a path of the same name goes before."""

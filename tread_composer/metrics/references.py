@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 
 from tread_composer.core.errors import UserError
-from tread_composer.core.named import part_named
 from tread_composer.io.files import file_hash
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
 from tread_composer.metrics.images import ImageSet, open_images
 
-__all__ = ['Reference', 'open_reference', 'reference_of']
+__all__ = ['Reference', 'open_reference']
 
 _CACHE_FORMAT = 1
 
@@ -82,7 +80,7 @@ class Reference:
     ) -> FeatureSet | None:
         """Features of its images, on the first rank: from the cache, else computed by all ranks and put there.
 
-        All ranks call this; without a folder ``cache`` nothing is kept.
+        All ranks call this; without a folder ``cache`` nothing is kept, nor of images that are none of the disk.
 
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.
@@ -91,7 +89,7 @@ class Reference:
         facts |= {'spatial': True} if getattr(extractor, 'spatial', False) else {}
         contract = json.dumps(facts, sort_keys=True)
         name = f'features-{extractor.name}-{hashlib.sha256(contract.encode()).hexdigest()[:32]}.npz'
-        path = None if cache is None else cache / name
+        path = cache / name if cache is not None and self.path.exists() else None  # scikit-learn's are no file
         # The first rank decides for all: the others may see another cache.
         if ranks.from_first(path is not None and path.exists()):
             return ranks.agreed(lambda: load_features(path) if path and ranks.is_first else None)
@@ -112,24 +110,25 @@ class Reference:
 
 
 def open_reference(path: str | Path) -> Reference:
-    """The reference at a path, or of this name in ``metrics.REFERENCES`` if nothing is there.
+    """The reference at a path; the name ``'digits'`` stands for scikit-learn's, whatever lies there.
 
     Raises:
         UserError: There is none, or its statistics are damaged.
     """
+    if path == 'digits':
+        from tread_composer.metrics.digits import DigitsImages  # brings scikit-learn
+
+        return _of_images(DigitsImages())
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         published, spatial, has_images = _adm(path)
         images = open_images(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
         return Reference(path, 'npz' if published is None else 'adm', images, published, digest, spatial)
-    if str(path) in REFERENCES and not path.exists():
-        return reference_of(part_named(str(path), REFERENCES)())
-    return reference_of(open_images(path))
+    return _of_images(open_images(path))
 
 
-def reference_of(images: ImageSet) -> Reference:
-    """Images as a reference."""
+def _of_images(images: ImageSet) -> Reference:
     return Reference(images.path, images.kind, images, None, images.hash)
 
 
