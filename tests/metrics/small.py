@@ -44,7 +44,7 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
 
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
     """The features of all images."""
-    return joined([*looked(batches, extractor)])
+    return joined(looked(batches, extractor))
 
 
 class Means:

@@ -21,6 +21,7 @@ from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
 from tread_composer.metrics.drawing import Draws
+from tread_composer.metrics.features import looked
 from tread_composer.metrics.inception import find_weights
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
@@ -210,7 +211,7 @@ class Evaluation(SamplingCallback):
             finite = images_BCRR.isfinite().flatten(1).all(1)  # one for each image
             broken += int((~finite).sum())
             finite_labels = [label for label, is_finite in zip(labels, finite, strict=False) if is_finite]
-            parts += measurer.look([to_uint8(images_BCRR[finite])] if finite.any() else [], finite_labels)
+            parts += looked([to_uint8(images_BCRR[finite])] if finite.any() else [], measurer.extractor, finite_labels)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)

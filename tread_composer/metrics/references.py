@@ -100,7 +100,7 @@ class Reference:
         # Of the share of this rank
         progress = Progress(str(self.path), -(-self.count // ranks.world), 'images', log=log)
         batches = self.images.batches(batch_size, ranks.rank, ranks.world)
-        shares = ranks.gathered(ranks.agreed(lambda: [*looked(batches, extractor, progress=progress)]))
+        shares = ranks.gathered(ranks.agreed(lambda: looked(batches, extractor, progress=progress)))
         if not ranks.is_first:
             return None
         features = joined([part for share in shares for part in share])
