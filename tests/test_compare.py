@@ -13,11 +13,9 @@ from mlflow.entities import Metric
 from tests.metrics.small import PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
 from tests.runs import YAMLS
-from tread_composer.compare.comparison import compare
-from tread_composer.compare.cost import recorded_seconds, training_teraflops
-from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
+from tread_composer.compare.comparison import Value, common_speed_up, compare, speed_up, value_at
 from tread_composer.compare.presentation import format_comparison, write_comparison
-from tread_composer.compare.runs import Run, open_run
+from tread_composer.compare.runs import Curve, Point, Run, open_run, recorded_seconds, training_teraflops
 from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
 from tread_composer.metrics import METRICS

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tread_composer.compare.comparison import Comparison, MetricTable
-from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
+from tread_composer.compare.comparison import Comparison, MetricTable, SpeedUp, Value, best_point
+from tread_composer.compare.runs import AXES, Axis
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import Chart, Curve, charts_png, short
 from tread_composer.io.files import write_atomically

@@ -1,4 +1,4 @@
-"""How images are drawn: which labels and seeds, batch by batch, and what a protocol says of it.
+"""How images are drawn: which labels and seeds, and what a protocol says of it.
 
 For ``sample``, ``evaluate``, ``sweep`` and the callbacks, so that the same images have the same protocol.
 """
