@@ -22,7 +22,6 @@ from tread_composer.advisor.placement import (
     rank_routes,
     read_route,
 )
-from tread_composer.advisor.request import InspectRequest
 from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
 from tread_composer.algorithms.rules import conflict
 from tread_composer.algorithms.tread import Tread
@@ -73,22 +72,28 @@ class RealLatents:
     source: str
 
 
-def inspect_run(request: InspectRequest) -> Inspection:
-    """Look at a trained network; ``UserError`` if the request does not fit the run or its data."""
-    device = choose_device(request.device, 0)
-    with machine_for(device, 0, 1), plain_float32(device):
-        trained = load_trained(request.path, weights=request.weights, device=device)
-        data = read_latents(trained.config, trained.data, request.count, request.data)
+def inspect_run(
+    path: str, times: Sequence[float], count: int, weights: str, batch_size: int, data: str | None, device: str | None
+) -> Inspection:
+    """Look at a trained network at times in (0, 1), 0 being data; the command ``inspect`` explains the arguments.
+
+    Raises:
+        UserError: They do not fit the run or its data.
+    """
+    place = choose_device(device, 0)
+    with machine_for(place, 0, 1), plain_float32(place):
+        trained = load_trained(path, weights=weights, device=place)
+        latents = read_latents(trained.config, trained.data, count, data)
         try:
             fresh = _fresh(trained)
             blocks = find_blocks(fresh, 'blocks' if hasattr(fresh, 'blocks') else None)[0]
-            levels = [trained.model.objective.noise_level(time) for time in request.times]
+            levels = [trained.model.objective.noise_level(time) for time in times]
             maps: dict[float, TokenSimilarity] = {}
-            for time in request.times:
-                calls = _calls(trained, data, time, request.batch_size)
+            for time in times:
+                calls = _calls(trained, latents, time, batch_size)
                 maps[time] = token_similarity(trained.model.denoiser, calls, blocks=blocks)
         except ValueError as error:
-            raise UserError(f'{request.path}: {error}') from None
+            raise UserError(f'{path}: {error}') from None
     mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
     routes = tuple(route.span(len(mean) - 1) for route in trained.config.routes())
     advice, run_name = propose_route(fresh, blocks), trained.config.run_name
@@ -99,11 +104,11 @@ def inspect_run(request: InspectRequest) -> Inspection:
             'weights': trained.weights,
             'weights_digest': trained.digest,
             'batch': trained.batch,
-            'data': data.source,
-            'samples': request.count,
+            'data': latents.source,
+            'samples': count,
             'sample_ids': 'at equal distances in the split',
             'labels': "the samples' own" if trained.model.num_classes else 'none',
-            'times': list(request.times),
+            'times': list(times),
             'noise_levels': [float(f'{level:.6g}') for level in levels],
             'noise_seed': _SEED,
             'objective': trained.config.objective.name,
