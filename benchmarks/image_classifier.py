@@ -101,9 +101,6 @@ class Recognised:
     needs_labels = True
     compares_with = 'nothing'
 
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """See ``Metric``; any number of images will do."""
-
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """See ``Metric``."""
         if samples.logits_NK is None or samples.labels_N is None:

@@ -10,19 +10,16 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from tests.metrics.small import PROTOCOL as FULL_PROTOCOL
+from tests.metrics.small import PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
 from tests.runs import YAMLS
-from tread_composer.compare.comparison import compare
-from tread_composer.compare.cost import recorded_seconds, training_teraflops
-from tread_composer.compare.curves import Curve, Point, Value, common_speed_up, speed_up, value_at
+from tread_composer.compare.comparison import Value, common_speed_up, compare, speed_up, value_at
 from tread_composer.compare.presentation import format_comparison, write_comparison
-from tread_composer.compare.runs import Run, open_run
+from tread_composer.compare.runs import Curve, Point, Run, open_run, recorded_seconds, training_teraflops
 from tread_composer.config import load_config
 from tread_composer.core.errors import UserError
-from tread_composer.metrics.metric import direction
-
-PROTOCOL = FULL_PROTOCOL.to_dict()
+from tread_composer.metrics import METRICS
+from tread_composer.metrics.metric import build_metrics
 
 
 def points(*values: tuple[int, float], flops: float | None = 2.0, seconds: float | None = 0.5) -> tuple[Point, ...]:
@@ -71,14 +68,12 @@ def test_where_higher_is_better_the_crossing_is_upwards():
     # Read as a distance the very first point would do: the direction is looked at.
     missed = speed_up(dense, routed, 'lower', 'step')
     assert (missed.ratio, missed.reached, missed.reason) == (None, None, 'not reached')
+    quantities = [quantity for metric in build_metrics([*METRICS], {}) for quantity in metric.quantities]
     for better, names in {
-        'lower': ['fid', 'fid_10000', 'kid_500', 'fd_digits_500', 'kd'],
-        'higher': ['inception_score', 'precision_10000', 'recall', 'score_digits_10', 'recognised_digits_500'],
+        'lower': {'fid', 'sfid', 'kid'},
+        'higher': {'inception_score', 'precision', 'recall', 'recognised'},
     }.items():
-        assert [direction(name) for name in names] == [better] * 5
-    for name in ('loss', 'fidelity', 'digits/other'):
-        with pytest.raises(ValueError, match='no metric whose better direction is known'):
-            direction(name)
+        assert {quantity.name for quantity in quantities if quantity.better == better} == names
 
 
 def test_where_the_best_of_the_reference_is_not_reached_the_best_that_both_reach_is_taken():
@@ -210,14 +205,14 @@ def test_the_files_of_a_comparison(tmp_path):
 
 def entry(batch: int | None, value: float, **keywords) -> dict:
     return {'metric': 'fid_10000', 'value': value, 'protocol': PROTOCOL, 'run': 'dense', 'batch': batch,
-            'training': {'teraflops': None, 'seconds': None}, 'source': 'x', **keywords}  # fmt: skip
+            'better': 'lower', 'training': {'teraflops': None, 'seconds': None}, 'source': 'x', **keywords}  # fmt: skip
 
 
 def test_results_files(tmp_path):
     path = tmp_path / 'results.json'
     entries = [
         entry(200, 9.0), entry(100, 12.0, training={'teraflops': 3.0, 'seconds': None}), entry(200, 8.0),
-        entry(None, 1.0), entry(300, float('nan')), entry(100, 1.0, metric='speed'),
+        entry(None, 1.0), entry(300, float('nan')), entry(100, 1.0, metric='speed', better=None),
     ]  # fmt: skip
     path.write_text(json.dumps(entries))
     found = open_run(str(path))
@@ -225,7 +220,12 @@ def test_results_files(tmp_path):
     assert curve.points == (Point(100, 12.0, 3.0, None), Point(200, 8.0))
     assert found.name == 'dense'
     notes = '\n'.join(found.notes)
-    for said in ('measured more than once', 'training step unknown', 'is nan', "'speed' is no metric"):
+    for said in (
+        'measured more than once',
+        'training step unknown',
+        'is nan',
+        'speed of x: nobody says which values are better',
+    ):
         assert said in notes
     path.write_text(json.dumps([entry(1, 2.0), entry(1, 3.0, run='routed')]))
     with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):
@@ -244,7 +244,7 @@ def test_files_that_are_no_results(tmp_path):
     for content, message in {
         '{': 'cannot be read',
         '"text"': 'no list of measured numbers',
-        '{}': 'has no run_name',
+        '{}': 'no list of measured numbers',
         '[{"metric": "fid"}]': 'result 0 has no proper value, protocol',
         '[]': 'no results',
     }.items():
@@ -263,9 +263,10 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
     folder = root / 'runs' / name
     folder.mkdir(parents=True)
     write_config(folder, recipe, f'run_name={name}')
-    points = [{'batch': step, 'recognised': 0.5, 'frechet_distance': value} for step, value in values.items()]
-    results = {'run_name': name, 'protocol': {**PROTOCOL, **protocol}, 'points': points}
-    (folder / 'digits_quality.json').write_text(json.dumps(results))
+    shared = {'protocol': {**PROTOCOL, **protocol}, 'run': name}
+    entries = [entry(step, value, metric='fd_digits_500', **shared) for step, value in values.items()]
+    entries += [entry(step, 0.5, metric='recognised_digits_500', better='higher', **shared) for step in values]
+    (folder / 'results.json').write_text(json.dumps(entries))
     client = MlflowClient(f'sqlite:///{root}/runs/mlflow.db')
     experiment = client.get_experiment_by_name('digits')
     place = (root / 'runs' / 'mlflow_artifacts').as_uri()
@@ -291,7 +292,7 @@ def digits_runs(tmp_path_factory) -> Path:
 
 def test_digits_runs_from_their_folders_through_the_command(digits_runs, tmp_path, cli):
     dense, routed, guided = (digits_runs / 'runs' / name for name in ('dense', 'routed', 'guided'))
-    printed = cli('compare', dense, routed, '--out', tmp_path, '--metric', 'digits/frechet_distance').out
+    printed = cli('compare', dense, routed, '--out', tmp_path, '--metric', 'fd_digits').out
     assert '1.33x (1.00x at the measurement)' in printed
     assert f'written: {tmp_path}/comparison.html' in printed
     (stored,) = json.loads((tmp_path / 'comparison.json').read_text())['metrics']

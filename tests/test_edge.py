@@ -31,7 +31,7 @@ for part in ('core', 'routing', 'models', 'objectives', 'samplers', 'autoencoder
 
 import torch
 from tread_composer.autoencoders import Pixels
-from tread_composer.metrics.frechet import frechet_distance, statistics
+from tread_composer.metrics.published import frechet_distance, statistics
 from tread_composer.models import DiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import Route, apply_tread

@@ -12,7 +12,7 @@ import yaml
 
 from tests.runs import ROOT, launch, refused_here
 from tests.warm import inside
-from tread_composer.compare.cost import training_teraflops
+from tread_composer.compare.runs import training_teraflops
 
 YAML = ROOT / 'tests' / 'stranger' / 'run.yaml'
 SAMPLING = ('--steps', '2', '--sampler', 'stranger.parts:midpoint')

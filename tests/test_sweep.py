@@ -28,7 +28,10 @@ from tread_composer.samplers import SamplingSettings
 def rows_with(settings) -> list[dict]:
     """Rows whose ``fid`` is a parabola over the scale, with its best at 1.5."""
     values = lambda scale: {'fid': (scale - 1.5) ** 2 + 2, 'recall': 1 - scale / 4, 'gmacs_per_image': 3.0}  # noqa: E731
-    return [{'settings': row, 'values': values(row['guidance_scale']), 'seconds': 1.0} for row in settings]
+    better = {'fid': 'lower', 'recall': 'higher'}
+    return [
+        {'settings': row, 'values': values(row['guidance_scale']), 'better': better, 'seconds': 1.0} for row in settings
+    ]
 
 
 def quiet(line: str) -> None:
@@ -106,12 +109,19 @@ def table_of(folder: Path) -> list[dict]:
     return json.loads((folder / 'sweep.json').read_text())['rows']
 
 
+def measured_in(folder: Path) -> tuple[list[str], int | None]:
+    """What all rows have in common: the metrics, and KID's setting where one of them takes it."""
+    contract = json.loads((folder / 'sweep.json').read_text())['contract']
+    return contract['metrics'], contract['kid_subset_size']
+
+
 def test_the_command_measures_writes_protocols_and_resumes(command, tmp_path, cli, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     out = tmp_path / 'out'
     words = [*command, '--samples', '40', '--out', str(out)]
     printed = cli(*words, '--guidance-scale', '1', '3').out
     assert 'fd_digits_40' in printed and '* best of its column' in printed
+    assert measured_in(out) == (['fid'], None)
     plain, guided = before = table_of(out)
     assert plain['values']['fd_digits_40'] != guided['values']['fd_digits_40']
     assert guided['values']['gmacs_per_image'] == pytest.approx(2 * plain['values']['gmacs_per_image'])
@@ -138,9 +148,10 @@ def test_the_command_measures_writes_protocols_and_resumes(command, tmp_path, cl
 
 
 def test_kid_of_small_subsets_with_a_cache_of_its_own(command, tmp_path, cli):
-    words = ['--metrics', 'kid', '--kid-subset-size', '20', '--cache', str(tmp_path / 'cache'), '--samples', '20']
-    cli(*command, *words, '--out', tmp_path / 'out')
-    (entry,) = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    words = ['--metrics', 'kid', 'fid', 'kid', '--kid-subset-size', '20', '--samples', '20']
+    cli(*command, *words, '--cache', tmp_path / 'cache', '--out', tmp_path / 'out')
+    assert measured_in(tmp_path / 'out') == (['fid', 'kid'], 20)
+    (entry, _) = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert entry['metric'] == 'kd_digits_20' and entry['protocol']['settings']['kid_subset_size'] == 20
     assert len(list((tmp_path / 'cache').iterdir())) == 1
     assert '--kid-subset-size 20' in (tmp_path / 'out' / 'sweep.html').read_text()

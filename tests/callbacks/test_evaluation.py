@@ -21,9 +21,9 @@ from tread_composer.callbacks.evaluation import Evaluation
 from tread_composer.config import check_files, load_config
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.features import open_extractor
-from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.metric import Comparison, build_metrics, measure
 from tread_composer.metrics.protocol import differences, load_results, series_name
+from tread_composer.metrics.published import statistics
 from tread_composer.metrics.references import open_reference
 from tread_composer.objectives import FlowMatching
 

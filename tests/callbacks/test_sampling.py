@@ -140,6 +140,7 @@ def test_a_diverged_model_is_drawn_and_good_digits_are_recognised(tmp_path):
 
 def test_digits_are_measured_with_their_protocol_and_every_measurement_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     (tmp_path / 'digits').mkdir()  # no reference
     files, quality = Files(), DigitsQuality('3ba', folder='run', num_samples=30, num_steps=2, weights='raw', seed=7)
     quality.load_state_dict({})  # as a checkpoint of 0.1.0 has it

@@ -18,7 +18,7 @@ PROTOCOL = Protocol(
     reference={'name': 'reference.npz', 'kind': 'adm'}, reference_hash='sha256:bb',
     features={'name': 'inception', 'weights_hash': 'sha256:cc', 'version': '0.4.0'}, resolution=256,
     time_grid={'objective': 'edm', 'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}, weak='none',
-)  # fmt: skip
+).to_dict()  # fmt: skip
 
 
 def random_images(count: int, resolution: int = 8, seed: int = 0) -> np.ndarray:
@@ -44,7 +44,7 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
 
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> FeatureSet:
     """The features of all images."""
-    return joined([*looked(batches, extractor)])
+    return joined(looked(batches, extractor))
 
 
 class Means:

@@ -13,7 +13,7 @@ from tread_composer.metrics.metric import build_metrics, check_metrics, measure
 def recognised(images, labels) -> float:
     """Of bytes, in an order that is not that of the measurement."""
     (metric,) = build_metrics(['recognised'], {})
-    (figure,) = measure([metric], joined([*looked(images.split(100), DigitsFeatures(), labels)]))
+    (figure,) = measure([metric], joined(looked(images.split(100), DigitsFeatures(), labels)))
     return figure.value
 
 
@@ -39,7 +39,7 @@ def test_without_labels_or_other_features_nothing_is_recognised():
         with pytest.raises(UserError, match=message):
             check_metrics(metrics, **{**facts, **changes})
     images = next(DigitsImages('eval').batches(20))
-    parts = [*looked([images], DigitsFeatures(), range(20)), *looked([images], DigitsFeatures())]
+    parts = looked([images], DigitsFeatures(), range(20)) + looked([images], DigitsFeatures())
     with pytest.raises(UserError, match='not all of them have one'):
         measure(metrics, joined(parts))
 

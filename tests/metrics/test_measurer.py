@@ -1,6 +1,5 @@
 """The Measurer: on several ranks the numbers of one, the reference looked at once, refusals before any image."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from tests.metrics.small import as_batch, grey_images, random_images, write_fold
 from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
 from tread_composer.io.ranks import Ranks
+from tread_composer.metrics.features import looked
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.metric import Figure, Quantity
@@ -30,7 +30,7 @@ def numbers(root, cache, **changes):
     measurer = Measurer(measurement(root, cache=root / cache, **changes), CPU, ranks, lines.append)
     measurer.check(24, 8)
     images = as_batch(grey_images(24, seed=1))[ranks.rank :: ranks.world]
-    figures = measurer.figures(measurer.look(images.split(5)))
+    figures = measurer.figures(looked(images.split(5), measurer.extractor))
     return {figure.quantity.name: figure.value for figure in figures}, lines
 
 
@@ -49,14 +49,14 @@ def test_grey_images_are_measured_as_their_three_equal_channels(tmp_path):
     write_folder(tmp_path / 'reference', grey_images(20))
     measurer = Measurer(measurement(tmp_path), CPU)
     images = as_batch(grey_images(12, seed=1))
-    sets = [measurer.look([batch]) for batch in (images, images[:, :1])]
+    sets = [looked([batch], measurer.extractor) for batch in (images, images[:, :1])]
     assert measurer.figures(sets[0]) == measurer.figures(sets[1])
 
 
 def test_entries_say_with_what_they_were_measured(tmp_path):
     write_folder(tmp_path / 'reference', grey_images(20))
     measurer = Measurer(measurement(tmp_path, metrics=('kid',)), CPU)
-    figures = measurer.figures(measurer.look([as_batch(grey_images(12, seed=1))]))
+    figures = measurer.figures(looked([as_batch(grey_images(12, seed=1))], measurer.extractor))
     (entry,) = measurer.entries(figures, DRAWN, 12, 8, source='here', run='a run')
     assert (entry['metric'], entry['run'], entry['value']) == ('kd_digits_12', 'a run', figures[0].value)
     assert entry['unit'] == 'squared MMD' and entry['better'] == 'lower'
@@ -66,12 +66,6 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
     assert (
         protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100, **drawn} and protocol['num_samples'] == 12
     )
-
-
-def test_what_a_table_has_in_common_names_the_settings_that_its_metrics_take():
-    kid = Measurement('r', metrics=('kid', 'fid', 'kid'), kid_subset_size=50)
-    assert kid.contract() == {'metrics': ['fid', 'kid'], 'kid_subset_size': 50}
-    assert dataclasses.replace(kid, metrics=('fid',)).contract() == {'metrics': ['fid'], 'kid_subset_size': None}
 
 
 def test_impossible_measurements_are_refused_before_an_image_is_looked_at(tmp_path):

@@ -9,9 +9,9 @@ from tread_composer.core.errors import UserError
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.digits import DigitsFeatures
 from tread_composer.metrics.features import FeatureSet, joined
-from tread_composer.metrics.frechet import Statistics, frechet_distance, statistics
 from tread_composer.metrics.inception import InceptionFeatures
 from tread_composer.metrics.metric import Comparison, build_metrics, check_metrics, measure
+from tread_composer.metrics.published import frechet_distance, statistics
 
 # `recognised` and `sfid` read the features of one network alone.
 GENERAL = [name for name in METRICS if name not in ('recognised', 'sfid')]
@@ -26,7 +26,7 @@ def features(values: np.ndarray, logits: np.ndarray | None = None) -> FeatureSet
 
 # Their covariance is exactly the identity; these means and deviations are 26 away from the standard normal.
 IDENTITY = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]] * 5) * np.sqrt(19 / 20)
-MOVED, STANDARD = IDENTITY * np.array([2.0, 5.0]) + np.array([3.0, 0.0]), Statistics(np.zeros(2), np.eye(2))
+MOVED, STANDARD = IDENTITY * np.array([2.0, 5.0]) + np.array([3.0, 0.0]), {'mu': np.zeros(2), 'sigma': np.eye(2)}
 
 
 def numbers(metrics, samples, reference, **settings):
@@ -89,7 +89,7 @@ def test_sfid_is_the_distance_of_the_spatial_features_and_says_what_it_has_not_b
     assert found.quantity.reported('inception', 50_000) == 'sfid'
     assert found.settings == {'port': "not yet held against ADM's numbers"}
     with pytest.raises(UserError, match='3 features and the samples have 2'):
-        measure(build_metrics(['sfid'], {}), samples, Comparison(spatial=Statistics(np.zeros(3), np.eye(3))))
+        measure(build_metrics(['sfid'], {}), samples, Comparison(spatial={'mu': np.zeros(3), 'sigma': np.eye(3)}))
 
 
 def test_ill_conditioned_covariances_give_finite_numbers():

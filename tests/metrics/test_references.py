@@ -1,4 +1,3 @@
-import dataclasses
 import io
 
 import numpy as np
@@ -12,11 +11,11 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
 from tread_composer.metrics.digits import DigitsFeatures, DigitsImages, real_digits
 from tread_composer.metrics.features import open_extractor
-from tread_composer.metrics.frechet import statistics
 from tread_composer.metrics.images import open_images
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.metrics.protocol import differences
+from tread_composer.metrics.published import statistics
 from tread_composer.metrics.references import open_reference
 
 
@@ -46,8 +45,8 @@ def test_lossy_images_are_named_and_a_name_moves_no_number(tmp_path):
         {'name': 'jpeg', 'kind': 'folder', 'lossy': 'JPEG'},
         {'name': 'mds', 'kind': 'mds', 'lossy': 'JPEG'},
     ]
-    named = dataclasses.replace(PROTOCOL, reference=said[1])
-    assert differences(named, dataclasses.replace(PROTOCOL, reference={'name': 'jpeg', 'kind': 'folder'})) == []
+    named = {**PROTOCOL, 'reference': said[1]}
+    assert differences(named, {**PROTOCOL, 'reference': {'name': 'jpeg', 'kind': 'folder'}}) == []
 
 
 def test_every_form_gives_the_same_bytes(tmp_path):
@@ -76,11 +75,14 @@ def test_the_pixels_of_a_data_set_of_ours(tmp_path):
     assert open_images(tmp_path / 'digits' / 'eval').labels() == DigitsImages('eval').labels()
 
 
-def test_the_digits_are_a_reference_by_name_unless_something_is_called_so(tmp_path, monkeypatch):
+def test_the_digits_are_a_reference_by_name_and_a_folder_that_is_called_so_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_reference('digits').hash == DigitsImages('train').hash
+    assert len(open_reference('digits').features(DigitsFeatures(), tmp_path / 'cache')) == 1500
+    assert not (tmp_path / 'cache').exists()  # no file that could be looked at again
     write_folder(tmp_path / 'digits', random_images(4))
-    assert open_reference('digits').count == 4
+    assert open_reference('digits').hash == DigitsImages('train').hash
+    assert open_reference('./digits').count == open_reference(tmp_path / 'digits').count == 4
 
 
 def test_labels_of_images(tmp_path):
@@ -123,8 +125,8 @@ def test_an_adm_file_gives_its_statistics_and_its_images(tmp_path):
     reference = open_reference(path)
     assert (reference.kind, reference.count) == ('adm', 6)
     found = reference.features(Means(), tmp_path / 'cache')
-    assert (reference.published.mean_D == np.arange(6.0)).all()
-    own = statistics(found.features_ND).mean_D
+    assert (reference.published['mu'] == np.arange(6.0)).all()
+    own = statistics(found.features_ND)['mu']
     assert not np.allclose(own, np.arange(6.0))
     alone = open_reference(adm(tmp_path / 'alone.npz', mu=np.zeros(4), sigma=np.eye(4)))
     assert alone.count == 0
@@ -146,7 +148,7 @@ def test_spatial_statistics_are_those_of_the_file_and_spatial_features_are_kept(
         tmp_path / 'ref.npz', arr_0=images, mu=np.zeros(6), sigma=np.eye(6), mu_s=np.ones(9), sigma_s=np.eye(9) * 2
     )
     published = open_reference(path).published_spatial
-    assert (published.mean_D == 1).all() and (published.covariance_DD == np.eye(9) * 2).all()
+    assert (published['mu'] == 1).all() and (published['sigma'] == np.eye(9) * 2).all()
     folder = write_folder(tmp_path / 'a', images)
     for _ in range(2):  # computed, then of the cache
         found = open_reference(folder).features(Places(), tmp_path / 'cache')

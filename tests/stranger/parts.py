@@ -242,9 +242,6 @@ class Spread:
     needs_logits = False
     compares_with = 'images'
 
-    def check(self, num_samples: int, num_reference: int) -> None:
-        del num_samples, num_reference
-
     def measure(self, samples: Any, reference: Any, device: torch.device) -> list[Figure]:
         ratio = samples.features_ND.std() / reference.features.features_ND.std()
         return [Figure(self.quantities[0], float(ratio), settings={'by': 'a stranger'})]

@@ -4,16 +4,7 @@ In plain torch, for any model: ``propose_route`` looks at its list of blocks, ``
 The command ``python -m tread_composer inspect`` does both for a trained run (``inspection``, ``findings``).
 """
 
-from typing import TYPE_CHECKING
-
-from tread_composer.core.named import lazy_names
-
-if TYPE_CHECKING:
-    from tread_composer.advisor.placement import format_advice, propose_route
-    from tread_composer.advisor.similarity import token_similarity
+from tread_composer.advisor.placement import format_advice, propose_route
+from tread_composer.advisor.similarity import token_similarity
 
 __all__ = ['format_advice', 'propose_route', 'token_similarity']
-
-_HOMES = {'format_advice': 'placement', 'propose_route': 'placement', 'token_similarity': 'similarity'}
-# A command's words are checked before torch is loaded, and `inspect` has its own here.
-__getattr__ = lazy_names(__name__, {name: f'{__name__}.{module}' for name, module in _HOMES.items()})

@@ -86,7 +86,7 @@ def draw_inspection(inspection: Inspection) -> bytes:
     """A PNG: one heat map for each time and one of their mean, with the run's routes and the proposed one."""
     from matplotlib.figure import Figure  # takes a second: not before there is something to draw
 
-    panels = [(f't = {time:g}', similarity.mean) for time, similarity in inspection.maps.items()]
+    panels = [(f't = {time:g}', similarity) for time, similarity in inspection.maps.items()]
     panels = [*panels, ('mean of the times', inspection.mean)] if len(panels) > 1 else panels
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)

@@ -22,8 +22,7 @@ from tread_composer.advisor.placement import (
     rank_routes,
     read_route,
 )
-from tread_composer.advisor.request import InspectRequest
-from tread_composer.advisor.similarity import TokenSimilarity, token_similarity
+from tread_composer.advisor.similarity import token_similarity
 from tread_composer.algorithms.rules import conflict
 from tread_composer.algorithms.tread import Tread
 from tread_composer.builders.cost import count_macs
@@ -55,8 +54,8 @@ class Inspection:
     """Similarity maps of a trained model, and what follows from them."""
 
     title: str  # which weights these are
-    maps: dict[float, TokenSimilarity]  # by time
-    mean: Tensor  # over the times, [L + 1, L + 1]
+    maps: dict[float, Tensor]  # by time, [L + 1, L + 1]
+    mean: Tensor  # over the times
     routes: tuple[tuple[int, int], ...]  # the run's own, first and last block
     advice: RouteAdvice
     facts: dict[str, Any]  # the content of `inspection.json`: plain values alone
@@ -73,23 +72,29 @@ class RealLatents:
     source: str
 
 
-def inspect_run(request: InspectRequest) -> Inspection:
-    """Look at a trained network; ``UserError`` if the request does not fit the run or its data."""
-    device = choose_device(request.device, 0)
-    with machine_for(device, 0, 1), plain_float32(device):
-        trained = load_trained(request.path, weights=request.weights, device=device)
-        data = read_latents(trained.config, trained.data, request.count, request.data)
+def inspect_run(
+    path: str, times: Sequence[float], count: int, weights: str, batch_size: int, data: str | None, device: str | None
+) -> Inspection:
+    """Look at a trained network at times in (0, 1), 0 being data; the command ``inspect`` explains the arguments.
+
+    Raises:
+        UserError: They do not fit the run or its data.
+    """
+    place = choose_device(device, 0)
+    with machine_for(place, 0, 1), plain_float32(place):
+        trained = load_trained(path, weights=weights, device=place)
+        latents = read_latents(trained.config, trained.data, count, data)
         try:
             fresh = _fresh(trained)
             blocks = find_blocks(fresh, 'blocks' if hasattr(fresh, 'blocks') else None)[0]
-            levels = [trained.model.objective.noise_level(time) for time in request.times]
-            maps: dict[float, TokenSimilarity] = {}
-            for time in request.times:
-                calls = _calls(trained, data, time, request.batch_size)
+            levels = [trained.model.objective.noise_level(time) for time in times]
+            maps: dict[float, Tensor] = {}
+            for time in times:
+                calls = _calls(trained, latents, time, batch_size)
                 maps[time] = token_similarity(trained.model.denoiser, calls, blocks=blocks)
         except ValueError as error:
-            raise UserError(f'{request.path}: {error}') from None
-    mean = torch.stack([similarity.mean for similarity in maps.values()]).mean(0)  # [L + 1, L + 1]
+            raise UserError(f'{path}: {error}') from None
+    mean = torch.stack([*maps.values()]).mean(0)  # [L + 1, L + 1]
     routes = tuple(route.span(len(mean) - 1) for route in trained.config.routes())
     advice, run_name = propose_route(fresh, blocks), trained.config.run_name
     facts = {
@@ -99,11 +104,11 @@ def inspect_run(request: InspectRequest) -> Inspection:
             'weights': trained.weights,
             'weights_digest': trained.digest,
             'batch': trained.batch,
-            'data': data.source,
-            'samples': request.count,
+            'data': latents.source,
+            'samples': count,
             'sample_ids': 'at equal distances in the split',
             'labels': "the samples' own" if trained.model.num_classes else 'none',
-            'times': list(request.times),
+            'times': list(times),
             'noise_levels': [float(f'{level:.6g}') for level in levels],
             'noise_seed': _SEED,
             'objective': trained.config.objective.name,
@@ -112,10 +117,7 @@ def inspect_run(request: InspectRequest) -> Inspection:
         },
         'depths': 'depth 0 is behind the embedding, depth k behind block k - 1',
         'mean': _rounded(mean),
-        'times': [
-            {'time': time, 'mean': _rounded(entry.mean), 'std_over_samples': _rounded(entry.std)}
-            for time, entry in maps.items()
-        ],
+        'times': [{'time': time, 'mean': _rounded(similarity)} for time, similarity in maps.items()],
         'routes': [read_route(mean, *span) for span in routes],
         'proposal': {
             'span': advice.span and list(advice.span),
@@ -167,7 +169,7 @@ def _fresh(trained: Trained) -> Any:
 
 
 def _suggestions(
-    trained: Trained, maps: dict[float, TokenSimilarity], mean: Tensor, routes: Sequence[tuple[int, int]]
+    trained: Trained, maps: dict[float, Tensor], mean: Tensor, routes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
     """The best candidates and, if they are candidates, these routes; each with its rank and what it would save."""
     ranked = {(candidate.start, candidate.end): candidate for candidate in rank_routes(mean)}
@@ -177,7 +179,7 @@ def _suggestions(
     dense = count_macs(_fresh(trained), sizes)
     suggestions = []
     for start, end in dict.fromkeys([*spans[:_SHOWN], *(span for span in routes if span in ranked)]):
-        alike = [float(similarity.mean[start, end + 1]) for similarity in maps.values()]
+        alike = [float(similarity[start, end + 1]) for similarity in maps.values()]
         suggestions.append(
             {
                 **ranked[start, end]._asdict(),

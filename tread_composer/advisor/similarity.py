@@ -6,7 +6,6 @@ Shapes: B samples, N tokens, D width, L blocks. Depth 0 is behind the embedding,
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +16,7 @@ from tread_composer.core.inference import evaluating
 from tread_composer.routing import find_blocks
 from tread_composer.routing.arguments import find_argument
 
-__all__ = ['TokenSimilarity', 'token_similarity']
-
-
-@dataclass(frozen=True)
-class TokenSimilarity:
-    """Cosine similarity of the same token at two depths, float64 ``[L + 1, L + 1]`` on the CPU."""
-
-    mean: Tensor  # over tokens and samples
-    std: Tensor  # over samples, of each sample's mean over its tokens; 0 for one sample
-    num_samples: int
-    num_tokens: int
+__all__ = ['token_similarity']
 
 
 @torch.no_grad()
@@ -38,7 +27,7 @@ def token_similarity(
     blocks: str | None = None,
     tokens: str | None = None,
     tokens_out: int | None = None,
-) -> TokenSimilarity:
+) -> Tensor:
     """The mean cosine between a token at one depth and the same token at another (TREAD, arXiv 2501.04765).
 
     The model runs in evaluation mode, so densely, and without gradients, and is afterwards as it was. Tokens of one
@@ -52,29 +41,28 @@ def token_similarity(
         tokens: Name of the first block's argument with the tokens ``[B, N, ...]``; the first one if None.
         tokens_out: Position of the tokens where a block returns a tuple.
 
+    Returns:
+        Float64 ``[L + 1, L + 1]`` on the CPU, the mean over tokens and samples.
+
     Raises:
         ValueError: The list is not found, a call does not run each block once and in order, the tokens are not where
             they should be, change their shape on the way, or are not finite; or there was no call.
     """
     _, container = find_blocks(model, blocks)
     block_list = [container[index] for index in range(len(container))]  # not by iterating: that may yield a route
-    total, squares = (torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64) for _ in range(2))
-    count, num_tokens = 0, 0
+    total, count = torch.zeros(len(block_list) + 1, len(block_list) + 1, dtype=torch.float64), 0
     with evaluating(model), _recording(block_list, tokens, tokens_out) as depths:
         for call in calls:
             depths.clear()
             call()
             _check(depths, len(block_list))
             for sample in range(len(depths[0])):
-                cosines = _cosines(torch.stack([tokens_BND[sample] for tokens_BND in depths]))  # [L + 1, L + 1]
-                total += cosines
-                squares += cosines.square()
-            count, num_tokens = count + len(depths[0]), depths[0].shape[1]
+                total += _cosines(torch.stack([tokens_BND[sample] for tokens_BND in depths]))  # [L + 1, L + 1]
+            count += len(depths[0])
         depths.clear()
     if not count:
         raise ValueError('there was no sample to look at: calls is empty')
-    mean = total / count
-    return TokenSimilarity(mean, (squares / count - mean.square()).clamp(min=0).sqrt(), count, num_tokens)
+    return total / count
 
 
 def _cosines(tokens_LND: Tensor) -> Tensor:

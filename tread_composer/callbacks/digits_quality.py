@@ -12,6 +12,7 @@ from tread_composer.callbacks.sampling import Weights, bare_model
 from tread_composer.core.bounds import ImageCount, NonNegative, Seed, Steps
 from tread_composer.core.errors import UserError
 from tread_composer.metrics.digits import DigitsImages
+from tread_composer.metrics.features import looked
 from tread_composer.metrics.measurer import Measurer
 from tread_composer.samplers import SamplingSettings
 
@@ -69,10 +70,6 @@ class DigitsQuality(Evaluation):
         if num_classes != _CLASSES:
             raise UserError(f'callbacks.digits_quality: is for the ten digits, but the model has {num_classes} classes')
 
-    def reference_images(self) -> DigitsImages:
-        """Real digits, whatever else may be called so where the run is started."""
-        return DigitsImages()
-
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""
         # The keys that these numbers have always had
@@ -104,7 +101,7 @@ class DigitsQuality(Evaluation):
         ]
 
     def _held_out(self) -> dict[str, float]:
-        measurer = Measurer(self.measurement, torch.device('cpu'), images=self.reference_images())
+        measurer = Measurer(self.measurement, torch.device('cpu'))
         real = DigitsImages('eval')
-        figures = measurer.figures(measurer.look(real.batches(_BATCH), real.labels()))
+        figures = measurer.figures(looked(real.batches(_BATCH), measurer.extractor, real.labels()))
         return {figure.quantity.name: figure.value for figure in figures}

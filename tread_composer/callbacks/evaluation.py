@@ -20,9 +20,8 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import silent, to_stderr
 from tread_composer.io.ranks import Ranks, agreed
-from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.drawing import Draws
-from tread_composer.metrics.images import ImageSet
+from tread_composer.metrics.features import looked
 from tread_composer.metrics.inception import find_weights
 from tread_composer.metrics.measurement import Measurement, default_cache
 from tread_composer.metrics.measurer import Measurer
@@ -108,7 +107,7 @@ class Evaluation(SamplingCallback):
         reference = self.measurement.reference
         path = os.path.abspath(reference)
         made_later = config.data.name == 'digits' and path.startswith(os.path.abspath(config.data.local) + os.sep)
-        if not os.path.exists(path) and not made_later and reference not in REFERENCES:
+        if not os.path.exists(path) and not made_later and reference != 'digits':
             text = 'does not exist; give a folder of images, an npz of the ADM suite, or MDS images'
             yield 'reference', f'{reference!r} {text}'
         if self.measurement.features == 'inception':
@@ -135,7 +134,7 @@ class Evaluation(SamplingCallback):
             if self._path(state).exists():
                 load_results(self._path(state))
             log = to_stderr if ranks.is_first else silent
-            measurer = Measurer(self.measurement, device, ranks, log, self.reference_images())
+            measurer = Measurer(self.measurement, device, ranks, log)
             measurer.check(self.num_samples, self._resolution, has_labels=classes > 0)
             return measurer
 
@@ -168,10 +167,6 @@ class Evaluation(SamplingCallback):
             return []
         figures = ', '.join(f'{entry["metric"]} {entry["value"]:.4g}' for entry in entries)
         return [('measured', f'{figures} at batch {entries[0]["batch"]}; protocol in {self._path(state)}')]
-
-    def reference_images(self) -> ImageSet | None:
-        """The reference, where it is none of the disk."""
-        return None
 
     def series(self, entry: Mapping[str, Any]) -> str:
         """The name of a number in the loggers."""
@@ -216,7 +211,7 @@ class Evaluation(SamplingCallback):
             finite = images_BCRR.isfinite().flatten(1).all(1)  # one for each image
             broken += int((~finite).sum())
             finite_labels = [label for label, is_finite in zip(labels, finite, strict=False) if is_finite]
-            parts += measurer.look([to_uint8(images_BCRR[finite])] if finite.any() else [], finite_labels)
+            parts += looked([to_uint8(images_BCRR[finite])] if finite.any() else [], measurer.extractor, finite_labels)
         broken = sum(dist.all_gather_object(broken))
         if broken:
             log.warning('%d of %d images are not finite: nothing is measured', broken, self.num_samples)

@@ -146,9 +146,9 @@ class SamplingCallback(Callback):
         progress = Progress(label, sum(map(len, batches)), 'images', log=log)
         self._evaluations.taken = []
         self._evaluations.begun = lambda number: progress.within(number, 'evaluations')
-        draw = lambda labels, seeds: self._draw(state, labels, seeds, self.num_steps)  # noqa: E731
-        for indices, labels, images_BCHW in draws.images(draw, batches):
-            yield indices, labels, images_BCHW
+        for indices in batches:
+            labels, seeds = draws.of(indices)
+            yield indices, labels, self._draw(state, labels, seeds, self.num_steps)
             progress.add(len(indices))  # behind what was done with them: measuring takes time, too
 
     def _draw(self, state: State, labels: list[int], seeds: list[int], num_steps: int) -> Tensor:

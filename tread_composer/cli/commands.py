@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
-from tread_composer.advisor.request import InspectRequest
 from tread_composer.cli.flags import Typed, run_program
 from tread_composer.cli.sampling import evaluate, sample, sweep
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import world_size
-from tread_composer.core.options import Flag, Weights
+from tread_composer.core.options import Device, Flag, Weights
 from tread_composer.core.process import importing, prepare_process
 from tread_composer.weights.foreign.hints import Hints
 
@@ -166,19 +165,41 @@ def compare(
     _print_files(files)
 
 
-def inspect(typed: Typed, request: InspectRequest, out: str = 'inspection') -> None:
+def inspect(
+    typed: Typed,
+    path: Annotated[str, Flag('RUN')],
+    data: str | None = None,
+    times: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.2, 0.5, 0.8),
+    count: Annotated[int, Flag('--count', '--samples')] = 64,
+    weights: Weights = 'ema',
+    batch_size: Annotated[int, Ge(1)] = 16,
+    device: Device | None = None,
+    out: str = 'inspection',
+) -> None:
     """Draw how similar tokens are from block to block, and suggest a route.
 
     Args:
+        path: A run's folder (its latest checkpoint), a checkpoint in one, or an exported .safetensors.
+        data: Folder of other latents than those of the run's evaluation split.
+        times: From 0, data, to 1, noise.
+        count: Latents to look at.
+        weights: Which weights.
+        batch_size: Latents in one call of the network; changes memory and nothing else.
+        device: Where to compute (a GPU if there is one).
         out: Folder for the picture and the numbers.
 
     Example: runs/digits_tread --times 0.2 0.5 0.8 --count 64
     """
+    twice = [time for time in times if times.count(time) > 1]
+    if twice:
+        raise UserError(f'--times: {twice[0]} is given twice')
     with importing():
         from tread_composer.advisor.findings import format_inspection, write_inspection
         from tread_composer.advisor.inspection import inspect_run
 
-    inspection = inspect_run(request)
+    inspection = inspect_run(
+        path, times=times, count=count, weights=weights, batch_size=batch_size, data=data, device=device
+    )
     files = write_inspection(inspection, out, str(typed))
     print(format_inspection(inspection))
     _print_files(files)

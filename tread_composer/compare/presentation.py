@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tread_composer.compare.comparison import Comparison, MetricTable
-from tread_composer.compare.curves import AXES, Axis, SpeedUp, Value, best_point
+from tread_composer.compare.comparison import Comparison, MetricTable, SpeedUp, Value, best_point
+from tread_composer.compare.runs import AXES, Axis
 from tread_composer.core.errors import UserError
 from tread_composer.io.chart import Chart, Curve, charts_png, short
 from tread_composer.io.files import write_atomically
@@ -75,7 +75,7 @@ def _cells(table: MetricTable, axis: Axis) -> list[list[str]]:
     def cell(value: Value | str) -> str:
         if isinstance(value, str):
             return value
-        return _figure(value.value) if value.measured else f'≈ {_figure(value.value)}'
+        return short(value.value) if value.measured else f'≈ {short(value.value)}'
 
     return [[short(cost), *map(cell, values)] for cost, values in table.rows(axis)]
 
@@ -86,7 +86,7 @@ def _speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]
         for owner, by_axis in ((0, table.speed_ups(run)), (run, table.common(run))):
             if by_axis:
                 best = best_point(table.points[owner], table.better)
-                quality = f'best of {comparison.names[owner]}: {_figure(best.value)} (step {best.step})'
+                quality = f'best of {comparison.names[owner]}: {short(best.value)} (step {best.step})'
                 rows.append([name, quality, *(_ratio_in_words(by_axis[axis]) for axis in AXES)])
     return rows
 
@@ -100,10 +100,6 @@ def _ratio_in_words(speed: SpeedUp) -> str:
     assert speed.reference is not None and speed.measured
     at_point = speed.reference / speed.measured
     return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
-
-
-def _figure(value: float) -> str:
-    return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -140,7 +136,7 @@ def _ratios(by_axis: Mapping[Axis, SpeedUp]) -> dict[str, Any]:
 def _charts(comparison: Comparison, table: MetricTable) -> dict[Axis, Chart]:
     """The curves against each cost that some run has recorded."""
     best = best_point(table.points[0], table.better).value
-    level_label = f'best of {comparison.names[0]}: {_figure(best)}'
+    level_label = f'best of {comparison.names[0]}: {short(best)}'
     charts: dict[Axis, Chart] = {}
     for axis, label in AXES.items():
         curves = []

@@ -1,30 +1,62 @@
 """Runs as ``compare`` sees them: curves of metrics with their protocols, and what training had cost at each point.
 
-From a run's folder with its MLflow record, or from a ``results.json``. Nothing is written.
+From a run's folder with its MLflow record, or from a ``results.json``. FLOPs come from the run's configuration, seconds
+from its logged speed. Nothing is written.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from composer.core import Time, TimeUnit
 
-from tread_composer.compare.cost import Cost, not_recorded, recorded_seconds, training_teraflops
-from tread_composer.compare.curves import Curve, Point
+from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.core.process import disable_mlflow_telemetry
+from tread_composer.data.manifest import Manifest
 from tread_composer.io.files import read_json
-from tread_composer.metrics.metric import direction
+from tread_composer.metrics.metric import Better
 from tread_composer.metrics.protocol import load_results, protocol_key
+from tread_composer.run.plan import make_plan
 
-__all__ = ['Run', 'open_run', 'store_of']
+__all__ = ['AXES', 'Axis', 'Curve', 'Point', 'Run', 'open_run', 'recorded_seconds', 'store_of', 'training_teraflops']
 
-_RESULTS = ('results.json', 'digits_quality.json')
+Axis = Literal['step', 'teraflops', 'seconds']
+AXES: dict[Axis, str] = {'step': 'training steps', 'teraflops': 'training TFLOPs', 'seconds': 'seconds of training'}
+
+Cost = Callable[[int], float | None]
+"""From the number of steps to what they have cost; None where that is not known."""
+
 _FORMS = "a run's folder, or a results.json (FILE#RUN where it holds several)"
-# Until 0.1.0 the callback digits_quality wrote a file of its own.
-_EARLIER = {'recognised': 'higher', 'frechet_distance': 'lower'}
+_FLOPS_PER_MAC = 6  # a multiply and an add, and the backward pass costs twice the forward
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: batches trained, the metric's value, what training had cost until then; None if not recorded."""
+
+    step: int
+    value: float
+    teraflops: float | None = None
+    seconds: float | None = None
+
+    def cost(self, axis: Axis) -> float | None:
+        """What training had cost."""
+        return getattr(self, axis)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a run under one protocol; its points ascend in ``step``."""
+
+    metric: str
+    protocol: Mapping[str, Any]
+    points: tuple[Point, ...]
+    better: Better
 
 
 @dataclass(frozen=True)
@@ -55,7 +87,7 @@ def open_run(word: str) -> Run:
 
 
 def _from_file(path: Path, run_name: str | None) -> Run:
-    entries = _entries(path)
+    entries = load_results(path)
     names = sorted({entry['run'] or '' for entry in entries})
     if run_name is None and len(names) > 1:
         raise UserError(
@@ -64,18 +96,18 @@ def _from_file(path: Path, run_name: str | None) -> Run:
     entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
     if not entries:
         raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
-    curves, notes = _curves(entries, not_recorded, not_recorded)
+    curves, notes = _curves(entries, _not_recorded, _not_recorded)
     return Run(entries[0]['run'] or path.stem, str(path), curves, tuple(notes))
 
 
 def _from_folder(folder: Path) -> Run:
     if not (folder / 'config.yaml').is_file():
         raise UserError(f'{folder}: no run (there is no config.yaml in it); give {_FORMS}')
-    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
-    entries = [entry for file in files for entry in _entries(file)]
+    results = folder / 'results.json'
+    entries = load_results(results) if results.is_file() else []
     if not entries:
         raise UserError(
-            f'{folder}: holds no results ({" or ".join(_RESULTS)}): measure it first: '
+            f'{folder}: holds no results (results.json): measure it first: '
             f'python -m tread_composer evaluate {folder} --reference ... (or train with the callback evaluation)'
         )
     config, logged, notes = yaml.safe_load((folder / 'config.yaml').read_text()), {}, []
@@ -115,22 +147,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f'{environment.get("world_size")} ranks on {f"{len(gpus)} x {device}" if gpus else cpu}'
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of results: of ``evaluate``, ``sweep``, the callbacks."""
-    content = read_json(path)
-    if not isinstance(content, Mapping):
-        return load_results(path)
-    missing = [key for key in ('run_name', 'protocol', 'points') if key not in content]
-    if missing:
-        raise UserError(f'{path}: has no {", ".join(missing)}; it was not written by digits_quality or evaluate')
-    shared = {'protocol': content['protocol'], 'training': None, 'run': content['run_name']}
-    return [
-        {'metric': f'digits/{name}', 'value': point[name], 'batch': point['batch'], 'better': better, **shared}
-        for point in content['points']
-        for name, better in _EARLIER.items()
-    ]
-
-
 def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) -> tuple[tuple[Curve, ...], list[str]]:
     """Entries by metric and protocol, and notes on what was left out; the costs count for entries without theirs."""
     points: dict[tuple[str, str], dict[int, Point]] = {}
@@ -138,9 +154,14 @@ def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) ->
     notes: list[str] = []
     for entry in entries:
         metric, step, value = entry['metric'], entry['batch'], float(entry['value'])
-        reason = _unusable(entry)
-        if reason is not None:
-            notes.append(f'left out: {reason}')
+        faults = {
+            'training step unknown': step is None,
+            'nobody says which values are better': entry['better'] is None,
+            f'at step {step} it is {value}': not math.isfinite(value),
+        }
+        if any(faults.values()):
+            said = ', '.join(text for text, holds in faults.items() if holds)
+            notes.append(f'left out: {metric} of {entry["source"]}: {said}')
             continue
         key = metric, protocol_key(entry['protocol'])  # numbers of different protocols are different curves
         samples.setdefault(key, entry)
@@ -153,22 +174,8 @@ def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) ->
     curves = []
     for key, by_step in points.items():
         ordered = tuple(by_step[step] for step in sorted(by_step))
-        better = samples[key]['better'] or direction(key[0])
-        curves.append(Curve(key[0], samples[key]['protocol'], ordered, better))
+        curves.append(Curve(key[0], samples[key]['protocol'], ordered, samples[key]['better']))
     return tuple(curves), list(dict.fromkeys(notes))
-
-
-def _unusable(entry: Mapping[str, Any]) -> str | None:
-    """Why an entry is no point of a curve."""
-    metric, step = entry['metric'], entry['batch']
-    if entry['better'] is None:  # a result that was written before metrics said their direction themselves
-        try:
-            direction(metric)
-        except ValueError as error:
-            return str(error)
-    if step is None:
-        return f'{metric} of {entry.get("source")}: training step unknown'
-    return None if math.isfinite(entry['value']) else f'{metric} at step {step} is {entry["value"]}'
 
 
 def store_of(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
@@ -208,3 +215,84 @@ def _speeds(client: Any, run: Any) -> dict[int, float]:
     logged = client.get_metric_history(run.info.run_id, 'throughput/batches_per_sec')
     # By when they were logged: of a step repeated after a resume the last counts
     return {point.step: point.value for point in sorted(logged, key=lambda point: point.timestamp)}
+
+
+def _not_recorded(step: int) -> None:
+    """The cost of which nothing is known."""
+    del step
+
+
+def training_teraflops(folder: Path) -> tuple[Cost, str]:
+    """TFLOPs of a run until a step, of the network's matrix products alone, and a sentence on how they were found.
+
+    What its data are says ``data.json`` in its folder, where the data are not on this machine.
+    """
+    try:
+        config = restore_config(folder / 'config.yaml')
+        if (folder / 'data.json').is_file() and config.data.name == 'latents':
+            config = restore_config(folder / 'config.yaml', _data_overrides(folder / 'data.json'))
+        plan = make_plan(config, 1, memory=False)  # the work of a step is the same on any number of ranks
+        window = _routed_steps(config, plan)
+    except UserError as error:
+        return _not_recorded, f'FLOPs not recorded: {error}'
+    factor = _FLOPS_PER_MAC * plan['samples_per_step'] / 1000
+    dense, routed = factor * plan['gmacs_dense'], factor * plan['gmacs_routed']  # TFLOPs of a step
+
+    def cost(step: int) -> float:
+        steps = max(0.0, min(step, window[1]) - window[0])  # of them routed
+        return routed * steps + dense * (step - steps)
+
+    text = f'FLOPs: {routed:.4g} TFLOPs a step ({_FLOPS_PER_MAC} x {plan["gmacs_routed"]:.4g} GMACs x '
+    text += f'{plan["samples_per_step"]} samples), arithmetic of the network only'
+    if window != (0, math.inf):
+        text += f'; routed from step {window[0]:g} to {window[1]:g}, else {dense:.4g} TFLOPs a step'
+    if config.load_path is not None:
+        text += f'; without what the weights in {config.load_path} had cost before'
+    return cost, text
+
+
+def _data_overrides(path: Path) -> list[str]:
+    manifest = Manifest.parse(path.read_text(), str(path), 'it belongs to the run: write it anew by resuming the run')
+    return [f'data.{name}={value}' for name, value in manifest.sizes.items()]
+
+
+def _routed_steps(config: Config, plan: Mapping[str, Any]) -> tuple[float, float]:
+    """The steps in which work is saved; (0, inf) if always, or if nothing is ever saved."""
+    windows = {}
+    for name, component in config.algorithms.items():
+        if hasattr(component.instance, 'cost_window'):
+            start, end = component.instance.cost_window()
+            windows[name] = (
+                0.0 if start is None else _in_steps(start, f'{name}.start_time', plan),
+                math.inf if end is None else _in_steps(end, f'{name}.end_time', plan),
+            )
+    if len(set(windows.values())) > 1:
+        raise UserError(f'{" and ".join(windows)} save work in different steps of the run')
+    return next(iter(windows.values()), (0.0, math.inf))
+
+
+def _in_steps(text: str, name: str, plan: Mapping[str, Any]) -> float:
+    time = Time.from_timestring(text)
+    factor = {
+        TimeUnit.BATCH: 1,
+        TimeUnit.DURATION: plan['batches'],
+        TimeUnit.EPOCH: plan['batches_per_epoch'],
+        TimeUnit.SAMPLE: 1 / plan['samples_per_step'],
+    }.get(time.unit)
+    if factor is None:
+        raise UserError(f'algorithms.{name}: {text} is not known in steps without the size of the data')
+    return math.ceil(time.value * factor - 1e-9)
+
+
+def recorded_seconds(speeds: Mapping[int, float]) -> tuple[Cost, str]:
+    """Seconds of training until a step, and how they were found; ``speeds`` are batches in a second, by step.
+
+    Composer's clock of training time counts what callbacks do, drawing samples for example. So the middle one of the
+    logged speeds is taken: most windows are undisturbed.
+    """
+    usable = [speed for speed in speeds.values() if speed > 0 and math.isfinite(speed)]
+    if not usable:
+        return _not_recorded, 'seconds not recorded: the run has no throughput/batches_per_sec (add speed_monitor: {})'
+    speed = statistics.median(usable)
+    text = f'seconds: steps / {speed:.4g} steps a second, the median of {len(usable)} logged speeds '
+    return lambda step: step / speed, text + '(measuring and saving between them left out)'

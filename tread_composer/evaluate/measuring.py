@@ -20,7 +20,7 @@ from tread_composer.io.device import choose_device
 from tread_composer.io.files import read_json
 from tread_composer.io.progress import Progress
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import FeatureSet
+from tread_composer.metrics.features import FeatureSet, looked
 from tread_composer.metrics.images import ImageSet, open_images
 from tread_composer.metrics.measurer import Measurement, Measurer
 from tread_composer.metrics.protocol import UNKNOWN, append_results, series_name
@@ -98,7 +98,7 @@ def measure_samples(path: str | Path, measurer: Measurer) -> list[dict[str, Any]
         images, labels, _, _ = samples
         log(f'{images.path}: looking at {images.count:,} images')
         progress = Progress(str(images.path), images.count, 'images', log=log)
-        return measurer.look(images.batches(measurer.measurement.batch_size), labels, progress)
+        return looked(images.batches(measurer.measurement.batch_size), measurer.extractor, labels, progress)
 
     figures = measurer.figures(ranks.agreed(looked_at))
     if samples is None:

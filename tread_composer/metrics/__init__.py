@@ -1,19 +1,19 @@
 """How good the samples are.
 
-A new metric is a file here and a line in ``METRICS`` (``metrics.metric.Metric``); a new feature network is a file here
+A new metric is a class here and a line in ``METRICS`` (``metrics.metric.Metric``); a new feature network is a file here
 and a line in ``FEATURES`` (``metrics.features.Extractor``).
 """
 
 from collections.abc import Mapping
 
-__all__ = ['FEATURES', 'METRICS', 'REFERENCES']
+__all__ = ['FEATURES', 'METRICS']
 
 METRICS: Mapping[str, str] = {
-    'fid': 'tread_composer.metrics.fid:FID',
-    'sfid': 'tread_composer.metrics.fid:SFID',
-    'kid': 'tread_composer.metrics.kid:KID',
-    'is': 'tread_composer.metrics.inception_score:InceptionScore',
-    'prc': 'tread_composer.metrics.precision_recall:PrecisionRecall',
+    'fid': 'tread_composer.metrics.published:FID',
+    'sfid': 'tread_composer.metrics.published:SFID',
+    'kid': 'tread_composer.metrics.published:KID',
+    'is': 'tread_composer.metrics.published:InceptionScore',
+    'prc': 'tread_composer.metrics.published:PrecisionRecall',
     'recognised': 'tread_composer.metrics.digits:Recognised',
 }
 """By the name that configurations and commands use, which take ``package.module:Class`` of another package too.
@@ -26,6 +26,3 @@ FEATURES: Mapping[str, str] = {
     'digits': 'tread_composer.metrics.digits:DigitsFeatures',
 }
 """Feature networks, by name as the metrics are."""
-
-REFERENCES: Mapping[str, str] = {'digits': 'tread_composer.metrics.digits:DigitsImages'}
-"""Sets of real images that need no file, by name; a path of the same name goes before."""

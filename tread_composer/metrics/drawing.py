@@ -1,12 +1,12 @@
-"""How images are drawn: which labels and seeds, batch by batch, and what a protocol says of it.
+"""How images are drawn: which labels and seeds, and what a protocol says of it.
 
 For ``sample``, ``evaluate``, ``sweep`` and the callbacks, so that the same images have the same protocol.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.metrics.protocol import UINT8_RULE, UNKNOWN
@@ -14,8 +14,6 @@ from tread_composer.routing import Route
 from tread_composer.samplers import SamplingSettings, sampler_facts
 
 __all__ = ['Draws', 'drawing_facts', 'time_grid']
-
-Images = TypeVar('Images')
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,9 @@ class Draws:
         """The seed of image ``index``."""
         return self.first_seed + (index % self.columns if self.columns else index)
 
-    def images(
-        self, draw: Callable[[list[int], list[int]], Images], batches: Iterable[Sequence[int]]
-    ) -> Iterator[tuple[Sequence[int], list[int], Images]]:
-        """Draw one batch after another: the numbers of its images, their labels, the images.
-
-        ``draw`` makes images of labels and seeds; ``batches`` holds the numbers of the images of each batch.
-        """
-        for indices in batches:
-            labels = [self.labels[index] for index in indices]
-            yield indices, labels, draw(labels, [self.seed(index) for index in indices])
+    def of(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Labels and seeds of the images of these numbers."""
+        return [self.labels[index] for index in indices], [self.seed(index) for index in indices]
 
 
 def time_grid(objective: Any, sampler: str) -> dict[str, Any] | str:

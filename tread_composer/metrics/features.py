@@ -6,7 +6,7 @@ Legend: N images of a set, B images of a batch, R side of an image in pixels, D 
 import hashlib
 import inspect
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,24 +78,20 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.digests)
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.features_ND.shape[1]
-
 
 def looked(
     batches_BCRR: Iterable[Tensor],
     extractor: Extractor,
     labels: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> Iterator[FeatureSet]:
-    """The features of one batch of uint8 images after another, C being 1 for grey or 3.
+) -> list[FeatureSet]:
+    """The features of each batch of uint8 images, C being 1 for grey or 3.
 
     The batch size moves them by rounding alone (about 1e-6 of their size in float32); the global random streams stay as
-    they are. ``labels`` say what each image of all batches was to show, in their order.
+    they are. ``labels`` say what each image of all batches was to show, in their order. Images that the network does
+    not take are refused with a ``UserError``.
     """
-    begin = 0
+    begin, parts = 0, []
     for images_BCRR in batches_BCRR:
         images_B3RR = images_BCRR.expand(-1, 3, -1, -1)  # grey as three equal channels
         features_BD, *further = extractor(images_B3RR)
@@ -104,10 +100,11 @@ def looked(
         digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images_B3RR.cpu().numpy()]
         end = begin + len(digests)
         labels_B = None if labels is None else torch.tensor(labels[begin:end], dtype=torch.int64)
-        yield FeatureSet(features_BD.cpu(), logits_BK, digests, labels_B, spatial_BS)
+        parts.append(FeatureSet(features_BD.cpu(), logits_BK, digests, labels_B, spatial_BS))
         begin = end
         if progress is not None:
             progress.add(len(digests))
+    return parts
 
 
 def joined(parts: Sequence[FeatureSet]) -> FeatureSet:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
@@ -57,7 +57,7 @@ class Measurement:
         """The metrics; a ``UserError`` where one is unknown."""
         from tread_composer.metrics.metric import build_metrics
 
-        return build_metrics(self.metrics, self._settings)
+        return build_metrics(self.metrics, {'kid_subset_size': self.kid_subset_size})
 
     def check(self, num_samples: int) -> None:
         """Refuse what is impossible whatever the reference is.
@@ -69,13 +69,3 @@ class Measurement:
         from tread_composer.metrics.metric import check_metrics
 
         check_metrics(self.build(), extractor_class(self.features), num_samples, num_samples)
-
-    def contract(self) -> dict[str, Any]:
-        """What numbers depend on that are to stand in one table, besides the reference and the features."""
-        from tread_composer.metrics.metric import used_settings
-
-        return {'metrics': sorted(set(self.metrics)), **used_settings(self.metrics, self._settings)}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {'kid_subset_size': self.kid_subset_size}

@@ -1,39 +1,34 @@
 """The one place where numbers are made: for ``evaluate``, ``sweep`` and the callbacks.
 
-They bring the images, as a stream of bytes, and say how they came about; what is opened, checked, looked at and written
-down is here.
-Legend: B images of a batch, C channels, R side of an image in pixels.
+They bring the features of images and say how those came about; what is opened, checked and written down is here.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tread_composer.core.errors import UserError
-from tread_composer.io.progress import Progress, silent
+from tread_composer.io.progress import silent
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics.features import FeatureSet, joined, looked, open_extractor
-from tread_composer.metrics.frechet import statistics
-from tread_composer.metrics.images import ImageSet
+from tread_composer.metrics.features import FeatureSet, joined, open_extractor
 from tread_composer.metrics.measurement import Measurement
 from tread_composer.metrics.metric import Comparison, Figure, check_metrics, measure
 from tread_composer.metrics.protocol import Protocol
-from tread_composer.metrics.references import open_reference, reference_of
+from tread_composer.metrics.published import statistics
+from tread_composer.metrics.references import open_reference
 
 __all__ = ['Measurer']
 
 
 class Measurer:
-    """Opens the feature network and the reference, looks at images, and makes the numbers.
+    """Opens the feature network and the reference, looks at the latter, and makes the numbers.
 
     On several ranks each looks at its share of the images, the features are gathered, and the first rank measures. All
-    ranks call `prepare` and `figures`; the other methods need no other rank. ``images`` are the reference, where it is
-    no path of the measurement's; their features are not kept.
+    ranks call `prepare` and `figures`; the other methods need no other rank.
 
     Raises:
         UserError: A metric or the features are unknown, or the reference or the weights of Inception are not what they
@@ -46,10 +41,9 @@ class Measurer:
         device: torch.device,
         ranks: Ranks = Ranks(),
         log: Callable[[str], None] = silent,
-        images: ImageSet | None = None,
     ) -> None:
         self.measurement, self.device, self.ranks, self.log = measurement, device, ranks, log
-        self.metrics, self._cache = measurement.build(), measurement.cache if images is None else None
+        self.metrics = measurement.build()
         self.extractor = open_extractor(
             measurement.features,
             inception=measurement.inception,
@@ -58,7 +52,7 @@ class Measurer:
             device=device,
             spatial=self._needs_spatial,
         )
-        self.reference = open_reference(measurement.reference) if images is None else reference_of(images)
+        self.reference = open_reference(measurement.reference)
         self._against: Comparison | None = None
 
     @property
@@ -90,8 +84,10 @@ class Measurer:
         reference, ranks, sides = self.reference, self.ranks, {metric.compares_with for metric in self.metrics}
         features = None
         if 'images' in sides or ('statistics' in sides and reference.published is None):
-            size = self.measurement.batch_size
-            features = reference.features(self.extractor, self._cache, batch_size=size, ranks=ranks, log=self.log)
+            measurement = self.measurement
+            features = reference.features(
+                self.extractor, measurement.cache, batch_size=measurement.batch_size, ranks=ranks, log=self.log
+            )
 
         def fitted() -> Comparison:
             if 'statistics' not in sides or not ranks.is_first:
@@ -105,18 +101,8 @@ class Measurer:
 
         self._against = ranks.agreed(fitted)
 
-    def look(
-        self, batches_BCRR: Iterable[Tensor], labels: Sequence[int] | None = None, progress: Progress | None = None
-    ) -> list[FeatureSet]:
-        """The features of this rank's images, uint8; see ``features.looked``.
-
-        Raises:
-            UserError: The network does not take such images.
-        """
-        return [*looked(batches_BCRR, self.extractor, labels, progress)]
-
     def figures(self, parts: Sequence[FeatureSet]) -> list[Figure]:
-        """The numbers of what `look` gave on each rank, on the first rank; none on the others.
+        """The numbers of what `features.looked` gave on each rank, on the first rank; none on the others.
 
         Raises:
             UserError: There are no images, or their features are not finite.

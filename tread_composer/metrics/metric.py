@@ -1,21 +1,20 @@
 """What a metric says of itself, and what the rest of the project asks it: nobody else keeps a list of metrics."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.named import is_reference, part_named
 from tread_composer.metrics import METRICS
 from tread_composer.metrics.features import FeatureSet
-from tread_composer.metrics.frechet import Statistics
 
 __all__ = [
-    'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'direction', 'measure',
-    'refuse_few', 'used_settings',
+    'Better', 'Comparison', 'Figure', 'Metric', 'Quantity', 'build_metrics', 'check_metrics', 'measure',
 ]  # fmt: skip
 
 Better = Literal['lower', 'higher']
@@ -38,10 +37,6 @@ class Quantity:
         name = self.name if features == 'inception' else f'{self.other or self.name}_{features}'
         return name if num_samples >= _FULL_COUNT else f'{name}_{num_samples}'
 
-    def reports(self, reported: str) -> bool:
-        """Whether a reported name is one of this quantity."""
-        return any(reported == name or reported.startswith(f'{name}_') for name in (self.name, self.other or self.name))
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -55,19 +50,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean and covariance of the reference, and features of its images; what of it the metrics need."""
+    """Mean ``mu`` and covariance ``sigma`` of the reference, features of its images: what of it the metrics need."""
 
-    statistics: Statistics | None = None
+    statistics: Mapping[str, np.ndarray] | None = None
     features: FeatureSet | None = None
-    spatial: Statistics | None = None  # of the spatial features
+    spatial: Mapping[str, np.ndarray] | None = None  # of the spatial features
 
 
 class Metric(Protocol):
     """One way to measure samples. Its constructor takes those settings of a measurement that it depends on.
 
     It may say ``needs_labels = True`` if it needs to know what each image was to show, ``needs_spatial = True`` if it
-    reads the spatial features, and with ``reads_features`` name the only features that it can read. Ours inherit what
-    stands here.
+    reads the spatial features, and with ``reads_features`` name the only features that it can read; ``least`` and
+    ``remedy`` are asked of those that have them. Ours inherit what stands here.
     """
 
     name: str
@@ -82,21 +77,15 @@ class Metric(Protocol):
     compares_with: Literal['nothing', 'statistics', 'images']
     """What it needs of the reference."""
 
-    def check(self, num_samples: int, num_reference: int) -> None:
-        """Refuse too few images with a ``UserError``, before any is looked at."""
+    least: int = 1
+    """Images without which it gives no number, on each side where it compares images with images."""
+
+    remedy: str = ''
+    """Ends the message where there are fewer."""
 
     def measure(self, samples: FeatureSet, reference: Comparison, device: torch.device) -> list[Figure]:
         """A number for each quantity. The global random streams stay as they are."""
         ...
-
-
-_IMPORTED: dict[str, Any] = {}  # classes by name: those of METRICS, and others that this process has measured with
-
-
-def _metric_class(name: str) -> Callable[..., Metric]:
-    if name not in _IMPORTED:
-        _IMPORTED[name] = part_named(name, METRICS)
-    return _IMPORTED[name]
 
 
 def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
@@ -111,18 +100,12 @@ def build_metrics(names: Sequence[str], settings: Mapping[str, Any]) -> list[Met
     metrics = []
     for name in dict.fromkeys(names):
         try:
-            target = _metric_class(name)
+            target = part_named(name, METRICS)
             accepted = inspect.signature(target).parameters  # a metric names what it depends on
             metrics.append(target(**{key: value for key, value in settings.items() if key in accepted}))
         except (ValueError, TypeError) as error:
             raise UserError(f'metrics: {name}: cannot be used: {error}') from error
     return metrics
-
-
-def used_settings(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a measurement, None where none of these metrics takes it."""
-    taken = {parameter for name in names for parameter in inspect.signature(_metric_class(name)).parameters}
-    return {key: value if key in taken else None for key, value in settings.items()}
 
 
 def check_metrics(
@@ -155,16 +138,13 @@ def check_metrics(
             )
         if metric.compares_with == 'images' and not num_reference:
             raise UserError(f'metrics: {metric.name} compares with images, and the reference has statistics alone')
-        metric.check(num_samples, num_reference)
-
-
-def refuse_few(name: str, least: int, num_samples: int, num_reference: int, remedy: str = '') -> None:
-    """For metrics that compare images with images: refuse fewer than ``least`` on a side with a ``UserError``."""
-    if min(num_samples, num_reference) < least:
-        raise UserError(
-            f'metrics: {name} needs {least} images on each side, and there are {num_samples} samples and '
-            f'{num_reference} reference images{remedy}'
-        )
+        each, counts = '', {'samples': num_samples}
+        if metric.compares_with == 'images':
+            each, counts = ' on each side', {**counts, 'reference images': num_reference}
+        least, remedy = getattr(metric, 'least', 0), getattr(metric, 'remedy', '')
+        if min(counts.values()) < least:
+            there = ' and '.join(f'{count} {name}' for name, count in counts.items())
+            raise UserError(f'metrics: {metric.name} needs {least} images{each}, and there are {there}{remedy}')
 
 
 def measure(
@@ -178,34 +158,6 @@ def measure(
     The global random streams stay as they are.
 
     Raises:
-        UserError: The two sides have features of different lengths.
+        UserError: The statistics of the reference are of another network.
     """
-    moments, features, spatial = reference.statistics, reference.features, reference.spatial
-    lengths = [] if moments is None else [(len(moments.mean_D), samples.width)]
-    lengths += [] if features is None else [(features.width, samples.width)]
-    if spatial is not None and samples.spatial_NS is not None:
-        lengths.append((len(spatial.mean_D), samples.spatial_NS.shape[1]))
-    for length, width in lengths:
-        if length != width:
-            raise UserError(f'the reference has {length} features and the samples have {width}: of another network')
     return [figure for metric in metrics for figure in metric.measure(samples, reference, torch.device(device))]
-
-
-def direction(reported: str) -> Better:
-    """Whether lower or higher values of a metric are better, by its reported name (``fid_10000``, ``fd_digits_500``).
-
-    Raises:
-        ValueError: No metric reports such a number.
-    """
-    for quantity in _quantities():
-        if quantity.reports(reported):
-            return quantity.better
-    names = sorted({name for quantity in _quantities() for name in (quantity.name, quantity.other) if name})
-    raise ValueError(f'{reported!r} is no metric whose better direction is known; known: {names}')
-
-
-def _quantities() -> Iterator[Quantity]:
-    for name in METRICS:  # whatever this process has not used yet
-        _metric_class(name)
-    for target in _IMPORTED.values():
-        yield from target.quantities

@@ -68,14 +68,18 @@ class Protocol:
         return json.loads(json.dumps(asdict(self), allow_nan=False))
 
 
-def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]) -> list[str]:
-    """Why two numbers do not compare, one line each; empty if they do.
+# Of a protocol that was written before a part of it existed
+_UNSAID = {entry.name: UNKNOWN for entry in fields(Protocol) if entry.name != 'settings'}
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Why two numbers do not compare, by their protocols as they are stored: one line each; empty if they do.
 
     What is unknown on either side is a reason. A name beside an equal hash is none: the hash says what it is. The time
     grids of two objectives are not held against each other: there is no equal grid in t and in noise levels, and which
     objective a model has belongs to the model.
     """
-    left_side, right_side = (flatten(_plain(protocol)) for protocol in (a, b))
+    left_side, right_side = (flatten({**_UNSAID, **protocol}) for protocol in (a, b))
     objectives = {flat.get('time_grid.objective', UNKNOWN) for flat in (left_side, right_side)}  # of the two models
     lines = []
     for key in dict.fromkeys([*left_side, *right_side]):
@@ -96,12 +100,12 @@ def differences(a: Protocol | Mapping[str, Any], b: Protocol | Mapping[str, Any]
     return lines
 
 
-def protocol_key(protocol: Protocol | Mapping[str, Any]) -> str:
+def protocol_key(protocol: Mapping[str, Any]) -> str:
     """The same text for two protocols in which ``differences`` finds no other values; what is unknown counts as equal.
 
     It tells series of numbers of one model apart.
     """
-    flat = flatten(_plain(protocol))
+    flat = flatten({**_UNSAID, **protocol})
     for name, hashed in _NAMED_BY_HASH.items():
         if flat.get(hashed) not in (None, UNKNOWN):
             flat.pop(name, None)
@@ -116,19 +120,18 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def series_name(metric: str, protocol: Protocol | Mapping[str, Any]) -> str:
+def series_name(metric: str, protocol: Mapping[str, Any]) -> str:
     """The name of a metric's series in a logger: numbers of different protocols never stand in one.
 
     ``evaluation/fid_10000/ema-heun-50-classifier_free-1.5-1a2b3c4d``: some of the protocol for people, then a digest of
     all of it.
     """
-    plain = _plain(protocol)
-    drawn, words = plain['sampling'], [plain['weights']]
+    drawn, words = protocol['sampling'], [protocol['weights']]
     if isinstance(drawn, Mapping):
         # An adaptive sampler has tolerances in the place of steps, and they are in the digest.
         words += [drawn.get('sampler', UNKNOWN), *([drawn['num_steps']] if 'num_steps' in drawn else [])]
         words += [] if drawn.get('guidance', 'none') == 'none' else [drawn['guidance'], drawn.get('guidance_scale')]
-    return f'evaluation/{metric}/{"-".join(map(str, words))}-{protocol_key(plain)[:8]}'
+    return f'evaluation/{metric}/{"-".join(map(str, words))}-{protocol_key(protocol)[:8]}'
 
 
 def by_protocol(measured: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[dict[str, Any], list[str]]]:
@@ -148,15 +151,6 @@ def by_protocol(measured: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple
             group.setdefault('settings', {})[name] = protocol['settings']
         names += [] if name in names else [name]
     return groups
-
-
-def _plain(protocol: Protocol | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(protocol, Protocol):
-        return protocol.to_dict()
-    field_names = {entry.name for entry in fields(Protocol)}
-    # Written before this part of the protocol existed
-    missing = [name for name in field_names - {'settings'} if name not in protocol]
-    return {**json.loads(json.dumps(protocol)), **dict.fromkeys(missing, UNKNOWN)}
 
 
 def load_results(path: str | Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ recall take its images ``arr_0``, of which there are 10,000. sFID takes ``mu_s``
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 
 from tread_composer.core.errors import UserError
-from tread_composer.core.named import part_named
 from tread_composer.io.files import file_hash
 from tread_composer.io.progress import Progress, silent
 from tread_composer.io.ranks import Ranks
-from tread_composer.metrics import REFERENCES
 from tread_composer.metrics.features import Extractor, FeatureSet, joined, load_features, looked, save_features
-from tread_composer.metrics.frechet import Statistics
 from tread_composer.metrics.images import ImageSet, open_images
 
-__all__ = ['Reference', 'open_reference', 'reference_of']
+__all__ = ['Reference', 'open_reference']
 
 _CACHE_FORMAT = 1
+
+Moments = Mapping[str, np.ndarray]  # `mu` [D] and `sigma` [D, D], float64
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Reference:
     path: Path
     kind: str  # 'adm' for a file with `mu` and `sigma`, else the kind of its images
     images: ImageSet | None  # None if it has statistics alone
-    published: Statistics | None  # `mu` and `sigma` of the file; None if they are to be computed
+    published: Moments | None  # `mu` and `sigma` of the file; None if they are to be computed
     hash: str  # SHA-256 of its content
-    published_spatial: Statistics | None = None  # `mu_s` and `sigma_s`, of spatial features; None as above
+    published_spatial: Moments | None = None  # `mu_s` and `sigma_s`, of spatial features; None as above
 
     @property
     def count(self) -> int:
@@ -81,7 +80,7 @@ class Reference:
     ) -> FeatureSet | None:
         """Features of its images, on the first rank: from the cache, else computed by all ranks and put there.
 
-        All ranks call this; without a folder ``cache`` nothing is kept.
+        All ranks call this; without a folder ``cache`` nothing is kept, nor of images that are none of the disk.
 
         Raises:
             UserError: It has statistics alone, an image is damaged, or the file of the cache is.
@@ -90,7 +89,7 @@ class Reference:
         facts |= {'spatial': True} if getattr(extractor, 'spatial', False) else {}
         contract = json.dumps(facts, sort_keys=True)
         name = f'features-{extractor.name}-{hashlib.sha256(contract.encode()).hexdigest()[:32]}.npz'
-        path = None if cache is None else cache / name
+        path = cache / name if cache is not None and self.path.exists() else None  # scikit-learn's are no file
         # The first rank decides for all: the others may see another cache.
         if ranks.from_first(path is not None and path.exists()):
             return ranks.agreed(lambda: load_features(path) if path and ranks.is_first else None)
@@ -101,7 +100,7 @@ class Reference:
         # Of the share of this rank
         progress = Progress(str(self.path), -(-self.count // ranks.world), 'images', log=log)
         batches = self.images.batches(batch_size, ranks.rank, ranks.world)
-        shares = ranks.gathered(ranks.agreed(lambda: [*looked(batches, extractor, progress=progress)]))
+        shares = ranks.gathered(ranks.agreed(lambda: looked(batches, extractor, progress=progress)))
         if not ranks.is_first:
             return None
         features = joined([part for share in shares for part in share])
@@ -111,28 +110,29 @@ class Reference:
 
 
 def open_reference(path: str | Path) -> Reference:
-    """The reference at a path, or of this name in ``metrics.REFERENCES`` if nothing is there.
+    """The reference at a path; the name ``'digits'`` stands for scikit-learn's, whatever lies there.
 
     Raises:
         UserError: There is none, or its statistics are damaged.
     """
+    if path == 'digits':
+        from tread_composer.metrics.digits import DigitsImages  # brings scikit-learn
+
+        return _of_images(DigitsImages())
     path = Path(path)
     if path.suffix == '.npz' and path.is_file():
         published, spatial, has_images = _adm(path)
         images = open_images(path) if has_images or published is None else None
         digest = file_hash(path) if images is None else images.hash
         return Reference(path, 'npz' if published is None else 'adm', images, published, digest, spatial)
-    if str(path) in REFERENCES and not path.exists():
-        return reference_of(part_named(str(path), REFERENCES)())
-    return reference_of(open_images(path))
+    return _of_images(open_images(path))
 
 
-def reference_of(images: ImageSet) -> Reference:
-    """Images as a reference."""
+def _of_images(images: ImageSet) -> Reference:
     return Reference(images.path, images.kind, images, None, images.hash)
 
 
-def _adm(path: Path) -> tuple[Statistics | None, Statistics | None, bool]:
+def _adm(path: Path) -> tuple[Moments | None, Moments | None, bool]:
     """``mu`` and ``sigma`` of an npz that has both, ``mu_s`` and ``sigma_s`` likewise, and whether it holds images."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -146,10 +146,10 @@ def _adm(path: Path) -> tuple[Statistics | None, Statistics | None, bool]:
         raise UserError(f'{path}: cannot be read as an npz of images or of mu and sigma: {error}') from error
 
 
-def _moments(path: Path, arrays: Any, mu: str, sigma: str) -> Statistics:
+def _moments(path: Path, arrays: Any, mu: str, sigma: str) -> Moments:
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in (mu, sigma))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f'{path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; they must be [D] and [D, D]')
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f'{path}: {mu} or {sigma} is not finite')
-    return Statistics(mean, covariance)
+    return {'mu': mean, 'sigma': covariance}

@@ -205,8 +205,7 @@ class _Job:
     def draw_parts(self, chunk: Sequence[int], begun: Callable[[int], None] = lambda number: None) -> None:
         """Draw a few parts together, and keep each. ``begun`` is called with the number of every evaluation."""
         folder, request = self.folder, self.request
-        images = functools.partial(self._images, begun)
-        ((_, _, images_BHWC),) = self.draws.images(images, [folder.indices(chunk)])
+        images_BHWC = self._images(begun, *self.draws.of(folder.indices(chunk)))
         # The last part may be shorter
         pieces = np.split(images_BHWC, range(PART_SIZE, len(images_BHWC), PART_SIZE))
         taken = self.evaluations.taken if self.cost.evaluations is None else []

@@ -39,7 +39,7 @@ __all__ = ['rows_of', 'sampling_of', 'sweep']
 Log = Callable[[str], None]
 
 _STATE = 'sweep.json'
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = ('ema', 'raw')  # weights that a checkpoint itself may hold
 _UNGUIDED = {'guidance': 'none', 'guidance_scale': 1.0, 'guidance_interval': None}
 
@@ -100,8 +100,8 @@ def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[d
     so a later sweep of the same kind may add some. Each number goes with its protocol into ``results.json`` too.
 
     Returns:
-        All rows of the folder, those of earlier sweeps first, each with its ``settings``, ``values`` and ``seconds``;
-        and what they have in common.
+        All rows of the folder, those of earlier sweeps first, each with its ``settings``, its ``values`` and which of
+        them are ``better``, and ``seconds``; and what they have in common.
 
     Raises:
         ResumeError: The folder holds rows of another model, reference or sampler; lists the differences.
@@ -123,12 +123,12 @@ def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[d
         began = time.monotonic()
         for number, row in enumerate(pending, 1):
             start = time.monotonic()
-            values = ranks.from_first(bench.measure(row))
-            rows.append({'settings': row, 'values': values, 'seconds': time.monotonic() - start})
+            measured = ranks.from_first(bench.measure(row))
+            rows.append({'settings': row, **measured, 'seconds': time.monotonic() - start})
             if ranks.is_first:
                 write_json(Path(request.out) / _STATE, {'format': _FORMAT, 'contract': bench.contract, 'rows': rows})
             remaining = (time.monotonic() - began) / number * (len(pending) - number)
-            figures = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
+            figures = ', '.join(f'{name} {value:.4g}' for name, value in measured['values'].items())
             log(f'{number} of {len(pending)}: {in_words(row)}: {figures} (about {duration(remaining)} left)')
     return rows, bench.contract
 
@@ -140,7 +140,8 @@ class _Bench:
         self, request: SweepRequest, device: torch.device, ranks: Ranks, digests: Mapping[str, str], log: Log
     ) -> None:
         self.request, self.device, self.ranks, self.digests, self.log = request, device, ranks, digests, log
-        self.measurer = Measurer(request.measurement, device, ranks, log)
+        measurement = request.measurement
+        self.measurer = Measurer(measurement, device, ranks, log)
         self._trained: Trained | None = None
         self._loaded = ''  # which weights it has, as the rows call them
         trained = self._load(weights_name(request.weights[0]))
@@ -153,6 +154,7 @@ class _Bench:
             )
         self.measurer.check(count, image_size(trained.model), has_labels=classes > 0)
         facts = drawing_facts(trained.model, SamplingSettings(request.sampler), draws, weights='')
+        takes_subsets = any(hasattr(metric, 'kid_subset_size') for metric in self.measurer.metrics)
         contract = {
             # Of the checkpoint, which names its last snapshot: averages of other widths may join the table later.
             'weights_digests': {name: digest for name, digest in digests.items() if name in _KEPT},
@@ -160,7 +162,8 @@ class _Bench:
             'num_steps': request.num_steps,
             'num_samples': count,
             **{name: value for name, value in facts.items() if name not in ('weights', 'sampling', 'weak')},
-            **request.measurement.contract(),
+            'metrics': sorted(set(measurement.metrics)),
+            'kid_subset_size': measurement.kid_subset_size if takes_subsets else None,
             **self.measurer.facts(),
         }
         self.contract: dict[str, Any] = json.loads(json.dumps(contract))  # as it comes back from the file
@@ -186,8 +189,8 @@ class _Bench:
             raise ResumeError.from_differences(str(path), state['contract'], self.contract, remedy)
         return state['rows']
 
-    def measure(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The numbers of a row, on the first rank; none on the others."""
+    def measure(self, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The numbers of a row and their better directions, on the first rank; none on the others."""
         request = self.request
         trained = self.ranks.agreed(lambda: self._load(row['weights']))
         self.measurer.prepare()  # before the first row is drawn: an image of it may be damaged
@@ -211,7 +214,9 @@ class _Bench:
         append_results(Path(request.out) / 'results.json', [{**entry, 'source': trained.source} for entry in entries])
         cost = read_json(samples.out / RECORD)['gmacs_per_image']
         shutil.rmtree(samples.out)  # 50,000 images of 256 pixels are 10 GB
-        return {**{entry['metric']: entry['value'] for entry in entries}, 'gmacs_per_image': cost}
+        values = {entry['metric']: entry['value'] for entry in entries}
+        better = {entry['metric']: entry['better'] for entry in entries}
+        return {'values': {**values, 'gmacs_per_image': cost}, 'better': better}
 
     def _load(self, weights: str) -> Trained:
         if self._trained is None or self._loaded != weights:

@@ -10,7 +10,6 @@ from tread_composer.io.chart import Chart, Curve, charts_png
 from tread_composer.io.files import write_atomically
 from tread_composer.io.page import Report, flat, in_words
 from tread_composer.io.table import text_table
-from tread_composer.metrics.metric import direction
 
 __all__ = ['best_rows', 'format_sweep', 'write_sweep']
 
@@ -20,13 +19,10 @@ _SCALE = 'guidance_scale'
 
 
 def best_rows(rows: Rows) -> dict[str, int]:
-    """The position of the best row for each metric whose better direction is known; the first of equals."""
-    best = {}
-    for metric in _metrics(rows):
-        try:
-            sign = 1 if direction(metric) == 'lower' else -1  # the smallest of sign * value is the best
-        except ValueError:
-            continue  # a cost, not a quality
+    """The position of the best row for each metric, the first of equals; a cost is no quality, and has none."""
+    directions, best = {metric: better for row in rows for metric, better in row['better'].items()}, {}
+    for metric, better in directions.items():
+        sign = 1 if better == 'lower' else -1  # the smallest of sign * value is the best
         measured = [(sign * row['values'][metric], i) for i, row in enumerate(rows) if metric in row['values']]
         best[metric] = min(measured)[1]
     return best
@@ -93,7 +89,7 @@ def _charts(rows: Rows) -> list[Chart]:
             marked = [i for i, (_, row) in enumerate(measured) if metric in best and row is rows[best[metric]]]
             points = [(x, row['values'][metric]) for x, row in measured]
             curves.append(Curve(name, points, number, marked[0] if marked else None))
-        label = f'{metric} ({direction(metric)} is better)' if metric in best else metric
+        label = f'{metric} ({rows[best[metric]]["better"][metric]} is better)' if metric in best else metric
         charts.append(Chart('guidance scale' if swept else 'row of the table', label, curves))
     return charts
 
