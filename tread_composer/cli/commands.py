@@ -268,8 +268,8 @@ def export(
     with importing():
         from tread_composer.weights import trained as room
 
-    result = room.export(path, out, weights=weights, overwrite=overwrite, allow_inexact=allow_inexact)
-    print(room.export_in_words(result))
+    exported = room.read_trained(path, weights=weights, allow_inexact=allow_inexact)
+    print(room.export_in_words(room.write_with_cost(exported, path, out, overwrite)))
 
 
 def import_(

@@ -1,4 +1,4 @@
-"""``load_trained``: a trained model, ready to sample, from whatever a user may name; ``export`` writes one to a file.
+"""``load_trained``: a trained model, ready to sample, from whatever a user may name; and its weights into one file.
 
 The one door for the commands that use weights (sample, evaluate, export, ...).
 """
@@ -28,8 +28,8 @@ from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported, write_exported
 
 __all__ = [
-    'checkpoint_weights', 'export', 'export_in_words', 'image_size', 'load_trained', 'model_of', 'read_trained',
-    'Trained', 'weights_name', 'write_with_cost',
+    'checkpoint_weights', 'export_in_words', 'image_size', 'load_trained', 'model_of', 'read_trained', 'Trained',
+    'weights_name', 'write_with_cost',
 ]  # fmt: skip
 
 _NETWORK = 'denoiser.'  # where a LatentDiffusion has it
@@ -215,35 +215,16 @@ def _network_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def export(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    weights: str = 'ema',
-    overwrite: bool = False,
-    allow_inexact: bool = False,
-) -> dict[str, Any]:
-    """Write the weights of a run to one file that ``load_trained`` reads back to the bit.
-
-    The tensors have the names of the network: for a dense or routed DiT those of the published DiT files.
-
-    Args:
-        out: The file, ``.safetensors``; one that is there is replaced with ``overwrite``.
-        allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
+def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
+    """Write weights, which come from ``source``, to one file that ``load_trained`` reads back to the bit.
 
     Returns:
         ``out``, ``weights``, ``batch``, ``digest``, ``average`` (see ``WeightFacts``), and of one network call in
         sampling ``parameters`` and ``gmacs``.
 
     Raises:
-        UserError: As ``load_trained``, or the file is there already or cannot be written.
+        UserError: Weights and facts make no model, or the file is there already or cannot be written.
     """
-    exported = read_trained(path, weights=weights, allow_inexact=allow_inexact)
-    return write_with_cost(exported, str(path), out, overwrite)
-
-
-def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
-    """Check that weights and facts make a model, count what sampling needs of it, write the file; see ``export``."""
     model_of(exported, source)  # refused here: not when the file is used
     # A fresh one: what was filled has weights, and shapes are enough.
     with torch.device('meta'):

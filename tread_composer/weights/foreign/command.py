@@ -56,7 +56,7 @@ def import_weights(
         weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
 
     Returns:
-        As ``export``, and the ``layout``.
+        As ``write_with_cost``, and the ``layout``.
 
     Raises:
         UserError: Something is missing or contradicts the file.
