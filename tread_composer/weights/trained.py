@@ -16,7 +16,6 @@ from torch import Tensor
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.cost import sampling_cost
 from tread_composer.builders.model import build_model
-from tread_composer.builders.run_data import identity, planned_manifest
 from tread_composer.builders.run_folder import DATA_NAME, part_folder
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import ResumeError, UserError, first_line
@@ -126,7 +125,7 @@ def read_trained(
     contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
     _check_config(config, contract, file)  # without overrides: these may differ
     facts: dict[str, Any] = {
-        'data': LatentFacts.of(_manifest(config, contract, file.parent)),
+        'data': LatentFacts.of(_manifest(file.parent)),
         'config': restore_config(settings, texts) if texts else config,
         'weights': weights,
         'origin': f'run {config.run_name}, {file.resolve().name}',
@@ -288,19 +287,10 @@ def _of_these(tree: Any, saved: Any) -> Any:
     return {name: _of_these(tree[name], value) for name, value in saved.items() if name in tree}
 
 
-def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Manifest:
-    """``data.json`` of the run; runs that are older than it: of the training data, if they are still those."""
+def _manifest(folder: Path) -> Manifest:
     path = folder / DATA_NAME
-    if path.exists():
-        return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
-    manifest, place = planned_manifest(config), config.data.local
-    if manifest is None:
+    if not path.exists():
         raise UserError(
-            f'{path}: there is no such file (the run is older than it), and no manifest of the data at {place!r}; '
-            f'copy manifest.json of the training data to {path}'
+            f"{path}: there is no such file, which says what the run was trained on; copy it from the run's folder"
         )
-    trained_on, present = contract.get('training_data'), identity(manifest)
-    if trained_on is not None and trained_on != present:
-        remedy = f'Copy manifest.json of the data that the run was trained on to {path}.'
-        raise ResumeError.from_differences(place, trained_on, present, remedy)
-    return manifest
+    return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
