@@ -25,6 +25,7 @@ from tests.warm import ROOT, exit_codes, inside, may_have_namespaces, rank_varia
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.cli import main
 from tread_composer.config import load_config
+from tread_composer.weights.trained import read_trained, write_with_cost
 
 YAMLS = ROOT / 'yamls'
 needs_namespaces = pytest.mark.skipif(
@@ -186,6 +187,11 @@ def run(root: Path, yaml: str, *overrides: str) -> Run:
     trainer.close()
     shutil.rmtree(root / 'data')
     return Run(root / 'run', trainer)
+
+
+def export(source: Any, out: Path, weights: str = 'ema', overwrite: bool = False) -> dict[str, Any]:
+    """As the command does."""
+    return write_with_cost(read_trained(source, weights=weights), str(source), out, overwrite)
 
 
 def predict(denoiser: nn.Module, channels: int = 1, size: int = 8, labels: tuple[int, ...] = (0, 3, 7)) -> Tensor:

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import SMALL_HERE, YAMLS, Run, launch_here, predict, run
+from tests.runs import SMALL_HERE, YAMLS, Run, export, launch_here, predict, run
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import json_schema, load_config, restore_config
 from tread_composer.models import BACKBONES, LightningDiT
 from tread_composer.objectives import FlowMatching
 from tread_composer.routing import apply_tread
 from tread_composer.weights.exported import read_exported
-from tread_composer.weights.trained import export, load_trained
+from tread_composer.weights.trained import load_trained
 
 LIGHTNING = 'model={name: lightning_dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}'
 

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from tests.runs import predict, run
+from tests.runs import export, predict, run
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT
 from tread_composer.run.plan import make_plan
-from tread_composer.weights.trained import export, load_trained
+from tread_composer.weights.trained import load_trained
 
 
 @pytest.fixture(scope='module')

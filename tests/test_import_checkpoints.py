@@ -20,12 +20,12 @@ from tests.published import (
 )
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.weights.foreign.command import import_weights
-from tread_composer.weights.foreign.hints import Hints
+from tread_composer.weights.foreign import command
+from tread_composer.weights.foreign.request import ImportRequest
 from tread_composer.weights.trained import load_trained
 
 SHAPE = (SIZES['channels'], SIZES['side'], SIZES['side'])
-SAID = Hints(autoencoder='some/vae', latent_scale=0.18215, class_names='numbers', num_heads=SIZES['heads'])
+SAID = ImportRequest('', autoencoder='some/vae', latent_scale=0.18215, class_names='numbers', num_heads=SIZES['heads'])
 HEADS = {'dit': 8, 'sit': 8, 'tread': 4, 'maskdit': 4}
 LABELS = (0, 3, SIZES['classes'])  # two classes and the null label
 
@@ -42,6 +42,10 @@ def saved(path, layout, weights, ema=None):
         content = weights
     torch.save(content, path)
     return path
+
+
+def import_weights(path, out, said, **changes):
+    return command.import_weights(dataclasses.replace(said, path=str(path), out=str(out), **changes))
 
 
 def imported(tmp_path, layout, **changes):

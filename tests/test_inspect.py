@@ -16,7 +16,7 @@ from tread_composer.advisor import token_similarity
 from tread_composer.advisor.inspection import network_call
 from tread_composer.config import restore_config
 from tread_composer.core.randomness import KeyedRandom
-from tread_composer.data.columns import LABEL, LATENTS, NAME, columns
+from tread_composer.data.columns import LABEL, LATENTS, NAME, columns, stored_shape
 from tread_composer.data.digits import digits_manifest, load_digits_arrays
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.run.plan import make_plan
@@ -111,7 +111,7 @@ def write_data(folder, **changes):
     random = np.random.default_rng(0)
     with MDSWriter(out=str(folder), columns=encodings, hashes=['xxh64']) as writer:
         for index in range(12):
-            latents = random.standard_normal(manifest.stored_shape).astype(np.float16)
+            latents = random.standard_normal(stored_shape(manifest.kind, manifest.latent_shape)).astype(np.float16)
             writer.write({LATENTS: latents, LABEL: index % 10, NAME: f'{index}'})
     manifest.save(folder)
     return folder

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
 from tests.runs import predict, run
 from tread_composer.config import ConfigError
@@ -93,20 +92,6 @@ def test_composers_average_is_known_for_what_it_is(tmp_path):
         load_trained(averaged.folder, weights='raw')
 
 
-def test_runs_older_than_data_json_take_the_manifest_of_their_data_and_exchanged_data_are_refused(copy):
-    (copy / 'data.json').unlink()
-    assert load_trained(copy).data.num_samples == 1500
-    config = yaml.safe_load((copy / 'config.yaml').read_text())
-    config['data'] = {'name': 'latents', 'local': str(copy / 'other')}
-    (copy / 'config.yaml').write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match=r'copy manifest.json of the training data to .*data.json'):
-        load_trained(copy)
-    (copy / 'other' / 'train').mkdir(parents=True)
-    digits_manifest('train').model_copy(update={'source': 'other images'}).save(copy / 'other' / 'train')
-    with pytest.raises(UserError, match="source: saved 'scikit-learn digits, train split', now 'other images'"):
-        load_trained(copy)
-
-
 def test_weights_that_are_not_there_are_refused(copy, routed):
     rewrite(copy, lambda state: state.update(algorithms=[]))
     with pytest.raises(UserError, match=r'no averaged weights.*weights=raw'):
@@ -156,6 +141,9 @@ def test_wrong_paths_say_what_belongs_there(copy, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_trained(path)
+    (copy / 'data.json').unlink()
+    with pytest.raises(UserError, match=r"data.json: there is no such file.*copy it from the run's folder"):
+        load_trained(copy)
     (copy / 'config.yaml').unlink()
     with pytest.raises(UserError, match=r'no config.yaml beside the checkpoint'):
         load_trained(copy)

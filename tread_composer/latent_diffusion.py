@@ -16,6 +16,7 @@ from tread_composer import samplers
 from tread_composer.autoencoders import sample_moments
 from tread_composer.core import batch as keys
 from tread_composer.core.inference import evaluating
+from tread_composer.core.named import part_named
 from tread_composer.core.protocols import Autoencoder, Objective
 from tread_composer.core.randomness import KeyedRandom
 
@@ -186,7 +187,7 @@ class LatentDiffusion(ComposerModel):
             samplers.check_sampler(settings.sampler, self.objective, settings.sampler_settings)
         except ValueError as error:
             raise ValueError(f'sampler: {error}') from None
-        channels = self.latent_shape[0]
+        sampler, channels = part_named(settings.sampler, samplers.SAMPLERS), self.latent_shape[0]
         samplers.check_guidance(settings, self.denoiser, channels=channels, num_classes=self.num_classes, weak=weak)
         if len(labels) != len(seeds):
             raise ValueError(f'{len(labels)} labels but {len(seeds)} seeds: give one seed for each label')
@@ -210,7 +211,7 @@ class LatentDiffusion(ComposerModel):
                 def noise(step: int, random: KeyedRandom = random) -> Tensor:
                     return random.normal(f'sampling_step_{step}', *self.latent_shape).to(device)
 
-                x = samplers.integrate(settings.sampler, equation, start, times, noise, settings.sampler_settings)
+                x = sampler(equation, start, times, noise, **settings.sampler_settings)
                 results.append(x.float())  # the equation is solved in float64
                 evaluations.taken += clock.taken(len(x))
         return torch.cat(results)

@@ -9,12 +9,12 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from tests.helpers import randomised, tiny_dit
-from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
+from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, draw_checked, noise, unasked
 from tread_composer.core.errors import UserError
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import DDPM, EDM, FlowMatching
 from tread_composer.routing import Route, apply_tread
-from tread_composer.samplers import Equation, Evaluations, SamplingSettings, dopri5, guidance_cost, integrate
+from tread_composer.samplers import Equation, Evaluations, SamplingSettings, dopri5, guidance_cost
 
 
 class Wavy:
@@ -134,9 +134,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         (FlowMatching(), {'rtol': 0.0}, 'rtol=0.0 must be above 0'),
         (FlowMatching(), {'tol': 1e-3}, r"no settings \['tol'\]; it has \['atol', 'rtol'\]"),
     ):
-        times, equation = objective.sampling_times(2), Equation(objective, GaussianVelocity(), LABELS)
         with pytest.raises(ValueError, match=message):
-            integrate('dopri5', equation, noise(), times, unasked, settings)
+            draw_checked('dopri5', objective, settings)
     with pytest.raises(ValueError, match=r"'sparse' draws other tokens in each evaluation.*take the sampler 'heun'"):
         routed().draw([0], [0], SamplingSettings('dopri5', guidance='sparse', guidance_scale=2.0))
 

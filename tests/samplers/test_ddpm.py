@@ -17,7 +17,7 @@ from tests.samplers.test_draw import model
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.objectives import DDPM
 from tread_composer.objectives.ddpm import evenly_spaced
-from tread_composer.samplers import Equation, ddim, ddpm, euler, heun, integrate
+from tread_composer.samplers import SAMPLERS, Equation, ddim, ddpm, euler, heun
 
 
 class Gaussian(nn.Module):
@@ -85,7 +85,7 @@ def moments(sampler: str, num_steps: int, settings: dict[str, Any], v: float | N
     start = process.prior(normal(-1, *shape))
     times = process.sampling_times(num_steps)
     equation = Equation(process, network, LABELS)
-    out = integrate(sampler, equation, start, times, lambda step: normal(step, *shape), settings)
+    out = SAMPLERS[sampler](equation, start, times, lambda step: normal(step, *shape), **settings)
     assert out.dtype == torch.float64
     assert network.calls == {'heun': 2 * num_steps - 1}.get(sampler, num_steps)
     return out.mean().item(), out.std().item()

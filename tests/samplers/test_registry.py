@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers import tiny_dit
-from tests.samplers.gaussian import LABELS, GaussianVelocity, noise
+from tests.samplers.gaussian import draw_checked
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import DDPM, EDM, FlowMatching
-from tread_composer.samplers import Equation, check_sampler, integrate, needs
+from tread_composer.samplers import Equation, check_sampler, needs
 
 CHAIN = r"walks the discrete steps of the objective 'ddpm'.*take 'heun'"
 
@@ -42,9 +42,8 @@ CHAIN = r"walks the discrete steps of the objective 'ddpm'.*take 'heun'"
 def test_what_does_not_fit_is_refused_with_the_reason(
     name: str, objective: Any, settings: dict[str, float], message: str
 ) -> None:
-    times, equation = objective.sampling_times(2), Equation(objective, GaussianVelocity(), LABELS)
     with pytest.raises(ValueError, match=message):
-        integrate(name, equation, noise(), times, lambda step: noise(), settings)
+        draw_checked(name, objective, settings)
     if not settings:  # an objective's class will do
         with pytest.raises(ValueError, match=message):
             check_sampler(name, type(objective))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.samplers.gaussian import LABELS, MEAN, STD, GaussianEDM, GaussianVelocity, noise, unasked
 from tread_composer.objectives import EDM, FlowMatching
-from tread_composer.samplers import Equation, edm_heun, heun, integrate, sde
+from tread_composer.samplers import Equation, edm_heun, heun, sde
 
 
 def fresh(step: int) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_sde_is_sit_s(settings: dict, kind: str, size: float, w: float, num_
     network.calls = 0
     asked.clear()
     equation, times = Equation(FlowMatching(), network, LABELS), FlowMatching().sampling_times(num_steps)
-    drawn = integrate('sde', equation, start, times, fresh, settings)
+    drawn = sde(equation, start, times, fresh, **settings)
     if num_steps > 1:  # one step goes all the way
         torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
     assert network.calls == num_steps and asked == list(range(num_steps - (kind != 'none')))

@@ -16,13 +16,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.runs import export
 from tests.weights.short_runs import Trap, again, batch_of, folder_of, refused, sharded
 from tread_composer.algorithms.power_ema.snapshots import read_header
 from tread_composer.autoencoders import open_autoencoder
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import check_harmless, restricted_loading
 from tread_composer.io.checkpoints import DIGESTS, file_digests, write_digests
-from tread_composer.weights.trained import export
 
 FUNCTIONS = {
     'os.mkdir': lambda marker: Trap(marker),

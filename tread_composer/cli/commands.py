@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
@@ -18,7 +18,7 @@ from tread_composer.core.errors import UserError
 from tread_composer.core.launch import world_size
 from tread_composer.core.options import Device, Flag, Weights
 from tread_composer.core.process import importing, prepare_process
-from tread_composer.weights.foreign.hints import Hints
+from tread_composer.weights.foreign.request import ImportRequest
 
 __all__ = ['main']
 
@@ -289,26 +289,12 @@ def export(
     with importing():
         from tread_composer.weights import trained as room
 
-    result = room.export(path, out, weights=weights, overwrite=overwrite, allow_inexact=allow_inexact)
-    print(room.export_in_words(result))
+    exported = room.read_trained(path, weights=weights, allow_inexact=allow_inexact)
+    print(room.export_in_words(room.write_with_cost(exported, path, out, overwrite)))
 
 
-def import_(
-    path: Annotated[str, Flag('FILE')],
-    hints: Hints,
-    out: str = 'model.safetensors',
-    layout: Literal['auto', 'dit', 'sit', 'tread', 'maskdit', 'lightningdit'] = 'auto',
-    weights: Literal['ema', 'raw'] = 'ema',
-    overwrite: bool = False,
-) -> None:
+def import_(request: ImportRequest) -> None:
     """Convert published weights of DiT, SiT, CompVis/tread, MaskDiT or LightningDiT to a safetensors file.
-
-    Args:
-        path: .pt or .safetensors, as published or as their training saves it.
-        out: The file to write.
-        layout: Whose file it is (dit and sit must be named).
-        weights: Which weights to take; for a file with one set, which set it is (published files: ema).
-        overwrite: Replace a file that is there.
 
     Example: DiT-XL-2-256x256.pt --layout dit --out model.safetensors
     """
@@ -316,7 +302,7 @@ def import_(
         from tread_composer.weights.foreign.command import import_weights
         from tread_composer.weights.trained import export_in_words
 
-    result = import_weights(path, out, hints, layout=layout, weights=weights, overwrite=overwrite)
+    result = import_weights(request)
     print(f'{export_in_words(result)}\nlayout    {result["layout"]}')
 
 

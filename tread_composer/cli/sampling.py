@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tread_composer.cli.flags import Typed
 from tread_composer.core.errors import UserError
+from tread_composer.core.named import part_named
 from tread_composer.core.options import Flag
 from tread_composer.core.process import importing
 from tread_composer.evaluate.sweep.request import SweepRequest
@@ -97,10 +98,10 @@ def evaluate(
 def _check_sampling(sampling: SamplingSettings, typed: Typed) -> None:
     if sampling.guidance != 'none' and 'guidance_scale' not in typed.given:
         raise UserError(f'--guidance {sampling.guidance} needs a --guidance-scale, for example 1.5')
-    from tread_composer.samplers import sampler_named
+    from tread_composer.samplers import SAMPLERS
 
     try:
-        sampler_named(sampling.sampler)  # refused before anything is loaded
+        part_named(sampling.sampler, SAMPLERS)  # refused before anything is loaded
     except ValueError as error:
         raise UserError(f'--sampler: {error}') from None
     _check_steps(sampling.sampler, typed)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from streaming.base.storage.download import CloudDownloader
 
 from tread_composer.conversion.contents import LOGVAR_RANGE, Content, channel_sums, read_shard
 from tread_composer.conversion.settings import is_remote
 from tread_composer.conversion.sources.source import few
 from tread_composer.conversion.splits import PART_FILE
 from tread_composer.core.errors import UserError
-from tread_composer.data.checks import fetch_descriptions, fetch_file
+from tread_composer.data.checks import fetch_descriptions
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.data.shards import Shard, read_index
@@ -178,7 +179,8 @@ class _SplitCheck:
         path = shard.folder / form.basename
         path.parent.mkdir(exist_ok=True)
         try:
-            fetch_file(f'{self.url}/{form.basename}', path, timeout=600)
+            url = f'{self.url}/{form.basename}'
+            CloudDownloader.get(url).download(url, str(path), timeout=600)
         except Exception as error:  # each of the clouds has its own
             return None, [f'{path}: cannot be fetched: {error}']
         try:

@@ -1,6 +1,7 @@
 """Bounds of numbers, written where a constructor names its arguments: configurations refuse what lies outside of them.
 
-They are annotations and check nothing by themselves; a constructor that is called from Python checks its own arguments.
+They are annotations and check nothing by themselves. What is made in Python checks its own arguments: a dataclass by
+``core.options.Checked``, any other constructor as it sees fit.
 """
 
 from typing import Annotated

@@ -4,6 +4,7 @@
 requests, so that words are checked before torch is loaded.
 """
 
+import dataclasses
 import inspect
 import math
 import operator
@@ -12,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -19,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from tread_composer.core.errors import UserError
 
 __all__ = [
-    'Device', 'Flag', 'GuidedChannels', 'Weights', 'argument_docs', 'check_bounds', 'check_choice', 'check_request',
+    'Checked', 'Device', 'Flag', 'GuidedChannels', 'Weights', 'argument_docs', 'check_bounds', 'check_request',
     'unwrapped',
 ]  # fmt: skip
 
@@ -29,6 +31,7 @@ _BOUNDS: Mapping[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     Le: ('le', 'at most', operator.le),
     Lt: ('lt', 'below', operator.lt),
 }
+_NUMBERS: Mapping[Any, tuple[type, str]] = {int: (Integral, 'a whole number'), float: (Real, 'a number')}
 
 
 class Flag:
@@ -61,7 +64,7 @@ Weights = Annotated[str, Flag(choices=('ema', 'raw', 'posthoc:WIDTH'))]
 
 
 def unwrapped(hint: Any) -> tuple[Any, list[Any]]:
-    """A type without ``Annotated`` and ``| None``, and what stands within ``Annotated``."""
+    """A type without ``Annotated`` and ``| None``, and what stands within ``Annotated``; None for ``| None``."""
     marks: list[Any] = []
     while True:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -70,6 +73,7 @@ def unwrapped(hint: Any) -> tuple[Any, list[Any]]:
             marks += arguments[1:]
         elif origin in (Union, types.UnionType) and type(None) in arguments:
             hint = Union[tuple(kind for kind in arguments if kind is not type(None))]  # noqa: UP007
+            marks.append(None)
         else:
             return hint, marks
 
@@ -94,10 +98,18 @@ def argument_docs(target: Callable[..., Any]) -> dict[str, str]:
     return texts
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of the choices of a ``Literal``; the ``ValueError`` names them."""
-    if value not in typing.get_args(choices):
-        raise ValueError(f'{name}: {value!r} is none of {", ".join(typing.get_args(choices))}')
+class Checked:
+    """Base of a dataclass: what its types say of its fields holds for an object made in Python too.
+
+    Raises:
+        UserError: A number is none or is out of its field's bounds, or a value is none of the choices.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            if entry.init:
+                check_bounds(f'{type(self).__name__}: {entry.name}', hints[entry.name], getattr(self, entry.name))
 
 
 def check_request(request: object) -> None:
@@ -108,18 +120,24 @@ def check_request(request: object) -> None:
 
 
 def check_bounds(flag: str, hint: Any, value: Any) -> None:
-    """Refuse a value that is none of the choices of its type, or a number outside of the bounds; in a tuple, each.
+    """Refuse a value that is none of the choices of its type, or no number within the bounds; in a tuple, each.
 
     The ``UserError`` names the flag, the value and the rule.
     """
     kind, marks = unwrapped(hint)
+    if value is None and None in marks:
+        return
     elements = typing.get_args(kind)
     if isinstance(value, tuple) and elements[-1:] == (...,):
         for item in value:
             check_bounds(flag, elements[0], item)
-    if typing.get_origin(kind) is Literal and value is not None and value not in elements:
+    if typing.get_origin(kind) is Literal and value not in elements:
         raise UserError(f'{flag}: {value!r}; choose of {", ".join(map(str, elements))}')
-    if not isinstance(value, (int, float)):
+    number, words = _NUMBERS.get(kind, (object, ''))
+    # True is an int in Python.
+    if not isinstance(value, number) or (words and isinstance(value, bool)):
+        raise UserError(f'{flag}: {value!r} must be {words}')
+    if not isinstance(value, Real):
         return
     bounds = [(_BOUNDS[type(mark)], mark) for mark in marks if type(mark) in _BOUNDS]
     is_within = all(holds(value, getattr(mark, name)) for (name, _, holds), mark in bounds)

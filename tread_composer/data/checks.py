@@ -12,7 +12,7 @@ from tread_composer.data.manifest import MANIFEST_NAME, Manifest
 from tread_composer.data.shards import file_faults, read_index
 from tread_composer.io.files import whole_file
 
-__all__ = ['check_agreement', 'check_shards', 'fetch_descriptions', 'fetch_file']
+__all__ = ['check_agreement', 'check_shards', 'fetch_descriptions']
 
 _REMEDY = 'copy or prepare the data again'
 
@@ -65,18 +65,11 @@ def fetch_descriptions(remote: str, folder: str | os.PathLike[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with whole_file(path) as unfinished:
-                unfinished.unlink()
-                fetch_file(f'{remote}/{name}', unfinished, timeout=60)
+                unfinished.unlink()  # streaming would take it for fetched
+                url = f'{remote}/{name}'
+                CloudDownloader.get(url).download(url, str(unfinished), timeout=60)
         except Exception as error:
             raise UserError(f'data.remote: {remote}/{name} cannot be fetched: {error}') from error
-
-
-def fetch_file(url: str, path: Path, timeout: float) -> None:
-    """Bring a file from elsewhere, in so many seconds; raises whatever streaming's downloader does.
-
-    Its folder exists. The file must not: streaming would take it for fetched.
-    """
-    CloudDownloader.get(url).download(url, str(path), timeout)
 
 
 def check_agreement(manifest: Manifest, **expected: Any) -> None:

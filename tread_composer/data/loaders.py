@@ -8,24 +8,11 @@ from typing import Any
 
 import torch
 from composer.utils import dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 
-from tread_composer.data.latents import LatentDataset, Sample
+from tread_composer.data.latents import LatentDataset
 
 __all__ = ['eval_loader', 'train_loader']
-
-
-class _Rows(Dataset):
-    """The same samples by position and with a length: what a DistributedSampler needs to give each exactly once."""
-
-    def __init__(self, dataset: LatentDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return self.dataset.size  # the length of the streaming data set itself is that of one rank's share
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[int(index)]
 
 
 def train_loader(
@@ -82,7 +69,8 @@ def eval_loader(
 
     Arguments as for ``train_loader``; the last batch may have fewer samples.
     """
-    rows = _Rows(LatentDataset(local, batch_size=batch_size, **dataset_arguments))
+    dataset = LatentDataset(local, batch_size=batch_size, **dataset_arguments)
+    rows = Subset(dataset, range(dataset.size))  # its own length is that of one rank's share
     sampler = dist.get_sampler(rows, shuffle=False, drop_last=False)
     return DataLoader(rows, batch_size=batch_size, sampler=sampler, **_loader_arguments(num_workers, worker_timeout))
 

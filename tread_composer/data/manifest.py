@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tread_composer.core.errors import UserError
-from tread_composer.data.columns import Kind, stored_shape
+from tread_composer.data.columns import Kind
 from tread_composer.io.files import write_atomically
 
 __all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'Scaling', 'read_class_names']
@@ -133,11 +133,6 @@ class Manifest(_Latents):
     def auto_scaling(self) -> Scaling:
         """What training takes for ``latent_scale: auto``."""
         return self.scaling or Scaling.measured(self.mean, self.std)
-
-    @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        """``(channels, height, width)`` of an array in the shards."""
-        return stored_shape(self.kind, self.latent_shape)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> 'Manifest':

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.bounds import AtLeast2, Positive
+from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser, Drift, Transition, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_steps
@@ -31,7 +32,7 @@ _HALF_BIN, _EDGE, _LEAST_PROBABILITY = 1 / 255, 0.999, 1e-12  # 256 grey values 
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Checked):
     """Learn the noise in ``x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) noise`` at T discrete timesteps.
 
     Args:
@@ -68,7 +69,8 @@ class DDPM:
 
     def __post_init__(self) -> None:
         """Check the settings, and tabulate what depends on the timestep alone."""
-        self._check()
+        super().__post_init__()
+        self._check_betas()
         betas = self._betas()
         alpha_bar = np.cumprod(1 - betas)  # [T], float64: float32 products of 1000 factors would drift
         # beta-tilde, the variance of q(x_(t-1) | x_t, x) (Ho et al., eq. 7), for t >= 1.
@@ -219,11 +221,7 @@ class DDPM:
         alpha_bar = np.cos(angle) ** 2  # up to a constant, which the quotients do not see (ID, eq. 17)
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], _LARGEST_BETA)
 
-    def _check(self) -> None:
-        if self.num_timesteps < 2:
-            raise ValueError(f'DDPM: num_timesteps={self.num_timesteps} must be at least 2')
-        if self.schedule not in ('linear', 'cosine'):
-            raise ValueError(f"DDPM: schedule={self.schedule!r} is neither 'linear' nor 'cosine'")
+    def _check_betas(self) -> None:
         betas = self.beta_start, self.beta_end
         values = f'DDPM: beta_start={betas[0]}, beta_end={betas[1]}'
         if self.schedule == 'cosine' and betas != _DEFAULT_BETAS:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.bounds import Positive
+from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser, Drift
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_times
@@ -22,7 +23,7 @@ __all__ = ['EDM']
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDM(Checked):
     """Learn to denoise ``x + sigma noise`` (Table 1 of the paper, column "Ours").
 
     Args:
@@ -35,7 +36,7 @@ class EDM:
         rho: Bends the sampling schedule; higher puts more steps at low noise.
 
     Raises:
-        ValueError: A setting is not positive, or ``sigma_min`` is not below ``sigma_max``.
+        ValueError: A setting is out of range, or ``sigma_min`` is not below ``sigma_max``.
     """
 
     name: ClassVar[str] = 'edm'
@@ -54,9 +55,7 @@ class EDM:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name in ('P_std', 'sigma_data', 'sigma_min', 'rho'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f'EDM: {name}={getattr(self, name)} must be positive')
+        super().__post_init__()
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f'EDM: sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}')
 

@@ -6,7 +6,6 @@ FasterDiT (arXiv 2410.10356) is this objective with logit-normal times and the v
 Shapes: B samples, C channels, H x W latent pixels.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tread_composer.core.bounds import AtLeast1, NonNegative, Positive
+from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser, Drift, TimeDistribution, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_times
-from tread_composer.objectives.timesteps import LogitNormal, Shifted, check_shift, shift_times
+from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
 
 __all__ = ['FlowMatching', 'direction_error']
 
@@ -27,7 +27,7 @@ _SHORTEST = 0.01  # a vector shorter than this counts as this long; velocities a
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Checked):
     """Learn the velocity of ``x_t = (1 - t) x + t noise``; the denoiser is given ``t``, unscaled.
 
     Args:
@@ -40,9 +40,6 @@ class FlowMatching:
         direction_patch: Side of the square of latent pixels whose values are one vector of the direction loss. 1, the
             paper's, compares over the channels of each pixel; more is ours, for latents of one channel, whose
             "direction" would be a mere sign that no gradient moves.
-
-    Raises:
-        ValueError: A setting is out of range.
     """
 
     name: ClassVar[str] = 'flow_matching'
@@ -58,20 +55,14 @@ class FlowMatching:
     weighting: Weighting | None = None
     direction_weight: NonNegative = 0.0
     direction_patch: AtLeast1 = 1
+    times: TimeDistribution = field(init=False, repr=False, compare=False)
+    """The distribution of the training times, after ``time_shift``."""
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
-            raise ValueError(f'FlowMatching: direction_weight={self.direction_weight} must not be negative')
-        if self.direction_patch < 1:
-            raise ValueError(f'FlowMatching: direction_patch={self.direction_patch} must be at least 1')
-        check_shift('FlowMatching: time_shift', self.time_shift)
-        check_shift('FlowMatching: sampling_shift', self.sampling_shift)
-
-    @property
-    def times(self) -> TimeDistribution:
-        """The distribution of the training times, after ``time_shift``."""
-        return self.time_distribution if self.time_shift == 1 else Shifted(self.time_distribution, self.time_shift)
+        """Check the settings, and shift the times: here, as ``torch.compile`` cannot trace a constructor's checks."""
+        super().__post_init__()
+        times = self.time_distribution if self.time_shift == 1 else Shifted(self.time_distribution, self.time_shift)
+        object.__setattr__(self, 'times', times)
 
     def time_grid(self) -> dict[str, Any]:
         """See ``protocols.Objective``."""

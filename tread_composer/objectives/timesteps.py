@@ -17,9 +17,10 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from tread_composer.core.bounds import Positive
+from tread_composer.core.options import Checked
 from tread_composer.core.protocols import TimeDistribution
 
-__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'check_shift', 'shift_times']
+__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
 
 _LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it f' changes its sign
 _BISECTIONS = 60  # halves the unit interval to below float64's precision
@@ -39,26 +40,16 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(Checked):
     """``logit(t) ~ N(mean, std^2)``: more of the middle (SD3, arXiv 2403.03206, section 3.1).
 
     Args:
         mean: Mean of ``logit(t)``; positive trains more on noisy times.
         std: Standard deviation of ``logit(t)``.
-
-    Raises:
-        ValueError: ``std`` is not positive, or a number is not finite.
     """
 
     mean: Annotated[float, Ge(-100), Le(100)] = 0.0
     std: Positive = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(
-                f'LogitNormal needs a finite mean and a positive std, got mean={self.mean}, std={self.std}'
-            )
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` in (0, 1) of the training times lies."""
@@ -74,7 +65,7 @@ class LogitNormal:
 
 
 @dataclass(frozen=True)
-class Mode:
+class Mode(Checked):
     """SD3's mode sampling with heavy tails (arXiv 2403.03206, section 3.1).
 
     ``t = f(u)`` with u uniform and ``f(u) = 1 - u - scale (cos^2(pi u / 2) - 1 + u)``. The published f falls as u
@@ -83,17 +74,9 @@ class Mode:
     Args:
         scale: Positive trains more on the middle, negative more on both ends, 0 on all times alike. From -1 to
             ``2 / (pi - 2)``, about 1.75, where f is monotonous; SD3's own choice is 1.29.
-
-    Raises:
-        ValueError: ``scale`` is outside of this range.
     """
 
     scale: Annotated[float, Ge(-1), Le(_LARGEST_MODE_SCALE)] = 1.29
-
-    def __post_init__(self) -> None:
-        """Check the setting."""
-        if not -1 <= self.scale <= _LARGEST_MODE_SCALE:
-            raise ValueError(f'Mode: scale={self.scale} is not in [-1, {_LARGEST_MODE_SCALE:.4f}]')
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` of the training times lies."""
@@ -133,21 +116,14 @@ class CosMap:
 
 
 @dataclass(frozen=True)
-class Shifted:
+class Shifted(Checked):
     """Another distribution with its times moved by ``shift_times``, for another resolution or latent strength.
 
     ``Shifted(LogitNormal(m, s), shift)`` is ``LogitNormal(m + ln(shift), s)``.
-
-    Raises:
-        ValueError: ``shift`` is not positive.
     """
 
     distribution: TimeDistribution
-    shift: float  # above 1 trains more on noisy times; 1 changes nothing
-
-    def __post_init__(self) -> None:
-        """Check the setting."""
-        check_shift('shift', self.shift)
+    shift: Positive  # above 1 trains more on noisy times; 1 changes nothing
 
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` of the training times lies."""
@@ -172,14 +148,9 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     Raises:
         ValueError: ``shift`` is not positive.
     """
-    check_shift('shift', shift)
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def check_shift(setting: str, shift: float) -> None:
-    """Raise ``ValueError`` for a shift that is not positive."""
     if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f'{setting}={shift} must be positive and finite; 1 is no shift')
+        raise ValueError(f'shift={shift} must be positive and finite; 1 is no shift')
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def _inside(t: Tensor) -> Tensor:

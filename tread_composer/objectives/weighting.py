@@ -17,13 +17,13 @@ and the same loss. With ``x_t = alpha x0 + sigma noise`` and ``SNR = alpha^2 / s
 SNR is the path's own ratio, as in the paper: the strength of the data (``tread_composer.objectives.snr``) is not in it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from tread_composer.core.bounds import Positive
+from tread_composer.core.options import Checked
 
 __all__ = ['MinSNR', 'Prediction']
 
@@ -32,22 +32,14 @@ Prediction = Literal['x0', 'eps', 'v', 'flow']
 
 
 @dataclass(frozen=True)
-class MinSNR:
+class MinSNR(Checked):
     """Min-SNR-gamma as an objective's option.
 
     Args:
         gamma: Where the weight of the data's error stops to grow; the paper takes 5.
-
-    Raises:
-        ValueError: ``gamma`` is not positive.
     """
 
     gamma: Positive = 5.0
-
-    def __post_init__(self) -> None:
-        """Check the setting."""
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
-            raise ValueError(f'MinSNR: gamma={self.gamma} must be positive and finite')
 
     def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor:
         """The weight on the squared error of what the network predicts, in the shape and dtype of ``snr``.

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
         SAMPLERS,
         adaptive_settings,
         check_sampler,
-        integrate,
         sampler_facts,
-        sampler_named,
     )
     from tread_composer.samplers.settings import SamplingSettings
     from tread_composer.samplers.stochastic import edm_heun, sde
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     'GUIDANCE', 'SAMPLERS', 'Clock', 'Equation', 'Evaluations', 'Sampler', 'SamplingCost', 'SamplingSettings',
     'adaptive_settings', 'check_guidance', 'check_sampler', 'ddim', 'ddpm', 'default_guidance', 'dopri5', 'edm_heun',
-    'euler', 'guidance_cost', 'guidance_defaults', 'guidance_named', 'guided_denoiser', 'heun', 'integrate', 'needs',
-    'sampler_facts', 'sampler_named', 'sde',
+    'euler', 'guidance_cost', 'guidance_defaults', 'guidance_named', 'guided_denoiser', 'heun', 'needs',
+    'sampler_facts', 'sde',
 ]  # fmt: skip
 
 # The commands read the flags of sampling off `SamplingSettings`, and `--help` is not to load torch for them.
@@ -37,7 +35,7 @@ _NAMES = {
     'guidance': ('GUIDANCE', 'default_guidance', 'guidance_defaults', 'guidance_named'),
     'guided': ('SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser'),
     'ode': ('euler', 'heun'),
-    'registry': ('SAMPLERS', 'adaptive_settings', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named'),
+    'registry': ('SAMPLERS', 'adaptive_settings', 'check_sampler', 'sampler_facts'),
     'settings': ('SamplingSettings',),
     'stochastic': ('edm_heun', 'sde'),
 }

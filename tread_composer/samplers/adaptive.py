@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.equation import Equation, adaptive, needs
+from tread_composer.samplers.equation import Equation, marked, needs
 
 __all__ = ['dopri5']
 
@@ -25,7 +25,7 @@ _MOST_ATTEMPTS = 10_000  # at some hundred the tolerances are below the rounding
 _Slope = Callable[[Tensor, Tensor], Tensor]
 
 
-@adaptive
+@marked(adaptive=True)
 @needs('continuous_times', 'walks a differential equation at times of its own choice', "take 'heun'")
 def dopri5(
     equation: Equation,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tread_composer.core.protocols import Denoiser, StepNoise
 
-__all__ = ['Clock', 'Equation', 'Evaluations', 'Sampler', 'adaptive', 'corrects', 'needs']
+__all__ = ['Clock', 'Equation', 'Evaluations', 'Sampler', 'marked', 'needs']
 
 
 class Evaluations:
@@ -99,21 +99,18 @@ def needs(attribute: str, does: str, instead: str) -> Callable[[_Marked], _Marke
 
     ``does`` goes on in the message to a user, "'sde' follows the ...", and ``instead`` is for other objectives.
     """
+    return marked(needs=(attribute, does, instead))
+
+
+def marked(**facts: Any) -> Callable[[_Marked], _Marked]:
+    """Says of a sampler what callers look for.
+
+    ``corrects``: it corrects the step to time 0 by the drift there, where the objective has one. ``adaptive``: it
+    chooses its steps by their errors, and of ``times`` it takes the ends alone. ``needs``: see there.
+    """
 
     def mark(sampler: _Marked) -> _Marked:
-        sampler.needs = attribute, does, instead  # type: ignore[attr-defined]
+        vars(sampler).update(facts)
         return sampler
 
     return mark
-
-
-def corrects(sampler: _Marked) -> _Marked:
-    """Says of a sampler that it corrects the step to time 0 by the drift there, where the objective has one."""
-    sampler.corrects = True  # type: ignore[attr-defined]
-    return sampler
-
-
-def adaptive(sampler: _Marked) -> _Marked:
-    """Says of a sampler that it chooses its steps by their errors: of ``times`` it takes the ends alone."""
-    sampler.adaptive = True  # type: ignore[attr-defined]
-    return sampler

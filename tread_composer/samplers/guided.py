@@ -14,13 +14,14 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tread_composer.core.inference import evaluating
+from tread_composer.core.named import part_named
 from tread_composer.core.protocols import Denoiser
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import routing_of
 from tread_composer.samplers.equation import Clock, Equation
 from tread_composer.samplers.guidance import GUIDANCE
 from tread_composer.samplers.guidance.provider import Branches, SamplingRun, check_channels, guide
-from tread_composer.samplers.registry import check_sampler, integrate
+from tread_composer.samplers.registry import SAMPLERS, check_sampler
 from tread_composer.samplers.settings import SamplingSettings
 
 __all__ = ['SamplingCost', 'check_guidance', 'guidance_cost', 'guided_denoiser']
@@ -114,7 +115,8 @@ def guidance_cost(
     if adaptive:
         equation.drift(small, times[0])
     else:
-        integrate(settings.sampler, equation, small, times, lambda step: small, settings.sampler_settings)
+        sampler = part_named(settings.sampler, SAMPLERS)
+        sampler(equation, small, times, lambda step: small, **settings.sampler_settings)
     macs = strong.macs + (second.macs if second else 0)
     if adaptive:
         return SamplingCost(macs / 1e9, None, None)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.equation import Equation, corrects
+from tread_composer.samplers.equation import Equation, marked
 
 __all__ = ['euler', 'heun', 'heun_step']
 
@@ -24,7 +24,7 @@ def euler(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /
     return x
 
 
-@corrects
+@marked(corrects=True)
 def heun(equation: Equation, x_BCHW: Tensor, times: Tensor, noise: StepNoise, /) -> Tensor:
     """Heun's method: two drifts per step, second order (EDM, arXiv 2206.00364, Algorithm 1 without churn).
 

@@ -1,36 +1,21 @@
-"""Samplers by the names that configurations use; one of another package is ``package.module:function``.
-
-Shapes: B samples, C channels, H x W latent pixels.
-"""
+"""Samplers by the names that configurations use; one of another package is ``package.module:function``."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from tread_composer.core.named import part_named
-from tread_composer.core.protocols import StepNoise
 from tread_composer.samplers.adaptive import dopri5
 from tread_composer.samplers.chain import ddim, ddpm
-from tread_composer.samplers.equation import Equation, Sampler
+from tread_composer.samplers.equation import Sampler
 from tread_composer.samplers.ode import euler, heun
 from tread_composer.samplers.stochastic import edm_heun, sde
 
-__all__ = ['SAMPLERS', 'adaptive_settings', 'check_sampler', 'integrate', 'sampler_facts', 'sampler_named']
+__all__ = ['SAMPLERS', 'adaptive_settings', 'check_sampler', 'sampler_facts']
 
 SAMPLERS: dict[str, Sampler] = {
     'ddim': ddim, 'ddpm': ddpm, 'dopri5': dopri5, 'edm_heun': edm_heun, 'euler': euler, 'heun': heun, 'sde': sde,
 }  # fmt: skip
-
-
-def sampler_named(name: str) -> Sampler:
-    """The sampler of a name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    return part_named(name, SAMPLERS)
 
 
 def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +24,7 @@ def check_sampler(name: str, objective: Any, settings: Mapping[str, Any] | None 
     Raises:
         ValueError: Says which, and what to take instead.
     """
-    sampler = sampler_named(name)
+    sampler = part_named(name, SAMPLERS)
     attribute, does, instead = getattr(sampler, 'needs', (None, '', ''))  # set by the decorator `needs`
     if attribute is not None and not hasattr(objective, attribute):
         kind = objective if isinstance(objective, type) else type(objective)
@@ -65,7 +50,7 @@ def adaptive_settings(name: str) -> dict[str, Any] | None:
     A name that is no sampler's is refused by ``check_sampler``, and walks a grid here.
     """
     try:
-        sampler = sampler_named(name)
+        sampler = part_named(name, SAMPLERS)
     except ValueError:
         return None
     return _defaults(sampler) if getattr(sampler, 'adaptive', False) else None
@@ -77,22 +62,5 @@ def sampler_facts(name: str, objective: Any) -> dict[str, Any]:
     Numbers of before 0.2, whose last step was Euler's in flow matching too, have no ``corrected_at_zero``.
     """
     # Only where it applies: what samples as it did before has the protocol that it had.
-    corrected = getattr(objective, 'drift_at_zero', False) and getattr(sampler_named(name), 'corrects', False)
+    corrected = getattr(objective, 'drift_at_zero', False) and getattr(part_named(name, SAMPLERS), 'corrects', False)
     return {'corrected_at_zero': True} if corrected else {}
-
-
-def integrate(
-    name: str,
-    equation: Equation,
-    x_BCHW: Tensor,
-    times: Tensor,
-    noise: StepNoise,
-    settings: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """From ``x_BCHW`` at ``times[0]`` to x at ``times[-1]`` by the sampler of this name, float64 (see ``Sampler``).
-
-    Raises:
-        ValueError: As ``check_sampler``, or a setting is out of range.
-    """
-    check_sampler(name, equation.objective, settings)
-    return sampler_named(name)(equation, x_BCHW, times, noise, **settings or {})

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge
+
 from tread_composer import samplers
 from tread_composer.core.bounds import Steps
-from tread_composer.core.options import Flag, GuidedChannels, check_choice
+from tread_composer.core.options import Checked, Flag, GuidedChannels
 
 if TYPE_CHECKING:
     from tread_composer.routing import Route
@@ -21,7 +23,7 @@ _GUIDED_ONLY = ('guidance_interval', 'guided_channels')  # without effect where 
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(Checked):
     """How images are drawn: the sampling part of an evaluation protocol.
 
     Args:
@@ -45,7 +47,8 @@ class SamplingSettings:
     num_steps: Annotated[Steps, Flag('--steps')] = 50
     sampler_settings: Mapping[str, float | str] = field(default_factory=dict)
     guidance: str = ''
-    guidance_scale: float = 1.0
+    # Below 0 the result lies on the far side of the weak prediction, which is no guidance of any paper.
+    guidance_scale: Annotated[float, Ge(0)] = 1.0
     guidance_interval: Annotated[tuple[float, float] | None, Flag(metavar='LOW:HIGH')] = None
     guided_channels: GuidedChannels = 'all'
     guidance_settings: Annotated[
@@ -53,11 +56,12 @@ class SamplingSettings:
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in self.sampler_settings.items():
+            # What each of them takes is the sampler's to say: `check_sampler`.
+            if not _is_number(value) and not isinstance(value, str):
+                raise ValueError(f'sampler_settings: {name}={value!r} must be a finite number; leave it out otherwise')
         # A frozen dataclass: what is made canonical here is set past its guard.
-        check_choice('guided_channels', self.guided_channels, GuidedChannels)
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or not 1 <= self.num_steps <= 10_000:
-            raise ValueError(f'num_steps: {self.num_steps!r} must be a whole number from 1 to 10,000')
-        self._check_numbers()
         if not self.guidance:
             object.__setattr__(self, 'guidance', samplers.default_guidance(self.guidance_scale))
         # Tolerances decide an adaptive sampler's steps as the number does a grid's: a protocol always has them.
@@ -144,19 +148,6 @@ class SamplingSettings:
         field_names = [entry.name for entry in dataclasses.fields(cls) if entry.name != 'guidance_settings']
         of_guidance = [name for kind in samplers.GUIDANCE for name in samplers.guidance_defaults(kind)]
         return tuple(dict.fromkeys([*field_names, *of_guidance]))
-
-    def _check_numbers(self) -> None:
-        if not _is_number(self.guidance_scale):
-            raise ValueError(f'guidance_scale={self.guidance_scale!r}: must be a finite number')
-        # Below 0 the result lies on the far side of the weak prediction, which is no guidance of any paper.
-        if self.guidance_scale < 0:
-            raise ValueError(
-                f'guidance_scale={self.guidance_scale}: must be 0 or more; 1 is no guidance, above 1 guides'
-            )
-        for name, value in self.sampler_settings.items():
-            # What each of them takes is the sampler's to say: `check_sampler`.
-            if not _is_number(value) and not isinstance(value, str):
-                raise ValueError(f'sampler_settings: {name}={value!r} must be a finite number; leave it out otherwise')
 
     def _interval(self) -> tuple[float, float]:
         ends = tuple(self.guidance_interval or ())

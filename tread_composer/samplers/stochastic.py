@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tread_composer.core.protocols import StepNoise
-from tread_composer.samplers.equation import Equation, corrects, needs
+from tread_composer.samplers.equation import Equation, marked, needs
 from tread_composer.samplers.ode import heun_step
 
 __all__ = ['edm_heun', 'sde']
@@ -19,7 +19,7 @@ _LAST_STEP, _LAST_STEPS = 0.04, ('mean', 'tweedie', 'none')  # SiT's size, and i
 _MOST_CHURN = math.sqrt(2) - 1  # fresh noise of at most the variance that x holds: (1 + gamma)^2 = 2
 
 
-@corrects
+@marked(corrects=True)
 @needs('denoise', "adds noise to the noise levels of the objective 'edm'", "take 'heun', which adds none")
 def edm_heun(
     equation: Equation,

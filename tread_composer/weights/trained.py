@@ -1,4 +1,4 @@
-"""``load_trained``: a trained model, ready to sample, from whatever a user may name; ``export`` writes one to a file.
+"""``load_trained``: a trained model, ready to sample, from whatever a user may name; and its weights into one file.
 
 The one door for the commands that use weights (sample, evaluate, export, ...).
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 from tread_composer.algorithms.power_ema.snapshots import posthoc_width
 from tread_composer.builders.cost import sampling_cost
 from tread_composer.builders.model import build_model
-from tread_composer.builders.run_data import identity, planned_manifest
 from tread_composer.builders.run_folder import DATA_NAME, part_folder
 from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import ResumeError, UserError, first_line
@@ -28,8 +27,8 @@ from tread_composer.samplers import SamplingSettings
 from tread_composer.weights.exported import Exported, WeightFacts, digest_of, read_exported, write_exported
 
 __all__ = [
-    'checkpoint_weights', 'export', 'export_in_words', 'image_size', 'load_trained', 'model_of', 'read_trained',
-    'Trained', 'weights_name', 'write_with_cost',
+    'checkpoint_weights', 'export_in_words', 'image_size', 'load_trained', 'model_of', 'read_trained', 'Trained',
+    'weights_name', 'write_with_cost',
 ]  # fmt: skip
 
 _NETWORK = 'denoiser.'  # where a LatentDiffusion has it
@@ -126,7 +125,7 @@ def read_trained(
     contract = state.get('callbacks', {}).get('ResumeContract', {}).get('settings', {})
     _check_config(config, contract, file)  # without overrides: these may differ
     facts: dict[str, Any] = {
-        'data': LatentFacts.of(_manifest(config, contract, file.parent)),
+        'data': LatentFacts.of(_manifest(file.parent)),
         'config': restore_config(settings, texts) if texts else config,
         'weights': weights,
         'origin': f'run {config.run_name}, {file.resolve().name}',
@@ -215,35 +214,16 @@ def _network_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def export(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    weights: str = 'ema',
-    overwrite: bool = False,
-    allow_inexact: bool = False,
-) -> dict[str, Any]:
-    """Write the weights of a run to one file that ``load_trained`` reads back to the bit.
-
-    The tensors have the names of the network: for a dense or routed DiT those of the published DiT files.
-
-    Args:
-        out: The file, ``.safetensors``; one that is there is replaced with ``overwrite``.
-        allow_inexact: Take a post-hoc average even if the snapshots do not come close to it.
+def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
+    """Write weights, which come from ``source``, to one file that ``load_trained`` reads back to the bit.
 
     Returns:
         ``out``, ``weights``, ``batch``, ``digest``, ``average`` (see ``WeightFacts``), and of one network call in
         sampling ``parameters`` and ``gmacs``.
 
     Raises:
-        UserError: As ``load_trained``, or the file is there already or cannot be written.
+        UserError: Weights and facts make no model, or the file is there already or cannot be written.
     """
-    exported = read_trained(path, weights=weights, allow_inexact=allow_inexact)
-    return write_with_cost(exported, str(path), out, overwrite)
-
-
-def write_with_cost(exported: Exported, source: str, out: str | os.PathLike[str], overwrite: bool) -> dict[str, Any]:
-    """Check that weights and facts make a model, count what sampling needs of it, write the file; see ``export``."""
     model_of(exported, source)  # refused here: not when the file is used
     # A fresh one: what was filled has weights, and shapes are enough.
     with torch.device('meta'):
@@ -307,19 +287,10 @@ def _of_these(tree: Any, saved: Any) -> Any:
     return {name: _of_these(tree[name], value) for name, value in saved.items() if name in tree}
 
 
-def _manifest(config: Config, contract: Mapping[str, Any], folder: Path) -> Manifest:
-    """``data.json`` of the run; runs that are older than it: of the training data, if they are still those."""
+def _manifest(folder: Path) -> Manifest:
     path = folder / DATA_NAME
-    if path.exists():
-        return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')
-    manifest, place = planned_manifest(config), config.data.local
-    if manifest is None:
+    if not path.exists():
         raise UserError(
-            f'{path}: there is no such file (the run is older than it), and no manifest of the data at {place!r}; '
-            f'copy manifest.json of the training data to {path}'
+            f"{path}: there is no such file, which says what the run was trained on; copy it from the run's folder"
         )
-    trained_on, present = contract.get('training_data'), identity(manifest)
-    if trained_on is not None and trained_on != present:
-        remedy = f'Copy manifest.json of the data that the run was trained on to {path}.'
-        raise ResumeError.from_differences(place, trained_on, present, remedy)
-    return manifest
+    return Manifest.parse(path.read_bytes(), str(path), 'Put back the file that the run has written')

@@ -123,7 +123,7 @@ class Tread(AlgorithmBase):
         self._window = Window(start_time, end_time, 'nothing would be routed')
         self._known_tokens = self._drawn_for = num_tokens
         self._random: tuple[int, int] = (0, 0)  # seed and batch
-        self._active = False
+        self.active = False  # whether the batch in hand is routed
         self._rows: list[int] = []  # what tells the samples of the batch apart
         self._beside: Tensor | None = None  # ids [B, sum of K] of a batch that has no place for them
         self._offset = 0  # of the next microbatch
@@ -181,11 +181,6 @@ class Tread(AlgorithmBase):
             counts[start : end + 1] = [route.num_kept(num_tokens, self.always_keep)] * (end - start + 1)
         return counts
 
-    @property
-    def active(self) -> bool:
-        """Whether the batch in hand is routed."""
-        return self._active
-
     def plan_rows(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """What ``plan`` prints of the route."""
         window = {'start_time': self.start_time, 'end_time': self.end_time}
@@ -226,8 +221,8 @@ class Tread(AlgorithmBase):
             self._known_tokens = guess if type(guess) is int and guess > sum(both_ends(self._keeps)) else None
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
-        self._active, self._beside = self._window.holds(state), None
-        if not self._active:
+        self.active, self._beside = self._window.holds(state), None
+        if not self.active:
             return
         batch_size = _num_samples(state.batch)
         if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:
@@ -250,7 +245,7 @@ class Tread(AlgorithmBase):
         self._offset = 0  # also fires when Composer runs a batch again after it ran out of memory
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
-        if not self._active:
+        if not self.active:
             return
         ids = None
         if type(state.batch) is dict and KEPT_TOKENS in state.batch:
@@ -273,14 +268,14 @@ class Tread(AlgorithmBase):
 
     def _on_after_forward(self, state: State, logger: Logger) -> None:
         routing = self._routing
-        if self._active and not routing.used:
+        if self.active and not routing.used:
             raise RoutingError(
                 'Tread: the training forward never iterated over the routed block list, so nothing was routed '
                 f'({", ".join(routing.unused_paths)}). Tread needs a model that says `for block in self.blocks` (or '
                 'enumerate, zip) or calls an nn.Sequential; one that indexes its blocks must be changed, or another '
                 'list named with blocks=...'
             )
-        if self._active and not self._looked:
+        if self.active and not self._looked:
             self._looked = True
             if routing.checked is None and not self.ordered:
                 log.warning(
@@ -295,10 +290,10 @@ class Tread(AlgorithmBase):
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         for k, route in enumerate(self.routes):
             prefix = 'tread' if len(self.routes) == 1 else f'tread/route_{k}'
-            metrics = {f'{prefix}/selection_rate': route.selection_rate if self._active else 0.0}
+            metrics = {f'{prefix}/selection_rate': route.selection_rate if self.active else 0.0}
             if self._known_tokens is not None:
                 kept = route.num_kept(self._known_tokens, self._keeps)
-                metrics[f'{prefix}/kept_tokens'] = kept if self._active else self._known_tokens
+                metrics[f'{prefix}/kept_tokens'] = kept if self.active else self._known_tokens
             logger.log_metrics(metrics)
 
     def _draw(self, rows: Sequence[int], route: int, batch_size: int, num_tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tread_composer.core.options import check_choice
+from tread_composer.core.options import Checked
 from tread_composer.samplers.guidance.provider import (
     Branches,
     GuidanceProvider,
@@ -22,23 +22,16 @@ __all__ = ['Autoguidance']
 
 
 @dataclass(frozen=True)
-class Autoguidance(GuidanceProvider):
+class Autoguidance(Checked, GuidanceProvider):
     """A second network of the same objective, for the same latents: an early checkpoint, a smaller model.
 
     Args:
         weak_label: ``'null'`` takes the class away from the weak branch, too.
-
-    Raises:
-        ValueError: No such choice.
     """
 
     second_network: ClassVar[bool] = True
 
     weak_label: WeakLabel = 'same'
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        check_choice('weak_label', self.weak_label, WeakLabel)
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """It needs the second network, and classes with ``weak_label`` ``'null'``."""

@@ -6,12 +6,13 @@ Shapes: B samples, C channels, H x W latent pixels, N tokens, K kept tokens.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from tread_composer.core.options import check_choice
+from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser
 from tread_composer.routing import Route, Routing, apply_tread, keep_lowest, routing_of
 from tread_composer.routing.tokens import AlwaysKeep
@@ -31,7 +32,7 @@ _Rates = Callable[[float], tuple[float, float]]  # rates(time) -> strong, weak; 
 
 
 @dataclass(frozen=True)
-class SparseGuidance(GuidanceProvider):
+class SparseGuidance(Checked, GuidanceProvider):
     """Another selection rate in each branch; the same network, or a second one in the weak branch.
 
     Where both branches are one denoiser and keep equally many tokens there is nothing to guide by: the network is
@@ -43,29 +44,16 @@ class SparseGuidance(GuidanceProvider):
         rate_schedule: ``'constant'``; or ``'cosine'``: over the steps the weak branch goes from ``weak_rate`` to 0 and
             the strong one from 0 to ``strong_rate``.
         weak_label: ``'null'`` takes the class away from the weak branch, too.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
     second_network: ClassVar[bool] = True
     draws_anew: ClassVar[bool] = True  # its tokens
 
-    strong_rate: float = 0.5
-    weak_rate: float = 0.9
+    # At 1 a routed block would get no token.
+    strong_rate: Annotated[float, Ge(0), Lt(1)] = 0.5
+    weak_rate: Annotated[float, Ge(0), Lt(1)] = 0.9
     rate_schedule: RateSchedule = 'constant'
     weak_label: WeakLabel = 'same'
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        check_choice('rate_schedule', self.rate_schedule, RateSchedule)
-        check_choice('weak_label', self.weak_label, WeakLabel)
-        for name in ('strong_rate', 'weak_rate'):
-            rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate):
-                raise ValueError(f'{name}={rate!r}: must be a finite number')
-            if not 0 <= rate < 1:  # at 1 a routed block would get no token
-                raise ValueError(f'{name}: {rate} is not in [0, 1); 0 lets no token skip a block')
 
     def check(self, network: nn.Module, *, num_classes: int, weak: nn.Module | None) -> None:
         """It needs routes in each network, and a weak branch that is the weaker one."""

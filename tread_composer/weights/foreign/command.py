@@ -3,7 +3,6 @@
 A file of weights says little of itself; what it cannot say is asked of the user, by name and with the reason.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import LatentFacts, read_class_names
 from tread_composer.io.checkpoint_reader import read_pickled
 from tread_composer.weights.exported import Exported
-from tread_composer.weights.foreign.files import LAYOUTS, check_trained_as, layout_of, read_weights
-from tread_composer.weights.foreign.hints import Hints
+from tread_composer.weights.foreign.files import check_trained_as, layout_of, read_weights
+from tread_composer.weights.foreign.request import ImportRequest
 from tread_composer.weights.foreign.translation import Sizes, converted, sizes_of
 from tread_composer.weights.trained import write_with_cost
 
@@ -36,80 +35,66 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def import_weights(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    hints: Hints,
-    *,
-    layout: str = 'auto',
-    weights: str = 'ema',
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def import_weights(request: ImportRequest) -> dict[str, Any]:
     """Convert a file of DiT, SiT, CompVis/tread, MaskDiT or LightningDiT to one that ``load_trained`` reads.
 
     Names, the label table, the sign and the direction of time are converted, so that the network predicts what
     this project's objectives expect. Files of SiT and LightningDiT are taken for the linear path and velocity, as
     published; those that say otherwise are refused.
 
-    Args:
-        layout: One of ``LAYOUTS``, or ``'auto'`` where the file shows it.
-        weights: ``'ema'`` or ``'raw'``: which to take; of a flat file, what it holds (published ones: ema).
-
     Returns:
-        As ``export``, and the ``layout``.
+        As ``write_with_cost``, and the ``layout``.
 
     Raises:
         UserError: Something is missing or contradicts the file.
     """
-    if layout not in (*LAYOUTS, 'auto') or weights not in ('ema', 'raw'):
-        raise UserError(f'layout {layout!r} or weights {weights!r} unknown; layouts: {", ".join(LAYOUTS)}, auto')
-    source = str(path)
-    tensors, container, settings = read_weights(path, weights)
-    layout = layout_of(layout, tensors, container, source)
+    source = request.path
+    tensors, container, settings = read_weights(source, request.weights)
+    layout = layout_of(request.layout, tensors, container, source)
     check_trained_as(layout, settings, source)
-    _ask_for_missing(hints, layout)
-    sizes = sizes_of(tensors, layout, hints.num_heads, source)  # and the positions are checked
+    _ask_for_missing(request, layout)
+    sizes = sizes_of(tensors, layout, request.num_heads, source)  # and the positions are checked
     facts = LatentFacts(
         channels=sizes.in_channels,
         latent_height=sizes.latent_size,
         latent_width=sizes.latent_size,
         num_classes=sizes.num_classes,
-        class_names=_class_names(str(hints.class_names), sizes.num_classes),
-        autoencoder=None if hints.autoencoder == 'pixels' else hints.autoencoder,
-        autoencoder_hash=hints.autoencoder_hash,
+        class_names=_class_names(str(request.class_names), sizes.num_classes),
+        autoencoder=None if request.autoencoder == 'pixels' else request.autoencoder,
+        autoencoder_hash=request.autoencoder_hash,
     )
     exported = Exported(
         tensors=converted(tensors, layout, sizes),
-        config=_config(Path(path).stem, layout, sizes, hints, settings),
+        config=_config(Path(source).stem, layout, sizes, request, settings),
         data=facts,
-        weights=weights,
-        batch=hints.batch,
-        origin=f'imported from {Path(path).name} in the layout of {layout}; of the configuration only model, '
+        weights=request.weights,
+        batch=request.batch,
+        origin=f'imported from {Path(source).name} in the layout of {layout}; of the configuration only model, '
         'objective, latent_scale, latent_shift, autoencoder and algorithms are known, the rest are placeholders',
     )
-    return {**write_with_cost(exported, source, out, overwrite), 'layout': layout}
+    return {**write_with_cost(exported, source, request.out, request.overwrite), 'layout': layout}
 
 
-def _ask_for_missing(hints: Hints, layout: str) -> None:
-    if hints.latent_stats is not None and (hints.latent_scale is not None or hints.latent_shift):
+def _ask_for_missing(request: ImportRequest, layout: str) -> None:
+    if request.latent_stats is not None and (request.latent_scale is not None or request.latent_shift):
         raise UserError('--latent-stats: replaces --latent-scale and --latent-shift; leave one side out')
-    scale, scale_text = hints.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'
+    scale, scale_text = request.latent_scale, 'the factor on raw latents in training; 0.18215 in all four projects'
     if layout == 'lightningdit':
         scale_text = 'the factor on raw latents in training; or --latent-stats latents_stats.pt, as for its VA-VAE'
     required = {
-        '--autoencoder': (hints.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
-        '--latent-scale': (hints.latent_stats if scale is None else scale, scale_text),
-        '--class-names': (hints.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
+        '--autoencoder': (request.autoencoder, 'which autoencoder made the latents, such as stabilityai/sd-vae-ft-ema'),
+        '--latent-scale': (request.latent_stats if scale is None else scale, scale_text),
+        '--class-names': (request.class_names, "a file with one name a line or a JSON list, or 'numbers'"),
     }
     if layout == 'tread':
         text = 'CompVis/tread trains both and saves them alike: edm or flow_matching'
-        required['--objective'] = (hints.objective, text)
+        required['--objective'] = (request.objective, text)
     lines = [f'  {option}: {reason}' for option, (value, reason) in required.items() if value is None]
     if lines:
         raise UserError('\n'.join(['import: the file does not say what sampling needs to know; give', *lines]))
-    if layout != 'tread' and hints.objective is not None:
-        raise UserError(f'--objective {hints.objective}: the layout {layout} has decided that; leave it out')
-    if layout == 'maskdit' and hints.route is not None:
+    if layout != 'tread' and request.objective is not None:
+        raise UserError(f'--objective {request.objective}: the layout {layout} has decided that; leave it out')
+    if layout == 'maskdit' and request.route is not None:
         raise UserError('--route: MaskDiT masks tokens and routes none; leave it out')
 
 
@@ -125,27 +110,27 @@ def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     return names
 
 
-def _latents(hints: Hints, channels: int) -> dict[str, Any]:
+def _latents(request: ImportRequest, channels: int) -> dict[str, Any]:
     """Scale and shift on raw latents: one number each, or one for each channel."""
-    if hints.latent_stats is None:
-        return {'latent_scale': hints.latent_scale, 'latent_shift': hints.latent_shift}
-    stats = read_pickled(Path(hints.latent_stats))
+    if request.latent_stats is None:
+        return {'latent_scale': request.latent_scale, 'latent_shift': request.latent_shift}
+    stats = read_pickled(Path(request.latent_stats))
     values = [stats.get(name) for name in ('mean', 'std')] if isinstance(stats, Mapping) else []
     tensors = [value for value in values if isinstance(value, Tensor) and value.numel() == channels]
     if len(tensors) < 2:
         raise UserError(
-            f"--latent-stats {hints.latent_stats}: does not hold 'mean' and 'std' of {channels} channels; it is the "
+            f"--latent-stats {request.latent_stats}: does not hold 'mean' and 'std' of {channels} channels; it is the "
             'latents_stats.pt of the latents on which the network was trained'
         )
     mean, std = (value.double().flatten() for value in tensors)
     if not (std > 0).all():
-        raise UserError(f'--latent-stats {hints.latent_stats}: a standard deviation is not above 0')
+        raise UserError(f'--latent-stats {request.latent_stats}: a standard deviation is not above 0')
     return {'latent_scale': std.reciprocal().tolist(), 'latent_shift': mean.tolist()}
 
 
-def _objective(layout: str, sizes: Sizes, hints: Hints, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _objective(layout: str, sizes: Sizes, request: ImportRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     if layout == 'tread':
-        return {'name': hints.objective}
+        return {'name': request.objective}
     if layout == 'dit':
         return {'name': 'ddpm', 'learned_variance': sizes.learn_sigma}
     objective = dict(_OBJECTIVES[layout])
@@ -157,7 +142,7 @@ def _objective(layout: str, sizes: Sizes, hints: Hints, settings: Mapping[str, A
     return objective
 
 
-def _config(name: str, layout: str, sizes: Sizes, hints: Hints, settings: Mapping[str, Any]) -> Config:
+def _config(name: str, layout: str, sizes: Sizes, request: ImportRequest, settings: Mapping[str, Any]) -> Config:
     """A configuration of the network and its conventions. What training would need and nobody has said is nominal."""
     model = {
         key: getattr(sizes, key)
@@ -168,9 +153,9 @@ def _config(name: str, layout: str, sizes: Sizes, hints: Hints, settings: Mappin
     algorithms: dict[str, Any] = {}
     if sizes.decoder is not None:
         algorithms['maskdit'] = {f'decoder_{key}': value for key, value in sizes.decoder.items()}
-    if hints.route is not None:
-        algorithms['tread'] = dict(zip(('start', 'end', 'selection_rate'), hints.route, strict=True))
-    autoencoder = {'name': 'pixels'} if hints.autoencoder == 'pixels' else {'name': 'kl', 'path': hints.autoencoder}
+    if request.route is not None:
+        algorithms['tread'] = dict(zip(('start', 'end', 'selection_rate'), request.route, strict=True))
+    autoencoder = {'name': 'pixels'} if request.autoencoder == 'pixels' else {'name': 'kl', 'path': request.autoencoder}
     shape = {'channels': sizes.in_channels, 'latent_size': sizes.latent_size, 'num_classes': sizes.num_classes}
     tree = {
         'run_name': name,
@@ -181,8 +166,8 @@ def _config(name: str, layout: str, sizes: Sizes, hints: Hints, settings: Mappin
         'data': {'name': 'latents', 'local': 'unknown', **shape},
         'autoencoder': autoencoder,
         'model': {'name': 'lightning_dit' if layout == 'lightningdit' else 'dit', **model, **sizes.more},
-        'objective': _objective(layout, sizes, hints, settings),
-        **_latents(hints, sizes.in_channels),
+        'objective': _objective(layout, sizes, request, settings),
+        **_latents(request, sizes.in_channels),
         'optimizer': {'name': 'adamw', 'lr': 0.0},
         'algorithms': algorithms,
     }

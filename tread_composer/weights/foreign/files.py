@@ -18,9 +18,9 @@ from torch import Tensor
 from tread_composer.core.errors import UserError
 from tread_composer.io.checkpoint_reader import read_pickled
 
-__all__ = ['LAYOUTS', 'check_trained_as', 'layout_of', 'read_weights']
+__all__ = ['check_trained_as', 'layout_of', 'read_weights']
 
-LAYOUTS = ('dit', 'sit', 'tread', 'maskdit', 'lightningdit')
+_LAYOUTS = ('dit', 'sit', 'tread', 'maskdit', 'lightningdit')
 _CONTAINERS = {'ema': ('ema', 'ema_state_dict'), 'raw': ('model', 'model_state_dict')}
 _SIT = {'path_type': 'Linear', 'prediction': 'velocity'}  # of the choices that SiT trains, those that are flow matching
 _ANCHOR = 'x_embedder.proj.weight'  # what stands before it is the prefix that wrappers have given to all names
@@ -53,7 +53,7 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     if len(anchors) != 1:
         raise UserError(
             f'{path}: holds {len(anchors) or "no"} tensors named {_ANCHOR!r}, so it is no diffusion transformer of the '
-            f'layouts {", ".join(LAYOUTS)}. It has: {", ".join(map(str, list(network)[:5]))}'
+            f'layouts {", ".join(_LAYOUTS)}. It has: {", ".join(map(str, list(network)[:5]))}'
         )
     # A tensor beside the network would be lost without a word.
     prefix = anchors[0].removesuffix(_ANCHOR)

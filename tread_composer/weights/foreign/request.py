@@ -1,4 +1,4 @@
-"""What the user says of a file of weights, because the file does not."""
+"""What ``import`` was asked for, and what the user says of a file of weights, because the file does not."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,14 +7,19 @@ from annotated_types import Ge
 
 from tread_composer.core.options import Flag, check_request
 
-__all__ = ['Hints']
+__all__ = ['ImportRequest']
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What the user says of a file of weights.
+class ImportRequest:
+    """One call of ``import``.
 
     Args:
+        path: .pt or .safetensors, as published or as their training saves it.
+        out: The file to write.
+        layout: Whose file it is (dit and sit must be named).
+        weights: Which weights to take; for a file with one set, which set it is (published files: ema).
+        overwrite: Replace a file that is there.
         autoencoder: What made the latents: a hub id, a folder, a file, or ``pixels``.
         latent_scale: Factor on raw latents in training; 0.18215 in DiT, SiT, CompVis/tread and MaskDiT.
         class_names: A file with one name a line or a JSON list, or ``numbers``.
@@ -28,9 +33,14 @@ class Hints:
         batch: Batches that they were trained on, if known.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: A value is out of range.
     """
 
+    path: Annotated[str, Flag('FILE')]
+    out: str = 'model.safetensors'
+    layout: Literal['auto', 'dit', 'sit', 'tread', 'maskdit', 'lightningdit'] = 'auto'
+    weights: Literal['ema', 'raw'] = 'ema'
+    overwrite: bool = False
     autoencoder: str | None = None
     latent_scale: float | None = None
     class_names: str | None = None
