@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.folders import Listing
 from tread_composer.conversion.sources.labels import missing_truth
 from tread_composer.conversion.sources.numbered import name_by_number
@@ -22,7 +23,6 @@ from tread_composer.conversion.sources.source import (
     Ignored,
     Images,
     IndexedFiles,
-    Request,
     Source,
     arranged,
     few,
@@ -93,18 +93,18 @@ def holds_tars(path: Path) -> bool:
         return any(member.parts[-1].endswith('.tar') for member in itertools.islice(_members(file, path), 64))
 
 
-def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Source]:
+def open_ilsvrc(root: Path, settings: ImageSettings, split_of: Mapping[Path, str]) -> dict[str, Source]:
     """The splits of the official tars, of tars and flat: read as the folders that unpacking them would give."""
     tars = {split: tar for tar, split in split_of.items()}
     if len(tars) < len(split_of):
         names = few([tar.name for tar in split_of])
-        raise UserError(f'{request.root}: {names}: one tar of each split is expected. Give the tar itself')
-    listing = Listing(Progress(f'scanning {request.root}'))
+        raise UserError(f'{root}: {names}: one tar of each split is expected. Give the tar itself')
+    listing = Listing(Progress(f'scanning {root}'))
     if test := tars.pop('test', None):
         listing.ignored.notes.append(f'{test.name} is not converted')
     if not tars:
-        raise UserError(f'{request.root}: only a test set, which has no labels; the tar of train or val is missing')
-    if 'val' in tars and not request.ground_truth:
+        raise UserError(f'{root}: only a test set, which has no labels; the tar of train or val is missing')
+    if 'val' in tars and settings.ground_truth is None:
         raise missing_truth(tars['val'])
     for split, path in tars.items():
         with refusing(OSError, f'{path}: cannot be read'), open(path, 'rb', buffering=0) as file:
@@ -112,7 +112,7 @@ def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Sou
                 _list_train(file, path, listing)
             else:
                 _list(file, path, (split,), listing)
-    branches = {split: replace(images, prefix='') for split, images in listing.branches(request).items()}
+    branches = {split: replace(images, prefix='') for split, images in listing.branches(root, settings).items()}
     return {
         split: arranged('ILSVRC tars', tars[split], images, IndexedFiles([tars[split]]).read)
         for split, images in branches.items()
@@ -138,12 +138,13 @@ def _list(file: io.FileIO, path: Path, folder: tuple[str, ...], listing: Listing
         listing.add((*folder, *member.parts), read, (0, member.offset, member.size))
 
 
-def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+def open_webdataset(
+    root: Path, settings: ImageSettings, tars: dict[str, list[Path]], notes: Sequence[str]
+) -> dict[str, Source]:
     """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
-    root = request.root
     splits = {split: scan_tars(root, paths, _is_image, Ignored(notes=list(notes))) for split, paths in tars.items()}
     unlabelled = [split for split, images in splits.items() if None in images.labels]
-    if unlabelled and (request.names or len(unlabelled) < len(splits)):
+    if unlabelled and (settings.given_names or len(unlabelled) < len(splits)):
         raise UserError(
             f'{root}: {unlabelled[0]} has no labels (key.cls or key.json), but the other split or --class-names says '
             f'that there are classes. Give one split alone, or leave the names'
@@ -160,7 +161,7 @@ def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequen
         if unlabelled:
             images.labels = [0] * len(images.names)
     if not unlabelled:
-        name_by_number(root, splits, request.names)
+        name_by_number(root, splits, settings.given_names)
     return {
         split: arranged('webdataset tars', root, images, IndexedFiles(tars[split]).read)
         for split, images in splits.items()
