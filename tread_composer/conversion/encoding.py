@@ -104,9 +104,7 @@ class ImageEncoder(Encoder):
         # No method: a worker gets what it needs, and not the network.
         self.prepare = functools.partial(read_image, resolution=self.resolution, background=colour)
         self.latent_shape = (channels, side, side)
-        self.particulars = {'store': self.store, 'precision': self.precision}
-        # Left out at what conversions did that were begun before there was a choice: they can still be continued.
-        self.particulars |= {} if colour is None else {'background': settings.background}
+        self.particulars = {'store': self.store, 'precision': self.precision, 'background': self.background}
         mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
         self.description = (
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '

@@ -75,8 +75,7 @@ class Settings:
     @property
     def content(self) -> dict[str, Any]:
         """What decides about the stored bytes, besides samples and encoder: compared when a conversion is continued."""
-        # Shards were compressed on demand once: conversions that were begun then can still be continued without.
-        return {'seed': self.seed, 'held_out': self.held_out, 'part_size': self.part_size, 'compression': None}
+        return {'seed': self.seed, 'held_out': self.held_out, 'part_size': self.part_size}
 
     @property
     def is_remote(self) -> bool:
