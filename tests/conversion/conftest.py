@@ -8,8 +8,9 @@ import pytest
 from tests.conversion import layouts
 from tests.conversion.layouts import Pictures
 from tests.conversion.worlds import make_images, make_vae
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.detect import open_sources
-from tread_composer.conversion.sources.source import Request, Source
+from tread_composer.conversion.sources.source import Source
 from tread_composer.core.errors import UserError
 
 
@@ -20,7 +21,8 @@ class Opener:
         self.scratch = scratch
 
     def __call__(self, path: Path, **options: Any) -> dict[str, Source]:
-        return open_sources(Request(path, self.scratch, **options))
+        texts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        return open_sources(ImageSettings(str(path), 'unused', **texts), self.scratch)
 
     def refuses(self, message: str, path: Path, **options: Any) -> str:
         """The whole message of a refusal that matches."""

@@ -17,7 +17,6 @@ from tread_composer.conversion.making import prepared_batches
 from tread_composer.conversion.parts import PartWriter
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.detect import open_sources
-from tread_composer.conversion.sources.source import Request
 from tread_composer.conversion.splits import permutation
 from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
@@ -80,7 +79,8 @@ def test_the_permutation_is_this_one_for_ever():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, workers):
-    source = open_sources(Request(make_images(tmp_path / 'in', 5), tmp_path))['train']
+    settings = ImageSettings(str(make_images(tmp_path / 'in', 5)), 'unused')
+    source = open_sources(settings, tmp_path)['train']
     (tmp_path / 'in' / source.names[3]).write_text('no image')
     (tmp_path / 'in' / source.names[4]).unlink()
     batches = [('train', 0, [2, 3]), ('train', 0, [4])]

@@ -68,8 +68,7 @@ def test_transparent_images_stand_on_a_background_and_are_counted(tmp_path: Path
     assert "background: saved 'white', now 'black'" in capsys.readouterr().err
     assert main(words(source, out / 'none', None, background='whiet')) == 2
     assert '--background whiet: no colour' in capsys.readouterr().err
-    # A conversion that was begun before there was a choice is continued with what it did.
-    assert 'background' not in (out / 'stored' / 'conversion.json').read_text()
+    assert '"background": "stored"' in (out / 'stored' / 'conversion.json').read_text()
 
 
 def test_the_manifest_says_which_scale_and_shift_training_takes(source: Path, tmp_path: Path, capsys, monkeypatch):

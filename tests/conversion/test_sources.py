@@ -251,8 +251,8 @@ def test_a_test_split_is_left_out_and_named(tmp_path, splits, opened):
         (layouts.zip_of_splits(tmp_path / 'in.zip', three), {}, {'train', 'val'}),
         (layouts.write_parquet(tmp_path / 'parquet', three), {}, {'train', 'val'}),
         (layouts.write_webdataset(tmp_path / 'wds', three), {'class_names': names}, {'train', 'val'}),
-        (layouts.write_folders(tmp_path / 'two', two), {'use_test': False}, {'train'}),
-        (layouts.write_parquet(tmp_path / 'tables', two), {'use_test': False}, {'train'}),
+        (layouts.write_folders(tmp_path / 'two', two), {'splits': ('train',)}, {'train'}),
+        (layouts.write_parquet(tmp_path / 'tables', two), {'splits': ('train',)}, {'train'}),
         (layouts.write_folders(tmp_path / 'flat', flat), {}, {'train'}),
     ):
         sources = opened(path, **options)

@@ -5,7 +5,7 @@ import copy
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,7 +213,8 @@ class WholeCheckpointSaver(CheckpointSaver):
         if error is None:
             self._finish(True, *self._under_way)
         else:
-            to_stderr(f'save_folder: the last checkpoint could not be written to {self._root}: {error}')
+            fault = _disk_fault(error) or error
+            to_stderr(f'save_folder: the last checkpoint could not be written to {self._root}: {fault}')
         self._future = self._under_way = None
 
     def _copy(self, state: State, file: Path) -> Any:
@@ -233,18 +234,17 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     def _write_copy(self, content: Any, state: State, file: Path) -> None:
         """In the thread: as when it is saved at once, from the copy."""
-        with _disk_faults():
-            _write_file(content, str(_unfinished(file)))
+        _write_file(content, str(_unfinished(file)))
         self._publish(state, _unfinished(file), file)
 
     def _write(self, state: State, unfinished: Path) -> Any:
         """Composer's own writing, to another place."""
         settings: dict[str, Any] = {'weights_only': self.weights_only, 'ignore_keys': self.ignore_keys}
         try:
-            with _disk_faults():
-                return checkpoint.save_checkpoint(state, str(unfinished), **settings)
-        except OSError:
-            dist.barrier()  # the one behind the writing, where ranks that had nothing to write wait
+            return checkpoint.save_checkpoint(state, str(unfinished), **settings)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if _disk_fault(error) is not None:
+                dist.barrier()  # the one behind the writing, where ranks that had nothing to write wait
             raise
 
     def _add_digests(self, folder: Path) -> None:
@@ -304,9 +304,12 @@ class WholeCheckpointSaver(CheckpointSaver):
         def in_words() -> Result:
             try:
                 return step()
-            except OSError as error:
+            except (OSError, RuntimeError, CheckpointException) as error:
+                fault = _disk_fault(error)
+                if fault is None:
+                    raise
                 raise UserError(
-                    f'save_folder: a checkpoint could not be written to {self._root}: {error}. Those that were saved '
+                    f'save_folder: a checkpoint could not be written to {self._root}: {fault}. Those that were saved '
                     f'before are whole: make room, or make the folder writable, and the same command goes on from them'
                 ) from error
 
@@ -326,18 +329,6 @@ WholeCheckpointSaver.__qualname__ = CheckpointSaver.__qualname__
 def _unfinished(path: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return path.with_name(f'{UNFINISHED}{path.name}')
-
-
-@contextlib.contextmanager
-def _disk_faults() -> Iterator[None]:
-    """What torch's writers say of the disk, as the OSError that it was."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        fault = _disk_fault(error)
-        if fault is None:
-            raise
-        raise OSError(fault) from error
 
 
 def _disk_fault(error: Any) -> str | None:

@@ -17,8 +17,7 @@ class DataWait(Callback):
     """
 
     def __init__(self) -> None:
-        self._begin: float | None = None
-        self._waited = 0.0
+        self._begin = self._waited = 0.0
         self._batches: deque[tuple[float, float]] = deque(maxlen=100)  # seconds waited, seconds in all
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
@@ -27,13 +26,10 @@ class DataWait(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """It has answered."""
-        if self._begin is not None:
-            self._waited = time.perf_counter() - self._begin
+        self._waited = time.perf_counter() - self._begin
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the share."""
-        if self._begin is None:
-            return
         self._batches.append((self._waited, time.perf_counter() - self._begin))
         waited, whole = (sum(seconds) for seconds in zip(*self._batches, strict=True))
         logger.log_metrics({'time/data_wait': waited / whole})

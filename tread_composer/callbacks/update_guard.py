@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from composer.core import Callback, State
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import check_choice
 from tread_composer.io.progress import to_stderr
 
 __all__ = ['OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
@@ -61,8 +62,7 @@ class UpdateGuard(Callback):
         spike_factor: float | None = None,
         skipped_batches: Collection[int] = (),
     ) -> None:
-        if on_nonfinite not in get_args(OnNonfinite):
-            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose one of {", ".join(get_args(OnNonfinite))}')
+        check_choice('on_nonfinite', on_nonfinite, OnNonfinite)
         if spike_factor is not None and not spike_factor > 1:
             raise ValueError(f'spike_factor={spike_factor}: a multiple of the median gradient norm, so more than 1')
         self.on_nonfinite, self.spike_factor = on_nonfinite, spike_factor
@@ -74,7 +74,7 @@ class UpdateGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The norms that the next ones are compared with: a resumed run decides like one that was never stopped."""
         counts = {'skipped': self._skipped, 'skipped_in_a_row': self._skipped_in_a_row}
-        return {**super().state_dict(), 'norms': list(self._norms), **counts}
+        return {'norms': list(self._norms), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""

@@ -6,6 +6,7 @@ where they end.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 
 import tread_composer
 from tread_composer.conversion.destination import Output, check_remote, refuse_if_too_large, size_in_words, upload
 from tread_composer.conversion.encoding import Encoder
-from tread_composer.conversion.making import Part, Plans, RayPartMaker, make_parts
+from tread_composer.conversion.making import MakeEncoder, Part, Plans, make_parts, ray_part_maker
 from tread_composer.conversion.parts import (
     REPORT,
     done_parts,
@@ -57,7 +57,7 @@ class Conversion:
 
     encoder: Encoder
 
-    def __init__(self, settings: Settings, make_encoder: Callable[[torch.device], Encoder], log: Log = print) -> None:
+    def __init__(self, settings: Settings, make_encoder: MakeEncoder, log: Log = print) -> None:
         self.settings, self.output, self.ranks = settings, Output(settings), Ranks.start()
         self.folder, self._make_encoder = settings.state, make_encoder
         self.log = log if self.ranks.is_first else lambda line: None
@@ -120,7 +120,7 @@ class Conversion:
 
         on_ray(
             parts,
-            RayPartMaker(settings, self._make_encoder, self.encoder.content, plans),
+            functools.partial(ray_part_maker, settings, self._make_encoder, self.encoder.content, plans),
             done,
             scratch=self.output.scratch,
             workers=settings.ray_workers,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tread_composer.autoencoders import Pretrained, Published, open_autoencoder, published_scaling, sample_moments
 from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.detect import open_sources
-from tread_composer.conversion.sources.source import Request, Source
+from tread_composer.conversion.sources.source import Source
 from tread_composer.conversion.squares import Sample, read_image
 from tread_composer.core.errors import UserError
 from tread_composer.core.randomness import KeyedRandom
@@ -104,9 +104,7 @@ class ImageEncoder(Encoder):
         # No method: a worker gets what it needs, and not the network.
         self.prepare = functools.partial(read_image, resolution=self.resolution, background=colour)
         self.latent_shape = (channels, side, side)
-        self.particulars = {'store': self.store, 'precision': self.precision}
-        # Left out at what conversions did that were begun before there was a choice: they can still be continued.
-        self.particulars |= {} if colour is None else {'background': settings.background}
+        self.particulars = {'store': self.store, 'precision': self.precision, 'background': self.background}
         mirror = 'and of its mirror image' if settings.mirror else 'without mirror images'
         self.description = (
             f'{self.title}: {channels} x {side} x {side} for each image {mirror}, '
@@ -120,12 +118,7 @@ class ImageEncoder(Encoder):
 
     def sources(self, scratch: Path) -> Mapping[str, Source]:
         """The images at ``settings.source``."""
-        settings = self.settings
-        files = (settings.ground_truth, settings.class_names)
-        truth, names = (None if file is None else Path(file).expanduser() for file in files)
-        use_test = not settings.held_out and 'val' in (settings.splits or ('val',))
-        chosen = (settings.image_column, settings.label_column)
-        return open_sources(Request(Path(settings.source).expanduser(), scratch, truth, names, *chosen, use_test))
+        return open_sources(self.settings, scratch)
 
     def stored(self, pixels_B3RR: Tensor, purpose: str, positions: Sequence[int]) -> Tensor:
         """What is stored of pixels in [-1, 1]: ``[B, S, h, w]``; purpose and positions are the keys of random draws."""

@@ -5,7 +5,6 @@ Legend: B samples of a batch.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +16,18 @@ from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources.source import Source
 from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.squares import UnreadableImage
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import ResumeError, UserError
 from tread_composer.io.device import check_shared_memory, choose_device, machine_for
 from tread_composer.io.files import read_json
 from tread_composer.io.progress import Progress, silent
 
-__all__ = ['Part', 'Plans', 'RayPartMaker', 'make_parts', 'prepared_batches']
+__all__ = ['MakeEncoder', 'Part', 'Plans', 'make_parts', 'prepared_batches', 'ray_part_maker']
 
 _MACHINE = contextlib.ExitStack()  # of a worker of Ray; held here, as long as the process lives
 _PREFETCH = 4  # batches per worker: enough that a slow image or a slow read does not make the encoder wait
 
 Plans = dict[str, SplitPlan]
+MakeEncoder = Callable[[torch.device], Encoder]
 Part = tuple[str, int]
 """A split and a number."""
 Batch = tuple[str, int, list[int]]
@@ -113,30 +113,22 @@ def _encoded(item: Prepared, encoder: Encoder, settings: Settings) -> Encoded | 
         ) from error
 
 
-@dataclass(frozen=True)
-class RayPartMaker:
-    """Travels to a worker of Ray and becomes what makes a part there, and returns its unreadable samples."""
+def ray_part_maker(
+    settings: Settings, make_encoder: MakeEncoder, content: dict[str, Any], plans: Plans, workers_here: int
+) -> Callable[[Part], list[dict[str, str]]]:
+    """Set up a worker of Ray and load the encoder; what makes a part there, and returns its unreadable samples."""
+    device = choose_device(settings.device, 0)
+    workers = settings.workers_of_rank(device.type == 'cuda', workers_here)
+    _MACHINE.enter_context(machine_for(device, workers, workers_here))
+    encoder = make_encoder(device)
+    if encoder.content != content:  # with which the work was planned
+        remedy = 'Give all machines the same files.'
+        raise ResumeError.from_differences('a worker of Ray', content, encoder.content, remedy)
+    progress = Progress('', unit='images', log=silent)
 
-    settings: Settings
-    make_encoder: Callable[[torch.device], Encoder]
-    content: dict[str, Any]  # of the encoder where the conversion was planned
-    plans: Plans
+    def make(part: Part) -> list[dict[str, str]]:
+        make_parts([part], plans, encoder, settings, progress, workers=workers)
+        name, number = part
+        return read_json(settings.state / name / part_name(number) / PART_FILE)['unreadable']
 
-    def __call__(self, workers_here: int) -> Callable[[Part], list[dict[str, str]]]:
-        """Set up the machine and load the encoder."""
-        settings, plans = self.settings, self.plans
-        device = choose_device(settings.device, 0)
-        workers = settings.workers_of_rank(device.type == 'cuda', workers_here)
-        _MACHINE.enter_context(machine_for(device, workers, workers_here))
-        encoder = self.make_encoder(device)
-        for name, value in self.content.items():
-            if encoder.content[name] != value:
-                raise UserError(f'{name}: {encoder.content[name]!r} in a worker of Ray, planned was {value!r}')
-        progress = Progress('', unit='images', log=silent)
-
-        def make(part: Part) -> list[dict[str, str]]:
-            make_parts([part], plans, encoder, settings, progress, workers=workers)
-            name, number = part
-            return read_json(settings.state / name / part_name(number) / PART_FILE)['unreadable']
-
-        return make
+    return make

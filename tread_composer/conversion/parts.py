@@ -166,31 +166,27 @@ class PartWriter:
             'transparent': self.transparent,
         }
         final = self._folder / part_name(self.part)
+        self._writer.finish()
+        write_json(self._place / PART_FILE, summary)
+        if remote is not None:
+            for path in sorted(self._place.glob('shard.*')):
+                upload(path, f'{remote}/{part_name(self.part)}', keep=False)
+        for path in self._place.iterdir():
+            to_disk(path)
+        to_disk(self._place)
+        self._place.chmod(0o755)  # mkdtemp made it for its owner alone
         try:
-            self._writer.finish()
-            write_json(self._place / PART_FILE, summary)
-            if remote is not None:
-                for path in sorted(self._place.glob('shard.*')):
-                    upload(path, f'{remote}/{part_name(self.part)}', keep=False)
-            for path in self._place.iterdir():
-                to_disk(path)
-            to_disk(self._place)
-            self._place.chmod(0o755)  # mkdtemp made it for its owner alone
-            try:
-                self._place.rename(final)
-            except OSError:
-                # A rank of a killed run may live on for some seconds and finish a part. It was made with the same
-                # settings, so its rows are as good as ours.
-                if not (final / PART_FILE).is_file():
-                    raise
-                shutil.rmtree(self._place)
-            to_disk(self._folder)
-        except BaseException:
-            self.abandon()
-            raise
+            self._place.rename(final)
+        except OSError:
+            # A rank of a killed run may live on for some seconds and finish a part. It was made with the same
+            # settings, so its rows are as good as ours.
+            if not (final / PART_FILE).is_file():
+                raise
+            shutil.rmtree(self._place)
+        to_disk(self._folder)
 
     def abandon(self) -> None:
-        """Give the disk back what was written."""
+        """Give the disk back what was written, also where ``finish`` has failed."""
         self._writer.cancel_future_jobs()
         shutil.rmtree(self._place, ignore_errors=True)
 
@@ -263,6 +259,6 @@ class BackgroundWriter:
             writer.write(encoded(), labels, [source.names[position] for position in item.positions])
 
     def _finish_part(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.finish(self._settings.remote and f'{self._settings.remote}/{writer.split}')
+        if self._writer is not None:
+            self._writer.finish(self._settings.remote and f'{self._settings.remote}/{self._writer.split}')
+            self._writer = None

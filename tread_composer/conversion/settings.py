@@ -1,5 +1,6 @@
 """What a conversion, an import or a merge is asked to do, checked once. Each field is a flag of the command line."""
 
+import functools
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from PIL import ImageColor
 from tread_composer.conversion.squares import Colour
 from tread_composer.core.errors import UserError
 from tread_composer.core.options import Device, Flag, argument_docs, check_request
+from tread_composer.data.manifest import read_class_names
 from tread_composer.io.device import available_cores
 
 __all__ = ['ImageSettings', 'ImportSettings', 'MergeSettings', 'Settings', 'is_remote']
@@ -73,8 +75,7 @@ class Settings:
     @property
     def content(self) -> dict[str, Any]:
         """What decides about the stored bytes, besides samples and encoder: compared when a conversion is continued."""
-        # Shards were compressed on demand once: conversions that were begun then can still be continued without.
-        return {'seed': self.seed, 'held_out': self.held_out, 'part_size': self.part_size, 'compression': None}
+        return {'seed': self.seed, 'held_out': self.held_out, 'part_size': self.part_size}
 
     @property
     def is_remote(self) -> bool:
@@ -184,6 +185,16 @@ class ImageSettings(Settings):
                 flag = f'--{name.replace("vae", "autoencoder").replace("_", "-")}'
                 raise UserError(f'{flag} has no effect without an autoencoder: give --autoencoder, or leave it out')
         _ = self.background_colour
+
+    @functools.cached_property
+    def given_names(self) -> tuple[str, ...]:
+        """Those of the file with class names, in label order; empty without it."""
+        return () if self.class_names is None else read_class_names(Path(self.class_names).expanduser())
+
+    @property
+    def use_test(self) -> bool:
+        """Whether a test split is the evaluation split where there is no other; else it is left out."""
+        return not self.held_out and 'val' in (self.splits or ('val',))
 
     @property
     def background_colour(self) -> Colour | None:

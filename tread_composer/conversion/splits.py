@@ -56,8 +56,8 @@ class SplitPlan:
 
     @property
     def transparent(self) -> int:
-        """Images of the finished parts that have transparent pixels; of old parts none was counted."""
-        return sum(part.get('transparent', 0) for part in self.parts.values())
+        """Images of the finished parts that have transparent pixels."""
+        return sum(part['transparent'] for part in self.parts.values())
 
     def positions(self, part: int) -> np.ndarray:
         """Positions in the source of the samples of a part, in writing order."""

@@ -22,12 +22,13 @@ from tread_composer.conversion.splits import PART_FILE
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import fetch_descriptions
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
-from tread_composer.data.manifest import MANIFEST_NAME, Manifest
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest, contradictions
 from tread_composer.data.shards import Shard, read_index
 from tread_composer.io.progress import Progress
 
 __all__ = ['STATISTICS_TOLERANCE', 'verify']
 
+_COMMON = ('kind', 'autoencoder_hash', 'latent_shape', 'resolution', 'crop', 'class_names')  # to all splits
 STATISTICS_TOLERANCE = 0.05  # of the standard deviation: the splits of a data set may carry those of `train`
 _SUSPICIOUS_SHARE = 0.1  # of mirrored pairs that are equal
 _ASYMMETRY = 0.3  # of the standard deviation, by which a latent differs from its flipped array: else its image may be
@@ -64,13 +65,13 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
                 text = text.replace(str(split), url or str(split))
             return text
 
-        faults, manifests = [], {}
+        faults, facts = [], {}
         for split, url in splits.items():
             check = _SplitCheck(split, lambda line: say(at_home(line)), url)
             faults += check.run()
             if check.manifest is not None:
-                manifests[split] = check.manifest
-        return [at_home(fault) for fault in faults + _contradictions(manifests)]
+                facts[split / MANIFEST_NAME] = {name: getattr(check.manifest, name) for name in _COMMON}
+        return [at_home(fault) for fault in faults + contradictions(facts)]
 
 
 def _fetched_splits(url: str, scratch: Path) -> dict[Path, str]:
@@ -104,20 +105,6 @@ def _splits(folder: Path) -> dict[Path, str]:
             f'conversion writes them last; if one was interrupted, run it again to finish it'
         )
     return dict.fromkeys(splits, '')
-
-
-def _contradictions(manifests: dict[Path, Manifest]) -> list[str]:
-    """Of all splits with the first: what one run could not read together."""
-    if not manifests:
-        return []
-    (reference_split, reference), *remaining = manifests.items()
-    keys = ('kind', 'autoencoder_hash', 'latent_shape', 'resolution', 'crop', 'class_names')
-    return [
-        f'{split / MANIFEST_NAME}: {key} is not that of {reference_split / MANIFEST_NAME}, so they are not one data set'
-        for split, manifest in remaining
-        for key in keys
-        if getattr(manifest, key) != getattr(reference, key)
-    ]
 
 
 class _SplitCheck:

@@ -8,9 +8,9 @@ than this file knows, is refused.
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,7 +18,9 @@ from tread_composer.core.errors import UserError
 from tread_composer.data.columns import Kind
 from tread_composer.io.files import write_atomically
 
-__all__ = ['FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'Scaling', 'read_class_names']
+__all__ = [
+    'FORMAT_VERSION', 'MANIFEST_NAME', 'LatentFacts', 'Manifest', 'Scaling', 'contradictions', 'read_class_names',
+]  # fmt: skip
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'manifest.json'
@@ -162,6 +164,17 @@ class Manifest(_Latents):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` atomically: after a crash the old file or the new one is there, never half."""
         write_atomically(Path(folder) / MANIFEST_NAME, f'{self.model_dump_json(indent=2)}\n'.encode())
+
+
+def contradictions(facts: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    """A line for each fact in which a place is not like the first that says it; None and absence say nothing."""
+    lines: list[str] = []
+    for key in dict.fromkeys(key for values in facts.values() for key in values):
+        answers = [(place, values[key]) for place, values in facts.items() if values.get(key) is not None]
+        for place, value in answers[1:]:
+            if value != answers[0][1]:
+                lines.append(f'{key}: {answers[0][1]!r:.100} in {answers[0][0]}, {value!r:.100} in {place}')
+    return lines
 
 
 def read_class_names(path: Path, unique: bool = True) -> tuple[str, ...]:

@@ -230,13 +230,10 @@ class _Pool:
 
 @contextlib.contextmanager
 def _connected() -> Iterator[Any]:
-    """The package, connected to a cluster; left as it was found."""
+    """The package, connected to a cluster until the block ends."""
     check_ray()
     import ray
 
-    if ray.is_initialized():  # by a program of the user's
-        yield ray
-        return
     address = os.environ.get('RAY_ADDRESS', 'local')
     alone: dict[str, Any] = {'include_dashboard': False} if address == 'local' else {}
     try:

@@ -67,7 +67,8 @@ def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], st
     }
     if config is None:
         return machine
-    checks = {**machine, 'device and precision': lambda: _device(config), 'data': lambda: _data(config)}
+    checks = machine | {'device and precision': lambda: check_machine(config) or 'fit together'}
+    checks['data'] = lambda: _data(config)
     is_made = config.data.name == 'digits' and not os.path.exists(config.data.local)
     if is_made or getattr(config.data, 'remote', None) is not None:
         checks['data folder'] = lambda: check_writable(config.data.local)
@@ -81,11 +82,6 @@ def _checks(config: Config | None, world_size: int) -> dict[str, Callable[[], st
         if check_store is not None:
             checks[f'loggers.{name}'] = functools.partial(check_store, **logger.kwargs)
     return checks
-
-
-def _device(config: Config) -> str:
-    check_machine(config)
-    return 'fit together'
 
 
 def _inception() -> str:

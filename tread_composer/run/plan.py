@@ -18,8 +18,8 @@ from tread_composer.builders.run_data import check_expectations, planned_manifes
 from tread_composer.config import Config, check_files
 from tread_composer.config.sections import LatentsData
 from tread_composer.core.errors import UserError, first_line
-from tread_composer.core.masking import printable
 from tread_composer.data.checks import check_shards
+from tread_composer.io.table import text_table
 from tread_composer.routing import Route
 from tread_composer.run.snr import latent_std
 
@@ -54,7 +54,7 @@ def make_plan(config: Config, world_size: int, nodes: int = 1, memory: bool = Tr
     micro = micro if isinstance(micro, int) else per_rank
     depth = depth_of(denoiser)
     return {
-        'parameters': _trainable(denoiser),
+        'parameters': sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
         'num_tokens': denoiser.num_tokens,
         'depth': depth,
         'tokens_per_block': tokens_per_block(savers.values(), depth, denoiser.num_tokens),
@@ -116,10 +116,6 @@ def _limit(named: tuple[str, Any]) -> tuple[str, str]:
     name, algorithm = named
     reasons, words = limits(algorithm), (('save', 'saved'), ('resume', 'resumed'))
     return name, '; '.join(f'cannot be {verb}: {reasons[limit]}' for limit, verb in words if limit in reasons)
-
-
-def _trainable(denoiser: Any) -> int:
-    return sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
 
 
 def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers, ranks: int, micro: int) -> Any:
@@ -214,9 +210,7 @@ def format_plan(config: Config, plan: dict[str, Any], state: str) -> str:
         'optimizer': f'{config.optimizer.name} {config.optimizer.to_plain()}, scheduler {config.scheduler.name}',
         **_memory_rows(plan),
     }
-    width = max(map(len, rows))
-    table = printable('\n'.join(f'{name:<{width}}  {text}' for name, text in rows.items()))
-    return f'{table}\n\n# resolved configuration\n{config.to_yaml()}'
+    return f'{text_table((), list(rows.items()), "ll")}\n\n# resolved configuration\n{config.to_yaml()}'
 
 
 def _memory_rows(plan: dict[str, Any]) -> dict[str, str]:

@@ -33,11 +33,11 @@ from tread_composer.config import Config, check_files, check_machine, load_confi
 from tread_composer.core.errors import UserError
 from tread_composer.core.flatten import flatten
 from tread_composer.core.launch import world_size
-from tread_composer.core.masking import printable
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.files import read_json, write_json
 from tread_composer.io.ranks import agreed, check_equal
 from tread_composer.io.rendezvous import Rendezvous
+from tread_composer.io.table import text_table
 from tread_composer.routing import RoutingError
 from tread_composer.run.doctor import check_run_machine
 from tread_composer.run.plan import data_state, format_plan, make_plan
@@ -182,9 +182,8 @@ def report(trainer: Trainer, config: Config, status: str) -> str:
             rows += summary(trainer.state)
     if config.save_folder:
         rows.append(('checkpoints, config.yaml', config.save_folder.replace('{run_name}', config.run_name)))
-    width = max(len(name) for name, _ in rows)
     rule = '-' * 72
-    return printable('\n'.join([rule, *(f'{name:<{width}}  {text}' for name, text in dict.fromkeys(rows)), rule]))
+    return f'{rule}\n{text_table((), list(dict.fromkeys(rows)), "ll")}\n{rule}'
 
 
 def _skipped_batches(config: Config) -> frozenset[int]:

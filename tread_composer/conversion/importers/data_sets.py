@@ -24,7 +24,7 @@ from tread_composer.conversion.squares import Sample
 from tread_composer.core.errors import UserError
 from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
-from tread_composer.data.manifest import MANIFEST_NAME, Manifest, read_class_names
+from tread_composer.data.manifest import MANIFEST_NAME, Manifest, contradictions, read_class_names
 from tread_composer.data.shards import read_index
 from tread_composer.io.files import file_hash, read_json
 from tread_composer.io.progress import Progress
@@ -33,8 +33,8 @@ __all__ = ['DataSets']
 
 # What latents must have in common to be read by one run, as the manifest calls it.
 _FACTS = (
-    'kind', 'autoencoder', 'autoencoder_hash', 'resolution', 'crop', 'mirrored', 'channels', 'latent_height',
-    'latent_width', 'background', 'published',
+    'kind', 'autoencoder', 'autoencoder_hash', 'resolution', 'crop', 'mirrored', 'latent_shape', 'background',
+    'published',
 )  # fmt: skip
 # What a conversion besides records of its encoder; latents of other tools have no such record.
 _RECORDED = ('store', 'precision')
@@ -51,13 +51,10 @@ class DataSets(Encoder):
         facts = {root: _facts(root, manifest) for root, manifest in manifest_of.items()}
         _check_equal(facts)
         # Of what some do not say, what the others say; of what conversions record besides, what all say.
-        common: dict[str, Any] = dict.fromkeys(_FACTS)
-        for each in facts.values():
-            common |= {name: each[name] for name in _FACTS if common[name] is None}
-        recorded = dict(set.intersection(*(set(each.items()) for each in facts.values())))
-        for name in ('kind', 'mirrored', 'resolution', 'crop', 'autoencoder', 'autoencoder_hash', 'background'):
-            setattr(self, name, common[name])
-        self.published, self.latent_shape = common['published'], next(iter(manifest_of.values())).latent_shape
+        common = {name: value for each in facts.values() for name, value in each.items() if value is not None}
+        for name in _FACTS:
+            setattr(self, name, common.get(name))
+        recorded = [name for name in _RECORDED if all(name in each for each in facts.values())]
         lists = {root: manifest.class_names for root, manifest in manifest_of.items()}
         self.class_names = _joint_classes(lists, settings.class_names)
         reader = read_index(next(iter(self._manifests)))[0].reader  # decodes a row: all shards have the same columns
@@ -65,7 +62,7 @@ class DataSets(Encoder):
         self.particulars = {
             'layout': 'data sets',
             'kind': self.kind,
-            **{name: recorded[name] for name in _RECORDED if name in recorded},
+            **{name: common.get(name) for name in recorded},
             'indexes': sorted(file_hash(folder / 'index.json') for folder in self._manifests),
         }
         counts = ', '.join(f'{len(names):,} in {folder}' for folder, names in lists.items())
@@ -132,21 +129,13 @@ def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
         name = scaling.source.removeprefix('published for ')
         facts['published'] = Published(name, scaling.scale[0], scaling.shift[0])
     record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
-    if 'store' in record:  # conversions before 0.2.0 kept the colours and did not say so
-        facts['background'] = manifest.background or 'stored'
     return facts | {name: record[name] for name in _RECORDED if name in record}
 
 
 def _check_equal(facts: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Refuse what differs between any two; where one does not say a thing, nothing is compared."""
-    lines: list[str] = []
-    for key in dict.fromkeys(key for values in facts.values() for key in values):
-        answers = [(folder, values[key]) for folder, values in facts.items() if values.get(key) is not None]
-        for folder, value in answers[1:]:
-            if value != answers[0][1]:
-                lines.append(f'  {key}: {answers[0][1]!r} in {answers[0][0]}, {value!r} in {folder}')
-    if lines:
-        raise UserError('\n'.join(['these data contradict each other, so no run could read them together:', *lines]))
+    if lines := contradictions(facts):
+        head = 'these data contradict each other, so no run could read them together:'
+        raise UserError('\n  '.join([head, *lines]))
 
 
 def _joint_classes(lists: Mapping[Path, tuple[str, ...]], file: str | None) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.numbered import name_by_number
-from tread_composer.conversion.sources.source import Images, IndexedFiles, Request, Source, arranged, refusing
+from tread_composer.conversion.sources.source import Images, IndexedFiles, Source, arranged, refusing
 from tread_composer.core.errors import UserError
 
 __all__ = ['cifar_folder', 'load_plain', 'open_cifar']
@@ -46,12 +47,12 @@ def cifar_folder(root: Path) -> Path | None:
     return places[0] if len(places) == 1 else None
 
 
-def open_cifar(request: Request, folder: Path) -> dict[str, Source]:
+def open_cifar(folder: Path, settings: ImageSettings) -> dict[str, Source]:
     """Both splits: the test images, all labelled, are the evaluation split."""
     form = 'cifar-10-batches-py' if (folder / 'batches.meta').is_file() else 'cifar-100-python'
     meta, files, label = _FORMS[form]
-    label = request.label_column or label
-    paths = {'train': files['train'], **({'val': files['test']} if request.use_test else {})}
+    label = settings.label_column or label
+    paths = {'train': files['train'], **({'val': files['test']} if settings.use_test else {})}
     splits = {split: _images([folder / name for name in names], label) for split, names in paths.items()}
     names_key = f'{label.removesuffix("s")}_names'
     class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.cifar import cifar_folder, open_cifar
 from tread_composer.conversion.sources.folders import holds_images, open_folders, open_zip
 from tread_composer.conversion.sources.numbered import PLACES, is_table, numbered_folders, open_img2dataset, split_files
-from tread_composer.conversion.sources.source import Request, Source, few
+from tread_composer.conversion.sources.source import Source, few
 from tread_composer.conversion.sources.tars import holds_tars, open_ilsvrc, open_webdataset
 from tread_composer.core.errors import UserError
 
@@ -24,59 +24,59 @@ _SUFFIX = re.compile(r'\.(?:(zip|parquet|arrow|tar)|tgz|tar\.(?:gz|bz2|xz|zst))$
 _OFFICIAL = re.compile(r'ILSVRC\d+_img_(val|test)\b.*\.tar')
 
 
-def open_sources(request: Request) -> dict[str, Source]:
-    """Find out what lies at ``request.root`` and list its images, by split; what is unclear is refused with what to do.
+def open_sources(settings: ImageSettings, scratch: Path) -> dict[str, Source]:
+    """Find out what lies at the source and list its images, by split; what is unclear is refused with what to do.
 
     The splits are ``'train'`` and ``'val'``, or the one that there is; ``'train'`` where nothing says which it is. What
-    becomes of a test split, the description says.
+    becomes of a test split, the description says. ``scratch`` is for a copy of images that cannot be read at random.
     """
-    root = request.root.absolute()  # sources are read in other processes, whose current folder may differ
+    # Absolute: sources are read in other processes, whose current folder may differ.
+    root = Path(settings.source).expanduser().absolute()
     if not root.exists():
         raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     archives = _archives(root)
     if not archives and (inner := _configuration(root)) is not None:
         root, archives = inner, _archives(inner)
-    request = replace(request, root=root)
     kind = _kind(root, archives)
-    official = _official(archives, with_truth=request.ground_truth is not None) if kind == '.tar' else {}
-    _check_options(request, kind, is_official=bool(official))
+    official = _official(archives, with_truth=settings.ground_truth is not None) if kind == '.tar' else {}
+    _check_options(root, settings, kind, is_official=bool(official))
     if kind == 'folders':
-        sources = open_folders(request)
+        sources = open_folders(root, settings)
     elif kind == 'cifar':
-        sources = open_cifar(request, cifar_folder(root) or root)
+        sources = open_cifar(cifar_folder(root) or root, settings)
     elif kind == 'img2dataset':
-        sources = open_img2dataset(request)
+        sources = open_img2dataset(root, settings)
     elif kind == '.zip':
-        sources = open_zip(request)
+        sources = open_zip(root, settings)
     elif official:
-        sources = open_ilsvrc(request, official)
+        sources = open_ilsvrc(root, settings, official)
     elif kind == '.tar':
-        sources = open_webdataset(request, *split_files(root, archives, request.use_test))
+        sources = open_webdataset(root, settings, *split_files(root, archives, settings.use_test))
     else:
         from tread_composer.conversion.sources.parquet import open_tables, saved_files  # here: slow to import
 
         archives, notes = saved_files(root, archives)
-        splits, unread = split_files(root, archives, request.use_test)
-        sources = open_tables(request, splits, [*notes, *unread])
+        splits, unread = split_files(root, archives, settings.use_test)
+        sources = open_tables(root, settings, scratch, splits, [*notes, *unread])
     _check_same_classes(root, sources)
     return sources
 
 
-def _check_options(request: Request, kind: str, is_official: bool) -> None:
+def _check_options(root: Path, settings: ImageSettings, kind: str, is_official: bool) -> None:
     """Refuse what this kind has no use for."""
-    root, columns = request.root, (request.image_column, request.label_column)
+    columns = (settings.image_column, settings.label_column)
     is_table = kind in ('.parquet', '.arrow')
     has_numbers = is_table or kind == 'img2dataset' or (kind == '.tar' and not is_official)
-    if request.class_names is not None and not has_numbers:
-        raise UserError(f'class_names={request.class_names}: the folders of {root} name its classes. Leave it out')
-    if request.ground_truth is not None and has_numbers:
-        raise UserError(f'ground_truth={request.ground_truth}: {root} brings its own labels. Leave it out')
+    if settings.class_names is not None and not has_numbers:
+        raise UserError(f'class_names={settings.class_names}: the folders of {root} name its classes. Leave it out')
+    if settings.ground_truth is not None and has_numbers:
+        raise UserError(f'ground_truth={settings.ground_truth}: {root} brings its own labels. Leave it out')
     if any(columns) and not is_table and (kind != 'cifar' or columns[0]):
         raise UserError(
             f'image_column={columns[0]}, label_column={columns[1]}: only tables (.parquet, .arrow) and CIFAR-100 have '
             f'such, and {root} is none. Leave them out'
         )
-    _ = request.names  # refused before minutes of listing
+    _ = settings.given_names  # refused before minutes of listing
 
 
 def _archives(root: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.labels import ANNOTATIONS, EDM, annotated_classes, assign_classes, edm_labels
 from tread_composer.conversion.sources.numbered import name_by_number
 from tread_composer.conversion.sources.source import (
@@ -21,7 +22,6 @@ from tread_composer.conversion.sources.source import (
     Ignored,
     Images,
     IndexedFiles,
-    Request,
     Source,
     arranged,
     check_splits,
@@ -71,13 +71,13 @@ class Listing:
             with refusing(OSError, f'{path}: cannot be read'):
                 self.label_files[path] = read()
 
-    def branches(self, request: Request) -> dict[str, Images]:
+    def branches(self, root: Path, settings: ImageSettings) -> dict[str, Images]:
         """The splits of the tree.
 
         Ground truth is needed, and allowed, for a split ``val`` without class folders beside a ``train`` with them, or
         alone (as Kaggle's ImageNet has it). What is not one of the layouts is refused with what there is.
         """
-        root, paths = request.root, list(self.images)
+        paths = list(self.images)
         if not paths:
             raise UserError(f'{root}: no image in it; {str(self.ignored) or "it is empty"}. Expected {_LAYOUTS}')
         prefix = _wrapper(paths)
@@ -90,7 +90,7 @@ class Listing:
         named = sorted(set(tops) & set(SPLITS))
         if named:
             self._check_tops(root, prefix, tops, named)
-            split_of = self._splits(tops, named, request.use_test)
+            split_of = self._splits(tops, named, settings.use_test)
             branches = {split: self._branch(root, f'{prefix}{top}/', tops[top]) for top, split in split_of.items()}
         else:
             branches = {'train': self._branch(root, prefix, paths)}
@@ -101,7 +101,7 @@ class Listing:
                 f'wrong. Move them away if the folders are the classes; read are {EDM} beside the images and '
                 f'{ANNOTATIONS} beside images in no class folders'
             )
-        _label_val(root, branches, request.ground_truth)
+        _label_val(root, branches, settings.ground_truth)
         return branches
 
     def _check_tops(self, root: Path, prefix: str, tops: dict[str, list[str]], named: list[str]) -> None:
@@ -181,32 +181,31 @@ def _wrapper(paths: list[str]) -> str:
     return ''.join(f'{part}/' for part in parts)
 
 
-def _label_val(root: Path, branches: dict[str, Images], ground_truth: Path | None) -> None:
+def _label_val(root: Path, branches: dict[str, Images], ground_truth: str | None) -> None:
     """Give ``val`` its labels where they come from elsewhere."""
     train, val = branches.get('train'), branches.get('val')
-    if val is not None and not val.class_names and (ground_truth or (train and train.class_names)):
+    if val is not None and not val.class_names and (ground_truth is not None or (train and train.class_names)):
         if train and not train.class_names:
             raise UserError(f'{root}: ground_truth={ground_truth} is given, but train has no class folders')
         class_names, val.labels = assign_classes(ground_truth, val.names, train and train.class_names, root)
         val.in_classes(class_names)
         val.form = '{file}'
-    elif ground_truth:
+    elif ground_truth is not None:
         raise UserError(
             f'ground_truth={ground_truth}: {root} has no use for it: it labels validation images that lie loose in '
             f'val/ or in the official tar. Leave it out'
         )
 
 
-def open_folders(request: Request) -> dict[str, Source]:
+def open_folders(root: Path, settings: ImageSettings) -> dict[str, Source]:
     """The splits of a folder."""
-    root = request.root
     listing = Listing(Progress(f'scanning {root}'))
     for parts, is_folder in _walk(root):
         if is_folder:
             listing.folders.add('/'.join(parts))
         else:
             listing.add(parts, root.joinpath(*parts).read_bytes)
-    return {split: source_of_files(root, branch) for split, branch in listing.branches(request).items()}
+    return {split: source_of_files(root, branch) for split, branch in listing.branches(root, settings).items()}
 
 
 def holds_images(root: Path) -> bool:
@@ -231,13 +230,12 @@ def _walk(root: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
                 yield from _walk(root, parts)
 
 
-def open_zip(request: Request) -> dict[str, Source]:
+def open_zip(path: Path, settings: ImageSettings) -> dict[str, Source]:
     """The splits of a zip.
 
     A place is the offset of a member's local header, its compressed size, checksum, and whether it is deflated:
     Python's own reader would hold an object of about a kilobyte for each member in every worker process.
     """
-    path = request.root
     listing = Listing(Progress(f'scanning {path}'))
     # NotImplementedError is zipfile's word for a compression or a version that it does not know.
     damage = (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError)
@@ -258,7 +256,7 @@ def open_zip(request: Request) -> dict[str, Source]:
             place = (info.header_offset, info.compress_size, info.CRC, is_deflated)
             listing.add(parts, functools.partial(archive.read, info), place)
     load = functools.partial(_load_member, IndexedFiles([path]))
-    return {split: arranged('zip', path, images, load) for split, images in listing.branches(request).items()}
+    return {split: arranged('zip', path, images, load) for split, images in listing.branches(path, settings).items()}
 
 
 def _load_member(files: IndexedFiles, name: str, offset: int, size: int, checksum: int, is_deflated: bool) -> bytes:

@@ -72,7 +72,7 @@ def missing_truth(location: Path) -> UserError:
 
 
 def assign_classes(
-    ground_truth: Path | None, files: Sequence[str], train_classes: tuple[str, ...] | None, location: Path
+    ground_truth: str | None, files: Sequence[str], train_classes: tuple[str, ...] | None, location: Path
 ) -> tuple[tuple[str, ...], list[int]]:
     """Class names, and the label of each file, given the classes of the training images if there are any.
 
@@ -80,7 +80,7 @@ def assign_classes(
     """
     if ground_truth is None:
         raise missing_truth(location)
-    truth = _read_ground_truth(ground_truth)
+    truth = _read_ground_truth(Path(ground_truth).expanduser())
     stems = [_stem(file) for file in files]
     _check_rows(f'ground_truth={ground_truth}', truth.keys(), stems)
     classes = [truth[stem] for stem in stems]

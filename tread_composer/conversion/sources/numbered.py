@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.source import (
     SPLITS,
     Images,
-    Request,
     Source,
     check_splits,
     few,
@@ -142,9 +142,9 @@ def numbered_folders(root: Path) -> list[Path]:
     return [shard for shard in _shards(root) if shard.is_dir()]
 
 
-def open_img2dataset(request: Request) -> dict[str, Source]:
+def open_img2dataset(root: Path, settings: ImageSettings) -> dict[str, Source]:
     """The images of all folders, with their labels where the tables have a column ``label``."""
-    root, images, labels = request.root, Images(), {}
+    images, labels = Images(), {}
     _check_complete(root)
     for folder in numbered_folders(root):
         labels |= _labels(folder.with_suffix('.parquet'))
@@ -160,7 +160,7 @@ def open_img2dataset(request: Request) -> dict[str, Source]:
         raise UserError(f'{root}: {missing:,} images have no label in the tables (NNNNN.parquet). Complete the data')
     images.labels, images.places = [labels.get(key, 0) for key in keys], [()] * len(keys)
     if labels:
-        name_by_number(root, {'train': images}, request.names)
+        name_by_number(root, {'train': images}, settings.given_names)
         images.form = '{file}'
     return {'train': source_of_files(root, images, 'img2dataset folders')}
 

@@ -17,8 +17,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from tread_composer.conversion.destination import refuse_if_too_large, size_in_words
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.numbered import name_by_number
-from tread_composer.conversion.sources.source import SPLITS, Ignored, Images, Request, Source, arranged, few, refusing
+from tread_composer.conversion.sources.source import SPLITS, Ignored, Images, Source, arranged, few, refusing
 from tread_composer.core.errors import UserError
 from tread_composer.io.files import UNFINISHED, read_json, whole_file
 from tread_composer.io.progress import Progress, to_stderr
@@ -61,18 +62,19 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
     return kept, notes
 
 
-def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+def open_tables(
+    root: Path, settings: ImageSettings, scratch: Path, files: dict[str, list[Path]], notes: Sequence[str]
+) -> dict[str, Source]:
     """The splits of such files; what an earlier, interrupted call left in the scratch folder is used again."""
-    root = request.root
-    columns = {file: _columns_of(file, request) for split in files.values() for file in split}
+    columns = {file: _columns_of(file, settings) for split in files.values() for file in split}
     reference, *remaining = columns
     for file in remaining:
         if columns[file] != columns[reference]:
             raise UserError(f'{file}: columns or class names differ from those of {reference}. Give one data set')
     label, class_names = columns[reference].label, columns[reference].class_names
-    if request.names and label is None:
+    if settings.given_names and label is None:
         raise UserError(f'{root}: class names are given, but the files have no column of labels')
-    copies = _copy_all(columns, request.scratch / 'parquet')
+    copies = _copy_all(columns, scratch / 'parquet')
     kind = f'{reference.suffix[1:].lower()} files'
     splits = {}
     for split, members in files.items():
@@ -85,7 +87,7 @@ def open_tables(request: Request, files: dict[str, list[Path]], notes: Sequence[
             images.ignored.notes.append('named by row, since the files do not name each image')
             images.names = [f'row-{row:08d}' for row in range(len(images.names))]
     if label is not None:
-        name_by_number(root, splits, request.names or class_names)
+        name_by_number(root, splits, settings.given_names or class_names)
     copies_of = {split: [str(copies[file]) for file in members] for split, members in files.items()}
     return {
         split: arranged(kind, root, images, functools.partial(_load, copies_of[split]))
@@ -99,15 +101,15 @@ def _load(copies: list[str], name: str, number: int, index: int, row: int) -> by
         return pyarrow.ipc.open_file(file).get_batch(index).column('bytes')[row].as_py()
 
 
-def _columns_of(file: Path, request: Request) -> _Columns:
+def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
     with refusing(_DAMAGE, f'{file}: not a {file.suffix[1:]} file, or damaged', '. Get it anew'):
         schema = _schema(file)
         shown = ', '.join(f'{column.name}: {column.type}' for column in schema)
     images = [column.name for column in schema if _is_image(column.type)]
-    if request.image_column is not None:
-        images = [name for name in schema.names if name == request.image_column]
+    if settings.image_column is not None:
+        images = [name for name in schema.names if name == settings.image_column]
         if not images or not (_is_image(schema.field(images[0]).type) or _is_binary(schema.field(images[0]).type)):
-            raise UserError(f'{file}: --image-column {request.image_column}: no column of images. Columns: {shown}')
+            raise UserError(f'{file}: --image-column {settings.image_column}: no column of images. Columns: {shown}')
     if len(images) != 1:
         raise UserError(
             f'{file}: {len(images)} columns hold images (a struct with "bytes" and "path", as Hugging Face writes '
@@ -120,10 +122,10 @@ def _columns_of(file: Path, request: Request) -> _Columns:
             features = json.loads(text)['info']['features']
             named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
-    if request.label_column is not None:
-        candidates = [request.label_column]
-        if request.label_column not in schema.names:
-            raise UserError(f'{file}: --label-column {request.label_column}: no such column. Columns: {shown}')
+    if settings.label_column is not None:
+        candidates = [settings.label_column]
+        if settings.label_column not in schema.names:
+            raise UserError(f'{file}: --label-column {settings.label_column}: no such column. Columns: {shown}')
     if len(candidates) > 1:
         raise UserError(
             f'{file}: {len(candidates)} columns of labels: {", ".join(candidates)}. Say which with --label-column'

@@ -1,6 +1,6 @@
 """What every source of samples promises, and the rules that all layouts share: names, litter, order, labels.
 
-A layout is one file with a function ``open_<layout>(request, ...)``, which ``detect`` calls: it finds out what the
+A layout is one file with a function ``open_<layout>(root, ...)``, which ``detect`` calls: it finds out what the
 samples are called, how they are labelled and where their bytes are, and hands that to ``arranged``.
 """
 
@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from tread_composer.core.errors import UserError
-from tread_composer.data.manifest import read_class_names
 
 __all__ = [
-    'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'Request', 'Source', 'arranged', 'check_names', 'check_splits',
+    'SPLITS', 'Ignored', 'Images', 'IndexedFiles', 'Source', 'arranged', 'check_names', 'check_splits',
     'few', 'in_label_order', 'is_image', 'is_litter', 'member_parts', 'refusing', 'source_of_files',
 ]  # fmt: skip
 
@@ -28,24 +27,6 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 
 SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 """Folder and file names that mean a split, and which."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a layout is opened with."""
-
-    root: Path  # folder or file
-    scratch: Path  # for a copy of images that cannot be read at random
-    ground_truth: Path | None = None  # labels of validation images that lie in no class folders
-    class_names: Path | None = None  # file with those of labels that are numbers; without it the numbers are the names
-    image_column: str | None = None  # of a table with several
-    label_column: str | None = None  # of a table, or the list of CIFAR-100's
-    use_test: bool = True  # as the evaluation split, where there is no other; else it is left out
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of the classes in label order; empty without such a file."""
-        return () if self.class_names is None else read_class_names(self.class_names)
 
 
 @dataclass

@@ -4,6 +4,7 @@ In webdataset's, ``key.jpg`` stands beside ``key.cls`` (a number) or ``key.json`
 """
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tread_composer.conversion.settings import ImageSettings
 from tread_composer.conversion.sources.folders import Listing
 from tread_composer.conversion.sources.labels import missing_truth
 from tread_composer.conversion.sources.numbered import name_by_number
@@ -21,7 +23,6 @@ from tread_composer.conversion.sources.source import (
     Ignored,
     Images,
     IndexedFiles,
-    Request,
     Source,
     arranged,
     few,
@@ -47,119 +48,103 @@ class _Member(NamedTuple):
     size: int
 
 
-class _Archive:
-    """A tar on disk, opened for reading; a context manager."""
+def _members(file: io.FileIO, path: Path, outer: _Member | None = None) -> Iterator[_Member]:
+    """The regular files in a tar at ``path``, or in the tar that is its member ``outer``; folders are left out.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with refusing(OSError, f'{path}: cannot be read'):
-            self._file = open(path, 'rb', buffering=0)  # noqa: SIM115  (closed by leaving the archive)
+    Refused is what is no tar, compressed, cut off or followed by other data, and a link, a device, a sparse file or a
+    name that leads out of it.
+    """
+    place, start, end = path, 0, os.fstat(file.fileno()).st_size
+    if outer is not None:
+        place, start, end = Path(f'{path}: {"/".join(outer.parts)}'), outer.offset, outer.offset + outer.size
+    remedy = '. Get it anew, or unpack it to a tar (images in a compressed one cannot be read at random)'
+    damage = (OSError, ValueError, tarfile.TarError)
+    with refusing(damage, f'{place}: not a tar, cut off, or compressed', remedy):
+        file.seek(start)  # tarfile reads from there, and says offsets in the whole file
+        with tarfile.open(fileobj=file, mode='r:') as archive:
+            while (info := archive.next()) is not None and info.offset < end:
+                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill gigabytes
+                parts = member_parts(place, info.name)
+                if info.issparse() or not (info.isreg() or info.isdir()):
+                    raise UserError(
+                        f'{place}: member {info.name!r} is a link, a device or a sparse file. Refused: pack again '
+                        f'with tar --dereference'
+                    )
+                if info.offset_data + info.size > end:
+                    raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
+                if info.isreg() and parts:
+                    yield _Member(parts, info.offset_data, info.size)
+            _check_end(file, place, end if info else archive.offset, end)
 
-    def __enter__(self) -> '_Archive':
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset`` of the file on disk."""
-        return os.pread(self._file.fileno(), size, offset)
-
-    def members(self, outer: _Member | None = None) -> Iterator[_Member]:
-        """The regular files in the archive, or in the archive that is its member ``outer``; folders are left out.
-
-        Refused is what is no tar, compressed, cut off or followed by other data, and a link, a device, a sparse file or
-        a name that leads out of it.
-        """
-        place, start, end = self.path, 0, os.fstat(self._file.fileno()).st_size
-        if outer is not None:
-            place, start, end = Path(f'{self.path}: {"/".join(outer.parts)}'), outer.offset, outer.offset + outer.size
-        remedy = '. Get it anew, or unpack it to a tar (images in a compressed one cannot be read at random)'
-        damage = (OSError, ValueError, tarfile.TarError)
-        with refusing(damage, f'{place}: not a tar, cut off, or compressed', remedy):
-            self._file.seek(start)  # tarfile reads from there, and says offsets in the whole file
-            with tarfile.open(fileobj=self._file, mode='r:') as archive:
-                while (info := archive.next()) is not None and info.offset < end:
-                    archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill gigabytes
-                    parts = member_parts(place, info.name)
-                    if info.issparse() or not (info.isreg() or info.isdir()):
-                        raise UserError(
-                            f'{place}: member {info.name!r} is a link, a device or a sparse file. Refused: pack again '
-                            f'with tar --dereference'
-                        )
-                    if info.offset_data + info.size > end:
-                        raise UserError(f'{place}: ends within {info.name!r}: it is cut off. Get it anew')
-                    if info.isreg() and parts:
-                        yield _Member(parts, info.offset_data, info.size)
-                self._check_end(place, end if info else archive.offset, end)
-
-    def _check_end(self, place: Path, offset: int, end: int) -> None:
-        # A tar ends with zeros, at least a block of them; tarfile itself takes a damaged header for the end.
-        mark = self.read(offset, min(end - offset, 2**20))
-        if len(mark) < tarfile.BLOCKSIZE or any(mark):
-            raise UserError(
-                f'{place}: no header and no end at byte {offset:,}: it is damaged or cut off, or several tars were '
-                f'joined. Get it anew, or pack it again'
-            )
+def _check_end(file: io.FileIO, place: Path, offset: int, end: int) -> None:
+    # A tar ends with zeros, at least a block of them; tarfile itself takes a damaged header for the end.
+    mark = os.pread(file.fileno(), min(end - offset, 2**20), offset)
+    if len(mark) < tarfile.BLOCKSIZE or any(mark):
+        raise UserError(
+            f'{place}: no header and no end at byte {offset:,}: it is damaged or cut off, or several tars were '
+            f'joined. Get it anew, or pack it again'
+        )
 
 
 def holds_tars(path: Path) -> bool:
     """Whether a tar holds others, as ImageNet's training set does."""
-    with _Archive(path) as archive:
-        return any(member.parts[-1].endswith('.tar') for member in itertools.islice(archive.members(), 64))
+    with refusing(OSError, f'{path}: cannot be read'), open(path, 'rb', buffering=0) as file:
+        return any(member.parts[-1].endswith('.tar') for member in itertools.islice(_members(file, path), 64))
 
 
-def open_ilsvrc(request: Request, split_of: Mapping[Path, str]) -> dict[str, Source]:
+def open_ilsvrc(root: Path, settings: ImageSettings, split_of: Mapping[Path, str]) -> dict[str, Source]:
     """The splits of the official tars, of tars and flat: read as the folders that unpacking them would give."""
     tars = {split: tar for tar, split in split_of.items()}
     if len(tars) < len(split_of):
         names = few([tar.name for tar in split_of])
-        raise UserError(f'{request.root}: {names}: one tar of each split is expected. Give the tar itself')
-    listing = Listing(Progress(f'scanning {request.root}'))
+        raise UserError(f'{root}: {names}: one tar of each split is expected. Give the tar itself')
+    listing = Listing(Progress(f'scanning {root}'))
     if test := tars.pop('test', None):
         listing.ignored.notes.append(f'{test.name} is not converted')
     if not tars:
-        raise UserError(f'{request.root}: only a test set, which has no labels; the tar of train or val is missing')
-    if 'val' in tars and not request.ground_truth:
+        raise UserError(f'{root}: only a test set, which has no labels; the tar of train or val is missing')
+    if 'val' in tars and settings.ground_truth is None:
         raise missing_truth(tars['val'])
     for split, path in tars.items():
-        with _Archive(path) as archive:
+        with refusing(OSError, f'{path}: cannot be read'), open(path, 'rb', buffering=0) as file:
             if split == 'train':
-                _list_train(archive, listing)
+                _list_train(file, path, listing)
             else:
-                _list(archive, (split,), listing)
-    branches = {split: replace(images, prefix='') for split, images in listing.branches(request).items()}
+                _list(file, path, (split,), listing)
+    branches = {split: replace(images, prefix='') for split, images in listing.branches(root, settings).items()}
     return {
         split: arranged('ILSVRC tars', tars[split], images, IndexedFiles([tars[split]]).read)
         for split, images in branches.items()
     }
 
 
-def _list_train(archive: _Archive, listing: Listing) -> None:
-    for outer in archive.members():
+def _list_train(file: io.FileIO, path: Path, listing: Listing) -> None:
+    for outer in _members(file, path):
         name = outer.parts[-1]
         if is_litter(outer.parts) or not (name.endswith('.tar') or is_image(name)):
             listing.ignored.add(outer.parts)
             continue
         folder = ('train', name.removesuffix('.tar'))
         if is_image(name) or '/'.join(folder) in listing.folders:
-            raise UserError(f'{archive.path}: holds {name}, where each member should be the one tar of a class')
+            raise UserError(f'{path}: holds {name}, where each member should be the one tar of a class')
         listing.folders.add('/'.join(folder))
-        _list(archive, folder, listing, outer)
+        _list(file, path, folder, listing, outer)
 
 
-def _list(archive: _Archive, folder: tuple[str, ...], listing: Listing, outer: _Member | None = None) -> None:
-    for member in archive.members(outer):
-        read = functools.partial(archive.read, member.offset, member.size)
+def _list(file: io.FileIO, path: Path, folder: tuple[str, ...], listing: Listing, outer: _Member | None = None) -> None:
+    for member in _members(file, path, outer):
+        read = functools.partial(os.pread, file.fileno(), member.size, member.offset)
         listing.add((*folder, *member.parts), read, (0, member.offset, member.size))
 
 
-def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequence[str]) -> dict[str, Source]:
+def open_webdataset(
+    root: Path, settings: ImageSettings, tars: dict[str, list[Path]], notes: Sequence[str]
+) -> dict[str, Source]:
     """The splits of webdataset tars; ``notes``: what else was seen, for the description."""
-    root = request.root
     splits = {split: scan_tars(root, paths, _is_image, Ignored(notes=list(notes))) for split, paths in tars.items()}
     unlabelled = [split for split, images in splits.items() if None in images.labels]
-    if unlabelled and (request.names or len(unlabelled) < len(splits)):
+    if unlabelled and (settings.given_names or len(unlabelled) < len(splits)):
         raise UserError(
             f'{root}: {unlabelled[0]} has no labels (key.cls or key.json), but the other split or --class-names says '
             f'that there are classes. Give one split alone, or leave the names'
@@ -176,7 +161,7 @@ def open_webdataset(request: Request, tars: dict[str, list[Path]], notes: Sequen
         if unlabelled:
             images.labels = [0] * len(images.names)
     if not unlabelled:
-        name_by_number(root, splits, request.names)
+        name_by_number(root, splits, settings.given_names)
     return {
         split: arranged('webdataset tars', root, images, IndexedFiles(tars[split]).read)
         for split, images in splits.items()
@@ -197,9 +182,9 @@ def scan_tars(
     """
     samples, progress = Images(ignored=ignored or Ignored()), Progress(f'scanning {root}')
     for number, path in enumerate(tars):
-        with _Archive(path) as archive:
+        with refusing(OSError, f'{path}: cannot be read'), open(path, 'rb', buffering=0) as file:
             members: dict[tuple[str, str], _Member] = {}
-            for member in archive.members():
+            for member in _members(file, path):
                 progress.add()
                 stem, _, extension = member.parts[-1].partition('.')  # webdataset: a key ends at the first dot
                 key = '/'.join((*member.parts[:-1], stem))
@@ -215,7 +200,7 @@ def scan_tars(
                     raise UserError(f'{path}: key {key!r} has a label and no sample. Get the tar anew')
                 if kind == 'sample':
                     samples.names.append('/'.join(member.parts))
-                    samples.labels.append(_label(archive, key, members))  # type: ignore[arg-type]
+                    samples.labels.append(_label(file, path, key, members))  # type: ignore[arg-type]
                     samples.places.append((number, member.offset, member.size))
     if not samples.names:
         raise UserError(f'{root}: {tars[0].name} and the like hold no sample; {samples.ignored}')
@@ -226,12 +211,12 @@ def scan_tars(
     return samples
 
 
-def _label(archive: _Archive, key: str, members: Mapping[tuple[str, str], _Member]) -> int | None:
+def _label(file: io.FileIO, path: Path, key: str, members: Mapping[tuple[str, str], _Member]) -> int | None:
     for kind, limit in _LABELS.items():  # .cls first: it says nothing else
         member = members.get((key, kind))
         if member is None:
             continue
-        text = archive.read(member.offset, min(member.size, limit))
+        text = os.pread(file.fileno(), min(member.size, limit), member.offset)
         try:
             label = int(text) if kind == 'cls' else json.loads(text).get('label')
         except (ValueError, AttributeError, RecursionError):
@@ -239,6 +224,6 @@ def _label(archive: _Archive, key: str, members: Mapping[tuple[str, str], _Membe
         if label is None:
             continue  # json without a label: other facts about the image
         if type(label) is not int or abs(label) > 2**31 or member.size > limit:
-            raise UserError(f'{archive.path}: the label of {key!r} in its .{kind} is {label!r:.60}, not a whole number')
+            raise UserError(f'{path}: the label of {key!r} in its .{kind} is {label!r:.60}, not a whole number')
         return label
     return None
