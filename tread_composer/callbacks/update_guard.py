@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
-from tread_composer.core.options import check_choice
+from tread_composer.core.options import check_bounds
 from tread_composer.io.progress import to_stderr
 
 __all__ = ['OnNonfinite', 'RewindError', 'UpdateGuard', 'gradient_norm']
@@ -62,7 +62,7 @@ class UpdateGuard(Callback):
         spike_factor: float | None = None,
         skipped_batches: Collection[int] = (),
     ) -> None:
-        check_choice('on_nonfinite', on_nonfinite, OnNonfinite)
+        check_bounds('on_nonfinite', OnNonfinite, on_nonfinite)
         if spike_factor is not None and not spike_factor > 1:
             raise ValueError(f'spike_factor={spike_factor}: a multiple of the median gradient norm, so more than 1')
         self.on_nonfinite, self.spike_factor = on_nonfinite, spike_factor
