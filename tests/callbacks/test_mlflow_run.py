@@ -85,6 +85,7 @@ def test_training_from_the_start_does_not_write_into_an_earlier_run(folder):
     assert [first.info.status, second.info.status] == ['FINISHED', 'FINISHED']
     assert len(values_of(client, first)) == len(values_of(client, second)) == 2
     assert [first.data.params['lr'], second.data.params['lr']] == ['0.1', '0.2']
+    assert first.data.params.keys() == second.data.params.keys()  # those of the Trainer before loading too
     assert first.data.tags['tread_composer.superseded_by'] == second.info.run_id
 
 

@@ -113,6 +113,7 @@ class MLflowRun(MLFlowLogger):
         self._watch: RunWatch | None = None
         self._client: Any = None
         self._earlier: Any = None  # the run of this name from before, as it was
+        self._hyperparameters: dict[str, Any] = {}  # those of the Trainer come before it is known which run they are of
         self._pending: list[tuple[str, float, int, int]] = []
         self._last_flush = time.monotonic()
         self._begun: set[str] = set()  # what has not come to its end
@@ -197,6 +198,7 @@ class MLflowRun(MLFlowLogger):
             self._leave_earlier_run(state.run_name)
             self._begin(state, logger)
             if self._earlier is not None:
+                self._log_new_params(self._hyperparameters)
                 self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
         super().after_load(state, logger)
 
@@ -240,6 +242,7 @@ class MLflowRun(MLFlowLogger):
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Log what is new. MLflow refuses another value for a parameter, which would end a resumed run."""
         if self._client is not None:
+            self._hyperparameters |= hyperparameters
             self._log_new_params(hyperparameters)
 
     def log_config(self, flat: dict[str, Any], yaml_text: str) -> None:
