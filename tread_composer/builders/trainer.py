@@ -78,7 +78,7 @@ def build_trainer(
         isinstance(callback, SamplingCallback) for callback in callbacks
     ):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
-    loggers = [component.build() for component in config.loggers.values()]
+    loggers = [component.take() for component in config.loggers.values()]
     arguments = config.trainer_arguments()
     # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
     if arguments.pop('progress_bar'):
@@ -95,7 +95,7 @@ def build_trainer(
             train_dataloader=train,
             eval_dataloader=None if evaluation is None else Evaluator(label='eval', dataloader=evaluation),
             optimizers=config.optimizer.build(model.parameters()),
-            schedulers=config.scheduler.build(),
+            schedulers=config.scheduler.take(),
             algorithms=list(algorithms.values()),
             callbacks=callbacks,
             loggers=loggers,
@@ -226,7 +226,7 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
 
 def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> Any:
     """An algorithm or callback, with what only the run can tell it: where it writes, and whose files those are."""
-    part = component.build()
+    part = component.take()
     if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
         part.folder = str(part_folder(component, run_folder(config), config.run_name))
     if getattr(part, 'settings_digest', '') is None:

@@ -55,8 +55,15 @@ class Component:
 
     @functools.cached_property
     def instance(self) -> Any:
-        """An object made once: whoever wants to know something about the part asks it. No Trainer gets it."""
+        """The object, made once: whoever wants to know something about the part asks it."""
         return self.build()
+
+    def take(self) -> Any:
+        """The object, for a Trainer to keep; whoever asks goes on asking it. A second Trainer gets another one."""
+        if 'taken' in self.__dict__:
+            return self.build()
+        self.__dict__['taken'] = True
+        return self.instance
 
     def build(self, *args: Any, **extra: Any) -> Any:
         """A new object. ``args`` come first (an optimizer's parameters), ``extra`` adds what YAML cannot write."""
