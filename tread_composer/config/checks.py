@@ -129,16 +129,25 @@ def _composers(config: Config) -> Iterator[Problem]:
 def _saving(config: Config) -> Iterator[Problem]:
     """What could not be resumed: the same command is to go on from the newest whole checkpoint."""
     if config.autoresume and not (config.save_folder and config.save_latest_filename):
-        yield Problem(('autoresume',), 'true needs save_folder and save_latest_filename; give both, or set it to false')
+        text = (
+            'true needs save_folder and save_latest_filename to find the checkpoint in; give both, or set it to false'
+        )
+        yield Problem(('autoresume',), text)
     if config.on_nonfinite == 'rewind' and not config.autoresume:
         text = "'rewind' goes back to the run's own last checkpoint, which needs save_folder and autoresume=true"
         yield Problem(('on_nonfinite',), text)
     if config.save_in_background and getattr(config.fsdp, 'state_dict_type', 'full') == 'sharded':
-        yield Problem(('save_in_background',), 'true is for full checkpoints, which one rank writes; set it to false')
+        text = (
+            'true is for full checkpoints, which one rank writes; of a sharded one each rank writes its share at once'
+        )
+        yield Problem(('save_in_background',), f'{text}; set it to false')
     if config.save_in_background and '://' in (config.save_folder or ''):
         yield Problem(('save_in_background',), 'true needs a local save_folder; set it to false')
     if config.save_folder is not None and config.autoresume and config.save_weights_only:
-        text = 'true saves no optimizer, average or position for autoresume to go on with; set one of the two to false'
+        text = (
+            'true saves no optimizer, average or position in the data, so autoresume would begin anew with trained '
+            'weights and call it the same run; set it to false, or autoresume to false'
+        )
         yield Problem(('save_weights_only',), text)
 
 
@@ -169,7 +178,8 @@ def _rest(config: Config) -> Iterator[Problem]:
         yield Problem(('compile_config',), text)
     limit = getattr(config.data, 'cache_limit', None)
     if limit is not None and getattr(config.data, 'remote', None) is None:
-        yield Problem(('data', 'cache_limit'), 'needs data.remote: without one, nothing can be fetched again')
+        text = 'needs data.remote: without one, nothing can be fetched again'
+        yield Problem(('data', 'cache_limit'), text)
     if isinstance(limit, str) and not _BYTES.fullmatch(limit.lower()):
         yield Problem(('data', 'cache_limit'), f"{limit!r} is not a number of bytes; write for example '200gb'")
 
@@ -186,25 +196,33 @@ def _sharding(config: Config, world_size: int) -> Iterator[Problem]:
         return
     if searches and torch.__version__ >= '2.7.1':  # ordered as a version
         # What the search puts in place of FSDP1's unshard is defined below that version only; above it is a NameError.
-        text = "'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
-        text += f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
+        text = (
+            f"'auto': Composer searches under FSDP1 with torch 2.6 to 2.7.0 only, and this is torch "
+            f'{torch.__version__}; give a number, or install torch 2.7.0 (make TORCH=2.7)'
+        )
         yield Problem(('device_train_microbatch_size',), text)
     if fsdp.cpu_offload:
-        text = 'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
-        text += 'ranks, or move what activations need: activation_checkpointing or activation_cpu_offload: true'
+        text = (
+            'true: Composer has no CPU offload of parameters (its own words: not supported yet). Shard over more '
+            'ranks, or move what activations need: activation_checkpointing or activation_cpu_offload: true'
+        )
         yield Problem((*_FSDP, 'cpu_offload'), text)
     # HSDP: replicas, each sharded over some of the ranks.
     replicas, shards = fsdp.data_parallel_replicate_degree or 1, fsdp.data_parallel_shard_degree
     if replicas > 1 and shards == 1:
         # torch takes a shard group of one rank for no sharding at all and then forgets the replicas.
-        text = f'1 with data_parallel_replicate_degree {replicas}: nothing would be sharded, and torch would not '
-        text += 'average the replicas either. Take parallelism_config out (that is DDP), or 2 and more shards'
+        text = (
+            f'1 with data_parallel_replicate_degree {replicas}: nothing would be sharded, and torch would not average '
+            f'the gradients of the replicas either. Take parallelism_config out (that is DDP), or 2 and more shards'
+        )
         yield Problem((*_FSDP, 'data_parallel_shard_degree'), text)
         return
     product = replicas * (shards if shards != -1 else max(1, world_size // replicas))
     if product != world_size:
-        text = f'{replicas} replicas of {shards if shards != -1 else "some"} shards do not make up {world_size} ranks; '
-        text += 'the two degrees must multiply to the number of ranks, and one shard degree of -1 fills up'
+        text = (
+            f'{replicas} replicas of {shards if shards != -1 else "some"} shards do not make up {world_size} ranks; '
+            f'the two degrees must multiply to the number of ranks, and one shard degree of -1 fills up'
+        )
         yield Problem((*_FSDP, 'data_parallel_replicate_degree'), text)
 
 
