@@ -4,6 +4,7 @@ Counted again are parameters, multiply-adds, what follows from them, and version
 measured is only compared with the table in benchmarks/README.md. Exit code 1 names file, figure and new value.
 """
 
+import argparse
 import functools
 import re
 import sys
@@ -185,6 +186,7 @@ def stale_figures(root: Path = ROOT) -> list[str]:
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__).parse_args()
     lines = stale_figures()
     print('\n'.join(lines or [f'the figures of {len(FIGURES)} files hold']))
     sys.exit(1 if lines else 0)

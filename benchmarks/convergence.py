@@ -7,7 +7,9 @@
 Each method is its shipped YAML, run by the documented command, one process after another. Finished runs are kept, one
 that is cut off (by ``--minutes`` too) goes on from its checkpoint, and the same command goes on with the comparison.
 Seeds are in the outer loop: whatever else the machine does falls on all methods alike. Every method of a seed sees the
-same samples, labels and noise. Writes ``results.json``, a table, a picture, and of each run the curve of its loss.
+same samples, labels and noise. Writes ``results.json``, a table, a picture, and ``losses.csv``, the curves of the
+training loss. Several machines may take some of the seeds or methods each: ``--join`` puts their results together, if
+all have the same classifier (copy it into ``--out`` before the first run).
 
 Quality is measured in features of a classifier that was trained on the training images (``image_classifier.py``; for
 the digits ``metrics.digits``), which is no FID; with ``--inception`` in those of Inception. ``--small`` is for CPUs: a
@@ -39,7 +41,7 @@ import torch
 from mlflow import MlflowClient
 
 from tread_composer.io.files import write_json
-from tread_composer.metrics.protocol import load_results
+from tread_composer.metrics.protocol import differences, load_results
 
 ROOT = Path(__file__).parent.parent
 LOSS = 'loss/train/total'
@@ -141,6 +143,12 @@ def _environment() -> dict[str, str]:
     return {**os.environ, 'PYTHONPATH': str(ROOT)}
 
 
+def run_name(benchmark: Benchmark, method: str, seed: int) -> str:
+    """The name of a run and of its folder."""
+    yaml, overrides = benchmark.methods[method]
+    return f'{Path(yaml).stem}{"_edm" if "sigma_data" in str(overrides) else ""}_{seed}'
+
+
 def run(benchmark: Benchmark, method: str, seed: int, options: argparse.Namespace, end: float) -> Points:
     """Train one method once; its measurements, from the folder if it was finished before.
 
@@ -148,7 +156,7 @@ def run(benchmark: Benchmark, method: str, seed: int, options: argparse.Namespac
         TimeoutError: ``end``, as ``time.monotonic`` counts, came before its end.
     """
     yaml, overrides = benchmark.methods[method]
-    name = f'{Path(yaml).stem}{"_edm" if "sigma_data" in str(overrides) else ""}_{seed}'
+    name = run_name(benchmark, method, seed)
     folder = (options.out / name).resolve()
     result = folder / 'points.json'
     words = [*benchmark.words, *overrides]
@@ -219,6 +227,36 @@ def measurements(benchmark: Benchmark, folder: Path, teraflops: float) -> Points
     ]
 
 
+def protocol_of(benchmark: Benchmark, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What two results must share to stand in one table: the training, and how images were drawn and measured."""
+    measured = load_results(options.out / run_name(benchmark, method, seed) / 'results.json')[0]['protocol']
+    words = [word for word in benchmark.words if not word.startswith('data.local=')]  # a path; the hash says what it is
+    return {'steps': options.steps, 'points': options.points, 'words': words, **measured}
+
+
+def join(results: Results, protocol: dict[str, Any], path: Path) -> None:
+    """Add what another machine, or an earlier session, has measured by the same command: its ``results.json``."""
+    other = json.loads(path.read_text())
+    faults = differences(protocol, other['protocol'])
+    if faults:
+        sys.exit(f'--join {path}: these results do not compare with ours: {"; ".join(faults)}')
+    for method, seeds in other['results'].items():
+        results.setdefault(method, {}).update({int(seed): points for seed, points in seeds.items()})
+
+
+def write_losses(results: Results, options: argparse.Namespace, benchmark: Benchmark) -> None:
+    """The training loss of all runs, means of windows of 50 batches: method, seed, last batch, loss."""
+    with open(options.out / 'losses.csv', 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(('method', 'seed', 'batch', 'loss'))
+        for method, seeds in results.items():
+            for seed in seeds:
+                with open(options.out / run_name(benchmark, method, seed) / 'loss.csv') as losses:
+                    values = [float(row['loss']) for row in csv.DictReader(losses)]
+                for end in range(50, len(values) + 1, 50):
+                    writer.writerow((method, seed, end, f'{statistics.mean(values[end - 50 : end]):.4f}'))
+
+
 def table(benchmark: Benchmark, results: Results) -> str:
     """Mean and range of the seeds at the last step, and what it cost."""
     lines = [f'| method | {" | ".join(benchmark.qualities)} | TFLOPs | seconds of training | of the dense twin |']
@@ -236,9 +274,10 @@ def table(benchmark: Benchmark, results: Results) -> str:
             cells.append(f'{mean} ({low} to {high})')
         flops, seconds = last(method, 'teraflops')[0], statistics.median(last(method, 'seconds'))
         share = 'not measured'
-        if twin in results:
-            ratios = [a / b for a, b in zip(last(method, 'seconds'), last(twin, 'seconds'), strict=True)]
-            share = f'{flops / last(twin, "teraflops")[0]:.2f} x FLOPs, {statistics.median(ratios):.2f} x time'
+        shared = results[method].keys() & results.get(twin, {}).keys()
+        if shared:
+            times = [results[method][seed][-1]['seconds'] / results[twin][seed][-1]['seconds'] for seed in shared]
+            share = f'{flops / last(twin, "teraflops")[0]:.2f} x FLOPs, {statistics.median(times):.2f} x time'
         lines.append(f'| {method} | {" | ".join(cells)} | {flops:.2f} | {seconds:.0f} | {share} |')
     return '\n'.join(lines)
 
@@ -289,6 +328,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--minutes', type=float, default=float('inf'), help='stop then; the same command goes on')
     parser.add_argument('--inception', type=Path, help="Inception's weights, for an FID")
     parser.add_argument('--classifier-epochs', type=int, default=8)
+    parser.add_argument('--join', type=Path, nargs='+', default=[], metavar='FILE', help="others' results.json")
     parser.add_argument('--picture', type=Path, help='(default: OUT/convergence.png)')
     options = parser.parse_args()
     options.steps = options.steps or (700 if options.dataset == 'digits' else 4000)
@@ -324,10 +364,15 @@ def main() -> int:
             done = sum(map(len, results.values()))
             left = (time.monotonic() - begin) / done * (total - done)
             print(f'{method}, seed {seed}: {done} of {total} runs, about {left / 60:.0f} min left', file=sys.stderr)
-    write_json(options.out / 'results.json', results)
+    write_losses(results, options, benchmark)
+    protocol = protocol_of(benchmark, methods[0], options.seeds[0], options)
+    for path in options.join:
+        join(results, protocol, path)
+    write_json(options.out / 'results.json', {'protocol': protocol, 'results': results})
     draw(benchmark, results, options.picture or options.out / 'convergence.png')
     threads = os.environ.get('OMP_NUM_THREADS', 'all')
-    print(f'{options.steps} steps, seeds {options.seeds}, {os.cpu_count()} cores, OMP_NUM_THREADS {threads}, '
+    seeds = sorted({seed for runs in results.values() for seed in runs})
+    print(f'{options.steps} steps, seeds {seeds}, {os.cpu_count()} cores, OMP_NUM_THREADS {threads}, '
           f'torch {torch.__version__}\n{table(benchmark, results)}')  # fmt: skip
     return 0
 

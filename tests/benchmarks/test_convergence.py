@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import convergence
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,8 +43,8 @@ def test_a_comparison_that_is_cut_off_goes_on_and_measures_all(data):
     done = compare(data)
     assert done.returncode == 0, done.stderr
     folder = data.parent / 'runs' / 'convergence' / 'cifar10'
-    results = json.loads((folder / 'results.json').read_text())
-    points = results['TREAD']['17']
+    kept = json.loads((folder / 'results.json').read_text())
+    points = kept['results']['TREAD']['17']
     assert [point['step'] for point in points] == [2, 4] and '| TREAD |' in done.stdout
     for point in points:
         assert point['fd_image_classifier_20'] > 0 and 0 <= point['recognised_image_classifier_20'] <= 1
@@ -52,3 +53,11 @@ def test_a_comparison_that_is_cut_off_goes_on_and_measures_all(data):
         assert [int(row['batch']) for row in csv.DictReader(file)] == [1, 2, 3, 4]  # of batches, not of steps
     protocol = json.loads((folder / 'cifar10_tread_17' / 'results.json').read_text())[0]['protocol']
     assert 'of 40 held-out images recognised' in json.dumps(protocol)
+    other = data.parent / 'other.json'  # of another machine: a further seed of one method, and another method
+    other.write_text(json.dumps(kept | {'results': {'TREAD': {'18': points}, 'dense': {'17': points}}}))
+    joined = compare(data, '--join', str(other))
+    assert joined.returncode == 0 and 'seeds [17, 18]' in joined.stdout and '| dense |' in joined.stdout, joined.stderr
+    assert json.loads((folder / 'results.json').read_text())['results']['TREAD'] == {'17': points, '18': points}
+    other.write_text(json.dumps(kept | {'protocol': kept['protocol'] | {'num_samples': 50}}))
+    with pytest.raises(SystemExit, match='do not compare with ours: num_samples: 20 and 50'):
+        convergence.join({}, kept['protocol'], other)
