@@ -234,12 +234,13 @@ def protocol_of(benchmark: Benchmark, method: str, seed: int, options: argparse.
     return {'steps': options.steps, 'points': options.points, 'words': words, **measured}
 
 
-def join(results: Results, protocol: dict[str, Any], path: Path) -> None:
+def join(results: Results, protocol: dict[str, Any], path: Path, other: dict[str, Any]) -> None:
     """Add what another machine, or an earlier session, has measured by the same command: its ``results.json``."""
-    other = json.loads(path.read_text())
     faults = differences(protocol, other['protocol'])
+    for method, seeds in other['results'].items():
+        faults += [f'{method}, seed {seed}, is ours too' for seed in seeds if int(seed) in results.get(method, {})]
     if faults:
-        sys.exit(f'--join {path}: these results do not compare with ours: {"; ".join(faults)}')
+        sys.exit(f'--join {path}: these results do not join with ours: {"; ".join(faults)}')
     for method, seeds in other['results'].items():
         results.setdefault(method, {}).update({int(seed): points for seed, points in seeds.items()})
 
@@ -343,6 +344,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """0 when all runs are done, 3 when ``--minutes`` were over before."""
     options = parse()
+    others = {path: json.loads(path.read_text()) for path in options.join}  # before the hours of training
     begin = time.monotonic()
     if options.dataset == 'digits':
         benchmark = digits()
@@ -366,8 +368,8 @@ def main() -> int:
             print(f'{method}, seed {seed}: {done} of {total} runs, about {left / 60:.0f} min left', file=sys.stderr)
     write_losses(results, options, benchmark)
     protocol = protocol_of(benchmark, methods[0], options.seeds[0], options)
-    for path in options.join:
-        join(results, protocol, path)
+    for path, other in others.items():
+        join(results, protocol, path, other)
     write_json(options.out / 'results.json', {'protocol': protocol, 'results': results})
     draw(benchmark, results, options.picture or options.out / 'convergence.png')
     threads = os.environ.get('OMP_NUM_THREADS', 'all')

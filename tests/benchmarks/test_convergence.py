@@ -59,5 +59,8 @@ def test_a_comparison_that_is_cut_off_goes_on_and_measures_all(data):
     assert joined.returncode == 0 and 'seeds [17, 18]' in joined.stdout and '| dense |' in joined.stdout, joined.stderr
     assert json.loads((folder / 'results.json').read_text())['results']['TREAD'] == {'17': points, '18': points}
     other.write_text(json.dumps(kept | {'protocol': kept['protocol'] | {'num_samples': 50}}))
-    with pytest.raises(SystemExit, match='do not compare with ours: num_samples: 20 and 50'):
-        convergence.join({}, kept['protocol'], other)
+    changed = json.loads(other.read_text())
+    with pytest.raises(SystemExit, match=r'do not join with ours: num_samples: 20 and 50$'):
+        convergence.join({}, kept['protocol'], other, changed)
+    with pytest.raises(SystemExit, match=r'do not join with ours: TREAD, seed 17, is ours too$'):
+        convergence.join({'TREAD': {17: points}}, kept['protocol'], other, kept)

@@ -129,6 +129,8 @@ def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
         name = scaling.source.removeprefix('published for ')
         facts['published'] = Published(name, scaling.scale[0], scaling.shift[0])
     record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
+    if 'store' in record:  # without a word on its background it kept the colours
+        facts['background'] = manifest.background or 'stored'
     return facts | {name: record[name] for name in _RECORDED if name in record}
 
 
