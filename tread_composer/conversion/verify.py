@@ -70,9 +70,7 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
             check = _SplitCheck(split, lambda line: say(at_home(line)), url)
             faults += check.run()
             if check.manifest is not None:
-                values = {name: getattr(check.manifest, name) for name in _COMMON}
-                values['autoencoder_hash'] = check.manifest.autoencoder_hash or 'none'  # beside a hash it is another
-                facts[split / MANIFEST_NAME] = values
+                facts[split / MANIFEST_NAME] = {name: getattr(check.manifest, name) for name in _COMMON}
         return [at_home(fault) for fault in faults + contradictions(facts)]
 
 
