@@ -286,11 +286,11 @@ def _peer(name: str, problem: Problem) -> Contender:
     return Contender(name, model, problem, None)
 
 
-def compile_contender(contender: Contender, how: str, dynamic: bool | None) -> None:
+def compile_contender(contender: Contender, how: str, **settings: Any) -> None:
     """Compile in place: each block (``'blocks'``; a peer names its own by ``fsdp_wrap_fn``), or all in one."""
     denoiser = contender.model.denoiser
     network = denoiser.network if isinstance(denoiser, FirstChannels) else denoiser
     if how == 'blocks' and hasattr(network, 'fsdp_wrap_fn'):
-        compile_blocks(network, dynamic=dynamic)
+        compile_blocks(network, **settings)
     else:
-        contender.model.compile(dynamic=dynamic)
+        contender.model.compile(**settings)

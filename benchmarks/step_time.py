@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> Rows:
     probes = Timeline(clock)
     for contender in contenders:
         if options.compile:
-            compile_contender(contender, options.compile, _dynamic(options))
+            compile_contender(contender, options.compile, dynamic=_dynamic(options))
         with watch_probes(probes):
             warm_up(contender, clock, rows)
     turns = alternate(contenders, clock, options.pairs, options.turn or (4 if device.type == 'cuda' else 1))

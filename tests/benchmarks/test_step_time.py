@@ -6,6 +6,7 @@ import contenders
 import pytest
 import step_time
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tread_composer.models import DiT
 
@@ -81,6 +82,21 @@ def test_one_network_takes_dense_and_routed_steps():
     assert float(dense.loss().detach()) == before  # its route is off again
     routed.step(lambda: None)
     assert float(dense.loss().detach()) != before
+
+
+def test_a_peer_that_names_its_blocks_is_compiled_by_block_as_ours_is():
+    how = {'batch_size': 4, 'tokens': None, 'dtype': 'fp32', 'device': torch.device('cpu')}
+    problem, operations = contenders.read_problem(YAML, [], **how), {}
+    for unit in ('blocks', 'model'):
+        torch._dynamo.reset()
+        dense, _, peer = contenders.make_contenders(problem, [f'{__name__}:digits_dit'])
+        for contender in (dense, peer):
+            counter = CompileCounter()  # runs the captured graph as it is
+            contenders.compile_contender(contender, unit, backend=counter)
+            contender.loss()
+            operations[contender.name, unit] = counter.op_count
+    for name in (dense.name, peer.name):  # one block of eight, whose graph serves all
+        assert 0 < operations[name, 'blocks'] < operations[name, 'model'] / 4, operations
 
 
 def test_dense_and_routed_start_from_equal_weights_and_each_step_has_a_route_of_its_own():

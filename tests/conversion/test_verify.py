@@ -230,6 +230,13 @@ def test_splits_that_do_not_belong_together_are_a_fault(split: Path):
     assert faults == [hashes, f'resolution: 8 in {train}, 16 in {val}']
 
 
+def test_of_long_lists_that_differ_the_place_is_shown(tmp_path: Path):
+    for split, last in {'train': 'wren', 'val': 'gull'}.items():
+        write_split(tmp_path / split, class_names=(*(letter * 60 for letter in 'abc'), last))
+    (fault,) = verify(tmp_path)
+    assert re.fullmatch(r"class_names: \.\.\.c+', 'wren'\) in .+, \.\.\.c+', 'gull'\) in .+", fault)
+
+
 def test_files_beside_the_index_and_missing_hashes_are_noted(tmp_path: Path):
     lines = []
     split = write_split(tmp_path / 'train', hashes=())

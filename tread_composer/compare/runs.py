@@ -160,8 +160,8 @@ def _curves(entries: Iterable[Mapping[str, Any]], flops: Cost, seconds: Cost) ->
             f'at step {step} it is {value}': not math.isfinite(value),
         }
         if any(faults.values()):
-            said = ', '.join(text for text, holds in faults.items() if holds)
-            notes.append(f'left out: {metric} of {entry["source"]}: {said}')
+            reasons = ', '.join(text for text, holds in faults.items() if holds)
+            notes.append(f'left out: {metric} of {entry["source"]}: {reasons}')
             continue
         key = metric, protocol_key(entry['protocol'])  # numbers of different protocols are different curves
         samples.setdefault(key, entry)

@@ -173,7 +173,10 @@ def contradictions(facts: Mapping[Path, Mapping[str, Any]]) -> list[str]:
         answers = [(place, values[key]) for place, values in facts.items() if values.get(key) is not None]
         for place, value in answers[1:]:
             if value != answers[0][1]:
-                lines.append(f'{key}: {answers[0][1]!r:.100} in {answers[0][0]}, {value!r:.100} in {place}')
+                texts = [repr(answers[0][1]), repr(value)]  # of a thousand class names, show those that differ
+                begin = max(0, len(os.path.commonprefix(texts)) - 50)  # noqa: RUF071 - letter by letter
+                first, second = (f'{"..." if begin else ""}{text[begin : begin + 100]}' for text in texts)
+                lines.append(f'{key}: {first} in {answers[0][0]}, {second} in {place}')
     return lines
 
 

@@ -143,8 +143,8 @@ def check_metrics(
             each, counts = ' on each side', {**counts, 'reference images': num_reference}
         least, remedy = getattr(metric, 'least', 0), getattr(metric, 'remedy', '')
         if min(counts.values()) < least:
-            there = ' and '.join(f'{count} {name}' for name, count in counts.items())
-            raise UserError(f'metrics: {metric.name} needs {least} images{each}, and there are {there}{remedy}')
+            sizes = ' and '.join(f'{count} {name}' for name, count in counts.items())
+            raise UserError(f'metrics: {metric.name} needs {least} images{each}, and there are {sizes}{remedy}')
 
 
 def measure(
