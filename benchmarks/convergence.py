@@ -260,8 +260,8 @@ def write_losses(results: Results, options: argparse.Namespace, benchmark: Bench
 
 def table(benchmark: Benchmark, results: Results) -> str:
     """Mean and range of the seeds at the last step, and what it cost."""
-    lines = [f'| method | {" | ".join(benchmark.qualities)} | TFLOPs | seconds of training | of the dense twin |']
-    lines += ['|---' * (len(benchmark.qualities) + 4) + '|']
+    header = ['method', 'seeds', *benchmark.qualities, 'TFLOPs', 'seconds of training', 'of the dense twin']
+    lines = [f'| {" | ".join(header)} |', '|---' * len(header) + '|']
 
     def last(method: str, key: str) -> list[float]:
         return [points[-1][key] for points in results[method].values()]
@@ -279,7 +279,8 @@ def table(benchmark: Benchmark, results: Results) -> str:
         if shared:
             times = [results[method][seed][-1]['seconds'] / results[twin][seed][-1]['seconds'] for seed in shared]
             share = f'{flops / last(twin, "teraflops")[0]:.2f} x FLOPs, {statistics.median(times):.2f} x time'
-        lines.append(f'| {method} | {" | ".join(cells)} | {flops:.2f} | {seconds:.0f} | {share} |')
+        cells = [method, str(len(results[method])), *cells, f'{flops:.2f}', f'{seconds:.0f}', share]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -296,9 +297,7 @@ def draw(benchmark: Benchmark, results: Results, path: Path) -> None:
         row[0].set_ylabel(benchmark.qualities[quality].replace(' (', '\n('))
     axes[0, 0].set_yscale('log')
     axes[0, 2].legend(fontsize=9)
-    count = len(next(iter(results.values())))
-    seeds_text = '1 seed' if count == 1 else f'{count} seeds: mean and range'
-    figure.suptitle(f'{benchmark.caption}; {seeds_text}')
+    figure.suptitle(f'{benchmark.caption}; mean and range of the seeds')
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -310,7 +309,8 @@ def _draw_method(axis: Any, method: str, runs: Sequence[Points], keys: tuple[str
     xs = [statistics.median(points[i][where] for points in runs) for i in numbers]
     values = [[points[i][quality] for points in runs] for i in numbers]
     style = '--' if 'EDM' in method else '-'
-    axis.plot(xs, [statistics.mean(v) for v in values], style, marker='o', ms=4, color=color, label=method)
+    label = f'{method}, seeds: {len(runs)}'
+    axis.plot(xs, [statistics.mean(v) for v in values], style, marker='o', ms=4, color=color, label=label)
     axis.fill_between(xs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, lw=0)
 
 
