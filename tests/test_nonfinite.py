@@ -162,9 +162,9 @@ def test_the_logged_norm_is_that_of_the_whole_gradient(digits: Path, words: tupl
     assert guard['norms'] == pytest.approx(watch.norms, rel=1e-6) and len(watch.norms) == 4
 
 
-def test_a_damaged_list_of_rewinds_is_refused(poisoned: Path) -> None:
-    folder = poisoned / 'runs' / 'damaged'
+def test_a_damaged_list_of_rewinds_is_refused(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'runs' / 'damaged'
     folder.mkdir(parents=True)
     (folder / 'rewinds.json').write_text('[{"batch": 3}]')
-    done = launch(poisoned, command(YAML, *run_words(poisoned, 'damaged', 'rewind', 'loggers.mlflow=null')))
+    done = launch_here(tmp_path, YAML, *SMALL, f'data.local={digits}', 'run_name=damaged', 'on_nonfinite=rewind')
     assert done.returncode == 2 and 'rewinds.json: damaged' in done.stderr, done.stderr
