@@ -81,13 +81,6 @@ def test_it_trains_resumes_samples_and_logs_what_the_glossary_explains(name, tmp
     assert not logged - glossary() - {f'metrics/eval/loss_time_quarter_{quarter}' for quarter in (2, 3)}
 
 
-def test_maskdit_is_tuned_from_its_first_stage(tmp_path, cli):
-    for name in ('digits_maskdit', 'digits_maskdit_tuning'):
-        cli(*words(name, 'max_duration=2ba'))
-    first, tuned = (checkpoint(tmp_path, name)['model'] for name in ('digits_maskdit', 'digits_maskdit_tuning'))
-    assert first.keys() == tuned.keys()
-
-
 def test_latent_strength_is_kept_as_numbers_and_a_run_resumes_from_them(tmp_path, cli):
     cli(*words('digits_fasterdit', 'max_duration=2ba'))
     pixels, _ = load_digits_arrays('train')

@@ -151,9 +151,7 @@ def test_losses_do_not_depend_on_activation_checkpointing(kind):
 @pytest.mark.parametrize(
     'settings',
     [
-        {},
-        ROUTE,
-        {'routes': [Route(0, 1, 0.25), Route(3, 4)], 'end_time': '0.9dur'},
+        {},  # with routes and times: ``test_contract.py``
         {'token_arguments': ('rope',)},
         {'token_arguments': ()},
         {'token_arguments': {'rope': {'dims': 0, 'after': 'text'}}, 'shared': True, 'always_keep': 2, 'ordered': True},
