@@ -20,13 +20,8 @@ from tread_composer.routing import Routing, RoutingError
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
 
-def run(algorithms=(), **keywords):
-    trainer, recorder = fit(algorithms, **keywords)
-    return recorder.losses, weights(trainer)
-
-
 def losses(*algorithms, **keywords):
-    return [float.fromhex(loss) for loss in run(algorithms, **keywords)[0]]
+    return [float.fromhex(loss) for loss in fit(algorithms, **keywords)[1].losses]
 
 
 def trained(*algorithms, **keywords):
@@ -85,10 +80,10 @@ def test_the_model_may_be_trained_again_with_it_and_then_densely_without_it():
 
 
 def test_rate_zero_equals_the_run_without_it_bit_for_bit():
-    dense, zero = run(), run([Tread(1, -2, 0.0)])
-    assert dense[0] == zero[0] and len(dense[0]) == 6
-    assert_equal_weights(dense[1], zero[1])
-    assert run([Tread(**ROUTE)])[0] != dense[0]
+    (plain, dense), (routed, zero) = fit(), fit([Tread(1, -2, 0.0)])
+    assert dense.losses == zero.losses and len(dense.losses) == 6
+    assert_equal_weights(weights(plain), weights(routed))
+    assert fit([Tread(**ROUTE)])[1].losses != dense.losses
 
 
 def test_the_global_generator_is_left_alone():
