@@ -100,13 +100,8 @@ def test_latent_strength_is_kept_as_numbers_and_a_run_resumes_from_them(tmp_path
 
 
 def test_both_losses_of_fasterdit_are_recorded_beside_a_route_and_a_window(cli):
-    cli(
-        *words(
-            'digits_tread_fasterdit',
-            'algorithms.direction_schedule={start_time: 1ba, end_time: 3ba}',
-            'max_duration=4ba',
-        )
-    )
+    window = 'algorithms.direction_schedule={start_time: 1ba, end_time: 3ba}'
+    cli(*words('digits_tread_fasterdit', window, 'max_duration=4ba'))
     total, mse, direction = (Numbers.history[f'loss/train/{name}'] for name in ('total', 'mse', 'direction'))
     assert Numbers.history['direction/switch'] == [0.0, 1.0, 1.0, 0.0]
     for step, on in enumerate((0, 1, 1, 0)):

@@ -27,7 +27,6 @@ from tests.runs import (
     train,
 )
 from tests.warm import own_namespaces, rank_variables, start_program, wait_until
-from tread_composer.cli import main
 
 MEET = """
 import os, sys, time
@@ -106,16 +105,6 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     assert done.returncode == 2 and f':{port}' in done.stdout and 'free port' in done.stdout
 
 
-RANKS = {
-    'RANK': '0',
-    'LOCAL_RANK': '0',
-    'WORLD_SIZE': '2',
-    'LOCAL_WORLD_SIZE': '2',
-    'MASTER_ADDR': 'a',
-    'MASTER_PORT': '1',
-}
-
-
 @pytest.mark.parametrize(
     ('changes', 'text'),
     [
@@ -130,11 +119,10 @@ RANKS = {
         ({'WORLD_SIZE': None, 'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '4'}, 'srun has started 4 tasks'),
     ],
 )
-def test_variables_of_a_launcher_that_contradict_each_other(monkeypatch, capsys, changes, text):
-    for name, value in {**RANKS, **changes}.items():
+def test_variables_of_a_launcher_that_contradict_each_other(monkeypatch, cli, changes, text):
+    for name, value in {**rank_variables(2)[0], **changes}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    assert main(['plan', str(ROOT / 'yamls' / 'digits.yaml')]) == 2
-    assert text in capsys.readouterr().err
+    assert text in cli.refusal('plan', ROOT / 'yamls' / 'digits.yaml')
 
 
 SHORT = ('run_name=a', 'loggers.mlflow=null')
