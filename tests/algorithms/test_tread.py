@@ -311,7 +311,6 @@ def test_a_foreign_attribute_of_that_name_is_not_believed():
 def test_a_whole_compiled_model_is_said_not_to_be_checked(caplog):
     torch._dynamo.reset()
     fit([Tread(**ROUTE)], compile_config={'backend': 'eager'}, max_duration='2ba')
-    assert [one.message for one in caplog.records if 'were not checked' in one.message] != []
     assert sum('were not checked' in one.message for one in caplog.records) == 1
     caplog.clear()
     fit([Tread(**ROUTE)], max_duration='2ba')
