@@ -251,10 +251,6 @@ class Run:
     before: dict[str, torch.Tensor]
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def weights(self):
-        return {name: value.clone() for name, value in self.trainer.state.model.state_dict().items()}
-
 
 def prepared(algorithms, kind='flow_matching', folder=None, **keywords) -> Run:
     """A Trainer of six batches, four to an epoch; saves every two batches where it has a folder."""

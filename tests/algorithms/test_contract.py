@@ -35,7 +35,7 @@ from tests.algorithms.settings import (
     saved,
     train,
 )
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, weights
 from tests.runs import YAMLS
 from tread_composer.algorithms.direction_schedule import DirectionSchedule
 from tread_composer.algorithms.ema import EMA
@@ -94,7 +94,8 @@ def test_trains_and_evaluates_in_any_order_on_the_same_draws(pair, plain, whole)
     (first, _), second = whole(pair), train(built(pair)[::-1], kind)
     losses = [float.fromhex(loss) for loss in first.recorder.losses]
     assert len(losses) == BATCHES and all(map(math.isfinite, losses))
-    moved = [name for name, value in first.before.items() if not torch.equal(value, first.weights[name])]
+    after = weights(first.trainer)
+    moved = [name for name, value in first.before.items() if not torch.equal(value, after[name])]
     assert len(moved) > len(first.before) * 0.8
     passes = 2 if 'sam' in pair else 1
     assert first.recorder.batches == [row for row in plain[kind][0].recorder.batches for _ in range(passes)]
@@ -105,7 +106,7 @@ def test_trains_and_evaluates_in_any_order_on_the_same_draws(pair, plain, whole)
     if others != pair:
         assert first.recorder.losses == (whole(others)[0] if others else plain[kind][0]).recorder.losses
     if 'composer_ema' not in pair:  # which leaves its average in the model after a checkpoint
-        assert same(first.weights, second.weights) == []
+        assert same(after, weights(second.trainer)) == []
 
 
 RESUMED = [
@@ -146,7 +147,7 @@ def test_what_cannot_be_saved_is_refused_where_the_run_saves(pair, tmp_path):
 def test_what_cannot_be_resumed_saves_and_is_refused_to_go_on(pair, whole):
     reason, kind = ''.join(ALL[name].unresumed for name in pair), objective(pair)
     run, folder = whole(pair)
-    assert same(saved(folder)['model'], run.weights) == []
+    assert same(saved(folder)['model'], weights(run.trainer)) == []
     path = str(folder / 'ep0-ba2-rank0.pt')
     for algorithms in (built(pair), built(pair)[::-1]):
         with pytest.raises(ResumeError, match=f'{reason}.*load_weights_only: true'):

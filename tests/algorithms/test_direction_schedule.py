@@ -12,9 +12,9 @@ from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.objectives import FlowMatching
 
 
-def model(**settings):
+def model(depth=6, **settings):
     objective = FlowMatching(**{'direction_weight': 1.0, 'direction_patch': 2, **settings})
-    return LatentDiffusion(tiny_dit(), objective, latent_shape=(1, 8, 8), num_classes=10)
+    return LatentDiffusion(tiny_dit(depth), objective, latent_shape=(1, 8, 8), num_classes=10)
 
 
 def train(*algorithms, **keywords):
@@ -87,6 +87,7 @@ def test_turning_it_off_does_not_compile_again():
     counter = CompileCounter()
     _, losses = train(
         DirectionSchedule(start_time='1ba', end_time='3ba'),
+        model=model(depth=2),
         compile_config={'backend': counter, 'fullgraph': True},
         max_duration='4ba',
     )

@@ -108,14 +108,14 @@ def test_a_continuation_that_comes_out_otherwise_keeps_the_old_snapshot_aside(tm
 
 
 def test_snapshots_of_another_run_are_never_touched(tmp_path):
-    folder = str(tmp_path / 'shared')
+    folder = str(tmp_path / 'run' / 'snapshots')
     fit([PowerEMA(WIDTHS, '2ba', folder=folder)], run_name='one', max_duration='2ba')
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'shared').iterdir()}
+    before = files(tmp_path)
     with pytest.raises(UserError, match=r'ba00000002.safetensors: is a snapshot of another run \(one\), .* is two;'):
         fit([PowerEMA(WIDTHS, '2ba', folder=folder)], run_name='two', max_duration='2ba')
     with pytest.raises(UserError, match=r'another run \(one\), and this one is one sha256:ab'):
         fit([PowerEMA(WIDTHS, '3ba', folder=folder, settings_digest='sha256:ab')], run_name='one', max_duration='2ba')
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'shared').iterdir()} == before
+    assert files(tmp_path) == before
 
 
 def test_a_checkpoint_with_other_widths_is_refused(tmp_path):
