@@ -92,9 +92,30 @@ def test_who_wants_to_report_to_mlflow_may(tmp_path):
     assert any('mlflow' in host for host in done.foreign_hosts)
 
 
-_EVERYTHING = """
-import importlib, pkgutil, time
-import diffusers, torch_fidelity, tread_composer
+# Each with what it does not bring along, from the ground up: none is imported by one before it.
+_LARGE = ('composer', 'streaming', 'mlflow', 'transformers', 'diffusers', 'matplotlib', 'sklearn')
+_ROOMS = {
+    'routing': sorted(HEAVY - {'torch', 'numpy'}),
+    'models': _LARGE,
+    'objectives': _LARGE,
+    'samplers': _LARGE,
+    'autoencoders': _LARGE,
+    'advisor': _LARGE,
+    'data': ('mlflow', 'diffusers'),
+    'algorithms': ('mlflow', 'diffusers'),
+    'callbacks': (),
+}
+_SCRIPT = """
+import importlib, json, pkgutil, sys, time
+import torch
+import tread_composer
+brought = {}
+for name, absent in json.loads(sys.argv[1]).items():
+    assert f'tread_composer.{name}' not in sys.modules, name
+    assert getattr(tread_composer, name).__name__ == f'tread_composer.{name}' and name in dir(tread_composer)
+    brought[name] = [package for package in absent if package in sys.modules]
+print('brought', json.dumps(brought))
+import diffusers, torch_fidelity
 from diffusers import AutoencoderKL
 for module in pkgutil.walk_packages(tread_composer.__path__, 'tread_composer.'):
     if not module.name.endswith('__main__'):
@@ -110,10 +131,15 @@ time.sleep(1)  # telemetry looks up its host in a thread, at once
 def script(tmp_path_factory):
     """A user's script, which has torch before anything of ours."""
     folder = tmp_path_factory.mktemp('script')
-    (folder / 'script.py').write_text(_EVERYTHING)
-    done = watch(folder, ['script.py'])
+    (folder / 'script.py').write_text(_SCRIPT)
+    done = watch(folder, ['script.py', json.dumps(_ROOMS)])
     assert done.code == 0, done.out
     return done
+
+
+def test_the_package_alone_leads_to_its_rooms_and_each_brings_only_what_it_needs(script):
+    (brought,) = re.findall('^brought (.*)', script.out, re.MULTILINE)
+    assert json.loads(brought) == {name: [] for name in _ROOMS}
 
 
 def test_no_import_of_ours_nor_our_mlflow_logger_in_a_users_script_looks_up_a_foreign_host(script):
@@ -160,32 +186,3 @@ def test_the_users_own_settings_win(tmp_path, variables, expected):
     done = watch(tmp_path, [*PROGRAM, 'plan', YAML], variables, stop_at='torch')
     (settings,) = done.environment_at('torch')
     assert [settings['GOMP_SPINCOUNT'], settings['MLFLOW_DISABLE_TELEMETRY']] == expected
-
-
-# Each with what it does not bring along, from the ground up: none is imported by one before it.
-_LARGE = ('composer', 'streaming', 'mlflow', 'transformers', 'diffusers', 'matplotlib', 'sklearn')
-_ROOMS = {
-    'routing': sorted(HEAVY - {'torch', 'numpy'}),
-    'models': _LARGE,
-    'objectives': _LARGE,
-    'samplers': _LARGE,
-    'autoencoders': _LARGE,
-    'advisor': _LARGE,
-    'data': ('mlflow', 'diffusers'),
-    'algorithms': ('mlflow', 'diffusers'),
-    'callbacks': (),
-}
-_ALONE = """
-import json, sys
-import tread_composer
-for name, absent in json.loads(sys.argv[1]).items():
-    assert f'tread_composer.{name}' not in sys.modules, name
-    assert getattr(tread_composer, name).__name__ == f'tread_composer.{name}' and name in dir(tread_composer)
-    brought = [package for package in absent if package in sys.modules]
-    assert not brought, (name, brought)
-"""
-
-
-def test_the_package_alone_leads_to_its_rooms_and_each_brings_only_what_it_needs(tmp_path):
-    done = watch(tmp_path, ['-c', _ALONE, json.dumps(_ROOMS)])
-    assert done.code == 0, done.out
