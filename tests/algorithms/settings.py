@@ -16,7 +16,7 @@ from composer.models import ComposerClassifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.helpers import Recorder, loader, make_trainer, tiny_dit
+from tests.helpers import Recorder, loader, make_trainer, tiny_dit, trainer_of
 from tread_composer.algorithms.direction_schedule import DirectionSchedule
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.maskdit import MaskDiT
@@ -280,15 +280,9 @@ def foreign(*algorithms, **keywords) -> Trainer:
     """A classifier of 16 images, four to a batch."""
     generator = torch.Generator().manual_seed(5)
     data = [(torch.randn(1, 8, 8, generator=generator), k % 10) for k in range(16)]
-    network = classifier()
-    return Trainer(
-        model=network,
-        train_dataloader=DataLoader(data, batch_size=4, shuffle=True),
-        eval_dataloader=DataLoader(data, batch_size=8),
-        optimizers=torch.optim.AdamW(network.parameters(), lr=1e-2),
-        algorithms=list(algorithms),
-        **{'max_duration': f'{BATCHES}ba', 'device': 'cpu', 'seed': 3, 'progress_bar': False, **keywords},
-    )
+    evaluated = DataLoader(data, batch_size=8)
+    settings = {'max_duration': f'{BATCHES}ba', 'seed': 3, 'eval_dataloader': evaluated, **keywords}
+    return trainer_of(classifier(), DataLoader(data, batch_size=4, shuffle=True), algorithms, **settings)
 
 
 def same(one: Any, other: Any, path: str = '') -> list[str]:

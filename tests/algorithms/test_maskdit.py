@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from composer import Trainer
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.algorithms.masked import SMALL, edm_model, fit, run
-from tests.helpers import Lengths, Recorder, assert_equal_weights, loader, make_trainer, tiny_dit, weights
+from tests.helpers import Lengths, Recorder, assert_equal_weights, loader, make_trainer, tiny_dit, trainer_of, weights
 from tests.runs import YAMLS
 from tread_composer.algorithms.maskdit import MaskDiT, MaskedEDM
 from tread_composer.builders.model import build_model
@@ -143,8 +142,7 @@ def test_keys_of_the_encoder_are_those_of_dit():
 
 def trainer_with(optimizer_groups, model):
     optimizer = torch.optim.AdamW(optimizer_groups(model), lr=1e-2)
-    keywords = {'device': 'cpu', 'max_duration': '1ba', 'progress_bar': False}
-    return Trainer(model=model, optimizers=optimizer, algorithms=[MaskDiT(**SMALL)], **keywords)
+    return trainer_of(model, None, [MaskDiT(**SMALL)], optimizers=optimizer, max_duration='1ba')
 
 
 def by_dimension(model):

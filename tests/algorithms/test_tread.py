@@ -3,14 +3,14 @@
 import pytest
 import torch
 import yaml
-from composer import ComposerModel, Evaluator, Trainer
+from composer import ComposerModel, Evaluator
 from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.data import DataLoader
 
-from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_model, weights
+from tests.helpers import Lengths, assert_equal_weights, fit, loader, make_trainer, tiny_model, trainer_of, weights
 from tread_composer.algorithms.tread import Route, Tread
 from tread_composer.config.schema import native, signature_model
 from tread_composer.config.validation import check
@@ -215,17 +215,8 @@ def foreign(style='loop', microbatch=8, kind=None, data=None, **settings):
     generator = torch.Generator().manual_seed(3)
     rows = [(torch.randn(12, 16, generator=generator), torch.randn(12, generator=generator)) for _ in range(16)]
     model = (kind or Foreign)(style)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=data or DataLoader(rows, batch_size=8),
-        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
-        algorithms=[Tread(**ROUTE, **settings)],
-        max_duration='2ba',
-        device_train_microbatch_size=microbatch,
-        device='cpu',
-        seed=1,
-        progress_bar=False,
-    )
+    data, algorithms = data or DataLoader(rows, batch_size=8), [Tread(**ROUTE, **settings)]
+    trainer = trainer_of(model, data, algorithms, max_duration='2ba', device_train_microbatch_size=microbatch, seed=1)
     log = Lengths([model.layers[index] for index in range(6)])
     trainer.fit()
     return log.seen, trainer.state.total_loss_dict['loss/train/total']
