@@ -12,7 +12,20 @@ from tread_composer.routing import put_back, take_kept
 N = 16
 
 
-class AddOne(nn.Module):
+class Chain(nn.Module):
+    """Calls its blocks one after the other."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x, **more):
+        for block in self.blocks:
+            x = block(x, **more)
+        return x
+
+
+class AddOne(Chain):
     """``depth`` blocks that each add one."""
 
     class Block(nn.Module):
@@ -24,13 +37,7 @@ class AddOne(nn.Module):
             return x_BND + self.one
 
     def __init__(self, depth: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(AddOne.Block() for _ in range(depth))
-
-    def forward(self, x_BND):
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return x_BND
+        super().__init__(*(self.Block() for _ in range(depth)))
 
 
 class Block(nn.Module):
