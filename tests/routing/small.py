@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tread_composer.routing import put_back, take_kept
 
@@ -73,8 +74,39 @@ class Busy(nn.Module):
         return x
 
 
+class Loop(Busy):
+    """A model whose loop is written or checkpointed in the given way; any other word is the plain one."""
+
+    def __init__(self, style: Any = 'plain'):
+        super().__init__()
+        self.style = style
+
+    def forward(self, x):
+        if self.style == 'enumerate':
+            for _, block in enumerate(self.blocks):
+                x = block(x, skip=None)
+        elif self.style == 'zip':
+            for block, _ in zip(self.blocks, range(6), strict=True):
+                x = block(x=x, skip=None)
+        elif self.style == 'checkpoint':
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        elif self.style == 'whole':
+            x = checkpoint(super().forward, x, use_reentrant=False)
+        else:
+            x = self.walk(self.blocks, x)
+        return x
+
+
 def tokens(samples: int = 4) -> Tensor:
     return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
+
+
+def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, times and labels for ``tiny_dit``."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch_size, 1, 8, 8, generator=generator, requires_grad=True)
+    return x, torch.rand(batch_size, generator=generator), torch.arange(batch_size)
 
 
 def explicit(
