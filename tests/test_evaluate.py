@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.metrics.small import grey_images, random_images, write_folder
-from tests.runs import run
+from tests.runs import make_store, run
 from tread_composer.config import restore_config
 from tread_composer.metrics.inception import INCEPTION_SHA256
 from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
@@ -30,6 +30,7 @@ def no_weights_here(monkeypatch, tmp_path):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('evaluate')
+    make_store(root)
     return run(root, 'digits_tread.yaml', f'loggers.mlflow={{experiment_name: digits, folder: {root}}}').folder
 
 
