@@ -25,8 +25,9 @@ os.environ['OMP_NUM_THREADS'] = '1'
 # By their time (`--durations=0`), the longest first: where two processes share the tests, neither shall be left alone
 # with one of these at the end.
 LONGEST = (
-    'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_kills.py', 'test_mlflow_run.py',
-    'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py', 'test_sharded.py',
+    'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_ray.py', 'test_kills.py',
+    'test_mlflow_run.py', 'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py',
+    'test_sharded.py',
 )  # fmt: skip
 
 
