@@ -39,14 +39,16 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
     order = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable: a file's own order stays
-    needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-    for item in items:
-        if item.get_closest_marker('gpu'):
-            item.add_marker(needs_gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker('gpu'):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip('needs a CUDA device')
 
 
 # What a person may open by default, 1,024, is little for thousands of tests in one process.
