@@ -1,6 +1,6 @@
 """What all tests share: they may read hundreds of data sets in one process.
 
-Large packages are imported by functions: of several processes, the one that hands the tests out needs none.
+torch and streaming are imported by functions: of several processes, the one that hands the tests out needs none.
 """
 
 import atexit
@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from tread_composer.cli import main
 from tread_composer.core.process import importing, prepare_process
 
 # Before torch is imported, which reads both once; child processes inherit them. One thread: our networks are so small
@@ -83,8 +84,6 @@ class CommandLine:
 
     def __call__(self, *words: object, code: int = 0) -> Any:
         """What it prints (``out``, ``err``) where it ends with this exit code."""
-        from tread_composer.cli import main
-
         self.capture.readouterr()
         assert main([str(word) for word in words]) == code, self.capture.readouterr()
         return self.capture.readouterr()
