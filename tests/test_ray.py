@@ -24,7 +24,7 @@ def ray_variables() -> Iterator[dict[str, str]]:
     """A place for Ray of the test's own; behind the test, nothing of Ray runs any more."""
     with tempfile.TemporaryDirectory(prefix='ray') as place:  # not pytest's: sockets have short names
         yield environment(RAY_TMPDIR=place, HOME=place, RAY_AUTH_MODE='disabled')
-        assert wait_until(lambda: not processes_of(place))
+        assert wait_until(lambda: not processes_of(place), pause=0.1)
 
 
 def processes_of(place: str) -> list[int]:
