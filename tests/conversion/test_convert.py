@@ -172,8 +172,6 @@ def test_a_dry_run_writes_nothing_and_says_the_size_of_the_result(tmp_path, caps
     assert expected
     written = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
     assert float(expected[1]) * {'k': 1e3, 'M': 1e6}[expected[2]] == pytest.approx(written, rel=0.05)
-    data = read(out / 'train')
-    np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
 
 
 def spoil(folder: Path, count: int) -> list[str]:

@@ -7,11 +7,11 @@ import pytest
 from streaming.base.storage.download import CloudDownloader, LocalDownloader
 
 from tests.conversion.small_sets import SAMPLES, make_rows, write_split
+from tests.data.worlds import flip_last_byte
 from tread_composer.cli.convert import verify_main as main
 from tread_composer.conversion.verify import verify
 from tread_composer.core.errors import UserError
 from tread_composer.data import Manifest
-from tread_composer.data.digits import prepare_digits
 
 SHARD = '00001/shard.00002.mds'
 
@@ -40,10 +40,9 @@ def shard_sizes(folder: Path) -> list[int]:
     return [shard['samples'] for shard in json.loads((folder / 'index.json').read_text())['shards']]
 
 
-def test_the_digits_of_the_quickstart_pass(tmp_path: Path):
+def test_the_digits_of_the_quickstart_pass(digits: Path):
     lines = []
-    prepare_digits(tmp_path / 'digits')
-    assert verify(tmp_path / 'digits', say=lines.append) == []
+    assert verify(digits, say=lines.append) == []
     assert any('all samples have the same name' in line for line in lines)
 
 
@@ -51,9 +50,7 @@ def test_files_that_are_missing_cut_off_or_changed_are_all_named(split: Path):
     first, second, third, fourth = sorted(split.rglob('*.mds'))[:4]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-500])
-    content = bytearray(third.read_bytes())
-    content[-1] ^= 1  # in a name, where no sample can look wrong
-    third.write_bytes(content)
+    flip_last_byte(third)  # in a name, where no sample can look wrong
     fourth.write_bytes(b'\1\0')
     faults = '\n'.join(verify(split))
     size = second.stat().st_size
