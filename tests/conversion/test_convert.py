@@ -48,16 +48,14 @@ def test_moments_of_image_and_mirror_with_labels_and_names(source, vae, out):
     assert np.abs(rows['latents_mirrored'] - flipped).max() > 0.01  # a latent's own mirror image is something else
 
 
-def test_manifest_and_shards_say_what_they_are(vae, out, source):
+def test_manifest_and_shards_say_what_they_are(vae, out):
     folder = out / 'train'
     found = Manifest.load(folder)
     check_shards(folder, found, hashes=True)
     assert (found.kind, found.autoencoder, found.autoencoder_hash) == ('moments', 'my-vae', KL(vae).weight_hash())
     assert (found.latent_shape, found.resolution, found.crop, found.mirrored) == ((3, 8, 8), 16, 'center', True)
     assert (found.num_samples, found.class_names, found.permutation_seed) == (IMAGES, CLASSES, 0)
-    assert (
-        found.source == f'class folders at few: {IMAGES} images, 3 classes' and str(source.parent) not in found.source
-    )
+    assert found.source == f'class folders at few: {IMAGES} images, 3 classes'  # no path of this machine
     index = json.loads((folder / 'index.json').read_text())
     assert [shard['raw_data']['basename'] for shard in index['shards']] == [
         f'0000{n}/shard.00000.mds' for n in range(4)
@@ -143,15 +141,14 @@ def test_pixels_without_an_autoencoder(source, tmp_path):
     np.testing.assert_allclose(found['std'], both.std(axis=(0, 2, 3)), rtol=1e-10)
 
 
-def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, capsys):
+def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, refused, capsys):
     both = tmp_path / 'both'
     make_images(both / 'train', 9), make_images(both / 'val', 6, seed=1)
     assert main(words(both, tmp_path / 'one', vae, splits='train')) == 0
     assert not (tmp_path / 'one' / 'val').exists()
     assert main(words(both, tmp_path / 'one', vae)) == 0  # the other one is added
     assert [manifest(tmp_path / 'one' / split)['num_samples'] for split in ('train', 'val')] == [9, 6]
-    assert main(words(both, tmp_path / 'two', vae, held_out=3)) == 2
-    capsys.readouterr()
+    refused(main, words(both, tmp_path / 'two', vae, held_out=3))
     assert main(words(source, tmp_path / 'held', vae, held_out=7)) == 0
     train, val = (read(tmp_path / 'held' / split) for split in ('train', 'val'))
     assert (len(train['name']), len(val['name'])) == (33, 7)
@@ -338,7 +335,6 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     there, here = read(remote / 'train'), read(out / 'train')
     assert there['name'] == here['name']
     np.testing.assert_array_equal(there['latents'], here['latents'])
-    check_shards(remote / 'train', Manifest.load(remote / 'train'), hashes=True)
     assert Manifest.load(remote / 'train') == Manifest.load(out / 'train')
     before = digests(remote)
     refused(main, words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')

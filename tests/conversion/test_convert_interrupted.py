@@ -23,8 +23,6 @@ from tests.conversion.worlds import SCRIPT, digests, make_images, manifest, read
 from tests.runs import launch
 from tests.warm import exit_codes, rank_variables, start, wait_until
 from tread_composer.cli.convert import convert_main, import_main, merge_main
-from tread_composer.data import Manifest
-from tread_composer.data.checks import check_shards
 
 IMAGES, SMALL_PARTS = 40, {'part_size': 2, 'batch_size': 2}
 
@@ -95,8 +93,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, vae, undistu
     assert any(0 < done < 20 for done, _ in states) and any(unfinished for _, unfinished in states), states
     assert convert_main(arguments) == 0
     assert digests(out) == digests(undisturbed)
-    names = read(out / 'train')['name']
-    assert len(names) == len(set(names)) == IMAGES
 
 
 def an_import(folder: Path) -> tuple[Callable[..., int], list[str]]:
@@ -155,7 +151,6 @@ def test_killed_while_merging(source, vae, undisturbed, tmp_path, last):
         (out / 'train' / '.writing-00003-77-x' / 'shard.00000.mds').write_text('half')
     assert convert_main(words(source, out, vae, **SMALL_PARTS)) == 0
     assert digests(out) == digests(undisturbed) and not (out / '.conversion').exists()
-    check_shards(out / 'train', Manifest.load(out / 'train'), hashes=True)
 
 
 def test_a_second_writer_is_refused(source, vae, undisturbed, tmp_path, refused):
