@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.conversion.layouts import pictures, write_folders
-from tests.conversion.worlds import make_tiny, make_vae, manifest
-from tests.runs import ROOT, SMALL, YAMLS, checkpoint, launch, launch_here
+from tests.conversion.worlds import SCRIPT, make_tiny, make_vae, manifest
+from tests.runs import SMALL, YAMLS, checkpoint, launch, launch_here
 from tread_composer.cli.convert import convert_main as convert
 
 WORDS = (
@@ -27,10 +27,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('door')
     write_folders(folder / 'images', pictures(train_per_class=16, val_per_class=4))
     make_vae(folder / 'vae')
-    script = [sys.executable, str(ROOT / 'streaming_data' / 'convert_imagenet.py')]
-    places = ['--source', 'images', '--out', 'latents', '--autoencoder', 'vae']
-    words = [*places, '--resolution', '16', '--part-size', '20']
-    done = launch(folder, [*script, *words])
+    words = '--source images --out latents --autoencoder vae --resolution 16 --part-size 20'
+    done = launch(folder, [sys.executable, SCRIPT, *words.split()])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -50,8 +48,8 @@ def test_they_train_with_a_route_and_learn_from_the_mirrors_too(folder):
 def test_an_autoencoder_without_variance_trains_draws_and_decodes(folder, cli, monkeypatch):
     monkeypatch.chdir(folder)
     make_tiny(folder / 'tiny')
-    words = ['--source', 'images', '--out', 'tiny_latents', '--autoencoder', 'tiny', '--resolution', '16']
-    assert convert([*words, '--workers', '0']) == 0
+    words = '--source images --out tiny_latents --autoencoder tiny --resolution 16 --workers 0'
+    assert convert(words.split()) == 0
     own = (
         'run_name=tiny', 'autoencoder={name: pretrained, path: tiny}', 'latent_scale=auto',
         'data={name: latents, local: tiny_latents, num_workers: 0, kind: samples}', 'max_duration=2ba',

@@ -127,9 +127,8 @@ class RecordBatches(Callback):
         self.batches.append((state.batch[SAMPLE_IDS].tolist(), state.batch[RAW_LATENTS][:, 0, 0, 0].tolist()))
 
 
-def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[int]:
-    model = IdsModel()
-    loader = eval_loader(local, batch_size=batch_size, num_workers=num_workers)
+def evaluated_ids(local: Path, batch_size: int) -> list[int]:
+    model, loader = IdsModel(), eval_loader(local, batch_size=batch_size)
     trainer = Trainer(model=model, eval_dataloader=loader, device='cpu', progress_bar=False, run_name='ids')
     trainer.eval()
     trainer.close()
