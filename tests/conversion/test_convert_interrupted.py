@@ -54,7 +54,7 @@ def kill(process: BaseProcess) -> None:
 
 @contextlib.contextmanager
 def two_ranks(arguments: list[str], folder: Path) -> Iterator[list[BaseProcess]]:
-    """As the launcher would start them; none stays."""
+    """As the launcher would start them; none is left behind."""
     each = enumerate(rank_variables(2))
     ranks = [in_own_process(arguments, folder / f'log{rank}', **variables) for rank, variables in each]
     try:
@@ -65,7 +65,7 @@ def two_ranks(arguments: list[str], folder: Path) -> Iterator[list[BaseProcess]]
 
 
 def parts(out: Path) -> list[Path]:
-    """What has a final name, of the training split."""
+    """The finished ones of the training split."""
     return list((out / 'train').glob('0*'))
 
 
