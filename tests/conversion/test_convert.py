@@ -178,18 +178,6 @@ def spoil(folder: Path, count: int) -> list[str]:
     return [f'{path.parent.name}/{path.name}' for path in paths]
 
 
-def test_unreadable_images_are_reported_and_left_out(vae, tmp_path, capsys):
-    source = make_images(tmp_path / 'in', 20)
-    lost = spoil(source, 2)
-    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.1)) == 0
-    assert '2 images were unreadable' in capsys.readouterr().out
-    report = json.loads((tmp_path / 'out' / 'train' / 'unreadable.json').read_text())
-    assert (report['images'], report['unreadable'], [entry['name'] for entry in report['list']]) == (20, 2, lost)
-    assert all('not an image' in entry['reason'] for entry in report['list'])
-    names = read(tmp_path / 'out' / 'train')['name']
-    assert len(names) == 18 == manifest(tmp_path / 'out' / 'train')['num_samples'] and not set(names) & set(lost)
-
-
 def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_path, refused):
     source = make_images(tmp_path / 'in', 20)
     spoil(source, 4)
@@ -203,27 +191,31 @@ def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_pat
     assert manifest(path.parent)['num_samples'] == 16 and kept < 5
 
 
-def test_repaired_images_come_into_finished_parts(source, tmp_path, capsys):
-    whole, broken = tmp_path / 'whole', tmp_path / 'in'
+def test_unreadable_images_are_left_out_with_a_report_until_they_are_repaired(source, tmp_path, capsys):
+    whole, broken, split = tmp_path / 'whole', tmp_path / 'in', tmp_path / 'out' / 'train'
     assert main(words(source, whole, None, part_size=4)) == 0
     shutil.copytree(source, broken)
     lost = spoil(broken, 2)
     arguments = words(broken, tmp_path / 'out', None, part_size=4, max_unreadable=0.1)
-    assert main(arguments) == 0
-    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()  # as if it had been interrupted before
+    assert main(arguments) == 0 and '2 images were unreadable' in capsys.readouterr().out
+    report = json.loads((split / 'unreadable.json').read_text())
+    assert (report['images'], report['unreadable'], [entry['name'] for entry in report['list']]) == (IMAGES, 2, lost)
+    assert all('not an image' in entry['reason'] for entry in report['list'])
+    names = read(split)['name']
+    assert len(names) == IMAGES - 2 == manifest(split)['num_samples'] and not set(names) & set(lost)
+    (split / 'manifest.json').unlink()  # as if it had been interrupted before
     shutil.copy(source / lost[0], broken / lost[0])
-    capsys.readouterr()
     assert main(arguments) == 0
     assert '1 images that were unreadable can be read now; their parts are made anew' in capsys.readouterr().out
-    assert manifest(tmp_path / 'out' / 'train')['num_samples'] == IMAGES - 1
+    assert manifest(split)['num_samples'] == IMAGES - 1
     shutil.copy(source / lost[1], broken / lost[1])
-    remedy = f'to take them in, remove {tmp_path / "out" / "train" / "manifest.json"} and run the same command again'
+    remedy = f'to take them in, remove {split / "manifest.json"} and run the same command again'
     assert main(arguments) == 0 and remedy in capsys.readouterr().out
-    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()
+    (split / 'manifest.json').unlink()
     assert main([*arguments, '--dry-run']) == 0 and main(arguments) == 0
-    here, there = (read(folder / 'train') for folder in (tmp_path / 'out', whole))
-    assert here['name'] == there['name']
-    np.testing.assert_array_equal(here['latents'], there['latents'])
+    repaired, undamaged = read(split), read(whole / 'train')
+    assert repaired['name'] == undamaged['name']
+    np.testing.assert_array_equal(repaired['latents'], undamaged['latents'])
 
 
 @pytest.mark.parametrize('is_finished', [True, False])
