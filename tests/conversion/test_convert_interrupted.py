@@ -20,7 +20,7 @@ import pytest
 
 from tests.conversion import test_importers as importers
 from tests.conversion.worlds import SCRIPT, digests, make_images, manifest, read, words
-from tests.runs import launch
+from tests.runs import COMPOSER, launch
 from tests.warm import exit_codes, rank_variables, start, wait_until
 from tread_composer.cli.convert import convert_main, import_main, merge_main
 
@@ -209,8 +209,8 @@ def test_a_disk_that_is_too_small_or_fills_up(source, vae, tmp_path, refused):
         assert digests(out) == digests(whole)
 
 
-def test_two_ranks_of_the_script_write_what_one_does(source, vae, undisturbed, tmp_path):
-    done = launch(tmp_path, [sys.executable, SCRIPT, *words(source, tmp_path / 'out', vae, **SMALL_PARTS)], ranks=2)
+def test_two_ranks_write_what_one_does_by_the_documented_command(source, vae, undisturbed, tmp_path):
+    done = launch(tmp_path, [COMPOSER, '-n', '2', SCRIPT, *words(source, tmp_path / 'out', vae, **SMALL_PARTS)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'rank 0 made 20 images' in done.stdout and f'train: {IMAGES} samples' in done.stdout
     assert digests(tmp_path / 'out') == digests(undisturbed)
