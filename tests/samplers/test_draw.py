@@ -202,6 +202,9 @@ def test_sampling_with_learned_variance_and_two_networks() -> None:
         made.draw([1], [3], settings, weak=second())
 
 
+DRAWN_ANEW = r"'sparse' draws other tokens in each evaluation.*take the sampler 'heun'"
+
+
 @pytest.mark.parametrize(
     ('mode', 'more', 'weak', 'message'),
     [
@@ -210,6 +213,7 @@ def test_sampling_with_learned_variance_and_two_networks() -> None:
         ('sparse', {'strong_rate': 0.8, 'weak_rate': 0.2}, None, 'guides backwards'),
         ('sparse', {'rate_schedule': 'cosine'}, None, 'guides backwards'),
         ('sparse', {}, 'dense', 'routes that the weak network was trained with'),
+        ('sparse', {'sampler': 'dopri5'}, None, DRAWN_ANEW),
     ],
 )
 def test_guidance_that_cannot_be_given_is_refused(mode: str, more: dict, weak: str | None, message: str) -> None:
