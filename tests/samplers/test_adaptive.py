@@ -97,11 +97,9 @@ def test_an_image_depends_on_its_label_and_seed_and_not_on_the_batch(objective, 
 
 def test_guided_by_a_second_network() -> None:
     made, weak = routed(), randomised(tiny_dit(), seed=3)
+    auto = {'num_steps': 60, 'guidance': 'auto', 'guidance_scale': 2.0}
     drawn, exact = (
-        made.draw(
-            [1, 2], [3, 4], SamplingSettings(sampler, num_steps=60, guidance='auto', guidance_scale=2.0), weak=weak
-        )
-        for sampler in ('dopri5', 'heun')
+        made.draw([1, 2], [3, 4], SamplingSettings(sampler, **auto), weak=weak) for sampler in ('dopri5', 'heun')
     )
     torch.testing.assert_close(drawn, exact, rtol=0.01, atol=0.01)
 
