@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.runs import assert_same_training, checkpoint
-from tests.weights.short_runs import NAME, again, batch_of, folder_of, names, program, refused, sharded
+from tests.weights.short_runs import NAME, Trap, again, batch_of, folder_of, names, program, refused, sharded
 from tread_composer.cli import main
 
 
@@ -172,10 +172,12 @@ def test_a_damaged_or_foreign_load_path_is_refused_before_anything_is_written(wh
     shutil.copy(newest, tmp_path / 'bit.pt')
     damage_it(tmp_path / 'bit.pt', 'one bit')
     torch.save({'weight': torch.zeros(3)}, tmp_path / 'foreign.pt')
+    torch.save({'state': {'model': {}, 'rest': Trap(tmp_path / 'ran')}}, tmp_path / 'code.pt')
     (tmp_path / 'folder').mkdir()
     reasons = {
         'half.pt': 'cut off', 'text.pt': 'no file of torch.save', 'bit.pt': 'bytes have changed',
         'foreign.pt': 'it has no state/model', 'folder': 'no .metadata', 'nowhere.pt': 'does not exist',
+        'code.pt': 'could run code',
     }  # fmt: skip
     for name, reason in reasons.items():
         message = refused(tmp_path, f'load_path={name}', 'load_weights_only=true')
