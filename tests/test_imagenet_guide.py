@@ -41,7 +41,7 @@ CALLBACK = {
 NETWORK = (
     'data.channels=3', 'data.latent_size=8', 'data.num_classes=3', 'data.num_workers=0', 'autoencoder.path=vae',
     'model={preset: null, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}', 'precision=fp32',
-    'global_train_batch_size=16', 'global_eval_batch_size=8', 'device_train_microbatch_size=8', 'save_interval=4ba',
+    'global_train_batch_size=16', 'global_eval_batch_size=8', 'device_train_microbatch_size=2', 'save_interval=4ba',
     'callbacks.sample_grid={interval: 100ba, samples_per_class: 1, num_steps: 2, classes: [0, 2]}',
 )  # fmt: skip
 DRAWN = ('--features', STANDIN, '--batch-size', '12')
