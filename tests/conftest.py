@@ -1,17 +1,21 @@
-"""What all tests share: they may read hundreds of data sets in one process."""
+"""What all tests share: they may read hundreds of data sets in one process.
 
-# ruff: noqa: E402
+torch and streaming are imported by functions: of several processes, the one that hands the tests out needs none.
+"""
 
 import atexit
 import contextlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tread_composer.core.process import prepare_process
+import pytest
+
+from tread_composer.cli import main
+from tread_composer.core.process import importing, prepare_process
 
 # Before torch is imported, which reads both once; child processes inherit them. One thread: our networks are so small
 # that sharing a sum costs more than it saves, even without spinning. With two, on two cores, routing/test_blocks.py
@@ -19,25 +23,33 @@ from tread_composer.core.process import prepare_process
 prepare_process()
 os.environ['OMP_NUM_THREADS'] = '1'
 
-import pytest
-import torch
-from streaming.base.shared.memory import SharedMemory
-
-from tread_composer.cli import main
-
-torch.set_num_threads(1)
-
 # By their time (`--durations=0`), the longest first: where two processes share the tests, neither shall be left alone
 # with one of these at the end.
 LONGEST = (
-    'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_kills.py', 'test_mlflow_run.py',
-    'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py', 'test_sharded.py',
+    'test_train.py', 'test_startup.py', 'test_parallel.py', 'test_nonfinite.py', 'test_ray.py', 'test_kills.py',
+    'test_mlflow_run.py', 'test_latents.py', 'test_generate.py', 'test_contract.py', 'test_stranger.py',
+    'test_sharded.py',
 )  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What all files import is nothing that the collector of garbage shall walk through from now on."""
+    with importing():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable: a file's own order stays
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker('gpu'):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip('needs a CUDA device')
 
 
 # What a person may open by default, 1,024, is little for thousands of tests in one process.
@@ -89,6 +101,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
 @pytest.fixture(autouse=True, scope='module')
 def shared_memory_ends_with_its_module() -> Iterator[None]:
     """streaming keeps a data set's segments until the process ends: nothing for a run, much for a thousand tests."""
+    from streaming.base.shared.memory import SharedMemory
+
     created: list[SharedMemory] = []
     create = SharedMemory.__init__
 

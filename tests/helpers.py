@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from composer import Callback, State, Trainer
+from composer import Callback, ComposerModel, State, Trainer
 from composer.core import Algorithm
 from composer.loggers import Logger
 from composer.utils import dist
@@ -87,6 +87,12 @@ class Lengths:
             block.register_forward_pre_hook(lambda _, args: self.seen.append(args[0].shape[1]))
 
 
+def trainer_of(model: ComposerModel, data: Any, algorithms: Sequence[Algorithm] = (), **keywords: Any) -> Trainer:
+    """A Trainer of anybody's model, with AdamW unless another optimizer is given."""
+    defaults = {'device': 'cpu', 'progress_bar': False, 'optimizers': torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    return Trainer(model=model, train_dataloader=data, algorithms=list(algorithms), **{**defaults, **keywords})
+
+
 def make_trainer(
     model: LatentDiffusion | None = None,
     algorithms: Sequence[Algorithm] = (),
@@ -97,15 +103,8 @@ def make_trainer(
 ) -> Trainer:
     model = model or tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    defaults = {'max_duration': '6ba', 'seed': 17, 'device': 'cpu', 'progress_bar': False, 'optimizers': optimizer}
-    settings = {**defaults, **keywords}
-    return Trainer(
-        model=model,
-        train_dataloader=data(),
-        algorithms=list(algorithms),
-        callbacks=[KeyedDraws(), *callbacks],
-        **settings,
-    )
+    settings = {'max_duration': '6ba', 'seed': 17, 'optimizers': optimizer, **keywords}
+    return trainer_of(model, data(), algorithms, callbacks=[KeyedDraws(), *callbacks], **settings)
 
 
 def fit(algorithms: Sequence[Algorithm] = (), **keywords: Any) -> tuple[Trainer, Recorder]:

@@ -1,22 +1,23 @@
 """What the fork server of ``tests/warm.py`` imports before its first fork: all that a command may import later."""
 
-import atexit
-import gc
 import importlib
+import pkgutil
 
-from tread_composer.core.process import prepare_process
+import tread_composer
+from tread_composer.core.process import importing, prepare_process
 
 prepare_process()
-for name in (
-    'tread_composer.run.train',
-    'tread_composer.cli.convert',
-    # What libraries import only at their first use: MLflow its store, scikit-learn the digits, diffusers its VAE.
-    'mlflow.store.tracking.sqlalchemy_store',
-    'sklearn.datasets',
-    'diffusers.models.autoencoders.autoencoder_kl',
-    'tests.helpers',
-    'tests.warm',
-):
-    importlib.import_module(name)
-gc.freeze()  # a fork would copy each page of memory whose reference counts a collection touches
-atexit.register(gc.unfreeze)  # see core.process.importing
+with importing():  # what it freezes, no fork copies: a collection touches the reference counts of all else
+    # Commands import much of ours only where they use it. Not here: pyarrow, which has threads.
+    for module in pkgutil.walk_packages(tread_composer.__path__, 'tread_composer.'):
+        if not module.name.endswith(('.__main__', '.parquet')):
+            importlib.import_module(module.name)
+    for name in (
+        # What libraries import only at their first use: MLflow its store, diffusers its VAE.
+        'mlflow.store.tracking.sqlalchemy_store',
+        'diffusers.models.autoencoders.autoencoder_kl',
+        'pytest',  # by functions of tests
+        'tests.helpers',
+        'tests.warm',
+    ):
+        importlib.import_module(name)

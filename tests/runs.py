@@ -114,9 +114,16 @@ def call_here(folder: Path, program: Callable[..., int], words: Sequence[str]) -
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+def make_store(folder: Path) -> None:
+    """An MLflow store that holds nothing, unless there is one: one of MLflow's takes 70 migrations and a second."""
+    folder.mkdir(exist_ok=True)
+    store = folder / 'mlflow.db'
+    if not store.exists():
+        store.write_bytes(_empty_store())
+
+
 @functools.cache
 def _empty_store() -> bytes:
-    """An MLflow store that holds nothing: making one takes 70 migrations, as long as a run of ours."""
     with tempfile.TemporaryDirectory() as folder:
         MlflowClient(f'sqlite:///{folder}/mlflow.db').search_experiments()
         return Path(folder, 'mlflow.db').read_bytes()
@@ -124,10 +131,7 @@ def _empty_store() -> bytes:
 
 def train(folder: Path, yaml: str, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
     """Train a small version of a shipped recipe; it must succeed."""
-    store = folder / 'runs' / 'mlflow.db'
-    if not store.exists():
-        store.parent.mkdir(exist_ok=True)
-        store.write_bytes(_empty_store())
+    make_store(folder / 'runs')
     done = launch(folder, command(YAMLS / yaml, *SMALL, *overrides), ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

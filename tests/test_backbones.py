@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import SMALL_HERE, YAMLS, Run, export, launch_here, predict, run
+from tests.runs import SMALL, YAMLS, Run, export, launch_here, predict, run
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import json_schema, load_config, restore_config
 from tread_composer.models import BACKBONES, LightningDiT
@@ -28,11 +28,10 @@ def test_a_route_follows_what_the_network_declares(words):
     assert seen == [8, 8]  # the tokens of the route, and their rotary rows
 
 
-def test_tables_that_do_not_fit_the_route_end_a_run_with_the_reason(tmp_path):
+def test_tables_that_do_not_fit_the_route_end_a_run_with_the_reason(digits, tmp_path):
     """Only the first training forward can tell: one message, no traceback."""
-    words = [word for word in SMALL_HERE if word != 'loggers.mlflow=null']  # which comes anyway
-    words = [*words, LIGHTNING, 'algorithms.tread.token_arguments={rope: -1}']
-    done = launch_here(tmp_path, YAMLS / 'digits_lightning_tread.yaml', *words)
+    words = (LIGHTNING, 'algorithms.tread.token_arguments={rope: -1}', f'data.local={digits}')
+    done = launch_here(tmp_path, YAMLS / 'digits_lightning_tread.yaml', *SMALL, *words)
     assert done.returncode == 2, done.stderr
     assert "algorithms.tread: token argument 'rope': expected a tensor with 16 tokens" in done.stderr
     assert 'Traceback' not in done.stderr

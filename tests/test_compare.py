@@ -12,7 +12,7 @@ from mlflow.entities import Metric
 
 from tests.metrics.small import PROTOCOL
 from tests.pages import assert_self_contained, drawings, png
-from tests.runs import YAMLS
+from tests.runs import YAMLS, make_store
 from tread_composer.compare.comparison import Value, common_speed_up, compare, speed_up, value_at
 from tread_composer.compare.presentation import format_comparison, write_comparison
 from tread_composer.compare.runs import Curve, Point, Run, open_run, recorded_seconds, training_teraflops
@@ -284,6 +284,7 @@ def make_digits_run(root: Path, name: str, recipe: str, values: dict[int, float]
 @pytest.fixture(scope='module')
 def digits_runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('digits')
+    make_store(root / 'runs')
     make_digits_run(root, 'dense', 'digits.yaml', {100: 40.0, 200: 20.0})
     make_digits_run(root, 'routed', 'digits_tread.yaml', {100: 30.0, 200: 10.0})
     make_digits_run(root, 'guided', 'digits.yaml', {100: 30.0}, seed=2)

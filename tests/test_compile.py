@@ -1,4 +1,4 @@
-"""``torch.compile`` through a real ``Trainer``: one graph for training, one for evaluation, then no more."""
+"""``torch.compile`` through a real ``Trainer``: a graph for training, one for evaluation, one when the route ends."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from torch._dynamo.testing import CompileCounter
 from tests.helpers import fit, loader
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.tread import Tread
-
-ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 
 
 class Graphs(Callback):
@@ -25,22 +23,17 @@ class Graphs(Callback):
         self.after_eval.append(self.counter.frame_count)
 
 
-def compiled(algorithms, **settings):
-    """Graphs and losses of a training; fullgraph turns any break into an error."""
+def losses(**settings):
+    """Of a training whose route ends after seven of its eight batches."""
+    algorithms = [Tread(1, -2, 0.5, end_time='7ba'), EMA(0.9)]
+    evaluated = {'eval_dataloader': loader(shuffle=False), 'eval_interval': '2ba', 'max_duration': '8ba'}
+    return [float.fromhex(loss) for loss in fit(algorithms, **evaluated, **settings)[1].losses]
+
+
+def test_one_graph_for_training_one_for_evaluation_one_behind_the_route_and_no_break():
     torch._dynamo.reset()
-    graphs = Graphs(CompileCounter())  # runs the captured graph as it is
-    config = {'backend': graphs.counter, 'fullgraph': True}
-    return graphs, fit(algorithms, callbacks=[graphs], compile_config=config, **settings)[1].losses
-
-
-def test_one_graph_for_training_one_for_evaluation_no_break_and_no_recompile():
-    evaluated = {'eval_dataloader': loader(shuffle=False), 'eval_interval': '2ba'}
-    graphs, losses = compiled([Tread(**ROUTE), EMA(0.9)], **evaluated)
-    assert graphs.after_batch == [1, 1, 2, 2, 2, 2]
-    assert graphs.after_eval == [2, 2, 2]
-    eager = fit([Tread(**ROUTE), EMA(0.9)], **evaluated)[1].losses
-    assert [float.fromhex(loss) for loss in losses] == pytest.approx([float.fromhex(loss) for loss in eager], rel=1e-5)
-
-
-def test_a_route_that_ends_costs_one_more_graph():
-    assert compiled([Tread(**ROUTE, end_time='3ba')])[0].after_batch == [1, 1, 1, 2, 2, 2]
+    graphs = Graphs(CompileCounter())  # runs the captured graph as it is; fullgraph turns any break into an error
+    compiled = losses(callbacks=[graphs], compile_config={'backend': graphs.counter, 'fullgraph': True})
+    assert graphs.after_batch == [1, 1, 2, 2, 2, 2, 2, 3]
+    assert graphs.after_eval == [2, 2, 2, 3]
+    assert compiled == pytest.approx(losses(), rel=1e-5)

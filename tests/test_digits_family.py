@@ -81,13 +81,6 @@ def test_it_trains_resumes_samples_and_logs_what_the_glossary_explains(name, tmp
     assert not logged - glossary() - {f'metrics/eval/loss_time_quarter_{quarter}' for quarter in (2, 3)}
 
 
-def test_maskdit_is_tuned_from_its_first_stage(tmp_path, cli):
-    for name in ('digits_maskdit', 'digits_maskdit_tuning'):
-        cli(*words(name, 'max_duration=2ba'))
-    first, tuned = (checkpoint(tmp_path, name)['model'] for name in ('digits_maskdit', 'digits_maskdit_tuning'))
-    assert first.keys() == tuned.keys()
-
-
 def test_latent_strength_is_kept_as_numbers_and_a_run_resumes_from_them(tmp_path, cli):
     cli(*words('digits_fasterdit', 'max_duration=2ba'))
     pixels, _ = load_digits_arrays('train')
@@ -107,13 +100,8 @@ def test_latent_strength_is_kept_as_numbers_and_a_run_resumes_from_them(tmp_path
 
 
 def test_both_losses_of_fasterdit_are_recorded_beside_a_route_and_a_window(cli):
-    cli(
-        *words(
-            'digits_tread_fasterdit',
-            'algorithms.direction_schedule={start_time: 1ba, end_time: 3ba}',
-            'max_duration=4ba',
-        )
-    )
+    window = 'algorithms.direction_schedule={start_time: 1ba, end_time: 3ba}'
+    cli(*words('digits_tread_fasterdit', window, 'max_duration=4ba'))
     total, mse, direction = (Numbers.history[f'loss/train/{name}'] for name in ('total', 'mse', 'direction'))
     assert Numbers.history['direction/switch'] == [0.0, 1.0, 1.0, 0.0]
     for step, on in enumerate((0, 1, 1, 0)):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import http.server
 import resource
-import shutil
 import socket
 import sqlite3
 import threading
@@ -12,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
-from tests.runs import ROOT, SMALL, YAMLS, command, environment, needs_namespaces
+from tests.runs import ROOT, SMALL, YAMLS, command, environment, make_store, needs_namespaces
 from tests.warm import own_namespaces, start_program
 
 DIGITS = str(YAMLS / 'digits_tread.yaml')
@@ -89,8 +87,7 @@ def damaged(store: Path) -> None:
 
 
 def of_another_version(store: Path) -> None:
-    MlflowClient(f'sqlite:///{store}.made').search_experiments()  # MLflow remembers a path that it has checked
-    shutil.copy(f'{store}.made', store)
+    make_store(store.parent)
     with contextlib.closing(sqlite3.connect(store)) as connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
         connection.commit()

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 
 from tests.metrics.small import grey_images, random_images, write_folder
-from tests.runs import run
+from tests.runs import make_store, run, tracked
 from tread_composer.config import restore_config
 from tread_composer.metrics.inception import INCEPTION_SHA256
 from tread_composer.metrics.protocol import UNKNOWN, differences, load_results, protocol_key, series_name
@@ -30,7 +28,9 @@ def no_weights_here(monkeypatch, tmp_path):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('evaluate')
-    return run(root, 'digits_tread.yaml', f'loggers.mlflow={{experiment_name: digits, folder: {root}}}').folder
+    make_store(root / 'runs')
+    logger = f'loggers.mlflow={{experiment_name: digits, folder: {root / "runs"}}}'
+    return run(root, 'digits_tread.yaml', logger).folder
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,7 @@ def test_a_model_and_its_samples_give_the_same_numbers_with_the_same_protocol(tr
     assert protocol['sampling']['num_steps'] == 2
     expected = {'weights': 'ema', 'labels': 'balanced', 'seed': 0, 'resolution': 8}
     assert {name: protocol[name] for name in expected} == expected
-    (logged,) = mlflow_runs(trained.parent)
+    logged = tracked(trained.parent)
     assert logged.data.metrics[series_name('fd_digits_40', protocol)] == of_model[0]['value']
     assert logged.info.status == 'FINISHED'
 
@@ -82,7 +82,7 @@ def test_numbers_of_two_protocols_stand_in_two_series(trained, digits, tmp_path,
     for words in ([], guided, *weak):
         evaluate(trained, digits, '--count', '10', *words, *SAMPLING, '--out', tmp_path / 'r.json')
     entries = load_results(tmp_path / 'r.json')
-    (logged,) = mlflow_runs(trained.parent)
+    logged = tracked(trained.parent)
     series = {name: value for name, value in logged.data.metrics.items() if '/fd_digits_10/' in name}
     assert sorted(series.values()) == sorted(entry['value'] for entry in entries) and len(entries) == 4
     assert any('-classifier_free-2.0-' in name for name in series)
@@ -120,16 +120,11 @@ def test_an_exported_file_is_credited_by_what_it_says_itself(trained, digits, tm
     assert (other['run'], other['batch']) == ('other', None)  # 0 is what an import says where nobody knows
     assert (own['run'], own['batch']) == ('digits_tread', 3)
     # What nobody knows the batch of is in no curve.
-    before, file = mlflow_runs(trained.parent)[0].data.metrics, trained / 'unknown.safetensors'
+    before, file = tracked(trained.parent).data.metrics, trained / 'unknown.safetensors'
     write_exported(file, dataclasses.replace(found, batch=0), {}, overwrite=True)
     assert 'nobody has said' in evaluate(file, digits, *words, '--seed', '9', '--out', tmp_path / 'r.json').out
-    assert mlflow_runs(trained.parent)[0].data.metrics == before
+    assert tracked(trained.parent).data.metrics == before
     file.unlink()
-
-
-def mlflow_runs(folder: Path):
-    client = MlflowClient(f'sqlite:///{folder}/mlflow.db')
-    return client.search_runs([client.get_experiment_by_name('digits').experiment_id])
 
 
 def test_evaluating_again_draws_nothing_anew_and_adds_no_second_entry(trained, digits, tmp_path, evaluate):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import Lengths
 from tests.routing.small import Busy, tokens
 from tests.routing.test_between import pose
 from tests.routing.test_checks import Convolution, Stack
@@ -66,12 +67,9 @@ def test_the_printed_call_routes_the_model(cli):
     model, run = their_models.vit()
     route = Route(settings.pop('start'), settings.pop('end'))
     apply_tread(model, route, **settings)
-    lengths = []
-    blocks = [block for name, block in model.named_modules() if name in ('blocks.1', 'blocks.2')]
-    for block in blocks:
-        block.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    lengths = Lengths([model.blocks[1], model.blocks[2]])
     run(model.train())
-    assert lengths[0] == 17 and lengths[1] < 17
+    assert lengths.seen[0] == 17 and lengths.seen[1] < 17
 
 
 @pytest.mark.parametrize(

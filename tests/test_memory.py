@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.runs import SMALL, YAMLS, command, launch
-from tread_composer.cli.commands import main
 
 WIDE = 'model={name: dit, patch_size: 2, hidden_size: 128, depth: 8, num_heads: 4}'
 # Its weights outweigh the activations of few samples.
@@ -28,13 +27,13 @@ RECOMPUTED = 'parallelism_config={fsdp: {activation_checkpointing: true}}'
         ('digits_tread.yaml', 2, [WIDE, RECOMPUTED]),
     ],
 )
-def test_the_memory_of_a_rank_is_foretold_within_a_tenth(tmp_path, monkeypatch, capsys, yaml, ranks, words):
+def test_the_memory_of_a_rank_is_foretold_within_a_tenth(digits, tmp_path, cli, yaml, ranks, words):
+    words = [*WORDS, *words, f'data.local={digits}']
     variables = {'MEMORY_WATCH': str(tmp_path), 'FSDP_VERSION': '2'}
-    done = launch(tmp_path, command(YAMLS / yaml, *WORDS, *words, WATCHED), ranks, **variables)
+    done = launch(tmp_path, command(YAMLS / yaml, *words, WATCHED), ranks, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    monkeypatch.chdir(tmp_path)
-    assert main(['plan', str(YAMLS / yaml), *WORDS, *words, '--ranks', str(ranks), '--json']) == 0
-    foretold = json.loads(capsys.readouterr().out)['memory_gib']['total']
+    planned = json.loads(cli('plan', YAMLS / yaml, *words, '--ranks', ranks, '--json').out)
+    foretold = planned['memory_gib']['total']
     # What gloo's threads free the profiler does not see: it may add, never take away.
     measured = min(int((tmp_path / f'peak{rank}').read_text()) for rank in range(ranks)) / 2**30
     assert foretold == pytest.approx(measured, rel=0.1), foretold / measured

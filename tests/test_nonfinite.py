@@ -2,15 +2,16 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xxhash
 from composer import Callback, State
 from composer.loggers import Logger
+from streaming import MDSWriter
 from torch import Tensor
 
 from tests.helpers import assert_equal_weights
@@ -18,35 +19,30 @@ from tests.runs import SMALL, SMALL_HERE, YAMLS, assert_same_training, checkpoin
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import load_config
-from tread_composer.data.digits import prepare_digits
+from tread_composer.data.columns import columns
+from tread_composer.data.digits import digits_manifest, load_digits_arrays, prepare_digits
 
 YAML = YAMLS / 'digits_tread.yaml'
 SAMPLE, BATCH = 700, 9  # with seed 17 the digits' 700th sample comes in the tenth batch
 
 
-def overwrite_latents(folder: Path, sample: int, value: float) -> None:
-    """Change one sample of the digits in place, and the hash that the index has of its shard."""
-    index = json.loads((folder / 'index.json').read_text())
-    shard = index['shards'][0]
-    path = folder / shard['raw_data']['basename']
-    content = bytearray(path.read_bytes())
-    (samples,) = np.frombuffer(content[:4], np.uint32)
-    offsets = np.frombuffer(content[4 : 4 + 4 * (int(samples) + 1)], np.uint32)
-    sizes = shard['column_sizes']
-    position = shard['column_names'].index('latents')
-    begin = int(offsets[sample]) + 4 * sizes.count(None) + sum(sizes[:position])
-    content[begin : begin + sizes[position]] = np.full(sizes[position] // 2, value, np.float16).tobytes()
-    path.write_bytes(content)
-    hashes = shard['raw_data']['hashes']
-    shard['raw_data']['hashes'] = {kind: getattr(xxhash, kind)(bytes(content)).hexdigest() for kind in hashes}
-    (folder / 'index.json').write_text(json.dumps(index))
+def digits_with(folder: Path, sample: int, value: float) -> Path:
+    """The digits, but for one image to train on: this value everywhere."""
+    prepare_digits(folder)
+    images, labels = load_digits_arrays('train')
+    images[sample] = value
+    shutil.rmtree(folder / 'train')
+    with MDSWriter(out=str(folder / 'train'), columns=columns('pixels', (1, 8, 8)), hashes=['xxh64']) as writer:
+        for image, label in zip(images.astype(np.float16), labels, strict=True):
+            writer.write({'latents': image, 'label': int(label), 'name': 'digits'})
+    digits_manifest('train').save(folder / 'train')
+    return folder
 
 
 @pytest.fixture(scope='module')
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('poisoned')
-    prepare_digits(folder / 'data')
-    overwrite_latents(folder / 'data' / 'train', SAMPLE, float('nan'))
+    digits_with(folder / 'data', SAMPLE, float('nan'))
     return folder
 
 
@@ -143,16 +139,14 @@ def test_a_skipped_batch_is_as_if_its_update_had_been_undone(poisoned: Path, dig
     assert_equal_weights(skipping, undoing)
 
 
-def test_a_spike_is_skipped_by_its_gradient_norm(tmp_path: Path) -> None:
-    prepare_digits(tmp_path / 'data')
-    words = ('on_nonfinite=skip', 'global_train_batch_size=32', 'max_duration=47ba', 'spike_factor=100')
+def test_a_spike_is_skipped_by_its_gradient_norm(digits: Path, tmp_path: Path) -> None:
+    words = ('on_nonfinite=skip', 'global_train_batch_size=32', 'max_duration=30ba', 'spike_factor=100')
     watch = Watch()
-    _, calm = trained_here(tmp_path / 'data', *words, callback=watch)
-    assert calm['skipped'] == 0 and len(calm['norms']) == 47
-    late = watch.samples[40][0]  # when there are norms enough to compare with
-    overwrite_latents(tmp_path / 'data' / 'train', late, 3000.0)
-    _, spiked = trained_here(tmp_path / 'data', *words)
-    assert spiked['skipped'] == 1 and len(spiked['norms']) == 46 and max(spiked['norms']) < 10
+    _, calm = trained_here(digits, *words, callback=watch)
+    assert calm['skipped'] == 0 and len(calm['norms']) == 30
+    late = watch.samples[25][0]  # when there are norms enough to compare with
+    _, spiked = trained_here(digits_with(tmp_path / 'data', late, 3000.0), *words)
+    assert spiked['skipped'] == 1 and len(spiked['norms']) == 29 and max(spiked['norms']) < 10
 
 
 @pytest.mark.parametrize('words', [('global_train_batch_size=32',), ('device_train_microbatch_size=4',)])
@@ -162,9 +156,9 @@ def test_the_logged_norm_is_that_of_the_whole_gradient(digits: Path, words: tupl
     assert guard['norms'] == pytest.approx(watch.norms, rel=1e-6) and len(watch.norms) == 4
 
 
-def test_a_damaged_list_of_rewinds_is_refused(poisoned: Path) -> None:
-    folder = poisoned / 'runs' / 'damaged'
+def test_a_damaged_list_of_rewinds_is_refused(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'runs' / 'damaged'
     folder.mkdir(parents=True)
     (folder / 'rewinds.json').write_text('[{"batch": 3}]')
-    done = launch(poisoned, command(YAML, *run_words(poisoned, 'damaged', 'rewind', 'loggers.mlflow=null')))
+    done = launch_here(tmp_path, YAML, *SMALL, f'data.local={digits}', 'run_name=damaged', 'on_nonfinite=rewind')
     assert done.returncode == 2 and 'rewinds.json: damaged' in done.stderr, done.stderr

@@ -152,11 +152,11 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly():
 
 
 def test_nodes_share_ranks_and_data(plan, figures):
-    words = ['dit_xl_tread', '--ranks', '8', '--nodes', '2', '--without-data']
+    words = ['dit_s_tread', '--ranks', '8', '--nodes', '2', '--without-data']
     text = plan(*words).out
     assert re.search(r'nodes +2 with 4 ranks each; an epoch takes each node to 100% of the shards', text)
     assert 'takes each node to 50% of the shards' in plan(*words, 'data.num_canonical_nodes=4').out
     assert 'data.num_canonical_nodes: 3 and 2 nodes' in plan(*words, 'data.num_canonical_nodes=3', code=2).err
-    refused = plan('dit_xl_tread', '--ranks', '8', '--nodes', '3', code=2).err
+    refused = plan('dit_s_tread', '--ranks', '8', '--nodes', '3', code=2).err
     assert '--ranks 8 --nodes 3: every node has equally many ranks; take 9 ranks' in refused
     assert 'nodes' not in figures('digits', '--ranks', '2')['config']

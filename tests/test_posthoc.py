@@ -43,12 +43,10 @@ def average(weights: torch.Tensor, width: float, end: int) -> torch.Tensor:
     return shares @ weights[:end]
 
 
-def write(folder, weights, *, widths=(0.05, 0.1), run='walk', every=EVERY):
-    previous = None
-    for end in range(every, STEPS + 1, every):
-        averages = {width: {'w': average(weights, width, end).float()} for width in widths}
+def write(folder, weights, ends=range(EVERY, STEPS + 1, EVERY), run='walk', previous=None):
+    for end in ends:
+        averages = {width: {'w': average(weights, width, end).float()} for width in (0.05, 0.1)}
         previous = write_snapshot(folder, averages, batch=end, run=run, previous=previous).digest
-    return previous
 
 
 @pytest.fixture(scope='module')
@@ -186,12 +184,9 @@ def test_a_continuation_that_was_given_up_is_not_used(copy):
     """Resumed from batch 250 and run otherwise, at another interval: the old 350 stays in the folder."""
     other = walk()
     other[250:] += 1
-    previous = read_header(snapshot_path(copy, 250)).digest
+    write(copy, other, ends=(300, 400), previous=read_header(snapshot_path(copy, 250)).digest)
     for end in (300, 400):
-        averages = {width: {'w': average(other, width, end).float()} for width in (0.05, 0.1)}
-        snapshot = write_snapshot(copy, averages, batch=end, run='walk', previous=previous)
         assert read_header(copy / f'ba{end:08d}.given_up1.safetensors').batch == end
-        previous = snapshot.digest
     found = reconstruct(copy, 0.1)
     assert torch.equal(found.tensors['w'], average(other, 0.1, 400).float())
     found = reconstruct(copy, 0.12)

@@ -24,7 +24,18 @@ def ray_variables() -> Iterator[dict[str, str]]:
     """A place for Ray of the test's own; behind the test, nothing of Ray runs any more."""
     with tempfile.TemporaryDirectory(prefix='ray') as place:  # not pytest's: sockets have short names
         yield environment(RAY_TMPDIR=place, HOME=place, RAY_AUTH_MODE='disabled')
-        assert wait_until(lambda: not processes_of(place))
+        assert wait_until(lambda: not processes_of(place), pause=0.1)
+
+
+CONNECTED = """
+import sys
+import ray
+from tread_composer.cli import main
+ray.init('auto')
+code = main(sys.argv[1:])
+assert ray.is_initialized()
+sys.exit(code)
+"""
 
 
 def processes_of(place: str) -> list[int]:
@@ -77,8 +88,9 @@ def test_a_cluster_that_runs_already_draws_the_images_of_ranks(routed, tmp_path,
         done = launch(tmp_path, [sys.executable, *sample, *engine], RAY_ADDRESS='auto', **variables)
         assert done.returncode == 0, done.stderr
         assert digests(tmp_path / 'ray') == digests(tmp_path / 'ranks')
-        many = [sys.executable, *sample, 'x', '--engine', 'ray', '--ray-workers', '3']
-        wrong = launch(tmp_path, many, RAY_ADDRESS='auto', **variables)
+        (tmp_path / 'connected.py').write_text(CONNECTED)  # a program that has called Ray itself
+        many = [sys.executable, 'connected.py', *sample[2:], 'x', '--engine', 'ray', '--ray-workers', '3']
+        wrong = launch(tmp_path, many, **variables)
         assert wrong.returncode == 2 and '--ray-workers 3: more than the cores' in wrong.stderr
     finally:
         cluster.terminate()

@@ -20,19 +20,23 @@ PROGRAM = ('-m', 'tread_composer')
 _EACH = """
 import json, sys
 from tread_composer.cli import main
-codes = []
-for words in json.loads(sys.argv[1]):
-    try:
-        codes.append(main(words))
-    except SystemExit as ended:
-        codes.append(ended.code)
-print('codes', codes)
+groups, yaml = json.loads(sys.argv[1]), sys.argv[2]
+for commands, codes, absent in groups:
+    ended = []
+    for command in commands.split(';'):
+        try:
+            ended.append(main([yaml if word == 'YAML' else word for word in command.split()]))
+        except SystemExit as end:
+            ended.append(end.code)
+    brought = sorted(sys.modules.keys() & set(absent))
+    assert (ended, brought) == (codes, []), (commands, ended, brought)
 """
 
 
-def call(folder, *commands):
-    """All of them in one process, which has imported what any of them needs."""
-    done = watch(folder, ['-c', _EACH, json.dumps(commands)])
+def call(folder, *groups):
+    """Groups of commands, all in one process; behind each group, its exit codes, and packages that must be absent."""
+    listed = [(commands, codes, sorted(absent)) for commands, codes, absent in groups]
+    done = watch(folder, ['-c', _EACH, json.dumps(listed), YAML])
     assert done.code == 0 and 'Traceback' not in done.out, done.out
     return done
 
@@ -42,29 +46,22 @@ def test_help_of_every_command_imports_nothing_heavy(tmp_path):
     assert everything.code == 0 and not everything.packages & HEAVY
     names = re.findall(r'^    (\w+) ', everything.out, re.MULTILINE)
     assert {'train', 'plan', 'sample', 'evaluate', 'sweep', 'inspect', 'import'} <= set(names)
-    each = call(tmp_path, *([name, '--help'] for name in names))
+    each = call(tmp_path, ('; '.join(f'{name} --help' for name in names), [0] * len(names), HEAVY))
     assert each.out.count('show this help message') == len(names)
     assert each.out.count('example: python -m tread_composer ') == len(names)
-    assert each.packages & HEAVY == set()
 
 
-SLIPS = 'train YAML --lr 1; sample run --steps x --out o; compare only; export run --allow-inexact'
-
-
-@pytest.mark.parametrize(
-    ('commands', 'codes', 'absent'),
-    [
+def test_a_command_imports_only_what_it_uses(tmp_path):
+    """The lightest first: a later group may bring all that an earlier one may, so nothing is hidden by the order."""
+    slips = 'train YAML --lr 1; sample run --steps x --out o; compare only; export run --allow-inexact'
+    for_sampling = {'composer', 'streaming', 'mlflow', 'diffusers', 'lmdb'}
+    call(
+        tmp_path,
+        (slips, [2] * 4, HEAVY),
+        ('prefetch', [0], for_sampling | {'transformers', 'matplotlib', 'sklearn'}),
+        ('sample run --out o --guidance sparse', [2], for_sampling),
         ('plan YAML; train YAML optimzer.lr=1', [0, 2], {'mlflow', 'diffusers', 'lmdb'}),
-        ('prefetch', [0], {'composer', 'streaming', 'mlflow', 'diffusers', 'transformers', 'matplotlib', 'sklearn'}),
-        (SLIPS, [2] * 4, HEAVY),
-        ('sample run --out o --guidance sparse', [2], {'composer', 'streaming', 'mlflow', 'diffusers'}),
-    ],
-)
-def test_a_command_imports_only_what_it_uses(tmp_path, commands, codes, absent):
-    each = [[YAML if word == 'YAML' else word for word in words.split()] for words in commands.split(';')]
-    done = call(tmp_path, *each)
-    assert f'codes {codes}' in done.out, done.out
-    assert done.packages & absent == set()
+    )
 
 
 def test_a_training_run_looks_up_no_foreign_host_and_its_threads_do_not_spin(tmp_path):
@@ -95,25 +92,64 @@ def test_who_wants_to_report_to_mlflow_may(tmp_path):
     assert any('mlflow' in host for host in done.foreign_hosts)
 
 
-_EVERYTHING = """
-import importlib, pkgutil, time
-import diffusers, torch_fidelity, tread_composer
+# Each with what it does not bring along, from the ground up: none is imported by one before it.
+_LARGE = ('composer', 'streaming', 'mlflow', 'transformers', 'diffusers', 'matplotlib', 'sklearn')
+_ROOMS = {
+    'routing': sorted(HEAVY - {'torch', 'numpy'}),
+    'models': _LARGE,
+    'objectives': _LARGE,
+    'samplers': _LARGE,
+    'autoencoders': _LARGE,
+    'advisor': _LARGE,
+    'data': ('mlflow', 'diffusers'),
+    'algorithms': ('mlflow', 'diffusers'),
+    'callbacks': (),
+}
+_SCRIPT = """
+import importlib, json, pkgutil, sys, time
+import torch
+import tread_composer
+brought = {}
+for name, absent in json.loads(sys.argv[1]).items():
+    assert f'tread_composer.{name}' not in sys.modules, name
+    assert getattr(tread_composer, name).__name__ == f'tread_composer.{name}' and name in dir(tread_composer)
+    brought[name] = [package for package in absent if package in sys.modules]
+print('brought', json.dumps(brought))
+import diffusers, torch_fidelity
 from diffusers import AutoencoderKL
 for module in pkgutil.walk_packages(tread_composer.__path__, 'tread_composer.'):
     if not module.name.endswith('__main__'):
         importlib.import_module(module.name)
 from tread_composer.callbacks.mlflow_run import MLflowRun
 MLflowRun('x')
+tread_composer.cli.main(['prefetch'])
 time.sleep(1)  # telemetry looks up its host in a thread, at once
 """
 
 
-def test_no_import_of_ours_nor_our_mlflow_logger_in_a_users_script_looks_up_a_foreign_host(tmp_path):
-    (tmp_path / 'script.py').write_text(_EVERYTHING)
-    done = watch(tmp_path, ['script.py'])
+@pytest.fixture(scope='module')
+def script(tmp_path_factory):
+    """A user's script, which has torch before anything of ours."""
+    folder = tmp_path_factory.mktemp('script')
+    (folder / 'script.py').write_text(_SCRIPT)
+    done = watch(folder, ['script.py', json.dumps(_ROOMS)])
     assert done.code == 0, done.out
-    assert {'mlflow', 'transformers', 'diffusers', 'streaming'} <= done.packages
-    assert done.foreign_hosts == set()
+    return done
+
+
+def test_the_package_alone_leads_to_its_rooms_and_each_brings_only_what_it_needs(script):
+    (brought,) = re.findall('^brought (.*)', script.out, re.MULTILINE)
+    assert json.loads(brought) == {name: [] for name in _ROOMS}
+
+
+def test_no_import_of_ours_nor_our_mlflow_logger_in_a_users_script_looks_up_a_foreign_host(script):
+    assert {'mlflow', 'transformers', 'diffusers', 'streaming'} <= script.packages
+    assert script.foreign_hosts == set()
+
+
+def test_a_process_that_has_torch_keeps_its_threads(script):
+    assert script.entries[-1]['kind'] == 'end'
+    assert {entry['environment']['GOMP_SPINCOUNT'] for entry in script.entries} == {None}
 
 
 _FILES = [path for folder in ('streaming_data', 'benchmarks') for path in sorted((ROOT / folder).glob('*.py'))]
@@ -150,38 +186,3 @@ def test_the_users_own_settings_win(tmp_path, variables, expected):
     done = watch(tmp_path, [*PROGRAM, 'plan', YAML], variables, stop_at='torch')
     (settings,) = done.environment_at('torch')
     assert [settings['GOMP_SPINCOUNT'], settings['MLFLOW_DISABLE_TELEMETRY']] == expected
-
-
-# Each with what it does not bring along, from the ground up: none is imported by one before it.
-_LARGE = ('composer', 'streaming', 'mlflow', 'transformers', 'diffusers', 'matplotlib', 'sklearn')
-_ROOMS = {
-    'routing': sorted(HEAVY - {'torch', 'numpy'}),
-    'models': _LARGE,
-    'objectives': _LARGE,
-    'samplers': _LARGE,
-    'autoencoders': _LARGE,
-    'advisor': _LARGE,
-    'data': ('mlflow', 'diffusers'),
-    'algorithms': ('mlflow', 'diffusers'),
-    'callbacks': (),
-}
-_ALONE = """
-import json, sys
-import tread_composer
-for name, absent in json.loads(sys.argv[1]).items():
-    assert f'tread_composer.{name}' not in sys.modules, name
-    assert getattr(tread_composer, name).__name__ == f'tread_composer.{name}' and name in dir(tread_composer)
-    brought = [package for package in absent if package in sys.modules]
-    assert not brought, (name, brought)
-"""
-
-
-def test_the_package_alone_leads_to_its_rooms_and_each_brings_only_what_it_needs(tmp_path):
-    done = watch(tmp_path, ['-c', _ALONE, json.dumps(_ROOMS)])
-    assert done.code == 0, done.out
-
-
-def test_a_process_that_has_torch_keeps_its_threads(tmp_path):
-    code = "import torch; from tread_composer.cli import main; main(['prefetch'])"
-    done = watch(tmp_path, ['-c', code])
-    assert done.code == 0 and done.entries[-1]['environment']['GOMP_SPINCOUNT'] is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import ROOT, launch, refused_here
+from tests.runs import ROOT, launch, make_store, refused_here
 from tests.warm import inside
 from tread_composer.compare.runs import training_teraflops
 
@@ -42,6 +42,7 @@ def call(cli, trained):
 def trained(tmp_path_factory):
     """A run that was begun in one process and resumed in another, far from the package's folder."""
     folder = tmp_path_factory.mktemp('stranger')
+    make_store(folder / 'runs')
     path = f'{ROOT}{os.pathsep}{YAML.parent.parent}'
     for words in ((), ('max_duration=9ba',)):
         done = launch(folder, [sys.executable, '-m', 'tread_composer', 'train', str(YAML), *words], PYTHONPATH=path)

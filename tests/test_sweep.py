@@ -34,10 +34,6 @@ def rows_with(settings) -> list[dict]:
     ]
 
 
-def quiet(line: str) -> None:
-    del line
-
-
 def test_the_best_is_marked_by_the_direction_of_each_metric(tmp_path):
     rows = rows_with([{'weights': 'ema', 'guidance_scale': scale} for scale in (1.0, 1.5, 2.0)])
     assert best_rows(rows) == {'fid': 1, 'recall': 0}  # a cost has no best
@@ -223,9 +219,9 @@ def test_rows_are_drawn_in_float32_and_not_before_the_reference_is_looked_at(rou
     torch.backends.cudnn.allow_tf32 = True
     try:
         with pytest.raises(UserError, match=r'000003\.png'):
-            sweep(small_request(routed.folder, tmp_path / 'no', damaged), Ranks(), quiet)
+            sweep(small_request(routed.folder, tmp_path / 'no', damaged), Ranks(), print)
         assert seen == []
-        sweep(small_request(routed.folder, tmp_path / 'out', reference), Ranks(), quiet)
+        sweep(small_request(routed.folder, tmp_path / 'out', reference), Ranks(), print)
         assert set(seen) == {('highest', False)}
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ('high', True)
     finally:

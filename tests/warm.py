@@ -164,12 +164,15 @@ def exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def wait_until(condition: Callable[[], object], process: BaseProcess | None = None) -> bool:
-    """Wait for a condition, or for the end of a process; returns whether the condition holds."""
+def wait_until(condition: Callable[[], object], process: BaseProcess | None = None, pause: float = 0.001) -> bool:
+    """Wait for a condition, or for the end of a process; returns whether the condition holds.
+
+    ``pause`` are the seconds between two looks: more of them where a look costs much and no moment is to be met.
+    """
     end = time.monotonic() + PATIENCE
     while not condition() and (process is None or process.exitcode is None):
         assert time.monotonic() < end
-        time.sleep(0.001)
+        time.sleep(pause)
     return bool(condition())
 
 

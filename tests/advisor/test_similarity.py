@@ -8,29 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Lengths, randomised, tiny_dit
+from tests.routing.small import Chain, inputs
 from tests.runs import YAMLS
 from tread_composer.advisor import propose_route, token_similarity
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config
 from tread_composer.routing import Route, apply_tread
-
-
-def inputs(count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    return x, torch.linspace(0.1, 0.9, count), torch.arange(count)
-
-
-class Stack(nn.Module):
-    """Calls its blocks one after the other."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 class Times(nn.Module):
@@ -45,7 +28,7 @@ class Times(nn.Module):
 
 
 def similarity_of(*blocks: nn.Module) -> Tensor:
-    model, x = Stack(*blocks), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    model, x = Chain(*blocks), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     return token_similarity(model, [lambda: model(x)], blocks='blocks')
 
 
@@ -106,7 +89,7 @@ class Pair(nn.Module):
         return context, self.linear(hidden)
 
 
-class PairStack(Stack):
+class PairChain(Chain):
     def forward(self, x: Tensor) -> Tensor:
         context = x[:, :1]
         for block in self.blocks:
@@ -116,7 +99,7 @@ class PairStack(Stack):
 
 def test_tokens_that_are_elsewhere_are_named():
     torch.manual_seed(0)
-    model, x = PairStack(Pair(), Pair()), torch.randn(2, 3, 4)
+    model, x = PairChain(Pair(), Pair()), torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match=r'at depth 1 the tokens are a tuple.*tokens_out='):
         token_similarity(model, [lambda: model(x)])
     found = token_similarity(model, [lambda: model(x)], tokens='hidden', tokens_out=1)
@@ -126,7 +109,7 @@ def test_tokens_that_are_elsewhere_are_named():
         token_similarity(model, [lambda: model(x)], tokens='x')
 
 
-class Reversed(Stack):
+class Reversed(Chain):
     def forward(self, x: Tensor) -> Tensor:
         for index in (1, 0):
             x = self.blocks[index](x)
@@ -136,11 +119,11 @@ class Reversed(Stack):
 @pytest.mark.parametrize(
     ('model', 'blocks', 'message'),
     [
-        (Stack(Times(1.0), Times(1.0)), 'layers', "no module 'layers'"),
-        (Stack(Times(1.0), Times(1.0)), 'blocks.0', "'blocks.0' is a Times; a ModuleList or Sequential"),
+        (Chain(Times(1.0), Times(1.0)), 'layers', "no module 'layers'"),
+        (Chain(Times(1.0), Times(1.0)), 'blocks.0', "'blocks.0' is a Times; a ModuleList or Sequential"),
         (Reversed(Times(1.0), Times(1.0)), 'blocks', 'was not called in its turn'),
-        (Stack(Times(math.nan), Times(1.0)), 'blocks', 'not finite'),
-        (Stack(nn.Linear(4, 5), nn.Linear(5, 4)), 'blocks', r'\(2, 3, 4\), \(2, 3, 5\).*one shape'),
+        (Chain(Times(math.nan), Times(1.0)), 'blocks', 'not finite'),
+        (Chain(nn.Linear(4, 5), nn.Linear(5, 4)), 'blocks', r'\(2, 3, 4\), \(2, 3, 5\).*one shape'),
     ],
 )
 def test_what_cannot_be_compared_is_refused(model, blocks, message):

@@ -8,8 +8,8 @@ from tread_composer.objectives import EDM
 SMALL = {'decoder_depth': 2, 'decoder_hidden_size': 8, 'decoder_num_heads': 2}
 
 
-def edm_model(objective=None):
-    return LatentDiffusion(tiny_dit(), objective or EDM(), latent_shape=(1, 8, 8), num_classes=10)
+def edm_model(objective=None, depth=6):
+    return LatentDiffusion(tiny_dit(depth), objective or EDM(), latent_shape=(1, 8, 8), num_classes=10)
 
 
 def fit(*algorithms, **keywords):

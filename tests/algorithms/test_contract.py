@@ -35,13 +35,13 @@ from tests.algorithms.settings import (
     saved,
     train,
 )
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, weights
+from tests.runs import YAMLS
 from tread_composer.algorithms.direction_schedule import DirectionSchedule
 from tread_composer.algorithms.ema import EMA
 from tread_composer.algorithms.maskdit import MaskDiT
 from tread_composer.algorithms.power_ema import PowerEMA
 from tread_composer.algorithms.tread import Route, Tread
-from tread_composer.callbacks.resume_contract import ResumeContract
 from tread_composer.config import load_config
 from tread_composer.config.errors import ConfigError
 from tread_composer.core.errors import ResumeError, UserError
@@ -49,7 +49,6 @@ from tread_composer.run.plan import format_plan, make_plan
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # Composer's, of what is tried here on purpose
 
-YAMLS = Path(__file__).parent.parent.parent / 'yamls'
 TOGETHER = [pair for pair in PAIRS if not refusal(pair)]
 REFUSED = [pair for pair in PAIRS if refusal(pair)]
 
@@ -95,7 +94,8 @@ def test_trains_and_evaluates_in_any_order_on_the_same_draws(pair, plain, whole)
     (first, _), second = whole(pair), train(built(pair)[::-1], kind)
     losses = [float.fromhex(loss) for loss in first.recorder.losses]
     assert len(losses) == BATCHES and all(map(math.isfinite, losses))
-    moved = [name for name, value in first.before.items() if not torch.equal(value, first.weights[name])]
+    after = weights(first.trainer)
+    moved = [name for name, value in first.before.items() if not torch.equal(value, after[name])]
     assert len(moved) > len(first.before) * 0.8
     passes = 2 if 'sam' in pair else 1
     assert first.recorder.batches == [row for row in plain[kind][0].recorder.batches for _ in range(passes)]
@@ -106,7 +106,7 @@ def test_trains_and_evaluates_in_any_order_on_the_same_draws(pair, plain, whole)
     if others != pair:
         assert first.recorder.losses == (whole(others)[0] if others else plain[kind][0]).recorder.losses
     if 'composer_ema' not in pair:  # which leaves its average in the model after a checkpoint
-        assert same(first.weights, second.weights) == []
+        assert same(after, weights(second.trainer)) == []
 
 
 RESUMED = [
@@ -147,7 +147,7 @@ def test_what_cannot_be_saved_is_refused_where_the_run_saves(pair, tmp_path):
 def test_what_cannot_be_resumed_saves_and_is_refused_to_go_on(pair, whole):
     reason, kind = ''.join(ALL[name].unresumed for name in pair), objective(pair)
     run, folder = whole(pair)
-    assert same(saved(folder)['model'], run.weights) == []
+    assert same(saved(folder)['model'], weights(run.trainer)) == []
     path = str(folder / 'ep0-ba2-rank0.pt')
     for algorithms in (built(pair), built(pair)[::-1]):
         with pytest.raises(ResumeError, match=f'{reason}.*load_weights_only: true'):
@@ -165,32 +165,22 @@ def test_repr_is_the_call_that_makes_it_again(name):
 
 
 @pytest.mark.parametrize('name', OURS)
-def test_a_checkpoint_with_it_and_a_run_without_it_and_the_other_way_round(name, plain, tmp_path):
+def test_a_checkpoint_with_it_and_a_run_without_it_and_the_other_way_round(name, plain, whole):
     entry, kind = OURS[name], objective((name,))
     assert type(entry.make()).required_on_load() is entry.required_on_load
-    train([entry.make()], kind, tmp_path, max_duration='2ba')
-    latest = str(tmp_path / 'latest-rank0.pt')
+    with_it, without = (str(folder / 'ep0-ba2-rank0.pt') for _, folder in (whole((name,)), plain[kind]))
     if entry.gone:
         with pytest.raises((RuntimeError, KeyError), match=entry.gone):
-            prepared([], kind, load_path=latest)
+            prepared([], kind, load_path=with_it)
     else:
-        rest = train([], kind, load_path=latest)
+        rest = train([], kind, load_path=with_it)
         assert rest.seen.training == [[16] * 4] * (BATCHES - 2)
-    dense, folder = plain[kind]
     if entry.new:
         with pytest.raises(ResumeError, match=entry.new):
-            prepared([entry.make()], kind, load_path=str(folder / 'ep0-ba2-rank0.pt'))
+            prepared([entry.make()], kind, load_path=without)
     else:
-        rest = train([entry.make()], kind, load_path=str(folder / 'ep0-ba2-rank0.pt'))
-        assert rest.recorder.losses == dense.recorder.losses[2:]
-
-
-def test_a_resume_contract_refuses_a_run_without_the_algorithm(tmp_path):
-    """What runs from YAML files have; the only thing that can speak where the algorithm is not there."""
-    contract = {'algorithms': {'tread': {'start': 1}}}
-    train(built(('tread',)), folder=tmp_path, callbacks=[ResumeContract(contract)], max_duration='2ba')
-    with pytest.raises(ResumeError, match='algorithms'):
-        prepared([], callbacks=[ResumeContract({'algorithms': {}})], load_path=str(tmp_path / 'latest-rank0.pt'))
+        rest = train([entry.make()], kind, load_path=without)
+        assert rest.recorder.losses == plain[kind][0].recorder.losses[2:]
 
 
 @pytest.mark.parametrize('name', OURS)

@@ -1,6 +1,7 @@
 """Our ``EMA`` through a real ``Trainer``, against an average kept by hand."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,13 +77,23 @@ def filled(model, algorithm, first, then):
     return trainer
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run of six batches, evaluated and saved at its end, with what it left. Not to be changed."""
+    folder, ema, snapshots = tmp_path_factory.mktemp('trained'), EMA(DECAY), Snapshots()
+    trainer, recorder = fit(
+        [ema], callbacks=[snapshots], save_folder=str(folder), save_interval='6ba', eval_interval='6ba',
+        eval_dataloader=Evaluator(label='eval', dataloader=loader(shuffle=False)),
+    )  # fmt: skip
+    checkpoint = str(folder / 'latest-rank0.pt')
+    return SimpleNamespace(ema=ema, trainer=trainer, losses=recorder.losses, at=snapshots.at, checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize('every', [1, 2])
-def test_the_average_is_the_closed_form_and_trains_the_same(every):
+def test_the_average_is_the_closed_form(every):
     ema, hand = EMA(DECAY, f'{every}ba'), ByHand(every)
-    trainer, recorder = fit([ema], callbacks=[hand])
+    trainer, _ = fit([ema], callbacks=[hand])
     assert_close(averaged_weights(trainer, ema), hand.average)
-    _, plain = fit([])
-    assert recorder.losses == plain.losses
 
 
 @pytest.mark.parametrize('every', [1, 2])
@@ -131,54 +142,42 @@ def test_an_average_that_is_mostly_of_the_beginning_says_so(tmp_path, capsys):
     assert '(25% of the average' in later.in_evaluation(trainer.state)
 
 
-def test_evaluation_sees_the_average_and_training_gets_its_weights_back():
-    ema, snapshots = EMA(DECAY), Snapshots()
-    trainer, recorder = fit(
-        [ema], callbacks=[snapshots], eval_dataloader=Evaluator(label='eval', dataloader=loader(shuffle=False)),
-        eval_interval='6ba', max_duration='6ba',
-    )  # fmt: skip
-    averaged = averaged_weights(trainer, ema)
+def test_evaluation_sees_the_average_and_training_gets_its_weights_back(trained):
+    averaged = averaged_weights(trained.trainer, trained.ema)
     for name, value in averaged.items():
-        assert torch.equal(snapshots.at['eval_start'][name], value)
-    raw = dict(trainer.state.model.named_parameters())
+        assert torch.equal(trained.at['eval_start'][name], value)
+    raw = dict(trained.trainer.state.model.named_parameters())
     assert any(not torch.equal(raw[name], value) for name, value in averaged.items())
-    for name, value in snapshots.at['eval_end'].items():
+    for name, value in trained.at['eval_end'].items():
         assert torch.equal(value, raw[name])
-    assert recorder.losses == fit([])[1].losses
+    assert trained.losses == fit([])[1].losses
 
 
-def test_a_checkpoint_holds_raw_weights_and_a_float32_average_under_plain_names(tmp_path):
-    ema = EMA(DECAY)
-    trainer, _ = fit([ema], save_folder=str(tmp_path), save_interval='6ba')
-    state = torch.load(tmp_path / 'latest-rank0.pt', weights_only=False)['state']
-    assert_equal_weights(dict(state['model']), weights(trainer))
+def test_a_checkpoint_holds_raw_weights_and_a_float32_average_under_plain_names(trained):
+    state = torch.load(trained.checkpoint, weights_only=False)['state']
+    assert_equal_weights(dict(state['model']), weights(trained.trainer))
     average = dict(state['algorithms'])['EMA']['average']
     trainable = {n for n, p in tiny_model().named_parameters() if p.requires_grad}
     assert set(average) == trainable and NAME in average
     assert all(value.dtype == torch.float32 for value in average.values())
-    for name, value in averaged_weights(trainer, ema).items():
-        assert torch.equal(average[name], value)
+    assert_equal_weights(average, averaged_weights(trained.trainer, trained.ema))
 
 
-def test_loaded_for_evaluation_alone_it_evaluates_the_average(tmp_path):
-    ema = EMA(DECAY)
-    trainer, _ = fit([ema], save_folder=str(tmp_path), save_interval='6ba')
+def test_loaded_for_evaluation_alone_it_evaluates_the_average(trained):
     snapshots = Snapshots()
-    other = make_trainer(
-        algorithms=[EMA(DECAY)], callbacks=[snapshots], load_path=str(tmp_path / 'latest-rank0.pt'),
+    loaded = make_trainer(
+        algorithms=[EMA(DECAY)], callbacks=[snapshots], load_path=trained.checkpoint,
         eval_dataloader=Evaluator(label='eval', dataloader=loader(shuffle=False)),
     )  # fmt: skip
-    other.eval()
-    for name, value in averaged_weights(trainer, ema).items():
+    loaded.eval()
+    for name, value in averaged_weights(trained.trainer, trained.ema).items():
         assert torch.equal(snapshots.at['eval_start'][name], value)
 
 
-def test_saved_again_before_it_trains_it_still_has_the_average():
-    trained = EMA(DECAY)
-    fit([trained], max_duration='3ba')
+def test_saved_again_before_it_trains_it_still_has_the_average(trained):
     again = EMA(DECAY)
-    again.load_state_dict(trained.state_dict())
-    assert_equal_weights(again.state_dict()['average'], trained.state_dict()['average'])
+    again.load_state_dict(trained.ema.state_dict())
+    assert_equal_weights(again.state_dict()['average'], trained.ema.state_dict()['average'])
 
 
 def test_bfloat16_weights_are_averaged_in_float32():
@@ -200,17 +199,14 @@ def test_a_frozen_parameter_is_left_alone():
     assert not any('x_embedder' in name or 'pos_embed' in name for name in ema.state_dict()['average'])
 
 
-def test_other_settings_and_composers_average_are_refused(tmp_path):
-    fit([EMA(DECAY)], save_folder=str(tmp_path / 'a'), save_interval='6ba')
+def test_other_settings_and_composers_average_are_refused(trained, tmp_path):
     with pytest.raises(ResumeError, match=r'decay: saved 0\.7, now 0\.9'):
-        make_trainer(algorithms=[EMA(0.9)], load_path=str(tmp_path / 'a' / 'latest-rank0.pt'))
-    fit([ComposerEMA(half_life='3ba')], save_folder=str(tmp_path / 'b'), save_interval='6ba')
+        make_trainer(algorithms=[EMA(0.9)], load_path=trained.checkpoint)
+    fit([ComposerEMA(half_life='3ba')], save_folder=str(tmp_path), save_interval='6ba')
     with pytest.raises(ResumeError, match="Composer's own EMA"):
-        make_trainer(algorithms=[EMA(DECAY)], load_path=str(tmp_path / 'b' / 'latest-rank0.pt'))
+        make_trainer(algorithms=[EMA(DECAY)], load_path=str(tmp_path / 'latest-rank0.pt'))
 
 
-def test_no_checkpoint_while_the_average_stands_in():
-    ema = EMA(DECAY)
-    trainer, _ = fit([ema])
-    with ema.averaged(trainer.state), pytest.raises(RuntimeError, match='stand in for the weights'):
-        ema.state_dict()
+def test_no_checkpoint_while_the_average_stands_in(trained):
+    with trained.ema.averaged(trained.trainer.state), pytest.raises(RuntimeError, match='stand in for the weights'):
+        trained.ema.state_dict()

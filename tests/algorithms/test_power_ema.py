@@ -58,9 +58,9 @@ def expected(seen, width):
     return {name: sum(s * one[name] for s, one in zip(shares, seen, strict=True)) for name in seen[0]}
 
 
-def test_the_averages_are_the_weighted_sums_of_all_past_weights_and_training_is_the_same(tmp_path):
+def test_the_averages_are_the_weighted_sums_of_all_past_weights(tmp_path):
     weights = AllWeights()
-    trainer, recorder = go([power(tmp_path, '4ba')], callbacks=[weights])
+    trainer, _ = go([power(tmp_path, '4ba')], callbacks=[weights])
     # The end too, and once although it is the end of an epoch.
     assert sorted(files(tmp_path)) == ['ba00000004.safetensors', 'ba00000006.safetensors']
     for batch in (4, 6):
@@ -73,7 +73,6 @@ def test_the_averages_are_the_weighted_sums_of_all_past_weights_and_training_is_
                 assert found.dtype == torch.float32
                 torch.testing.assert_close(found.double(), value, atol=2e-7, rtol=1e-5, msg=name)
     assert len(stored) == 2 * sum(p.requires_grad for p in trainer.state.model.parameters())
-    assert recorder.losses == go([])[1].losses
 
 
 def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(tmp_path):
@@ -109,14 +108,14 @@ def test_a_continuation_that_comes_out_otherwise_keeps_the_old_snapshot_aside(tm
 
 
 def test_snapshots_of_another_run_are_never_touched(tmp_path):
-    folder = str(tmp_path / 'shared')
+    folder = str(tmp_path / 'run' / 'snapshots')
     fit([PowerEMA(WIDTHS, '2ba', folder=folder)], run_name='one', max_duration='2ba')
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'shared').iterdir()}
+    before = files(tmp_path)
     with pytest.raises(UserError, match=r'ba00000002.safetensors: is a snapshot of another run \(one\), .* is two;'):
         fit([PowerEMA(WIDTHS, '2ba', folder=folder)], run_name='two', max_duration='2ba')
     with pytest.raises(UserError, match=r'another run \(one\), and this one is one sha256:ab'):
         fit([PowerEMA(WIDTHS, '3ba', folder=folder, settings_digest='sha256:ab')], run_name='one', max_duration='2ba')
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'shared').iterdir()} == before
+    assert files(tmp_path) == before
 
 
 def test_a_checkpoint_with_other_widths_is_refused(tmp_path):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from composer import ComposerModel, Trainer
+from composer import ComposerModel
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from tests.helpers import assert_equal_weights, weights
+from tests.helpers import assert_equal_weights, trainer_of, weights
 from tests.routing.foreign import CASES, noise
 from tests.routing.test_foreign import Counts
 from tread_composer.algorithms.tread import Tread
@@ -59,17 +59,15 @@ def train(name, microbatch=4, algorithms=None):
     make, sample, path = TRAINED[name]
     torch.manual_seed(0)
     model, logger = make(), InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader([sample(index) for index in range(SAMPLES)], batch_size=4),
+    trainer = trainer_of(
+        model,
+        DataLoader([sample(index) for index in range(SAMPLES)], batch_size=4),
+        [Tread(1, -2, 0.5, **CASES[name].settings)] if algorithms is None else algorithms,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=[Tread(1, -2, 0.5, **CASES[name].settings)] if algorithms is None else algorithms,
         loggers=[logger],
         max_duration='2ba',
         device_train_microbatch_size=microbatch,
-        device='cpu',
         seed=7,
-        progress_bar=False,
     )
     counts = Counts(model.get_submodule(path), CASES[name])
     trainer.fit()

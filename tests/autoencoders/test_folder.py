@@ -91,14 +91,18 @@ def test_a_subfolder_is_the_one_that_was_named(tmp_path: Path):
     assert "no subfolder 'vea'; folders in it with a config.json: vae" in message
 
 
-def run_remedy(message: str) -> None:
-    """The command that a refusal ends with."""
+def run_remedy(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that a refusal ends with; a program of Python in this process, which has torch."""
     words = shlex.split(message.splitlines()[-1])
-    subprocess.run([sys.executable if words[0] == 'python' else words[0], *words[1:]], check=True)
+    if words[:2] == ['python', '-c']:
+        monkeypatch.setattr(sys, 'argv', ['-c', *words[3:]])
+        exec(words[2], {})
+    else:
+        subprocess.run(words, check=True)
 
 
 @pytest.mark.parametrize('kind', ['variant', 'pickled', 'renamed'])
-def test_the_remedy_for_weights_in_another_file_works(kind: str, tmp_path: Path):
+def test_the_remedy_for_weights_in_another_file_works(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "it's mine"
     make_vae(folder, **({'safe_serialization': False} if kind == 'pickled' else {}))
     if kind == 'variant':
@@ -110,7 +114,7 @@ def test_the_remedy_for_weights_in_another_file_works(kind: str, tmp_path: Path)
         (folder / WEIGHTS).rename(folder / 'model.safetensors')
     message = refusal(folder)
     assert 'no autoencoder with safetensors weights' in message
-    run_remedy(message)
+    run_remedy(message, monkeypatch)
     if kind != 'variant':
         assert open_autoencoder(str(folder)).weight_hash() == KL(make_vae(tmp_path / 'same')).weight_hash()
     assert open_autoencoder(str(folder)).channels == 3

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import convergence
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, launch
 from tread_composer.cli.convert import convert_main
 
 
@@ -33,8 +32,7 @@ def data(tmp_path):
 def compare(data, *words):
     script = str(ROOT / 'benchmarks' / 'convergence.py')
     settings = '--small --steps 4 --points 2 --samples 20 --seeds 17 --classifier-epochs 1 --methods TREAD'
-    command = [sys.executable, script, 'cifar10', '--data', str(data), *settings.split(), *words]
-    return subprocess.run(command, cwd=data.parent, env=environment(), capture_output=True, text=True)
+    return launch(data.parent, [sys.executable, script, 'cifar10', '--data', str(data), *settings.split(), *words])
 
 
 def test_a_comparison_that_is_cut_off_goes_on_and_measures_all(data):

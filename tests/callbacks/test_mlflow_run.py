@@ -169,10 +169,10 @@ class End(Callback):
             raise RuntimeError('as asked for')
 
 
-def train_and_end(folder, way, saving=None):
+def train_and_end(folder, experiment, way, saving=None):
     """In a process of its own. Nothing is closed, but where an exception is swallowed: the process's end has to do."""
     settings = {'run_name': way, **({**saving, 'save_interval': '2ba'} if saving else {})}
-    run = trainer(loggers=[MLflowRun('deaths', folder=str(folder))], callbacks=[End(way)], **settings)
+    run = trainer(loggers=[MLflowRun(experiment, folder=str(folder))], callbacks=[End(way)], **settings)
     if way != 'swallowed':
         run.fit()
         return
@@ -184,7 +184,7 @@ def train_and_end(folder, way, saving=None):
 def test_only_a_run_that_reached_its_end_is_finished(folder):
     codes = {'nothing': 0, 'exception': 1, 'exception at the end': 1, 'SIGTERM': 143, 'SIGKILL': -9, 'swallowed': 0}
     for way, code in codes.items():
-        process = start(train_and_end, folder, way)
+        process = start(train_and_end, folder, 'deaths', way)
         process.join()
         assert process.exitcode == code, way
 
@@ -196,16 +196,17 @@ def test_only_a_run_that_reached_its_end_is_finished(folder):
 
 
 @pytest.mark.parametrize('goes_on', [False, True])
-def test_the_next_start_says_that_a_run_died_together_with_its_watcher(tmp_path, capsys, goes_on):
-    process = start(train_and_end, tmp_path, 'everything', {'save_folder': str(tmp_path / 'saved')})
+def test_the_next_start_says_that_a_run_died_together_with_its_watcher(folder, tmp_path, capsys, goes_on):
+    experiment = f'died, goes on: {goes_on}'
+    process = start(train_and_end, folder, experiment, 'everything', {'save_folder': str(tmp_path)})
     process.join()
     assert process.exitcode == -9
-    (dead,) = runs_of(tmp_path, 'deaths')[1]
+    (dead,) = runs_of(folder, experiment)[1]
     assert dead.info.status == 'RUNNING'
-    latest = str(tmp_path / 'saved' / 'latest-rank0.pt') if goes_on else None
-    train(tmp_path, 'deaths', run_name='everything', load_path=latest)
+    latest = str(tmp_path / 'latest-rank0.pt') if goes_on else None
+    train(folder, experiment, run_name='everything', load_path=latest)
     assert f'run everything ({dead.info.run_id}) still counts as RUNNING' in capsys.readouterr().err
-    runs = runs_of(tmp_path, 'deaths')[1]
+    runs = runs_of(folder, experiment)[1]
     assert [run.info.status for run in runs] == (['FINISHED'] if goes_on else ['FAILED', 'FINISHED'])
     assert 'and its watcher with it' in runs[0].data.tags['tread_composer.end']
 

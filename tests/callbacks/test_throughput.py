@@ -11,7 +11,6 @@ from tests.helpers import Images, make_trainer
 from tests.runs import SMALL_HERE, YAMLS, launch_here
 from tread_composer.builders.trainer import build_trainer
 from tread_composer.callbacks.data_wait import DataWait
-from tread_composer.cli import main
 from tread_composer.config import load_config
 
 WORDS = [word for word in SMALL_HERE if not word.startswith(('callbacks.speed_monitor', 'max_duration', 'loggers'))]
@@ -38,7 +37,7 @@ def test_waiting_for_data_is_a_share_of_the_time():
     assert 0 < shares[0] < shares[1] < 1
 
 
-def logged_and_planned(tmp_path, capsys, yaml, *words):
+def logged_and_planned(cli, yaml, *words):
     """What a run of batches of 16 logs, and the figures of its plan."""
     settings = [*WORDS, 'callbacks.speed_monitor={window_size: 1}', 'loggers=null', 'max_duration=6ba', *words]
     trainer, memory = build_trainer(load_config(YAMLS / yaml, settings)), InMemoryLogger()
@@ -46,8 +45,7 @@ def logged_and_planned(tmp_path, capsys, yaml, *words):
     trainer.logger.destinations = (*trainer.logger.destinations, memory)
     trainer.fit()
     trainer.close()
-    assert main(['plan', str(YAMLS / yaml), *settings, '--json']) == 0
-    return memory, json.loads(capsys.readouterr().out)
+    return memory, json.loads(cli('plan', YAMLS / yaml, *settings, '--json').out)
 
 
 def flops_per_batch(memory):
@@ -55,9 +53,9 @@ def flops_per_batch(memory):
     return [flops / rate for flops, rate in zip(values(memory, 'throughput/flops_per_sec'), rates, strict=True)]
 
 
-def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
+def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    memory, plan = logged_and_planned(tmp_path, capsys, 'digits_tread.yaml', 'algorithms.tread.end_time=3ba')
+    memory, plan = logged_and_planned(cli, 'digits_tread.yaml', 'algorithms.tread.end_time=3ba')
     routed, dense = (6e9 * plan[name] * 16 for name in ('gmacs_routed', 'gmacs_dense'))
     assert flops_per_batch(memory) == pytest.approx([routed] * 2 + [dense] * 3)
     tokens = values(memory, 'throughput/tokens_per_sec')
@@ -65,19 +63,18 @@ def test_the_flops_of_a_routed_step_are_fewer(tmp_path, monkeypatch, capsys):
 
 
 def test_the_flops_of_masked_steps_are_fewer_and_of_unmasked_ones_those_of_encoder_and_decoder(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, cli
 ):
     monkeypatch.chdir(tmp_path)
     per_batch = []
     for ratio in (0.5, 0.0):
         words = f'algorithms.maskdit.mask_ratio={ratio}', f'run_name=masked_{ratio}'
-        memory, plan = logged_and_planned(tmp_path, capsys, 'digits_maskdit.yaml', *words)
+        memory, plan = logged_and_planned(cli, 'digits_maskdit.yaml', *words)
         per_batch.append(flops_per_batch(memory))
         assert per_batch[-1] == pytest.approx([6e9 * plan['gmacs_routed'] * 16] * 5)
     assert per_batch[0][0] < per_batch[1][0]
-    memory, _ = logged_and_planned(
-        tmp_path, capsys, 'digits_maskdit.yaml', 'algorithms.maskdit.unmask_time=0.5dur', 'run_name=unmasked'
-    )
+    words = 'algorithms.maskdit.unmask_time=0.5dur', 'run_name=unmasked'
+    memory, _ = logged_and_planned(cli, 'digits_maskdit.yaml', *words)
     assert 'throughput/flops_per_sec' not in memory.data  # they change from batch to batch
 
 

@@ -143,20 +143,16 @@ def test_check_files(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('recipe', 'overrides', 'fault'),
+    ('overrides', 'fault'),
     [
-        ('digits', ['precision=fp32', 'device=cpu'], None),
-        ('digits', ['precision=amp_bf16', 'device=gpu'], None if has_gpu else 'no CUDA device'),
-        (
-            'digits',
-            ['parallelism_config={fsdp: {}}', 'device=cpu'],
-            'FSDP1 needs a GPU in Composer; on the CPU set FSDP',
-        ),
-        ('digits', ['parallelism_config={fsdp: {}}', 'device=gpu'], None if has_gpu else 'no CUDA device'),
+        (['precision=fp32', 'device=cpu'], None),
+        (['precision=amp_bf16', 'device=gpu'], None if has_gpu else 'no CUDA device'),
+        (['parallelism_config={fsdp: {}}', 'device=cpu'], 'FSDP1 needs a GPU in Composer; on the CPU set FSDP'),
+        (['parallelism_config={fsdp: {}}', 'device=gpu'], None if has_gpu else 'no CUDA device'),
     ],
 )
-def test_check_machine(recipe, overrides, fault):
-    config = load_config(YAMLS / f'{recipe}.yaml', overrides)
+def test_check_machine(overrides, fault):
+    config = load_config(YAMLS / 'digits.yaml', overrides)
     if fault is None:
         check_machine(config)
         return

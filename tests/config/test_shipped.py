@@ -1,7 +1,5 @@
 """The shipped recipes: each loads, round-trips, and differs from its twin by the route alone."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -9,22 +7,22 @@ import pytest
 import torch
 import yaml
 
+from tests.runs import YAMLS, environment
 from tread_composer.builders.model import build_denoiser
 from tread_composer.config import load_config
 from tread_composer.config.tree import backbone_arguments
 from tread_composer.objectives import DDPM, FlowMatching, LogitNormal, Uniform
 
-YAMLS = pathlib.Path(__file__).parents[2] / 'yamls'
 FILES = sorted(YAMLS.glob('*.yaml'))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
 def test_loads_round_trips_and_says_in_its_header_what_to_expect(path, tmp_path):
     config = load_config(path)
-    again = tmp_path / 'again.yaml'
-    again.write_text(config.to_yaml())
-    assert load_config(again) == config
-    assert load_config(again).to_dict() == config.to_dict() == yaml.safe_load(config.to_yaml())
+    (tmp_path / 'again.yaml').write_text(config.to_yaml())
+    again = load_config(tmp_path / 'again.yaml')
+    assert again == config
+    assert again.to_dict() == config.to_dict() == yaml.safe_load(config.to_yaml())
 
     header = [line for line in path.read_text().splitlines() if line.startswith('#')]
     for word in ('Paper:', 'Command:', 'Hardware:', 'Expected:', 'Measured by us:'):
@@ -108,7 +106,6 @@ def test_loading_imports_nothing_heavy_and_writes_nothing(tmp_path):
         'print([name for name in ("mlflow", "diffusers", "streaming") if name in sys.modules])'
     )
     command = [sys.executable, '-W', 'ignore', '-c', code, str(YAMLS / 'dit_xl_tread.yaml')]
-    environment = {**os.environ, 'PYTHONPATH': str(YAMLS.parent)}
-    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    out = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     assert out.stdout.strip() == '[]'
     assert list(tmp_path.iterdir()) == []

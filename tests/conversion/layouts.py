@@ -1,6 +1,7 @@
 """The same few real images in every layout in which ImageNet is found."""
 
 import functools
+import hashlib
 import io
 import json
 import random
@@ -17,6 +18,8 @@ from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits, load_sample_images
 
+from tread_composer.conversion.sources.source import Source
+
 CLASSES = ('n01440764', 'n02105855', 'n03995372')
 ILSVRC_IDS = {'n02105855': 1, 'n03995372': 2, 'n01440764': 3}  # not the sorted order, as in the real devkit
 
@@ -25,7 +28,8 @@ Pictures = dict[str, bytes]
 
 
 @functools.cache
-def _photographs() -> tuple[Image.Image, ...]:
+def photographs() -> tuple[Image.Image, ...]:
+    """Two, of 640 x 427 pixels."""
     return tuple(Image.fromarray(image) for image in load_sample_images().images)
 
 
@@ -35,7 +39,7 @@ def picture(seed: int) -> Image.Image:
     if seed % 7 == 6:
         digit = np.asarray(_digits()[seed % 1797] * 15, dtype=np.uint8)
         return Image.fromarray(digit).resize((48, 40), Image.Resampling.BICUBIC)
-    photograph = _photographs()[seed % 2]
+    photograph = photographs()[seed % 2]
     width, height = draw.randrange(40, 150), draw.randrange(40, 150)
     left, top = draw.randrange(photograph.width - width), draw.randrange(photograph.height - height)
     piece = photograph.crop((left, top, left + width, top + height))
@@ -47,27 +51,32 @@ def _digits() -> np.ndarray:
     return np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
 
 
-def encoded(image: Image.Image, kind: str = 'JPEG') -> bytes:
+def encoded(image: Image.Image, kind: str = 'PNG', **options: object) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind, **({'quality': 90} if kind == 'JPEG' else {}))
+    image.copy().save(stream, kind, **options)  # an image remembers how it was saved last
     return stream.getvalue()
 
 
 def pictures(train_per_class: int = 4, val_per_class: int = 2) -> dict[str, Pictures]:
     """Train and val under ImageNet's own names. One train image is a PNG that is called JPEG, as in ImageNet."""
     train = {
-        f'{name}/{name}_{number * 37 + 5}.JPEG': encoded(picture(100 * label + number))
+        f'{name}/{name}_{number * 37 + 5}.JPEG': encoded(picture(100 * label + number), 'JPEG', quality=90)
         for label, name in enumerate(CLASSES)
         for number in range(train_per_class)
     }
-    train['n02105855/n02105855_2933.JPEG'] = encoded(picture(500), 'PNG')
+    train['n02105855/n02105855_2933.JPEG'] = encoded(picture(500))
     numbers = list(range(1, len(CLASSES) * val_per_class + 1))
     random.Random(0).shuffle(numbers)  # the validation images are not sorted by class
     val = {
-        f'{CLASSES[position % 3]}/ILSVRC2012_val_{number:08d}.JPEG': encoded(picture(1000 + number))
+        f'{CLASSES[position % 3]}/ILSVRC2012_val_{number:08d}.JPEG': encoded(picture(1000 + number), 'JPEG', quality=90)
         for position, number in enumerate(numbers)
     }
     return {'train': train, 'val': val}
+
+
+def read_everything(sources: list[Source]) -> list[str]:
+    """Hashes of all samples. Here, since a spawned process that calls it imports the whole module."""
+    return [hashlib.sha256(source.read(p)).hexdigest() for source in sources for p in range(len(source))]
 
 
 def without(images: Pictures, name: str) -> Pictures:

@@ -48,16 +48,14 @@ def test_moments_of_image_and_mirror_with_labels_and_names(source, vae, out):
     assert np.abs(rows['latents_mirrored'] - flipped).max() > 0.01  # a latent's own mirror image is something else
 
 
-def test_manifest_and_shards_say_what_they_are(vae, out, source):
+def test_manifest_and_shards_say_what_they_are(vae, out):
     folder = out / 'train'
     found = Manifest.load(folder)
     check_shards(folder, found, hashes=True)
     assert (found.kind, found.autoencoder, found.autoencoder_hash) == ('moments', 'my-vae', KL(vae).weight_hash())
     assert (found.latent_shape, found.resolution, found.crop, found.mirrored) == ((3, 8, 8), 16, 'center', True)
     assert (found.num_samples, found.class_names, found.permutation_seed) == (IMAGES, CLASSES, 0)
-    assert (
-        found.source == f'class folders at few: {IMAGES} images, 3 classes' and str(source.parent) not in found.source
-    )
+    assert found.source == f'class folders at few: {IMAGES} images, 3 classes'  # no path of this machine
     index = json.loads((folder / 'index.json').read_text())
     assert [shard['raw_data']['basename'] for shard in index['shards']] == [
         f'0000{n}/shard.00000.mds' for n in range(4)
@@ -143,15 +141,14 @@ def test_pixels_without_an_autoencoder(source, tmp_path):
     np.testing.assert_allclose(found['std'], both.std(axis=(0, 2, 3)), rtol=1e-10)
 
 
-def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, capsys):
+def test_splits_of_the_source_and_held_out_images(source, vae, out, tmp_path, refused, capsys):
     both = tmp_path / 'both'
     make_images(both / 'train', 9), make_images(both / 'val', 6, seed=1)
     assert main(words(both, tmp_path / 'one', vae, splits='train')) == 0
     assert not (tmp_path / 'one' / 'val').exists()
     assert main(words(both, tmp_path / 'one', vae)) == 0  # the other one is added
     assert [manifest(tmp_path / 'one' / split)['num_samples'] for split in ('train', 'val')] == [9, 6]
-    assert main(words(both, tmp_path / 'two', vae, held_out=3)) == 2
-    capsys.readouterr()
+    refused(main, words(both, tmp_path / 'two', vae, held_out=3))
     assert main(words(source, tmp_path / 'held', vae, held_out=7)) == 0
     train, val = (read(tmp_path / 'held' / split) for split in ('train', 'val'))
     assert (len(train['name']), len(val['name'])) == (33, 7)
@@ -172,8 +169,6 @@ def test_a_dry_run_writes_nothing_and_says_the_size_of_the_result(tmp_path, caps
     assert expected
     written = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
     assert float(expected[1]) * {'k': 1e3, 'M': 1e6}[expected[2]] == pytest.approx(written, rel=0.05)
-    data = read(out / 'train')
-    np.testing.assert_array_equal(data['latents'], pixels_of(source, data['name'], 32).half().numpy())
 
 
 def spoil(folder: Path, count: int) -> list[str]:
@@ -181,18 +176,6 @@ def spoil(folder: Path, count: int) -> list[str]:
     for path in paths:
         path.write_text('no image at all')
     return [f'{path.parent.name}/{path.name}' for path in paths]
-
-
-def test_unreadable_images_are_reported_and_left_out(vae, tmp_path, capsys):
-    source = make_images(tmp_path / 'in', 20)
-    lost = spoil(source, 2)
-    assert main(words(source, tmp_path / 'out', vae, max_unreadable=0.1)) == 0
-    assert '2 images were unreadable' in capsys.readouterr().out
-    report = json.loads((tmp_path / 'out' / 'train' / 'unreadable.json').read_text())
-    assert (report['images'], report['unreadable'], [entry['name'] for entry in report['list']]) == (20, 2, lost)
-    assert all('not an image' in entry['reason'] for entry in report['list'])
-    names = read(tmp_path / 'out' / 'train')['name']
-    assert len(names) == 18 == manifest(tmp_path / 'out' / 'train')['num_samples'] and not set(names) & set(lost)
 
 
 def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_path, refused):
@@ -208,27 +191,31 @@ def test_too_many_unreadable_images_stop_and_a_larger_share_goes_on(vae, tmp_pat
     assert manifest(path.parent)['num_samples'] == 16 and kept < 5
 
 
-def test_repaired_images_come_into_finished_parts(source, tmp_path, capsys):
-    whole, broken = tmp_path / 'whole', tmp_path / 'in'
+def test_unreadable_images_are_left_out_with_a_report_until_they_are_repaired(source, tmp_path, capsys):
+    whole, broken, split = tmp_path / 'whole', tmp_path / 'in', tmp_path / 'out' / 'train'
     assert main(words(source, whole, None, part_size=4)) == 0
     shutil.copytree(source, broken)
     lost = spoil(broken, 2)
     arguments = words(broken, tmp_path / 'out', None, part_size=4, max_unreadable=0.1)
-    assert main(arguments) == 0
-    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()  # as if it had been interrupted before
+    assert main(arguments) == 0 and '2 images were unreadable' in capsys.readouterr().out
+    report = json.loads((split / 'unreadable.json').read_text())
+    assert (report['images'], report['unreadable'], [entry['name'] for entry in report['list']]) == (IMAGES, 2, lost)
+    assert all('not an image' in entry['reason'] for entry in report['list'])
+    names = read(split)['name']
+    assert len(names) == IMAGES - 2 == manifest(split)['num_samples'] and not set(names) & set(lost)
+    (split / 'manifest.json').unlink()  # as if it had been interrupted before
     shutil.copy(source / lost[0], broken / lost[0])
-    capsys.readouterr()
     assert main(arguments) == 0
     assert '1 images that were unreadable can be read now; their parts are made anew' in capsys.readouterr().out
-    assert manifest(tmp_path / 'out' / 'train')['num_samples'] == IMAGES - 1
+    assert manifest(split)['num_samples'] == IMAGES - 1
     shutil.copy(source / lost[1], broken / lost[1])
-    remedy = f'to take them in, remove {tmp_path / "out" / "train" / "manifest.json"} and run the same command again'
+    remedy = f'to take them in, remove {split / "manifest.json"} and run the same command again'
     assert main(arguments) == 0 and remedy in capsys.readouterr().out
-    (tmp_path / 'out' / 'train' / 'manifest.json').unlink()
+    (split / 'manifest.json').unlink()
     assert main([*arguments, '--dry-run']) == 0 and main(arguments) == 0
-    here, there = (read(folder / 'train') for folder in (tmp_path / 'out', whole))
-    assert here['name'] == there['name']
-    np.testing.assert_array_equal(here['latents'], there['latents'])
+    repaired, undamaged = read(split), read(whole / 'train')
+    assert repaired['name'] == undamaged['name']
+    np.testing.assert_array_equal(repaired['latents'], undamaged['latents'])
 
 
 @pytest.mark.parametrize('is_finished', [True, False])
@@ -340,7 +327,6 @@ def test_output_elsewhere(source, vae, out, tmp_path, capsys, refused):
     there, here = read(remote / 'train'), read(out / 'train')
     assert there['name'] == here['name']
     np.testing.assert_array_equal(there['latents'], here['latents'])
-    check_shards(remote / 'train', Manifest.load(remote / 'train'), hashes=True)
     assert Manifest.load(remote / 'train') == Manifest.load(out / 'train')
     before = digests(remote)
     refused(main, words(source, f'file://{remote}', vae, work=tmp_path / 'other'), 'is there already')

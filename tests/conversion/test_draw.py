@@ -91,15 +91,14 @@ def test_labels_and_names_are_in_the_picture(tmp_path: Path):
         assert columns == {divmod(i, across) for i, found in enumerate(rows) if found == label}
 
 
-def test_other_weights_are_refused(kl: KL, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_other_weights_are_refused(kl: KL, tmp_path: Path, refused, capsys: pytest.CaptureFixture):
     write_split(tmp_path / 'set' / 'val')  # says that its weights have another hash
     words = [str(tmp_path / 'set'), '--split', 'val', '--autoencoder', kl.path, '--out', str(tmp_path / 'x.png')]
-    assert main([*words, '--count', '2']) == 2
-    assert f'autoencoder_hash: the run expects {kl.weight_hash()!r}' in capsys.readouterr().err
+    refused(main, [*words, '--count', '2'], f'autoencoder_hash: the run expects {kl.weight_hash()!r}')
     assert not (tmp_path / 'x.png').exists()
     write_split(tmp_path / 'own' / 'val', autoencoder_hash=kl.weight_hash())
     words[0] = str(tmp_path / 'own')
-    assert main([*words, '--count', '2', '--device', 'cpu']) == 0
+    assert main([*words, '--count', '2', '--mirrored', '--device', 'cpu']) == 0
     assert capsys.readouterr().out == f'{tmp_path / "x.png"}: 2 samples\n'
     assert Image.open(tmp_path / 'x.png').format == 'PNG'
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.autoencoders.test_taesd import write_pair
 from tests.conversion.worlds import make_dc, make_images, make_tiny, make_vae, manifest, pixels_of, read, words
+from tests.runs import SMALL, YAMLS
 from tread_composer.autoencoders import PUBLISHED, Published, open_autoencoder
-from tread_composer.cli import main as tread_composer
 from tread_composer.cli.convert import convert_main as main
 from tread_composer.cli.convert import inspect_main as inspect
 from tread_composer.conversion.verify import verify
@@ -29,11 +29,10 @@ def make_taesd(folder: Path) -> str:
     [(make_tiny, 'tiny', (5, 4, 4)), (make_dc, 'tiny', (8, 4, 4)), (make_taesd, 'taef2_encoder', (6, 2, 2))],
 )
 def test_latents_without_variance_are_samples(
-    make: Callable[[Path], str], name: str, shape: tuple[int, ...], source: Path, tmp_path: Path, capsys
+    make: Callable[[Path], str], name: str, shape: tuple[int, ...], source: Path, tmp_path: Path, refused
 ):
     path, out = make(tmp_path / 'tiny'), tmp_path / 'out'
-    assert main(words(source, out, path, store='sample')) == 2
-    assert 'have no variance to draw from; leave --store out' in capsys.readouterr().err
+    refused(main, words(source, out, path, store='sample'), 'have no variance to draw from; leave --store out')
     assert main(words(source, out, path)) == 0
     about, network, rows = Manifest.load(out / 'train'), open_autoencoder(path), read(out / 'train')
     assert (about.kind, about.autoencoder, about.latent_shape) == ('samples', name, shape)
@@ -46,7 +45,7 @@ def test_latents_without_variance_are_samples(
     assert picture.stat().st_size > 1000
 
 
-def test_transparent_images_stand_on_a_background_and_are_counted(tmp_path: Path, capsys):
+def test_transparent_images_stand_on_a_background_and_are_counted(tmp_path: Path, refused, capsys):
     source, out = make_images(tmp_path / 'in', 6, size=16), tmp_path / 'out'
     mask = Image.new('L', (16, 16), 255)
     mask.paste(0, (0, 0, 16, 8))
@@ -64,14 +63,13 @@ def test_transparent_images_stand_on_a_background_and_are_counted(tmp_path: Path
         green = {name: rows['latents'][index, 1] * 127.5 + 127.5 for index, name in enumerate(rows['name'])}
         assert (green['n01440764/0.png'][:8] == top).all() and (green['n01440764/0.png'][8:] == 0).all()
         assert (green['n01440764/2.png'] == 0).all()
-    assert main(words(source, out / 'white', None, background='black')) == 2
-    assert "background: saved 'white', now 'black'" in capsys.readouterr().err
-    assert main(words(source, out / 'none', None, background='whiet')) == 2
-    assert '--background whiet: no colour' in capsys.readouterr().err
+    saved = "background: saved 'white', now 'black'"
+    refused(main, words(source, out / 'white', None, background='black'), saved)
+    refused(main, words(source, out / 'none', None, background='whiet'), '--background whiet: no colour')
     assert '"background": "stored"' in (out / 'stored' / 'conversion.json').read_text()
 
 
-def test_the_manifest_says_which_scale_and_shift_training_takes(source: Path, tmp_path: Path, capsys, monkeypatch):
+def test_the_manifest_says_which_scale_and_shift_training_takes(source: Path, tmp_path: Path, cli, monkeypatch):
     """Published ones by the hash of the file; the factor in ``config.json`` may be that of a parent."""
     vae, other = make_vae(tmp_path / 'my-vae', channels=2), make_vae(tmp_path / 'other', channels=2, seed=1)
     digest = hashlib.sha256((tmp_path / 'my-vae' / 'diffusion_pytorch_model.safetensors').read_bytes()).hexdigest()
@@ -82,14 +80,9 @@ def test_the_manifest_says_which_scale_and_shift_training_takes(source: Path, tm
         assert main(words(source, tmp_path / name, path, held_out=9)) == 0
         autoencoder = f'autoencoder={{name: pretrained, path: {path}, id: {Path(path).name}}}'
         data = f'data={{name: latents, local: {tmp_path / name}}}'
-        size = 'model={name: dit, patch_size: 2, hidden_size: 16, depth: 8, num_heads: 2}'
-        recipe = Path(__file__).parents[2] / 'yamls' / 'digits_tread.yaml'
-        overrides = (autoencoder, data, size, 'callbacks.digits_quality=null', 'global_train_batch_size=16')
-        capsys.readouterr()
-        assert tread_composer(['plan', str(recipe), *overrides, 'latent_scale=auto']) == 0, capsys.readouterr()
-        printed[name] = capsys.readouterr().out
-        assert tread_composer(['plan', str(recipe), *overrides, 'latent_scale=40']) == 0
-        assert 'WARNING: outside of 0.5 to 2' in capsys.readouterr().out
+        plan = ('plan', YAMLS / 'digits_tread.yaml', *SMALL, autoencoder, data, 'global_train_batch_size=16')
+        printed[name] = cli(*plan, 'latent_scale=auto').out
+        assert 'WARNING: outside of 0.5 to 2' in cli(*plan, 'latent_scale=40').out
     assert 'latent_scale 0.25, latent_shift 0.5 (published for a paper)' in printed['published']
     assert manifest(tmp_path / 'published' / 'train')['scaling']['scale'] == [0.25]
     assert 'latent_scale: 0.25\nlatent_shift: 0.5\n' in printed['published']

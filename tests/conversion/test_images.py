@@ -1,4 +1,3 @@
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -6,17 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image, features
-from sklearn.datasets import load_sample_images
 
+from tests.conversion.layouts import encoded, photographs
 from tread_composer.conversion.squares import UnreadableImage, read_image
 
-CHINA, FLOWER = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
-
-
-def encoded(image: Image.Image, kind: str = 'PNG', **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.copy().save(stream, kind, **options)  # an image remembers how it was saved last
-    return stream.getvalue()
+CHINA, FLOWER = photographs()
 
 
 def decode_image(data: bytes, resolution: int) -> np.ndarray:

@@ -1,4 +1,3 @@
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -16,7 +15,6 @@ from tests.conversion import layouts
 from tests.conversion.layouts import CLASSES, Pictures, tar_bytes, without, write_tar, write_tree, write_zip
 from tests.conversion.worlds import manifest, words
 from tread_composer.cli.convert import convert_main
-from tread_composer.conversion.sources.source import Source
 from tread_composer.core.errors import UserError
 
 
@@ -179,10 +177,6 @@ def test_a_label_file_that_is_not_read_is_refused(name, tmp_path, splits, opened
 # ----- read in other processes
 
 
-def read_everything(sources: list[Source]) -> list[str]:
-    return [hashlib.sha256(source.read(p)).hexdigest() for source in sources for p in range(len(source))]
-
-
 def test_sources_are_read_in_spawned_and_forked_processes(tmp_path, splits, opened, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a path given relative to a folder that the other process is not in
     built = {name: build(name, tmp_path / name.replace(' ', ''), splits) for name in LAYOUTS}
@@ -190,14 +184,14 @@ def test_sources_are_read_in_spawned_and_forked_processes(tmp_path, splits, open
     for options in built.values():
         options['path'] = options['path'].relative_to(tmp_path)
         sources += opened(**options).values()
-    wanted = read_everything(sources)
+    wanted = layouts.read_everything(sources)
     for method, number in (('fork', 2), ('spawn', 1)):  # forked ones inherit files that are open
         monkeypatch.chdir('/')
         context = multiprocessing.get_context(method)
         with context.Pool(number) as pool:
-            results = [pool.apply_async(read_everything, (sources,)) for _ in range(number)]
+            results = [pool.apply_async(layouts.read_everything, (sources,)) for _ in range(number)]
             assert [result.get(60) for result in results] == [wanted] * number
-    assert read_everything(pickle.loads(pickle.dumps(sources))) == wanted
+    assert layouts.read_everything(pickle.loads(pickle.dumps(sources))) == wanted
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, splits, opened):

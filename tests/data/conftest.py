@@ -1,13 +1,9 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
-from streaming import MDSWriter
 
-from tread_composer.data.columns import columns
+from tests.data.worlds import SAMPLES, write_shards
 from tread_composer.data.manifest import Manifest
-
-SAMPLES = 200
 
 
 @pytest.fixture
@@ -22,12 +18,8 @@ def manifest() -> Manifest:
 
 @pytest.fixture
 def split(tmp_path: Path, manifest: Manifest) -> Path:
-    """200 samples in several shards; array and label tell the position."""
-    folder = tmp_path / 'split'
-    options = {'columns': columns('pixels', (1, 4, 6)), 'hashes': ['xxh64'], 'size_limit': 2000}
-    with MDSWriter(out=str(folder), **options) as writer:
-        for index in range(SAMPLES):
-            writer.write({'latents': np.full((1, 4, 6), index, np.float16), 'label': index % 3, 'name': f'n{index}'})
+    """In several shards, with its manifest."""
+    folder = write_shards(tmp_path / 'split')
     manifest.save(folder)
     assert len(list(folder.glob('*.mds'))) == 8
     return folder

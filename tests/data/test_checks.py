@@ -4,14 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.worlds import flip_last_byte
 from tread_composer.data.checks import check_agreement, check_shards
 from tread_composer.data.manifest import Manifest
-
-
-def flip_last_byte(shard: Path) -> None:
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
 
 
 @pytest.mark.parametrize(

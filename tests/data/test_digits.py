@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from tests.data.worlds import prepare_many_times
+from tests.data.worlds import flip_last_byte, prepare_many_times
 from tests.warm import exit_codes, start, wait_until
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
 from tread_composer.data.checks import check_shards
@@ -19,12 +19,6 @@ from tread_composer.data.manifest import Manifest
 def contents(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob('*')) if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() + str(path.stat().st_mtime_ns) for path in files}
-
-
-@pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    prepare_digits(tmp_path / 'digits')
-    return tmp_path / 'digits'
 
 
 def test_splits_hold_every_digit_once_and_classes_evenly():
@@ -75,14 +69,13 @@ def test_the_manifests_describe_the_data(digits: Path):
         check_shards(digits / split, manifest, hashes=True)
 
 
-def test_a_second_call_changes_nothing_and_damaged_data_are_refused_and_left_alone(digits: Path):
+def test_a_second_call_changes_nothing_and_damaged_data_are_refused_and_left_alone(tmp_path: Path):
+    digits = tmp_path / 'digits'
+    prepare_digits(digits)
     before = contents(digits)
     prepare_digits(digits)
     assert contents(digits) == before
-    shard = digits / 'eval' / 'shard.00000.mds'
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_last_byte(digits / 'eval' / 'shard.00000.mds')
     before = contents(digits)
     with pytest.raises(ValueError, match=r'(?s)not an undamaged copy.*shard.00000.mds.*Move it away'):
         prepare_digits(digits)

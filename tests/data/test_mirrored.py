@@ -1,4 +1,4 @@
-"""Image or mirror: the reader's promises beyond the plain order."""
+"""Image or mirror, and the order of both on several ranks and after a checkpoint."""
 
 import os
 import resource
@@ -8,28 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from streaming import MDSWriter
 
-from tests.data.worlds import read_mirrors, resumed_mirrors
+from tests.data.worlds import SAMPLES, read_mirrors, trained_batches, write_shards
 from tests.warm import on_ranks
 from tread_composer.core.batch import LABELS, RAW_LATENTS, SAMPLE_IDS
-from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.latents import LatentDataset, mirror_choices
 from tread_composer.data.loaders import train_loader
-
-SAMPLES = 200
 
 
 @pytest.fixture
 def mirrored(tmp_path: Path) -> Path:
-    """Sample i is i + 1 everywhere, its mirror -(i + 1)."""
-    folder = tmp_path / 'mirrored'
-    encodings = columns('samples', (1, 4, 6), mirrored=True)
-    with MDSWriter(out=str(folder), columns=encodings, hashes=['xxh64'], size_limit=1024) as writer:
-        for index in range(SAMPLES):
-            array = np.full((1, 4, 6), index + 1, dtype=np.float16)
-            writer.write({LATENTS: array, LATENTS_MIRRORED: -array, LABEL: index % 3, NAME: f'{index}'})
-    return folder
+    return write_shards(tmp_path / 'mirrored', mirrored=True, size_limit=1024)
 
 
 def test_both_are_drawn_about_equally_and_anew_each_epoch():
@@ -60,10 +49,11 @@ def test_without_a_seed_and_by_position_it_is_the_image_and_absent_mirrors_are_r
         train_loader(split, batch_size=16, mirror_seed=5)
 
 
-def test_workers_and_ranks_give_the_same_batches(mirrored: Path):
+@pytest.mark.parametrize(('world_size', 'num_workers'), [(2, 0), (3, 2)])
+def test_global_batches_are_the_same_sets_on_any_number_of_ranks(mirrored: Path, world_size: int, num_workers: int):
     alone = read_mirrors(mirrored, 12, 0)
-    assert read_mirrors(mirrored, 12, 2) == alone
-    ranks = on_ranks(2, read_mirrors, mirrored, 12, 0)
+    assert read_mirrors(mirrored, 12, num_workers) == alone
+    ranks = on_ranks(world_size, read_mirrors, mirrored, 12, num_workers)
     together = [
         [sorted(chain.from_iterable(batches)) for batches in zip(*epochs, strict=True)]
         for epochs in zip(*ranks, strict=True)
@@ -71,10 +61,13 @@ def test_workers_and_ranks_give_the_same_batches(mirrored: Path):
     assert together == [[sorted(batch) for batch in epoch] for epoch in alone]
 
 
-def test_a_resumed_run_goes_on_with_the_same_mirrors(mirrored: Path, tmp_path: Path):
-    whole, rest = resumed_mirrors(mirrored, tmp_path)
-    assert len(whole) == 20
-    assert rest == whole[15:]  # 12 batches an epoch: from the middle of the second
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_resumed_run_goes_on_with_the_next_sample_and_its_mirror(mirrored: Path, tmp_path: Path, num_workers: int):
+    whole = trained_batches(mirrored, tmp_path / 'whole', num_workers)
+    assert len(whole) == 18
+    for batch in (5, 12, 15):  # 12 batches an epoch
+        checkpoint = str(tmp_path / 'whole' / f'ba{batch}.pt')
+        assert trained_batches(mirrored, tmp_path / f'rest{batch}', num_workers, checkpoint) == whole[batch:]
 
 
 def test_more_shards_than_a_process_may_have_open_files(mirrored: Path):

@@ -1,20 +1,43 @@
-"""What runs in other processes: several ranks, and processes that are killed."""
+"""Small splits, and what runs in other processes: several ranks, and processes that are killed."""
 
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Callback, ComposerModel, Trainer
 from composer.utils import dist
+from streaming import MDSWriter
 from torchmetrics import MeanMetric
 
 from tread_composer.core.batch import RAW_LATENTS, SAMPLE_IDS
 from tread_composer.core.errors import UserError
+from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME, columns
 from tread_composer.data.digits import prepare_digits
 from tread_composer.data.latents import LatentDataset
 from tread_composer.data.loaders import eval_loader, train_loader
+
+SAMPLES = 200
+
+
+def write_shards(folder: Path, mirrored: bool = False, **options: Any) -> Path:
+    """200 samples without a manifest. Sample i is i + 1 everywhere, its mirror -(i + 1), its label i % 3."""
+    settings = {'hashes': ['xxh64'], 'size_limit': 2000, **options}
+    with MDSWriter(out=str(folder), columns=columns('pixels', (1, 4, 6), mirrored), **settings) as writer:
+        for index in range(SAMPLES):
+            array = np.full((1, 4, 6), index + 1, np.float16)
+            views = {LATENTS: array, LATENTS_MIRRORED: -array} if mirrored else {LATENTS: array}
+            writer.write({**views, LABEL: index % 3, NAME: f'n{index}'})
+    return folder
+
+
+def flip_last_byte(file: Path) -> None:
+    """Damage that no size tells; a second time it repairs it."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def register_together(local: Path, moment: float, times: int, temporary: Path | None = None) -> None:
@@ -23,8 +46,7 @@ def register_together(local: Path, moment: float, times: int, temporary: Path | 
     if temporary is not None:
         temporary.mkdir()
         tempfile.tempdir = str(temporary)
-    while time.time() < moment:
-        pass
+    time.sleep(max(moment - time.time(), 0))
     for _ in range(times):
         LatentDataset(local, batch_size=4)
 
@@ -95,44 +117,32 @@ class IdsModel(ComposerModel):
         self.evaluated += batch[SAMPLE_IDS].tolist()
 
 
-class RecordIds(Callback):
+class RecordBatches(Callback):
+    """Ids and first numbers of the latents."""
+
     def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-        self.latents: list[list[float]] = []
+        self.batches: list[tuple[list[int], list[float]]] = []
 
     def batch_start(self, state: Any, logger: Any) -> None:
-        self.batches.append(state.batch[SAMPLE_IDS].tolist())
-        self.latents.append(state.batch[RAW_LATENTS][:, 0, 0, 0].tolist())
+        self.batches.append((state.batch[SAMPLE_IDS].tolist(), state.batch[RAW_LATENTS][:, 0, 0, 0].tolist()))
 
 
-def evaluated_ids(local: Path, batch_size: int, num_workers: int = 0) -> list[int]:
-    model = IdsModel()
-    loader = eval_loader(local, batch_size=batch_size, num_workers=num_workers)
+def evaluated_ids(local: Path, batch_size: int) -> list[int]:
+    model, loader = IdsModel(), eval_loader(local, batch_size=batch_size)
     trainer = Trainer(model=model, eval_dataloader=loader, device='cpu', progress_bar=False, run_name='ids')
     trainer.eval()
     trainer.close()
     return model.evaluated
 
 
-def resumed_mirrors(local: Path, folder: Path) -> tuple[list, list]:
-    """First numbers of the latents by batch: of a run of 20 batches, and of one that continues it after 15."""
-    whole = _train(local, folder / 'whole', '20ba', mirror_seed=5)
-    rest = _train(local, folder / 'rest', '20ba', str(folder / 'whole' / 'ba15.pt'), mirror_seed=5)
-    return whole.latents, rest.latents
-
-
-def trained_ids(local: Path, folder: Path, num_workers: int, duration: str, load_path: str | None = None) -> list:
-    """Ids by batch; saves a checkpoint after each batch."""
-    return _train(local, folder, duration, load_path, num_workers=num_workers).batches
-
-
-def _train(local: Path, folder: Path, duration: str, load_path: str | None = None, **arguments: Any) -> RecordIds:
-    model, record = IdsModel(), RecordIds()
+def trained_batches(local: Path, folder: Path, num_workers: int, load_path: str | None = None) -> list:
+    """What ``RecordBatches`` notes of a run of 18 batches, image or mirror; saves a checkpoint after each batch."""
+    model, record = IdsModel(), RecordBatches()
     trainer = Trainer(
         model=model,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        train_dataloader=train_loader(local, batch_size=16, **arguments),
-        max_duration=duration,
+        train_dataloader=train_loader(local, batch_size=16, num_workers=num_workers, mirror_seed=5),
+        max_duration='18ba',
         callbacks=[record],
         device='cpu',
         progress_bar=False,
@@ -144,4 +154,4 @@ def _train(local: Path, folder: Path, duration: str, load_path: str | None = Non
     )
     trainer.fit()
     trainer.close()
-    return record
+    return record.batches

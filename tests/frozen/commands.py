@@ -16,8 +16,6 @@ from safetensors.numpy import load_file
 
 from tests.runs import COMPOSER, ROOT, launch
 
-__all__ = ['Commands', 'picture_digest', 'tensor_digest', 'tensor_norms']
-
 # What differs from run to run or from machine to machine, and what stands for it.
 _MOVING = (
     (r'\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d', '<date>'),

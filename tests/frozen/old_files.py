@@ -15,8 +15,6 @@ from PIL import Image
 from tests.frozen.commands import Commands, picture_digest, tensor_digest, tensor_norms
 from tests.frozen.recipes import losses_of
 
-__all__ = ['EXPORTS', 'MODEL', 'RUN', 'measure', 'unpack']
-
 RUN, MODEL = 'runs/kept', 'kept.safetensors'
 EXPORTS = ('ema', 'raw', 'posthoc:0.1', 'posthoc:0.09')
 # The command that made the run; here it makes it longer.

@@ -8,8 +8,6 @@ from mlflow import MlflowClient
 from tests.frozen.commands import Commands, picture_digest, tensor_digest
 from tests.runs import ROOT
 
-__all__ = ['QUICK', 'QUICK_BATCHES', 'first_losses', 'losses_of', 'record_runs']
-
 RECIPES = tuple(sorted(path.stem for path in (ROOT / 'yamls').glob('digits*.yaml')))
 # Recipe and number of ranks. `digits_maskdit_tuning` comes behind what it starts from.
 RUNS = (*((name, 1) for name in RECIPES), ('digits_tread', 2), ('digits_maskdit', 2))

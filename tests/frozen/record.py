@@ -31,8 +31,6 @@ from tests.frozen.recipes import record_runs  # noqa: E402
 from tests.frozen.refusals import record_refusals  # noqa: E402
 from tests.runs import ROOT  # noqa: E402
 
-__all__ = ['PLANS', 'differences', 'load', 'record_plans']
-
 PLANS = (
     *(f'plan yamls/{path.name}' for path in sorted((ROOT / 'yamls').glob('*.yaml'))),
     'plan yamls/dit_xl_tread.yaml --ranks 8',

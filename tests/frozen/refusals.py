@@ -6,8 +6,6 @@ from typing import Any
 from tests.frozen.commands import Commands
 from tests.frozen.old_files import MODEL, RUN, unpack
 
-__all__ = ['LINES', 'record_refusals']
-
 RESULTS = 'images/results.json'
 ROUTE = '{start: 2, end: -4, selection_rate: 0.5}'
 DECODER = '{mask_ratio: 0.5, decoder_depth: 2, decoder_hidden_size: 48, decoder_num_heads: 4}'

@@ -8,10 +8,7 @@ import torch
 from tests.helpers import randomised
 from tread_composer.models import DiT, LightningDiT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize('backbone', [DiT, LightningDiT])

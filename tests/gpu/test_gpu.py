@@ -9,10 +9,7 @@ from composer import Callback
 
 from tests.parallel_worlds import checkpoint, saving, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
+pytestmark = pytest.mark.gpu
 
 GPU = {'device': 'gpu'}
 ROUNDING = 1e-4  # the GPU's sums, in another order, and its tensor cores

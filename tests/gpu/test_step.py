@@ -7,10 +7,7 @@ from composer import Callback
 from tests.helpers import fit, tiny_model
 from tread_composer.algorithms.tread import Tread
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
+pytestmark = pytest.mark.gpu
 
 ROUTE = {'start': 1, 'end': -2, 'selection_rate': 0.5}
 PROBED = 2  # batches in which Tread tries its blocks out, which asks the device for an answer

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers import tiny_dit, tiny_model
+from tests.metrics.small import PROTOCOL
 from tread_composer.autoencoders import Pixels
 from tread_composer.latent_diffusion import LatentDiffusion
 from tread_composer.metrics.drawing import Draws, drawing_facts, time_grid
@@ -28,13 +29,8 @@ def facts(model, settings=SETTINGS, **how):
 
 
 def protocol(model, **how):
-    rest = {
-        'num_samples': 10,
-        'reference': {'name': 'a', 'kind': 'b'},
-        'reference_hash': 'c',
-        'features': {'name': 'd'},
-    }
-    return Protocol(**facts(model, **how), **rest, resolution=8).to_dict()
+    rest = ('num_samples', 'reference', 'reference_hash', 'features', 'resolution')
+    return Protocol(**facts(model, **how), **{key: PROTOCOL[key] for key in rest}).to_dict()
 
 
 def model_of(objective, num_classes=10, autoencoder=None):
@@ -74,10 +70,8 @@ def test_numbers_of_samplers_that_end_otherwise_do_not_compare():
     assert found == ["time_grid.corrected_at_zero: 'absent' and True"]
     unchanged = [(FlowMatching(), euler), (EDM(), heun), (EDM(), SamplingSettings(sampler='edm_heun')), (DDPM(), heun)]
     for objective, settings in unchanged:
-        assert facts(model_of(objective), settings)['time_grid'] == {
-            'objective': objective.name,
-            **objective.time_grid(),
-        }
+        plain = {'objective': objective.name, **objective.time_grid()}
+        assert facts(model_of(objective), settings)['time_grid'] == plain
 
 
 def test_of_a_foreign_objective_the_grid_is_unknown():

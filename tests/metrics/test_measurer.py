@@ -62,10 +62,7 @@ def test_entries_say_with_what_they_were_measured(tmp_path):
     assert entry['unit'] == 'squared MMD' and entry['better'] == 'lower'
     protocol = entry['protocol']
     assert protocol['reference_hash'] == measurer.reference.hash and protocol['features']['name'] == 'digits'
-    drawn = {'subsets_seed': 2020, 'images': 'in the order of their hashes'}
-    assert (
-        protocol['settings'] == {'kid_subset_size': 10, 'kid_subsets': 100, **drawn} and protocol['num_samples'] == 12
-    )
+    assert protocol['settings']['kid_subset_size'] == 10 and protocol['num_samples'] == 12
 
 
 def test_impossible_measurements_are_refused_before_an_image_is_looked_at(tmp_path):

@@ -96,7 +96,6 @@ def test_a_series_has_some_of_the_protocol_in_its_name():
 def test_a_name_says_how_many_samples_and_which_features(metric, position, features, count, name):
     (built,) = build_metrics([metric], {})
     assert built.quantities[position].reported(features, count) == name
-    assert built.quantities[position].better == ('lower' if metric in ('fid', 'kid') else 'higher')
 
 
 def result(value: float, batch: int | None = None) -> dict:

@@ -36,6 +36,13 @@ def inputs(batch_size: int = 3, height: int = 8, width: int = 8) -> tuple[Tensor
     return x, torch.linspace(-1.5, 0.9, batch_size), torch.arange(batch_size)
 
 
+def on_meta(backbone: Any, name: str, latent_size: int = 32, channels: int = 4, **changes: Any) -> Any:
+    """A published size, without memory."""
+    with torch.device('meta'):
+        sizes = {**backbone.presets[name], **changes}
+        return backbone(latent_size=latent_size, in_channels=channels, num_classes=1000, **sizes)
+
+
 def macs(model: Any) -> float:
     """Multiply-adds of one image through a network on the meta device."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
@@ -59,8 +66,10 @@ def gelu(v: Tensor) -> Tensor:
     return v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
 
-def on_meta(backbone: Any, name: str, latent_size: int = 32, channels: int = 4, **changes: Any) -> Any:
-    """A published size, without memory."""
-    with torch.device('meta'):
-        sizes = {**backbone.presets[name], **changes}
-        return backbone(latent_size=latent_size, in_channels=channels, num_classes=1000, **sizes)
+def slow_position(width: int, row: int, column: int) -> Tensor:
+    quarter = width // 4
+    parts = []
+    for coordinate in (column, row):
+        angles = [coordinate / 10000 ** (k / quarter) for k in range(quarter)]
+        parts += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    return torch.tensor(parts, dtype=torch.float64)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from tests.helpers import randomised
 from tests.models.networks import fresh_net
-from tests.runs import SMALL_HERE, YAMLS, launch_here, predict, run
+from tests.runs import SMALL, YAMLS, Run, launch_here, predict, run
 from tread_composer.builders.run_folder import decisive_settings
-from tread_composer.cli import main
-from tread_composer.config import ConfigError, load_config
+from tread_composer.config import ConfigError, check_machine, load_config
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, LightningDiT, Mamba2DiT
 from tread_composer.routing import Route, apply_tread
@@ -34,7 +33,8 @@ def outcome(model: Any) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     kept = torch.stack([torch.randperm(16, generator=generator)[:5].sort().values for _ in range(3)])
     routing.arm([kept], num_tokens=16)
-    out = model(torch.randn(3, 3, 8, 8, generator=generator), torch.rand(3), torch.tensor([0, 4, 5]))
+    x, t = torch.randn(3, 3, 8, 8, generator=generator), torch.rand(3, generator=generator)
+    out = model(x, t, torch.tensor([0, 4, 5]))
     out.square().sum().backward()
     return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -43,10 +43,7 @@ def outcome(model: Any) -> list[Tensor]:
 def test_sdpa_is_the_start_and_changes_no_bit(backbone: type) -> None:
     plain, chosen = network(backbone), network(backbone)
     assert chosen.use_attention('sdpa', CPU) == "attention: sdpa, torch's own"
-    torch.manual_seed(2)
-    expected = outcome(plain)
-    torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(outcome(chosen), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outcome(chosen), outcome(plain), strict=True))
 
 
 def flex_has_a_backward_pass() -> bool:
@@ -82,10 +79,7 @@ def test_flex_gives_predictions_and_gradients_of_sdpa(backbone: type) -> None:
     assert line.startswith(f'attention: flex of torch {torch.__version__}, not compiled') and 'heads of 8' in line
     assert chosen.state_dict().keys() == plain.state_dict().keys()
     assert all(block.attn.attend is not plain.blocks[0].attn.attend for block in chosen.blocks)
-    torch.manual_seed(2)
-    expected = outcome(plain)
-    torch.manual_seed(2)
-    for a, b in zip(outcome(chosen), expected, strict=True):
+    for a, b in zip(outcome(chosen), outcome(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -102,13 +96,14 @@ def test_a_network_without_attention_has_no_choice() -> None:
         model.use_attention('flex', CPU)
 
 
-def test_without_xformers_a_run_ends_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_xformers_a_run_ends_with_the_remedy(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / 'xformers.py').write_text("raise ImportError('No module named xformers')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'xformers', raising=False)
-    words = [word for word in SMALL_HERE if word != 'loggers.mlflow=null']
-    words += ['model.attention=xformers', f'data.local={tmp_path}/d', f'save_folder={tmp_path}/r']
-    ended = launch_here(tmp_path, YAMLS / 'digits.yaml', *words)
+    words = ('model.attention=xformers', f'data.local={digits}', f'save_folder={tmp_path}/r')
+    ended = launch_here(tmp_path, YAMLS / 'digits.yaml', *SMALL, *words)
     assert ended.returncode == 2, ended.stderr
     assert "model.attention: 'xformers' cannot run: the package is not installed" in ended.stderr
     assert 'or take attention: sdpa' in ended.stderr and 'Traceback' not in ended.stderr
@@ -122,30 +117,28 @@ def test_xformers_on_a_cpu_is_refused() -> None:
 
 
 def test_a_compiled_run_with_flex_on_a_cpu_is_refused() -> None:
-    from tread_composer.config import check_machine
-
     config = load_config(YAMLS / 'digits.yaml', ['model.attention=flex', 'compile=true', 'device=cpu'])
     with pytest.raises(ConfigError, match=r"model\.attention: 'flex' has no compiled backward pass on a CPU"):
         check_machine(config)
 
 
-def test_a_run_trains_and_samples_with_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    plain = run(tmp_path / 'plain', 'digits_tread.yaml')
-    capsys.readouterr()
-    trained = plain
+def test_a_run_trains_and_samples_with_any(
+    routed: Run, tmp_path: Path, capsys: pytest.CaptureFixture, cli: Any
+) -> None:
+    trained = routed
     if flex_has_a_backward_pass():
+        capsys.readouterr()
         trained = run(tmp_path / 'flex', 'digits_tread.yaml', 'model.attention=flex')
         assert 'attention: flex of torch' in capsys.readouterr().out
-        torch.testing.assert_close(predict(trained.denoiser), predict(plain.denoiser), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(predict(trained.denoiser), predict(routed.denoiser), rtol=1e-3, atol=1e-4)
     # Trained with one, sampled with the other: sdpa, unless the command says.
     again = load_trained(trained.folder, weights='raw')
     assert again.attention.startswith('attention: sdpa')
-    chosen = load_trained(plain.folder, weights='raw', overrides={'model.attention': 'flex'})
+    chosen = load_trained(routed.folder, weights='raw', overrides={'model.attention': 'flex'})
     assert chosen.attention.startswith('attention: flex')
     torch.testing.assert_close(predict(chosen.model.denoiser), predict(again.model.denoiser), rtol=1e-3, atol=1e-4)
-    words = ['--out', str(tmp_path / 'out'), '--count', '2', '--steps', '2', '--device', 'cpu']
-    assert main(['sample', str(plain.folder), 'model.attention=flex', *words]) == 0
-    assert 'attention: flex of torch' in capsys.readouterr().out
+    words = ('--out', tmp_path / 'out', '--count', '2', '--steps', '2', '--device', 'cpu')
+    assert 'attention: flex of torch' in cli('sample', routed.folder, 'model.attention=flex', *words).out
 
 
 def test_a_checkpoint_does_not_know_what_computed_it() -> None:

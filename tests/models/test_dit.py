@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.networks import fresh_net, gelu, inputs, linear_of, macs, on_meta, random_net, silu
+from tests.models.networks import fresh_net, gelu, inputs, linear_of, macs, on_meta, random_net, silu, slow_position
 from tread_composer.models import DiT, without_sigma
 from tread_composer.models.layers import sincos_positions
 
@@ -131,15 +131,6 @@ def slow_dit(weights: dict[str, Tensor], x: Tensor, t: float, label: int | None,
                     value = patches[n, (i * p + j) * channels + channel]
                     out[channel, n // side * p + i, n % side * p + j] = value
     return out
-
-
-def slow_position(width: int, row: int, column: int) -> Tensor:
-    quarter = width // 4
-    parts = []
-    for coordinate in (column, row):
-        angles = [coordinate / 10000 ** (k / quarter) for k in range(quarter)]
-        parts += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-    return torch.tensor(parts, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,10 @@ def test_a_block_equals_a_slow_second_implementation(qk_norm: bool, heads: int) 
         torch.testing.assert_close(out[i], slow, rtol=1e-6, atol=1e-6)
 
 
-def test_qk_norm_changes_the_output_and_adds_its_weights_only() -> None:
+def test_qk_norm_adds_its_weights_only() -> None:
     plain, normed = random_net(LightningDiT), random_net(LightningDiT, qk_norm=True)
     more = normed.state_dict().keys() - plain.state_dict().keys()
     assert more == {f'blocks.{i}.attn.{name}_norm.weight' for i in range(3) for name in 'qk'}
-    normed.load_state_dict(plain.state_dict(), strict=False)
-    assert not torch.allclose(normed(*inputs()), plain(*inputs()), atol=1e-3)
 
 
 def test_qk_norm_bounds_the_attention_of_large_queries() -> None:

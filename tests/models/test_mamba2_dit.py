@@ -1,11 +1,9 @@
 """Mamba2DiT: its parts put together, routes, precision, sizes and cost. Its scans and its block are in ``test_ssd``."""
 
-import math
-
 import pytest
 import torch
 
-from tests.models.networks import inputs, macs, on_meta, random_net
+from tests.models.networks import inputs, macs, on_meta, random_net, slow_position
 from tread_composer.core.errors import UserError
 from tread_composer.models import DiT, Mamba2DiT
 from tread_composer.models.base import unpatchify
@@ -92,9 +90,7 @@ def test_the_network_is_its_parts_and_alternates_its_scans(scan: str) -> None:
     tokens = model.x_embedder(x)
     row, column = (torch.arange(32) // 8).tolist(), (torch.arange(32) % 8).tolist()
     for n in range(32):
-        angles = [[at / 10000 ** (k / 6) for k in range(6)] for at in (column[n], row[n])]
-        parts = [function(a) for axis in angles for function in (math.sin, math.cos) for a in axis]
-        tokens[:, n] += torch.tensor(parts).float().double()
+        tokens[:, n] += slow_position(24, row[n], column[n]).float().double()
     c = model.t_embedder(t) + model.y_embedder(labels)
     for index, block in enumerate(model.blocks):
         by_column = scan == 'alternate' and index % 2

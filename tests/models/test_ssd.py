@@ -125,13 +125,6 @@ def test_step_sizes_and_their_sums_are_float32_whatever_the_rest_is(chunk_size: 
     assert len(sums.seen) >= 4 and set(sums.seen) == {torch.float32}
 
 
-def random_block(seed: int = 0) -> Mamba2Block:
-    torch.manual_seed(seed)
-    block = Mamba2Block(12, BidirectionalSSD(12, head_size=6, state_size=5), mlp_ratio=2.0)
-    randomised(block, seed)
-    return block.double()
-
-
 def slow_block(weights: dict[str, Tensor], x: Tensor, c: Tensor, positions: Sequence[int], *, P: int, S: int) -> Tensor:
     """One sample ``[N, D]`` through a block, in float64, written from the description."""
     linear = linear_of(weights)
@@ -163,7 +156,8 @@ def shuffled(num_tokens: int, seed: int) -> Tensor:
 
 
 def test_a_block_equals_a_slow_second_implementation() -> None:
-    block = random_block()
+    torch.manual_seed(0)
+    block = randomised(Mamba2Block(12, BidirectionalSSD(12, head_size=6, state_size=5), mlp_ratio=2.0)).double()
     weights = {key: value.detach() for key, value in block.state_dict().items()}
     x, c = torch.randn(2, 6, 12).double(), torch.randn(2, 12).double()
     positions = torch.stack([shuffled(6, 1) * 7, shuffled(6, 2) + 100])  # gaps, as on a route, say nothing

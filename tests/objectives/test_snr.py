@@ -16,14 +16,8 @@ TABLE = {
     'DDPM cosine': (DDPM(schedule='cosine').snr(1.0), (-0.4, 13.3, -22.3, -0.1, 20.9)),
     'flow, uniform': (FlowMatching(Uniform()).snr(1.0), (0.0, 15.7, -25.6, 0.0, 25.6)),
     'flow, lognorm(0, 1)': (FlowMatching().snr(1.0), (0.0, 8.7, -14.3, 0.0, 14.3)),
-    'flow, lognorm(-0.5, 1)': (
-        FlowMatching(LogitNormal(0.5, 1.0)).snr(1.0),
-        (-4.3, 8.7, -18.6, -4.4, 10.0),
-    ),
-    'flow, lognorm(0.5, 0.6)': (
-        FlowMatching(LogitNormal(-0.5, 0.6)).snr(1.0),
-        (4.3, 5.2, -4.2, 4.3, 12.9),
-    ),
+    'flow, lognorm(-0.5, 1)': (FlowMatching(LogitNormal(0.5, 1.0)).snr(1.0), (-4.3, 8.7, -18.6, -4.4, 10.0)),
+    'flow, lognorm(0.5, 0.6)': (FlowMatching(LogitNormal(-0.5, 0.6)).snr(1.0), (4.3, 5.2, -4.2, 4.3, 12.9)),
     'flow, cosmap': (FlowMatching(CosMap()).snr(1.0), (0.0, 13.6, -22.1, 0.0, 22.1)),
     'EDM': (EDM().snr(1.0), (10.4, 10.4, -6.7, 10.4, 27.6)),
 }

@@ -76,11 +76,10 @@ def diffusion(kind: type[nn.Module], **more: Any) -> Callable[[], nn.Module]:
     return lambda: kind(**sizes, sample_size=8, patch_size=2, **more)
 
 
-def flux() -> nn.Module:
-    sizes = {'num_layers': 3, 'num_single_layers': 3, 'attention_head_dim': 8, 'num_attention_heads': 2}
-    return FluxTransformer2DModel(
-        **sizes, patch_size=1, in_channels=4, joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4)
-    )
+def two_lists(kind: type[nn.Module], **more: Any) -> Callable[[], nn.Module]:
+    """A model of diffusers with 3 blocks that get the text beside the image, and 3 that get one sequence of both."""
+    sizes = {'num_layers': 3, 'num_single_layers': 3, 'num_attention_heads': 2, 'joint_attention_dim': 12}
+    return lambda: kind(**sizes, patch_size=1, in_channels=4, **more)
 
 
 def places(columns: int) -> Tensor:
@@ -100,21 +99,6 @@ def hunyuan_video() -> nn.Module:
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
         num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=6,
         rope_axes_dim=(4, 6, 6), guidance_embeds=False,
-    )  # fmt: skip
-
-
-def flux2() -> nn.Module:
-    return Flux2Transformer2DModel(
-        patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
-
-
-def chroma() -> nn.Module:
-    return ChromaTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
-        approximator_layers=1,
     )  # fmt: skip
 
 
@@ -238,7 +222,7 @@ CASES = {
         lambda: captioned(4, pooled_projections=noise(B, 6, seed=3)), (JOINT,), {'tokens_out': 1},
     ),
     'diffusers_flux': Case(
-        flux,
+        two_lists(FluxTransformer2DModel, attention_head_dim=8, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4)),
         lambda: sequence(4, pooled_projections=noise(B, 6, seed=3), img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)),
         (JOINT, SINGLE),
         {
@@ -291,11 +275,19 @@ CASES = {
         first_key=(0, 0),
     ),
     'flux2': Case(
-        flux2, lambda: sequence(4, img_ids=places(4), txt_ids=torch.arange(TEXT)[:, None] * torch.eye(4)[3]),
+        two_lists(
+            Flux2Transformer2DModel, attention_head_dim=16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        lambda: sequence(4, img_ids=places(4), txt_ids=torch.arange(TEXT)[:, None] * torch.eye(4)[3]),
         (JOINT, SINGLE), {'shared': True, 'blocks': TEXT_JOINS}, first_key=(TEXT, 0),
     ),
     'chroma': Case(
-        chroma, lambda: sequence(4, img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)),
+        two_lists(
+            ChromaTransformer2DModel, attention_head_dim=16, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+            approximator_hidden_dim=32, approximator_layers=1,
+        ),
+        lambda: sequence(4, img_ids=places(3), txt_ids=torch.zeros(TEXT, 3)),
         (JOINT, SINGLE), {'shared': True, 'blocks': TEXT_JOINS}, first_key=(TEXT, 0),
     ),
     'hidream': Case(

@@ -6,13 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tread_composer.routing import put_back, take_kept
 
 N = 16
 
 
-class AddOne(nn.Module):
+class Chain(nn.Module):
+    """Calls its blocks one after the other."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x, **more):
+        for block in self.blocks:
+            x = block(x, **more)
+        return x
+
+
+class AddOne(Chain):
     """``depth`` blocks that each add one."""
 
     class Block(nn.Module):
@@ -24,13 +38,7 @@ class AddOne(nn.Module):
             return x_BND + self.one
 
     def __init__(self, depth: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(AddOne.Block() for _ in range(depth))
-
-    def forward(self, x_BND):
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return x_BND
+        super().__init__(*(self.Block() for _ in range(depth)))
 
 
 class Block(nn.Module):
@@ -66,8 +74,39 @@ class Busy(nn.Module):
         return x
 
 
+class Loop(Busy):
+    """A model whose loop is written or checkpointed in the given way; any other word is the plain one."""
+
+    def __init__(self, style: Any = 'plain'):
+        super().__init__()
+        self.style = style
+
+    def forward(self, x):
+        if self.style == 'enumerate':
+            for _, block in enumerate(self.blocks):
+                x = block(x, skip=None)
+        elif self.style == 'zip':
+            for block, _ in zip(self.blocks, range(6), strict=True):
+                x = block(x=x, skip=None)
+        elif self.style == 'checkpoint':
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        elif self.style == 'whole':
+            x = checkpoint(super().forward, x, use_reentrant=False)
+        else:
+            x = self.walk(self.blocks, x)
+        return x
+
+
 def tokens(samples: int = 4) -> Tensor:
     return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
+
+
+def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, times and labels for ``tiny_dit``."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch_size, 1, 8, 8, generator=generator, requires_grad=True)
+    return x, torch.rand(batch_size, generator=generator), torch.arange(batch_size)
 
 
 def explicit(

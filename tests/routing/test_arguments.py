@@ -38,30 +38,17 @@ def test_one_route_for_all_samples():
         several.kept_ids(0, x_BND)
 
 
-class Tables(nn.Module):
+class Tables(AddOne):
     """Each block looks up its tokens in tables of several layouts, and says what it saw."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one = nn.Parameter(torch.ones(()))
-
+    class Block(AddOne.Block):
         def forward(self, x, pair=None, mask=None, text=None):
             self.seen = pair if mask is None else mask
             return x + self.one
 
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Tables.Block() for _ in range(3))
-
-    def forward(self, x, **tables):
-        for block in self.blocks:
-            x = block(x, **tables)
-        return x
-
 
 def looked_up(settings, kept, **tables):
-    model = Tables().train()
+    model = Tables(3).train()
     routing = apply_tread(model, Route(1, 1, 0.5), ordered=True, **settings)
     routing.arm([kept], num_tokens=N)
     model(torch.randn(2, N, 4), **tables)
@@ -123,7 +110,7 @@ class Growing(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = AddOne(3).blocks, Tables().blocks
+        self.a, self.b = AddOne(3).blocks, Tables(3).blocks
 
     def forward(self, x, mask):
         for block in self.a:
@@ -194,7 +181,7 @@ def test_lists_with_settings_of_their_own_keep_the_same_tokens_on_one_route(arme
 )
 def test_wrong_settings_are_refused_in_words(settings, message):
     with pytest.raises(ValueError, match=message):
-        apply_tread(Tables(), Route(1, 1, 0.5), **settings)
+        apply_tread(Tables(3), Route(1, 1, 0.5), **settings)
 
 
 MISFITS = [
@@ -239,7 +226,7 @@ class Declaring(Tables):
     """Says itself what belongs to its blocks' tokens, as the backbones of this package do."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(3)
         self.token_arguments: Any = {'mask': -1}
 
 

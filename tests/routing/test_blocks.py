@@ -1,4 +1,4 @@
-"""The routed block list, in plain torch, against an explicit loop (methods.md section 7)."""
+"""The routed block list, in plain torch and while sampling, against an explicit loop (methods.md section 7)."""
 
 import copy
 import itertools
@@ -6,19 +6,12 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import Lengths, tiny_dit
-from tests.routing.small import AddOne, Busy, N, explicit, tokens
+from tests.routing.small import AddOne, Loop, N, explicit, inputs, tokens
 from tread_composer.routing import Route, RoutingError, apply_tread, find_blocks, routing_of, sample_kept
-
-
-def inputs(batch_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(batch_size, 1, 8, 8, generator=generator, requires_grad=True)
-    return x, torch.rand(batch_size, generator=generator), torch.arange(batch_size)
 
 
 def explicit_dit(model, x_BCHW, t_B, labels_B, kept, spans):
@@ -113,30 +106,6 @@ def test_pickle_and_deepcopy_keep_the_route_and_share_nothing():
         assert log.seen == [16, 8, 8, 8, 8, 16]
 
 
-class Loop(Busy):
-    """A model whose loop is written in the given way."""
-
-    def __init__(self, style: str = 'plain'):
-        super().__init__()
-        self.style = style
-
-    def forward(self, x):
-        if self.style == 'enumerate':
-            for _, block in enumerate(self.blocks):
-                x = block(x, skip=None)
-        elif self.style == 'zip':
-            for block, _ in zip(self.blocks, range(6), strict=True):
-                x = block(x=x, skip=None)
-        elif self.style == 'checkpoint':
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-        elif self.style == 'whole':
-            x = checkpoint(super().forward, x, use_reentrant=False)
-        else:
-            x = super().forward(x)
-        return x
-
-
 # 'whole' recomputes the loop itself, so its ids must still be armed then: Tread disarms after the backward pass.
 RECOMPUTED = [
     *itertools.product(['plain', 'enumerate', 'zip', 'checkpoint'], [1, 2], ['kept', 'replaced', 'disarmed']),
@@ -184,21 +153,19 @@ def test_the_block_behind_the_route_runs_in_float32_on_request():
 class Two(AddOne):
     """Each block returns text and image."""
 
+    class Block(AddOne.Block):
+        def forward(self, text, image):
+            return text + self.one, image + self.one
+
     def forward(self, text, image):
         for block in self.blocks:
             text, image = block(text, image=image)
         return text, image
 
 
-class Pair(AddOne.Block):
-    def forward(self, text, image):
-        return text + self.one, image + self.one
-
-
 def test_tuple_outputs_need_a_name_and_then_work():
     def routed(**settings):
         model = Two(6).train()
-        model.blocks = nn.ModuleList(Pair() for _ in range(6))
         apply_tread(model, Route(1, 4, 0.5), tokens='image', **settings)
         return model(torch.zeros(2, 3, 4), torch.zeros(2, N, 4))
 
@@ -208,6 +175,54 @@ def test_tuple_outputs_need_a_name_and_then_work():
         routed()
     with pytest.raises(RoutingError, match='tokens_out: 2 is outside of the tuple of 2'):
         routed(tokens_out=2)
+
+
+def test_forced_routes_in_evaluation_along_these_ids_and_is_gone_afterwards():
+    model = tiny_dit().eval()
+    routing = apply_tread(model, Route(1, -2, 0.5))
+    arguments, kept = inputs(), [sample_kept(3, N, 0.75)]  # another rate than the route's
+    dense = model(*arguments)
+    with routing.forced(kept, num_tokens=N):
+        seen = outputs_of(model, *arguments)
+    assert torch.equal(seen, explicit_dit(model, *arguments, kept, [(1, 4)]))
+    assert torch.equal(model(*arguments), dense)
+    with routing.forced([torch.arange(N).expand(3, N)], num_tokens=N):
+        assert torch.equal(model(*arguments), dense)
+    assert not routing.used  # a pause for sampling does not hide that training never routed
+
+
+def test_forced_gives_back_what_training_was_armed_with_also_after_an_error():
+    model = tiny_dit()
+    routing = apply_tread(model, Route(1, -2, 0.5))
+    routing.arm([sample_kept(3, N, 0.5)], num_tokens=N)
+    before = outputs_of(model, *inputs())
+    seen = Lengths([model.blocks[2]])
+
+    def fail():
+        with routing.forced([sample_kept(3, N, 0.75)], num_tokens=N):
+            model.eval()
+            with routing.forced([sample_kept(3, N, 0.9)], num_tokens=N):
+                model(*inputs())
+            model(*inputs())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen.seen == [2, 4]
+    model.train()
+    assert torch.equal(before, outputs_of(model, *inputs()))
+    routing.disarm()
+    model.eval()(*inputs())
+    assert seen.seen[-1] == N
+
+
+def test_forced_refuses_ids_of_another_batch():
+    model = tiny_dit().eval()
+    routing = apply_tread(model)
+    for kept, message in (([sample_kept(2, N, 0.5)], 'kept ids for 2 samples'), ([], 'one tensor of ids for each')):
+        with pytest.raises(ValueError, match=message), routing.forced(kept, num_tokens=N):
+            model(*inputs())
+    assert model(*inputs()).shape == (3, 1, 8, 8)
 
 
 class Gating(AddOne):

@@ -11,9 +11,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinModel
 
+from tests.routing.small import N, tokens
 from tread_composer.routing import Route, RoutingError, apply_tread
-
-N = 12
 
 
 class Stack(nn.Module):
@@ -27,10 +26,10 @@ class Stack(nn.Module):
         def forward(self, x):
             return x + self.linear(self.mixing(x))
 
-    def __init__(self, mixing, depth=4):
+    def __init__(self, mixing):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Stack.Block(mixing) for _ in range(depth))
+        self.blocks = nn.ModuleList(Stack.Block(mixing) for _ in range(4))
         self.wrap = lambda block, x: block(x)
 
     def forward(self, x):
@@ -41,10 +40,6 @@ class Stack(nn.Module):
 
 def attention(x, **how):
     return functional.scaled_dot_product_attention(x, x, x, **how)
-
-
-def tokens(samples=3):
-    return torch.randn(samples, N, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Convolution(nn.Module):
@@ -65,7 +60,7 @@ def own_rotary(x):
 
 BY_POSITION = {
     'convolution': Convolution(),
-    'windows of three': lambda x: attention(x.unflatten(1, (-1, 3))).flatten(1, 2),
+    'windows of four': lambda x: attention(x.unflatten(1, (-1, 4))).flatten(1, 2),
     'scan': lambda x: x.cumsum(dim=1),
     'causal mask': lambda x: attention(x, is_causal=True),
     'rotary positions of its own': own_rotary,
@@ -139,7 +134,7 @@ def test_the_check_leaves_no_trace(autocast):
             block.register_forward_hook(lambda *_: hooked.append('after'))
             block.linear.register_forward_pre_hook(lambda *_: hooked.append('before'))
         routing = apply_tread(model, Route(1, -2, 0.5), ordered=ordered)
-        kept = torch.arange(0, N, 2).expand(3, -1)
+        kept = torch.arange(0, N, 2).expand(4, -1)
         torch.manual_seed(5)
         for _ in range(3):
             routing.arm([kept], num_tokens=N)
@@ -195,7 +190,7 @@ def test_a_check_that_runs_out_of_memory_leaves_the_run_alone():
     outputs = []
     for ordered in (False, True):
         model, routing = routed(Scarce(), ordered=ordered)
-        routing.arm([torch.arange(0, N, 2).expand(3, -1)], num_tokens=N)
+        routing.arm([torch.arange(0, N, 2).expand(4, -1)], num_tokens=N)
         outputs.append(model(tokens()))
         assert routing.checked is (None if ordered else False)
     assert torch.equal(*outputs)
@@ -250,7 +245,7 @@ def test_a_block_that_changes_the_number_of_tokens_is_refused():
 
     model = nn.Sequential(Merging(), Merging()).train()
     apply_tread(model, Route(0, 1, 0.5), blocks='')
-    with pytest.raises(RoutingError, match=r'returns a tensor of shape \(3, 3, 8\) for 3 samples x 6 tokens'):
+    with pytest.raises(RoutingError, match=r'returns a tensor of shape \(4, 4, 8\) for 4 samples x 8 tokens'):
         model(tokens())
 
 

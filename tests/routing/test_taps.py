@@ -13,33 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from tests.routing.small import Busy, N, explicit, tokens
-from tread_composer.routing import (
-    Route,
-    RoutingError,
-    Tapped,
-    apply_tread,
-    remove_tread,
-    sample_kept,
-    take_kept,
-    tap_blocks,
-)
+from tests.routing.small import Busy, Loop, N, explicit, tokens
+from tread_composer.routing import Route, RoutingError, Tapped, apply_tread, remove_tread, sample_kept, tap_blocks
 
 EVERYWHERE = [0, 1, 3, 4, -1]  # before, at the start of, inside, at the end of and behind a route from 1 to 4
-
-
-class Recomputing(Busy):
-    """Checkpoints itself in the given way."""
-
-    style = ''
-
-    def loop(self, x):
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.style == 'each block' else block(x)
-        return x
-
-    def forward(self, x):
-        return checkpoint(self.loop, x, use_reentrant=False) if self.style == 'whole loop' else self.loop(x)
 
 
 def loss_of(out: Tensor, features: dict[int, Tensor]) -> Tensor:
@@ -47,14 +24,13 @@ def loss_of(out: Tensor, features: dict[int, Tensor]) -> Tensor:
     return out.square().mean() + sum((at + 2.5) * feature.pow(3).mean() for at, feature in features.items())
 
 
-WAYS = ['plain', 'each block', 'whole loop', *CheckpointImpl, 'compiled whole', 'compiled blocks']
+WAYS = ['plain', 'checkpoint', 'whole', *CheckpointImpl, 'compiled whole', 'compiled blocks']
 
 
 @pytest.mark.parametrize('routed', [True, False])
 @pytest.mark.parametrize('way', WAYS)
 def test_tokens_ids_and_gradients_equal_the_explicit_loop(way, routed):
-    model = Recomputing().train()
-    model.style = way
+    model = Loop(way).train()
     twin = copy.deepcopy(model)
     routing = apply_tread(model, Route(1, 4, 0.5)) if routed else None
     taps = tap_blocks(model, EVERYWHERE)
@@ -68,7 +44,7 @@ def test_tokens_ids_and_gradients_equal_the_explicit_loop(way, routed):
     x, y = tokens().requires_grad_(), tokens().requires_grad_()
     total, expected = torch.zeros(()), torch.zeros(())
     # Two forward passes before one backward pass; a whole loop that is recomputed takes the ids that are armed then.
-    for seed in range(1 if routed and way == 'whole loop' else 2):
+    for seed in range(1 if routed and way == 'whole' else 2):
         kept = sample_kept(4, N, 0.5, generator=torch.Generator().manual_seed(seed))
         if routing is not None:
             routing.arm([kept], num_tokens=N)
@@ -80,7 +56,7 @@ def test_tokens_ids_and_gradients_equal_the_explicit_loop(way, routed):
             torch.testing.assert_close(seen, outputs[at], rtol=1e-6, atol=1e-6)
             on_route = routed and at in (1, 3, 4)
             assert torch.equal(ids, kept) if on_route else ids is None
-    if routing is not None and way != 'whole loop':
+    if routing is not None and way != 'whole':
         routing.disarm()
     total.backward()
     expected.backward()
@@ -109,15 +85,6 @@ def test_taps_cost_no_further_graph():
         assert taps.read()[2].tokens.shape == (4, N, 8)
         call(tokens())
     assert counter.frame_count == 2
-
-
-def test_a_target_on_all_tokens_is_reduced_with_the_kept_ids():
-    model = Busy().train()
-    apply_tread(model, Route(1, 4, 0.5), shared=True)
-    taps = tap_blocks(model, 2)
-    model(tokens())
-    feature, kept = taps.read()[2]
-    assert kept.shape == (4, 8) and take_kept(tokens(), kept).shape == feature.shape
 
 
 def test_a_model_that_checkpoints_reentrantly_is_refused():

@@ -3,16 +3,23 @@ import torch
 
 from tread_composer.routing import Route, keep_lowest, put_back, sample_kept, take_kept
 
-# methods.md 1.2: tokens, selection rate, kept
+# Tokens, always kept, selection rate, kept: those of the paper (methods.md 1.2), then with tokens that are always kept.
 COUNTS = [
-    (256, 0.25, 192), (256, 0.5, 128), (256, 0.75, 64), (256, 0.3, 180), (256, 0.7, 77), (256, 0.9, 26),
-    (1024, 0.25, 768), (1024, 0.5, 512), (1024, 0.75, 256), (16, 0.0, 16), (1, 0.9, 1),
+    (256, 0, 0.25, 192), (256, 0, 0.5, 128), (256, 0, 0.75, 64), (256, 0, 0.3, 180), (256, 0, 0.7, 77),
+    (256, 0, 0.9, 26), (1024, 0, 0.25, 768), (1024, 0, 0.5, 512), (1024, 0, 0.75, 256), (16, 0, 0.0, 16),
+    (1, 0, 0.9, 1), (16, 0, 0.5, 8),
+    (257, 1, 0.5, 129), (17, 1, 0.5, 9), (18, 3, 0.5, 11), (333, 77, 0.75, 141), (5, 5, 0.9, 5),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('num_tokens', 'rate', 'kept'), COUNTS)
-def test_kept_counts_are_those_of_the_paper(num_tokens, rate, kept):
-    assert sample_kept(3, num_tokens, rate).shape == (3, kept)
+@pytest.mark.parametrize(('num_tokens', 'always_keep', 'rate', 'kept'), COUNTS)
+def test_kept_counts_are_those_of_the_paper_and_what_is_always_kept_comes_on_top(num_tokens, always_keep, rate, kept):
+    ids_BK = sample_kept(50, num_tokens, rate, always_keep=always_keep)
+    assert ids_BK.shape == (50, kept) == (50, Route(selection_rate=rate).num_kept(num_tokens, always_keep))
+    assert (ids_BK[:, :always_keep] == torch.arange(always_keep)).all()
+    assert (ids_BK.diff(dim=1) > 0).all() and ids_BK.max() < num_tokens
+    if 0 < always_keep < num_tokens:
+        assert ids_BK[:, always_keep:].unique().tolist() == list(range(always_keep, num_tokens))
 
 
 def test_every_token_is_kept_equally_often_and_samples_differ():
@@ -62,19 +69,6 @@ def test_tokens_with_further_dimensions_and_with_none():
     kept_BK = torch.tensor([[0, 2], [1, 2]])
     assert take_kept(torch.randn(2, 3, 4, 5), kept_BK).shape == (2, 2, 4, 5)
     assert torch.equal(take_kept(torch.arange(6).view(2, 3), kept_BK), torch.tensor([[0, 2], [4, 5]]))
-
-
-@pytest.mark.parametrize(
-    ('num_tokens', 'always_keep', 'rate', 'kept'),
-    [(257, 1, 0.5, 129), (17, 1, 0.5, 9), (18, 3, 0.5, 11), (333, 77, 0.75, 141), (5, 5, 0.9, 5), (16, 0, 0.5, 8)],
-)
-def test_what_is_always_kept_comes_on_top_of_the_share_of_the_rest(num_tokens, always_keep, rate, kept):
-    ids_BK = sample_kept(50, num_tokens, rate, always_keep=always_keep)
-    assert ids_BK.shape == (50, kept) == (50, Route(selection_rate=rate).num_kept(num_tokens, always_keep))
-    assert (ids_BK[:, :always_keep] == torch.arange(always_keep)).all()
-    assert (ids_BK.diff(dim=1) > 0).all() and ids_BK.max() < num_tokens
-    if 0 < always_keep < num_tokens:
-        assert ids_BK[:, always_keep:].unique().tolist() == list(range(always_keep, num_tokens))
 
 
 @pytest.mark.parametrize(

@@ -231,5 +231,3 @@ def test_a_model_refuses_what_its_objective_cannot_be_sampled_with() -> None:
         tiny_model().sample([0], [0], sampler='ddpm')
     with pytest.raises(ValueError, match='take 1 to 1000 steps'):
         model(objective=DDPM()).sample([0], [0], sampler='ddpm', num_steps=1001)
-    with pytest.raises(ValueError, match="sampler: 'ddpm' has no settings"):
-        model(objective=DDPM()).sample([0], [0], sampler='ddpm', sampler_settings={'eta': 1.0})

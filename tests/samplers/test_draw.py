@@ -59,10 +59,15 @@ def draw(mode: str, labels=LABELS, seeds=SEEDS, batch_size: int = 16, made=None,
     return (made or model()).draw(labels, seeds, settings_of(mode, **more), weak=weak, batch_size=batch_size)
 
 
-CASES = [(mode, FlowMatching(), {}, 1e-5) for mode in MODES] + [
-    (mode, DDPM(), {'sampler': sampler, 'sampler_settings': settings, 'num_steps': 6}, 1e-3)
-    for mode in ('none', 'classifier_free')
-    for sampler, settings in CHAIN
+BASIC = ('none', 'classifier_free')
+CASES = [
+    *((mode, FlowMatching(), {}, 1e-5) for mode in MODES),
+    *((mode, objective, {'sampler': 'heun'}, 1e-5) for objective in (FlowMatching(), EDM()) for mode in BASIC),
+    *(
+        (mode, DDPM(), {'sampler': sampler, 'sampler_settings': settings, 'num_steps': 6}, 1e-3)
+        for mode in BASIC
+        for sampler, settings in CHAIN
+    ),
 ]
 
 
@@ -70,7 +75,7 @@ CASES = [(mode, FlowMatching(), {}, 1e-5) for mode in MODES] + [
 def test_an_image_depends_on_its_label_and_seed_alone(mode: str, objective, more: dict, tolerance: float) -> None:
     more, state = {'made': model(objective=objective), **more}, torch.get_rng_state()
     whole = draw(mode, **more)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and more['made'].training
     for batch_size in (1, 3):
         torch.testing.assert_close(draw(mode, batch_size=batch_size, **more), whole, rtol=0, atol=tolerance)
     back = draw(mode, LABELS[::-1], SEEDS[::-1], **more)
@@ -197,6 +202,9 @@ def test_sampling_with_learned_variance_and_two_networks() -> None:
         made.draw([1], [3], settings, weak=second())
 
 
+DRAWN_ANEW = r"'sparse' draws other tokens in each evaluation.*take the sampler 'heun'"
+
+
 @pytest.mark.parametrize(
     ('mode', 'more', 'weak', 'message'),
     [
@@ -205,6 +213,7 @@ def test_sampling_with_learned_variance_and_two_networks() -> None:
         ('sparse', {'strong_rate': 0.8, 'weak_rate': 0.2}, None, 'guides backwards'),
         ('sparse', {'rate_schedule': 'cosine'}, None, 'guides backwards'),
         ('sparse', {}, 'dense', 'routes that the weak network was trained with'),
+        ('sparse', {'sampler': 'dopri5'}, None, DRAWN_ANEW),
     ],
 )
 def test_guidance_that_cannot_be_given_is_refused(mode: str, more: dict, weak: str | None, message: str) -> None:

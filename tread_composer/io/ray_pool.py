@@ -59,7 +59,7 @@ def on_ray(
     device: str | None,
     log: Log,
 ) -> None:
-    """Do all units on the cluster that ``RAY_ADDRESS`` names, or on this machine.
+    """Do all units on the cluster that this program is connected to, that ``RAY_ADDRESS`` names, or on this machine.
 
     Args:
         units: What is to be done, in the order in which it is begun.
@@ -230,10 +230,13 @@ class _Pool:
 
 @contextlib.contextmanager
 def _connected() -> Iterator[Any]:
-    """The package, connected to a cluster until the block ends."""
+    """The package, connected to a cluster until the block ends, or as long as the program that had done so before."""
     check_ray()
     import ray
 
+    if ray.is_initialized():
+        yield ray
+        return
     address = os.environ.get('RAY_ADDRESS', 'local')
     alone: dict[str, Any] = {'include_dashboard': False} if address == 'local' else {}
     try:
