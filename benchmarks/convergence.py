@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,6 +257,18 @@ def write_losses(results: Results, options: argparse.Namespace, benchmark: Bench
                     writer.writerow((method, seed, end, f'{statistics.mean(values[end - 50 : end]):.4f}'))
 
 
+def dense_twin(method: str) -> str:
+    """What a method is compared with: the same objective without it."""
+    return 'dense, EDM' if 'EDM' in method else 'dense'
+
+
+def time_share(results: Results, method: str) -> float | None:
+    """Seconds of a method by those of its dense twin: seed by seed, since seeds may come from several machines."""
+    runs, twins = results[method], results.get(dense_twin(method), {})
+    shares = [runs[seed][-1]['seconds'] / twins[seed][-1]['seconds'] for seed in runs.keys() & twins.keys()]
+    return statistics.median(shares) if shares else None
+
+
 def table(benchmark: Benchmark, results: Results) -> str:
     """Mean and range of the seeds at the last step, and what it cost."""
     header = ['method', 'seeds', *benchmark.qualities, 'TFLOPs', 'seconds of training', 'of the dense twin']
@@ -267,19 +278,18 @@ def table(benchmark: Benchmark, results: Results) -> str:
         return [points[-1][key] for points in results[method].values()]
 
     for method in results:
-        twin = 'dense, EDM' if 'EDM' in method else 'dense'
+        twin = dense_twin(method)
         cells = []
         for key in benchmark.qualities:
             form, values = '{:.1%}' if 'recognised' in key else '{:.2f}', last(method, key)
             mean, low, high = (form.format(value) for value in (statistics.mean(values), min(values), max(values)))
             cells.append(f'{mean} ({low} to {high})')
         flops, seconds = last(method, 'teraflops')[0], statistics.median(last(method, 'seconds'))
-        share = 'not measured'
-        shared = results[method].keys() & results.get(twin, {}).keys()
-        if shared:
-            times = [results[method][seed][-1]['seconds'] / results[twin][seed][-1]['seconds'] for seed in shared]
-            share = f'{flops / last(twin, "teraflops")[0]:.2f} x FLOPs, {statistics.median(times):.2f} x time'
-        cells = [method, str(len(results[method])), *cells, f'{flops:.2f}', f'{seconds:.0f}', share]
+        share = time_share(results, method)
+        costs = 'not measured'
+        if share is not None:
+            costs = f'{flops / last(twin, "teraflops")[0]:.2f} x FLOPs, {share:.2f} x time'
+        cells = [method, str(len(results[method])), *cells, f'{flops:.2f}', f'{seconds:.0f}', costs]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -290,8 +300,8 @@ def draw(benchmark: Benchmark, results: Results, path: Path) -> None:
     figure, axes = plt.subplots(rows, 3, figsize=(13, 3.75 * rows), sharey='row', layout='constrained', squeeze=False)
     for row, quality in zip(axes, benchmark.qualities, strict=True):
         for axis, (key, label) in zip(row, _AXES.items(), strict=True):
-            for color, (method, seeds) in zip(plt.cm.tab10.colors, results.items(), strict=False):  # type: ignore[attr-defined]
-                _draw_method(axis, method, list(seeds.values()), (key, quality), color)
+            for color, method in zip(plt.cm.tab10.colors, results, strict=False):  # type: ignore[attr-defined]
+                _draw_method(axis, method, results, (key, quality), color)
             axis.set_xlabel(label)
             axis.grid(alpha=0.25)
         row[0].set_ylabel(benchmark.qualities[quality].replace(' (', '\n('))
@@ -302,11 +312,16 @@ def draw(benchmark: Benchmark, results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_method(axis: Any, method: str, runs: Sequence[Points], keys: tuple[str, str], color: Any) -> None:
+def _draw_method(axis: Any, method: str, results: Results, keys: tuple[str, str], color: Any) -> None:
     where, quality = keys
+    runs = list(results[method].values())
     numbers = range(len(runs[0]))
     # The median: seconds on a shared machine have outliers; steps and FLOPs are the same for all seeds.
     xs = [statistics.median(points[i][where] for points in runs) for i in numbers]
+    share = time_share(results, method)
+    if where == 'seconds' and share is not None:  # on the machine of the dense twin's median
+        seconds = share * statistics.median(points[-1]['seconds'] for points in results[dense_twin(method)].values())
+        xs = [x * seconds / xs[-1] for x in xs]
     values = [[points[i][quality] for points in runs] for i in numbers]
     style = '--' if 'EDM' in method else '-'
     label = f'{method}, seeds: {len(runs)}'
@@ -370,6 +385,7 @@ def main() -> int:
     protocol = protocol_of(benchmark, methods[0], options.seeds[0], options)
     for path, other in others.items():
         join(results, protocol, path, other)
+    results = {method: results[method] for method in benchmark.methods if method in results}  # dense first
     write_json(options.out / 'results.json', {'protocol': protocol, 'results': results})
     draw(benchmark, results, options.picture or options.out / 'convergence.png')
     threads = os.environ.get('OMP_NUM_THREADS', 'all')
