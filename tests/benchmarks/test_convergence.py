@@ -63,3 +63,10 @@ def test_a_comparison_that_is_cut_off_goes_on_and_measures_all(data):
         convergence.join({}, kept['protocol'], other, changed)
     with pytest.raises(SystemExit, match=r'do not join with ours: TREAD, seed 17, is ours too$'):
         convergence.join({'TREAD': {17: points}}, kept['protocol'], other, kept)
+
+
+def test_seconds_are_compared_seed_by_seed_since_seeds_may_come_from_machines_of_other_speed():
+    dense = {17: [{'seconds': 50.0}, {'seconds': 100.0}], 19: [{'seconds': 100.0}, {'seconds': 200.0}]}
+    results = {'dense': dense, 'TREAD': {19: [{'seconds': 80.0}, {'seconds': 160.0}]}}
+    assert convergence.time_share(results, 'TREAD') == pytest.approx(0.8)
+    assert convergence.time_share({'TREAD': results['TREAD']}, 'TREAD') is None
