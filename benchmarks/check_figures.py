@@ -30,9 +30,14 @@ Row = tuple[str, Callable[[], Iterable[float | str]]]
 
 
 @functools.cache
-def plan(recipe: str, *overrides: str) -> dict[str, Any]:
-    """What `plan yamls/RECIPE.yaml --json` says."""
-    return make_plan(load_config(ROOT / 'yamls' / f'{recipe}.yaml', overrides), 1, 1)
+def plan(recipe: str, *overrides: str, memory: bool = False) -> dict[str, Any]:
+    """What `plan yamls/RECIPE.yaml --json` says; of the memory only where it is asked, since that takes seconds."""
+    return make_plan(load_config(ROOT / 'yamls' / f'{recipe}.yaml', overrides), 1, 1, memory=memory)
+
+
+def memory(recipe: str) -> float:
+    """GiB of a device."""
+    return plan(recipe, memory=True)['memory_gib']['total']
 
 
 def flops(recipe: str) -> float:
@@ -105,7 +110,7 @@ FIGURES: dict[str, list[Row]] = {
         (rf'training FLOPs \| {N} \| {N} ', lambda: map(flops, PAIR)),
         (rf'\| A100 hours .*?\| {N} \| {N} ', lambda: [hours(A100, flops(recipe)) for recipe in PAIR]),
         (rf'H200 hours .*?\| {N} \| {N} ', lambda: [hours(H100, flops(recipe)) for recipe in PAIR]),
-        (rf'microbatch 32 \| {N} GiB \| {N} GiB', lambda: [plan(recipe)['memory_gib']['total'] for recipe in PAIR]),
+        (rf'microbatch 32 \| {N} GiB \| {N} GiB', lambda: map(memory, PAIR)),
         (rf'Heun steps, A100 hours \| {N} ', lambda: [hours(A100, 50_000 * 79 * 2e9 * plan('dit_xl')['gmacs_dense'])]),
         (rf'latents, with mirrors \| {N} GB', lambda: [(1_281_167 + 50_000) * TWO_VIEWS / 1e9]),
         (rf'samples as npz \| {N} GB', lambda: [50_000 * 256 * 256 * 3 / 1e9]),
@@ -147,7 +152,7 @@ for name in ('dit_s', 'dit_b', 'dit_l', 'dit_xl', 'lightning_dit_xl'):
 
 def fits(size: str, *overrides: str) -> list[float]:
     """Of the table of memory: what stands whatever the microbatch, MiB an image, and the largest microbatches."""
-    figures = plan(f'dit_{size}_tread', *overrides)
+    figures = plan(f'dit_{size}_tread', *overrides, memory=True)
     parts = figures['memory_gib']
     kept = sum(parts[name] for name in ('weights', 'gradients', 'optimizer', 'average'))
     return [kept, 1024 * parts['activations'] / figures['microbatch'], *figures['largest_microbatch'].values()]
