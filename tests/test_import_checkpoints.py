@@ -246,6 +246,12 @@ NOT_FINITE = [torch.tensor([*[0.0] * 31, value]) for value in (math.nan, math.in
         (spoilt(pos_embed=make_weights(8)['pos_embed'] + 0.1), r'pos_embed differs by 0.1 .* 4 x 4 grid: these'),
         (spoilt(pos_embed=torch.zeros(1, 17, 32)), r'pos_embed is \[1, 17, 32\]; .* class token or another grid'),
         (spoilt(y_embedder__embedding_table__weight=torch.zeros(32, 5)), r'the label table is \[32, 5\]'),
+        (spoilt(y_embedder__embedding_table__weight=torch.zeros(0, 32)), r"weight' is \[0, 32\], not of 2 dimensions"),
+        (spoilt(blocks__0__mlp__fc1__weight=torch.tensor(1.0)), r"fc1.weight' is \[\], not of 2 dimensions"),
+        (spoilt(final_layer__linear__bias=None), "'final_layer.linear.bias' is missing"),
+        (spoilt(final_layer__linear__bias=torch.zeros(16)), r'the bias of the head is \[16\] for 32 rows'),
+        (spoilt(t_embedder__mlp__0__weight=torch.zeros(32, 8)), r't_embedder.mlp.0.weight \[32, 8\] for 256 numbers'),
+        (spoilt(blocks__1__attn__qkv__weight=torch.zeros(96, 32, dtype=torch.int8)), "qkv.weight' is int8; weights"),
         ({'conv.weight': torch.zeros(2)}, 'holds no tensors named'),
         ({**make_weights(8), 'steps': 7}, "'steps' stands beside"),
         *((spoilt(x_embedder__proj__bias=bias), 'weights hold NaN or infinity, such as ') for bias in NOT_FINITE),
@@ -275,6 +281,7 @@ def test_what_the_file_does_not_say_is_asked_for_with_the_reason(tmp_path, cli):
     [
         ({'objective': 'edm'}, '', '--objective edm: the layout dit has decided that'),
         ({'num_heads': 5}, '', '--num-heads 5: does not divide the width 32'),
+        ({'route': (0, 9, 0.5)}, '', '--route 0,9,0.5: the route from block 0 to block 9 does not fit 2 blocks'),
         ({'class_names': 'nowhere.txt'}, '', '--class-names nowhere.txt: cannot be read'),
         ({'class_names': 'names.json'}, '["a", "b"]', '2 names for the 5 classes'),
         ({'class_names': 'names.json'}, '["a", ""]', 'no list of texts'),
@@ -341,6 +348,12 @@ def widened(weights):
         (without(lightning_weights(), 'norm1', 'norm2', 'norm_final'), {}, 'trained with use_rmsnorm false'),
         (widened(lightning_weights()), {}, 'trained with wo_shift true'),
         ({**lightning_weights(), 'feat_rope.freqs_sin': torch.zeros(16, 8)}, {}, r'freqs_sin \[16, 8\] is not the rot'),
+        ({**lightning_weights(), 'feat_rope.freqs_cos': torch.zeros(0, 8)}, {}, r'freqs_cos \[0, 8\] is not the rot'),
+        (
+            {**lightning_weights(), 'feat_rope.freqs_cos': torch.full((16, 8), math.nan)},
+            {},
+            r'freqs_cos \[16, 8\] is not the rot',
+        ),
         (lightning_weights(), {'path_type': 'GVP'}, 'trained with --path-type GVP; of LightningDiT, the path Linear'),
     ],
 )

@@ -237,6 +237,9 @@ def test_linear_attention_weights_are_the_same_as_convolutions_of_size_one(small
         ('quant_conv.weight', (8, 6, 1, 1), r'quant_conv\.weight: \[8, 6, 1, 1\], the rest asks for \[6, 6, 1, 1\]'),
         ('a.encoder.conv_in.weight', (1,), '2 tensors are named'),
         ('encoder.down.1.block.0.conv1.weight', (48, 32, 3, 3), r'\[32, 48\] channels.*multiple of 32'),
+        ('encoder.down.1.block.0.conv1.weight', (0, 32, 3, 3), r'\[32, 0\] channels.*multiple of 32'),
+        ('decoder.conv_in.weight', (64,), r'decoder\.conv_in\.weight is \[64\], no convolution'),
+        ('encoder.conv_in.weight', (32, 1, 3, 3), 'made for images of 1, 3 channels; images have 3 here'),
     ],
 )
 def test_a_file_that_is_not_quite_such_an_autoencoder_is_refused(

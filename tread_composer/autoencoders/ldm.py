@@ -72,8 +72,9 @@ def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Arguments of diffusers' ``AutoencoderKL``, from names and shapes."""
 
     def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise UserError(f'autoencoder {path!r}: {name} is missing, without which its architecture is unknown')
+        if name not in tensors or tensors[name].ndim != 4:  # all that are asked for are convolutions
+            state = 'missing' if name not in tensors else f'{list(tensors[name].shape)}, no convolution'
+            raise UserError(f'autoencoder {path!r}: {name} is {state}, without which its architecture is unknown')
         return tensors[name].shape
 
     def count(pattern: str) -> int:
@@ -81,7 +82,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
 
     levels = count(r'encoder\.down\.(\d+)\.block\.')
     widths = [shape(f'encoder.down.{level}.block.0.conv1.weight')[0] for level in range(levels)]
-    if not widths or any(width % _GROUPS for width in widths):
+    if not widths or any(width % _GROUPS or not width for width in widths):
         raise UserError(
             f'autoencoder {path!r}: levels with {widths or "no"} channels; the layout normalises {_GROUPS} groups of '
             f'them, so each must be a multiple of {_GROUPS}'

@@ -20,6 +20,9 @@ from tread_composer.io.tensors import digest_of
 __all__ = ['NETWORKS', 'Pretrained', 'refuse_misfits', 'sample_moments']
 
 
+_COLOURS = 3  # channels of every image: grey ones are converted to colour
+
+
 class _Use(NamedTuple):
     """What tells one class of network from another."""
 
@@ -88,8 +91,8 @@ class Pretrained(ABC):
         expected_hash: The ``weight_hash()`` that the weights must have, for example a manifest's.
 
     Raises:
-        UserError: On first use: it cannot be loaded, whole and without a rest, or has other weights than
-            ``expected_hash``.
+        UserError: On first use: it cannot be loaded, whole and without a rest, is not for colour images, or has other
+            weights than ``expected_hash``.
     """
 
     def __init__(self, path: str) -> None:
@@ -103,6 +106,12 @@ class Pretrained(ABC):
         """The network: frozen, evaluation mode, float32."""
         if self._network is None:
             network = self._load().requires_grad_(False).eval()
+            pixels = {getattr(network.config, name, _COLOURS) for name in ('in_channels', 'out_channels')}
+            if pixels != {_COLOURS}:
+                counts = ', '.join(map(str, sorted(pixels)))
+                raise UserError(
+                    f'autoencoder {self.path!r}: made for images of {counts} channels; images have {_COLOURS} here'
+                )
             digest = None if self.expected_hash is None else digest_of(network.state_dict())
             if digest != self.expected_hash:
                 raise UserError(

@@ -27,6 +27,7 @@ from tread_composer.objectives.snr import SNRDistribution, from_steps
 __all__ = ['DDPM', 'evenly_spaced']
 
 _DEFAULT_BETAS = 1e-4, 0.02
+_LEAST_SIGNAL = float(np.finfo(np.float64).tiny)  # of alpha_bar: below it, float64 has no noise level
 _COSINE_SHIFT, _LARGEST_BETA = 0.008, 0.999  # ID, section 3.2
 _HALF_BIN, _EDGE, _LEAST_PROBABILITY = 1 / 255, 0.999, 1e-12  # 256 grey values over [-1, 1]; ADM's edge and floor
 
@@ -46,7 +47,7 @@ class DDPM(Checked):
         weighting: Weight on the squared error of the noise; none if None.
 
     Raises:
-        ValueError: A setting is out of range, or betas are given to the cosine schedule.
+        ValueError: A setting is out of range, betas leave no signal, or are given to the cosine schedule.
     """
 
     name: ClassVar[str] = 'ddpm'
@@ -73,6 +74,12 @@ class DDPM(Checked):
         self._check_betas()
         betas = self._betas()
         alpha_bar = np.cumprod(1 - betas)  # [T], float64: float32 products of 1000 factors would drift
+        if alpha_bar[-1] < _LEAST_SIGNAL:
+            raise ValueError(
+                f'DDPM: beta_start={self.beta_start}, beta_end={self.beta_end} at num_timesteps={self.num_timesteps} '
+                'leave nothing of the data at the last timestep, where sampling begins, so that its noise level is '
+                'infinite; lower beta_end'
+            )
         # beta-tilde, the variance of q(x_(t-1) | x_t, x) (Ho et al., eq. 7), for t >= 1.
         posterior = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
         columns = (

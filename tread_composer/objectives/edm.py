@@ -36,7 +36,7 @@ class EDM(Checked):
         rho: Bends the sampling schedule; higher puts more steps at low noise.
 
     Raises:
-        ValueError: A setting is out of range, or ``sigma_min`` is not below ``sigma_max``.
+        ValueError: A setting is out of range, ``sigma_min`` is not below ``sigma_max``, or ``rho`` bends too far.
     """
 
     name: ClassVar[str] = 'edm'
@@ -58,6 +58,16 @@ class EDM(Checked):
         super().__post_init__()
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f'EDM: sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}')
+        try:
+            high, low = self._bent_ends()
+            lowest = (high + (low - high)) ** self.rho  # as the schedule computes it
+        except OverflowError:
+            lowest = 0.0
+        if not lowest > 0:  # the drift divides by it
+            raise ValueError(
+                f'EDM: rho={self.rho} with sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: a schedule of '
+                'such numbers leaves the range of float64; take a rho near 7, or a higher sigma_min'
+            )
 
     def time_grid(self) -> dict[str, Any]:
         """See ``protocols.Objective``."""
@@ -139,8 +149,11 @@ class EDM(Checked):
         # i / (num_steps - 1) for i = 0, 1, ...
         ramp = torch.linspace(0.0, 1.0, num_steps, dtype=torch.float64)  # one step: sigma_max, then 0
         # Equidistant in sigma^(1 / rho).
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        high, low = self._bent_ends()
         return torch.cat([(high + ramp * (low - high)) ** self.rho, ramp.new_zeros(1)])
+
+    def _bent_ends(self) -> tuple[float, float]:
+        return self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
 
     def prior(self, noise_BCHW: Tensor) -> Tensor:
         """At ``sigma_max`` the data is negligible: ``sigma_max * noise``, float64."""

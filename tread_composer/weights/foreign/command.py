@@ -13,6 +13,7 @@ from tread_composer.config import Config, restore_config
 from tread_composer.core.errors import UserError
 from tread_composer.data.manifest import LatentFacts, read_class_names
 from tread_composer.io.checkpoint_reader import read_pickled
+from tread_composer.routing import Route
 from tread_composer.weights.exported import Exported
 from tread_composer.weights.foreign.files import check_trained_as, layout_of, read_weights
 from tread_composer.weights.foreign.request import ImportRequest
@@ -54,6 +55,7 @@ def import_weights(request: ImportRequest) -> dict[str, Any]:
     check_trained_as(layout, settings, source)
     _ask_for_missing(request, layout)
     sizes = sizes_of(tensors, layout, request.num_heads, source)  # and the positions are checked
+    _check_route(request, sizes.depth)
     facts = LatentFacts(
         channels=sizes.in_channels,
         latent_height=sizes.latent_size,
@@ -96,6 +98,14 @@ def _ask_for_missing(request: ImportRequest, layout: str) -> None:
         raise UserError(f'--objective {request.objective}: the layout {layout} has decided that; leave it out')
     if layout == 'maskdit' and request.route is not None:
         raise UserError('--route: MaskDiT masks tokens and routes none; leave it out')
+
+
+def _check_route(request: ImportRequest, depth: int) -> None:
+    try:
+        if request.route is not None:
+            Route(*request.route).span(depth)
+    except ValueError as error:
+        raise UserError(f'--route {",".join(map(str, request.route or ()))}: {error}') from None
 
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:

@@ -60,6 +60,11 @@ def read_weights(path: str | os.PathLike[str], weights: str) -> tuple[dict[str, 
     foreign = [name for name, value in network.items() if not name.startswith(prefix) or not isinstance(value, Tensor)]
     if foreign:
         raise UserError(f'{path}: {foreign[0]!r} stands beside the network {prefix!r} and is not a tensor of it')
+    # Codes of a quantised network would be taken for its weights, and what is imaginary would be lost.
+    codes = [name for name, value in network.items() if not value.is_floating_point()]
+    if codes:
+        kind = str(network[codes[0]].dtype).removeprefix('torch.')
+        raise UserError(f'{path}: {codes[0]!r} is {kind}; weights are floating-point numbers. Take a file of those')
     tensors = {name.removeprefix(prefix): value.float() for name, value in network.items()}
     return tensors, container, _settings(content)
 

@@ -30,6 +30,7 @@ _TOLERANCE = 1e-4  # of stored sines and cosines: other ways to compute them dif
 
 _MAX_PERIOD = 10000.0
 _TIME_WEIGHT = 't_embedder.mlp.0.weight'
+_SINUSOID = 256  # its inputs, in all layouts
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,35 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
         UserError: A tensor is missing or contradicts the others, or the positions are not the fixed ones.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        text = f'so these are not the weights of a {layout} network'
         if name not in tensors:
-            raise UserError(f'{path}: {name!r} is missing, so these are not the weights of a {layout} network')
+            raise UserError(f'{path}: {name!r} is missing, {text}')
+        if tensors[name].ndim != dimensions or not tensors[name].numel():
+            raise UserError(f'{path}: {name!r} is {list(tensors[name].shape)}, not of {dimensions} dimensions, {text}')
         return tuple(tensors[name].shape)
 
-    patch_weight, table = shape('x_embedder.proj.weight'), shape('y_embedder.embedding_table.weight')
-    if len(patch_weight) != 4 or len(table) != 2:
-        raise UserError(f'{path}: the patch embedding {list(patch_weight)} or the label table {list(table)} is flat')
-    hidden_size, in_channels, patch_size, _ = patch_weight
+    table, is_lightning = shape('y_embedder.embedding_table.weight', 2), layout == 'lightningdit'
+    hidden_size, in_channels, patch_size, _ = shape('x_embedder.proj.weight', 4)
     depth = 1 + max((int(match[1]) for name in tensors if (match := re.match(r'blocks\.(\d+)\.', name))), default=-1)
-    is_lightning = layout == 'lightningdit'
-    inner_size = shape('blocks.0.mlp.w12.weight')[0] * 3 / 4 if is_lightning else shape('blocks.0.mlp.fc1.weight')[0]
+    inner_size = shape(f'blocks.0.mlp.{"w12" if is_lightning else "fc1"}.weight', 2)[0] * (3 / 4 if is_lightning else 1)
     if table[0 if layout == 'maskdit' else 1] != hidden_size:
         raise UserError(
             f'{path}: the label table is {list(table)} for a width of {hidden_size}; {layout} has '
             f'{"[width, classes]" if layout == "maskdit" else "[classes + 1, width]"}. Is it of another layout?'
         )
-    rows, patch_numel = shape('final_layer.linear.weight')[0], patch_size**2 * in_channels
+    rows, patch_numel = shape('final_layer.linear.weight', 2)[0], patch_size**2 * in_channels
     allowed = (patch_numel,) if layout in ('tread', 'maskdit') else (patch_numel, 2 * patch_numel)
     if rows not in allowed:
         raise UserError(
             f'{path}: the head has {rows} rows; a {layout} network with {in_channels} channels and patches of '
             f'{patch_size} has {" or ".join(map(str, allowed))}'
+        )
+    # What `converted` will rewrite; of all others the network itself says what is wrong.
+    if shape('final_layer.linear.bias', 1) != (rows,) or shape(_TIME_WEIGHT, 2)[1] != _SINUSOID:
+        raise UserError(
+            f'{path}: the bias of the head is {list(tensors["final_layer.linear.bias"].shape)} for {rows} rows, '
+            f'{_TIME_WEIGHT} {list(tensors[_TIME_WEIGHT].shape)} for {_SINUSOID} numbers of a time'
         )
     sizes = Sizes(
         hidden_size=hidden_size,
@@ -88,7 +95,7 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
         num_heads=_heads(LightningDiT if is_lightning else DiT, hidden_size, depth, num_heads, path),
         patch_size=patch_size,
         in_channels=in_channels,
-        latent_size=patch_size * _grid(tensors, shape('pos_embed'), 'pos_embed', path),
+        latent_size=patch_size * _grid(tensors, 'pos_embed', path),
         num_classes=table[1] if layout == 'maskdit' else table[0] - 1,
         mlp_ratio=math.ceil(inner_size) / hidden_size,  # a gated MLP has two thirds of it, rounded down
         learn_sigma=rows != patch_numel,
@@ -97,9 +104,10 @@ def sizes_of(tensors: Mapping[str, Tensor], layout: str, num_heads: int | None, 
         return dataclasses.replace(sizes, more=lightning_facts(tensors, sizes.hidden_size // sizes.num_heads, path))
     if layout != 'maskdit':
         return sizes
-    _grid(tensors, shape('decoder_pos_embed'), 'decoder_pos_embed', path)
+    width = shape('decoder_pos_embed', 3)[2]
+    _grid(tensors, 'decoder_pos_embed', path)
     blocks = {match[1] for name in tensors if (match := re.match(r'decoder_blocks\.(\d+)\.', name))}
-    decoder = {'depth': len(blocks), 'hidden_size': shape('decoder_pos_embed')[2], 'num_heads': 16}
+    decoder = {'depth': len(blocks), 'hidden_size': width, 'num_heads': 16}
     return dataclasses.replace(sizes, decoder=decoder)
 
 
@@ -118,8 +126,11 @@ def _heads(backbone: type[LatentTransformer], hidden_size: int, depth: int, num_
     )
 
 
-def _grid(tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str, path: str) -> int:
+def _grid(tensors: Mapping[str, Tensor], name: str, path: str) -> int:
     """Side of the grid; the positions must be the fixed sines and cosines of a square one."""
+    if name not in tensors:
+        raise UserError(f'{path}: {name!r} is missing, and its network has fixed positions')
+    shape = tensors[name].shape
     if len(shape) != 3 or shape[0] != 1 or math.isqrt(shape[1]) ** 2 != shape[1]:
         raise UserError(
             f'{path}: {name} is {list(shape)}; [1, N, width] with N tokens of a square grid can be read. A class token '
@@ -203,7 +214,8 @@ def lightning_facts(tensors: Mapping[str, Tensor], head_size: int, path: str) ->
         raise UserError(
             f'{path}: trained with use_rmsnorm false; of LightningDiT, networks with RMSNorm can be imported'
         )
-    if _MODULATION in tensors and tensors[_MODULATION].shape[0] != 6 * tensors[_MODULATION].shape[1]:
+    modulation = tensors.get(_MODULATION)
+    if modulation is not None and modulation.ndim == 2 and modulation.shape[0] != 6 * modulation.shape[1]:
         raise UserError(f'{path}: trained with wo_shift true; of LightningDiT, networks with shifts can be imported')
     _check_table(tensors, head_size, path)
     if f'{_QUERY_NORM}.weight' not in tensors:
@@ -220,12 +232,13 @@ def _check_table(tensors: Mapping[str, Tensor], head_size: int, path: str) -> No
         )
     if head_size % 4:  # two axes, and pairs of numbers
         raise UserError(f'{path}: heads of width {head_size} have no rotary positions; is --num-heads right?')
-    side = math.isqrt(tensors[names[0]].shape[0])
+    side = math.isqrt(tensors[names[0]].numel() // head_size)
     table = rotary_table((side, side), head_size, device=torch.device('cpu'), dtype=torch.float64)  # [N, 2, E]
     for name, expected in zip(names, table.unbind(dim=1), strict=True):
         stored = tensors[name]  # each angle twice, once for each number of its pair
         expected = expected.repeat_interleave(2, dim=1)
-        if stored.shape != expected.shape or float((stored - expected).abs().max()) > position_tolerance(stored):
+        fits = stored.shape == expected.shape and stored.numel() > 0
+        if not fits or not float((stored - expected).abs().max()) <= position_tolerance(stored):  # nan too
             raise UserError(
                 f'{path}: {name} {list(stored.shape)} is not the rotary table of a grid for heads of width {head_size} '
                 '(--num-heads decides that); sampling would be of another network'
