@@ -13,7 +13,7 @@ import torch
 from tread_composer.config.errors import Path, Problem
 from tread_composer.config.registry import FROM_DATA, SECTIONS, lacks, part_names, resolve, unkept
 from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, strict_model
-from tread_composer.config.validation import check
+from tread_composer.config.validation import check, shown
 from tread_composer.core.errors import did_you_mean
 from tread_composer.core.named import is_reference
 
@@ -96,7 +96,7 @@ def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[
     """A part whose section at ``path`` says its ``name``, with its problems; usable only if there are none."""
     name_path = (*path, 'name')
     if not isinstance(section, dict):
-        return Component(kind, ''), [Problem(path, f'{section!r} is not a mapping with a name and arguments')]
+        return Component(kind, ''), [Problem(path, f'{shown(section)} is not a mapping with a name and arguments')]
     arguments = {**_UNNAMED.get(kind, {}), **section}
     if 'name' not in arguments:
         text = f'is missing; say which {kind}'
@@ -113,10 +113,12 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     """
     empty, names = Component(kind, str(name)), part_names(kind)
     if name not in names and not is_reference(name):
-        text = f'{name!r} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
+        text = f'{shown(name)} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
         return empty, [Problem(name_path, f'{text}{did_you_mean(name, names)}', tuple(names))]
     if not isinstance(kwargs, dict):
-        return empty, [Problem(path, f'{kwargs!r} is not a mapping of arguments; write {name}: {{}} for the defaults')]
+        return empty, [
+            Problem(path, f'{shown(kwargs)} is not a mapping of arguments; write {name}: {{}} for the defaults')
+        ]
     remedy = 'install the package that is missing'
     try:
         if is_reference(name):
