@@ -146,7 +146,7 @@ def _batch_flops(
     6 for each multiply-add of a forward pass: 2 there, twice as many backward. ``UserError`` where an algorithm's
     savings change from batch to batch.
     """
-    facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
+    facts = manifest.sizes
     savers = {name: algorithm for name, algorithm in algorithms.items() if hasattr(algorithm, 'rehearse')}
     for saver in savers.values():
         saver.cost_window()
