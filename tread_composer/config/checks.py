@@ -293,10 +293,12 @@ def check_files(config: Config, source: str = '') -> None:
     Loading does not ask, so that a plan needs no data. ``source`` is what to call the configuration.
     """
     problems = [*_data_files(config), *_answers(config, 'missing_files')]
-    path = config.load_path
-    if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
-        text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
-        problems.append(Problem(('load_path',), text))
+    loading = ('callbacks', 'load_checkpoint')  # Composer's, beside its keyword
+    of_callback = config.callbacks[loading[1]].kwargs['load_path'] if loading[1] in config.callbacks else None
+    for place, path in ((('load_path',), config.load_path), ((*loading, 'load_path'), of_callback)):
+        if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
+            text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
+            problems.append(Problem(place, text))
     refuse(problems, lambda path: source)
 
 

@@ -6,13 +6,15 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import torch
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from tread_composer.config.errors import Path, Problem
 from tread_composer.config.registry import FROM_DATA, SECTIONS, lacks, part_names, resolve, unkept
-from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, strict_model
+from tread_composer.config.schema import Length, Strict, native, part_kind, plain, signature_fields, strict_model
 from tread_composer.config.validation import check, shown
 from tread_composer.core.errors import did_you_mean
 from tread_composer.core.named import is_reference
@@ -23,9 +25,22 @@ __all__ = ['Component', 'check_component', 'check_section', 'component_schema']
 _GIVEN = {'algorithm': ('settings_digest',), 'backbone': FROM_DATA, 'optimizer': ('params',)}
 # What a section without a name is.
 _UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_channel'}}
+
+
+def _epochs_or_batches(time: str) -> str:
+    if time.endswith(('ep', 'ba')):
+        return time
+    raise PydanticCustomError(
+        'rule', "{value}: Composer counts epochs or batches here; write '2ep' or '200ba'", {'value': repr(time)}
+    )
+
+
 # Where Composer looks at a value only in the middle of training.
 _NARROWER: dict[str, dict[str, Any]] = {
-    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)}
+    # torch's own steps fail with it on weights that are trained.
+    **{name: {'differentiable': (Literal[False], False)} for name in ('adam', 'adamw', 'sgd')},
+    'early_stopper': {'patience': (Annotated[Length, AfterValidator(_epochs_or_batches)], 1)},
+    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
 }
 # Composer says so when it makes them, behind the data and the model.
 _PACKAGES = {
