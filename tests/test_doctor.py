@@ -14,6 +14,7 @@ import pytest
 
 from tests.runs import ROOT, SMALL, YAMLS, command, environment, make_store, needs_namespaces
 from tests.warm import own_namespaces, start_program
+from tread_composer.data.digits import prepare_digits
 
 DIGITS = str(YAMLS / 'digits_tread.yaml')
 
@@ -32,6 +33,32 @@ def test_a_machine_that_can_train_is_said_to_and_nothing_is_written(tmp_path, mo
     assert asked | {'run folder', 'free disk', 'loggers.mlflow'} <= set(rows)
     assert not list(tmp_path.iterdir())
     assert 'data' not in lines(cli('doctor').out)  # the machine alone
+
+
+def test_what_train_refuses_of_the_data_is_a_fault_here_too(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        ('global_train_batch_size=1700', 'samples of the training data'),
+        ('model.patch_size=3', 'model: '),
+    ):
+        verdict, text = lines(cli('doctor', DIGITS, words, code=2).out)['data']
+        assert verdict == 'FAULT' and said in text
+        assert text.splitlines()[0] in cli.refusal('train', DIGITS, words)
+        assert said in cli('plan', DIGITS, words, code=2).err
+
+
+def test_shared_memory_counts_the_workers_that_a_run_has_without_a_setting(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    prepare_digits('digits')
+    data = 'data={name: latents, local: digits, eval_split: eval, num_workers: %s}'
+
+    def needed(workers: str) -> str:
+        text = lines(
+            cli('doctor', DIGITS, data % workers, 'global_train_batch_size=1400', 'callbacks.digits_quality=null').out
+        )['shared memory'][1]
+        return text.partition('about ')[2]
+
+    assert needed('null') == needed('2') != needed('0')
 
 
 def become_faulty(script: str, open_files: int = 4096) -> None:

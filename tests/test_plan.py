@@ -73,6 +73,14 @@ def test_length_batches_and_memory(figures):
     memory = found['memory_gib']
     assert memory['optimizer'] * 2**30 == 8 * found['parameters']
     assert memory['average'] * 2**30 == 4 * found['parameters']
+    for optimizer, moments in (
+        ('{name: adamw, lr: 1e-3, amsgrad: true}', 3),
+        ('{name: sgd, lr: 1e-3, momentum: 0.9}', 1),
+        ('{name: sgd, lr: 1e-3}', 0),
+        ('{name: "torch.optim:NAdam", lr: 1e-3}', 2),
+    ):
+        state = figures('digits_tread', f'optimizer={optimizer}')['memory_gib']['optimizer']
+        assert state * 2**30 == 4 * moments * found['parameters'], optimizer
     activations = [
         figures('digits_tread', '--ranks', '2', f'device_train_microbatch_size={size}')['memory_gib']['activations']
         for size in (4, 8, 16)
@@ -81,6 +89,11 @@ def test_length_batches_and_memory(figures):
     assert activations[2] == memory['activations']
     assert activations[2] - activations[1] == pytest.approx(2 * (activations[1] - activations[0]))
     assert figures('digits_tread', 'max_duration=3ep')['batches'] == 33
+    # Settings of Composer's that make a run shorter: fewer batches an epoch, and a share of the whole.
+    found = figures('digits_tread', 'max_duration=3ep', 'train_subset_num_batches=4')
+    assert (found['batches'], found['batches_per_epoch'], found['epochs']) == (12, 4, 3.0)
+    assert figures('digits_tread', 'max_duration=3ep', 'train_subset_num_batches=40')['batches'] == 33
+    assert figures('digits_tread', 'max_duration=10ba', 'scale_schedule_ratio=0.55')['batches'] == 5
 
 
 def test_averages_are_counted_and_one_too_long_for_the_run_is_said(plan, figures):

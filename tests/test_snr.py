@@ -46,6 +46,12 @@ def test_overrides_hold_for_all_files_and_the_picture_goes_where_it_should(snr, 
     assert picture.exists()
 
 
+def test_a_file_whose_name_holds_an_equals_sign_is_a_file(snr, tmp_path):
+    (tmp_path / 'lr=0.1').mkdir()
+    (tmp_path / 'lr=0.1' / 'config.yaml').write_text(f'extends: {YAMLS}/digits.yaml')
+    assert row(snr(str(tmp_path / 'lr=0.1' / 'config.yaml')).out, 'digits')
+
+
 def test_without_data_the_strength_must_be_given_and_that_is_said(snr, tmp_path):
     output = snr('dit_xl.yaml', code=2)
     assert 'holds no manifest' in output.err and '--std' in output.err and output.out == ''

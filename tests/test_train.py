@@ -21,6 +21,7 @@ from tests.runs import (
     train,
 )
 from tests.warm import start_program, wait_until
+from tread_composer.data.digits import prepare_digits
 
 YAML = YAMLS / 'digits_tread.yaml'
 TREAD_WIDE = 'algorithms.tread={start: 1, end: -2, selection_rate: 0.5}'
@@ -50,6 +51,13 @@ def test_a_run_leaves_what_it_should(whole):
     assert run.data.params['algorithms.tread.selection_rate'] == '0.5' and run.data.params['optimizer.lr'] == '0.001'
     assert run.data.metrics['tread/kept_tokens'] == 8 and run.data.metrics['tread/selection_rate'] == 0.5
     assert sorted(history(whole[1])) == list(range(14))
+
+
+def test_what_only_the_constructor_of_a_callback_refuses_is_said_in_words(tmp_path):
+    prepare_digits(tmp_path / 'data' / 'digits')
+    stopper = 'callbacks.early_stopper={monitor: loss, dataloader_label: eval, comp: most}'
+    message = refused_here(tmp_path, YAML, *SMALL, 'loggers=null', stopper)
+    assert 'callbacks.early_stopper: EarlyStopper refuses these arguments: Unrecognized comp string' in message
 
 
 def test_a_run_that_was_killed_and_stopped_equals_the_uninterrupted_one_to_the_bit(whole, tmp_path):

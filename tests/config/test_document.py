@@ -79,6 +79,7 @@ def test_override_forms(base):
         ('seed=', 'has no value; write seed=null'),
         ('seed.deep=3', "seed is 17, which holds no 'deep'"),
         ('optimizer.betas.7=3', "is a list of 2; '7' is not a position"),
+        ('optimizer.betas.²=3', "is a list of 2; '²' is not a position"),  # a digit for Python, and no number
         ('data={local', 'the value is not YAML'),
         ('extends=other.yaml', 'can only be written in a file'),
         ('seed=&a [*a]', 'contains itself'),

@@ -15,10 +15,14 @@ seed="17" -> seed: '17' is not a whole number; write it without quotes
 seed=1.0 -> seed: 1.0 is not a whole number
 seed=true -> seed: true is not a whole number
 compile=yes -> compile: 'yes' is not true or false; write true or false
+save_folder=~/runs -> save_folder: '~/runs': nobody replaces ~ here
+data.local=~/digits -> data.local: '~/digits': nobody replaces ~ here; write the whole path, or ${oc.env:HOME}/digits
 run_name=12 -> run_name: 12 is not text; write it in quotes
 run_name="" -> run_name: '' names a folder
 label_dropout=.nan -> is not a finite number
 latent_scale=[1, x] -> latent_scale.1: 'x' is not a number
+global_train_batch_size=null -> global_train_batch_size: null is not a whole number; give it
+seed=null -> seed: null is not a whole number; leave the key out for its default
 max_duration=null -> max_duration: is missing
 max_duration=1dur -> max_duration: '1dur' is no length of a run
 eval_interval=200 -> write '200ep' or '200ba'
@@ -55,8 +59,12 @@ objective={name: edm, direction_weight: 1.0} -> direction_weight: belongs to 'fl
 optimizer=null -> optimizer: is missing: without it Composer would silently train with SGD at 0.1
 optimizer=adamw -> optimizer: 'adamw' is not a mapping with a name and arguments
 optimizer={name: sgd} -> optimizer.lr: is missing
-optimizer.betas=[0.9] -> optimizer.betas
+optimizer.betas=[0.9] -> optimizer.betas: [0.9] is not a list of 2 values
+optimizer.betas=[] -> optimizer.betas: [] is not a list of 2 values
+optimizer.betas=[0.9, 0.9, 0.9] -> optimizer.betas: [0.9, 0.9, 0.9] is not a list of at most 2 values
+latent_scale=[] -> latent_scale: [] is not a number or a list of at least 1 value or one of 'auto'
 optimizer.lr=-1.0 -> AdamW refuses these arguments: Invalid learning rate
+optimizer.differentiable=true -> optimizer.differentiable: true is not one of false
 optimizer.params=[1] -> optimizer.params: unknown setting
 scheduler={t_warmup: 3ba} -> scheduler.name: is missing; say which scheduler
 scheduler={name: constant_with_warmup} -> scheduler.t_warmup: is missing
@@ -69,6 +77,9 @@ algorithms.composer_ema={half_life: 10} -> algorithms.composer_ema.half_life: a 
 algorithms.swa={swa_start: soon} -> algorithms.swa.swa_start: 'soon' is not a time
 algorithms.low_precision_layer_norm={apply_at: never} -> 'never' is not one of 'init',
 algorithms={"a\e[31mb": {}} -> algorithms.a\x1b[31mb: unknown algorithm
+algorithms.tread=true -> algorithms.tread: true is not a mapping of arguments
+model.name=null -> model.name: null is unknown.
+callbacks.grid={name: sample_grid, interval: 1ba} -> is named by its key: callbacks: {sample_grid: {...}}
 algorithms.tread=half -> algorithms.tread: 'half' is not a mapping of arguments
 algorithms.tread.end_time=0.9durr -> algorithms.tread.end_time: '0.9durr' is not a time
 algorithms.tread.token_arguments=rope -> 'rope' is not a list
@@ -82,6 +93,8 @@ callbacks.digits_quality={num_samples: 5, weights: raw} -> DigitsQuality refuses
 callbacks.speed_monitor.window_size=many -> 'many' is not a whole number
 callbacks.speed_monitor.window_sice=1 -> unknown setting. Did you mean 'window_size'?
 callbacks.early_stopper={monitor: a, dataloader_label: b, patience: 3} -> a bare number has no unit
+callbacks.early_stopper={monitor: a, dataloader_label: b, patience: 0.5dur} -> '0.5dur': Composer counts epochs or
+callbacks.load_checkpoint={load_path: nope.pt} -> callbacks.load_checkpoint.load_path: 'nope.pt' does not exist
 loggers.mlflow={} -> loggers.mlflow.experiment_name: is missing
 loggers.mlflow={experiment_name: 3} -> loggers.mlflow.experiment_name: 3 is not text
 parallelism_config={fsdp: {cpu_offload: true}} -> parallelism_config.fsdp.cpu_offload: true: Composer has no CPU offload
@@ -106,6 +119,7 @@ train_subset_num_batches=0 -> train_subset_num_batches: 0 must be at least 1, or
 eval_subset_num_batches=-3 -> eval_subset_num_batches: -3 must be at least 1, or -1 for all
 scale_schedule_ratio=-1 -> scale_schedule_ratio: -1 is not greater than 0
 scale_schedule_ratio=0 -> scale_schedule_ratio: 0 is not greater than 0
+scale_schedule_ratio=0.05 -> scale_schedule_ratio: 0.05 times max_duration 10ba leaves nothing to train
 scale_schedule_ratio=1e30 -> scale_schedule_ratio: 1e+30 is not less than or equal to 1000
 dist_timeout=0 -> dist_timeout: 0 is not greater than 0
 dist_timeout=1e300 -> dist_timeout: 1e+300 is not less than or equal to
@@ -214,6 +228,11 @@ def test_refused_of_a_recipe(line):
     with pytest.raises(ConfigError) as caught:
         load_config(YAMLS / f'{recipe}.yaml', [override])
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize('value', ['017', '"1.5"', '""', '"~"', '"true"'])
+def test_quotes_are_not_blamed_where_their_removal_would_not_help(message, value):
+    assert message(f'seed={value}').endswith('is not a whole number')
 
 
 def test_all_problems_are_told_in_a_stable_order(message):

@@ -31,9 +31,15 @@ _FOR_STEPS = 0.92  # of a card: CUDA's context, the libraries' workspaces and th
 
 def kept_copies(config: Config) -> tuple[int, int]:
     """Copies of the trainable weights in float32 that a run keeps beside them: the optimizer's, and averages."""
-    moments = {'adamw': 2, 'adam': 2, 'decoupled_adamw': 2}.get(config.optimizer.name, 1)
-    if 'sgd' in config.optimizer.name and not config.optimizer.kwargs.get('momentum'):
-        moments = 0
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = config.optimizer.build([weight])
+    try:
+        optimizer.step()  # most make their state in the first step
+        state = optimizer.state[weight].values()
+        moments = sum(isinstance(value, Tensor) and value.shape == weight.shape for value in state)
+    except Exception:  # `capturable` on a CPU, or one that wants a closure: as most of them, it is taken for Adam's kin
+        moments = 2
     return moments, sum(num_averages(part.instance) for part in config.algorithms.values())
 
 

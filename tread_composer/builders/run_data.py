@@ -17,8 +17,8 @@ from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
 __all__ = [
-    'build_loaders', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'split_folders',
-    'with_planned_numbers',
+    'build_loaders', 'check_expectations', 'identity', 'num_workers', 'planned_manifest', 'prepare_data',
+    'split_folders', 'with_planned_numbers',
 ]  # fmt: skip
 
 _READER_SETTINGS = (
@@ -118,16 +118,21 @@ def identity(manifest: Manifest) -> dict[str, Any]:
     return {**{name: getattr(manifest, name) for name in names}, 'latent_shape': list(manifest.latent_shape)}
 
 
+def num_workers(config: Config) -> int:
+    """Reading processes of each rank."""
+    if config.data.num_workers is not None:
+        return config.data.num_workers
+    return 8 if getattr(config.data, 'remote', None) else 2  # local shards need them only where the disk is slow
+
+
 def build_loaders(config: Config, splits: Mapping[str, Manifest]) -> tuple[DataLoader, DataLoader | None]:
     """Training and evaluation batches; Composer's distributed state must be initialised."""
     data, ranks, names = config.data, dist.get_world_size(), split_folders(config)
-    common: dict[str, Any] = {'num_workers': data.num_workers}
+    common: dict[str, Any] = {'num_workers': num_workers(config)}
     training: dict[str, Any] = {'shuffle_seed': config.seed if data.shuffle_seed is None else data.shuffle_seed}
     remote = None
     if data.name == 'latents':
         remote = data.remote
-        if data.num_workers is None:
-            common['num_workers'] = 8 if remote else 2  # local shards need workers only where the disk is slow
         if splits['train'].mirrored and data.mirror is not False:
             training['mirror_seed'] = config.seed
         settings = {name: getattr(data, name) for name in _READER_SETTINGS}

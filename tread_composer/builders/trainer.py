@@ -35,9 +35,9 @@ from tread_composer.callbacks.sampling import SamplingCallback
 from tread_composer.callbacks.update_guard import UpdateGuard
 from tread_composer.config import Config
 from tread_composer.config.checks import attention_dtypes
-from tread_composer.config.components import Component
+from tread_composer.config.registry import resolve
 from tread_composer.core.batch import SAMPLE_IDS
-from tread_composer.core.errors import UserError
+from tread_composer.core.errors import UserError, first_line
 from tread_composer.core.flatten import flatten
 from tread_composer.data.manifest import Manifest
 from tread_composer.io.checkpoint_reader import restricted_loading
@@ -64,7 +64,7 @@ def build_trainer(
     contract = {**decisive_settings(config.to_dict()), 'training_data': identity(splits['train'])}
     if any('shard' in limits(part.instance) for part in config.algorithms.values()):
         contract['ranks'] = dist.get_world_size()
-    algorithms = {name: _take(config, component, contract) for name, component in config.algorithms.items()}
+    algorithms = _taken(config, 'algorithms', contract)
     model = build_model(config, splits['train'], algorithms=algorithms)
     _choose_attention(config, model.denoiser)
     train, evaluation = build_loaders(config, splits)
@@ -78,7 +78,7 @@ def build_trainer(
         isinstance(callback, SamplingCallback) for callback in callbacks
     ):
         _ = model.autoencoder.network  # they decode: weights that are not there or not the data's are refused now
-    loggers = [component.take() for component in config.loggers.values()]
+    loggers = list(_taken(config, 'loggers', contract).values())
     arguments = config.trainer_arguments()
     # Lines in place of Composer's bar: they say more, and a log file would get thousands of its escapes.
     if arguments.pop('progress_bar'):
@@ -116,7 +116,7 @@ def _callbacks(config: Config, contract: dict[str, Any], skipped_batches: Collec
     """Those of every run, those of the configuration, and the saver of a local folder."""
     guard = UpdateGuard(config.on_nonfinite, config.spike_factor, skipped_batches)
     callbacks: list[Callback] = [KeyedDraws(), EpochIsWhole(), DataWait(), ResumeContract(contract), guard]
-    callbacks += [_take(config, component, contract) for component in config.callbacks.values()]
+    callbacks += _taken(config, 'callbacks', contract).values()
     folder = config.save_folder
     if folder is None or '://' in folder:
         return callbacks
@@ -146,7 +146,7 @@ def _batch_flops(
     6 for each multiply-add of a forward pass: 2 there, twice as many backward. ``UserError`` where an algorithm's
     savings change from batch to batch.
     """
-    facts = {'channels': manifest.channels, 'latent_size': manifest.latent_height, 'num_classes': manifest.num_classes}
+    facts = manifest.sizes
     savers = {name: algorithm for name, algorithm in algorithms.items() if hasattr(algorithm, 'rehearse')}
     for saver in savers.values():
         saver.cost_window()
@@ -224,15 +224,26 @@ def _misfit_in_words(config: Config) -> Iterator[None]:
         ) from None
 
 
-def _take(config: Config, component: Component, contract: Mapping[str, Any]) -> Any:
-    """An algorithm or callback, with what only the run can tell it: where it writes, and whose files those are."""
-    part = component.take()
-    if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
-        part.folder = str(part_folder(component, run_folder(config), config.run_name))
-    if getattr(part, 'settings_digest', '') is None:
-        text = json.dumps(contract, sort_keys=True, default=str)
-        part.settings_digest = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
-    return part
+def _taken(config: Config, table: str, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Algorithms, callbacks or loggers, with what only the run can tell them: where they write, whose files those are.
+
+    ``UserError`` where a constructor refuses: those of others, which may write or connect, are called here only.
+    """
+    parts: dict[str, Any] = {}
+    for name, component in getattr(config, table).items():
+        try:
+            parts[name] = part = component.take()
+        except (UserError, AttributeError, NameError):  # the latter are bugs of that part, and want a traceback
+            raise
+        except Exception as error:  # a constructor may refuse in any way
+            title = resolve(component.kind, component.name).__name__
+            raise UserError(f'{table}.{name}: {title} refuses these arguments: {first_line(error)}') from error
+        if hasattr(part, 'default_folder') and 'folder' not in component.kwargs and config.save_folder is not None:
+            part.folder = str(part_folder(component, run_folder(config), config.run_name))
+        if getattr(part, 'settings_digest', '') is None:
+            text = json.dumps(contract, sort_keys=True, default=str)
+            part.settings_digest = f'sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}'
+    return parts
 
 
 def compile_blocks(denoiser: Any, **settings: Any) -> None:

@@ -61,6 +61,7 @@ def plan(
     Example: yamls/dit_xl_tread.yaml --ranks 16 --nodes 2
     """
     with importing():
+        from tread_composer.builders.model import check_fit
         from tread_composer.builders.run_data import with_planned_numbers
         from tread_composer.config import load_config
         from tread_composer.run.plan import data_state, format_plan, make_plan
@@ -74,8 +75,11 @@ def plan(
         print(json.dumps({**figures, 'data': state, 'config': config.to_dict()}, indent=2))
     else:
         print(format_plan(config, figures, state))
-    if problem is not None and not without_data:  # the plan first: it says what was looked for
+    if without_data:
+        return
+    if problem is not None:  # the plan first: it says what was looked for
         raise problem
+    check_fit(config)
 
 
 def doctor(
@@ -124,14 +128,14 @@ def snr(
     Example: yamls/digits.yaml yamls/digits_fasterdit.yaml --out snr.png
     """
     # Both are positional, so argparse gives all words to the first.
-    files = [word for word in yamls if '=' not in word]
+    files = [word for word in yamls if '=' not in word or os.path.isfile(word)]  # a run may be called lr=0.1
     if not files:
         raise UserError('snr: give a YAML file before the settings, for example yamls/digits.yaml')
     with importing():
         from tread_composer.config import load_config
         from tread_composer.run.snr import draw_snr, format_snr, make_snr
 
-    overrides = (*(word for word in yamls if '=' in word), *overrides)
+    overrides = (*(word for word in yamls if word not in files), *overrides)
     curves = [make_snr(load_config(file, overrides), std) for file in files]
     draw_snr(curves, out)
     print(format_snr(curves, out))

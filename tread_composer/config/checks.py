@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator
 
 import torch
+from composer.core import Time
 from composer.utils import parse_uri
 from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
@@ -171,6 +172,10 @@ def _rest(config: Config) -> Iterator[Problem]:
             yield Problem((name,), f'{value}: latent_normalization decides that; remove one of the two')
     if config.latent_scale == 'auto' and config.latent_shift != 0:
         yield Problem(('latent_shift',), f'{config.latent_shift}: latent_scale: auto decides that; remove it')
+    length, ratio = Time.from_timestring(config.max_duration), config.scale_schedule_ratio
+    if (length * ratio).value == 0:
+        text = f'{ratio} times max_duration {config.max_duration} leaves nothing to train; take a longer one of the two'
+        yield Problem(('scale_schedule_ratio',), text)
     if config.precision_config is not None and config.precision_name != 'amp_fp8':
         yield Problem(('precision_config',), 'is for precision amp_fp8 only; take it out')
     if config.compile and config.compile_config is not None:
@@ -238,6 +243,15 @@ def _places(config: Config) -> Iterator[Problem]:
             fault = _placeholder_fault(text, placeholders) or (_address_fault(text) if 'filename' not in name else None)
             if fault is not None:
                 yield Problem((name,), f'{text!r} {fault}')
+    folders = {
+        ('save_folder',): config.save_folder,
+        ('load_path',): config.load_path,
+        ('data', 'local'): config.data.local,
+    }
+    for path, folder in folders.items():
+        if folder is not None and folder.startswith('~/'):  # a folder called ~ would be made where the run is started
+            text = f'{folder!r}: nobody replaces ~ here; write the whole path, or ${{oc.env:HOME}}{folder[1:]}'
+            yield Problem(path, text)
     if config.save_folder is None:
         return
     latest = config.save_latest_filename
@@ -279,10 +293,12 @@ def check_files(config: Config, source: str = '') -> None:
     Loading does not ask, so that a plan needs no data. ``source`` is what to call the configuration.
     """
     problems = [*_data_files(config), *_answers(config, 'missing_files')]
-    path = config.load_path
-    if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
-        text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
-        problems.append(Problem(('load_path',), text))
+    loading = ('callbacks', 'load_checkpoint')  # Composer's, beside its keyword
+    of_callback = config.callbacks[loading[1]].kwargs['load_path'] if loading[1] in config.callbacks else None
+    for place, path in ((('load_path',), config.load_path), ((*loading, 'load_path'), of_callback)):
+        if path is not None and '://' not in path and '{' not in path and not os.path.exists(path):
+            text = f'{path!r} does not exist; give a checkpoint, for example runs/<run_name>/latest-rank0.pt'
+            problems.append(Problem(place, text))
     refuse(problems, lambda path: source)
 
 

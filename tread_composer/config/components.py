@@ -6,14 +6,16 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import torch
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from tread_composer.config.errors import Path, Problem
 from tread_composer.config.registry import FROM_DATA, SECTIONS, lacks, part_names, resolve, unkept
-from tread_composer.config.schema import Strict, native, part_kind, plain, signature_fields, strict_model
-from tread_composer.config.validation import check
+from tread_composer.config.schema import Length, Strict, native, part_kind, plain, signature_fields, strict_model
+from tread_composer.config.validation import check, shown
 from tread_composer.core.errors import did_you_mean
 from tread_composer.core.named import is_reference
 
@@ -23,9 +25,22 @@ __all__ = ['Component', 'check_component', 'check_section', 'component_schema']
 _GIVEN = {'algorithm': ('settings_digest',), 'backbone': FROM_DATA, 'optimizer': ('params',)}
 # What a section without a name is.
 _UNNAMED = {'backbone': {'name': 'dit'}, 'latent_normalization': {'name': 'per_channel'}}
+
+
+def _epochs_or_batches(time: str) -> str:
+    if time.endswith(('ep', 'ba')):
+        return time
+    raise PydanticCustomError(
+        'rule', "{value}: Composer counts epochs or batches here; write '2ep' or '200ba'", {'value': repr(time)}
+    )
+
+
 # Where Composer looks at a value only in the middle of training.
 _NARROWER: dict[str, dict[str, Any]] = {
-    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)}
+    # torch's own steps fail with it on weights that are trained.
+    **{name: {'differentiable': (Literal[False], False)} for name in ('adam', 'adamw', 'sgd')},
+    'early_stopper': {'patience': (Annotated[Length, AfterValidator(_epochs_or_batches)], 1)},
+    'gradient_clipping': {'clipping_type': (Literal['adaptive', 'norm', 'value'], ...)},
 }
 # Composer says so when it makes them, behind the data and the model.
 _PACKAGES = {
@@ -96,7 +111,7 @@ def check_section(kind: str, section: Any, path: Path) -> tuple[Component, list[
     """A part whose section at ``path`` says its ``name``, with its problems; usable only if there are none."""
     name_path = (*path, 'name')
     if not isinstance(section, dict):
-        return Component(kind, ''), [Problem(path, f'{section!r} is not a mapping with a name and arguments')]
+        return Component(kind, ''), [Problem(path, f'{shown(section)} is not a mapping with a name and arguments')]
     arguments = {**_UNNAMED.get(kind, {}), **section}
     if 'name' not in arguments:
         text = f'is missing; say which {kind}'
@@ -113,10 +128,12 @@ def check_component(kind: str, name: Any, kwargs: Any, path: Path, name_path: Pa
     """
     empty, names = Component(kind, str(name)), part_names(kind)
     if name not in names and not is_reference(name):
-        text = f'{name!r} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
+        text = f'{shown(name)} is unknown.' if kind in SECTIONS else f'unknown {kind}.'
         return empty, [Problem(name_path, f'{text}{did_you_mean(name, names)}', tuple(names))]
     if not isinstance(kwargs, dict):
-        return empty, [Problem(path, f'{kwargs!r} is not a mapping of arguments; write {name}: {{}} for the defaults')]
+        return empty, [
+            Problem(path, f'{shown(kwargs)} is not a mapping of arguments; write {name}: {{}} for the defaults')
+        ]
     remedy = 'install the package that is missing'
     try:
         if is_reference(name):

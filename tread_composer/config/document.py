@@ -20,7 +20,7 @@ from tread_composer.config.errors import ConfigError, Path, Problem, dotted, ref
 from tread_composer.config.registry import TABLES
 from tread_composer.core.masking import MASK, keep_secret
 
-__all__ = ['Document', 'document_of', 'dump_yaml', 'mapped', 'parse_yaml', 'read_document']
+__all__ = ['Document', 'document_of', 'dump_yaml', 'kind_of', 'mapped', 'parse_yaml', 'read_document']
 
 _COMMAND_LINE = 'command line'
 _MAX_BYTES = 2**20
@@ -150,7 +150,7 @@ class Document:
                 if isinstance(node, dict) and node.get(path[-1]) is None:
                     node[path[-1]] = {}
                 node = node[path[-1]]
-            if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+            if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
                 return f'{dotted(tuple(path))} is a list of {len(node)}; {part!r} is not a position in it'
             if not isinstance(node, (dict, list)):
                 return f'{dotted(tuple(path))} is {node!r}, which holds no {part!r}'
@@ -316,6 +316,11 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError('lists or mappings are nested hundreds of levels deep') from None
     finally:
         loader.dispose()
+
+
+def kind_of(text: str) -> str:
+    """What YAML reads these characters as where no quotes are around them: int, float, bool, null or str."""
+    return _Loader('').resolve(yaml.ScalarNode, text, (True, False)).rpartition(':')[2]
 
 
 def _expanded(node: yaml.Node, sizes: dict[int, float]) -> float:

@@ -10,7 +10,7 @@ from tread_composer.config.document import Document, document_of, read_document
 from tread_composer.config.errors import Problem, refuse
 from tread_composer.config.registry import PARTS, TABLES, part_names
 from tread_composer.config.tree import Config
-from tread_composer.config.validation import check
+from tread_composer.config.validation import check, shown
 from tread_composer.core import launch
 from tread_composer.core.named import is_reference
 
@@ -98,6 +98,12 @@ def _table(kind: str, table: str, entries: dict[str, Any]) -> tuple[dict[str, Co
         reference = kwargs.get('name') if isinstance(kwargs, dict) and name not in part_names(kind) else None
         if is_reference(reference):  # a part of another package, under a name of the user's choice
             kwargs = {key: value for key, value in kwargs.items() if key != 'name'}
+        elif reference is not None:
+            text = (
+                f'{shown(reference)} is not of the form package.module:Class; a {kind} of ours or Composer is named by '
+            )
+            problems.append(Problem((table, name, 'name'), f'{text}its key: {table}: {{{reference}: {{...}}}}'))
+            continue
         components[name], faults = check_component(kind, reference or name, kwargs, (table, name), (table, name))
         problems += faults
     return components, problems

@@ -12,7 +12,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from tread_composer.config.schema import Length, Strict, signature_fields, strict_model, yaml_type
+from tread_composer.config.schema import Length, Strict, signature_fields, signature_model, strict_model, yaml_type
 
 __all__ = ['BUILT_BY_US', 'TrainerSettings', 'fsdp_section']
 
@@ -90,7 +90,7 @@ def _compile_section() -> type[Strict]:
 def _profiler_section() -> type[Strict]:
     """``profiler``: Composer's arguments, its cyclic ``schedule`` as a section; traces go into the run's folder."""
     fields, refused = signature_fields(Profiler, skip=('schedule', 'trace_handlers'))
-    schedule = strict_model('ScheduleSettings', *signature_fields(cyclic_schedule))
+    schedule = signature_model(cyclic_schedule)
     # Composer's default would be a folder where the run was started, and uploads.
     own = dict.fromkeys(('torch_prof_folder', 'torch_prof_remote_file_name', 'torch_prof_memory_remote_file_name'))
     fields |= dict.fromkeys(own, (str | None, None))

@@ -1,18 +1,18 @@
 """Validation of a section, with pydantic's complaints in the words of a YAML author: value, rule, remedy."""
 
 import inspect
-import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from tread_composer.config.document import kind_of
 from tread_composer.config.errors import Path, Problem
 from tread_composer.config.schema import Strict
 from tread_composer.core.errors import did_you_mean
 
-__all__ = ['check']
+__all__ = ['check', 'shown']
 
 
 def check(
@@ -53,7 +53,6 @@ def _real_path(location: tuple[Any, ...], kind: str, data: Any) -> Path:
     return tuple(path)
 
 
-_NUMBER_OR_BOOL = re.compile(r'true|false|[-+]?[0-9.]+([eE][-+]?[0-9]+)?', re.IGNORECASE)
 _EXPECTED = {
     'bool_type': 'true or false',
     'dict_type': 'a mapping',
@@ -67,6 +66,7 @@ _EXPECTED = {
     'string_type': 'text',
     'tuple_type': 'a list',
 }
+_UNQUOTED = {'int_type': ('int',), 'float_type': ('int', 'float'), 'bool_type': ('bool',)}
 
 
 def _problem(
@@ -86,6 +86,8 @@ def _problem(
             owners = [repr(name) for name, schema in siblings.items() if location[0] in schema.model_fields]
             text = f'belongs to {" and ".join(owners)}, not to {present!r}' if owners else text
         return Problem(path, f'{text}.{did_you_mean(location[-1], names)}', tuple(names))
+    if 'missing' in kinds and isinstance(value, (list, tuple)):  # it ends before the last of a fixed number
+        return Problem(path, f'{shown(value)} is not a list of {details[-1]["loc"][-1] + 1} values')
     if 'missing' in kinds:
         return Problem(path, 'is missing and has no default; give it')
     # Of a union the most telling member: a message of our own, else all that would have been right.
@@ -95,36 +97,47 @@ def _problem(
     expected = [_expected(detail) for detail in details]
     rules = dict.fromkeys(rule for rule in expected if rule)
     if rules:
-        return Problem(path, f'{_shown(value)} is not {" or ".join(rules)}{_type_remedy(value, kinds)}')
-    return Problem(path, f'{_shown(value)}: {details[0]["msg"].removeprefix("Value error, ")}')
+        has_default = _has_default(model, location)
+        return Problem(path, f'{shown(value)} is not {" or ".join(rules)}{_type_remedy(value, kinds, has_default)}')
+    return Problem(path, f'{shown(value)}: {details[0]["msg"].removeprefix("Value error, ")}')
 
 
 def _expected(detail: Any) -> str:
     if detail['type'] == 'literal_error':
         expected = detail['ctx']['expected'].replace(' or ', ', ')
         return f'one of {expected.replace("False", "false").replace("True", "true")}'
-    if detail['type'].startswith(('greater_than', 'less_than', 'too_', 'string_too')):
+    if detail['type'] in ('too_short', 'too_long'):
+        word, key = ('least', 'min_length') if detail['type'] == 'too_short' else ('most', 'max_length')
+        number = detail['ctx'][key]
+        return f'a list of at {word} {number} value{"" if number == 1 else "s"}'
+    if detail['type'].startswith(('greater_than', 'less_than', 'string_too')):
         text = detail['msg'].replace('Input should be', '').replace('String should have', 'a text of')
-        return text.replace('List should have', 'a list of').strip().lower()
+        return text.strip().lower()
     return _EXPECTED.get(detail['type'], '')
 
 
-def _type_remedy(value: Any, kinds: list[str]) -> str:
+def _has_default(model: type[Strict], location: Path) -> bool:
+    section = _section(model, location[:-1])
+    entry = section.model_fields.get(str(location[-1])) if section and location else None
+    return entry is not None and not entry.is_required()
+
+
+def _type_remedy(value: Any, kinds: list[str], has_default: bool) -> str:
     if value is None:
-        return '; leave the key out for its default'
-    wants = {'int_type', 'float_type', 'bool_type'} & set(kinds)
+        return '; leave the key out for its default' if has_default else '; give it'
     # Variables of the environment are texts, whatever they look like.
-    if wants and isinstance(value, str) and _NUMBER_OR_BOOL.fullmatch(value):
+    if isinstance(value, str) and any(kind_of(value) in _UNQUOTED.get(kind, ()) for kind in kinds):
         return '; write it without quotes (from the environment: ${oc.decode:${oc.env:NAME}})'
     # YAML 1.1 read these as booleans.
-    if 'bool_type' in wants and str(value).lower() in ('yes', 'no', 'on', 'off'):
+    if 'bool_type' in kinds and str(value).lower() in ('yes', 'no', 'on', 'off'):
         return '; write true or false'
     if 'string_type' in kinds and isinstance(value, (int, float)):
         return '; write it in quotes'
     return ''
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as YAML has it, for a message."""
     if value is None or isinstance(value, bool):
         return {True: 'true', False: 'false', None: 'null'}[value]
     return repr(list(value) if isinstance(value, tuple) else value)

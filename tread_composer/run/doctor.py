@@ -15,7 +15,8 @@ import torch
 from packaging.requirements import Requirement
 
 from tread_composer.builders.memory import kept_copies
-from tread_composer.builders.run_data import planned_manifest
+from tread_composer.builders.model import check_fit
+from tread_composer.builders.run_data import num_workers, planned_manifest
 from tread_composer.builders.run_folder import check_load_path, check_run_folder, run_folder
 from tread_composer.config import Config, check_files, check_machine
 from tread_composer.config.registry import resolve
@@ -99,6 +100,7 @@ def _data(config: Config) -> str:
     state, problem = data_state(config)
     if problem is not None:
         raise problem
+    check_fit(config)
     return state
 
 
@@ -158,7 +160,7 @@ def _shared_memory(config: Config | None, world_size: int) -> str:
     needed = _SEGMENTS_BYTES
     if config is not None:  # each rank has an equal share of the batch, and as many workers
         batch_bytes = config.global_train_batch_size // world_size * _sample_bytes(config)
-        needed += batch_bytes * (config.data.num_workers or 0) * world_size * _PREFETCH
+        needed += batch_bytes * num_workers(config) * world_size * _PREFETCH
     return check_shared_memory(needed, 'take fewer workers (data.num_workers)')
 
 

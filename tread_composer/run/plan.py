@@ -127,8 +127,11 @@ def _memory(config: Config, denoiser: Any, facts: dict[str, Any], savers: Savers
 
 
 def _length(config: Config, num_samples: int | None) -> dict[str, Any]:
-    duration = Time.from_timestring(config.max_duration)
-    per_epoch = None if num_samples is None else num_samples // config.global_train_batch_size
+    duration = Time.from_timestring(config.max_duration) * config.scale_schedule_ratio
+    per_epoch, subset = None, config.train_subset_num_batches
+    if num_samples is not None:
+        per_epoch = num_samples // config.global_train_batch_size
+        per_epoch = per_epoch if subset == -1 else min(per_epoch, subset)
     batches = {
         TimeUnit.BATCH: duration.value,
         TimeUnit.EPOCH: None if per_epoch is None else duration.value * per_epoch,
