@@ -326,6 +326,22 @@ def test_what_lies_beside_the_numbers_of_a_run(digits_runs, tmp_path):
 # --- costs ---
 
 
+def test_a_run_has_one_clock_whoever_measured_it(digits_runs, tmp_path):
+    """A checkpoint that ``evaluate`` measures again has no seconds of its own; those written in training stay."""
+    folder = shutil.copytree(digits_runs / 'runs' / 'dense', tmp_path / 'runs' / 'dense')
+    shutil.copy(digits_runs / 'runs' / 'mlflow.db', tmp_path / 'runs')
+    timed = [entry(step, 9.0, training={'seconds': took}) for step, took in ((100, 400.0), (200, 500.0))]
+    again = [entry(step, 9.0, source='checkpoint', training={'seconds': None}) for step in (50, 100, 150)]
+    (folder / 'results.json').write_text(json.dumps([*timed, *again]))
+    expected = [(50, 200.0), (100, 400.0), (150, 450.0), (200, 500.0)]
+    for path in (folder, folder / 'results.json'):
+        (curve,) = open_run(str(path)).curves
+        assert [(point.step, point.seconds) for point in curve.points] == expected
+    # Behind the last of them the logged speed counts, 4 batches in a second.
+    (folder / 'results.json').write_text(json.dumps([*timed, entry(240, 9.0, training=None)]))
+    assert open_run(str(folder)).curves[0].points[-1].seconds == pytest.approx(510.0)
+
+
 def test_flops_follow_the_plan_and_the_window_of_routing(tmp_path):
     dense, _ = training_teraflops(write_config(tmp_path, 'digits.yaml'))
     routed, said = training_teraflops(write_config(tmp_path, 'digits_tread.yaml'))

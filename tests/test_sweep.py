@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,28 @@ def test_killed_within_a_row_it_goes_on_where_it_stopped(command, tmp_path, cli)
     assert f'going on: {16 * len(parts)} of 100 images are there' in cli(*words, '--out', out).out
     assert not list(out.glob('.row-*'))
     assert [row['values'] for row in table_of(out)] == [row['values'] for row in table_of(tmp_path / 'whole')]
+
+
+def dies_removing_a_row() -> None:
+    """Ends the process when it has removed the images of a row, and not yet what describes them."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == 'shutil.rmtree' and '.row-' in str(arguments[0]):
+            (Path(arguments[0]) / 'samples.npz').unlink(missing_ok=True)
+            if '.samples' not in str(arguments[0]):
+                os._exit(9)
+
+    sys.addaudithook(watch)
+
+
+def test_killed_while_it_removes_the_images_of_a_row_it_has_that_row(command, tmp_path, cli):
+    words, out = [*command, '--samples', '20'], tmp_path / 'out'
+    program = ['-m', 'tread_composer', *words, '--guidance-scale', '1', '--out', out]
+    child = start_program(program, tmp_path, environment(), [tmp_path / 'log'], dies_removing_a_row)
+    child.join()
+    assert child.exitcode == 9 and list(out.glob('.row-*'))
+    assert '1 of 1 rows are finished, and kept' in cli(*words, '--guidance-scale', '1', '--out', out).out
+    assert not list(out.glob('.row-*'))
 
 
 def shift(state):

@@ -6,11 +6,12 @@ from its logged speed. Nothing is written.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from composer.core import Time, TimeUnit
 
@@ -96,7 +97,7 @@ def _from_file(path: Path, run_name: str | None) -> Run:
     entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
     if not entries:
         raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
-    curves, notes = _curves(entries, _not_recorded, _not_recorded)
+    curves, notes = _curves(entries, _not_recorded, _seconds_of(entries, {})[0])
     return Run(entries[0]['run'] or path.stem, str(path), curves, tuple(notes))
 
 
@@ -118,26 +119,41 @@ def _from_folder(folder: Path) -> Run:
     except UserError as error:
         notes.append(f'no MLflow record found ({error}), so only what is in the folder is known')
     flops, flops_note = training_teraflops(folder)
-    seconds, seconds_note = recorded_seconds(logged)
+    seconds, seconds_note = _seconds_of(entries, logged)
     curves, left_out = _curves(entries, flops, seconds)
     environment, grid = folder / 'environment.json', folder / 'samples' / 'latest.png'
     return Run(
         config['run_name'],
         str(folder),
         curves,
-        (flops_note, *notes, _seconds_note(entries, seconds_note), *left_out),
+        (flops_note, *notes, seconds_note, *left_out),
         _machine(read_json(environment)) if environment.is_file() else None,
         grid.read_bytes() if grid.is_file() else None,
     )
 
 
-def _seconds_note(entries: Sequence[Mapping[str, Any]], derived: str) -> str:
-    """Where the seconds of the points come from."""
-    timed = sum(1 for entry in entries if (entry['training'] or {}).get('seconds') is not None)
-    written = 'seconds: as written with each result while training (the time of measuring left out)'
-    if not timed:
-        return derived
-    return written if timed == len(entries) else f'{timed} of {len(entries)} results: {written}; the others: {derived}'
+def _seconds_of(entries: Iterable[Mapping[str, Any]], speeds: Mapping[int, float]) -> tuple[Cost, str]:
+    """Seconds of training until a step, and how they were found: one clock, whoever has measured at that step.
+
+    As written with the results, on a straight line between those; beyond them, and without any, by the logged speeds.
+    """
+    pairs = [(entry['batch'], (entry['training'] or {}).get('seconds')) for entry in entries]
+    written = {step: took for step, took in pairs if step is not None and took is not None}
+    derived, text = recorded_seconds(speeds)
+    if not written:
+        return derived, text
+    steps = [0, *sorted(written.keys() - {0})]
+    clock = [written.get(0, 0.0), *(written[step] for step in steps[1:])]
+
+    def seconds(step: int) -> float | None:
+        beyond = derived(step - steps[-1]) if step > steps[-1] else 0.0
+        return None if beyond is None else float(np.interp(step, steps, clock)) + beyond
+
+    note = 'seconds: as written with each result while training (the time of measuring left out)'
+    if all(step is None or step in written for step, _ in pairs):
+        return seconds, note
+    late = any(step is not None and step > steps[-1] for step, _ in pairs)
+    return seconds, f'{note}, on a straight line between them{f"; behind the last: {text}" if late else ""}'
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

@@ -127,6 +127,7 @@ def sweep(request: SweepRequest, ranks: Ranks, log: Log = print) -> tuple[list[d
             rows.append({'settings': row, **measured, 'seconds': time.monotonic() - start})
             if ranks.is_first:
                 write_json(Path(request.out) / _STATE, {'format': _FORMAT, 'contract': bench.contract, 'rows': rows})
+                shutil.rmtree(bench.images_of(row))  # 50,000 images of 256 pixels are 10 GB
             remaining = (time.monotonic() - began) / number * (len(pending) - number)
             figures = ', '.join(f'{name} {value:.4g}' for name, value in measured['values'].items())
             log(f'{number} of {len(pending)}: {in_words(row)}: {figures} (about {duration(remaining)} left)')
@@ -187,18 +188,23 @@ class _Bench:
         if state['contract'] != self.contract:
             remedy = 'Rows of different settings do not compare: choose another --out.'
             raise ResumeError.from_differences(str(path), state['contract'], self.contract, remedy)
+        for row in state['rows']:  # killed while it removed the images of a finished one
+            shutil.rmtree(self.images_of(row['settings']), ignore_errors=True)
         return state['rows']
+
+    def images_of(self, row: Mapping[str, Any]) -> Path:
+        """Where images are until their row is in the table: another model or reference has a folder of its own."""
+        key = hashlib.sha256(json.dumps([self.contract, row], sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.request.out) / f'.row-{key}'
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The numbers of a row and their better directions, on the first rank; none on the others."""
         request = self.request
         trained = self.ranks.agreed(lambda: self._load(row['weights']))
         self.measurer.prepare()  # before the first row is drawn: an image of it may be damaged
-        # Another row, model or reference has a folder of its own
-        key = hashlib.sha256(json.dumps([self.contract, row], sort_keys=True).encode()).hexdigest()[:16]
         samples = SamplesRequest(
             path=request.path,
-            out=Path(request.out) / f'.row-{key}',
+            out=self.images_of(row),
             weights=row['weights'],
             sampling=sampling_of(row, request),
             count=request.num_samples,
@@ -213,7 +219,6 @@ class _Bench:
             return {}
         append_results(Path(request.out) / 'results.json', [{**entry, 'source': trained.source} for entry in entries])
         cost = read_json(samples.out / RECORD)['gmacs_per_image']
-        shutil.rmtree(samples.out)  # 50,000 images of 256 pixels are 10 GB
         values = {entry['metric']: entry['value'] for entry in entries}
         better = {entry['metric']: entry['better'] for entry in entries}
         return {'values': {**values, 'gmacs_per_image': cost}, 'better': better}
