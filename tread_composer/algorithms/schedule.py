@@ -25,6 +25,9 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
             f'{setting}: {value!r} is in {time.unit.value}; use dur, ba, ep or sp (a resumed run could not '
             'repeat wall-clock time, and images have no token count)'
         )
+    if time.value < 0 or (time.unit == TimeUnit.DURATION and time.value > 1):
+        share = ", and dur is a share of the run, from '0dur' to '1dur'" if time.unit == TimeUnit.DURATION else ''
+        raise ValueError(f'{setting}: {value!r} is no time within a run: they count from 0{share}')
     return time
 
 
@@ -47,7 +50,11 @@ class Window:
     def __init__(self, start_time: str | None, end_time: str | None, fault: str) -> None:
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
         # Times in different units compare only once the run's length is known.
-        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
+        in_order = self._start is None or self._end is None or self._start.unit != self._end.unit
+        in_order = in_order or self._start < self._end
+        # A window that ends where the run begins, or begins where it ends.
+        begins_late = self._start is not None and self._start.unit == TimeUnit.DURATION and self._start.value == 1
+        if not in_order or begins_late or (self._end is not None and self._end.value == 0):
             raise ValueError(f'from start_time {start_time!r} to end_time {end_time!r} {fault}')
 
     def holds(self, state: State) -> bool:
