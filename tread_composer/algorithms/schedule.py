@@ -50,11 +50,7 @@ class Window:
     def __init__(self, start_time: str | None, end_time: str | None, fault: str) -> None:
         self._start, self._end = parse_time(start_time, 'start_time'), parse_time(end_time, 'end_time')
         # Times in different units compare only once the run's length is known.
-        in_order = self._start is None or self._end is None or self._start.unit != self._end.unit
-        in_order = in_order or self._start < self._end
-        # A window that ends where the run begins, or begins where it ends.
-        begins_late = self._start is not None and self._start.unit == TimeUnit.DURATION and self._start.value == 1
-        if not in_order or begins_late or (self._end is not None and self._end.value == 0):
+        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
             raise ValueError(f'from start_time {start_time!r} to end_time {end_time!r} {fault}')
 
     def holds(self, state: State) -> bool:
