@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from tests.helpers import assert_equal_weights, fit, loader, make_trainer, tiny_model, weights
 from tread_composer.algorithms.ema import EMA
 from tread_composer.callbacks.progress import ProgressLines
-from tread_composer.core.errors import ResumeError
+from tread_composer.core.errors import ResumeError, UserError
 
 DECAY = 0.7
 
@@ -45,6 +45,9 @@ class Snapshots(Callback):
 
     def _take(self, state):
         return {name: p.detach().clone() for name, p in state.model.named_parameters()}
+
+    def batch_start(self, state, logger):
+        self.at['batch_start'] = self._take(state)
 
     def eval_start(self, state, logger):
         self.at['eval_start'] = self._take(state)
@@ -197,6 +200,43 @@ def test_a_frozen_parameter_is_left_alone():
     model.denoiser.x_embedder.requires_grad_(False)
     fit([ema], model=model)
     assert not any('x_embedder' in name or 'pos_embed' in name for name in ema.state_dict()['average'])
+
+
+def test_a_parameter_that_thaws_in_a_run_is_refused():
+    """It had no average, and evaluation saw its raw weights beside the averaged ones."""
+    model = tiny_model()
+    model.denoiser.x_embedder.requires_grad_(False)
+
+    class Thaw(Callback):
+        def batch_start(self, state, logger):
+            model.denoiser.x_embedder.requires_grad_(int(state.timestamp.batch) >= 2)
+
+    with pytest.raises(UserError, match=r'frozen when the average began and train by now .*x_embedder'):
+        fit([EMA(DECAY)], model=model, callbacks=[Thaw()])
+
+
+@pytest.mark.parametrize('then', ['eval', 'fit'])
+def test_an_interrupted_evaluation_loses_no_weights(then):
+    """Ctrl-C in a notebook: whatever comes next begins with the raw weights."""
+
+    class Interrupt(Callback):
+        def eval_batch_start(self, state, logger):
+            raise KeyboardInterrupt
+
+    interrupt, at_start = Interrupt(), Snapshots()
+    trainer, _ = fit([EMA(DECAY)], eval_dataloader=loader())
+    raw = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+    trainer.state.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.eval()
+    trainer.state.callbacks.remove(interrupt)
+    trainer.state.callbacks.append(at_start)
+    if then == 'eval':
+        trainer.eval()
+        assert_equal_weights(at_start.at['eval_end'], raw)
+    else:
+        trainer.fit(duration='1ba')
+        assert_equal_weights(at_start.at['batch_start'], raw)
 
 
 def test_other_settings_and_composers_average_are_refused(trained, tmp_path):

@@ -291,6 +291,17 @@ def test_a_batch_may_hold_numbers_beside_its_samples():
     assert seen == [12, 6, 6, 6, 6, 12] * 2
 
 
+@pytest.mark.parametrize(
+    ('ids', 'described'),
+    [(['a.png'] * 4, 'a list'), (torch.zeros(4, 1).long(), r'shape \(4, 1\)'), (torch.arange(4) - 1, 'int64')],
+)
+def test_sample_ids_of_another_meaning_are_refused(ids, described):
+    batch = {'x': torch.randn(4, 12, 16), 'y': torch.randn(4, 12), 'sample_ids': ids}
+    data = DataSpec([batch], get_num_samples_in_batch=lambda batch: 4, split_batch=lambda batch, _: [batch])
+    with pytest.raises(UserError, match=f"'sample_ids' of the batch is .*{described}"):
+        foreign(kind=Numbered, data=data, microbatch=4)
+
+
 def test_a_foreign_attribute_of_that_name_is_not_believed():
     model = tiny_model()
     model.denoiser.num_tokens = 1000  # a vocabulary, say

@@ -107,12 +107,20 @@ class Averages:
     def lay_out(self, model: nn.Module) -> None:
         """Find the shards of this moment; begin the averages as copies of the weights, or cut the loaded ones.
 
-        ``ResumeError`` if those are of other parameters than the model has.
+        ``ResumeError`` if those are of other parameters than the model has; ``UserError`` if one has thawed since.
         """
         self.shards = shards_of(model)
-        if self.local:
-            return
         trainable = {name: shard for name, shard in self.shards.items() if shard.parameter.requires_grad}
+        if self.local:
+            thawed = sorted(trainable.keys() - self.local[self.keys[0]].keys())
+            if thawed:  # an evaluation would see their raw weights among averaged ones
+                raise UserError(
+                    f'{self.owner}: {len(thawed)} parameters were frozen when the average began and train by now '
+                    f'({", ".join(thawed[:5])}), so it has no average of them. Let all that will be trained require '
+                    'gradients from the start, and hold it by a learning rate of 0 meanwhile; or thaw it for a new run '
+                    'from the weights alone (load_weights_only: true)'
+                )
+            return
         if not self.loaded:
             for key in self.keys:
                 self.local[key] = {name: shard.local.float().clone() for name, shard in trainable.items()}

@@ -25,6 +25,9 @@ def parse_time(value: str | Time | None, setting: str) -> Time | None:
             f'{setting}: {value!r} is in {time.unit.value}; use dur, ba, ep or sp (a resumed run could not '
             'repeat wall-clock time, and images have no token count)'
         )
+    if time.value < 0 or (time.unit == TimeUnit.DURATION and time.value > 1):
+        share = ", and dur is a share of the run, from '0dur' to '1dur'" if time.unit == TimeUnit.DURATION else ''
+        raise ValueError(f'{setting}: {value!r} is no time within a run: they count from 0{share}')
     return time
 
 

@@ -169,6 +169,8 @@ def parse_token_arguments(settings: TokenArguments, block: nn.Module, *, shared:
     """
     if isinstance(settings, str):
         raise ValueError(f'token_arguments: {settings!r} is one name; write a list, [{settings!r}]')
+    if not isinstance(settings, (Mapping, Sequence)):
+        raise ValueError(f'token_arguments: {settings!r} is no list of names and no mapping from names to dimensions')
     mapping = settings if isinstance(settings, Mapping) else dict.fromkeys(settings, 1)  # names alone: [B, N, ...]
     parsed = tuple(_parsed(name, written, block) for name, written in mapping.items())
     for argument in parsed:

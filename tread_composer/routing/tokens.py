@@ -16,7 +16,8 @@ AlwaysKeep = int | Sequence[int]
 
 def both_ends(always_keep: AlwaysKeep) -> tuple[int, int]:
     """How many leading and how many trailing tokens never skip; ``ValueError`` for what says neither."""
-    pair = (always_keep, 0) if isinstance(always_keep, int) else tuple(always_keep)
+    is_list = isinstance(always_keep, Sequence)
+    pair: tuple[int, ...] = tuple(always_keep) if is_list else (always_keep, 0)  # type: ignore[arg-type, assignment]
     if len(pair) != 2 or not all(type(count) is int and count >= 0 for count in pair):
         raise ValueError(
             f'always_keep: {always_keep!r} is not a number of tokens; give 0 or more, or [leading, trailing] ones'

@@ -138,6 +138,7 @@ class EMA(AveragingAlgorithm):
         self._averages.load({} if state['average'] is None else {'average': state['average']})
 
     def _on_fit_start(self, state: State, logger: Logger) -> None:
+        self._give_back(state)
         if not (self._averages.local or self._averages.loaded):
             self._first_batch = int(state.timestamp.batch)
         super()._on_fit_start(state, logger)
@@ -153,15 +154,21 @@ class EMA(AveragingAlgorithm):
 
     @torch.no_grad()
     def _on_eval_start(self, state: State, logger: Logger | None = None) -> None:
+        self._give_back(state)
         self._averages.lay_out(state.model)
         shards, average = self._averages.shards, self._averages.local['average']
         self._weights = {name: shards[name].local.clone() for name in average}
         for name, value in average.items():
             shards[name].local.copy_(value)
 
-    @torch.no_grad()
     def _on_eval_end(self, state: State, logger: Logger | None = None) -> None:
-        assert self._weights is not None  # since Event.EVAL_START
+        self._give_back(state)
+
+    @torch.no_grad()
+    def _give_back(self, state: State) -> None:
+        """Put the raw weights back: after an evaluation, and before what follows one that was interrupted."""
+        if self._weights is None:
+            return
         self._averages.lay_out(state.model)  # drops what the forward passes have gathered of the average
         for name, value in self._weights.items():
             self._averages.shards[name].local.copy_(value)

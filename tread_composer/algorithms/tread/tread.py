@@ -28,7 +28,7 @@ from tread_composer.routing import (
     find_blocks,
     keep_lowest,
 )
-from tread_composer.routing.arguments import tensors_in
+from tread_composer.routing.arguments import kind, tensors_in
 from tread_composer.routing.tokens import AlwaysKeep, both_ends
 
 __all__ = ['Tread']
@@ -104,19 +104,19 @@ class Tread(AlgorithmBase):
             raise ValueError(
                 f'Tread: give either routes or start, end and selection_rate, not both ({routes}, {single})'
             )
-        if routes is not None and not routes:
-            raise ValueError('Tread: routes is empty; leave Tread out to train densely')
-        self.routes = tuple(r if isinstance(r, Route) else Route(**r) for r in routes or [single])
+        self.routes = (single,) if routes is None else _several(routes)
         self.start_time, self.end_time = start_time, end_time
         both_ends(always_keep)  # refuses what is neither a count nor a pair of counts
-        # Plain copies, as a checkpoint and the representation have them; a text is refused on INIT.
+        # Plain copies, as a checkpoint and the representation have them; what is neither is refused on INIT.
         if isinstance(blocks, Mapping):
             self.blocks: Any = {path: dict(settings or {}) for path, settings in blocks.items()}
         else:
             self.blocks = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
         self.tokens, self.tokens_out, self.num_tokens = tokens, tokens_out, num_tokens
-        if token_arguments is not None and not isinstance(token_arguments, str):
-            token_arguments = dict(token_arguments) if isinstance(token_arguments, Mapping) else tuple(token_arguments)
+        if isinstance(token_arguments, Mapping):
+            token_arguments = dict(token_arguments)
+        elif isinstance(token_arguments, Sequence) and not isinstance(token_arguments, str):
+            token_arguments = tuple(token_arguments)
         self.token_arguments = token_arguments
         self.always_keep = always_keep if isinstance(always_keep, int) else list(always_keep)
         self.shared, self.ordered, self.float32_after = shared, ordered, float32_after
@@ -226,7 +226,7 @@ class Tread(AlgorithmBase):
             return
         batch_size = _num_samples(state.batch)
         if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:
-            self._rows = state.batch[SAMPLE_IDS].tolist()
+            self._rows = _sample_rows(state.batch[SAMPLE_IDS])
         else:  # places in the global batch
             begin = dist.get_global_rank() * batch_size
             self._rows = list(range(begin, begin + batch_size))
@@ -319,6 +319,34 @@ class Tread(AlgorithmBase):
     def _keeps(self) -> AlwaysKeep:
         """The tokens that never skip in the first list, for which ids are drawn."""
         return self._routing.always_keep
+
+
+def _several(routes: Any) -> tuple[Route, ...]:
+    """The setting ``routes``."""
+    if isinstance(routes, (Route, Mapping)) or not isinstance(routes, Sequence):
+        raise ValueError(f'Tread: routes: {routes!r} is no list of routes; write one, also for a single route: [...]')
+    if not routes:
+        raise ValueError('Tread: routes is empty; leave Tread out to train densely')
+    settings = [entry.name for entry in dataclasses.fields(Route)]
+    for route in routes:
+        if not isinstance(route, Route) and not (isinstance(route, Mapping) and set(route).issubset(settings)):
+            raise ValueError(f'Tread: routes: {route!r} is no route; write Route(...), or a mapping of {settings}')
+    return tuple(route if isinstance(route, Route) else Route(**route) for route in routes)
+
+
+def _sample_rows(ids: Any) -> list[int]:
+    """What tells the samples of a batch apart, from its own entry; ``UserError`` if that means something else."""
+    fits = isinstance(ids, Tensor) and ids.dim() == 1 and not (ids.is_floating_point() or ids.is_complex())
+    rows = ids.tolist() if fits else []
+    if not fits or min(rows, default=0) < 0:
+        described = f'{kind(ids)}, {ids.dtype}' if isinstance(ids, Tensor) else kind(ids)
+        raise UserError(
+            f'Tread: the entry {SAMPLE_IDS!r} of the batch is {described}. Routes are drawn by it, so it must hold a '
+            'whole number from 0 on for each sample, for example its place in the data set: a tensor [B]. If it is '
+            "something else, give that another name; without the entry, routes are drawn by the samples' places in the "
+            'batch'
+        )
+    return rows
 
 
 def _num_samples(batch: Any) -> int:
