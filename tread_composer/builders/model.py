@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tread_composer.autoencoders import Pretrained
-from tread_composer.builders.run_data import check_expectations, planned_manifest
+from tread_composer.builders.run_data import check_batch_size, check_expectations, planned_manifest
 from tread_composer.config import Config
 from tread_composer.config.registry import resolve
 from tread_composer.config.tree import backbone_arguments
@@ -99,9 +99,4 @@ def check_fit(config: Config) -> None:
                 tokens_per_block(depth, num_tokens)
             except ValueError as error:
                 raise UserError(f'algorithms.{name}: {error}') from None
-    size, count = config.global_train_batch_size, manifest.num_samples
-    if size > count:
-        raise UserError(
-            f'global_train_batch_size: {size} is more than the {count} samples of the training data, so an epoch would '
-            f'be empty; take at most {count}'
-        )
+    check_batch_size(config, manifest)

@@ -17,8 +17,8 @@ from tread_composer.data.loaders import eval_loader, train_loader
 from tread_composer.data.manifest import Manifest
 
 __all__ = [
-    'build_loaders', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data', 'split_folders',
-    'with_planned_numbers',
+    'build_loaders', 'check_batch_size', 'check_expectations', 'identity', 'planned_manifest', 'prepare_data',
+    'split_folders', 'with_planned_numbers',
 ]  # fmt: skip
 
 _READER_SETTINGS = (
@@ -107,6 +107,16 @@ def check_expectations(config: Config, manifest: Manifest) -> None:
     if manifest.latent_height != manifest.latent_width:
         shape = f'{manifest.latent_height} x {manifest.latent_width}'
         raise UserError(f'{data.local}: latents of {shape}; this model takes square ones')
+
+
+def check_batch_size(config: Config, manifest: Manifest) -> None:
+    """Refuse a batch that the training data cannot fill even once."""
+    size, count = config.global_train_batch_size, manifest.num_samples
+    if size > count:
+        raise UserError(
+            f'global_train_batch_size: {size} is more than the {count} samples of the training data, so an epoch would '
+            f'be empty; take at most {count}'
+        )
 
 
 def identity(manifest: Manifest) -> dict[str, Any]:

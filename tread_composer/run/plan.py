@@ -14,7 +14,7 @@ from tread_composer.algorithms.rules import limits
 from tread_composer.builders.cost import Savers, count_macs, depth_of, sampling_cost, tokens_per_block
 from tread_composer.builders.memory import step_memory
 from tread_composer.builders.model import build_denoiser
-from tread_composer.builders.run_data import check_expectations, planned_manifest, split_folders
+from tread_composer.builders.run_data import check_batch_size, check_expectations, planned_manifest, split_folders
 from tread_composer.config import Config, check_files
 from tread_composer.config.sections import LatentsData
 from tread_composer.core.errors import UserError, first_line
@@ -157,13 +157,16 @@ def data_state(config: Config) -> tuple[str, UserError | None]:
     """One line on the training data, and what is wrong with them, if anything is."""
     data = config.data
     folder = os.path.join(data.local, split_folders(config)['train'])
-    if data.name == 'digits' and not os.path.exists(data.local):
-        return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
+    made_later = data.name == 'digits' and not os.path.exists(data.local)
     try:
-        check_files(config)
+        if not made_later:
+            check_files(config)
         manifest = planned_manifest(config)
         if manifest is None:
             return f'{folder}: no manifest', UserError(f'data.local: {folder!r} holds no manifest.json')
+        check_batch_size(config, manifest)
+        if made_later:
+            return f'{data.local}: not there yet, will be made from scikit-learn on first use', None
         check_shards(folder, manifest, remote=data.name == 'latents' and data.remote is not None)
         check_expectations(config, manifest)
     except UserError as error:
