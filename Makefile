@@ -29,7 +29,7 @@ STAMP := $(VENV)/.installed-$(TORCH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 ifeq ($(filter $(TORCH),$(TORCHES)),)
-$(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Installing beside your torch" in README.md)
+$(error TORCH=$(TORCH): not a tested stack. Take one of: $(TORCHES). Beside a torch of your own: "Beside your torch" in docs/install.md)
 endif
 
 .PHONY: quickstart test fuzz check-curve bench lint matrix lock install $(TORCHES:%=lock-%)

@@ -100,6 +100,8 @@ FIGURES: dict[str, list[Row]] = {
     'README.md': [
         (rf'FLOPs of a training step \| 1 \| {N}x', lambda: [plan('dit_xl_tread')['ideal_step_ratio']]),
         (rf'a factor of {N} in arithmetic', lambda: [plan('digits_tread')['ideal_step_ratio']]),
+    ],
+    'docs/install.md': [
         (r'`newest` \(default\) \| ([\d.]+),', lambda: pinned('newest', 'torch')),
         (r'`2.11` \| ([\d.]+),', lambda: pinned('torch211', 'torch')),
         (r'`2.7` \| ([\d.]+),', lambda: pinned('torch27', 'torch')),

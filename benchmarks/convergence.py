@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 import torch
 from mlflow import MlflowClient
 
+from tread_composer.io.chart import logarithmic_y
 from tread_composer.io.files import write_json
 from tread_composer.metrics.protocol import differences, load_results
 
@@ -305,7 +306,7 @@ def draw(benchmark: Benchmark, results: Results, path: Path) -> None:
             axis.set_xlabel(label)
             axis.grid(alpha=0.25)
         row[0].set_ylabel(benchmark.qualities[quality].replace(' (', '\n('))
-    axes[0, 0].set_yscale('log')
+    logarithmic_y(axes[0, 0])
     axes[0, 2].legend(fontsize=9)
     figure.suptitle(f'{benchmark.caption}; mean and range of the seeds')
     figure.savefig(path, dpi=110)

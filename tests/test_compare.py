@@ -94,6 +94,17 @@ def test_a_first_point_that_is_as_good_gives_a_lower_bound():
     assert not speed_up(points((200, 20.0)), points((50, 30.0), (100, 20.0)), 'lower', 'step').at_least
 
 
+def test_a_ratio_that_is_not_known_has_a_question_mark_and_its_reason_below_the_table():
+    curves = [run('dense', points((100, 3.0))), run('tread', points((100, 4.0)))]
+    lines = format_comparison(compare(curves)).splitlines()
+    row = next(line for line in lines if 'best of tread' in line)
+    assert row.split()[-3:] == ['?', '?', '?'] and len(row) < 120
+    assert lines[lines.index(row) + 1] == '?: not known, the reference was better from its first measurement on'
+    better = [run('dense', points((100, 4.0))), run('tread', points((100, 3.0)))]
+    text = format_comparison(compare(better))
+    assert '≥ 1.00x' in text and text.count('≥: as good at its first measurement') == 1
+
+
 def test_values_between_and_beyond_the_measurements():
     curve = points((100, 40.0), (200, 20.0))
     assert value_at(curve, 'step', 150) == Value(30.0, measured=False)

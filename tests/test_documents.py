@@ -130,7 +130,7 @@ def test_the_map_for_contributors_has_every_part_of_the_package():
 
 def test_the_map_of_the_readme_has_every_folder():
     page = (ROOT / 'README.md').read_text()
-    shown = page[page.index('## Find your way') : page.index('Method cards:')]
+    shown = page[page.index('## Find your way') : page.index('Guides: ')]
     folders = {path.parent.name for path in (ROOT / 'tread_composer').glob('*/__init__.py')}
     folders |= {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob('*.*')) and path.name[0] != '.'}
     written = {'data', 'runs', 'samples', 'sweep', 'comparison', 'inspection', 'build', 'dist'}

@@ -164,6 +164,11 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly():
     assert b'Traceback' not in done.stderr and b'BrokenPipe' not in done.stderr
 
 
+def test_a_batch_of_more_samples_than_there_are_is_refused_as_training_refuses_it(plan):
+    refused = plan('digits', 'global_train_batch_size=2000', code=2)
+    assert 'global_train_batch_size: 2000 is more than the 1500 samples' in refused.err
+
+
 def test_nodes_share_ranks_and_data(plan, figures):
     words = ['dit_s_tread', '--ranks', '8', '--nodes', '2', '--without-data']
     text = plan(*words).out

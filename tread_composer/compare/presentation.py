@@ -22,7 +22,7 @@ _RULES = (
     "measurements. Beyond a run's first and last measurement nothing is assumed.",
     'Speed-up at equal quality: what the reference had spent when it measured its best value, divided by what the '
     'other run had spent when its curve first reached that value (on the straight line between two measurements; the '
-    "figure at the first measurement that is as good stands beside it). This is how TREAD's 14x and 37x are defined; "
+    "figure at the first measurement that is as good is in brackets). This is how TREAD's 14x and 37x are defined; "
     'it is not the speed-up of a step. A run that never gets there is also held against the reference at its own best '
     'value, which both have reached; below 1x it needed more.',
     'One run each: differences between seeds are not in these numbers.',
@@ -35,14 +35,15 @@ _OBJECTIVES_RULE = (
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The tables for a terminal; each protocol stands once, behind the tables of what was measured by it."""
+    """The tables for a terminal; each protocol once, after the tables of what was measured by it."""
     lines = [f'{n}  =  {r.source}' for n, r in zip(comparison.names, comparison.runs, strict=True)]
     for table in comparison.tables:
         lines += ['', f'{table.metric} ({table.better} is better)']
         for axis, name in AXES.items():
             head, cells = [name, *comparison.names], _cells(table, axis)
             lines += ['', text_table(head, cells) if cells else f'{name}: not recorded']
-        lines += ['', text_table(_SPEED_UP_HEAD, _speed_up_rows(comparison, table))]
+        rows, notes = _speed_ups(comparison, table)
+        lines += ['', text_table(_SPEED_UP_HEAD, rows), *notes]
     for protocol, metrics in by_protocol((table.metric, table.protocol) for table in comparison.tables):
         lines += ['', f'protocol of {", ".join(metrics)}: {in_words(protocol)}']
     return '\n'.join([*lines, '', *(f'- {note}' for note in (*_notes(comparison), *_RULES))])
@@ -80,26 +81,36 @@ def _cells(table: MetricTable, axis: Axis) -> list[list[str]]:
     return [[short(cost), *map(cell, values)] for cost, values in table.rows(axis)]
 
 
-def _speed_up_rows(comparison: Comparison, table: MetricTable) -> list[list[str]]:
-    rows = []
+def _speed_ups(comparison: Comparison, table: MetricTable) -> tuple[list[list[str]], list[str]]:
+    """The rows of the speed-up at equal quality, and below them what their signs mean."""
+    rows, notes = [], list[str]()
     for run, name in enumerate(comparison.names[1:], 1):
         for owner, by_axis in ((0, table.speed_ups(run)), (run, table.common(run))):
             if by_axis:
                 best = best_point(table.points[owner], table.better)
                 quality = f'best of {comparison.names[owner]}: {short(best.value)} (step {best.step})'
                 rows.append([name, quality, *(_ratio_in_words(by_axis[axis]) for axis in AXES)])
-    return rows
+                notes += map(_note, by_axis.values())
+    return rows, [note for note in dict.fromkeys(notes) if note]
 
 
 def _ratio_in_words(speed: SpeedUp) -> str:
-    """``1.43x`` with the figure at the measured point, or why there is none."""
+    """``1.43x`` with the figure at the measured point, or why there is none: a ? where that takes a sentence."""
     if speed.ratio is None:
-        return speed.reason or 'not known: it was as good before its first step'
+        return '?' if _note(speed) else speed.reason
     if speed.at_least:
-        return f'at least {speed.ratio:.2f}x (as good at its first measurement)'
+        return f'≥ {speed.ratio:.2f}x'
     assert speed.reference is not None and speed.measured
     at_point = speed.reference / speed.measured
     return f'{speed.ratio:.2f}x' + ('' if at_point == speed.ratio else f' ({at_point:.2f}x at the measurement)')
+
+
+def _note(speed: SpeedUp) -> str:
+    """What explains a ? or a ≥, once below the table: three columns of sentences would not fit a screen."""
+    if speed.ratio is None:
+        reason = speed.reason or 'not known: it was as good before its first step'
+        return f'?: {reason.replace(":", ",")}' if reason.startswith('not known') else ''
+    return '≥: as good at its first measurement already' if speed.at_least else ''
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -155,7 +166,10 @@ def _page(comparison: Comparison, charts: list[dict[Axis, Chart]], command: str)
         page.heading(f'{table.metric} ({table.better} is better)')
         page.charts(list(by_axis.values()))
         page.heading('Speed-up at equal quality', small=True)
-        page.table(_SPEED_UP_HEAD, _speed_up_rows(comparison, table))
+        rows, notes = _speed_ups(comparison, table)
+        page.table(_SPEED_UP_HEAD, rows)
+        for note in notes:
+            page.text(note, soft=True)
         tables = []
         for axis in by_axis:
             head = [AXES[axis], *names]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['Chart', 'Curve', 'charts_png', 'short']
+__all__ = ['Chart', 'Curve', 'charts_png', 'logarithmic_y', 'short']
 
 _LOGARITHMIC_FROM = 20.0  # largest over smallest value
 _MARKERS = 'os^D'
@@ -55,12 +55,7 @@ class Chart:
             if curve.marked is not None:
                 axes.plot(*curve.points[curve.marked], 'o', markersize=12, mfc='none', mec=_LIGHT['ink'])
         if self.logarithmic():  # else the first values would hide all later ones
-            from matplotlib.ticker import LogLocator, NullFormatter
-
-            axes.set_yscale('log')
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda value, _: short(value))  # 50, where matplotlib has 5 x 10^1
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            logarithmic_y(axes)
         if self.level is not None and (self.level > 0 or not self.logarithmic()):
             line = axes.axhline(self.level, color=_LIGHT['soft'], linestyle='--', linewidth=1)
             named.append((line, self.level_label))
@@ -128,6 +123,16 @@ def _in_both_schemes(svg: str) -> str:
     return re.sub(
         r'(<svg [^>]*>)', rf'\1<style>{style} text {{ font-family: system-ui, sans-serif; }}</style>', svg, count=1
     )
+
+
+def logarithmic_y(axes: Any) -> None:
+    """A logarithmic axis that reads 10, 20, 50, where matplotlib has 10^1 and 2 x 10^1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale('log')
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def short(value: float) -> str:

@@ -119,7 +119,7 @@ def _versions() -> str:
         if not requirement.specifier.contains(version, prereleases=True):
             faults.append(f'{requirement.name} is {version}, {requirement.specifier} is needed')
     if faults:
-        raise UserError(f'{"; ".join(faults)}. Install as README.md says: make install, or pip with constraints/')
+        raise UserError(f'{"; ".join(faults)}. Install as docs/install.md says: make install, or pip with constraints/')
     return f'torch {torch.__version__}, Composer {metadata.version("mosaicml")}: as declared'
 
 
