@@ -283,6 +283,8 @@ def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, refused
         refused(main, words(source, place, vae), message)
     refused(main, words(source, 'nfs://x', vae, work=tmp_path / 'work'), "no uploader for 'nfs'")
     assert [path.name for path in tmp_path.iterdir()] == ['foreign'] and os.listdir(foreign) == ['thesis.txt']
+    (foreign / 'conversion.json').write_text('{}')
+    refused(main, words(source, foreign, None), f'{foreign}/conversion.json: no conversion of this tool wrote it')
     assert not (source / 'out').exists()
     (tmp_path / 'empty').mkdir()
     assert main(words(source, tmp_path / 'empty', vae)) == 0
