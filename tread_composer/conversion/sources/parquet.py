@@ -4,12 +4,13 @@ Parquet cannot be read at random: one image costs the decoding of a row group of
 of contents. So each file is copied once into an uncompressed Arrow file, of which small batches are mapped into memory.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -47,8 +48,8 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
     """
     kept, notes = list(files), []
     for folder in {file.parent for file in files if (file.parent / 'state.json').is_file()}:
-        state = read_json(folder / 'state.json')
-        listed = {folder / entry['filename'] for entry in state.get('_data_files') or []}
+        with _saved(folder / 'state.json') as state:
+            listed = {folder / entry['filename'] for entry in state.get('_data_files') or []}
         if missing := [file.name for file in listed if file not in files]:
             raise UserError(f'{folder}: {few(missing)} listed in state.json but not there. Copy the data completely')
         if state.get('_indices_data_files'):
@@ -57,9 +58,16 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
     if unlisted := len(files) - len(kept):
         notes.append(f'{unlisted} arrow files that state.json does not list are left out')
     if (root / 'dataset_dict.json').is_file():
-        unread = [name for name in read_json(root / 'dataset_dict.json')['splits'] if name not in SPLITS]
+        with _saved(root / 'dataset_dict.json') as named:
+            unread = [name for name in named['splits'] if name not in SPLITS]
         notes += [f'the split {name} is not converted' for name in unread]
     return kept, notes
+
+
+@contextlib.contextmanager
+def _saved(path: Path) -> Iterator[Any]:
+    with refusing((KeyError, TypeError, AttributeError), f'{path}: not what save_to_disk writes', '. Get it anew'):
+        yield read_json(path)
 
 
 def open_tables(
