@@ -109,6 +109,8 @@ _CLASS = {'_type': 'ClassLabel', 'names': ['a']}
         ({'image': _IMAGE, 'label': ['cat']}, None, "'label', holds no whole numbers"),
         ({'image': _IMAGE, 'fine': [0], 'coarse': [0]}, _features(fine=_CLASS, coarse=_CLASS), '2 columns of labels'),
         ({'image': _IMAGE, 'label': [0]}, {'huggingface': '{'}, "metadata 'huggingface'.*damaged"),
+        ({'image': _IMAGE, 'label': [0]}, _features(label={**_CLASS, 'names': [1]}), "metadata 'huggingface'.*damaged"),
+        ({'image': _IMAGE, 'label': [0]}, _features(label={**_CLASS, 'names': 'a'}), "metadata 'huggingface'.*damaged"),
         ({'image': _IMAGE, 'label': [1]}, _features(label=_CLASS), 'labels from 1 to 1, but there are names for 1'),
         ({'image': _IMAGE, 'label': [-1]}, _features(label=_CLASS), 'labels from -1'),
         ({'image': _IMAGE, 'label': pyarrow.array([None], pyarrow.int64())}, None, 'row 0 has no label'),

@@ -129,6 +129,9 @@ def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
         with refusing(damage, f"{file}: the metadata 'huggingface' of its schema is damaged"):
             features = json.loads(text)['info']['features']
             named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
+            if not all(isinstance(kind['names'], list) for kind in features.values() if 'names' in kind):
+                raise ValueError('the names of classes are no list')
+            ''.join(name for names in named.values() for name in names)  # TypeError: a name that is no text
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
     if settings.label_column is not None:
         candidates = [settings.label_column]
