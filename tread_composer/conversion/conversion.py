@@ -270,9 +270,13 @@ def _finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Mani
     # As streaming's merge_index, which takes paths for URLs (a '#' in one loses the rest).
     shards = []
     for part in map(part_name, range(plan.num_parts)):
-        for shard in read_json(folder / part / 'index.json')['shards']:
-            shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
-            shards.append(shard)
+        index = folder / part / 'index.json'
+        try:
+            for shard in read_json(index)['shards']:
+                shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
+                shards.append(shard)
+        except (UserError, KeyError, TypeError) as error:
+            raise _damaged(folder, f'{index}: is damaged or missing') from error
     write_json(folder / 'index.json', {'version': 2, 'shards': shards})
     _check_parts(folder, manifest, settings)
     if settings.remote is not None:
@@ -292,11 +296,15 @@ def _check_parts(folder: Path, manifest: Manifest, settings: Settings) -> None:
     try:
         check_shards(folder, manifest, remote=settings.is_remote)
     except UserError as error:
-        raise UserError(
-            f'{error}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
-            f"number in the shard's path; where no shard is named, {folder / MANIFEST_NAME}) and run the same command "
-            f'again: only that part is made anew'
-        ) from error
+        raise _damaged(folder, str(error)) from error
+
+
+def _damaged(folder: Path, fault: str) -> UserError:
+    return UserError(
+        f'{fault}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
+        f'number in the path; where there is none, {folder / MANIFEST_NAME}) and run the same command again: only that '
+        f'part is made anew'
+    )
 
 
 def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:
