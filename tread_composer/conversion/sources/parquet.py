@@ -123,15 +123,15 @@ def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
             f'{file}: {len(images)} columns hold images (a struct with "bytes" and "path", as Hugging Face writes '
             f'them), 1 is expected; --image-column says which. Columns: {shown}'
         )
-    named: dict[str, tuple[str, ...]] = {}
+    named: dict[str, list[str]] = {}
     if text := (schema.metadata or {}).get(b'huggingface'):
         damage = (ValueError, KeyError, TypeError, AttributeError)
         with refusing(damage, f"{file}: the metadata 'huggingface' of its schema is damaged"):
             features = json.loads(text)['info']['features']
-            named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
-            if not all(isinstance(kind['names'], list) for kind in features.values() if 'names' in kind):
-                raise ValueError('the names of classes are no list')
-            ''.join(name for names in named.values() for name in names)  # TypeError: a name that is no text
+            named = {name: kind['names'] for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
+            for names in named.values():
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError('the names of classes are no list of texts')
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
     if settings.label_column is not None:
         candidates = [settings.label_column]
@@ -144,7 +144,7 @@ def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
     label = candidates[0] if candidates else None
     if label is not None and (label not in schema.names or not pyarrow.types.is_integer(schema.field(label).type)):
         raise UserError(f'{file}: the column of labels, {label!r}, holds no whole numbers. Columns: {shown}')
-    return _Columns(images[0], label, named.get(label, ()) if label else ())
+    return _Columns(images[0], label, tuple(named.get(label, ())) if label else ())
 
 
 def _schema(file: Path) -> pyarrow.Schema:
