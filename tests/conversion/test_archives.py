@@ -1,6 +1,7 @@
 """Tars and zips that are unsafe, damaged or not what they should be."""
 
 import io
+import random
 import stat
 import tarfile
 import zipfile
@@ -183,6 +184,12 @@ def test_ground_truth_that_does_not_fit_is_refused(tmp_path, splits, opened):
     meta.unlink()
     opened.refuses('are not both in it', root, ground_truth=truths['devkit folder'])
     truths['devkit'].write_bytes(truths['devkit'].read_bytes()[:-50])
+    opened.refuses('cannot be read', root, ground_truth=truths['devkit'])
+    meta.write_bytes(random.Random(0).randbytes(2**17))
+    with tarfile.open(truths['devkit'], 'w:gz') as archive:
+        archive.add(meta, 'meta.mat')
+    whole = truths['devkit'].read_bytes()
+    truths['devkit'].write_bytes(whole[:40000] + b'\xff' * 40000 + whole[80000:])
     opened.refuses('cannot be read', root, ground_truth=truths['devkit'])
 
 

@@ -269,6 +269,23 @@ def test_finished_data_are_left_alone_and_other_settings_or_images_refused(sourc
     assert sorted(path.name for path in out.iterdir()) == ['.lock', 'conversion.json', 'train']
 
 
+def test_a_finished_part_that_was_damaged_is_named_with_the_remedy(source, tmp_path, refused):
+    arguments = words(source, tmp_path / 'out', None)
+    assert main(arguments) == 0
+    before = digests(tmp_path / 'out')
+    split = tmp_path / 'out' / 'train'
+    (split / 'manifest.json').unlink()
+    for content in (None, '{}', '[]'):
+        (split / '00001' / 'index.json').unlink(missing_ok=True)
+        if content:
+            (split / '00001' / 'index.json').write_text(content)
+        refused(main, arguments, f'{split}/00001/index.json: ', 'Remove the folder of the part')
+    (split / '00001' / 'part.json').write_text('{}')
+    refused(main, arguments, f'{split}/00001: has no part.json of a conversion')
+    shutil.rmtree(split / '00001')
+    assert main(arguments) == 0 and digests(tmp_path / 'out') == before
+
+
 def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, refused):
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
@@ -283,6 +300,8 @@ def test_places_that_are_refused_stay_as_they_are(source, vae, tmp_path, refused
         refused(main, words(source, place, vae), message)
     refused(main, words(source, 'nfs://x', vae, work=tmp_path / 'work'), "no uploader for 'nfs'")
     assert [path.name for path in tmp_path.iterdir()] == ['foreign'] and os.listdir(foreign) == ['thesis.txt']
+    (foreign / 'conversion.json').write_text('{}')
+    refused(main, words(source, foreign, None), f'{foreign}/conversion.json: no conversion of this tool wrote it')
     assert not (source / 'out').exists()
     (tmp_path / 'empty').mkdir()
     assert main(words(source, tmp_path / 'empty', vae)) == 0

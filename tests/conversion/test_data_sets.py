@@ -42,7 +42,9 @@ def test_merged_data_sets_are_one_conversion_of_everything(images, vae, tmp_path
     for path, out in zip(images, [whole, *parts], strict=True):
         assert convert_main(words(path, out, network, seed=3, batch_size=batch_size)) == 0
     arguments = [*map(str, reversed(parts)), '--out', str(tmp_path / 'out'), '--seed', '3', '--part-size', '10']
+    capsys.readouterr()
     assert merge_main([*arguments, '--dry-run']) == 0 and not (tmp_path / 'out').exists()
+    assert '--held-out' not in capsys.readouterr().out, 'no flag of this command'
     assert merge_main(arguments) == 0
     assert data_of(tmp_path / 'out' / 'train') == data_of(whole / 'train')
     assert verify_main([str(tmp_path / 'out')]) == 0
@@ -118,6 +120,8 @@ def test_a_damaged_or_unfinished_data_set_is_refused(tmp_path, refused):
     refused(
         merge_main, arguments, f'{folders[0]}/train: is one split; give the folder of the whole data set, {folders[0]}'
     )
+    arguments[1] = str(tmp_path / 'nowhere')
+    refused(merge_main, arguments, f'{tmp_path}/nowhere: no such folder')
     arguments[1] = str(folders[0])
     refused(merge_main, arguments, 'give two data sets or more, each once')
     assert not (tmp_path / 'out').exists()

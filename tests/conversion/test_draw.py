@@ -95,6 +95,7 @@ def test_other_weights_are_refused(kl: KL, tmp_path: Path, refused, capsys: pyte
     write_split(tmp_path / 'set' / 'val')  # says that its weights have another hash
     words = [str(tmp_path / 'set'), '--split', 'val', '--autoencoder', kl.path, '--out', str(tmp_path / 'x.png')]
     refused(main, [*words, '--count', '2'], f'autoencoder_hash: the run expects {kl.weight_hash()!r}')
+    refused(main, [*words, '--seed', '-1'], '--seed: -1 must be at least 0')
     assert not (tmp_path / 'x.png').exists()
     write_split(tmp_path / 'own' / 'val', autoencoder_hash=kl.weight_hash())
     words[0] = str(tmp_path / 'own')
@@ -112,6 +113,7 @@ def test_what_cannot_be_drawn_is_refused(kl: KL, tmp_path: Path):
         ((latents, out), {'autoencoder': kl, 'mirrored': True}, 'holds no latents of mirrored images'),
         ((pixels, out), {'autoencoder': kl}, 'no autoencoder decodes'),
         ((tmp_path / 'nowhere', out), {}, 'no such folder'),
+        ((pixels, tmp_path), {}, 'is a folder; give the name of the picture'),
         ((tmp_path, out), {}, 'manifest.json: no such file'),
     ]
     for arguments, keywords, message in cases:

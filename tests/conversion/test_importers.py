@@ -322,6 +322,13 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, rejected
     (tmp_path / 'tensors').mkdir()
     (tmp_path / 'tensors' / 'a.safetensors').write_text('x')
     rejected(described(tmp_path / 'tensors', 'lightningdit'), 'a.safetensors: cannot be read as safetensors')
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    for labels in ([0, 1.5], [[0], [1]]):
+        tensors = {'latents': torch.zeros(2, 3, 4, 4), 'labels': torch.tensor(labels)}
+        save_file(tensors, tmp_path / 'tensors' / 'a.safetensors')
+        rejected(
+            described(tmp_path / 'tensors', 'lightningdit'), 'a.safetensors: its labels are .*, not a list of whole'
+        )
     (tmp_path / 'lmdb').mkdir()
     maskdit_lmdb(tmp_path / 'lmdb' / 'train', 1)
     for name, message in (('lmdb', 'no data.mdb, so no LMDB; there is one in train'), ('nowhere', 'no such folder')):

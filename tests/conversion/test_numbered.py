@@ -45,6 +45,10 @@ def test_numbered_files_must_be_complete_and_agree(tmp_path, splits, opened):
     parquet = layouts.write_parquet(tmp_path / 'parquet', splits)
     (parquet / 'train-00001-of-00002.parquet').unlink()
     opened.refuses(r'<number>-of-00002\.parquet: 1 are missing, such as 1', parquet)
+    # Few files of many are no exception: the name says how many there are.
+    (parquet / 'train-00000-of-00002.parquet').rename(parquet / 'train-00000-of-00294.parquet')
+    opened.refuses(r'<number>-of-00294\.parquet: 293 are missing, such as 1', parquet)
+    (parquet / 'train-00000-of-00294.parquet').rename(parquet / 'train-00000-of-00002.parquet')
     layouts.write_parquet(parquet, splits, files=3)
     opened.refuses('files of two copies, <number>-of-2 and -of-3', parquet)
     (tmp_path / 'few.txt').write_text('a\nb\n')
@@ -105,6 +109,8 @@ _CLASS = {'_type': 'ClassLabel', 'names': ['a']}
         ({'image': _IMAGE, 'label': ['cat']}, None, "'label', holds no whole numbers"),
         ({'image': _IMAGE, 'fine': [0], 'coarse': [0]}, _features(fine=_CLASS, coarse=_CLASS), '2 columns of labels'),
         ({'image': _IMAGE, 'label': [0]}, {'huggingface': '{'}, "metadata 'huggingface'.*damaged"),
+        ({'image': _IMAGE, 'label': [0]}, _features(label={**_CLASS, 'names': [1]}), "metadata 'huggingface'.*damaged"),
+        ({'image': _IMAGE, 'label': [0]}, _features(label={**_CLASS, 'names': 'a'}), "metadata 'huggingface'.*damaged"),
         ({'image': _IMAGE, 'label': [1]}, _features(label=_CLASS), 'labels from 1 to 1, but there are names for 1'),
         ({'image': _IMAGE, 'label': [-1]}, _features(label=_CLASS), 'labels from -1'),
         ({'image': _IMAGE, 'label': pyarrow.array([None], pyarrow.int64())}, None, 'row 0 has no label'),
@@ -152,6 +158,12 @@ def test_arrow_files_are_those_that_were_saved(tmp_path, splits, opened):
     state = root / 'train' / 'state.json'
     state.write_text(json.dumps({**json.loads(state.read_text()), '_indices_data_files': [{'filename': 'x'}]}))
     opened.refuses('rows chosen by a file of indices', root)
+    for content in ('[]', '{"_data_files": [{}]}'):
+        state.write_text(content)
+        opened.refuses(r'train/state\.json: not what save_to_disk writes', root)
+    (state.parent / 'state.json').unlink()
+    (root / 'dataset_dict.json').write_text('{}')
+    opened.refuses(r'dataset_dict\.json: not what save_to_disk writes', root)
 
 
 def test_parquet_files_of_different_data_sets_or_cut_off_are_refused(tmp_path, splits, opened):

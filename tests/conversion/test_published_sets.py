@@ -1,6 +1,7 @@
 """Data sets in the form in which their authors publish them, or in which one program writes them."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def test_an_edm_data_set_without_labels_has_no_classes(tmp_path, opened):
     [
         (b'{}', 'not the labels of an EDM data set'),
         (b'no json', 'not the labels of an EDM data set'),
+        (json.dumps({'labels': EDM_LABELS}).encode(), 'not the labels of an EDM data set: .* no list of pairs'),
+        ([*EDM_LABELS.items(), (7, 1)], 'not the labels of an EDM data set: .* no list of pairs'),
         (list(EDM_LABELS.items())[1:], r'has no label for: 00000/img0\.png \(1 in all\)'),
         ([*EDM_LABELS.items(), ('00009/x.png', 1)], r'images that are missing: 00009/x\.png'),
         ([*EDM_LABELS.items(), ('00000/img0.png', 2)], 'lists more than once: 00000/img0'),
@@ -111,12 +114,17 @@ def test_the_python_files_of_cifar_are_read_in_place(fine, tmp_path, opened):
             assert source.labels[position] == int(row) % 3
     if fine:
         assert opened(root, label_column='coarse_labels')['train'].class_names == ('pet', 'wild')
-        opened.refuses("has no 'labels'.*Choose another --label-column", root, label_column='labels')
+        opened.refuses(r"has no 'labels', only \[.*'fine_labels'", root, label_column='labels')
+    (meta,) = root.glob('cifar-*/*meta')
+    meta.write_bytes(pickle.dumps({f'{"fine_" * fine}label_names'.encode(): ['cat', 'dog', 'frog']}))
+    opened.refuses('meta: not the names of classes as the published files have them', root)
 
 
 def test_a_pickle_of_cifar_that_would_run_something_is_refused(tmp_path, opened):
     root = layouts.write_cifar(tmp_path, np.zeros((46, 3, 32, 32), np.uint8))
     (root / 'cifar-10-batches-py' / 'data_batch_3').write_bytes(b'cposix\nsystem\n(U\x04exittR.')
     opened.refuses(r'data_batch_3: cannot be read: it names posix\.system', root)
+    (root / 'cifar-10-batches-py' / 'data_batch_3').write_bytes(pickle.dumps({'data': None, 'labels': []}))
+    opened.refuses('data_batch_3: not a file of CIFAR', root)  # written by Python 3: keys that are texts
     (root / 'cifar-10-batches-py' / 'data_batch_3').unlink()
     opened.refuses(r'data_batch_3: cannot be read: .*No such file', root)

@@ -179,6 +179,9 @@ def test_uploaded_data_are_fetched_shard_by_shard(split: Path, monkeypatch: pyte
     assert verify(url, say=lines.append) == [] == verify(f'{url}/train', say=lines.append)
     assert max(kept) == 0 and len(kept) > 8, 'a shard at a time'
     assert any(line.startswith(f'{url}/train: 200 samples by the index') for line in lines)
+    (split.parent / 'conversion.json').write_text(json.dumps({'content': {}, 'splits': {'train': {}, 'val': {}}}))
+    assert [fault.partition(' names')[0] for fault in verify(url)] == [f'val: {url}/conversion.json']
+    (split.parent / 'conversion.json').unlink()
     (split / SHARD).unlink()
     assert [fault.partition(': ')[0] for fault in verify(url)] == [f'{url}/train/{SHARD}']
     with pytest.raises(UserError, match='no data set: neither in train/ or val/ nor here'):
@@ -218,6 +221,16 @@ def test_splits_that_do_not_belong_together_are_a_fault(split: Path):
     train, val = split / 'manifest.json', split.parent / 'val' / 'manifest.json'
     hashes = f"autoencoder_hash: 'sha256:0' in {train}, 'sha256:1' in {val}"
     assert faults == [hashes, f'resolution: 8 in {train}, 16 in {val}']
+
+
+def test_a_split_that_the_conversion_has_not_finished_is_a_fault(split: Path):
+    record = split.parent / 'conversion.json'
+    record.write_text(json.dumps({'content': {}, 'splits': {'train': {}, 'val': {}}}))
+    words = f'val: {record} names this split, and it is not finished or not here'
+    for place in (split.parent, f'file://{split.parent}'):
+        assert [fault for fault in verify(place) if words in fault] == verify(place) != []
+    write_split(split.parent / 'val')
+    assert verify(split.parent) == []
 
 
 def test_of_long_lists_that_differ_the_place_is_shown(tmp_path: Path):

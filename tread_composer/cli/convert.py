@@ -104,7 +104,7 @@ def draw_samples(
     split: str = 'train',
     count: Annotated[int, Ge(1)] = 64,
     mirrored: bool = False,
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
     out: Path = Path('samples.png'),
     device: Device | None = None,
 ) -> None:

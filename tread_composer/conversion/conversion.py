@@ -31,7 +31,7 @@ from tread_composer.conversion.parts import (
     remove_unfinished,
     report_unreadable,
 )
-from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.settings import ImageSettings, Settings
 from tread_composer.conversion.splits import SplitPlan, make_plans, part_name
 from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
@@ -180,7 +180,8 @@ class Conversion:
                 labels[5:-1] = ['...']
             if labels:
                 self.log(f'{plan.name}: labels: {", ".join(labels)}')
-        if 'val' not in [plan.name for plan in plans] and self.settings.splits is None:
+        takes_images = isinstance(self.settings, ImageSettings)  # --held-out is a flag of theirs alone
+        if takes_images and self.settings.splits is None and 'val' not in [plan.name for plan in plans]:
             self.log('there is no evaluation split; --held-out N takes one out of train')
         self.log(self.encoder.description)
 
@@ -226,7 +227,9 @@ class Conversion:
         if self.settings.is_remote:  # a rank has one part at a time on its disk
             needed = self.ranks.world * each * max(len(plan.positions(0)) for plan in plans)
             content = f'parts on their way to {self.settings.out}'
-        remedy = 'make room, choose another place, or store less (--no-mirror halves it)'
+        remedy = 'make room, or choose another place'
+        if isinstance(self.settings, ImageSettings):
+            remedy = 'make room, choose another place, or store less (--no-mirror halves it)'
         free = refuse_if_too_large(self.folder, needed, content, remedy)
         self.log(f'{content} need {size_in_words(needed)} in {self.folder}, {size_in_words(free)} are free: fits')
         if self.settings.is_remote:
@@ -267,9 +270,13 @@ def _finish_split(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Mani
     # As streaming's merge_index, which takes paths for URLs (a '#' in one loses the rest).
     shards = []
     for part in map(part_name, range(plan.num_parts)):
-        for shard in read_json(folder / part / 'index.json')['shards']:
-            shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
-            shards.append(shard)
+        index = folder / part / 'index.json'
+        try:
+            for shard in read_json(index)['shards']:
+                shard['raw_data']['basename'] = f'{part}/{shard["raw_data"]["basename"]}'
+                shards.append(shard)
+        except (UserError, KeyError, TypeError) as error:
+            raise _damaged(folder, f'{index}: is damaged or missing') from error
     write_json(folder / 'index.json', {'version': 2, 'shards': shards})
     _check_parts(folder, manifest, settings)
     if settings.remote is not None:
@@ -289,11 +296,15 @@ def _check_parts(folder: Path, manifest: Manifest, settings: Settings) -> None:
     try:
         check_shards(folder, manifest, remote=settings.is_remote)
     except UserError as error:
-        raise UserError(
-            f'{error}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
-            f"number in the shard's path; where no shard is named, {folder / MANIFEST_NAME}) and run the same command "
-            f'again: only that part is made anew'
-        ) from error
+        raise _damaged(folder, str(error)) from error
+
+
+def _damaged(folder: Path, fault: str) -> UserError:
+    return UserError(
+        f'{fault}\nThis was whole when it was finished and is not any more. Remove the folder of the part (the '
+        f'number in the path; where there is none, {folder / MANIFEST_NAME}) and run the same command again: only that '
+        f'part is made anew'
+    )
 
 
 def _manifest(plan: SplitPlan, encoder: Encoder, settings: Settings) -> Manifest:

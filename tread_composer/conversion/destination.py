@@ -18,7 +18,7 @@ from tread_composer.data.manifest import MANIFEST_NAME
 from tread_composer.io.files import UNFINISHED, read_json, write_json
 from tread_composer.io.locks import locked
 
-__all__ = ['RECORD', 'Output', 'check_remote', 'refuse_if_too_large', 'size_in_words', 'upload']
+__all__ = ['RECORD', 'Output', 'check_remote', 'read_record', 'refuse_if_too_large', 'size_in_words', 'upload']
 
 RECORD, _LOCK, _SCRATCH = 'conversion.json', '.lock', '.conversion'
 
@@ -74,7 +74,7 @@ class Output:
 
         ``ResumeError`` lists in what the record differs.
         """
-        saved = read_json(self.record_path) if self.record_path.exists() else {'content': content, 'splits': {}}
+        saved = read_record(self.folder) or {'content': content, 'splits': {}}
         common = {name: split for name, split in splits.items() if name in saved['splits']}
         if saved['content'] != content or any(saved['splits'][name] != split for name, split in common.items()):
             raise ResumeError.from_differences(
@@ -84,6 +84,17 @@ class Output:
                 'Continue with the same settings and the same source, or choose another --out.',
             )
         return {'content': content, 'splits': {**saved['splits'], **splits}}
+
+
+def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What ``settle`` gave for the data set in this folder; None where no conversion has left it."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), dict) for key in ('content', 'splits')):
+        raise UserError(f'{path}: no conversion of this tool wrote it; choose another folder, or move the file away')
+    return record
 
 
 def upload(path: Path, target: str, *, keep: bool) -> None:

@@ -54,6 +54,8 @@ def draw(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
+    if Path(out).is_dir():
+        raise UserError(f'{out}: is a folder; give the name of the picture in it, such as {Path(out, "samples.png")}')
     manifest = Manifest.load(folder)
     check_shards(folder, manifest)
     if mirrored and not manifest.mirrored:

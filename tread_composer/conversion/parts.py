@@ -61,9 +61,9 @@ def done_parts(folder: Path, content: dict[str, Any]) -> dict[int, dict[str, Any
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not re.fullmatch(r'\d{5,}', path.name):
             continue
-        if not (path / PART_FILE).is_file():
-            raise UserError(f'{path}: has no {PART_FILE}, so the conversion did not write it; move it away')
-        part = read_json(path / PART_FILE)
+        part = read_json(path / PART_FILE) if (path / PART_FILE).is_file() else None
+        if not isinstance(part, dict) or 'content' not in part:
+            raise UserError(f'{path}: has no {PART_FILE} of a conversion; move it away')
         if part['content'] != content:
             raise ResumeError.from_differences(
                 str(path), part['content'], content, 'Use the same settings, or choose another --out.'

@@ -5,10 +5,12 @@ the next one: whatever can still be read is read. Memory: one shard, and labels 
 Legend: B samples, C latent channels, K stored channels (2C for moments), H x W latent pixels.
 """
 
+import contextlib
 import itertools
+import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from streaming.base.storage.download import CloudDownloader
 
 from tread_composer.conversion.contents import LOGVAR_RANGE, Content, channel_sums, read_shard
+from tread_composer.conversion.destination import RECORD, read_record
 from tread_composer.conversion.settings import is_remote
 from tread_composer.conversion.sources.source import few
 from tread_composer.conversion.splits import PART_FILE
@@ -44,7 +47,8 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
     -30..20, label known. Per split: counts, columns, a class without samples (a fault from ten samples a class on, but
     not of ``val``, which may miss a rare one), equal names, classes in a row in spite of ``permutation_seed``, mean and
     standard deviation within 5% of a standard deviation, mirrored latents that are copies or mirror images of the
-    others (of pixels: that are not). Between splits: the same autoencoder, shape, crop and classes.
+    others (of pixels: that are not). Between splits: the same autoencoder, shape, crop and classes. Of a conversion:
+    all of its splits.
 
     Args:
         folder: A data set with splits in it, or one split; or the URL of one, whose shards are fetched one by one.
@@ -71,7 +75,26 @@ def verify(folder: str | Path, *, say: Callable[[str], None] = print) -> list[st
             faults += check.run()
             if check.manifest is not None:
                 facts[split / MANIFEST_NAME] = {name: getattr(check.manifest, name) for name in _COMMON}
-        return [at_home(fault) for fault in faults + contradictions(facts)]
+        faults += contradictions(facts)
+        faults += _unfinished(place, splits, Path(scratch) / 'record')
+        return [at_home(fault) for fault in faults]
+
+
+def _unfinished(place: str, splits: Iterable[Path], scratch: Path) -> list[str]:
+    """Splits that a conversion has begun at this place and that are not among those which can be checked."""
+    folder = Path(place)
+    if is_remote(place):
+        folder, url = scratch, f'{place.rstrip("/")}/{RECORD}'
+        scratch.mkdir()
+        with contextlib.suppress(Exception):  # each of the clouds has its own; data of other tools have no record
+            CloudDownloader.get(url).download(url, str(scratch / RECORD), timeout=60)
+    record, present = read_record(folder) or {'splits': {}}, {split.name for split in splits}
+    return [
+        f'{name}: {os.path.join(place, RECORD)} names this split, and it is not finished or not here. Run the '
+        f'conversion again to finish it, or copy the data completely'
+        for name in record['splits']
+        if name not in present
+    ]
 
 
 def _fetched_splits(url: str, scratch: Path) -> dict[Path, str]:

@@ -16,7 +16,7 @@ from streaming.base.format.mds.reader import MDSReader
 
 from tread_composer.autoencoders.published import Published
 from tread_composer.conversion.contents import sound_rows
-from tread_composer.conversion.destination import RECORD
+from tread_composer.conversion.destination import read_record
 from tread_composer.conversion.encoding import Encoder
 from tread_composer.conversion.settings import MergeSettings
 from tread_composer.conversion.sources.source import Images, IndexedFiles, Source, arranged, few, in_label_order
@@ -26,7 +26,7 @@ from tread_composer.data.checks import check_shards
 from tread_composer.data.columns import LABEL, LATENTS, LATENTS_MIRRORED, NAME
 from tread_composer.data.manifest import MANIFEST_NAME, Manifest, contradictions, read_class_names
 from tread_composer.data.shards import read_index
-from tread_composer.io.files import file_hash, read_json
+from tread_composer.io.files import file_hash
 from tread_composer.io.progress import Progress
 
 __all__ = ['DataSets']
@@ -109,11 +109,13 @@ class DataSets(Encoder):
 
 def _manifests(root: Path) -> dict[str, Manifest]:
     """Of each split of a data set, whose classes are the same."""
+    if not root.is_dir():
+        raise UserError(f'{root}: no such folder; give those of finished data sets on this machine')
     if (root / MANIFEST_NAME).is_file():
         raise UserError(f'{root}: is one split; give the folder of the whole data set, {root.parent}')
     splits = {path.parent.name: Manifest.load(path.parent) for path in sorted(root.glob(f'*/{MANIFEST_NAME}'))}
-    record = read_json(root / RECORD)['splits'] if (root / RECORD).is_file() else splits
-    undone = [name for name in record if name not in splits]
+    record = read_record(root)
+    undone = [name for name in record['splits'] if name not in splits] if record else []
     if undone or not splits:
         state = f'{", ".join(undone)} not finished' if undone else f'no split with a {MANIFEST_NAME}'
         raise UserError(f'{root}: {state}; run its conversion to the end first')
@@ -128,7 +130,7 @@ def _facts(root: Path, manifest: Manifest) -> dict[str, Any]:
     if scaling is not None and scaling.source != 'measured':
         name = scaling.source.removeprefix('published for ')
         facts['published'] = Published(name, scaling.scale[0], scaling.shift[0])
-    record = read_json(root / RECORD)['content'] if (root / RECORD).is_file() else {}
+    record = (read_record(root) or {'content': {}})['content']
     if 'store' in record:  # without a word on its background it kept the colours
         facts['background'] = manifest.background or 'stored'
     return facts | {name: record[name] for name in _RECORDED if name in record}

@@ -203,7 +203,11 @@ def _open_safetensors(root: Path, paths: list[Path]) -> Source:
             if not {'latents', 'labels'} <= keys <= {'latents', 'latents_flip', 'labels'}:
                 raise UserError(f'{path}: holds {sorted(keys)}, not latents, latents_flip and labels')
             rows = {key: file.get_slice(key).get_shape()[0] for key in keys}
-            labels.append(file.get_tensor('labels').numpy().astype(np.int64))
+            numbers = file.get_tensor('labels')
+        if numbers.ndim != 1 or numbers.is_floating_point():
+            shape = tuple(numbers.shape)
+            raise UserError(f'{path}: its labels are {numbers.dtype} of shape {shape}, not a list of whole numbers')
+        labels.append(numbers.numpy().astype(np.int64))
         if len(set(rows.values())) > 1:
             raise UserError(f'{path}: as many latents as labels are needed, but there are {rows}')
         mirrored.add('latents_flip' in keys)

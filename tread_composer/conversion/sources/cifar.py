@@ -55,7 +55,12 @@ def open_cifar(folder: Path, settings: ImageSettings) -> dict[str, Source]:
     paths = {'train': files['train'], **({'val': files['test']} if settings.use_test else {})}
     splits = {split: _images([folder / name for name in names], label) for split, names in paths.items()}
     names_key = f'{label.removesuffix("s")}_names'
-    class_names = tuple(text.decode() for text in _entry(folder / meta, _content(folder / meta), names_key))
+    names = _entry(folder / meta, _content(folder / meta), names_key)
+    damage = (AttributeError, UnicodeDecodeError)
+    with refusing(
+        damage, f'{folder / meta}: not the names of classes as the published files have them', '. Get it anew'
+    ):
+        class_names = tuple(text.decode() for text in names)
     name_by_number(folder, splits, class_names)
     splits['train'].ignored.notes.append(f'classes: {names_key}')
     loads = {
@@ -72,14 +77,15 @@ def _load(files: IndexedFiles, *place: Any) -> bytes:
 
 def _entry(path: Path, content: dict, key: str) -> list:
     if not isinstance(content.get(key.encode()), list):
-        raise UserError(f'{path}: has no {key!r}, only {sorted(map(str, content))}. Choose another --label-column')
+        columns = sorted(name.decode(errors='replace') for name in content)
+        raise UserError(f'{path}: has no {key!r}, only {columns}. Choose another --label-column')
     return content[key.encode()]
 
 
 def _content(path: Path) -> dict:
     with refusing((OSError, ValueError), f'{path}: cannot be read', '. Get it anew'):
         content = load_plain(path.read_bytes())
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, bytes) for name in content):
         raise UserError(f'{path}: not a file of CIFAR. Get it anew')
     return content
 

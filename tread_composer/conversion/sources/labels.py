@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,10 +45,14 @@ def edm_labels(place: str, names: Sequence[str], content: bytes) -> list[int] | 
     damage = (ValueError, KeyError, TypeError)
     with refusing(damage, f'{place}: not the labels of an EDM data set', '. Move it away, or repair it'):
         rows = json.loads(content)['labels']
-        labels = {} if rows is None else dict(rows)
-    if rows is None:
-        return None
+        if rows is None:
+            return None
+        if not (isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)):
+            raise ValueError('"labels" is no list of pairs')
+        if not all(isinstance(name, str) for name, _ in rows):
+            raise ValueError('"labels" is no list of pairs of a name and a number')
     _check_rows(place, (name for name, _ in rows), names)
+    labels = dict(rows)
     if wrong := [name for name, label in labels.items() if type(label) is not int]:
         raise UserError(f'{place}: the label is no whole number of: {few(wrong)} ({len(wrong):,} in all). Repair it')
     return [labels[name] for name in names]
@@ -100,7 +105,7 @@ def assign_classes(
 
 def _read_ground_truth(path: Path) -> dict[str, str]:
     """Class (synset, or a number) of each image, by the image's name without extension."""
-    damage = (OSError, EOFError, UnicodeDecodeError, tarfile.TarError)
+    damage = (OSError, EOFError, UnicodeDecodeError, tarfile.TarError, zlib.error)
     with refusing(damage, f'ground_truth={path}: cannot be read', f'. Expected {_THREE_FORMS}'):
         if path.is_dir() or path.name.lower().endswith(('.tar.gz', '.tgz', '.tar')):
             return _devkit(path)

@@ -115,12 +115,15 @@ def check_numbers(root: Path, files: Sequence[Path]) -> None:
         raise UserError(f'{root}: files of two copies, <number>-of-{" and -of-".join(map(str, totals))}. Keep one')
     for (prefix, total), numbers in series.items():
         expected = range(total) if total else range(min(numbers), max(numbers) + 1)
-        if len(expected) > 100 * len(numbers):
+        if not total and len(expected) > 100 * len(numbers):
             continue  # dates or the like, not a count
-        missing = sorted(set(expected) - set(numbers))
-        if missing or len(set(numbers)) < len(numbers):
+        present = set(numbers).intersection(expected)
+        missing = len(expected) - len(present)
+        if missing or len(present) < len(numbers):
             pattern = f'<number>-of-{total:05d}' if total else f'{prefix}<number>'
-            fault = f'{len(missing)} are missing, such as {missing[0]}' if missing else 'a number occurs twice'
+            fault = 'a number occurs twice, or is beyond their count'
+            if missing:
+                fault = f'{missing} are missing, such as {next(n for n in expected if n not in present)}'
             raise UserError(f'{root}: files {pattern}{files[0].suffix}: {fault}. Fetch the data completely')
 
 

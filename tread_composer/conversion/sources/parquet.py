@@ -4,12 +4,13 @@ Parquet cannot be read at random: one image costs the decoding of a row group of
 of contents. So each file is copied once into an uncompressed Arrow file, of which small batches are mapped into memory.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -47,8 +48,8 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
     """
     kept, notes = list(files), []
     for folder in {file.parent for file in files if (file.parent / 'state.json').is_file()}:
-        state = read_json(folder / 'state.json')
-        listed = {folder / entry['filename'] for entry in state.get('_data_files') or []}
+        with _saved(folder / 'state.json') as state:
+            listed = {folder / entry['filename'] for entry in state.get('_data_files') or []}
         if missing := [file.name for file in listed if file not in files]:
             raise UserError(f'{folder}: {few(missing)} listed in state.json but not there. Copy the data completely')
         if state.get('_indices_data_files'):
@@ -57,9 +58,16 @@ def saved_files(root: Path, files: Sequence[Path]) -> tuple[list[Path], list[str
     if unlisted := len(files) - len(kept):
         notes.append(f'{unlisted} arrow files that state.json does not list are left out')
     if (root / 'dataset_dict.json').is_file():
-        unread = [name for name in read_json(root / 'dataset_dict.json')['splits'] if name not in SPLITS]
+        with _saved(root / 'dataset_dict.json') as named:
+            unread = [name for name in named['splits'] if name not in SPLITS]
         notes += [f'the split {name} is not converted' for name in unread]
     return kept, notes
+
+
+@contextlib.contextmanager
+def _saved(path: Path) -> Iterator[Any]:
+    with refusing((KeyError, TypeError, AttributeError), f'{path}: not what save_to_disk writes', '. Get it anew'):
+        yield read_json(path)
 
 
 def open_tables(
@@ -115,12 +123,15 @@ def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
             f'{file}: {len(images)} columns hold images (a struct with "bytes" and "path", as Hugging Face writes '
             f'them), 1 is expected; --image-column says which. Columns: {shown}'
         )
-    named: dict[str, tuple[str, ...]] = {}
+    named: dict[str, list[str]] = {}
     if text := (schema.metadata or {}).get(b'huggingface'):
         damage = (ValueError, KeyError, TypeError, AttributeError)
         with refusing(damage, f"{file}: the metadata 'huggingface' of its schema is damaged"):
             features = json.loads(text)['info']['features']
-            named = {name: tuple(kind['names']) for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
+            named = {name: kind['names'] for name, kind in features.items() if kind.get('_type') == 'ClassLabel'}
+            for names in named.values():
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError('the names of classes are no list of texts')
     candidates = list(named) or [column.name for column in schema if column.name in ('label', 'labels')]
     if settings.label_column is not None:
         candidates = [settings.label_column]
@@ -133,7 +144,7 @@ def _columns_of(file: Path, settings: ImageSettings) -> _Columns:
     label = candidates[0] if candidates else None
     if label is not None and (label not in schema.names or not pyarrow.types.is_integer(schema.field(label).type)):
         raise UserError(f'{file}: the column of labels, {label!r}, holds no whole numbers. Columns: {shown}')
-    return _Columns(images[0], label, named.get(label, ()) if label else ())
+    return _Columns(images[0], label, tuple(named.get(label, ())) if label else ())
 
 
 def _schema(file: Path) -> pyarrow.Schema:
