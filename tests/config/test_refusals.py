@@ -17,6 +17,7 @@ seed=true -> seed: true is not a whole number
 compile=yes -> compile: 'yes' is not true or false; write true or false
 save_folder=~/runs -> save_folder: '~/runs': nobody replaces ~ here
 data.local=~/digits -> data.local: '~/digits': nobody replaces ~ here; write the whole path, or ${oc.env:HOME}/digits
+load_weights_only=true -> load_weights_only: true, but there is no load_path
 run_name=12 -> run_name: 12 is not text; write it in quotes
 run_name="" -> run_name: '' names a folder
 label_dropout=.nan -> is not a finite number

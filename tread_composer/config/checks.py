@@ -176,6 +176,9 @@ def _rest(config: Config) -> Iterator[Problem]:
     if (length * ratio).value == 0:
         text = f'{ratio} times max_duration {config.max_duration} leaves nothing to train; take a longer one of the two'
         yield Problem(('scale_schedule_ratio',), text)
+    if config.load_weights_only and config.load_path is None:  # it would train from fresh weights
+        text = 'true, but there is no load_path whose weights it could load; give one, or leave this out'
+        yield Problem(('load_weights_only',), text)
     if config.precision_config is not None and config.precision_name != 'amp_fp8':
         yield Problem(('precision_config',), 'is for precision amp_fp8 only; take it out')
     if config.compile and config.compile_config is not None:
