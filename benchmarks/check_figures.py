@@ -6,6 +6,7 @@ measured is only compared with the table in benchmarks/README.md. Exit code 1 na
 
 import argparse
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -88,6 +89,14 @@ def measured(column: int, *methods: str) -> list[str]:
     return [row.split('|')[column].strip() for row in rows]
 
 
+def refusals() -> list[float]:
+    """Inputs that the tests know to be refused: overrides of a recipe, and those whose words are held to the letter."""
+    text = (ROOT / 'tests' / 'config' / 'test_refusals.py').read_text()
+    overrides = len(re.findall(r'^[a-z][\w.]*[ =].* -> ', text, re.MULTILINE))  # lines of its tables
+    recorded = json.loads((ROOT / 'tests' / 'frozen' / 'refusals.json').read_text())['recorded']
+    return [overrides, len(recorded)]
+
+
 def header(method: str) -> list[str]:
     """Recognised digits with their range, and the distance."""
     return [*measured(1, method), measured(0, method)[0].split()[0]]
@@ -107,6 +116,7 @@ FIGURES: dict[str, list[Row]] = {
         (r'`2.7` \| ([\d.]+),', lambda: pinned('torch27', 'torch')),
         (r'mosaicml==(\S+) mosaicml-streaming==(\S+)', lambda: pinned('newest', 'mosaicml', 'mosaicml-streaming')),
     ],
+    'docs/promises.md': [(rf'test_refusals.py`: {N} inputs, `tests/frozen`: {N},', refusals)],
     'docs/imagenet.md': [
         (rf'GMACs per image.*?\| {N} \| {N} ', lambda: [plan(recipe)['gmacs_routed'] for recipe in PAIR]),
         (rf'training FLOPs \| {N} \| {N} ', lambda: map(flops, PAIR)),
