@@ -164,7 +164,7 @@ def server(answer: int | None) -> Iterator[int]:
 @pytest.mark.parametrize('answer', [403, None])
 def test_a_tracking_server_that_refuses_or_never_answers(tmp_path, monkeypatch, cli, answer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('tread_composer.callbacks.mlflow_run.PATIENCE', 2.0)
+    monkeypatch.setattr('tread_composer.callbacks.mlflow_store.PATIENCE', 2.0)
     with server(answer) as port:
         uri = f'http://me:pass-word@127.0.0.1:{port}'
         out, err = cli('doctor', DIGITS, f'loggers.mlflow.tracking_uri={uri}', code=2)
