@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import os
 import resource
 import socket
 import sqlite3
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, SMALL, YAMLS, command, environment, make_store, needs_namespaces
-from tests.warm import own_namespaces, start_program
+from tests.warm import exit_codes, own_namespaces, start, start_program
+from tread_composer.core.errors import UserError
 from tread_composer.data.digits import prepare_digits
+from tread_composer.io.files import check_writable
 
 DIGITS = str(YAMLS / 'digits_tread.yaml')
 
@@ -59,6 +62,19 @@ def test_shared_memory_counts_the_workers_that_a_run_has_without_a_setting(tmp_p
         return text.partition('about ')[2]
 
     assert needed('null') == needed('2') != needed('0')
+
+
+def refused_without_leave(folder: Path) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)  # modes do not bind root
+    with pytest.raises(UserError, match=r'no file can be made in .*: Permission denied\. Choose a folder of yours'):
+        check_writable(folder)
+
+
+def test_a_folder_below_one_that_may_not_be_searched_is_refused_in_words(tmp_path):
+    closed = tmp_path / 'closed'
+    closed.mkdir(mode=0)
+    assert exit_codes([start(refused_without_leave, closed / 'runs' / 'a')]) == [0]
 
 
 def become_faulty(script: str, open_files: int = 4096) -> None:
@@ -164,7 +180,7 @@ def server(answer: int | None) -> Iterator[int]:
 @pytest.mark.parametrize('answer', [403, None])
 def test_a_tracking_server_that_refuses_or_never_answers(tmp_path, monkeypatch, cli, answer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('tread_composer.callbacks.mlflow_run.PATIENCE', 2.0)
+    monkeypatch.setattr('tread_composer.callbacks.mlflow_store.PATIENCE', 2.0)
     with server(answer) as port:
         uri = f'http://me:pass-word@127.0.0.1:{port}'
         out, err = cli('doctor', DIGITS, f'loggers.mlflow.tracking_uri={uri}', code=2)

@@ -3,16 +3,22 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
+import urllib.request
 
 import psutil
 import pytest
 from composer.core import Callback
+from composer.utils import dist
 from mlflow import MlflowClient
 
 from tests.callbacks.small import store, trainer
-from tests.warm import exit_codes, start, wait_until
+from tests.warm import exit_codes, on_ranks, rank_variables, start, wait_until
+from tread_composer.callbacks import mlflow_store
 from tread_composer.callbacks.mlflow_run import MLflowRun
+from tread_composer.core.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -117,6 +123,23 @@ def test_what_a_checkpoint_has_seen_is_in_the_store(folder, tmp_path):
     assert [step for step, _ in written] == [0, 1, 2]
 
 
+def test_a_name_that_mlflow_refuses_is_cleaned_and_keeps_nothing_back(folder, caplog):
+    named = {'val@256': 'val_256', 'a//b': 'a/b', '../up': 'up', 'x' * 300: 'x' * 250}
+
+    class Named(Callback):
+        def batch_start(self, state, logger):
+            logger.log_metrics(dict.fromkeys(named, 1.0))
+
+    tracking = MLflowRun('names', folder=str(folder))
+    run = trainer('3ba', loggers=[tracking], callbacks=[Named()])
+    run.fit()
+    run.close()
+    client, (kept,) = runs_of(folder, 'names')
+    for name in ('loss/train/total', *named.values()):
+        assert [step for step, _ in values_of(client, kept, name)] == [0, 1, 2], name
+    assert caplog.text.count("'val@256'") == 1 and "'val_256'" in caplog.text
+
+
 def test_a_locked_store_delays_the_values_and_does_not_end_training(folder):
     other = sqlite3.connect(folder / 'mlflow.db', isolation_level=None)
 
@@ -132,6 +155,66 @@ def test_a_locked_store_delays_the_values_and_does_not_end_training(folder):
     run.close()
     client, (kept,) = runs_of(folder, 'locked')
     assert [step for step, _ in values_of(client, kept)] == [0, 1]
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(f'{address}/health', timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def server(folder, tmp_path):
+    """A real server in front of the store; its process and its address."""
+    port = rank_variables(1)[0]['MASTER_PORT']
+    words = ['-m', 'mlflow', 'server', '--backend-store-uri', store(folder), '--port', port, '--workers', '1']
+    words += ['--artifacts-destination', str(tmp_path / 'artifacts')]
+    with open(tmp_path / 'server.log', 'w') as log:
+        process = psutil.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT)
+    address = f'http://127.0.0.1:{port}'
+    try:
+        wait_until(lambda: process.poll() is not None or answers(address), pause=0.2)
+        assert process.poll() is None, (tmp_path / 'server.log').read_text()
+        yield process, address
+    finally:
+        for one in [*process.children(recursive=True), process]:
+            one.kill()
+        process.wait()
+
+
+def train_while_the_server_is_silent(address, server, picture):
+    mlflow_store.PATIENCE = 2.0
+    processes = [psutil.Process(server), *psutil.Process(server).children(recursive=True)]
+
+    class Silence(Callback):
+        def fit_start(self, state, logger):
+            for process in processes:
+                process.suspend()
+
+        def batch_end(self, state, logger):
+            if int(state.timestamp.batch) == 3:
+                tracking.log_file(picture)
+
+    tracking = MLflowRun('silent', tracking_uri=address)
+    run = trainer('6ba', loggers=[tracking], callbacks=[Silence()])
+    run.fit()  # writes at its end, in vain
+    for process in processes:
+        process.resume()
+    run.close()
+
+
+def test_a_server_that_stops_to_answer_delays_the_values_and_does_not_hold_up_training(folder, tmp_path, server):
+    """MLflow alone would try for 16 minutes at each write."""
+    process, address = server
+    picture = tmp_path / 'picture.png'
+    picture.write_bytes(b'as good as any')
+    began = time.monotonic()
+    assert exit_codes([start(train_while_the_server_is_silent, address, process.pid, picture)]) == [0]
+    assert time.monotonic() - began < 200
+    client, (kept,) = runs_of(folder, 'silent')
+    assert [step for step, _ in values_of(client, kept)] == [0, 1, 2, 3, 4, 5]
+    assert kept.info.status == 'FINISHED'
 
 
 def test_an_evaluation_alone_finishes_its_run_and_an_idle_one_has_failed(folder):
@@ -226,3 +309,30 @@ def test_two_runs_may_make_one_store_at_the_same_moment(tmp_path):
     moment = time.time() + 1
     assert exit_codes([start(made_together, str(tmp_path), moment) for _ in range(2)]) == [0, 0]
     assert MlflowClient(store(tmp_path)).get_experiment_by_name('together') is not None
+
+
+def what_a_rank_hears(folder, damaged_before):
+    def damage():
+        if dist.get_global_rank() == 0:
+            (folder / 'mlflow.db').write_bytes(b'no database' * 1000)
+        dist.barrier()
+
+    try:
+        if damaged_before == 'store':
+            damage()
+        tracking = MLflowRun('ranks', folder=str(folder))
+        if damaged_before == 'run':
+            damage()
+        trainer('2ba', loggers=[tracking], run_name='a "name"' if damaged_before == 'nothing' else 'name')
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ('damaged_before', 'text'),
+    [('store', 'cannot be used: '), ('run', 'cannot be used: '), ('nothing', 'has a double quote')],
+)
+def test_what_the_first_rank_cannot_begin_is_refused_on_all(tmp_path, damaged_before, text):
+    """It alone asks the store; the others would wait for it in the next collective."""
+    first, second = on_ranks(2, what_a_rank_hears, tmp_path, damaged_before)
+    assert first == second and text in first

@@ -1,11 +1,16 @@
 """Refused on one rank, refused on all: two real processes, and one without a process group."""
 
+import os
+import resource
+import signal
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
 from tests.warm import on_ranks
 from tread_composer.core.errors import UserError
-from tread_composer.io.ranks import agreed
+from tread_composer.io.ranks import agreed, send_file
 
 
 def refuse(ranks: list[int]) -> str:
@@ -39,3 +44,39 @@ def test_a_single_process_needs_no_group():
     assert agreed(lambda: 3) == 3
     with pytest.raises(UserError, match='a place: no'):
         agreed(refused, 'a place: ')
+
+
+def copy_to_the_second_node(folder: Path, obstacle: str) -> tuple[str, list[str]]:
+    """What this node hears, and the files that it has then."""
+    own = folder / os.environ['NODE_RANK']
+    own.mkdir()
+    os.chdir(own)  # as with a disk of its own: the same path is another file
+    path = Path('runs', 'latest.pt')
+    if dist.get_rank() == 0:
+        path.parent.mkdir()
+        path.write_bytes(b'x' * 3_000_000)
+    elif obstacle != 'no folder':
+        path.parent.mkdir()
+    if dist.get_rank() == 1 and obstacle == 'full disk':
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write itself fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    try:
+        send_file(path, {1})
+        text = ''
+    except UserError as error:
+        text = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return text, [f'{file.name}: {file.stat().st_size}' for file in Path('runs').glob('*')]
+
+
+@pytest.mark.parametrize(('obstacle', 'reason'), [('full disk', 'File too large'), ('no folder', 'No such file')])
+def test_a_checkpoint_that_a_node_cannot_store_is_refused_on_all(tmp_path: Path, obstacle: str, reason: str):
+    (first, kept), (second, received) = on_ranks(2, copy_to_the_second_node, tmp_path, obstacle, nodes=2)
+    assert first == second
+    assert first.startswith('on rank 1: runs/latest.pt: this checkpoint of node 0') and reason in first
+    assert (kept, received) == (['latest.pt: 3000000'], [])
+
+
+def test_a_checkpoint_is_sent_to_a_node_that_lacks_it(tmp_path: Path):
+    (first, kept), (second, received) = on_ranks(2, copy_to_the_second_node, tmp_path, 'none', nodes=2)
+    assert (first, second) == ('', '') and kept == received == ['latest.pt: 3000000']

@@ -14,15 +14,12 @@ FAILED otherwise, whatever the reason: exception, SIGTERM, Ctrl-C. For ``kill -9
 was killed too, the next start of the run says so, and marks it with a tag.
 """
 
-import contextlib
 import logging
 import os
-import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,18 +28,25 @@ from composer.core import Event, State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
+from tread_composer.callbacks.mlflow_store import (
+    accepted_name,
+    ask,
+    environment,
+    in_turn,
+    is_server,
+    limit_patience,
+    place_and_uri,
+    store_in_words,
+)
 from tread_composer.callbacks.run_watch import DEATH, END_TAG, OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
 from tread_composer.core.process import disable_mlflow_telemetry
 from tread_composer.io.files import check_writable
-from tread_composer.io.locks import locked
 from tread_composer.io.progress import to_stderr
+from tread_composer.io.ranks import agreed
 
-__all__ = ['PATIENCE', 'MLflowRun']
-
-PATIENCE = 30.0
-"""Seconds that a server may take to answer when a run starts."""
+__all__ = ['MLflowRun']
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +72,9 @@ class MLflowRun(MLFlowLogger):
     """Logs a run to MLflow, from rank 0.
 
     Metrics are collected and written every 5 s, before each checkpoint and at the end: a synchronous write of each
-    would cost 4 ms per call (sqlite), and what a checkpoint has seen is never missing after a resume.
+    would cost 4 ms per call (sqlite), and what a checkpoint has seen is never missing after a resume. A server that
+    goes away during the run costs training a tenth of its time at most, and half a minute at a checkpoint: the values
+    wait for it. ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` and ``MLFLOW_HTTP_REQUEST_TIMEOUT`` set another limit.
 
     Args:
         experiment_name: The MLflow experiment; made if it does not exist.
@@ -93,11 +99,10 @@ class MLflowRun(MLFlowLogger):
         log_system_metrics: bool = False,
     ) -> None:
         disable_mlflow_telemetry()  # in a Python script of the user's, this is the first import of MLflow
-        self.folder, uri = _store(folder, tracking_uri)
-        if dist.get_global_rank() == 0:
-            with _in_turn(uri):
-                self._prepare_store(experiment_name, uri, local=tracking_uri is None)
-        with _environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
+        self.folder, uri = place_and_uri(folder, tracking_uri)
+        limit_patience(uri)
+        agreed(lambda: self._prepare_store(experiment_name, uri, local=tracking_uri is None))
+        with environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
             super().__init__(
                 experiment_name,
                 tags=dict(tags or {}),
@@ -115,7 +120,8 @@ class MLflowRun(MLFlowLogger):
         self._earlier: Any = None  # the run of this name from before, as it was
         self._hyperparameters: dict[str, Any] = {}  # those of the Trainer come before it is known which run they are of
         self._pending: list[tuple[str, float, int, int]] = []
-        self._last_flush = time.monotonic()
+        self._metric_names: dict[str, str] = {}  # as logged: as MLflow takes it
+        self._next_flush = time.monotonic() + _FLUSH_SECONDS
         self._begun: set[str] = set()  # what has not come to its end
         self._done = False
 
@@ -123,17 +129,23 @@ class MLflowRun(MLFlowLogger):
     def check_store(folder: str | None = None, tracking_uri: str | None = None, **others: object) -> str:
         """Whether the store answers, without making it; ``UserError`` if not. Takes the constructor's arguments."""
         disable_mlflow_telemetry()
-        _, uri = _store(folder, tracking_uri)
+        _, uri = place_and_uri(folder, tracking_uri)
         database = Path(uri.removeprefix('sqlite:///'))
         if uri.startswith('sqlite:') and not database.exists():
             check_writable(database)  # MLflow would try for minutes
             return f'{database}: will be made'
-        with _in_turn(uri):
-            _ask(uri)
+        with in_turn(uri):
+            ask(uri)
         return f'{without_password(uri)}: answers'
 
     def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
         """Make store and experiment if they do not exist."""
+        if dist.get_global_rank() != 0:
+            return
+        with in_turn(uri), store_in_words(uri):
+            self._make_experiment(experiment_name, uri, local)
+
+    def _make_experiment(self, experiment_name: str, uri: str, local: bool) -> None:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -142,12 +154,12 @@ class MLflowRun(MLFlowLogger):
             if os.environ.get('MLFLOW_TRACKING_URI') not in (None, uri):
                 log.warning('MLFLOW_TRACKING_URI is set but not used; set tracking_uri to use it. Logging to %s', uri)
         if not local or (self.folder / 'mlflow.db').exists():
-            _ask(uri)
+            ask(uri)
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(experiment_name)
         if experiment is None:
             # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
-            location = None if _is_server(uri) else (self.folder / 'mlflow_artifacts').as_uri()
+            location = None if is_server(uri) else (self.folder / 'mlflow_artifacts').as_uri()
             try:
                 client.create_experiment(experiment_name, artifact_location=location)
             except MlflowException:
@@ -161,7 +173,7 @@ class MLflowRun(MLFlowLogger):
 
     def ui_command(self) -> str:
         """The command that shows the store in a browser; for a server, its address."""
-        if _is_server(self.tracking_uri):
+        if is_server(self.tracking_uri):
             return self.tracking_uri
         beside = Path(sys.executable).parent / 'mlflow'
         program = 'mlflow' if shutil.which('mlflow') or not beside.exists() else beside
@@ -175,38 +187,57 @@ class MLflowRun(MLFlowLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         """Find the run of this name in the experiment, or make it."""
-        if dist.get_global_rank() == 0:
-            from mlflow import MlflowClient
+        agreed(lambda: self._find_earlier(state.run_name))
+        self._begin(state, logger)
 
+    def _find_earlier(self, run_name: str) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        from mlflow import MlflowClient
+
+        if '"' in run_name:
+            raise UserError(f"run_name: {run_name!r} has a double quote, and MLflow's search for it cannot hold one")
+        with store_in_words(self.tracking_uri):
             client = MlflowClient(self.tracking_uri)
             experiment = client.get_experiment_by_name(str(self.experiment_name))
             assert experiment is not None  # made by the constructor
-            runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{state.run_name}"')
+            runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
             self._earlier = runs[0].info if runs else None
             if self._earlier is not None and self._earlier.status == 'RUNNING':
                 client.set_tag(self._earlier.run_id, END_TAG, f'{DEATH}, and its watcher with it')
                 to_stderr(
-                    f'MLflow: run {state.run_name} ({self._earlier.run_id}) still counts as RUNNING: its process and '
+                    f'MLflow: run {run_name} ({self._earlier.run_id}) still counts as RUNNING: its process and '
                     f'the watcher beside it died without a word (a job or a node that was killed?)'
                 )
-        self._begin(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Now it is known whether training goes on or begins: a beginning gets a run of its own."""
         is_taken = dist.all_gather_object(self._earlier is not None)[0]
         if is_taken and int(state.timestamp.batch) == 0:
-            self._leave_earlier_run(state.run_name)
+            agreed(lambda: self._leave_earlier_run(state.run_name))
             self._begin(state, logger)
-            if self._earlier is not None:
-                self._log_new_params(self._hyperparameters)
-                self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
+            agreed(self._supersede)
         super().after_load(state, logger)
 
     def _begin(self, state: State, logger: Logger) -> None:
         owner = uuid.uuid4().hex
         self.tags[OWNER_TAG] = owner
-        with _environment({}, without=_REDIRECTIONS):
+        self._refusal: UserError | None = None
+        with environment({}, without=_REDIRECTIONS):
             super().init(state, logger)
+        agreed(lambda: self._take_up(owner))
+
+    def _start_mlflow_run(self, state: State) -> None:
+        # Called on rank 0, between collectives of the base class that all ranks have to come to: refused behind them.
+        try:
+            with store_in_words(self.tracking_uri):
+                super()._start_mlflow_run(state)
+        except UserError as error:
+            self._refusal = error
+
+    def _take_up(self, owner: str) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         if dist.get_global_rank() == 0:
             import mlflow
 
@@ -223,10 +254,17 @@ class MLflowRun(MLFlowLogger):
         import mlflow
 
         assert self._watch is not None
-        self._client.set_tag(self._earlier.run_id, 'run_name', f'{run_name} (superseded)')
-        # A run that still counted as RUNNING had died together with its watcher.
-        mlflow.end_run('FAILED' if self._earlier.status == 'RUNNING' else self._earlier.status)
+        with store_in_words(self.tracking_uri):
+            self._client.set_tag(self._earlier.run_id, 'run_name', f'{run_name} (superseded)')
+            # A run that still counted as RUNNING had died together with its watcher.
+            mlflow.end_run('FAILED' if self._earlier.status == 'RUNNING' else self._earlier.status)
         self._watch.finished()
+
+    def _supersede(self) -> None:
+        if self._earlier is not None:
+            with store_in_words(self.tracking_uri):
+                self._log_new_params(self._hyperparameters)
+                self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
 
     # --- what is logged ---
 
@@ -235,9 +273,17 @@ class MLflowRun(MLFlowLogger):
         if dist.get_global_rank() != 0:
             return
         milliseconds = int(time.time() * 1000)
-        self._pending += [(name, float(value), milliseconds, step or 0) for name, value in metrics.items()]
-        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
+        for name, value in metrics.items():
+            self._pending.append((self._metric_name(name), float(value), milliseconds, step or 0))
+        if time.monotonic() > self._next_flush:
             self.flush()
+
+    def _metric_name(self, name: str) -> str:
+        if name not in self._metric_names:
+            self._metric_names[name] = accepted = accepted_name(name)
+            if accepted != name:
+                log.warning('MLflow takes no metric of the name %r; it is %r there', name, accepted)
+        return self._metric_names[name]
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Log what is new. MLflow refuses another value for a parameter, which would end a resumed run."""
@@ -266,7 +312,7 @@ class MLflowRun(MLFlowLogger):
         from mlflow.entities import Param
 
         stored = self._client.get_run(self.run_id).data.params
-        named = {re.sub(r'[^\w\-./ :]', '_', name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
+        named = {accepted_name(name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
         new = [Param(name, value) for name, value in named.items() if name not in stored]
         for start in range(0, len(new), _PARAMS_A_REQUEST):
             self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_REQUEST])
@@ -274,13 +320,21 @@ class MLflowRun(MLFlowLogger):
         return [f'{name}: {stored[name]} -> {value}' for name, value in changed.items()]
 
     def log_file(self, path: str | Path, artifact_folder: str | None = None) -> None:
-        """Copy a file to the run's artifacts, under its own name; replaces one of that name."""
-        if self._client is not None:
+        """Copy a file to the run's artifacts, under its own name; replaces one of that name.
+
+        A store that cannot take it does not end training: the file stays where it is, and a line says so.
+        """
+        if self._client is None:
+            return
+        try:
             self._client.log_artifact(self.run_id, str(path), artifact_folder)
+        except Exception as error:
+            log.warning('MLflow could not be given %s: %s', path, error)
 
     def flush(self) -> None:
         """Write the collected metrics. A store that cannot be written keeps them waiting and does not end training."""
-        self._last_flush = time.monotonic()
+        began = time.monotonic()
+        self._next_flush = began + _FLUSH_SECONDS
         if self._client is None or not self._pending:
             return
         from mlflow.entities import Metric
@@ -292,6 +346,8 @@ class MLflowRun(MLFlowLogger):
                 del self._pending[: len(metrics)]
         except Exception as error:  # a server that is away, a locked or full disk: no reason to stop training
             log.warning('MLflow could not be written, %d values wait for the next try: %s', len(self._pending), error)
+        # Training waits meanwhile: for a server that does not answer, a tenth of its time at most.
+        self._next_flush += 10 * (time.monotonic() - began)
 
     # --- end ---
 
@@ -331,63 +387,3 @@ class MLflowRun(MLFlowLogger):
         if self._watch is not None:
             self._watch.finished()
         self._client = None
-
-
-def _store(folder: str | None, tracking_uri: str | None) -> tuple[Path, str]:
-    place = Path(folder or 'runs').resolve()
-    uri = tracking_uri or f'sqlite:///{(place / "mlflow.db").as_posix()}'
-    if '://' not in uri and uri != 'databricks':
-        raise UserError(
-            f'tracking_uri: {uri!r} is a folder, which MLflow 3 no longer accepts as a store. Leave tracking_uri '
-            f"out and set folder: {uri!r} (a sqlite file is made there), or give a server's address."
-        )
-    return place, uri
-
-
-def _in_turn(uri: str) -> contextlib.AbstractContextManager[None]:
-    """One process at a time makes or migrates a database, which takes MLflow seconds; the others wait for it."""
-    if not uri.startswith('sqlite:///'):
-        return contextlib.nullcontext()
-    database = Path(uri.removeprefix('sqlite:///'))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(database.parent, os.W_OK):  # then nobody makes or migrates it, and MLflow says what it lacks
-        return contextlib.nullcontext()
-    return locked(database.with_name(f'.{database.name}.lock'))
-
-
-def _ask(uri: str) -> None:
-    """Ask the store for one experiment, with patience of half a minute; MLflow's own is many minutes."""
-    from mlflow import MlflowClient
-
-    shown = without_password(uri)
-    is_server = uri.startswith(('http:', 'https:'))
-    if is_server:
-        to_stderr(f'MLflow: asking {shown}, for at most {PATIENCE:.0f} s')
-    patience = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': str(int(PATIENCE / 2))}
-    try:
-        with _environment(patience):
-            MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:  # of requests, sqlalchemy, sqlite or MLflow itself
-        reason = without_password(str(error).strip().partition('\n')[0])[:400]
-        remedy = 'Is the server up, the address right, its password set (MLFLOW_TRACKING_USERNAME, _PASSWORD)?'
-        if not is_server:
-            remedy = 'Put a copy of it back, upgrade it (mlflow db upgrade), or take another (loggers.mlflow.folder).'
-        text = f'loggers.mlflow: the store {shown} cannot be used: {reason}. {remedy}'
-        raise UserError(f'{text} Without tracking: loggers.mlflow=null') from None
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(('http:', 'https:', 'databricks'))
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str], without: Collection[str] = ()) -> Iterator[None]:
-    """Variables for a while, and none of the names in ``without``."""
-    saved = {name: os.environ.pop(name) for name in (*values, *without) if name in os.environ}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
-        os.environ.update(saved)

@@ -100,9 +100,9 @@ def full_disk_in_words(place: Path) -> Iterator[None]:
 def check_writable(folder: str | Path) -> str:
     """A line if files can be made in a folder, or the folder itself, tried with one; ``UserError`` if they cannot."""
     place = Path(folder)
-    while not place.exists():
-        place = place.parent
     try:
+        while not place.exists():  # which needs leave to search the folder above
+            place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -5,6 +5,7 @@ there is none.
 """
 
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -114,22 +115,42 @@ def send_file(path: Path, nodes: Collection[int]) -> None:
     """Copy a file of the first rank to the same path on ``nodes`` that lack it. Called on all ranks.
 
     Tens of gigabytes at most: it travels in pieces of 64 MiB.
+
+    Raises:
+        UserError: On all ranks, if one cannot read or write it (a full disk); no node has a part of it then.
     """
     receives = int(os.environ.get('NODE_RANK', '0')) in nodes and int(os.environ.get('LOCAL_RANK', '0')) == 0
     group: Any = dist.new_group(backend='gloo')  # that of the run may be NCCL's, which sends from GPUs alone
     is_first = dist.get_rank() == 0
+
+    # A rank that left alone would keep the others waiting for the next piece: what may fail, all hear of.
+    def together(step: Callable[[], Result]) -> Result:
+        return agreed(lambda: _copied(path, step))
+
     with contextlib.ExitStack() as stack:
-        size = gathered(path.stat().st_size if is_first else 0)[0]
-        source = stack.enter_context(open(path, 'rb')) if is_first else None
-        target = stack.enter_context(open(stack.enter_context(whole_file(path)), 'wb')) if receives else None
+        size = gathered(together(lambda: path.stat().st_size if is_first else 0))[0]
+        source = together(lambda: stack.enter_context(open(path, 'rb')) if is_first else None)
+        target = together(
+            lambda: stack.enter_context(open(stack.enter_context(whole_file(path)), 'wb')) if receives else None
+        )
         for start in range(0, size, _PIECE):
             piece = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
-            if source is not None:
-                source.readinto(piece.numpy().data)
+            content = piece.numpy().data
+            together(functools.partial(source.readinto, content) if source else lambda: None)
             dist.broadcast(piece, src=0, group=group)
-            if target is not None:
-                target.write(piece.numpy().data)
+            together(functools.partial(target.write, content) if target else lambda: None)
+        together(stack.pop_all().close)  # what the disk has not taken yet
     dist.destroy_process_group(group)
+
+
+def _copied(path: Path, step: Callable[[], Result]) -> Result:
+    try:
+        return step()
+    except OSError as error:
+        raise UserError(
+            f'{path}: this checkpoint of node 0 is to be copied to the other nodes, and host {socket.gethostname()} '
+            f'cannot do its part: {error.strerror}. Make room or give leave there, then run the same command again'
+        ) from None
 
 
 @dataclass(frozen=True)
