@@ -132,7 +132,8 @@ def run_name(source: str) -> str | None:
 
 def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
     """The images at a path, and what ``sample`` wrote of them; ``UserError`` if there are none, or other ones."""
-    path = path if path.name in PLACES.values() else path.resolve()  # '.' and '..' have no name of their own
+    if path.name in ('', '..'):  # '.' and '..' do not say what the folder is called
+        path = path.resolve()
     inside = path.name in PLACES.values() and not (path / RECORD).is_file()
     folder = path.parent if inside else path
     if not (folder / RECORD).is_file():
