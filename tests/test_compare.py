@@ -242,6 +242,10 @@ def test_results_files(tmp_path):
     with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#dense, .*#routed'):
         open_run(str(path))
     assert open_run(f'{path}#routed').curves[0].points[0].value == 3.0
+    path.write_text(json.dumps([entry(1, 2.0), entry(1, 4.0, run=None)]))
+    with pytest.raises(UserError, match=r'several runs; say which one: .*results.json#, .*#dense$'):
+        open_run(str(path))
+    assert open_run(f'{path}#').curves[0].points[0].value == 4.0  # what the message has offered
     # A curve is one whatever the reference is called, and another where the protocol is.
     renamed = {**PROTOCOL, 'autoencoder': '/data/vae', 'reference': {'name': 'copy', 'kind': 'adm'},
                'sampling': {**PROTOCOL['sampling'], 'guidance_scale': 1}}  # fmt: skip

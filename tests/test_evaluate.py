@@ -143,6 +143,17 @@ def test_evaluating_again_draws_nothing_anew_and_adds_no_second_entry(trained, d
     assert first['value'] != second['value']
 
 
+def test_images_are_of_their_samples_however_spelled(trained, digits, tmp_path, cli, monkeypatch, evaluate):
+    out = tmp_path / 'samples'
+    cli('sample', trained, '--out', out, '--count', '40', *SAMPLING)
+    monkeypatch.chdir(out / 'images')
+    for number, spelling in enumerate(('.', '..', '../../samples/images')):
+        target = tmp_path / f'{number}.json'
+        evaluate(spelling, digits, '--out', target)
+        (fid,) = load_results(target)
+        assert (fid['run'], fid['protocol']['seed']) == ('digits_tread', 0)
+
+
 def test_images_that_say_nothing_compare_with_none(digits, tmp_path, evaluate):
     folder = write_folder(tmp_path / 'images', grey_images(30))
     text = evaluate(folder, digits, '--metrics', 'fid', 'kid', '--kid-subset-size', '25').out

@@ -277,6 +277,10 @@ def test_evaluate_takes_the_width_and_measures_the_average_that_export_writes(tr
     again = ['--weights', 'posthoc:0.10', '--count', '20', '--out', out]
     cli('evaluate', trained.folder, *against, *again)
     assert sorted(folders.iterdir()) == before, 'another spelling of the width draws nothing anew'
+    guided = ['--guidance', 'auto', '--guidance-scale', '2', '--weak', trained.folder, '--count', '20', '--out', out]
+    for spelling in ('posthoc:0.1', 'posthoc:0.10'):
+        cli('evaluate', trained.folder, *against, *guided, '--weak-weights', spelling)
+    assert len(list(folders.iterdir())) == len(before) + 1, 'nor does one of the weak weights'
 
 
 def test_a_sweep_has_average_guidance_and_interval_in_one_table(trained, against, tmp_path, cli):

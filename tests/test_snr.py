@@ -46,6 +46,15 @@ def test_overrides_hold_for_all_files_and_the_picture_goes_where_it_should(snr, 
     assert picture.exists()
 
 
+def test_the_suffix_says_what_is_written(snr, tmp_path):
+    for name, begin in (('x.jpg', b'\xff\xd8\xff'), ('x.PDF', b'%PDF'), ('x.svg', b'<?xml')):
+        snr('digits.yaml', '--out', name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
+    for name in ('x.gif', 'x'):
+        assert f"--out: '{name}' names no picture that can be drawn" in snr('digits.yaml', '--out', name, code=2).err
+        assert not (tmp_path / name).exists()
+
+
 def test_a_file_whose_name_holds_an_equals_sign_is_a_file(snr, tmp_path):
     (tmp_path / 'lr=0.1').mkdir()
     (tmp_path / 'lr=0.1' / 'config.yaml').write_text(f'extends: {YAMLS}/digits.yaml')

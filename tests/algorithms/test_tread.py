@@ -109,6 +109,24 @@ def test_routing_is_on_within_its_time_window_only(window, routed):
     assert logged['tread/selection_rate'] == [0.5 * on for on in routed]
 
 
+def test_a_forward_pass_that_raised_does_not_route_a_batch_behind_the_window():
+    model = tiny_model()
+    trainer = make_trainer(model, [Tread(**ROUTE, end_time='0.5dur')], max_duration='100ba')
+
+    def fail(*_):
+        raise RuntimeError('out of luck')
+
+    hook = model.denoiser.final_layer.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match='out of luck'):
+        trainer.fit()
+    hook.remove()
+    trainer.state.max_duration = '2ba'
+    trainer.state.timestamp = trainer.state.timestamp.copy(batch=1)
+    log = Lengths([model.denoiser.blocks[index] for index in range(6)])
+    trainer.fit()
+    assert log.seen == [16] * 6
+
+
 def test_evaluation_and_sampling_are_those_of_the_plain_model_bit_for_bit():
     trainer, _ = fit([Tread(**ROUTE)])
     routed, plain = trainer.state.model, tiny_model()

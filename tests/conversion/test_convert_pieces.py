@@ -84,15 +84,16 @@ def test_a_file_that_is_gone_is_a_problem_and_a_text_is_unreadable(tmp_path, wor
     (tmp_path / 'in' / source.names[3]).write_text('no image')
     (tmp_path / 'in' / source.names[4]).unlink()
     batches = [('train', 0, [2, 3]), ('train', 0, [4])]
-    first, second = prepared_batches({'train': source}, batches, pixels(tmp_path, 8), workers=workers)
+    first, second = prepared_batches({'train': source}, batches, pixels(tmp_path, 8), workers=workers, remedy='')
     assert first.samples.shape == (1, 3, 8, 8) and first.positions == [2] and first.problem is None
     assert [position for position, _ in first.unreadable] == [3]
     assert second.problem.startswith(f'train: {source.names[4]}: cannot be read')
 
 
 def test_too_little_shared_memory_is_said_before_the_bus_error(tmp_path):
-    with pytest.raises(UserError, match=r'/dev/shm has .* --shm-size'):
-        prepared_batches({}, [('train', 0, list(range(10**6)))], pixels(tmp_path, 4096), workers=1)
+    batches = [('train', 0, list(range(10**6)))]
+    with pytest.raises(UserError, match=r'/dev/shm has .* --shm-size.* or read less$'):
+        prepared_batches({}, batches, pixels(tmp_path, 4096), workers=1, remedy='read less')
 
 
 def test_progress_adds_up_the_ranks(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets of independent conversions, joined: equal to one conversion of everything, or refused in words."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import pytest
 from tests.conversion.small_sets import make_rows, write_split
 from tests.conversion.worlds import digests, make_images, manifest, read, words
 from tests.data.worlds import flip_last_byte
+from tests.runs import ROOT, environment, needs_namespaces
+from tests.warm import own_namespaces, start_program
 from tread_composer.cli.convert import convert_main, merge_main, verify_main
 
 CLASSES = ('ant', 'bee', 'cat', 'dog')
@@ -54,6 +57,19 @@ def test_merged_data_sets_are_one_conversion_of_everything(images, vae, tmp_path
     shutil.rmtree(parts[0])
     assert convert_main(words(images[1], parts[0], network, seed=4, batch_size=batch_size)) == 0
     refused(merge_main, arguments, 'indexes')
+
+
+@needs_namespaces
+def test_too_little_shared_memory_is_refused_with_a_flag_of_this_command(tmp_path):
+    for machine in 'ab':
+        write_split(tmp_path / machine / 'train', **named(machine))
+    outputs = [tmp_path / 'stdout', tmp_path / 'stderr']
+    before = functools.partial(own_namespaces, 'mount -t tmpfs -o size=4k tmpfs /dev/shm')
+    words = ['streaming_data/merge.py', *(str(tmp_path / name) for name in 'ab'), '--out', str(tmp_path / 'out')]
+    process = start_program([*words, '--workers', '1'], ROOT, environment(), outputs, before)
+    process.join()
+    text = outputs[1].read_text()
+    assert process.exitcode == 2 and '/dev/shm has' in text and text.endswith('or lower --workers\n'), text
 
 
 def named(machine: str, **facts: object) -> dict[str, object]:
@@ -122,6 +138,8 @@ def test_a_damaged_or_unfinished_data_set_is_refused(tmp_path, refused):
     )
     arguments[1] = str(tmp_path / 'nowhere')
     refused(merge_main, arguments, f'{tmp_path}/nowhere: no such folder')
+    arguments[1] = 's3://bucket/set'
+    refused(merge_main, arguments, 's3://bucket/set is a URL; copy that data set to this machine')
     arguments[1] = str(folders[0])
     refused(merge_main, arguments, 'give two data sets or more, each once')
     assert not (tmp_path / 'out').exists()

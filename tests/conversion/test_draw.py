@@ -96,6 +96,9 @@ def test_other_weights_are_refused(kl: KL, tmp_path: Path, refused, capsys: pyte
     words = [str(tmp_path / 'set'), '--split', 'val', '--autoencoder', kl.path, '--out', str(tmp_path / 'x.png')]
     refused(main, [*words, '--count', '2'], f'autoencoder_hash: the run expects {kl.weight_hash()!r}')
     refused(main, [*words, '--seed', '-1'], '--seed: -1 must be at least 0')
+    split = f'{tmp_path}/set/val'
+    refused(main, [split, *words[1:]], f'{split}: is one split; give the folder of the whole data set, {tmp_path}/set')
+    refused(main, ['s3://bucket/set', *words[1:]], 's3://bucket/set is a URL; give the folder')
     assert not (tmp_path / 'x.png').exists()
     write_split(tmp_path / 'own' / 'val', autoencoder_hash=kl.weight_hash())
     words[0] = str(tmp_path / 'own')

@@ -16,6 +16,7 @@ from tests.conversion.layouts import write_tar
 from tests.conversion.worlds import digests, make_vae, read
 from tread_composer.autoencoders import KL
 from tread_composer.cli.convert import import_main as main
+from tread_composer.cli.convert import verify_main
 from tread_composer.conversion.importers.layouts import array_from_pickle
 from tread_composer.conversion.splits import permutation
 from tread_composer.conversion.verify import verify
@@ -134,6 +135,17 @@ def into(out: Path, *options: str) -> list[str]:
 def rejected(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
     """An import into ``tmp_path / 'set'`` that is refused with a message that matches."""
     return lambda words, match, *options: refused(main, [*words, *into(tmp_path / 'set', *options)], match=match)
+
+
+def test_the_home_folder_is_meant_wherever_it_is_written(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    names = [*'abcde']
+    (tmp_path / 'names.txt').write_text('\n'.join(names))
+    words = source(tmp_path, 'fast-dit')
+    # Only the first of them would be expanded by a shell.
+    assert main(['~/source', *words[1:], *COMMON, '--out=~/set', '--class-names=~/names.txt', '--split=train']) == 0
+    assert Manifest.load(tmp_path / 'set' / 'train').class_names == tuple(names)
+    assert verify_main(['~/set']) == 0
 
 
 @pytest.mark.parametrize(

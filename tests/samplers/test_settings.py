@@ -58,13 +58,20 @@ def test_what_has_no_effect_is_not_stored() -> None:
         ({'guidance_interval': (0.1, 0.2)}, 'no effect'),
         ({'guidance': 'auto', 'guidance_interval': (0.3, 0.2)}, 'low <= high'),
         ({'guidance': 'auto', 'guidance_interval': (0.3,)}, 'two times'),
+        ({'guidance': 'auto', 'guidance_interval': 3}, r'guidance_interval: \(3,\) must be two times'),
         ({'sampler_settings': {'S_max': math.inf}}, 'S_max=inf'),
+        ({'sampler_settings': 3}, 'sampler_settings: 3 must be a mapping'),
         ({'steps': 3}, 'steps: unknown; known are sampler'),
     ],
 )
 def test_contradictions_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingSettings.from_dict(wrong)
+
+
+def test_settings_of_the_guidance_are_a_mapping() -> None:
+    with pytest.raises(ValueError, match='guidance_settings: None must be a mapping'):
+        SamplingSettings(guidance_settings=None)
 
 
 def test_they_cannot_be_changed_from_outside() -> None:

@@ -122,7 +122,7 @@ def snr(
     Args:
         yamls: Files.
         overrides: Settings for all of them.
-        out: The PNG to write.
+        out: The picture to write, .png, .jpg, .webp, .svg or .pdf.
         std: Standard deviation of the latents as the network sees them, where the data are absent.
 
     Example: yamls/digits.yaml yamls/digits_fasterdit.yaml --out snr.png

@@ -5,6 +5,7 @@ the words are right.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from tread_composer.cli.flags import run_program
-from tread_composer.conversion.settings import ImageSettings, ImportSettings, MergeSettings
+from tread_composer.conversion.settings import ImageSettings, ImportSettings, MergeSettings, is_remote
 from tread_composer.core.errors import UserError
 from tread_composer.core.launch import global_rank
 from tread_composer.core.masking import printable
 from tread_composer.core.options import Device, Flag
+from tread_composer.data.manifest import MANIFEST_NAME
 
 __all__ = ['convert_main', 'import_main', 'inspect_main', 'merge_main', 'verify_main']
 
@@ -41,7 +43,7 @@ def convert_images(settings: ImageSettings, pixels: bool = False, dry_run: bool 
     if pixels == (settings.vae is not None):  # both, or neither
         raise UserError('give one of --autoencoder and --pixels')
     # Before an autoencoder is loaded: the hub is asked for half a minute if its name is mistyped as well.
-    if not Path(settings.source).expanduser().exists():
+    if not Path(settings.source).exists():
         raise UserError(f'--source {settings.source}: no such file or folder')
     from tread_composer.conversion.conversion import Conversion
     from tread_composer.conversion.encoding import image_encoder
@@ -91,7 +93,7 @@ def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
     """
     from tread_composer.conversion.verify import verify
 
-    faults = verify(folder, say=_say)
+    faults = verify(os.path.expanduser(folder), say=_say)
     for fault in faults:
         print(printable(fault))
     print(f'{len(faults)} fault{"s" * (len(faults) != 1)} found' if faults else 'no fault found')
@@ -99,7 +101,7 @@ def verify_folder(folder: Annotated[str, Flag('FOLDER')]) -> int:
 
 
 def draw_samples(
-    folder: Annotated[Path, Flag('FOLDER')],
+    folder: Annotated[str, Flag('FOLDER')],
     autoencoder: str | None = None,
     split: str = 'train',
     count: Annotated[int, Ge(1)] = 64,
@@ -126,10 +128,15 @@ def draw_samples(
     from tread_composer.conversion.draw import draw
     from tread_composer.io.device import choose_device
 
+    place, out = Path(folder).expanduser(), out.expanduser()
+    if is_remote(folder):
+        raise UserError(f'{folder} is a URL; give the folder of a data set on this machine')
+    if not (place / split).is_dir() and (place / MANIFEST_NAME).is_file():
+        raise UserError(f'{place}: is one split; give the folder of the whole data set, {place.parent}, and --split')
     samples = draw(
-        folder / split,
+        place / split,
         out,
-        autoencoder=None if autoencoder is None else open_autoencoder(autoencoder),
+        autoencoder=None if autoencoder is None else open_autoencoder(os.path.expanduser(autoencoder)),
         count=count,
         mirrored=mirrored,
         seed=seed,

@@ -75,11 +75,13 @@ class Run:
 def open_run(word: str) -> Run:
     """Read a run: a run's folder, or a ``results.json`` (``FILE#RUN`` where it holds several runs).
 
+    ``FILE#`` are its entries of no run, such as those of images that nobody says the origin of.
+
     Raises:
         UserError: There is no such thing, it is ambiguous, or it holds no results.
     """
-    file, _, run_name = word.partition('#')
-    for path, name in ((Path(word), None), (Path(file), run_name or None)):
+    file, mark, run_name = word.partition('#')
+    for path, name in ((Path(word), None), (Path(file), run_name if mark else None)):
         if path.is_dir():
             return _from_folder(path)
         if path.is_file():
@@ -94,7 +96,7 @@ def _from_file(path: Path, run_name: str | None) -> Run:
         raise UserError(
             f'{path} holds results of several runs; say which one: {", ".join(f"{path}#{n}" for n in names)}'
         )
-    entries = [entry for entry in entries if run_name is None or entry['run'] == run_name]
+    entries = [entry for entry in entries if run_name is None or (entry['run'] or '') == run_name]
     if not entries:
         raise UserError(f'{path}: no results of a run {run_name!r}; it holds {names or "none"}')
     curves, notes = _curves(entries, _not_recorded, _seconds_of(entries, {})[0])

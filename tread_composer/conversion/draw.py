@@ -53,7 +53,7 @@ def draw(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f'{folder}: no such folder')
+        raise UserError(f'{folder}: no such folder; give that of a data set, and a split that it has')
     if Path(out).is_dir():
         raise UserError(f'{out}: is a folder; give the name of the picture in it, such as {Path(out, "samples.png")}')
     manifest = Manifest.load(folder)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.parts import BackgroundWriter, Prepared
-from tread_composer.conversion.settings import Settings
+from tread_composer.conversion.settings import ImageSettings, Settings
 from tread_composer.conversion.sources.source import Source
 from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.squares import UnreadableImage
@@ -62,17 +62,18 @@ class _Batches(Dataset):
 
 
 def prepared_batches(
-    sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder, *, workers: int
+    sources: Mapping[str, Source], batches: Sequence[Batch], encoder: Encoder, *, workers: int, remedy: str
 ) -> DataLoader:
     """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
 
-    ``workers`` are processes; 0 reads in this one. Refused if the shared memory cannot hold what they prepare.
+    ``workers`` are processes; 0 reads in this one. Refused, with this remedy, if the shared
+    memory cannot hold what they prepare.
     """
     workers = min(workers, len(batches))
     if workers:
         largest = max(len(positions) for _, _, positions in batches)
         needed = workers * _PREFETCH * largest * encoder.prepared_bytes
-        check_shared_memory(needed, 'lower --workers or --batch-size')
+        check_shared_memory(needed, remedy)
     return DataLoader(
         _Batches(sources, batches, encoder),
         batch_size=None,
@@ -91,7 +92,8 @@ def make_parts(
     ]
     sources = {name: plan.source for name, plan in plans.items()}
     # Before the thread below exists: forking a process that has threads can copy a lock that nobody will open.
-    items = iter(prepared_batches(sources, batches, encoder, workers=workers) if batches else ())
+    remedy = 'lower --workers or --batch-size' if isinstance(settings, ImageSettings) else 'lower --workers'
+    items = iter(prepared_batches(sources, batches, encoder, workers=workers, remedy=remedy) if batches else ())
     with BackgroundWriter(plans, encoder, settings) as writer:
         for item in items:
             writer.put((item, _encoded(item, encoder, settings)), progress.tick)

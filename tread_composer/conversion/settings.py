@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from tread_composer.io.device import available_cores
 __all__ = ['ImageSettings', 'ImportSettings', 'MergeSettings', 'Settings', 'is_remote']
 
 Layout = Literal['maskdit-lmdb', 'maskdit-webdataset', 'tread-webdataset', 'lightningdit', 'repa', 'fast-dit']
+
+# What may begin with ~; a name of the hub and a URL stay as they are.
+_PATHS = {'source', 'out', 'work', 'class_names', 'ground_truth', 'vae', 'autoencoder'}
 
 # The fields of which one must be given, for each fact that the files of a layout do not carry.
 _ALWAYS = (('autoencoder_id',), ('autoencoder', 'autoencoder_hash'), ('resolution',), ('crop',),
@@ -68,6 +72,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_request(self)
+        for name in _PATHS & vars(self).keys():
+            # A shell expands the ~ of a word, and not that of --flag=~/x
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, os.path.expanduser(value))
         self._check_places()
         if self.ray_workers and self.engine != 'ray':
             raise UserError('--ray-workers: only with --engine ray')
@@ -90,7 +98,7 @@ class Settings:
     @property
     def state(self) -> Path:
         """The local folder with everything but uploaded shards: ``out``, or ``work`` for a URL."""
-        return Path(self.work if self.is_remote and self.work else self.out).expanduser().absolute()
+        return Path(self.work if self.is_remote and self.work else self.out).absolute()
 
     @property
     def places_read(self) -> tuple[str, ...]:
@@ -124,7 +132,7 @@ class Settings:
                 raise UserError(f'--out {self.out}: no uploader for {scheme!r}; streaming knows {sorted(schemes)}')
         places = [self.state, *([Path(self.remote)] if self.remote and '://' not in self.remote else [])]
         for place, name in itertools.product(places, self.places_read):
-            source = Path(name).expanduser().resolve()
+            source = Path(name).resolve()
             if source.is_dir() and place.resolve().is_relative_to(source):
                 raise UserError(f'{place} lies inside the source {name}, which is only ever read; choose another')
 
@@ -189,7 +197,7 @@ class ImageSettings(Settings):
     @functools.cached_property
     def given_names(self) -> tuple[str, ...]:
         """Those of the file with class names, in label order; empty without it."""
-        return () if self.class_names is None else read_class_names(Path(self.class_names).expanduser())
+        return () if self.class_names is None else read_class_names(Path(self.class_names))
 
     @property
     def use_test(self) -> bool:
@@ -300,7 +308,11 @@ class MergeSettings(Settings):
     source: str = field(default='', init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'data_sets', tuple(map(os.path.expanduser, self.data_sets)))
         super().__post_init__()
+        remote = [name for name in self.data_sets if is_remote(name)]
+        if remote:
+            raise UserError(f'{remote[0]} is a URL; copy that data set to this machine, and give its folder')
         folders = [path.resolve() for path in self.folders]
         if len(set(folders)) < max(len(folders), 2):
             raise UserError(f'{", ".join(self.data_sets)}: give two data sets or more, each once')
@@ -308,7 +320,7 @@ class MergeSettings(Settings):
     @property
     def folders(self) -> list[Path]:
         """Those of the data sets."""
-        return [Path(name).expanduser() for name in self.data_sets]
+        return [Path(name) for name in self.data_sets]
 
     @property
     def places_read(self) -> tuple[str, ...]:

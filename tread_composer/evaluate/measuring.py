@@ -28,7 +28,7 @@ from tread_composer.sample.folder import PLACES, RECORD
 from tread_composer.sample.generate import generate
 from tread_composer.sample.request import SamplesRequest, draws_of
 from tread_composer.weights.exported import digest_of, exported_run
-from tread_composer.weights.trained import image_size, model_of, read_trained
+from tread_composer.weights.trained import image_size, model_of, read_trained, weights_name
 
 __all__ = ['Log', 'evaluate_model', 'folder_of', 'is_model', 'measure_samples', 'open_samples', 'run_name']
 
@@ -132,6 +132,8 @@ def run_name(source: str) -> str | None:
 
 def open_samples(path: Path) -> tuple[ImageSet, dict[str, Any] | None]:
     """The images at a path, and what ``sample`` wrote of them; ``UserError`` if there are none, or other ones."""
+    if path.name in ('', '..'):  # '.' and '..' do not say what the folder is called
+        path = path.resolve()
     inside = path.name in PLACES.values() and not (path / RECORD).is_file()
     folder = path.parent if inside else path
     if not (folder / RECORD).is_file():
@@ -192,7 +194,8 @@ def _before_sampling(request: SamplesRequest, measurement: Measurement, log: Log
     drawn['path'] = digest_of(model.tensors)  # the weights themselves: a run folder holds later ones tomorrow
     if request.weak is not None:
         drawn['weak'] = digest_of(read_trained(request.weak, weights=request.weak_weights).tensors)
-    drawn['weights'] = model.weights  # in its one spelling
+        drawn['weak_weights'] = weights_name(request.weak_weights)
+    drawn['weights'] = model.weights  # in its one spelling, as that of the weak ones
     key = hashlib.sha256(json.dumps(drawn, default=str, sort_keys=True).encode()).hexdigest()[:8]
     name = f'{model.weights.replace(":", "-")}-ba{model.batch}-{key}'
     return measurer, str(folder_of(request.path) / 'evaluation_samples' / name)

@@ -23,6 +23,7 @@ from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser, Drift, Transition, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_steps
+from tread_composer.objectives.weighting import check_weighting
 
 __all__ = ['DDPM', 'evenly_spaced']
 
@@ -71,6 +72,7 @@ class DDPM(Checked):
     def __post_init__(self) -> None:
         """Check the settings, and tabulate what depends on the timestep alone."""
         super().__post_init__()
+        check_weighting('DDPM: weighting', self.weighting)
         self._check_betas()
         betas = self._betas()
         alpha_bar = np.cumprod(1 - betas)  # [T], float64: float32 products of 1000 factors would drift

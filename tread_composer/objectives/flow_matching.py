@@ -19,7 +19,8 @@ from tread_composer.core.options import Checked
 from tread_composer.core.protocols import Denoiser, Drift, TimeDistribution, Weighting
 from tread_composer.objectives.prediction import predict, squared_error
 from tread_composer.objectives.snr import SNRDistribution, from_times
-from tread_composer.objectives.timesteps import LogitNormal, Shifted, shift_times
+from tread_composer.objectives.timesteps import LogitNormal, Shifted, check_distribution, shift_times
+from tread_composer.objectives.weighting import check_weighting
 
 __all__ = ['FlowMatching', 'direction_error']
 
@@ -61,6 +62,8 @@ class FlowMatching(Checked):
     def __post_init__(self) -> None:
         """Check the settings, and shift the times: here, as ``torch.compile`` cannot trace a constructor's checks."""
         super().__post_init__()
+        check_distribution('FlowMatching: time_distribution', self.time_distribution)
+        check_weighting('FlowMatching: weighting', self.weighting)
         times = self.time_distribution if self.time_shift == 1 else Shifted(self.time_distribution, self.time_shift)
         object.__setattr__(self, 'times', times)
 

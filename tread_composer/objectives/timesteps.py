@@ -20,7 +20,7 @@ from tread_composer.core.bounds import Positive
 from tread_composer.core.options import Checked
 from tread_composer.core.protocols import TimeDistribution
 
-__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'shift_times']
+__all__ = ['CosMap', 'LogitNormal', 'Mode', 'Shifted', 'Uniform', 'check_distribution', 'shift_times']
 
 _LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it f' changes its sign
 _BISECTIONS = 60  # halves the unit interval to below float64's precision
@@ -125,6 +125,10 @@ class Shifted(Checked):
     distribution: TimeDistribution
     shift: Positive  # above 1 trains more on noisy times; 1 changes nothing
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_distribution('Shifted: distribution', self.distribution)
+
     def quantile(self, u: Tensor) -> Tensor:
         """The time below which a share ``u`` of the training times lies."""
         return shift_times(self.distribution.quantile(u), self.shift)
@@ -135,6 +139,15 @@ class Shifted(Checked):
         slope = self.shift / (self.shift - (self.shift - 1) * t).square()
         density = self.distribution.density(shift_times(t, 1 / self.shift)) * slope
         return torch.where(_inside(t), density, 0.0)  # outside, the shift has a pole
+
+
+def check_distribution(name: str, value: object) -> None:
+    """Refuse what spreads no times; the ``ValueError`` calls it ``name``."""
+    if isinstance(value, type) or not hasattr(value, 'quantile'):  # a class has the method, and no settings
+        raise ValueError(
+            f'{name}: {value!r} is no distribution of times; give one such as LogitNormal() or Uniform(), or an object '
+            'of yours with a method quantile(u)'
+        )
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:

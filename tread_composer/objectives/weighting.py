@@ -25,7 +25,7 @@ from torch import Tensor
 from tread_composer.core.bounds import Positive
 from tread_composer.core.options import Checked
 
-__all__ = ['MinSNR', 'Prediction']
+__all__ = ['MinSNR', 'Prediction', 'check_weighting']
 
 Prediction = Literal['x0', 'eps', 'v', 'flow']
 """What the network predicts; see the module's text."""
@@ -60,3 +60,11 @@ class MinSNR(Checked):
         if prediction == 'flow':
             return clamped / (snr.sqrt() + 1).square()  # t^2 = 1 / (sqrt(SNR) + 1)^2
         raise ValueError(f"prediction={prediction!r}: choose 'x0', 'eps', 'v' or 'flow'")
+
+
+def check_weighting(name: str, value: object) -> None:
+    """Refuse what weighs nothing; the ``ValueError`` calls it ``name``."""
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        raise ValueError(
+            f'{name}: {value!r} is no weighting; give None, MinSNR(), or a function of yours (snr_B, prediction)'
+        )

@@ -28,6 +28,7 @@ RECOMMENDED = 20 * math.log10(_BEST_STD), 20 * math.log10(_KEPT_STD)
 """Where the mean of the density should lie, in dB: that of FasterDiT's best setting (arXiv 2410.10356, section 4)."""
 
 _EDGE = 0.05  # dB
+_FORMATS = ('.png', '.jpg', '.jpeg', '.webp', '.svg', '.pdf')
 
 _RECOMMENDATION = (
     f"FasterDiT's best setting (linear path, lognorm(0, 1), latent std {_BEST_STD:.2f} to {_KEPT_STD:.2f}; "
@@ -118,7 +119,10 @@ def _verdict(mean: float) -> str:
 
 
 def draw_snr(curves: Sequence[SNRCurve], path: str | Path) -> None:
-    """Write the densities as a PNG, whole or not at all."""
+    """Write the densities as the picture that the path's suffix names, whole or not at all."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise UserError(f'--out: {str(path)!r} names no picture that can be drawn; let it end in {", ".join(_FORMATS)}')
     from matplotlib.figure import Figure  # takes a second: not before there is something to draw
 
     figure = Figure(figsize=(9, 5.4 + 0.2 * len(curves)), layout='constrained')
@@ -143,7 +147,7 @@ def draw_snr(curves: Sequence[SNRCurve], path: str | Path) -> None:
     axes.set_title('What signal-to-noise ratios each run trains on; dotted: means')
     figure.legend(fontsize='small', loc='outside lower center')
     picture = io.BytesIO()
-    figure.savefig(picture, format='png', dpi=120)
+    figure.savefig(picture, format=suffix.removeprefix('.'), dpi=120)
     try:
         write_atomically(path, picture.getvalue())
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +57,9 @@ class SamplingSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ('sampler_settings', 'guidance_settings'):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f'{name}: {getattr(self, name)!r} must be a mapping of names to values')
         for name, value in self.sampler_settings.items():
             # What each of them takes is the sampler's to say: `check_sampler`.
             if not _is_number(value) and not isinstance(value, str):
@@ -150,7 +153,8 @@ class SamplingSettings(Checked):
         return tuple(dict.fromkeys([*field_names, *of_guidance]))
 
     def _interval(self) -> tuple[float, float]:
-        ends = tuple(self.guidance_interval or ())
+        interval: Any = self.guidance_interval
+        ends = tuple(interval) if isinstance(interval, Iterable) else (interval,)
         if len(ends) != 2 or not all(_is_number(end) for end in ends) or not 0 <= ends[0] <= ends[1]:
             raise ValueError(f'guidance_interval: {ends} must be two times, 0 <= low <= high (0 is data)')
         return float(ends[0]), float(ends[1])

@@ -18,6 +18,7 @@ from tread_composer.algorithms.rules import refuse_conflicts
 from tread_composer.algorithms.schedule import parse_time, reached
 from tread_composer.core.batch import SAMPLE_IDS, UNMASKED_TOKENS
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import check_bounds
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.models import DiT
 from tread_composer.objectives import EDM
@@ -76,6 +77,14 @@ class MaskDiT(AlgorithmBase):
         decoder_hidden_size: int = 512,
         decoder_num_heads: int = 16,
     ) -> None:
+        for name, hint, value in (
+            ('mask_ratio', float, mask_ratio),
+            ('mae_weight', float, mae_weight),
+            ('decoder_depth', int, decoder_depth),
+            ('decoder_hidden_size', int, decoder_hidden_size),
+            ('decoder_num_heads', int, decoder_num_heads),
+        ):
+            check_bounds(name, hint, value)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f'mask_ratio: {mask_ratio!r} is not in [0, 1); it is the share of tokens that are masked')
         if mae_weight < 0:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tread_composer.algorithms.base import AlgorithmBase
 from tread_composer.algorithms.schedule import Window
 from tread_composer.core.batch import KEPT_TOKENS, SAMPLE_IDS
+from tread_composer.core.bounds import AtLeast1
 from tread_composer.core.errors import UserError
+from tread_composer.core.options import check_bounds
 from tread_composer.core.randomness import KeyedRandom
 from tread_composer.routing import (
     Route,
@@ -106,6 +108,7 @@ class Tread(AlgorithmBase):
             )
         self.routes = (single,) if routes is None else _several(routes)
         self.start_time, self.end_time = start_time, end_time
+        check_bounds('Tread: num_tokens', AtLeast1 | None, num_tokens)
         both_ends(always_keep)  # refuses what is neither a count nor a pair of counts
         # Plain copies, as a checkpoint and the representation have them; what is neither is refused on INIT.
         if isinstance(blocks, Mapping):
@@ -223,6 +226,7 @@ class Tread(AlgorithmBase):
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         self.active, self._beside = self._window.holds(state), None
         if not self.active:
+            self._routing.disarm()  # a forward pass that raised has left it armed
             return
         batch_size = _num_samples(state.batch)
         if isinstance(state.batch, dict) and SAMPLE_IDS in state.batch:

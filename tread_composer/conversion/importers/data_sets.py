@@ -163,7 +163,7 @@ def _joint_classes(lists: Mapping[Path, tuple[str, ...]], file: str | None) -> t
     union = {name for names in lists.values() for name in names}
     if file is None:
         return in_label_order(union)
-    joint = read_class_names(Path(file).expanduser())
+    joint = read_class_names(Path(file))
     if missing := union - set(joint):
         raise UserError(f'--class-names {file}: lacks {len(missing):,} classes of the data sets: {few(missing)}')
     return joint

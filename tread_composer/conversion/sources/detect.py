@@ -31,7 +31,7 @@ def open_sources(settings: ImageSettings, scratch: Path) -> dict[str, Source]:
     becomes of a test split, the description says. ``scratch`` is for a copy of images that cannot be read at random.
     """
     # Absolute: sources are read in other processes, whose current folder may differ.
-    root = Path(settings.source).expanduser().absolute()
+    root = Path(settings.source).absolute()
     if not root.exists():
         raise UserError(f'{root}: no such file or folder. Expected {_LAYOUTS}')
     archives = _archives(root)

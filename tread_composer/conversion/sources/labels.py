@@ -85,7 +85,7 @@ def assign_classes(
     """
     if ground_truth is None:
         raise missing_truth(location)
-    truth = _read_ground_truth(Path(ground_truth).expanduser())
+    truth = _read_ground_truth(Path(ground_truth))
     stems = [_stem(file) for file in files]
     _check_rows(f'ground_truth={ground_truth}', truth.keys(), stems)
     classes = [truth[stem] for stem in stems]
