@@ -352,7 +352,7 @@ def test_a_run_has_one_clock_whoever_measured_it(digits_runs, tmp_path):
     for path in (folder, folder / 'results.json'):
         (curve,) = open_run(str(path)).curves
         assert [(point.step, point.seconds) for point in curve.points] == expected
-    # Behind the last of them the logged speed counts, 4 batches in a second.
+    # After the last of them the logged speed counts, 4 batches in a second.
     (folder / 'results.json').write_text(json.dumps([*timed, entry(240, 9.0, training=None)]))
     assert open_run(str(folder)).curves[0].points[-1].seconds == pytest.approx(510.0)
 

@@ -109,7 +109,7 @@ def test_routing_is_on_within_its_time_window_only(window, routed):
     assert logged['tread/selection_rate'] == [0.5 * on for on in routed]
 
 
-def test_a_forward_pass_that_raised_does_not_route_a_batch_behind_the_window():
+def test_a_forward_pass_that_raised_does_not_route_a_batch_after_the_window():
     model = tiny_model()
     trainer = make_trainer(model, [Tread(**ROUTE, end_time='0.5dur')], max_duration='100ba')
 

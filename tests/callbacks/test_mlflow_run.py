@@ -178,8 +178,8 @@ def server(folder, tmp_path):
         assert process.poll() is None, (tmp_path / 'server.log').read_text()
         yield process, address
     finally:
-        for one in [*process.children(recursive=True), process]:
-            one.kill()
+        for member in [*process.children(recursive=True), process]:
+            member.kill()
         process.wait()
 
 
@@ -205,7 +205,7 @@ def train_while_the_server_is_silent(address, server, picture):
 
 
 def test_a_server_that_stops_to_answer_delays_the_values_and_does_not_hold_up_training(folder, tmp_path, server):
-    """MLflow alone would try for 16 minutes at each write."""
+    """MLflow alone would try for 20 minutes at each write (docs/lab_notes.md)."""
     process, address = server
     picture = tmp_path / 'picture.png'
     picture.write_bytes(b'as good as any')
@@ -292,6 +292,34 @@ def test_the_next_start_says_that_a_run_died_together_with_its_watcher(folder, t
     runs = runs_of(folder, experiment)[1]
     assert [run.info.status for run in runs] == (['FINISHED'] if goes_on else ['FAILED', 'FINISHED'])
     assert 'and its watcher with it' in runs[0].data.tags['tread_composer.end']
+
+
+class Pause(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def fit_start(self, state, logger):
+        self.path.touch()
+        wait_until(lambda: not self.path.exists())
+
+
+def train_and_pause(folder, path):
+    run = trainer('2ba', loggers=[MLflowRun('alive', folder=str(folder))], callbacks=[Pause(path)])
+    run.fit()
+    run.close()
+
+
+def test_a_run_that_another_process_trains_is_not_taken_for_dead(folder, tmp_path):
+    path = tmp_path / 'paused'
+    process = start(train_and_pause, folder, path)
+    assert wait_until(path.exists, process)
+    with pytest.raises(UserError, match=rf'run_name: process {process.pid} on this host trains .*painting'):
+        train(folder, 'alive')
+    path.unlink()
+    process.join()
+    client, (run,) = runs_of(folder, 'alive')
+    assert (process.exitcode, run.info.status) == (0, 'FINISHED')
+    assert [step for step, _ in values_of(client, run)] == [0, 1]
 
 
 def test_a_plain_folder_as_tracking_uri_is_refused_with_the_remedy(tmp_path):

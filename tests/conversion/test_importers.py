@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conversion.layouts import write_tar
 from tests.conversion.worlds import digests, make_vae, read
@@ -74,7 +75,6 @@ def tread_webdataset(folder: Path, views: int) -> None:
 
 
 def lightningdit(folder: Path, views: int) -> None:
-    save_file = pytest.importorskip('safetensors.torch').save_file
     folder.mkdir()
     for rank in range(2):
         rows = slice(rank, SAMPLES, 2)
@@ -334,7 +334,6 @@ def test_sources_that_are_not_of_the_layout_are_refused(tmp_path: Path, rejected
     (tmp_path / 'tensors').mkdir()
     (tmp_path / 'tensors' / 'a.safetensors').write_text('x')
     rejected(described(tmp_path / 'tensors', 'lightningdit'), 'a.safetensors: cannot be read as safetensors')
-    save_file = pytest.importorskip('safetensors.torch').save_file
     for labels in ([0, 1.5], [[0], [1]]):
         tensors = {'latents': torch.zeros(2, 3, 4, 4), 'labels': torch.tensor(labels)}
         save_file(tensors, tmp_path / 'tensors' / 'a.safetensors')

@@ -67,7 +67,6 @@ def test_the_fused_kernel_is_refused_on_the_cpu_with_the_reason() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_the_fused_kernel_equals_the_matrix() -> None:
     pytest.importorskip('mamba_ssm')
     sizes = {'hidden_size': 64, 'head_size': 32, 'state_size': 32, 'chunk_size': 16}

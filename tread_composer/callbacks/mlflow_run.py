@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,16 +27,7 @@ from composer.core import Event, State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 
-from tread_composer.callbacks.mlflow_store import (
-    accepted_name,
-    ask,
-    environment,
-    in_turn,
-    is_server,
-    limit_patience,
-    place_and_uri,
-    store_in_words,
-)
+from tread_composer.callbacks import mlflow_store as store
 from tread_composer.callbacks.run_watch import DEATH, END_TAG, OWNER_TAG, RunWatch
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
@@ -99,10 +89,10 @@ class MLflowRun(MLFlowLogger):
         log_system_metrics: bool = False,
     ) -> None:
         disable_mlflow_telemetry()  # in a Python script of the user's, this is the first import of MLflow
-        self.folder, uri = place_and_uri(folder, tracking_uri)
-        limit_patience(uri)
+        self.folder, uri = store.place_and_uri(folder, tracking_uri)
+        store.limit_patience(uri)
         agreed(lambda: self._prepare_store(experiment_name, uri, local=tracking_uri is None))
-        with environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
+        with store.environment({}, without=() if uri.startswith('databricks') else _REDIRECTIONS):
             super().__init__(
                 experiment_name,
                 tags=dict(tags or {}),
@@ -129,20 +119,20 @@ class MLflowRun(MLFlowLogger):
     def check_store(folder: str | None = None, tracking_uri: str | None = None, **others: object) -> str:
         """Whether the store answers, without making it; ``UserError`` if not. Takes the constructor's arguments."""
         disable_mlflow_telemetry()
-        _, uri = place_and_uri(folder, tracking_uri)
+        _, uri = store.place_and_uri(folder, tracking_uri)
         database = Path(uri.removeprefix('sqlite:///'))
         if uri.startswith('sqlite:') and not database.exists():
             check_writable(database)  # MLflow would try for minutes
             return f'{database}: will be made'
-        with in_turn(uri):
-            ask(uri)
+        with store.in_turn(uri):
+            store.ask(uri)
         return f'{without_password(uri)}: answers'
 
     def _prepare_store(self, experiment_name: str, uri: str, local: bool) -> None:
         """Make store and experiment if they do not exist."""
         if dist.get_global_rank() != 0:
             return
-        with in_turn(uri), store_in_words(uri):
+        with store.in_turn(uri), store.store_in_words(uri):
             self._make_experiment(experiment_name, uri, local)
 
     def _make_experiment(self, experiment_name: str, uri: str, local: bool) -> None:
@@ -154,12 +144,12 @@ class MLflowRun(MLFlowLogger):
             if os.environ.get('MLFLOW_TRACKING_URI') not in (None, uri):
                 log.warning('MLFLOW_TRACKING_URI is set but not used; set tracking_uri to use it. Logging to %s', uri)
         if not local or (self.folder / 'mlflow.db').exists():
-            ask(uri)
+            store.ask(uri)
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(experiment_name)
         if experiment is None:
             # A database leaves artifacts to the client, which would write to ./mlruns; a server has its own place.
-            location = None if is_server(uri) else (self.folder / 'mlflow_artifacts').as_uri()
+            location = None if store.is_server(uri) else (self.folder / 'mlflow_artifacts').as_uri()
             try:
                 client.create_experiment(experiment_name, artifact_location=location)
             except MlflowException:
@@ -173,7 +163,7 @@ class MLflowRun(MLFlowLogger):
 
     def ui_command(self) -> str:
         """The command that shows the store in a browser; for a server, its address."""
-        if is_server(self.tracking_uri):
+        if store.is_server(self.tracking_uri):
             return self.tracking_uri
         beside = Path(sys.executable).parent / 'mlflow'
         program = 'mlflow' if shutil.which('mlflow') or not beside.exists() else beside
@@ -197,16 +187,23 @@ class MLflowRun(MLFlowLogger):
 
         if '"' in run_name:
             raise UserError(f"run_name: {run_name!r} has a double quote, and MLflow's search for it cannot hold one")
-        with store_in_words(self.tracking_uri):
+        with store.store_in_words(self.tracking_uri):
             client = MlflowClient(self.tracking_uri)
             experiment = client.get_experiment_by_name(str(self.experiment_name))
             assert experiment is not None  # made by the constructor
             runs = client.search_runs([experiment.experiment_id], f'tags.run_name = "{run_name}"')
             self._earlier = runs[0].info if runs else None
             if self._earlier is not None and self._earlier.status == 'RUNNING':
+                owner = runs[0].data.tags.get(OWNER_TAG, '')
+                if store.still_writes(owner):
+                    raise UserError(
+                        f'run_name: process {owner.split(":")[1]} on this host trains {run_name!r} and writes to the '
+                        f'same run of MLflow ({self._earlier.run_id}). Take another run_name, or end that process'
+                    )
                 client.set_tag(self._earlier.run_id, END_TAG, f'{DEATH}, and its watcher with it')
+                place = f' on {store.host_of(owner)}' if store.host_of(owner) else ''
                 to_stderr(
-                    f'MLflow: run {run_name} ({self._earlier.run_id}) still counts as RUNNING: its process and '
+                    f'MLflow: run {run_name} ({self._earlier.run_id}) still counts as RUNNING: its process{place} and '
                     f'the watcher beside it died without a word (a job or a node that was killed?)'
                 )
 
@@ -220,17 +217,17 @@ class MLflowRun(MLFlowLogger):
         super().after_load(state, logger)
 
     def _begin(self, state: State, logger: Logger) -> None:
-        owner = uuid.uuid4().hex
+        owner = store.new_owner()
         self.tags[OWNER_TAG] = owner
         self._refusal: UserError | None = None
-        with environment({}, without=_REDIRECTIONS):
+        with store.environment({}, without=_REDIRECTIONS):
             super().init(state, logger)
         agreed(lambda: self._take_up(owner))
 
     def _start_mlflow_run(self, state: State) -> None:
-        # Called on rank 0, between collectives of the base class that all ranks have to come to: refused behind them.
+        # Called on rank 0, between collectives of the base class that all ranks have to come to: refused after them.
         try:
-            with store_in_words(self.tracking_uri):
+            with store.store_in_words(self.tracking_uri):
                 super()._start_mlflow_run(state)
         except UserError as error:
             self._refusal = error
@@ -254,7 +251,7 @@ class MLflowRun(MLFlowLogger):
         import mlflow
 
         assert self._watch is not None
-        with store_in_words(self.tracking_uri):
+        with store.store_in_words(self.tracking_uri):
             self._client.set_tag(self._earlier.run_id, 'run_name', f'{run_name} (superseded)')
             # A run that still counted as RUNNING had died together with its watcher.
             mlflow.end_run('FAILED' if self._earlier.status == 'RUNNING' else self._earlier.status)
@@ -262,7 +259,7 @@ class MLflowRun(MLFlowLogger):
 
     def _supersede(self) -> None:
         if self._earlier is not None:
-            with store_in_words(self.tracking_uri):
+            with store.store_in_words(self.tracking_uri):
                 self._log_new_params(self._hyperparameters)
                 self._client.set_tag(self._earlier.run_id, 'tread_composer.superseded_by', self.run_id)
 
@@ -280,7 +277,7 @@ class MLflowRun(MLFlowLogger):
 
     def _metric_name(self, name: str) -> str:
         if name not in self._metric_names:
-            self._metric_names[name] = accepted = accepted_name(name)
+            self._metric_names[name] = accepted = store.accepted_name(name)
             if accepted != name:
                 log.warning('MLflow takes no metric of the name %r; it is %r there', name, accepted)
         return self._metric_names[name]
@@ -312,7 +309,7 @@ class MLflowRun(MLFlowLogger):
         from mlflow.entities import Param
 
         stored = self._client.get_run(self.run_id).data.params
-        named = {accepted_name(name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
+        named = {store.accepted_name(name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
         new = [Param(name, value) for name, value in named.items() if name not in stored]
         for start in range(0, len(new), _PARAMS_A_REQUEST):
             self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_REQUEST])

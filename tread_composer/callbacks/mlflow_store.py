@@ -3,8 +3,12 @@
 import contextlib
 import os
 import re
+import socket
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+import psutil
 
 from tread_composer.core.errors import UserError
 from tread_composer.core.masking import without_password
@@ -12,8 +16,8 @@ from tread_composer.io.locks import locked
 from tread_composer.io.progress import to_stderr
 
 __all__ = [
-    'PATIENCE', 'accepted_name', 'ask', 'environment', 'in_turn', 'is_server', 'limit_patience', 'place_and_uri',
-    'store_in_words',
+    'PATIENCE', 'accepted_name', 'ask', 'environment', 'host_of', 'in_turn', 'is_server', 'limit_patience', 'new_owner',
+    'place_and_uri', 'still_writes', 'store_in_words',
 ]  # fmt: skip
 
 PATIENCE = 30.0
@@ -58,7 +62,7 @@ def store_in_words(uri: str) -> Iterator[None]:
     """What a store answers is for the user to put right: a ``UserError`` in place of whatever it raises."""
     try:
         yield
-    except UserError:
+    except (UserError, AssertionError):  # the latter is a fault of ours
         raise
     except Exception as error:  # of requests, sqlalchemy, sqlite or MLflow itself
         shown, reason = without_password(uri), without_password(str(error).strip().partition('\n')[0])[:400]
@@ -72,8 +76,8 @@ def store_in_words(uri: str) -> Iterator[None]:
 def limit_patience(uri: str) -> None:
     """Let no request of this process wait longer than ``ask`` does, unless the environment says how long it may.
 
-    MLflow tries eight times, of two minutes each: training would stand still for a quarter of an hour, and the other
-    ranks would give up waiting for the first. Set once: to change the environment while threads read it is not safe.
+    MLflow tries eight times, of two minutes each: training would stand still for 20 minutes, and the other ranks would
+    give up waiting for the first. Set once: to change the environment while threads read it is not safe.
     """
     if _speaks_http(uri):
         for name, value in _patience().items():
@@ -92,6 +96,30 @@ def accepted_name(name: str) -> str:
     """
     parts = re.sub(r'[^\w\-./ :]', '_', name)[:250].split('/')
     return '/'.join(part for part in parts if part not in ('', '.', '..')) or '_'
+
+
+def new_owner() -> str:
+    """A name for this process as the writer of one run: its host, number and start, and a random part."""
+    process = psutil.Process()
+    return f'{socket.gethostname()}:{process.pid}:{process.create_time():.0f}:{uuid.uuid4().hex}'
+
+
+def host_of(owner: str) -> str:
+    """The host of a writer; empty for names from before they had one."""
+    return owner.partition(':')[0] if ':' in owner else ''
+
+
+def still_writes(owner: str) -> bool:
+    """Whether a writer is another process that lives on this host; of other hosts nobody here can say."""
+    if host_of(owner) != socket.gethostname():
+        return False
+    number, start = owner.split(':')[1:3]
+    if int(number) == os.getpid():  # an earlier Trainer of this process
+        return False
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(int(number))
+        return process.status() != psutil.STATUS_ZOMBIE and f'{process.create_time():.0f}' == start
+    return False
 
 
 def _speaks_http(uri: str) -> bool:

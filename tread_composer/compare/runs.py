@@ -155,7 +155,7 @@ def _seconds_of(entries: Iterable[Mapping[str, Any]], speeds: Mapping[int, float
     if all(step is None or step in written for step, _ in pairs):
         return seconds, note
     late = any(step is not None and step > steps[-1] for step, _ in pairs)
-    return seconds, f'{note}, on a straight line between them{f"; behind the last: {text}" if late else ""}'
+    return seconds, f'{note}, on a straight line between them{f"; after the last: {text}" if late else ""}'
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from tread_composer.conversion.parts import (
     remove_unfinished,
     report_unreadable,
 )
-from tread_composer.conversion.settings import ImageSettings, Settings
+from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.splits import SplitPlan, make_plans, part_name
 from tread_composer.conversion.squares import UnreadableImage
 from tread_composer.core.errors import UserError
@@ -180,8 +180,8 @@ class Conversion:
                 labels[5:-1] = ['...']
             if labels:
                 self.log(f'{plan.name}: labels: {", ".join(labels)}')
-        takes_images = isinstance(self.settings, ImageSettings)  # --held-out is a flag of theirs alone
-        if takes_images and self.settings.splits is None and 'val' not in [plan.name for plan in plans]:
+        has_val = 'val' in [plan.name for plan in plans]
+        if self.settings.can_hold_out and self.settings.splits is None and not has_val:
             self.log('there is no evaluation split; --held-out N takes one out of train')
         self.log(self.encoder.description)
 
@@ -227,10 +227,7 @@ class Conversion:
         if self.settings.is_remote:  # a rank has one part at a time on its disk
             needed = self.ranks.world * each * max(len(plan.positions(0)) for plan in plans)
             content = f'parts on their way to {self.settings.out}'
-        remedy = 'make room, or choose another place'
-        if isinstance(self.settings, ImageSettings):
-            remedy = 'make room, choose another place, or store less (--no-mirror halves it)'
-        free = refuse_if_too_large(self.folder, needed, content, remedy)
+        free = refuse_if_too_large(self.folder, needed, content, self.settings.disk_remedy)
         self.log(f'{content} need {size_in_words(needed)} in {self.folder}, {size_in_words(free)} are free: fits')
         if self.settings.is_remote:
             self.log(f'the room at {self.settings.out} is not known')

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tread_composer.conversion.encoding import Encoded, Encoder
 from tread_composer.conversion.parts import BackgroundWriter, Prepared
-from tread_composer.conversion.settings import ImageSettings, Settings
+from tread_composer.conversion.settings import Settings
 from tread_composer.conversion.sources.source import Source
 from tread_composer.conversion.splits import PART_FILE, SplitPlan, part_name
 from tread_composer.conversion.squares import UnreadableImage
@@ -66,8 +66,8 @@ def prepared_batches(
 ) -> DataLoader:
     """Read ``batches`` of the sources of the splits in order, each as a ``Prepared``.
 
-    ``workers`` are processes; 0 reads in this one. Refused, with this remedy, if the shared
-    memory cannot hold what they prepare.
+    ``workers`` are processes; 0 reads in this one. ``UserError``, which ends in the ``remedy``, if the shared memory
+    cannot hold what they prepare.
     """
     workers = min(workers, len(batches))
     if workers:
@@ -92,7 +92,7 @@ def make_parts(
     ]
     sources = {name: plan.source for name, plan in plans.items()}
     # Before the thread below exists: forking a process that has threads can copy a lock that nobody will open.
-    remedy = 'lower --workers or --batch-size' if isinstance(settings, ImageSettings) else 'lower --workers'
+    remedy = settings.memory_remedy
     items = iter(prepared_batches(sources, batches, encoder, workers=workers, remedy=remedy) if batches else ())
     with BackgroundWriter(plans, encoder, settings) as writer:
         for item in items:

@@ -69,6 +69,9 @@ class Settings:
     ray_workers: Annotated[int | None, Ge(1)] = None
     # What else a conversion of images can be told; of stored latents it is always the same.
     splits, held_out, max_unreadable, batch_size, workers, device = None, 0, 0.0, 32, 0, 'cpu'
+    # What helps where memory or a disk is too small, in flags of this command.
+    memory_remedy, disk_remedy = 'lower --workers', 'make room, or choose another place'
+    can_hold_out = False  # an evaluation split, by --held-out
 
     def __post_init__(self) -> None:
         check_request(self)
@@ -165,6 +168,10 @@ class ImageSettings(Settings):
         image_column: Which column of parquet or arrow files holds the images, where several do.
         label_column: Which of their columns holds the labels, e.g. fine_label of CIFAR-100.
     """
+
+    memory_remedy = 'lower --workers or --batch-size'
+    disk_remedy = 'make room, choose another place, or store less (--no-mirror halves it)'
+    can_hold_out = True
 
     vae: Annotated[str | None, Flag('--autoencoder', '--vae')] = None
     resolution: Annotated[int, Ge(1)] = 256

@@ -81,7 +81,7 @@ class ImageSet:
 
     def _load(self, indices: range) -> np.ndarray:
         """Images ``[B, R, R, 3]``."""
-        raise NotImplementedError  # by a set that has `_arrays` of its own
+        raise NotImplementedError  # each set has this, or an `_arrays` of its own that asks for nothing
 
 
 class FolderImages(ImageSet):

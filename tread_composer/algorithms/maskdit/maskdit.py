@@ -262,6 +262,6 @@ def _hand_over(
                          f'decoder that replaces it. {remedy}')  # fmt: skip
     try:
         update_params_in_optimizer(head, decoder, optimizers)
-    except (RuntimeError, NotImplementedError) as error:  # several optimizers; a head in several groups
+    except (RuntimeError, NotImplementedError) as error:  # Composer's words for several optimizers, or groups
         text = ' '.join(str(error).split())
         raise ValueError(f'the optimizer cannot take over the parameters of the decoder: {text} {remedy}') from None
