@@ -16,7 +16,6 @@ from mlflow import MlflowClient
 
 from tests.callbacks.small import store, trainer
 from tests.warm import exit_codes, on_ranks, rank_variables, start, wait_until
-from tread_composer.callbacks import mlflow_store
 from tread_composer.callbacks.mlflow_run import MLflowRun
 from tread_composer.core.errors import UserError
 
@@ -184,13 +183,15 @@ def server(folder, tmp_path):
 
 
 def train_while_the_server_is_silent(address, server, picture):
-    mlflow_store.PATIENCE = 2.0
     processes = [psutil.Process(server), *psutil.Process(server).children(recursive=True)]
 
     class Silence(Callback):
         def fit_start(self, state, logger):
             for process in processes:
                 process.suspend()
+            os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'] = '1'  # for each try; until now a busy machine has had more
+            with pytest.raises(UserError, match='cannot be used: '):
+                tracking.log_config({'a': 1}, 'a: 1')
 
         def batch_end(self, state, logger):
             if int(state.timestamp.batch) == 3:
@@ -201,6 +202,7 @@ def train_while_the_server_is_silent(address, server, picture):
     run.fit()  # writes at its end, in vain
     for process in processes:
         process.resume()
+    os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'] = '60'
     run.close()
 
 

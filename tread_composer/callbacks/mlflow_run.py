@@ -286,7 +286,8 @@ class MLflowRun(MLFlowLogger):
         """Log what is new. MLflow refuses another value for a parameter, which would end a resumed run."""
         if self._client is not None:
             self._hyperparameters |= hyperparameters
-            self._log_new_params(hyperparameters)
+            with store.store_in_words(self.tracking_uri):
+                self._log_new_params(hyperparameters)
 
     def log_config(self, flat: dict[str, Any], yaml_text: str) -> None:
         """Log the resolved config: ``flat`` as parameters, ``yaml_text`` as the artifact ``config.yaml``.
@@ -294,8 +295,11 @@ class MLflowRun(MLFlowLogger):
         Where the run is continued with other values, the parameters keep the first ones; the tag
         ``tread_composer.changed_settings`` names the changes, and the artifact is ``config_resumed_<n>.yaml``.
         """
-        if self._client is None:
-            return
+        if self._client is not None:
+            with store.store_in_words(self.tracking_uri):
+                self._log_config(flat, yaml_text)
+
+    def _log_config(self, flat: dict[str, Any], yaml_text: str) -> None:
         changed = self._log_new_params(flat)
         stored = [file.path for file in self._client.list_artifacts(self.run_id) if file.path.startswith('config')]
         if not stored:
